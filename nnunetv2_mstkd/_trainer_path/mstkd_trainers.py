@@ -1,0 +1,3 @@
+"""Where nnU-Net finds the trainers of nnunetv2_mstkd by name; they are defined in the installed package."""
+
+from nnunetv2_mstkd.trainers import *  # noqa: F403  (everything in nnunetv2_mstkd.trainers.__all__)

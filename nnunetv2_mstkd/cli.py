@@ -1,0 +1,87 @@
+"""The command ``mstkd``: a table of sub-commands, of which only the one asked for is imported.
+
+A sub-command lives in ``nnunetv2_mstkd/commands/NAME.py`` (dashes become underscores) and has two functions,
+``add_arguments(parser)`` and ``run(args) -> int | None``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+
+import nnunetv2_mstkd
+
+COMMANDS = {
+    "demo": "run the whole method on a small synthetic data set",
+    "phantom": "make a synthetic data set with four modalities",
+    "configure": "write the settings of a training into a new configuration of the plans",
+    "convert": "turn a data set into nnU-Net's raw format",
+    "path": "print the folder in which nnU-Net finds the trainers",
+}
+
+USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
+"""Raised for what the user can mend: printed as one line. Anything else is a defect and keeps its traceback."""
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``mstkd`` with the arguments `argv` (default: those of the process) and return its exit code."""
+    args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+    return run_and_report(f"mstkd {args.command}", args.run, args)
+
+
+def run_and_report(name: str, run: Callable[[argparse.Namespace], int | None], args: argparse.Namespace) -> int:
+    """Call ``run(args)`` and turn its errors into a line on stderr and an exit code.
+
+    Parameters
+    ----------
+    name
+        What stands before the message, for example ``mstkd convert``.
+    run
+        A sub-command's function; None counts as exit code 0.
+    args
+        Its arguments; with ``args.debug``, or ``MSTKD_DEBUG=1`` in the environment, the traceback is printed too.
+
+    Returns
+    -------
+    The sub-command's own exit code, 2 for an error that the user can mend, or 130 after an interrupt.
+    """
+    try:
+        return run(args) or 0
+    except USER_ERRORS as error:
+        if getattr(args, "debug", False) or os.environ.get("MSTKD_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Return the parser for `argv`; of the sub-commands only the one asked for is imported."""
+    parser = argparse.ArgumentParser(
+        prog="mstkd", description="Missing-modality segmentation for nnU-Net v2.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {nnunetv2_mstkd.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="NAME", required=True)
+    asked = next((argument for argument in argv if not argument.startswith("-")), None)
+    for name, line in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
+        if name == asked:
+            subparser.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            module = importlib.import_module(f"nnunetv2_mstkd.commands.{name.replace('-', '_')}")
+            subparser.set_defaults(run=module.run)
+            module.add_arguments(subparser)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
