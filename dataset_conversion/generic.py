@@ -1,0 +1,115 @@
+"""Any data set with one folder per case, described by a small file or by options.
+
+The description, JSON or YAML, has the keys of :class:`nnunetv2_mstkd.dataset_conversion.description.Description`:
+
+    {
+      "modalities": {"T1": "T1.nii.gz", "T1ce": "T1POST.nii.gz", "T2": "T2.nii.gz", "FLAIR": "FLAIR.nii.gz"},
+      "label": "GOLD_STANDARD.nii.gz",
+      "labels": {"background": 0, "lesion": 1}
+    }
+
+    mstkd convert generic SOURCE -d 501 --name OpenMS --description open_ms.json --splits
+    python dataset_conversion/generic.py SOURCE -d 501 --name OpenMS --description open_ms.json --splits
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mstkd.cli import run_and_report
+from nnunetv2_mstkd.dataset_conversion import conversion
+from nnunetv2_mstkd.dataset_conversion.description import BACKGROUND, Description, read_description
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of this converter."""
+    conversion.add_arguments(parser)
+    group = parser.add_argument_group(
+        "what the data set holds",
+        "A file, or options, or both: an option replaces the key of that meaning in the file.",
+    )
+    group.add_argument(
+        "--description", metavar="FILE", type=Path, help="JSON or YAML file; keys as in the example below"
+    )
+    group.add_argument(
+        "--modality",
+        metavar="NAME=PATTERN",
+        action="append",
+        help="a channel and the pattern of its file in the case folder; repeat it in the order of the channels",
+    )
+    group.add_argument("--label", metavar="PATTERN", help="pattern of the label file in the case folder")
+    group.add_argument(
+        "--class",
+        dest="classes",
+        metavar="NAME=VALUE[,VALUE...]",
+        action="append",
+        help="a label and its value, or a region and its values; repeat it (background=0 is understood)",
+    )
+    group.add_argument(
+        "--regions-class-order", metavar="VALUE,VALUE...", help="with regions: the value each one writes"
+    )
+    group.add_argument("--cases", metavar="PATTERN", help="pattern of the case folders within SOURCE (default: '*')")
+    group.add_argument("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = __doc__
+
+
+def run(args: argparse.Namespace) -> None:
+    """Convert the data set that the options describe."""
+    conversion.run(args, Description.from_mapping(described(args)))
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the keys of the description file, each replaced by the option of its meaning where that was given.
+
+    Raises
+    ------
+    ValueError
+        If an option is not of its form.
+    """
+    options: dict[str, Any] = {"label": args.label, "cases": args.cases, "test_cases": args.test_cases}
+    if args.modality:
+        options["modalities"] = dict(_pairs("--modality", args.modality, "NAME=PATTERN"))
+    if args.classes:
+        classes = _pairs("--class", args.classes, "NAME=VALUE")
+        options["labels"] = {BACKGROUND: 0} | {name: _label_values("--class", values) for name, values in classes}
+    if args.regions_class_order:
+        values = _label_values("--regions-class-order", args.regions_class_order)
+        options["regions_class_order"] = values if isinstance(values, list) else [values]
+    from_file = read_description(args.description) if args.description else {}
+    return from_file | {key: value for key, value in options.items() if value is not None}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run this converter alone and return its exit code."""
+    parser = argparse.ArgumentParser(prog="generic.py", description="Write a data set in nnU-Net's raw format.")
+    add_arguments(parser)
+    return run_and_report("generic.py", run, parser.parse_args(argv))
+
+
+def _pairs(option: str, given: Sequence[str], form: str) -> list[tuple[str, str]]:
+    pairs = [(name.strip(), value) for name, _, value in (item.partition("=") for item in given)]
+    for item, (name, value) in zip(given, pairs, strict=True):
+        if not name or not value:
+            raise ValueError(f"{option} is {item!r}, expected {form}")
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ValueError(f"{option} names {twice[0]} twice")
+    return pairs
+
+
+def _label_values(option: str, text: str) -> int | list[int]:
+    try:
+        values = [int(value) for value in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"{option} has the value {text!r}, expected integers, separated by commas") from error
+    return values if len(values) > 1 else values[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

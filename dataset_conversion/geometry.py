@@ -1,0 +1,76 @@
+"""Where an image lies in space, read from its header, and whether two images lie in the same place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+
+TOLERANCE = 1e-3
+"""How far spacing and origin (mm) and direction cosines of one case's files may be apart: rounding in their headers."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The grid of a scalar image: voxels per axis, mm per voxel, the first voxel's place (mm), direction cosines."""
+
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...]
+    direction: tuple[float, ...]
+
+    def differences(self, other: Geometry) -> list[str]:
+        """Name what differs by more than :data:`TOLERANCE`, for example ``spacing (1, 1, 2) instead of (1, 1, 1)``."""
+        found = []
+        for item in fields(self):
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if len(mine) != len(theirs) or not np.allclose(theirs, mine, rtol=0, atol=TOLERANCE):
+                found.append(f"{item.name} {_short(theirs)} instead of {_short(mine)}")
+        return found
+
+
+def read_geometry(path: Path) -> Geometry:
+    """Read the header of an image file.
+
+    Raises
+    ------
+    ValueError
+        If SimpleITK cannot read it, or if it is not one scalar image of two or three dimensions.
+    """
+    reader = sitk.ImageFileReader()
+    reader.SetFileName(str(path))
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError as error:
+        raise ValueError(f"cannot be read: {reason(error)}") from error
+    if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
+        raise ValueError(
+            f"has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} components, expected one "
+            "scalar image of 2 or 3 dimensions"
+        )
+    return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+
+
+def read_image(path: Path) -> sitk.Image:
+    """Read an image file.
+
+    Raises
+    ------
+    ValueError
+        If SimpleITK cannot read it.
+    """
+    try:
+        return sitk.ReadImage(str(path))
+    except RuntimeError as error:
+        raise ValueError(f"cannot be read: {reason(error)}") from error
+
+
+def reason(error: RuntimeError) -> str:
+    """Return the last line of an ITK error, which says what is wrong; the ones before say where in ITK."""
+    return str(error).strip().splitlines()[-1].strip()
+
+
+def _short(values: tuple[float, ...]) -> str:
+    return f"({', '.join(f'{value:.6g}' for value in values)})"
