@@ -1,0 +1,237 @@
+"""Phantom cases as an nnU-Net raw data set."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import SimpleITK as sitk
+from tqdm import tqdm
+
+from nnunetv2_mstkd.phantom.case import check_arguments, make_case
+from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
+
+GENERATOR_VERSION = 1
+"""Raised whenever the same arguments give other images, so that an old folder is not taken for a new one."""
+
+RECORD = "phantom.json"
+FILE_ENDING = ".nii.gz"
+DISCLAIMER = "phantom numbers say nothing about clinical performance"
+
+
+def write_dataset(
+    folder_raw: Path | str,
+    dataset_id: int,
+    *,
+    name: str = "Phantom",
+    cases: int = 24,
+    test_cases: int = 8,
+    spacing: float = 2.0,
+    recipe: str = "default",
+    anatomy: str = "procedural",
+    seed: int = 0,
+    workers: int | None = None,
+    progress: bool = False,
+    overwrite: bool = False,
+) -> tuple[Path, bool]:
+    """Write ``DatasetXXX_name`` with imagesTr, labelsTr, imagesTs, labelsTs, dataset.json and phantom.json.
+
+    A case depends on the seed, its split and its number only: more cases, or another number of workers, leave the existing ones
+    as they are. Training cases are called phantom_000, ..., test cases phantom_test_000, ...; the two never share a seed. The
+    folder appears when it is complete: it is written under another name beside its place and renamed.
+
+    Parameters
+    ----------
+    folder_raw
+        nnU-Net's raw folder (``nnUNet_raw``); created if it does not exist.
+    dataset_id
+        1 to 999.
+    name
+        Letters, digits, ``_`` and ``-``.
+    cases, test_cases
+        Numbers of training (at least 1) and test cases (at least 0).
+    spacing, recipe, anatomy
+        See :func:`nnunetv2_mstkd.phantom.make_case`.
+    seed
+        Non-negative integer.
+    workers
+        Number of processes; by default one per available core, at most 8. Processes are spawned, so a script needs the usual
+        ``if __name__ == "__main__":``; 1 works in this process.
+    progress
+        Show a progress bar.
+    overwrite
+        Replace an existing folder of another recipe.
+
+    Returns
+    -------
+    Path, bool
+        The folder, and whether it was written now; False means that it already held exactly these cases.
+
+    Raises
+    ------
+    ValueError
+        If an argument is out of its range, the folder holds something else, or the id belongs to another data set.
+    """
+    check_arguments(spacing=spacing, recipe=recipe, anatomy=anatomy, seed=seed)
+    if not 1 <= dataset_id <= 999:
+        raise ValueError(f"dataset id must be between 1 and 999, found {dataset_id}")
+    if not name or not name.replace("_", "").replace("-", "").isalnum():
+        raise ValueError(f"data set name must consist of letters, digits, '_' and '-', found {name!r}")
+    if cases < 1:
+        raise ValueError(f"cases must be at least 1, found {cases}")
+    if test_cases < 0:
+        raise ValueError(f"test cases must be at least 0, found {test_cases}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers must be at least 1, found {workers}")
+
+    folder_raw = Path(folder_raw)
+    folder = folder_raw / f"Dataset{dataset_id:03d}_{name}"
+    parameters = {
+        "generator_version": GENERATOR_VERSION,
+        "cases": cases,
+        "test_cases": test_cases,
+        "spacing": float(spacing),
+        "anatomy": anatomy,
+        "seed": seed,
+        # through JSON, so that tuples compare equal to the lists read back
+        "recipe": json.loads(json.dumps(asdict(get_recipe(recipe)))),
+    }
+    if folder.exists() and not overwrite:
+        _require_same(folder, parameters)
+        return folder, False
+    others = [p.name for p in folder_raw.glob(f"Dataset{dataset_id:03d}_*") if p != folder and p.is_dir()]
+    if others:
+        raise ValueError(
+            f"data set id {dataset_id} is taken by {others[0]} in {folder_raw}, and nnU-Net wants ids to be unique: "
+            "choose another id with -d"
+        )
+
+    folder_raw.mkdir(parents=True, exist_ok=True)
+    # nnU-Net looks for names that start with "Dataset", so that an unfinished folder is invisible to it
+    unfinished = folder_raw / f".{folder.name}.{os.getpid()}.unfinished"
+    try:
+        _write_all(unfinished, parameters, recipe, workers, progress)
+        _write_json(unfinished / "dataset.json", _dataset_json(name, cases, parameters))
+        if folder.exists():
+            replaced = unfinished.with_suffix(".replaced")
+            folder.rename(replaced)
+            unfinished.rename(folder)
+            shutil.rmtree(replaced)
+        else:
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return folder, True
+
+
+def read_record(folder: Path | str) -> dict:
+    """Read phantom.json: ``parameters`` (all that the images depend on) and ``cases`` (id -> volumes in ml by region).
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds none.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: {folder} was not written by mstkd phantom")
+    return json.loads(path.read_text())
+
+
+def case_seed(seed: int, split: str, number: int) -> int:
+    """Seed of one case: 128 bits, independent of how many cases there are."""
+    words = np.random.SeedSequence((seed, ("train", "test").index(split), number)).generate_state(4)
+    return sum(int(word) << (32 * i) for i, word in enumerate(words))
+
+
+def _require_same(folder: Path, parameters: dict) -> None:
+    hint = "add --overwrite to replace it, or choose another id with -d"
+    if not (folder / RECORD).is_file():
+        raise ValueError(f"{folder} exists and was not written by mstkd phantom: choose another id with -d")
+    record = read_record(folder)
+    for key, wanted in parameters.items():
+        found = record["parameters"].get(key)
+        if found != wanted:
+            if key == "recipe":
+                found, wanted = found["name"], wanted["name"]
+                if found == wanted:
+                    raise ValueError(f"{folder} exists with other numbers in its recipe {found!r}: {hint}")
+            raise ValueError(f"{folder} exists with {key} {found!r}, asked for {wanted!r}: {hint}")
+    for split, folder_images, folder_labels in (("cases", "imagesTr", "labelsTr"), ("test_cases", "imagesTs", "labelsTs")):
+        images = len(list((folder / folder_images).glob(f"*{FILE_ENDING}")))
+        labels = len(list((folder / folder_labels).glob(f"*{FILE_ENDING}")))
+        if images != parameters[split] * len(MODALITIES) or labels != parameters[split]:
+            raise ValueError(
+                f"{folder} should hold {parameters[split]} {split} and has {images} images and {labels} labels: {hint}"
+            )
+
+
+def _dataset_json(name: str, cases: int, parameters: dict) -> dict:
+    return {
+        "channel_names": {str(i): modality for i, modality in enumerate(MODALITIES)},
+        "labels": {"background": 0, **{region: list(labels) for region, labels in REGIONS.items()}},
+        "regions_class_order": [1, 2, 3],
+        "numTraining": cases,
+        "file_ending": FILE_ENDING,
+        "name": name,
+        "description": f"synthetic phantom, recipe {parameters['recipe']['name']}; {DISCLAIMER}",
+    }
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _write_all(folder: Path, parameters: dict, recipe: str, workers: int | None, progress: bool) -> None:
+    jobs = []
+    for split, suffix, prefix in (("train", "Tr", "phantom_"), ("test", "Ts", "phantom_test_")):
+        for kind in ("images", "labels"):
+            (folder / f"{kind}{suffix}").mkdir(parents=True)
+        for number in range(parameters["cases" if split == "train" else "test_cases"]):
+            jobs.append((f"{prefix}{number:03d}", suffix, case_seed(parameters["seed"], split, number)))
+    arguments = {"spacing": parameters["spacing"], "recipe": recipe, "anatomy": parameters["anatomy"]}
+    workers = min(workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1), len(jobs))
+    volumes = {}
+    with tqdm(total=len(jobs), desc="phantom cases", disable=not progress) as bar:
+        if workers == 1:
+            for identifier, suffix, seed in jobs:
+                volumes[identifier] = _write_case(folder, identifier, suffix, seed, arguments)
+                bar.update()
+        else:
+            # spawn: a forked child of a process with running threads (torch, SimpleITK) may hang
+            context = multiprocessing.get_context("spawn")
+            with ProcessPoolExecutor(workers, mp_context=context) as pool:
+                futures = {pool.submit(_write_case, folder, *job, arguments): job[0] for job in jobs}
+                try:
+                    for future in as_completed(futures):
+                        volumes[futures[future]] = future.result()
+                        bar.update()
+                except BaseException:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    raise
+    _write_json(folder / RECORD, {"parameters": parameters, "cases": {job[0]: volumes[job[0]] for job in jobs}})
+
+
+def _write_case(folder: Path, identifier: str, suffix: str, seed: int, arguments: dict) -> dict[str, float]:
+    case = make_case(seed, **arguments)
+    for channel, image in enumerate(case.images):
+        path = folder / f"images{suffix}" / f"{identifier}_{channel:04d}{FILE_ENDING}"
+        _write_image(image, case, path)
+    _write_image(case.label, case, folder / f"labels{suffix}" / f"{identifier}{FILE_ENDING}")
+    return {region: round(volume, 3) for region, volume in case.volumes_ml().items()}
+
+
+def _write_image(array: np.ndarray, case, path: Path) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing([case.spacing] * 3)
+    # SimpleITK's world is LPS: these two signs make the stored NIfTI affine RAS, diag(spacing)
+    image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
+    x, y, z = case.origin
+    image.SetOrigin((-x, -y, z))
+    sitk.WriteImage(image, str(path), useCompression=True)

@@ -1,0 +1,115 @@
+"""What the phantom is made of: tissue means, variability, noise and the shape of the lesions, per named recipe.
+
+The means were measured on six public BraTS cases as medians relative to white matter and then adjusted once against the
+contrast table in :mod:`nnunetv2_mstkd.phantom.contrast`; four of those cases had algorithm masks, not expert ones. They
+describe a contrast pattern (which modality shows which region), not a patient population.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
+"""Channel order of every phantom image and of its dataset.json."""
+
+LABELS = {"background": 0, "edema": 1, "necrosis": 2, "enhancing": 3}
+"""Integer labels of the phantom; "necrosis" is the whole non-enhancing core (NCR and NET, as in BraTS)."""
+
+REGIONS = {"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}
+"""Region name -> labels, in the nesting order that nnU-Net's regions_class_order (1, 2, 3) writes back."""
+
+CLASSES = ("WM", "GM", "CSF", "ED", "NCR", "NET", "ET")
+"""Tissue classes of the intensity model. NCR and NET share one label but not one appearance."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All numbers of one phantom recipe. Intensities are relative to white matter, lengths in mm, volumes in ml."""
+
+    name: str
+
+    # intensities: class -> (T1, T1ce, T2, FLAIR)
+    means: dict[str, tuple[float, float, float, float]] = field(
+        default_factory=lambda: {
+            "WM": (1.00, 1.00, 1.00, 1.00),
+            "GM": (0.86, 0.87, 1.30, 1.15),
+            "CSF": (0.58, 0.62, 2.20, 0.74),
+            "ED": (0.86, 0.82, 1.90, 1.95),
+            "NCR": (0.75, 0.70, 2.10, 1.80),
+            "NET": (0.78, 0.78, 1.85, 1.65),
+            "ET": (0.90, 1.75, 1.65, 1.70),
+        }
+    )
+    # standard deviation inside one case and class
+    texture: dict[str, tuple[float, float, float, float]] = field(
+        default_factory=lambda: {
+            "WM": (0.03, 0.03, 0.05, 0.05),
+            "GM": (0.04, 0.04, 0.08, 0.07),
+            "CSF": (0.05, 0.05, 0.15, 0.08),
+            "ED": (0.10, 0.13, 0.32, 0.30),
+            "NCR": (0.08, 0.15, 0.38, 0.35),
+            "NET": (0.09, 0.14, 0.32, 0.30),
+            "ET": (0.11, 0.40, 0.30, 0.28),
+        }
+    )
+    # relative standard deviation of a class mean between cases
+    case_jitter: dict[str, float] = field(
+        default_factory=lambda: {
+            "WM": 0.0,
+            "GM": 0.05,
+            "CSF": 0.10,
+            "ED": 0.08,
+            "NCR": 0.12,
+            "NET": 0.10,
+            "ET": 0.20,
+        }
+    )
+    rician_sigma: tuple[float, float, float, float] = (0.018, 0.030, 0.048, 0.045)
+    bias_amplitude: tuple[float, float, float, float] = (0.05, 0.10, 0.14, 0.14)
+    gamma: tuple[float, float] = (0.90, 1.12)
+    thick_slice_probability: float = 0.30
+
+    # tumor
+    volume_median_ml: float = 75.0
+    volume_log_sd: float = 0.6
+    volume_range_ml: tuple[float, float] = (12.0, 220.0)
+    core_fraction: tuple[float, float] = (0.18, 0.55)
+    rim_mm: tuple[float, float] = (2.4, 6.4)
+    rim_gap_fraction: tuple[float, float] = (0.05, 0.30)
+    no_enhancement_probability: float = 0.12
+    infiltration_gm: float = 0.35
+    """How much of the oedema signal reaches gray matter; white matter takes all of it."""
+
+    # look-alikes
+    vessel_radius_mm: float = 1.0
+    vessel_fields: int = 1
+    vessel_t1ce: float = 1.9
+    periventricular: tuple[float, float] = (0.0, 0.6)
+
+
+DEFAULT = Recipe("default")
+
+HARD = replace(
+    DEFAULT,
+    name="hard",
+    case_jitter={**DEFAULT.case_jitter, "ET": 0.30},
+    rim_mm=(1.0, 2.4),
+    vessel_radius_mm=1.3,
+    vessel_fields=3,
+)
+"""Enhancing tumor that is harder to find on T1ce: it varies more, its rim is thinner than a 2 mm voxel, vessels are dense."""
+
+RECIPES = {recipe.name: recipe for recipe in (DEFAULT, HARD)}
+
+
+def get_recipe(name: str) -> Recipe:
+    """Look a recipe up by its name.
+
+    Raises
+    ------
+    ValueError
+        If there is no such recipe; the message names the known ones.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"unknown phantom recipe {name!r}; known recipes: {', '.join(RECIPES)}")
+    return RECIPES[name]
