@@ -1,16 +1,4 @@
-"""Any data set with one folder per case, described by a small file or by options.
-
-The description, JSON or YAML, has the keys of :class:`nnunetv2_mstkd.dataset_conversion.description.Description`:
-
-    {
-      "modalities": {"T1": "T1.nii.gz", "T1ce": "T1POST.nii.gz", "T2": "T2.nii.gz", "FLAIR": "FLAIR.nii.gz"},
-      "label": "GOLD_STANDARD.nii.gz",
-      "labels": {"background": 0, "lesion": 1}
-    }
-
-    mstkd convert generic SOURCE -d 501 --name OpenMS --description open_ms.json --splits
-    python dataset_conversion/generic.py SOURCE -d 501 --name OpenMS --description open_ms.json --splits
-"""
+"""Any data set with one folder per case, described by a small file or by options."""
 
 from __future__ import annotations
 
@@ -24,6 +12,20 @@ from nnunetv2_mstkd.cli import run_and_report
 from nnunetv2_mstkd.dataset_conversion import conversion
 from nnunetv2_mstkd.dataset_conversion.description import BACKGROUND, Description, read_description
 
+EXAMPLE = """\
+example of a description:
+  {
+    "modalities": {"T1": "T1.nii.gz", "T1ce": "T1POST.nii.gz", "T2": "T2.nii.gz", "FLAIR": "FLAIR.nii.gz"},
+    "label": "GOLD_STANDARD.nii.gz",
+    "labels": {"background": 0, "lesion": 1}
+  }
+further keys: regions_class_order, cases and test_cases, as the options of these names; remap, from the files' own label
+values to those to write: {"4": 3}
+
+example of a call:
+  %(prog)s SOURCE -d 501 --name OpenMS --description open_ms.json --val-cases patient26
+"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this converter."""
@@ -32,9 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what the data set holds",
         "A file, or options, or both: an option replaces the key of that meaning in the file.",
     )
-    group.add_argument(
-        "--description", metavar="FILE", type=Path, help="JSON or YAML file; keys as in the example below"
-    )
+    group.add_argument("--description", metavar="FILE", type=Path, help="JSON or YAML file; see the example below")
     group.add_argument(
         "--modality",
         metavar="NAME=PATTERN",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cases", metavar="PATTERN", help="pattern of the case folders within SOURCE (default: '*')")
     group.add_argument("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = __doc__
+    parser.epilog = EXAMPLE
 
 
 def run(args: argparse.Namespace) -> None:
@@ -80,6 +80,8 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
     if args.regions_class_order:
         values = _label_values("--regions-class-order", args.regions_class_order)
         options["regions_class_order"] = values if isinstance(values, list) else [values]
+    if not args.description and not any(value is not None for value in options.values()):
+        raise ValueError("nothing describes the data set; give --description FILE, or --modality, --label and --class")
     from_file = read_description(args.description) if args.description else {}
     return from_file | {key: value for key, value in options.items() if value is not None}
 

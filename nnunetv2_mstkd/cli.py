@@ -57,7 +57,7 @@ def run_and_report(name: str, run: Callable[[argparse.Namespace], int | None], a
     except USER_ERRORS as error:
         if getattr(args, "debug", False) or os.environ.get("MSTKD_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"{name}: {error or type(error).__name__}", file=sys.stderr)
+        print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import nnunetv2_mstkd
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd._register import TRAINER_PATH
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
+    """Give a function that makes ``mstkd fake --number N`` call a function."""
+
+    def install(run: Callable[[argparse.Namespace], int | None]) -> None:
+        module = SimpleNamespace(run=run, add_arguments=lambda parser: parser.add_argument("--number", type=int))
+        monkeypatch.setitem(cli.COMMANDS, "fake", "only for this test")
+        monkeypatch.setitem(sys.modules, "nnunetv2_mstkd.commands.fake", module)
+
+    return install
+
+
+def raising(error: BaseException) -> Callable[[argparse.Namespace], None]:
+    def run(args: argparse.Namespace) -> None:
+        raise error
+
+    return run
+
+
+def test_a_command_gets_its_arguments_and_gives_the_exit_code(command):
+    command(lambda args: args.number)
+    assert cli.main(["fake", "--number", "7"]) == 7
+
+
+def test_a_command_that_returns_nothing_succeeds(command):
+    command(lambda args: None)
+    assert cli.main(["fake"]) == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("found 3, expected 4"),
+        FileNotFoundError("no folder x"),
+        FileExistsError("x is there"),
+        PermissionError("x is not yours"),
+        NotImplementedError("no cascade"),
+        ModuleNotFoundError("No module named 'nilearn'"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_user_can_mend_is_one_line_and_exit_code_2(command, capsys, monkeypatch, error):
+    monkeypatch.delenv("MSTKD_DEBUG", raising=False)
+    command(raising(error))
+    assert cli.main(["fake"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err) == ("", f"mstkd fake: {error}\n")
+
+
+def test_an_error_without_text_is_named(command, capsys):
+    command(raising(NotImplementedError()))
+    assert cli.main(["fake"]) == 2
+    assert capsys.readouterr().err == "mstkd fake: NotImplementedError\n"
+
+
+def test_a_defect_keeps_its_traceback(command):
+    command(raising(KeyError("spacing")))
+    with pytest.raises(KeyError, match="spacing"):
+        cli.main(["fake"])
+
+
+def test_an_interrupt_gives_130(command, capsys):
+    command(raising(KeyboardInterrupt()))
+    assert cli.main(["fake"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--debug", "fake"], ["fake", "--debug"]], ids=["before", "after"])
+def test_debug_shows_the_traceback_too(command, capsys, monkeypatch, arguments):
+    monkeypatch.delenv("MSTKD_DEBUG", raising=False)
+    command(raising(ValueError("found 3")))
+    assert cli.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and err.endswith("mstkd fake: found 3\n")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
+def test_the_environment_can_ask_for_the_traceback(command, capsys, monkeypatch, value, shown):
+    monkeypatch.setenv("MSTKD_DEBUG", value)
+    command(raising(ValueError("found 3")))
+    cli.main(["fake"])
+    assert ("Traceback" in capsys.readouterr().err) is shown
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["trian"])
+    assert stop.value.code == 2
+    err = capsys.readouterr().err
+    assert "invalid choice: 'trian'" in err
+    assert all(f"'{name}'" in err for name in cli.COMMANDS)
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+
+
+def test_version_is_the_package_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"mstkd {nnunetv2_mstkd.__version__}\n"
+
+
+def test_help_lists_every_command(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    out = capsys.readouterr().out
+    assert all(f"\n    {name} " in out or f"\n    {name}\n" in out for name in cli.COMMANDS)
+
+
+def test_the_table_and_the_modules_agree():
+    spec = importlib.util.find_spec("nnunetv2_mstkd.commands")
+    modules = {path.stem for path in Path(spec.origin).parent.glob("*.py")} - {"__init__"}
+    assert modules == {name.replace("-", "_") for name in cli.COMMANDS}
+
+
+@pytest.mark.parametrize("name", sorted(cli.COMMANDS))
+def test_every_command_explains_itself(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: mstkd {name}")
+
+
+def test_path_prints_the_folder_of_the_shim(capsys):
+    assert cli.main(["path"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{TRAINER_PATH}\n"
+    assert [file.name for file in Path(printed.strip()).glob("*.py")] == ["mstkd_trainers.py"]
+
+
+def test_path_imports_neither_torch_nor_numpy():
+    code = (
+        "import sys; from nnunetv2_mstkd.cli import main; main(['path']); "
+        "print(sorted({'torch', 'numpy', 'nnunetv2', 'SimpleITK'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"

@@ -1,0 +1,434 @@
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.dataset_conversion import conversion, generic
+from nnunetv2_mstkd.dataset_conversion.cases import read_label
+from nnunetv2_mstkd.dataset_conversion.description import Description
+
+SHAPE = (4, 5, 6)  # z, y, x
+T1, T2 = 10, 20  # what fills the images of the two modalities
+DESCRIPTION = {
+    "modalities": {"T2": "t2.nii.gz", "T1": "t1.nii.gz"},
+    "label": "seg.nii.gz",
+    "labels": {"background": 0, "edema": 1, "core": 2},
+}
+
+
+@pytest.fixture
+def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Set nnU-Net's three folders and return their parent."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Make a data set of three cases, a, b and c."""
+    folder = tmp_path / "source"
+    for case in "abc":
+        make_case(folder / case)
+    (folder / "README.md").write_text("not a case")
+    return folder
+
+
+def write(path: Path, array: np.ndarray, *, spacing=(1.0, 1.0, 2.0), origin=(5.0, -3.0, 7.0), direction=None) -> None:
+    image = sitk.GetImageFromArray(array)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    if direction is not None:
+        image.SetDirection(direction)
+    sitk.WriteImage(image, str(path))
+
+
+def label_array(*values: float, dtype: type = np.uint8) -> np.ndarray:
+    array = np.zeros(SHAPE, dtype)
+    array.flat[: len(values)] = values
+    return array
+
+
+def make_case(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    write(folder / "t1.nii.gz", np.full(SHAPE, T1, np.int16))
+    write(folder / "t2.nii.gz", np.full(SHAPE, T2, np.int16))
+    write(folder / "seg.nii.gz", label_array(1, 2))
+
+
+def convert(source: Path, *options: str, description: dict | None = None) -> int:
+    """Run ``mstkd convert generic`` with the description in a file."""
+    file = source.parent / "description.json"
+    file.write_text(json.dumps(DESCRIPTION if description is None else description))
+    arguments = ["convert", "generic", str(source), "-d", "7", "--name", "Toy", "--description", str(file), *options]
+    return cli.main(arguments)
+
+
+def read(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_writes_the_raw_format_with_the_channels_in_the_declared_order(nnunet, source):
+    assert convert(source) == 0
+    folder = nnunet / "raw" / "Dataset007_Toy"
+    assert sorted(content(folder)) == [
+        "dataset.json",
+        *(f"imagesTr/{case}_000{channel}.nii.gz" for case in "abc" for channel in (0, 1)),
+        *(f"labelsTr/{case}.nii.gz" for case in "abc"),
+    ]
+    assert json.loads((folder / "dataset.json").read_text()) == {
+        "name": "Dataset007_Toy",
+        "channel_names": {"0": "T2", "1": "T1"},
+        "labels": {"background": 0, "edema": 1, "core": 2},
+        "numTraining": 3,
+        "file_ending": ".nii.gz",
+    }
+    assert (read(folder / "imagesTr" / "b_0000.nii.gz") == T2).all()
+    assert (read(folder / "imagesTr" / "b_0001.nii.gz") == T1).all()
+    np.testing.assert_array_equal(read(folder / "labelsTr" / "b.nii.gz"), label_array(1, 2))
+
+
+def test_compressed_nifti_images_are_copied_unchanged(nnunet, source):
+    convert(source)
+    copied = nnunet / "raw" / "Dataset007_Toy" / "imagesTr" / "a_0001.nii.gz"
+    assert copied.read_bytes() == (source / "a" / "t1.nii.gz").read_bytes()
+
+
+def test_other_formats_are_written_as_compressed_nifti_on_the_same_grid(nnunet, source):
+    flipped = (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
+    for case in "abc":
+        shutil.rmtree(source / case)
+        (source / case).mkdir()
+        write(source / case / "t1.mha", np.full(SHAPE, 0.5, np.float32), direction=flipped)
+        write(source / case / "seg.nrrd", label_array(1), direction=flipped)
+    description = {"modalities": {"T1": "*.mha"}, "label": "*.nrrd", "labels": {"background": 0, "edema": 1}}
+    assert convert(source, description=description) == 0
+    folder = nnunet / "raw" / "Dataset007_Toy"
+    with gzip.open(folder / "imagesTr" / "a_0000.nii.gz") as file:
+        assert len(file.read()) > 352  # NIfTI's header
+    image, label = (sitk.ReadImage(str(folder / name)) for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"))
+    assert (sitk.GetArrayFromImage(image) == 0.5).all()
+    for written in (image, label):
+        assert written.GetSpacing() == (1.0, 1.0, 2.0)
+        assert written.GetOrigin() == (5.0, -3.0, 7.0)
+        np.testing.assert_allclose(written.GetDirection(), flipped, atol=1e-6)
+
+
+def test_integer_labels_stored_as_float_are_written_as_uint8(nnunet, source):
+    write(source / "a" / "seg.nii.gz", label_array(2, 1, 2, dtype=np.float64))
+    assert convert(source) == 0
+    label = sitk.ReadImage(str(nnunet / "raw" / "Dataset007_Toy" / "labelsTr" / "a.nii.gz"))
+    assert label.GetPixelID() == sitk.sitkUInt8
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(label), label_array(2, 1, 2))
+
+
+def test_remap_turns_the_release_values_into_consecutive_ones(nnunet, source):
+    for case in "abc":
+        write(source / case / "seg.nii.gz", label_array(1, 2, 4, 4))
+    labels = {"background": 0, "edema": 1, "core": 2, "enhancing": 3}
+    assert convert(source, description={**DESCRIPTION, "labels": labels, "remap": {"1": 2, "2": 1, "4": 3}}) == 0
+    written = read(nnunet / "raw" / "Dataset007_Toy" / "labelsTr" / "c.nii.gz")
+    np.testing.assert_array_equal(written, label_array(2, 1, 3, 3))
+
+
+def test_regions_are_written_as_nnunet_reads_them(nnunet, source):
+    from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+    labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
+    assert convert(source, description={**DESCRIPTION, "labels": labels, "regions_class_order": [1, 2]}) == 0
+    written = json.loads((nnunet / "raw" / "Dataset007_Toy" / "dataset.json").read_text())
+    manager = LabelManager(written["labels"], written["regions_class_order"])
+    assert manager.all_regions == [(1, 2), (2,)]
+    assert manager.ignore_label == 3
+
+
+def test_options_can_replace_the_description_file(nnunet, source):
+    arguments = ["convert", "generic", str(source), "-d", "7", "--name", "Toy", "--label", "seg.nii.gz"]
+    arguments += ["--modality", "T2=t2.nii.gz", "--modality", "T1=t1.nii.gz"]
+    arguments += ["--class", "whole=1,2", "--class", "core=2", "--regions-class-order", "1,2"]
+    assert cli.main(arguments) == 0
+    written = json.loads((nnunet / "raw" / "Dataset007_Toy" / "dataset.json").read_text())
+    assert written["channel_names"] == {"0": "T2", "1": "T1"}
+    assert written["labels"] == {"background": 0, "whole": [1, 2], "core": 2}
+    assert written["regions_class_order"] == [1, 2]
+
+
+def test_an_option_wins_over_its_key_in_the_file(nnunet, source):
+    assert convert(source, "--modality", "T1=t1.nii.gz") == 0
+    written = json.loads((nnunet / "raw" / "Dataset007_Toy" / "dataset.json").read_text())
+    assert written["channel_names"] == {"0": "T1"}
+
+
+def test_yaml_says_the_same_as_json(nnunet, source):
+    file = source.parent / "description.yaml"
+    file.write_text(
+        "modalities: {T2: t2.nii.gz, T1: t1.nii.gz}\nlabel: seg.nii.gz\nlabels: {background: 0, edema: 1, core: 2}\n"
+    )
+    assert generic.read_description(file) == DESCRIPTION
+
+
+def test_the_module_runs_as_a_script_too(nnunet, source):
+    (source.parent / "description.json").write_text(json.dumps(DESCRIPTION))
+    command = [sys.executable, generic.__file__, str(source), "-d", "7", "--name", "Toy"]
+    subprocess.run([*command, "--description", str(source.parent / "description.json")], check=True)
+    by_script = content(nnunet / "raw" / "Dataset007_Toy")
+    assert convert(source, "--overwrite") == 0
+    assert content(nnunet / "raw" / "Dataset007_Toy") == by_script
+
+
+def test_test_cases_are_kept_apart_and_need_no_label(nnunet, source):
+    (source / "c" / "seg.nii.gz").unlink()
+    assert convert(source, "--test-cases", "b", "[c-z]") == 0
+    folder = nnunet / "raw" / "Dataset007_Toy"
+    assert {path.name for path in (folder / "imagesTr").iterdir()} == {"a_0000.nii.gz", "a_0001.nii.gz"}
+    assert {path.name for path in (folder / "imagesTs").iterdir()} == {
+        f"{case}_000{channel}.nii.gz" for case in "bc" for channel in (0, 1)
+    }
+    assert [path.name for path in (folder / "labelsTs").iterdir()] == ["b.nii.gz"]
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 1
+
+
+def test_case_folders_may_lie_deeper(nnunet, source):
+    (source / "HGG").mkdir()
+    shutil.move(source / "a", source / "HGG" / "a")
+    assert convert(source, "--cases", "*/*") == 0
+    assert [path.name for path in (nnunet / "raw" / "Dataset007_Toy" / "labelsTr").iterdir()] == ["a.nii.gz"]
+
+
+def test_all_problems_are_listed_together_and_nothing_is_written(nnunet, source, capsys):
+    (source / "a" / "t1.nii.gz").unlink()
+    write(source / "b" / "seg.nii.gz", label_array(1, 3, 9))
+    write(source / "b" / "t1.nii.gz", np.full(SHAPE, T1, np.int16), spacing=(1.0, 1.0, 2.5))
+    (source / "c" / "t2.nii.gz").write_bytes(b"no image")
+    assert convert(source, "--splits") == 2
+    err = capsys.readouterr().err
+    assert "4 problems, nothing was written" in err
+    assert "\n  a: T1: no file matches 't1.nii.gz'" in err
+    assert "\n  b: T1 has spacing (1, 1, 2.5) instead of (1, 1, 2) as in T2" in err
+    assert "\n  b: label (seg.nii.gz) holds the undeclared values [3, 9], declared are [0, 1, 2]" in err
+    assert "\n  c: T2 (t2.nii.gz) cannot be read" in err
+    assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (label_array(1, 1.25, dtype=np.float32), "holds 1.25, expected integers only"),
+        (label_array(1, np.nan, dtype=np.float32), "holds nan, expected integers only"),
+        (label_array(1, np.inf, dtype=np.float32), "holds inf, expected integers only"),
+        (label_array(-1, dtype=np.int16), r"undeclared values \[-1\]"),
+        (label_array(257, dtype=np.int16), r"undeclared values \[257\]"),
+    ],
+    ids=["fraction", "nan", "infinity", "negative", "beyond uint8"],
+)
+def test_labels_that_are_not_declared_integers_are_refused(tmp_path, array, message):
+    write(tmp_path / "seg.mha", array)  # NIfTI's reader turns what is not finite into 0
+    with pytest.raises(ValueError, match=message):
+        read_label(tmp_path / "seg.mha", Description.from_mapping(DESCRIPTION))
+
+
+@pytest.mark.parametrize("part", ["spacing", "origin", "direction"])
+@pytest.mark.parametrize("file", ["t1.nii.gz", "seg.nii.gz"])
+def test_files_of_one_case_must_lie_on_one_grid(nnunet, source, capsys, part, file):
+    angle = np.float64(0.002)
+    turned = (np.cos(angle), -np.sin(angle), 0.0, np.sin(angle), np.cos(angle), 0.0, 0.0, 0.0, 1.0)
+    moved = {"spacing": (1.0, 1.0, 2.002), "origin": (5.0, -3.002, 7.0), "direction": turned}[part]
+    write(source / "b" / file, label_array(1), **{part: moved})
+    assert convert(source) == 2
+    assert f"has {part} (" in capsys.readouterr().err
+
+
+def test_files_of_one_case_must_have_one_size(nnunet, source, capsys):
+    write(source / "b" / "seg.nii.gz", label_array(1)[:3])
+    assert convert(source) == 2
+    assert "b: label has size (6, 5, 3) instead of (6, 5, 4) as in T2" in capsys.readouterr().err
+
+
+def test_rounding_in_headers_is_written_away_because_nnunet_refuses_it(nnunet, source):
+    from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+
+    write(source / "b" / "t1.nii.gz", np.full(SHAPE, T1, np.int16), spacing=(1.0, 1.0005, 2.0))
+    with pytest.raises(RuntimeError):
+        SimpleITKIO().read_images([str(source / "b" / name) for name in ("t2.nii.gz", "t1.nii.gz")])
+    assert convert(source) == 0
+    written = [str(nnunet / "raw" / "Dataset007_Toy" / "imagesTr" / f"b_000{channel}.nii.gz") for channel in (0, 1)]
+    images, properties = SimpleITKIO().read_images(written)
+    assert properties["spacing"] == [2.0, 1.0, 1.0]
+    assert (images[0] == T2).all() and (images[1] == T1).all()
+
+
+def test_images_of_several_channels_are_refused(nnunet, source, capsys):
+    both = sitk.JoinSeries([sitk.ReadImage(str(source / "a" / name)) for name in ("t1.nii.gz", "t2.nii.gz")])
+    sitk.WriteImage(both, str(source / "a" / "t1.nii.gz"))
+    assert convert(source) == 2
+    assert "a: T1 (t1.nii.gz) has 4 dimensions" in capsys.readouterr().err
+
+
+def test_a_pattern_that_matches_two_files_is_refused(nnunet, source, capsys):
+    modalities = {"T1": "t1.nii.gz", "T2": "t*.nii.gz"}
+    assert convert(source, description={**DESCRIPTION, "modalities": modalities}) == 2
+    assert "a: T2: t1.nii.gz, t2.nii.gz match 't*.nii.gz', expected one file" in capsys.readouterr().err
+
+
+def test_one_file_for_two_modalities_is_refused(nnunet, source, capsys):
+    modalities = {"T1": "t1.nii.gz", "T2": "*1.nii.gz"}
+    assert convert(source, description={**DESCRIPTION, "modalities": modalities}) == 2
+    assert "a: T1 and T2 are the same file t1.nii.gz" in capsys.readouterr().err
+
+
+def test_an_existing_data_set_is_refused_and_kept(nnunet, source, capsys):
+    convert(source)
+    before = content(nnunet / "raw")
+    write(source / "a" / "t1.nii.gz", np.full(SHAPE, 99, np.int16))
+    assert convert(source) == 2
+    assert "is already there; --overwrite replaces it" in capsys.readouterr().err
+    assert content(nnunet / "raw") == before
+
+
+def test_overwrite_replaces_the_whole_folder(nnunet, source):
+    convert(source)
+    shutil.rmtree(source / "c")
+    assert convert(source, "--overwrite") == 0
+    assert [path.name for path in (nnunet / "raw").iterdir()] == ["Dataset007_Toy"]
+    labels = nnunet / "raw" / "Dataset007_Toy" / "labelsTr"
+    assert sorted(path.name for path in labels.iterdir()) == ["a.nii.gz", "b.nii.gz"]
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
+def test_a_failure_while_writing_leaves_what_was_there(nnunet, source, monkeypatch, error):
+    convert(source)
+    before = content(nnunet / "raw")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    monkeypatch.setattr(conversion.shutil, "copyfile", fail)
+    assert convert(source, "--overwrite") in (2, 130)
+    assert content(nnunet / "raw") == before
+
+
+def test_a_failure_while_taking_the_place_leaves_what_was_there(nnunet, source, monkeypatch):
+    convert(source)
+    before = content(nnunet / "raw")
+    rename = Path.rename
+
+    def fail_for_the_new_one(path: Path, target: Path) -> Path:
+        if path.name == "new":
+            raise PermissionError(f"{path} is in use")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
+    assert convert(source, "--overwrite") == 2
+    assert content(nnunet / "raw") == before
+
+
+@pytest.mark.parametrize("place", ["raw", "preprocessed", "results"])
+def test_a_number_in_use_is_refused(nnunet, source, capsys, place):
+    (nnunet / place / "Dataset007_Other").mkdir()
+    assert convert(source) == 2
+    assert "Dataset007_Other has the number of Dataset007_Toy" in capsys.readouterr().err
+
+
+def test_a_missing_environment_variable_is_named(nnunet, source, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_raw")
+    assert convert(source) == 2
+    assert "nnUNet_raw is not set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("dataset_id", "name"), [(0, "Toy"), (1000, "Toy"), (7, "To__y"), (7, ""), (7, "../Toy"), (7, "a b")]
+)
+def test_names_that_nnunet_cannot_read_back_are_refused(dataset_id, name):
+    with pytest.raises(ValueError, match="expected"):
+        conversion.dataset_name(dataset_id, name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modality": {}}, "unknown key 'modality'"),
+        ({"modalities": {}}, "modalities is {}"),
+        ({"modalities": ["t1.nii.gz"]}, "modalities is"),
+        ({"modalities": {"T1": ""}}, "the pattern of T1 is ''"),
+        ({"label": "/seg.nii.gz"}, "expected a relative one"),
+        ({"labels": {"edema": 1}}, "'background': 0"),
+        ({"labels": {"background": 0}}, r"the label values are \[0\]"),
+        ({"labels": {"background": 0, "edema": 2}}, r"the label values are \[0, 2\]"),
+        ({"labels": {"background": 0, "edema": 1.0}}, "label 'edema' is 1.0"),
+        ({"labels": {"background": 0, "edema": True}}, "label 'edema' is True"),
+        ({"labels": {"background": 0, "whole": []}}, "label 'whole' is"),
+        ({"labels": {"background": 0, "edema": 1, "ignore": [2]}}, "label 'ignore' is"),
+        ({"labels": {"background": 0, "ignore": 1, "edema": 2}}, "expected the highest value, 2"),
+        ({"labels": {"background": 0, "whole": [1, 2], "core": 2}}, "for each of the 2 regions whole, core"),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 3]},
+            "for each of the 2 regions whole, core",
+        ),
+        ({"regions_class_order": [1, 2]}, "no label is a list of several values"),
+        ({"test_cases": "a"}, "expected a list of names"),
+        ({"remap": {"x": 1}}, "remap is"),
+    ],
+)
+def test_a_description_that_nnunet_could_not_train_on_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        Description.from_mapping({**DESCRIPTION, **change})
+
+
+@pytest.mark.parametrize("key", ["modalities", "label", "labels"])
+def test_a_description_without_an_essential_key_is_refused(key):
+    incomplete = {name: value for name, value in DESCRIPTION.items() if name != key}
+    with pytest.raises(ValueError, match=f"lacks {key}$"):
+        Description.from_mapping(incomplete)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("d.json", '{"label": ', "cannot read the description"),
+        ("d.yaml", "a: b: c", "cannot read the description"),
+        ("d.txt", "{}", "ends in '.txt', expected .json"),
+        ("d.json", "[1]", "holds a list"),
+    ],
+)
+def test_an_unreadable_description_is_one_line(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message) as caught:
+        generic.read_description(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--modality", "t1.nii.gz"], "--modality is 't1.nii.gz', expected NAME=PATTERN"),
+        (["--modality", "T1=a", "--modality", "T1=b"], "--modality names T1 twice"),
+        (["--class", "edema=one"], "--class has the value 'one'"),
+        (["--test-cases", "z"], "matches the test case 'z'"),
+        (["--test-cases", "*"], "all 3 cases"),
+        (["--cases", "x*"], "matches 'x*', expected one folder per case"),
+        (["--workers", "0"], "--workers is 0"),
+        (["--folds", "2", "--val-cases", "a"], "expected one of them"),
+        (["--folds", "4"], "4 folds of 3 training cases"),
+        (["--folds", "1"], "1 folds of 3 training cases"),
+        (["--val-cases", "z"], "validation cases z are no training cases, which are a, b, c"),
+        (["--val-cases", "a", "b", "c"], "3 of 3 training cases validate"),
+    ],
+)
+def test_options_that_cannot_be_followed_are_refused_and_nothing_is_written(nnunet, source, capsys, options, message):
+    assert convert(source, *options) == 2
+    assert message in capsys.readouterr().err
+    assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
