@@ -1,0 +1,106 @@
+"""Comparing tensors whatever their size and scale."""
+
+from __future__ import annotations
+
+import torch
+
+_EPSILON = 1e-6
+_VARIANCE_FLOOR = 1e-5
+
+
+def squared_sums(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator and denominator of :func:`relative_difference`, without the 1e-6.
+
+    They are apart so that one ratio can run over several pairs of tensors without concatenating them.
+
+    Parameters
+    ----------
+    a, b : Tensor, shape (B, ...)
+        Two tensors of the same shape.
+
+    Returns
+    -------
+    difference, size : Tensor of float32, shape (B,)
+        sum((a - b)^2) and sum(a^2) + sum(b^2) of every sample.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no batch axis.
+    """
+    if a.shape != b.shape:
+        raise ValueError(f"found tensors of shapes {tuple(a.shape)} and {tuple(b.shape)}, expected equal shapes")
+    if a.ndim == 0:
+        raise ValueError("found a scalar, expected a tensor whose first axis is the batch")
+    with torch.autocast(device_type=a.device.type, enabled=False):
+        a, b = a.float().reshape(a.shape[0], -1), b.float().reshape(b.shape[0], -1)
+        return (a - b).square().sum(1), a.square().sum(1) + b.square().sum(1)
+
+
+def ratio_of_sums(difference: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Mean over the batch of difference / (size + 1e-6): the scalar of :func:`relative_difference` from its two sums.
+
+    Parameters
+    ----------
+    difference, size : Tensor of float32, shape (B,)
+        What :func:`squared_sums` returned, or sums of several such results.
+
+    Returns
+    -------
+    Tensor of float32, scalar.
+    """
+    with torch.autocast(device_type=difference.device.type, enabled=False):
+        return (difference / (size + _EPSILON)).mean()
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Squared difference relative to the size of both tensors.
+
+    ``rel(a, b) = sum((a - b)^2) / (sum(a^2) + sum(b^2) + 1e-6)`` per sample, then the mean over the batch. It is 0 for
+    equal tensors, about 1 for unrelated ones, at most 1 for non-negative and at most 2 for any tensors, whatever the
+    number of elements and their scale. MST-KDNet (MICCAI 2025) uses plain mean squared errors instead (equations 4, 5
+    and 11), which need a weight of their own for every term (1e8 for attention maps). Nothing is detached here.
+
+    Parameters
+    ----------
+    a, b : Tensor, shape (B, ...)
+        Two tensors of the same shape and any floating type.
+
+    Returns
+    -------
+    Tensor of float32, scalar.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ or there is no batch axis.
+    """
+    return ratio_of_sums(*squared_sums(a, b))
+
+
+def standardize_channels(x: torch.Tensor) -> torch.Tensor:
+    """Standardise every channel of every sample over space: (x - mean) / sqrt(var + 1e-5), population variance.
+
+    A constant channel, and so every channel of a grid of one position, becomes zero.
+
+    Parameters
+    ----------
+    x : Tensor, shape (B, C, *spatial)
+        Any floating type, at least one spatial axis.
+
+    Returns
+    -------
+    Tensor of float32, shape of x.
+
+    Raises
+    ------
+    ValueError
+        If there is no spatial axis.
+    """
+    if x.ndim < 3:
+        raise ValueError(f"found a tensor of shape {tuple(x.shape)}, expected (B, C, *spatial)")
+    space = tuple(range(2, x.ndim))
+    with torch.autocast(device_type=x.device.type, enabled=False):
+        centred = x.float()
+        centred = centred - centred.mean(space, keepdim=True)
+        return centred * torch.rsqrt(centred.square().mean(space, keepdim=True) + _VARIANCE_FLOOR)
