@@ -1,0 +1,104 @@
+"""The adversary of global style matching (GSME)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from nnunetv2_mstkd.losses.relative import standardize_channels
+
+_NEGATIVE_SLOPE = 0.2
+
+
+class PatchDiscriminator(nn.Module):
+    """Fully convolutional discriminator that tells the teacher's features from the student's, position by position.
+
+    D of equation (9) in MST-KDNet (MICCAI 2025), "Bridging the Gap in Missing Modalities: Leveraging Knowledge
+    Distillation and Style Matching for Brain Tumor Segmentation". Input is f_enc and f_t joined along the channels. One
+    convolution of stride 2, then convolutions of stride 1, all 3 wide with padding 1, so that any grid with edges of at
+    least 1 works.
+
+    Changed against the paper's code: no kernel tied to one patch size; each input channel is standardised over space,
+    so that D cannot win by the features' scale and offset alone; no normalisation inside, which would fail on one
+    position and make each position's answer depend on the whole grid; logits instead of probabilities. Weights and
+    arithmetic are float32, also under autocast.
+
+    Parameters
+    ----------
+    input_channels : int
+        Channels of f_enc plus channels of f_t.
+    dimensions : 2 or 3
+        Number of spatial axes.
+    features : sequence of int
+        Channels of the hidden convolutions, at least one.
+
+    Raises
+    ------
+    ValueError
+        If a number of channels is below 1, there is no hidden convolution or dimensions is not 2 or 3.
+    """
+
+    def __init__(self, input_channels: int, *, dimensions: int, features: Sequence[int] = (32, 64)) -> None:
+        super().__init__()
+        if dimensions not in (2, 3):
+            raise ValueError(f"found dimensions = {dimensions}, expected 2 or 3")
+        if input_channels < 1 or len(features) == 0 or min(features) < 1:
+            raise ValueError(
+                f"found {input_channels} input channels and features {tuple(features)}, expected at least one input "
+                "channel and one or more positive numbers of features"
+            )
+        self.input_channels = input_channels
+        self.dimensions = dimensions
+        convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
+        layers: list[nn.Module] = []
+        width = input_channels
+        for index, next_width in enumerate(features):
+            layers.append(convolution(width, next_width, kernel_size=3, stride=2 if index == 0 else 1, padding=1))
+            nn.init.kaiming_normal_(layers[-1].weight, a=_NEGATIVE_SLOPE)
+            nn.init.zeros_(layers[-1].bias)
+            layers.append(nn.LeakyReLU(_NEGATIVE_SLOPE))
+            width = next_width
+        self.hidden = nn.Sequential(*layers)
+        self.head = convolution(width, 1, kernel_size=3, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Logits, positive where the input looks like the teacher's.
+
+        Parameters
+        ----------
+        x : Tensor, shape (B, input_channels, *spatial)
+            cat((f_enc, f_t), 1), not standardised. A grid of one position standardises to zero: D then cannot tell.
+
+        Returns
+        -------
+        Tensor of float32, shape (B, 1, *ceil(spatial / 2)); :func:`mean_logit` makes one number per sample of it.
+
+        Raises
+        ------
+        ValueError
+            If the number of axes or channels does not fit.
+        """
+        if x.ndim != self.dimensions + 2 or x.shape[1] != self.input_channels:
+            raise ValueError(
+                f"found an input of shape {tuple(x.shape)}, expected (B, {self.input_channels}) and {self.dimensions} "
+                "spatial axes"
+            )
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            return self.head(self.hidden(standardize_channels(x)))
+
+
+def mean_logit(logits: torch.Tensor) -> torch.Tensor:
+    """Mean over positions of the discriminator's logits.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, 1, *spatial)
+
+    Returns
+    -------
+    Tensor of float32, shape (B,).
+    """
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        return logits.float().flatten(1).mean(1)
