@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -109,7 +109,7 @@ class Description:
         """Return what nnU-Net's ``dataset.json`` holds for `num_training` training cases."""
         content: dict[str, Any] = {
             "channel_names": {str(index): name for index, name in enumerate(self.modalities)},
-            "labels": {name: value if _is_integer(value) else list(value) for name, value in self.labels.items()},
+            "labels": {name: value if isinstance(value, int) else list(value) for name, value in self.labels.items()},
         }
         if self.regions_class_order:
             content["regions_class_order"] = list(self.regions_class_order)
@@ -173,7 +173,7 @@ def read_description(path: Path) -> dict[str, Any]:
 
 def _values(entry: int | Sequence[int]) -> list[int]:
     """Return the values of one entry of ``labels``."""
-    return list(entry) if isinstance(entry, (list, tuple)) else [entry]
+    return list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else [cast(int, entry)]
 
 
 def _is_integer(value: object) -> bool:
