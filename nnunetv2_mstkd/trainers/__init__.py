@@ -1,0 +1,7 @@
+"""The trainers that ``-tr`` finds."""
+
+from nnunetv2_mstkd.trainers.base import FullModalityTrainer
+from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer
+from nnunetv2_mstkd.trainers.mstkd import MSTKDTeacherTrainer, MSTKDTrainer
+
+__all__ = ["FullModalityTrainer", "MSTKDTeacherTrainer", "MSTKDTrainer", "ModalityDropoutTrainer"]

@@ -1,0 +1,313 @@
+"""What every trainer of this package shares: settings from the plans, schedule, seeds and checkpoints."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from torch import distributed as dist
+from torch._dynamo import OptimizedModule
+
+from nnunetv2_mstkd import checkpoints, modalities
+from nnunetv2_mstkd.settings import BLOCK, Settings, SettingsError
+from nnunetv2_mstkd.trainers.optimizers import build_optimizer
+from nnunetv2_mstkd.trainers.progress import TermLog
+
+
+class SettingsTrainer(nnUNetTrainer):
+    """nnU-Net's trainer, with the ``"mstkd"`` block of the plans as its settings.
+
+    The block is completed and written back into the plans before anything is built, so that it reaches the checkpoint,
+    the model folder's plans.json and, with it, prediction.
+    """
+
+    network_sections: ClassVar[tuple[str, ...]] = ()
+    """Sections of the settings that this trainer's network is built from: weights fit no other values of them."""
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int | str,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),  # noqa: B008 - nnU-Net's own signature
+    ) -> None:
+        plans.setdefault("continue_training", False)
+        manager = PlansManager(plans).get_configuration(configuration)
+        settings = Settings.from_block(manager.configuration.get(BLOCK))
+        # all that can be refused is refused here, before nnU-Net makes the output folder
+        self.check_plans(manager, dataset_json, settings)
+        settings = self.resolve(settings, manager)
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        given = self.configuration_manager.configuration.get(BLOCK) or {}
+        self._given_network = {section: dict(given.get(section) or {}) for section in self.network_sections}
+        self._resumed = False
+        self._split: dict[str, list[str]] | None = None
+        self._initial_sum: float | None = None
+        self.terms = TermLog(self.logger, self.output_folder)
+        self.adopt(settings)
+
+    # ---- settings ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        """Refuse, before anything is written, what this trainer cannot train.
+
+        Raises
+        ------
+        NotImplementedError
+            for the second stage of a cascade.
+        """
+        if configuration_manager.previous_stage_name is not None:
+            raise NotImplementedError(
+                f"{cls.__name__} does not support the cascade (the configuration continues "
+                f"{configuration_manager.previous_stage_name}); train 2d, 3d_fullres or 3d_lowres"
+            )
+
+    @classmethod
+    def resolve(cls, settings: Settings, configuration_manager) -> Settings:
+        """Fill the settings that depend on the plans; without a network of our own there are none."""
+        return settings
+
+    def epochs(self, settings: Settings) -> int:
+        return settings.schedule.epochs
+
+    def adopt(self, settings: Settings) -> None:
+        """Take settings over: complete them, write them into the plans, set nnU-Net's own attributes."""
+        self.settings = self.resolve(settings, self.configuration_manager)
+        block = self.settings.to_block()
+        self.plans_manager.plans["configurations"][self.configuration_name][BLOCK] = block
+        self.configuration_manager.configuration[BLOCK] = block
+        schedule = self.settings.schedule
+        self.num_epochs = self.epochs(self.settings)
+        self.num_iterations_per_epoch = schedule.iterations
+        self.num_val_iterations_per_epoch = schedule.validation_iterations
+        self.initial_lr = schedule.learning_rate
+        self.save_every = schedule.checkpoint_interval(self.num_epochs)
+
+    def _refuse_other_network(self, stored: Settings, source: str) -> None:
+        there, here = stored.to_block(), self.settings.to_block()
+        for section, given in self._given_network.items():
+            for key in given:
+                if there[section][key] != here[section][key]:
+                    raise SettingsError(
+                        f"the plans ask for {section}.{key} = {here[section][key]!r}, {source} was trained with "
+                        f"{there[section][key]!r}. Put the old value back, or train it as a configuration of its own "
+                        f"(mstkd configure)"
+                    )
+
+    def _refuse_mixed_folds(self) -> None:
+        """All folds of a model folder share one plans.json, so they must share the network."""
+        plans_file = join(self.output_folder_base, "plans.json")
+        if not isfile(plans_file):
+            return
+        others = [
+            path.parent.name
+            for path in sorted(Path(self.output_folder_base).glob("fold_*/checkpoint_*.pth"))
+            if path.parent.name != f"fold_{self.fold}"
+        ]
+        if not others:
+            return
+        there = load_json(plans_file)["configurations"].get(self.configuration_name, {}).get(BLOCK) or {}
+        here = self.settings.to_block()
+        changed = [
+            f"{section}.{key} is {old!r} there and {here[section].get(key)!r} here"
+            for section in self.network_sections
+            for key, old in (there.get(section) or {}).items()
+            if old != here[section].get(key)
+        ]
+        if changed:
+            listed = ", ".join(changed)
+            raise SettingsError(
+                f"{others[0]} in {self.output_folder_base} was trained with another network: {listed}. Train this one "
+                f"as a configuration of its own (mstkd configure)"
+            )
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    @property
+    def plain_network(self) -> torch.nn.Module:
+        """The network without the wrappers of DDP and torch.compile."""
+        network = self.network.module if self.is_ddp else self.network
+        return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    @property
+    def iteration(self) -> int:
+        """Training steps taken so far, over all epochs."""
+        return self.current_epoch * self.num_iterations_per_epoch + self._step_in_epoch
+
+    @property
+    def total_iterations(self) -> int:
+        return self.num_epochs * self.num_iterations_per_epoch
+
+    def initialize(self) -> None:
+        self._seed_everything(-1)
+        super().initialize()
+        self._step_in_epoch = 0
+        self._initial_sum = self._weight_sum()
+
+    def configure_optimizers(self):
+        return build_optimizer(self.network, self.settings.schedule, self.num_epochs, self.weight_decay)
+
+    def on_train_start(self) -> None:
+        self._refuse_mixed_folds()
+        if not self.was_initialized:
+            self.initialize()
+        train, validation = self.do_split()
+        self._split = {"train": sorted(map(str, train)), "val": sorted(map(str, validation))}
+        self.prepare_training()
+        super().on_train_start()
+
+    def prepare_training(self) -> None:
+        """Called once before the first epoch, before nnU-Net writes anything: weights to start from."""
+        if self._resumed or self.settings.schedule.init_from is None:
+            return
+        path = self._initial_checkpoint(self.settings.schedule.init_from)
+        self._start_from(checkpoints.read(path)["network_weights"], str(path))
+
+    def _initial_checkpoint(self, source: str) -> Path:
+        results = Path(self.output_folder_base).parents[1]
+        if source.endswith(".pth"):
+            return Path(source) if Path(source).is_absolute() else results / source
+        name = f"{source}__{self.plans_manager.plans_name}__{self.configuration_name}"
+        return Path(self.output_folder_base).parent / name / f"fold_{self.fold}" / "checkpoint_final.pth"
+
+    def _start_from(self, weights: dict[str, torch.Tensor], source: str) -> None:
+        if self._weight_sum() != self._initial_sum:
+            self.print_to_log_file(f"weights were already loaded (-pretrained_weights); not starting from {source}")
+            return
+        loaded, kept = checkpoints.load_matching(self.plain_network, weights)
+        self.print_to_log_file(
+            f"started from {source}: {len(loaded)} tensors loaded, {len(kept)} kept their initial value"
+        )
+        for name in kept:
+            self.print_to_log_file(f"  not in it or of another shape: {name}")
+
+    def _weight_sum(self) -> float:
+        """Tells whether somebody loaded weights after the network was built."""
+        return float(sum(parameter.detach().double().abs().sum().cpu() for parameter in self.network.parameters()))
+
+    def on_epoch_start(self) -> None:
+        self._seed_everything(self.current_epoch)
+        super().on_epoch_start()
+
+    def on_train_epoch_start(self) -> None:
+        self._step_in_epoch = 0
+        super().on_train_epoch_start()
+
+    def train_step(self, batch: dict) -> dict:
+        result = self.optimise(batch)
+        self._step_in_epoch += 1
+        return result
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """Stop a training that has diverged before nnU-Net saves its weights over the last good checkpoint.
+
+        Raises
+        ------
+        FloatingPointError
+            if no step of the epoch had a finite loss.
+        """
+        if not np.isfinite([output["loss"] for output in train_outputs]).any():
+            raise FloatingPointError(
+                f"the loss of every iteration of epoch {self.current_epoch} is not finite; nothing was saved. Look for "
+                f"NaN or extreme voxels in the training cases, or lower schedule.initial_lr; continue from the last "
+                f"checkpoint with --c"
+            )
+        super().on_train_epoch_end(train_outputs)
+
+    def optimise(self, batch: dict) -> dict:
+        """One step of the optimiser; nnU-Net's own here. Returns what nnU-Net logs."""
+        return super().train_step(batch)
+
+    def on_epoch_end(self) -> None:
+        if self.local_rank == 0:
+            self.terms.plot(self.current_epoch)
+        super().on_epoch_end()
+
+    def _seed_everything(self, epoch: int) -> None:
+        """With a seed in the settings, an epoch depends on (seed, fold, epoch, rank) only; so a resumed run repeats."""
+        seed = self.settings.schedule.seed
+        if seed is None:
+            return
+        fold = 1000 if self.fold == "all" else int(self.fold)
+        rank = dist.get_rank() if self.is_ddp and epoch >= 0 else 0
+        state = np.random.SeedSequence([seed, fold, epoch + 1, rank]).generate_state(2)
+        random.seed(int(state[0]))
+        np.random.seed(int(state[0]))  # nnU-Net's loaders draw from the global state
+        torch.manual_seed(int(state[1]))
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        """What goes to ``checkpoint["mstkd"]``: tensors and plain Python only, nothing that prediction needs."""
+        return {"split": self._split}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self._split = state.get("split")
+
+    def save_checkpoint(self, filename: str) -> None:
+        """nnU-Net's checkpoint with one more key, written to a temporary file first: never half a file."""
+        if self.local_rank != 0:
+            return
+        if self.disable_checkpointing:
+            self.print_to_log_file("No checkpoint written, checkpointing is disabled")
+            return
+        checkpoints.write(
+            {
+                "network_weights": self.plain_network.state_dict(),
+                "optimizer_state": self.optimizer.state_dict(),
+                "grad_scaler_state": None if self.grad_scaler is None else self.grad_scaler.state_dict(),
+                "logging": self.logger.get_checkpoint(),
+                "_best_ema": self._best_ema,
+                "current_epoch": self.current_epoch + 1,
+                "init_args": self.my_init_kwargs,
+                "trainer_name": self.__class__.__name__,
+                "inference_allowed_mirroring_axes": self.inference_allowed_mirroring_axes,
+                BLOCK: self.extra_state(),
+            },
+            filename,
+        )
+
+    def load_checkpoint(self, filename_or_checkpoint: str) -> None:
+        """Continue from, or validate, a checkpoint; its own settings win over those of the preprocessed plans.
+
+        Raises
+        ------
+        SettingsError
+            if the preprocessed plans explicitly ask for another network.
+        """
+        content = checkpoints.read(filename_or_checkpoint)
+        plans = content["init_args"]["plans"]["configurations"].get(self.configuration_name, {})
+        if plans.get(BLOCK) is not None:
+            stored = Settings.from_block(plans[BLOCK])
+            self._refuse_other_network(stored, str(filename_or_checkpoint))
+            self.adopt(stored)
+        super().load_checkpoint(filename_or_checkpoint)
+        self._resumed = True
+        # nnU-Net saves latest before it updates best: the log is ahead of _best_ema
+        logged = self.logger.get_value("ema_fg_dice", step=None)
+        self._best_ema = max(logged) if len(logged) else self._best_ema
+        self.load_extra_state(content.get(BLOCK) or {})
+
+
+class FullModalityTrainer(SettingsTrainer):
+    """nnUNetTrainer with epochs, iterations, save interval and seed from the settings, and nothing else changed.
+
+    The floor of every comparison: a model that has only ever seen complete input, given zeros. nnU-Net itself cannot
+    be given a budget, its number of iterations is fixed.
+    """
+
+
+def check_subsets(cls: type, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+    """What every trainer that takes modalities away needs: at least two of them, and a zero that stays zero."""
+    names = modalities.modality_names(dataset_json)
+    modalities.check_count(len(names))
+    modalities.check_normalization(configuration_manager.normalization_schemes)
+    settings.sampler.build(names)

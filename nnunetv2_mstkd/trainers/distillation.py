@@ -1,0 +1,185 @@
+"""Base of the distilling trainers: a frozen full-modality teacher beside a student with missing modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.losses.dmld import teacher_advantage
+from nnunetv2_mstkd.losses.ramp import ramp
+from nnunetv2_mstkd.settings import Settings
+from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer, StepLoss
+from nnunetv2_mstkd.trainers.teacher import Teacher, find_teacher, load_teacher
+
+
+class Target(NamedTuple):
+    """The label at full resolution, as the distillation terms read it.
+
+    Attributes
+    ----------
+    label:
+        (B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background.
+    foreground:
+        bool, (B, 1, *spatial): any region or label above 0.
+    valid:
+        bool, (B, 1, *spatial): not the ignore label; None where the data set has none.
+    weight:
+        float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike.
+    """
+
+    label: torch.Tensor
+    foreground: torch.Tensor
+    valid: torch.Tensor | None
+    weight: torch.Tensor | None = None
+
+
+Term = Callable[[Any, Any, Target], torch.Tensor]
+"""``term(student, teacher, target) -> scalar``, with what the two networks returned."""
+
+
+class DistillationTrainer(ModalityDropoutTrainer):
+    """Segmentation loss on a random subset, plus weighted terms that compare the student with a frozen teacher.
+
+    A method is a subclass that names its teacher's trainer and lists its terms. The teacher sees all modalities of the
+    same augmented batch, under no_grad; it is held outside ``self.network``, so that the checkpoint is the student
+    alone.
+    """
+
+    teacher_trainer: ClassVar[type]
+    teacher: torch.nn.Module | None = None
+    _teacher_identity: dict[str, str] | None = None
+
+    def distillation_weights(self) -> Mapping[str, float]:
+        """Weights by term name; only the terms above 0."""
+        raise NotImplementedError
+
+    def distillation_terms(self) -> Mapping[str, Term]:
+        """The terms by name. One of weight 0 is neither computed nor logged."""
+        raise NotImplementedError
+
+    def forward_student(self, data: torch.Tensor) -> Any:
+        """The student's output with what the active terms read; has ``logits``."""
+        raise NotImplementedError
+
+    def forward_teacher(self, data: torch.Tensor) -> Any:
+        """The teacher's output with what the active terms read; has ``logits``."""
+        raise NotImplementedError
+
+    def adopt(self, settings: Settings) -> None:
+        super().adopt(settings)
+        self.weights = dict(self.distillation_weights())
+
+    # ---- teacher -----------------------------------------------------------------------------------------------
+
+    def prepare_training(self) -> None:
+        super().prepare_training()
+        if self.current_epoch >= self.num_epochs:
+            return  # --c on a finished training only repeats the validation
+        warm_start = self.settings.teacher.warm_start and self.settings.schedule.init_from is None and not self._resumed
+        if not self.weights and not warm_start:
+            return
+        teacher = self._load_teacher()
+        if warm_start:
+            self._start_from(teacher.weights, "the teacher")
+        if self.weights:  # an ablation without any term does not pay for a teacher
+            self.teacher = torch.compile(teacher.network) if self._do_i_compile() else teacher.network
+
+    def _load_teacher(self) -> Teacher:
+        results = Path(self.output_folder_base).parent
+        dataset = self.plans_manager.dataset_name
+        path = find_teacher(
+            results,
+            trainer=self.teacher_trainer.__name__,
+            plans=self.plans_manager.plans,
+            configuration=self.configuration_name,
+            fold=self.fold,
+            wanted=self.settings.teacher.configuration,
+            dataset=int(dataset[7:10]) if dataset[7:10].isdigit() else dataset,
+        )
+        teacher = load_teacher(
+            path,
+            results_root=results.parent,
+            trainer=self.teacher_trainer,
+            student_configuration=self.configuration_manager,
+            student_plans=self.plans_manager,
+            dataset_json=self.dataset_json,
+            split=self._split,
+            device=self.device,
+        )
+        stored = self._teacher_identity
+        if self._resumed and stored is not None and stored["sha256"] != teacher.identity["sha256"]:
+            raise ValueError(
+                f"the teacher was replaced since this training started: {teacher.identity['path']} has weights "
+                f"{teacher.identity['sha256'][:12]}, the checkpoint was trained with {stored['path']} "
+                f"{stored['sha256'][:12]}. Put the old teacher back, or start this training anew without --c"
+            )
+        self.check_teacher(teacher)
+        self._teacher_identity = teacher.identity
+        self.print_to_log_file(f"teacher: {teacher.identity['path']}, sha256 {teacher.identity['sha256'][:12]}")
+        return teacher
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Hook: refuse a teacher whose features do not have the shapes that active terms match."""
+
+    def extra_state(self) -> dict[str, Any]:
+        return {**super().extra_state(), "teacher": self._teacher_identity}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        self._teacher_identity = state.get("teacher")
+
+    # ---- loss --------------------------------------------------------------------------------------------------
+
+    def weight_factor(self) -> float:
+        """Common factor of all term weights at this iteration: ramp at the start, linear fade at the end."""
+        settings = self.settings.distillation
+        factor = ramp(self.iteration, self.total_iterations, settings.ramp) if settings.ramp > 0 else 1.0
+        left = 1 - self.iteration / self.total_iterations
+        return factor * (min(1.0, left / settings.fade) if settings.fade > 0 else 1.0)
+
+    def compute_loss(self, data: torch.Tensor, target: Any, availability: torch.Tensor) -> StepLoss:
+        if not self.weights:
+            return super().compute_loss(data, target, availability)
+        with torch.no_grad():
+            teacher = self.forward_teacher(data)
+        student = self.forward_student(modalities.mask_modalities(data, availability))
+        segmentation = self.loss(student.logits, target)
+        deep = isinstance(student.logits, (list, tuple))
+        if deep:
+            student = student._replace(logits=student.logits[0])
+        label = self.read_target(target[0] if deep else target)
+        values = {"segmentation": segmentation}
+        total, factor = segmentation, self.weight_factor()
+        terms = self.distillation_terms()
+        with torch.autocast(self.device.type, enabled=False):
+            label = label._replace(weight=self.voxel_weight(student, teacher, label))
+            for name, weight in self.weights.items():
+                values[name] = terms[name](student, teacher, label)
+                total = total + factor * weight * values[name]
+        self.keep_for_update(student, teacher)
+        return StepLoss(total, values, student.logits)
+
+    def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
+        """1 where the teacher is more right than the student, if the settings ask to distil only there."""
+        if self.settings.distillation.where == "everywhere":
+            return None
+        regions = self.label_manager.has_regions
+        return teacher_advantage(student.logits, teacher.logits, target.label, regions=regions, valid=target.valid)
+
+    def keep_for_update(self, student: Any, teacher: Any) -> None:
+        """Hook: what a second optimiser's own step needs after the backward pass."""
+
+    def read_target(self, target: torch.Tensor) -> Target:
+        """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
+        labels = self.label_manager
+        if labels.has_regions:
+            valid = ~target[:, -1:].bool() if labels.has_ignore_label else None
+            label = target[:, :-1] if labels.has_ignore_label else target
+            return Target(label, label.bool().any(1, keepdim=True), valid)
+        valid = target != labels.ignore_label if labels.has_ignore_label else None
+        label = target if valid is None else torch.where(valid, target, 0)
+        return Target(label, label > 0, valid)

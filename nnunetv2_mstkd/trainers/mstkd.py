@@ -1,0 +1,247 @@
+"""MST-KDNet on nnU-Net: multi-scale transformer distillation, dual-mode logit distillation, global style matching."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_mstkd.losses import dmld, gsme, ms_tkd
+from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator, mean_logit
+from nnunetv2_mstkd.networks.multiscale_transformer import (
+    Features,
+    MultiScaleTransformerUNet,
+    build,
+    resolve,
+)
+from nnunetv2_mstkd.settings import BLOCK, Settings
+from nnunetv2_mstkd.trainers.base import FullModalityTrainer, check_subsets
+from nnunetv2_mstkd.trainers.distillation import DistillationTrainer, Target, Term
+from nnunetv2_mstkd.trainers.optimizers import WarmupPolyScheduler, build_optimizer
+from nnunetv2_mstkd.trainers.teacher import Teacher
+
+FEATURE_TERMS = ("evd", "maps", "style", "adversarial")
+"""Terms that compare features, so that teacher and student need transformers of one shape."""
+
+LOGIT_TERMS = ("discrepancy", "kl")
+"""Terms per voxel, which ``distillation.where`` restricts."""
+
+DISCRIMINATOR_LR = 1e-4
+DISCRIMINATOR_BETAS = (0.9, 0.99)
+
+
+class TransformerTrainer:
+    """Mix-in for both networks of MST-KDNet: the plans' U-Net with a multi-scale transformer, and its optimisers."""
+
+    network_sections: ClassVar[tuple[str, ...]] = ("network",)
+
+    @classmethod
+    def resolve(cls, settings: Settings, configuration_manager) -> Settings:
+        network = resolve(
+            settings.to_block()["network"],
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.patch_size,
+        )
+        return settings.replace("network", **{**network, "patch": tuple(network["patch"])})
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> MultiScaleTransformerUNet:
+        """The network as its plans describe it; called by training and, on the class, by prediction."""
+        settings = Settings.from_block(configuration_manager.configuration.get(BLOCK))
+        network = TransformerTrainer.resolve(settings, configuration_manager).to_block()["network"]
+        return build(
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            configuration_manager.patch_size,
+            network,
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+
+    def configure_optimizers(self):
+        network = getattr(self.network, "_orig_mod", self.network)
+        return build_optimizer(
+            network, self.settings.schedule, self.num_epochs, self.weight_decay, [network.transformer]
+        )
+
+    def optimise(self, batch: dict) -> dict:
+        if isinstance(self.lr_scheduler, WarmupPolyScheduler):
+            self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
+        return super().optimise(batch)
+
+
+class MSTKDTeacherTrainer(TransformerTrainer, FullModalityTrainer):
+    """The teacher: the network of :class:`MSTKDTrainer` on complete input, trained before the student.
+
+    MST-KDNet's released code trains it together with the student and lets distillation pull it down; here it is
+    trained first and then frozen, as the paper describes it.
+    """
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        """Also refuse what its student would refuse, before the time for a teacher is spent."""
+        super().check_plans(configuration_manager, dataset_json, settings)
+        check_subsets(cls, configuration_manager, dataset_json, settings)
+
+    def epochs(self, settings: Settings) -> int:
+        return settings.teacher.epochs or settings.schedule.epochs
+
+
+class MSTKDTrainer(TransformerTrainer, DistillationTrainer):
+    """MST-KDNet: "Bridging the Gap in Missing Modalities: Leveraging Knowledge Distillation and Style Matching for
+    Brain Tumor Segmentation", MICCAI 2025.
+
+    Total loss (eq. 12): segmentation + MS-TKD (``evd``, ``maps``; eq. 2-4) + DMLD (``discrepancy``, ``kl``; eq. 5-8)
+    + GSME (``style``, ``adversarial``; eq. 9-11). Every weight is a setting and may be 0.
+    """
+
+    teacher_trainer: ClassVar[type] = MSTKDTeacherTrainer
+
+    def distillation_weights(self) -> Mapping[str, float]:
+        return self.settings.distillation.weights
+
+    def initialize(self) -> None:
+        super().initialize()
+        self.discriminator = self.discriminator_optimizer = self._discriminator_input = None
+        if "adversarial" not in self.weights:
+            return
+        network, dimensions = self.plain_network, len(self.configuration_manager.patch_size)
+        level = network.style_level
+        width = network.encoder.output_channels[-1 - level]
+        self.discriminator = PatchDiscriminator(self._encoder_width(level) + width, dimensions=dimensions)
+        self.discriminator.to(self.device)
+        self.discriminator_optimizer = torch.optim.Adam(
+            self.discriminator.parameters(), DISCRIMINATOR_LR, betas=DISCRIMINATOR_BETAS
+        )
+        self.discriminator_step = self.discriminator
+        if self.is_ddp:
+            self.discriminator_step = DistributedDataParallel(self.discriminator, device_ids=[self.local_rank])
+
+    def _encoder_width(self, level: int) -> int:
+        """Channels of f_enc; those of the stage above where it is pooled from there."""
+        widths = self.plain_network.encoder.output_channels
+        pooled = self.settings.distillation.style_encoder == "paper" and level + 2 <= len(widths)
+        return widths[-2 - level] if pooled else widths[-1 - level]
+
+    def check_teacher(self, teacher: Teacher) -> None:
+        active = [name for name in FEATURE_TERMS if name in self.weights]
+        own = self.settings.to_block()["network"]
+        encoder, other = self.plain_network.encoder, teacher.network.encoder
+        for name, here, there in (
+            ("channels per stage", list(encoder.output_channels), list(other.output_channels)),
+            ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),
+        ):
+            if active and here != there:
+                raise ValueError(
+                    f"teacher {teacher.identity['path']} has the {name} {there}, the student {here}; the terms "
+                    f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
+                )
+        for key in ("taps", "patch") + (("heads",) if "evd" in active else ()):
+            found = teacher.network_settings.get(key)
+            if active and found != own[key]:
+                raise ValueError(
+                    f"teacher {teacher.identity['path']} has network.{key} = {found}, the student {own[key]}; the "
+                    f"terms {', '.join(active)} compare features of equal shape. Set their weights to 0 or train the "
+                    f"teacher with the same network settings"
+                )
+
+    def _feature_options(self) -> dict[str, bool]:
+        return {
+            "return_features": True,
+            "return_attention": "evd" in self.weights,
+            "pool_encoder": self.settings.distillation.style_encoder == "paper",
+        }
+
+    def voxel_weight(self, student: Features, teacher: Features, target: Target) -> torch.Tensor | None:
+        # no cost without a term that reads it
+        return super().voxel_weight(student, teacher, target) if self.weights.keys() & set(LOGIT_TERMS) else None
+
+    def forward_student(self, data: torch.Tensor) -> Features:
+        return self.network(data, **self._feature_options())
+
+    def forward_teacher(self, data: torch.Tensor) -> Features:
+        return self.teacher(data, **self._feature_options())
+
+    def distillation_terms(self) -> Mapping[str, Term]:
+        return {
+            "evd": lambda s, t, target: ms_tkd.extreme_value_distillation(s.attention, t.attention),
+            "maps": lambda s, t, target: ms_tkd.multiscale_map_matching(s.maps, t.maps),
+            "discrepancy": self._discrepancy,
+            "kl": self._kl,
+            "style": lambda s, t, target: gsme.style_matching((s.f_enc, s.f_dec, s.f_t), (t.f_enc, t.f_dec, t.f_t)),
+            "adversarial": self._adversarial,
+        }
+
+    def _discrepancy(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
+        return dmld.logit_discrepancy(
+            student.logits,
+            teacher.logits,
+            regions=self.label_manager.has_regions,
+            valid=target.valid,
+            voxel_weight=target.weight,
+        )
+
+    def _kl(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
+        return dmld.standardized_kl(
+            student.logits,
+            teacher.logits,
+            regions=self.label_manager.has_regions,
+            target_foreground=target.foreground,
+            valid=target.valid,
+            voxel_weight=target.weight,
+            tau=self.settings.distillation.tau,
+        )
+
+    # ---- adversary ---------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _style_pair(features: Features) -> torch.Tensor:
+        """Input of the discriminator: f_enc and f_t, which it standardises itself."""
+        return torch.cat([features.f_enc.float(), features.f_t.float()], 1)
+
+    def _adversarial(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
+        self.discriminator.requires_grad_(False)
+        term = gsme.adversarial_student_term(mean_logit(self.discriminator(self._style_pair(student))))
+        self.discriminator.requires_grad_(True)
+        return term
+
+    def keep_for_update(self, student: Features, teacher: Features) -> None:
+        if self.discriminator is not None:
+            self._discriminator_input = torch.cat([self._style_pair(teacher), self._style_pair(student).detach()])
+
+    def after_update(self, batch: dict) -> None:
+        """The discriminator's own step: teacher features are real, the student's are fake."""
+        super().after_update(batch)
+        if self._discriminator_input is None:
+            return
+        self.discriminator_optimizer.zero_grad(set_to_none=True)
+        real, fake = mean_logit(self.discriminator_step(self._discriminator_input)).chunk(2)
+        gsme.discriminator_loss(real, fake).backward()
+        for parameter in self.discriminator.parameters():
+            # an overflow in mixed precision costs the student a skipped step; Adam would keep the NaN for ever
+            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        self.discriminator_optimizer.step()
+        self._discriminator_input = None
+
+    def extra_state(self) -> dict[str, Any]:
+        state = super().extra_state()
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        if self.discriminator is not None and "discriminator" in state:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])

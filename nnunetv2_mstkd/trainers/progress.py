@@ -1,0 +1,63 @@
+"""Log and picture of the loss terms, beside nnU-Net's own progress.png."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+PREFIX = "mstkd_"
+
+
+class TermLog:
+    """Values by name and epoch, kept in nnU-Net's logger (and with it in checkpoints and Weights & Biases).
+
+    Parameters
+    ----------
+    logger:
+        nnU-Net's MetaLogger.
+    folder:
+        where ``progress_terms.png`` goes.
+    """
+
+    def __init__(self, logger, folder: str) -> None:
+        self._logger = logger
+        self._folder = folder
+
+    @property
+    def _lists(self) -> dict[str, list]:
+        return self._logger.local_logger.my_fantastic_logging
+
+    def log(self, values: Mapping[str, float], epoch: int) -> None:
+        """Log one value per name for ``epoch``.
+
+        nnU-Net's plot stops at the shortest list, so a name that appears late is padded with NaN.
+        """
+        for name, value in values.items():
+            history = self._lists.setdefault(PREFIX + name, [])
+            history.extend([float("nan")] * (epoch - len(history)))
+            self._logger.log(PREFIX + name, float(value), epoch)
+
+    def history(self) -> dict[str, list[float]]:
+        """All values so far by name, without the prefix."""
+        return {key[len(PREFIX) :]: list(values) for key, values in self._lists.items() if key.startswith(PREFIX)}
+
+    def plot(self, epoch: int) -> None:
+        """Draw one small panel per name."""
+        history = self.history()
+        if not history:
+            return
+        columns = min(3, len(history))
+        rows = -(-len(history) // columns)
+        with plt.rc_context({"font.size": 9, "axes.grid": True, "axes.facecolor": "white", "grid.color": "0.9"}):
+            figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.8 * rows), squeeze=False)
+            for axis in axes.flat[len(history) :]:
+                axis.set_visible(False)
+            for axis, (name, values) in zip(axes.flat, history.items(), strict=False):
+                axis.plot(range(len(values)), values, color="tab:blue", marker="." if len(values) < 30 else None)
+                axis.set_title(name.replace("_", " "))
+                axis.set_xlabel("epoch")
+            figure.tight_layout()
+            figure.savefig(Path(self._folder) / "progress_terms.png", dpi=90)
+            plt.close(figure)
