@@ -7,17 +7,17 @@ import os
 import statistics
 from pathlib import Path
 
-from nnunetv2_mstkd.phantom import recipe as recipes
-
-# spelled out here so that the help does not import scipy and SimpleITK; a test compares it with the package
-ANATOMIES = ("procedural", "mni")
+from nnunetv2_mstkd.phantom.anatomy import ANATOMIES
+from nnunetv2_mstkd.phantom.dataset import DISCLAIMER, read_record, write_dataset
+from nnunetv2_mstkd.phantom.recipe import RECIPES, REGIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd phantom`."""
     parser.description = (
-        "Write synthetic brains with tumors (T1, T1ce, T2, FLAIR; whole tumor, tumor core, enhancing tumor) as an nnU-Net raw "
-        "data set, for tests, demonstrations and method comparisons. Phantom numbers say nothing about clinical performance."
+        "Write synthetic brains with tumors (T1, T1ce, T2, FLAIR; whole tumor, tumor core, enhancing tumor) as an "
+        "nnU-Net raw data set, for tests, demonstrations and method comparisons. Phantom numbers say nothing about "
+        "clinical performance."
     )
     parser.add_argument("-d", "--dataset-id", type=int, required=True, help="number of the data set, for example 901")
     parser.add_argument("--name", default="Phantom", help="name of the data set (default: %(default)s)")
@@ -27,27 +27,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recipe",
         default="default",
-        help=f"one of {', '.join(recipes.RECIPES)}; hard is meant for comparisons (default: %(default)s)",
+        help=f"one of {', '.join(RECIPES)}; hard is meant for comparisons (default: %(default)s)",
     )
     parser.add_argument(
         "--anatomy",
         default="procedural",
-        help=f"one of {', '.join(ANATOMIES)}; mni needs nilearn, pip install nnunetv2_mstkd[demo] (default: %(default)s)",
+        help=f"one of {', '.join(ANATOMIES)}; mni needs nilearn (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core, at most 8)")
     parser.add_argument("--raw", type=Path, default=None, help="nnU-Net's raw folder (default: $nnUNet_raw)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing folder with other contents")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing phantom with other contents")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the data set and report it, one line per fact."""
-    from nnunetv2_mstkd.phantom.dataset import DISCLAIMER, read_record, write_dataset
-
-    raw = args.raw or os.environ.get("nnUNet_raw")  # noqa: SIM112 (nnU-Net spells it so)
+    raw = args.raw or os.environ.get("nnUNet_raw")
     if not raw:
         raise ValueError("nnUNet_raw is not set: export nnUNet_raw=FOLDER, or pass --raw FOLDER")
-    folder, written = write_dataset(
+    folder, new = write_dataset(
         raw,
         args.dataset_id,
         name=args.name,
@@ -62,9 +60,9 @@ def run(args: argparse.Namespace) -> int:
         overwrite=args.overwrite,
     )
     volumes = read_record(folder)["cases"].values()
-    print(f"folder: {folder}" + ("" if written else " (already complete, nothing written)"))
+    print(f"folder: {folder}" + ("" if new else " (already complete, nothing written)"))
     print(f"cases: {args.cases} for training, {args.test_cases} for testing")
-    for region in recipes.REGIONS:
+    for region in REGIONS:
         values = [case[region] for case in volumes]
         print(
             f"{region}: median {statistics.median(values):.1f} ml, {min(values):.1f} to {max(values):.1f} ml, "

@@ -15,7 +15,7 @@ ANATOMIES = ("procedural", "mni")
 WARP_SD_MM = 3.2
 WARP_PITCH_MM = 32.0
 CORTEX_MM = 2.8
-SULCUS_HALF_WIDTH_MM = 0.7
+SULCUS_HALF_WIDTH_MM = 0.6
 
 
 @dataclass
@@ -45,7 +45,8 @@ def make_anatomy(kind: str, grid: Grid, rng: np.random.Generator) -> Anatomy:
     Parameters
     ----------
     kind
-        ``"procedural"`` (ellipsoids, sheets of noise as sulci) or ``"mni"`` (the MNI152 2009a tissue maps that nilearn ships).
+        ``"procedural"`` (ellipsoids, sheets of noise as sulci) or ``"mni"`` (the MNI152 2009a tissue maps that nilearn
+        ships).
     grid
         Voxel grid of the maps.
     rng
@@ -58,15 +59,16 @@ def make_anatomy(kind: str, grid: Grid, rng: np.random.Generator) -> Anatomy:
     """
     if kind not in ANATOMIES:
         raise ValueError(f"unknown phantom anatomy {kind!r}; known anatomies: {', '.join(ANATOMIES)}")
-    z, y, x = _pose(grid, rng)
+    # the MNI152 average is larger than a brain usually is
+    z, y, x = _pose(grid, rng, 1.03 if kind == "procedural" else 1.08)
     wm, gm, csf, brain, supratentorial = (_procedural if kind == "procedural" else _atlas)(grid, rng, z, y, x)
     depth = ndimage.distance_transform_edt(brain).astype(np.float32) * np.float32(grid.spacing)
     return Anatomy(grid, wm, gm, csf, brain, depth, supratentorial)
 
 
-def _pose(grid: Grid, rng: np.random.Generator) -> list[np.ndarray]:
+def _pose(grid: Grid, rng: np.random.Generator, shrink: float) -> list[np.ndarray]:
     """Coordinates in the template, in mm, of every voxel: left/right flip, scale, rotation and a smooth warp."""
-    scale = rng.uniform(0.95, 1.06, 3)
+    scale = shrink * rng.uniform(0.96, 1.06, 3)
     angles = np.deg2rad(rng.normal(0.0, 3.0, 3))
     flip = rng.choice([-1.0, 1.0])
     matrix = np.eye(3)
@@ -124,17 +126,19 @@ def _procedural(grid: Grid, rng: np.random.Generator, z, y, x):
     ax = np.abs(x)
 
     # outlines: cerebrum with a flat rear base, cerebellum below it, brain stem
-    tentorium = z + 14.0 + 1.2 * np.maximum(y + 30.0, 0)
-    cerebrum = np.where(z > 6, _ellipsoid(z, y, x, (0, -17, 6), (66, 86, 70)), _ellipsoid(z, y, x, (0, -17, 6), (66, 86, 44)))
-    cerebrum = np.minimum(cerebrum, 0.8 * tentorium)
-    cerebellum = np.minimum(_ellipsoid(z, y, x, (0, -62, -36), (50, 32, 27)), -0.8 * tentorium - 1.0)
+    tentorium = z + 2.0 + 0.4 * ax + 1.0 * np.maximum(y + 30.0, 0)
+    upper = _ellipsoid(z, y, x, (0, -17, 6), (66, 86, 70))
+    lower = _ellipsoid(z, y, x, (0, -17, 6), (66, 86, 44))
+    cerebrum = np.minimum(np.where(z > 6, upper, lower), 0.8 * tentorium)
+    cerebellum = np.minimum(_ellipsoid(z, y, x, (0, -60, -32), (54, 33, 32)), -0.8 * tentorium - 1.0)
     stem = np.minimum(_ellipsoid(z, y, x, (0, -28, -36), (14, 15, 42)), z + 70.0)
     outline = np.maximum(np.maximum(cerebrum, cerebellum), stem)
     brain = ndimage.binary_fill_holes(outline > -1.5)
 
     # cerebrospinal fluid sheets with cortex on both sides: folds, the gap between the hemispheres, the lateral fissure
-    depth_limit = 15.0 + 4.0 * smooth_noise(rng, grid, 30.0)
-    folds = _limited(_folds(rng, grid, 11.0), cerebrum - depth_limit)
+    depth_limit = 17.0 + 4.0 * smooth_noise(rng, grid, 30.0)
+    folds = _limited(_folds(rng, grid, 9.0), cerebrum - depth_limit)
+    folds = np.minimum(folds, _limited(_folds(rng, grid, 7.5), cerebrum - 0.6 * depth_limit))
     arch = np.sqrt(((y + 10.0) / 46.0) ** 2 + ((z - 2.0) / 25.0) ** 2)
     midline = _limited(ax, 25.0 * (1.0 - arch))
     lateral = _limited(np.abs(z + 4.0 + 0.3 * y), np.maximum(37.0 - ax, np.abs(y + 8.0) - 32.0))
@@ -177,7 +181,8 @@ def _procedural(grid: Grid, rng: np.random.Generator, z, y, x):
 
 
 @lru_cache(maxsize=1)
-def _load_atlas():
+def _load_atlas(spacing: float) -> tuple[list[np.ndarray], np.ndarray]:
+    """White matter, gray matter and brain on the 1 mm atlas grid (z, y, x), and the matrix from mm to its indices."""
     try:
         from nilearn import datasets
     except ImportError as error:
@@ -186,32 +191,27 @@ def _load_atlas():
             "or use anatomy 'procedural'"
         ) from error
     images = [
-        load(resolution=1)
-        for load in (
-            datasets.load_mni152_wm_template,
-            datasets.load_mni152_gm_template,
-            datasets.load_mni152_brain_mask,
-        )
+        datasets.load_mni152_wm_template(resolution=1),
+        datasets.load_mni152_gm_template(resolution=1),
+        datasets.load_mni152_brain_mask(resolution=1),
     ]
     wm, gm, brain = (np.ascontiguousarray(np.asarray(image.dataobj, dtype=np.float32).T) for image in images)
-    return wm, gm, brain, np.linalg.inv(images[0].affine)
+    brain = ndimage.binary_fill_holes(brain > 0.5)
+    # blur to the voxel size before sampling, so that coarse voxels mix tissues instead of picking one
+    sigma = 0.4 * np.sqrt(spacing**2 - 1.0)
+    maps = [ndimage.gaussian_filter(m, sigma, truncate=3.0) if sigma else m for m in (wm, gm, brain.astype(np.float32))]
+    return maps, np.linalg.inv(images[0].affine).astype(np.float32)
 
 
 def _atlas(grid: Grid, rng: np.random.Generator, z, y, x):
-    wm, gm, brain, to_index = _load_atlas()
-    brain = ndimage.binary_fill_holes(brain > 0.5)
+    maps, to_index = _load_atlas(grid.spacing)
     index = [to_index[i, 0] * x + to_index[i, 1] * y + to_index[i, 2] * z + to_index[i, 3] for i in (2, 1, 0)]
-    # blur to the voxel size before sampling, so that coarse voxels mix tissues instead of picking one
-    sigma = 0.4 * np.sqrt(max(grid.spacing**2 - 1.0, 0.0))
-    maps = []
-    for source in (wm, gm, brain.astype(np.float32)):
-        smoothed = ndimage.gaussian_filter(source, sigma) if sigma > 0 else source
-        maps.append(ndimage.map_coordinates(smoothed, index, order=1, mode="constant"))
-    wm, gm, coverage = maps
+    wm, gm, coverage = (ndimage.map_coordinates(source, index, order=1, mode="constant") for source in maps)
     brain = ndimage.binary_fill_holes(coverage > 0.5)
-    total = np.maximum(wm + gm, 1.0)
-    wm = np.where(brain, wm / total, 0).astype(np.float32)
-    gm = np.where(brain, gm / total, 0).astype(np.float32)
+    # an average of 152 heads has blurred borders and hardly any sulci: sharpen all maps and favor fluid
+    powered = wm**1.5, 0.85 * gm**1.5, 1.5 * np.clip(1 - wm - gm, 0, 1) ** 1.5
+    total = np.maximum(sum(powered), np.float32(1e-6))
+    wm, gm = (np.where(brain, part / total, 0).astype(np.float32) for part in powered[:2])
     csf = np.where(brain, 1 - wm - gm, 0).astype(np.float32)
     supratentorial = (z > -14.0 - 1.2 * np.maximum(y + 30.0, 0)) & (z > -30.0)
     return wm, gm, csf, brain, supratentorial

@@ -22,7 +22,7 @@ class Case:
     images: np.ndarray
     """int16, shape (4, z, y, x): T1, T1ce, T2, FLAIR; 0 outside the brain, positive inside it, in every modality"""
     label: np.ndarray
-    """uint8, shape (z, y, x): 0 background, 1 oedema, 2 necrotic and non-enhancing core, 3 enhancing tumor"""
+    """uint8, shape (z, y, x): 0 background, 1 edema, 2 necrotic and non-enhancing core, 3 enhancing tumor"""
     spacing: float
     """edge of the cubic voxels in mm"""
     origin: tuple[float, float, float]
@@ -56,8 +56,8 @@ def make_case(seed: int, *, spacing: float = 2.0, recipe: str = "default", anato
 
     Notes
     -----
-    Arrays are in SimpleITK order (z, y, x). A phantom reproduces which modality shows which region; numbers measured on it
-    say nothing about clinical performance.
+    Arrays are in SimpleITK order (z, y, x). A phantom reproduces which modality shows which region; numbers measured on
+    it say nothing about clinical performance.
     """
     check_arguments(spacing=spacing, recipe=recipe, anatomy=anatomy, seed=seed)
     numbers = get_recipe(recipe)

@@ -9,12 +9,13 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunetv2_mstkd.phantom.case import check_arguments, make_case
+from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 
 GENERATOR_VERSION = 1
@@ -23,6 +24,13 @@ GENERATOR_VERSION = 1
 RECORD = "phantom.json"
 FILE_ENDING = ".nii.gz"
 DISCLAIMER = "phantom numbers say nothing about clinical performance"
+
+
+class Written(NamedTuple):
+    """Outcome of `write_dataset`."""
+
+    folder: Path
+    new: bool
 
 
 def write_dataset(
@@ -39,12 +47,13 @@ def write_dataset(
     workers: int | None = None,
     progress: bool = False,
     overwrite: bool = False,
-) -> tuple[Path, bool]:
+) -> Written:
     """Write ``DatasetXXX_name`` with imagesTr, labelsTr, imagesTs, labelsTs, dataset.json and phantom.json.
 
-    A case depends on the seed, its split and its number only: more cases, or another number of workers, leave the existing ones
-    as they are. Training cases are called phantom_000, ..., test cases phantom_test_000, ...; the two never share a seed. The
-    folder appears when it is complete: it is written under another name beside its place and renamed.
+    A case depends on the seed, its split and its number only: more cases, or another number of workers, leave the
+    existing ones as they are. Training cases are called phantom_000, ..., test cases phantom_test_000, ...; the two
+    never share a seed. The folder appears when it is complete: it is written under another name beside its place and
+    renamed.
 
     Parameters
     ----------
@@ -61,16 +70,16 @@ def write_dataset(
     seed
         Non-negative integer.
     workers
-        Number of processes; by default one per available core, at most 8. Processes are spawned, so a script needs the usual
-        ``if __name__ == "__main__":``; 1 works in this process.
+        Number of processes; by default one per available core, at most 8. Processes are spawned, so a script needs the
+        usual ``if __name__ == "__main__":``; 1 works in this process.
     progress
         Show a progress bar.
     overwrite
-        Replace an existing folder of another recipe.
+        Replace an existing folder, if it was written by this function; other data sets are never replaced.
 
     Returns
     -------
-    Path, bool
+    Written
         The folder, and whether it was written now; False means that it already held exactly these cases.
 
     Raises
@@ -102,9 +111,11 @@ def write_dataset(
         # through JSON, so that tuples compare equal to the lists read back
         "recipe": json.loads(json.dumps(asdict(get_recipe(recipe)))),
     }
+    if folder.exists() and not (folder / RECORD).is_file():
+        raise ValueError(f"{folder} exists and was not written by mstkd phantom: choose another id with -d")
     if folder.exists() and not overwrite:
         _require_same(folder, parameters)
-        return folder, False
+        return Written(folder, False)
     others = [p.name for p in folder_raw.glob(f"Dataset{dataset_id:03d}_*") if p != folder and p.is_dir()]
     if others:
         raise ValueError(
@@ -122,12 +133,12 @@ def write_dataset(
             replaced = unfinished.with_suffix(".replaced")
             folder.rename(replaced)
             unfinished.rename(folder)
-            shutil.rmtree(replaced)
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder, True
+    return Written(folder, True)
 
 
 def read_record(folder: Path | str) -> dict:
@@ -144,16 +155,20 @@ def read_record(folder: Path | str) -> dict:
     return json.loads(path.read_text())
 
 
+def default_workers() -> int:
+    """One process per core that this process may use, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, cores)
+
+
 def case_seed(seed: int, split: str, number: int) -> int:
     """Seed of one case: 128 bits, independent of how many cases there are."""
-    words = np.random.SeedSequence((seed, ("train", "test").index(split), number)).generate_state(4)
+    words = np.random.SeedSequence(seed, spawn_key=(("train", "test").index(split), number)).generate_state(4)
     return sum(int(word) << (32 * i) for i, word in enumerate(words))
 
 
 def _require_same(folder: Path, parameters: dict) -> None:
     hint = "add --overwrite to replace it, or choose another id with -d"
-    if not (folder / RECORD).is_file():
-        raise ValueError(f"{folder} exists and was not written by mstkd phantom: choose another id with -d")
     record = read_record(folder)
     for key, wanted in parameters.items():
         found = record["parameters"].get(key)
@@ -163,9 +178,9 @@ def _require_same(folder: Path, parameters: dict) -> None:
                 if found == wanted:
                     raise ValueError(f"{folder} exists with other numbers in its recipe {found!r}: {hint}")
             raise ValueError(f"{folder} exists with {key} {found!r}, asked for {wanted!r}: {hint}")
-    for split, folder_images, folder_labels in (("cases", "imagesTr", "labelsTr"), ("test_cases", "imagesTs", "labelsTs")):
-        images = len(list((folder / folder_images).glob(f"*{FILE_ENDING}")))
-        labels = len(list((folder / folder_labels).glob(f"*{FILE_ENDING}")))
+    for split, suffix in (("cases", "Tr"), ("test_cases", "Ts")):
+        images = len(list((folder / f"images{suffix}").glob(f"*{FILE_ENDING}")))
+        labels = len(list((folder / f"labels{suffix}").glob(f"*{FILE_ENDING}")))
         if images != parameters[split] * len(MODALITIES) or labels != parameters[split]:
             raise ValueError(
                 f"{folder} should hold {parameters[split]} {split} and has {images} images and {labels} labels: {hint}"
@@ -196,7 +211,7 @@ def _write_all(folder: Path, parameters: dict, recipe: str, workers: int | None,
         for number in range(parameters["cases" if split == "train" else "test_cases"]):
             jobs.append((f"{prefix}{number:03d}", suffix, case_seed(parameters["seed"], split, number)))
     arguments = {"spacing": parameters["spacing"], "recipe": recipe, "anatomy": parameters["anatomy"]}
-    workers = min(workers or min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1), len(jobs))
+    workers = min(workers or default_workers(), len(jobs))
     volumes = {}
     with tqdm(total=len(jobs), desc="phantom cases", disable=not progress) as bar:
         if workers == 1:
@@ -227,7 +242,7 @@ def _write_case(folder: Path, identifier: str, suffix: str, seed: int, arguments
     return {region: round(volume, 3) for region, volume in case.volumes_ml().items()}
 
 
-def _write_image(array: np.ndarray, case, path: Path) -> None:
+def _write_image(array: np.ndarray, case: Case, path: Path) -> None:
     image = sitk.GetImageFromArray(array)
     image.SetSpacing([case.spacing] * 3)
     # SimpleITK's world is LPS: these two signs make the stored NIfTI affine RAS, diag(spacing)

@@ -19,8 +19,8 @@ def render(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Genera
 
     Returns
     -------
-    ndarray of int16, shape (4, z, y, x), channels T1, T1ce, T2, FLAIR. Exactly 0 outside the brain, at least 1 inside, in
-    every modality.
+    ndarray of int16, shape (4, z, y, x), channels T1, T1ce, T2, FLAIR. Exactly 0 outside the brain, at least 1
+    inside, in every modality.
     """
     grid = anatomy.grid
     maps = soft_classes(anatomy, tumor, recipe)
@@ -29,14 +29,13 @@ def render(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Genera
     halo = _periventricular(anatomy, tumor, recipe, rng)
     choroid = _choroid(anatomy, rng)
 
-    # texture: one field per pair of class groups, half of it shared by the modalities (free water moves all of them)
-    lesion = 1 - maps["WM"] - maps["GM"] - maps["CSF"]
-    shared = smooth_noise(rng, grid, 4.0)
+    # texture: half of its variance is shared by the modalities, as free water brightens T2 and darkens T1
+    shared = smooth_noise(rng, grid, 9.0)
     images = np.zeros((len(MODALITIES), *grid.shape), np.int16)
     for channel in range(len(MODALITIES)):
-        own = smooth_noise(rng, grid, 3.0)
+        own = 0.8 * smooth_noise(rng, grid, 7.0) + 0.6 * smooth_noise(rng, grid, 2.5)
         water_sign = -1.0 if MODALITIES[channel] in ("T1", "T1ce") else 1.0
-        texture = np.float32(0.75 * water_sign) * shared + np.float32(0.66) * own
+        texture = np.float32(0.7 * water_sign) * shared + np.float32(0.7) * own
         image = np.zeros(grid.shape, np.float32)
         spread = np.zeros(grid.shape, np.float32)
         for name in CLASSES:
@@ -50,16 +49,15 @@ def render(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Genera
         elif MODALITIES[channel] == "FLAIR":
             image += halo
         images[channel] = _acquire(image, anatomy, recipe, channel, rng)
-    del lesion
     return images
 
 
 def soft_classes(anatomy: Anatomy, tumor: Tumor, recipe: Recipe) -> dict[str, np.ndarray]:
     """Mix tumor and healthy tissue: blurred class maps that sum to 1 inside the brain.
 
-    Oedema replaces white matter fully but gray matter only in part (`Recipe.infiltration_gm`), as it spares the cortex.
+    Edema replaces white matter fully but gray matter only in part (`Recipe.infiltration_gm`), as it spares the cortex.
     """
-    sigma = float(np.clip(1.2 / anatomy.grid.spacing, 0.35, 1.0))
+    sigma = float(np.clip(1.2 / anatomy.grid.spacing, 0.4, 1.0))
     label = tumor.label
     enhancing = (label == LABELS["enhancing"]) * tumor.rim_fill
     unfilled = (label == LABELS["enhancing"]) - enhancing
@@ -71,7 +69,7 @@ def soft_classes(anatomy: Anatomy, tumor: Tumor, recipe: Recipe) -> dict[str, np
     }
     parts = {name: ndimage.gaussian_filter(part, sigma, truncate=3.0) for name, part in parts.items()}
     tissue = np.maximum(anatomy.wm + anatomy.gm, np.float32(1e-3))
-    parts["ED"] *= (anatomy.wm + recipe.infiltration_gm * anatomy.gm) / tissue
+    parts["ED"] *= tumor.density * (anatomy.wm + recipe.infiltration_gm * anatomy.gm) / tissue
     total = sum(parts.values())
     parts = {name: np.where(anatomy.brain, part / np.maximum(total, 1), 0) for name, part in parts.items()}
     healthy = np.clip(1 - total, 0, 1)
@@ -85,13 +83,13 @@ def _case_means(recipe: Recipe, rng: np.random.Generator) -> dict[str, list[floa
         deviation = rng.standard_normal(len(MODALITIES))
         if name != "ET":
             deviation[1] = 0.8 * deviation[0] + 0.6 * deviation[1]
-        factor = np.exp(recipe.case_jitter[name] * np.clip(deviation, -2.5, 2.5))
+        factor = np.exp(np.array(recipe.case_jitter[name]) * np.clip(deviation, -2.5, 2.5))
         means[name] = [float(mean * f) for mean, f in zip(recipe.means[name], factor, strict=True)]
     return means
 
 
 def _vessels(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """Part of each voxel taken by contrast-filled vessels: curves where two smooth fields vanish, near fluid or surface."""
+    """Part of each voxel taken by contrast-filled vessels: curves on which two smooth fields vanish, near fluid."""
     grid = anatomy.grid
     vessels = np.zeros(grid.shape, np.float32)
     for _ in range(recipe.vessel_fields):
@@ -109,7 +107,8 @@ def _vessels(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Gene
     near = np.clip(1.6 * ndimage.gaussian_filter(anatomy.csf, 2.0 / grid.spacing), 0, 1)
     # the sinus along the upper midline
     z, _, x = grid.zyx
-    sinus = np.clip((3.0 - np.abs(x)) / grid.spacing + 0.5, 0, 1) * np.clip((6.0 - anatomy.depth) / 3.0, 0, 1) * (z > 20)
+    middle = np.clip((3.0 - np.abs(x)) / grid.spacing + 0.5, 0, 1) * (z > 20)
+    sinus = middle * np.clip((6.0 - anatomy.depth) / 3.0, 0, 1)
     return np.where(anatomy.brain & (tumor.label == 0), np.maximum(vessels * near, 0.7 * sinus), 0).astype(np.float32)
 
 

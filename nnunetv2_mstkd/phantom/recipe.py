@@ -1,8 +1,9 @@
 """What the phantom is made of: tissue means, variability, noise and the shape of the lesions, per named recipe.
 
-The means were measured on six public BraTS cases as medians relative to white matter and then adjusted once against the
-contrast table in :mod:`nnunetv2_mstkd.phantom.contrast`; four of those cases had algorithm masks, not expert ones. They
-describe a contrast pattern (which modality shows which region), not a patient population.
+The means started as medians over six public BraTS cases, relative to white matter (four of them with algorithm masks,
+not expert ones), and were then adjusted, inside the range of those cases, until the phantom met the contrast table in
+:mod:`nnunetv2_mstkd.phantom.contrast`. That table is therefore a fit, not a blind test. The numbers describe a contrast
+pattern (which modality shows which region), not a patient population.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ class Recipe:
             "WM": (1.00, 1.00, 1.00, 1.00),
             "GM": (0.86, 0.87, 1.30, 1.15),
             "CSF": (0.58, 0.62, 2.20, 0.74),
-            "ED": (0.86, 0.82, 1.90, 1.95),
-            "NCR": (0.75, 0.70, 2.10, 1.80),
-            "NET": (0.78, 0.78, 1.85, 1.65),
-            "ET": (0.90, 1.75, 1.65, 1.70),
+            "ED": (0.82, 0.79, 1.92, 1.86),
+            "NCR": (0.81, 0.78, 2.19, 1.75),
+            "NET": (0.84, 0.82, 1.92, 1.66),
+            "ET": (0.92, 1.80, 1.62, 1.78),
         }
     )
     # standard deviation inside one case and class
@@ -53,15 +54,15 @@ class Recipe:
         }
     )
     # relative standard deviation of a class mean between cases
-    case_jitter: dict[str, float] = field(
+    case_jitter: dict[str, tuple[float, float, float, float]] = field(
         default_factory=lambda: {
-            "WM": 0.0,
-            "GM": 0.05,
-            "CSF": 0.10,
-            "ED": 0.08,
-            "NCR": 0.12,
-            "NET": 0.10,
-            "ET": 0.20,
+            "WM": (0.00, 0.00, 0.00, 0.00),
+            "GM": (0.05, 0.05, 0.06, 0.06),
+            "CSF": (0.10, 0.10, 0.10, 0.08),
+            "ED": (0.04, 0.04, 0.08, 0.08),
+            "NCR": (0.05, 0.08, 0.08, 0.08),
+            "NET": (0.05, 0.08, 0.08, 0.08),
+            "ET": (0.06, 0.20, 0.08, 0.08),
         }
     )
     rician_sigma: tuple[float, float, float, float] = (0.018, 0.030, 0.048, 0.045)
@@ -75,14 +76,17 @@ class Recipe:
     volume_range_ml: tuple[float, float] = (12.0, 220.0)
     core_fraction: tuple[float, float] = (0.18, 0.55)
     rim_mm: tuple[float, float] = (2.4, 6.4)
+    rim_fill_minimum: float = 0.75
+    """enhancing part of the voxels of a rim that is much thinner than a voxel"""
     rim_gap_fraction: tuple[float, float] = (0.05, 0.30)
     no_enhancement_probability: float = 0.12
-    infiltration_gm: float = 0.35
-    """How much of the oedema signal reaches gray matter; white matter takes all of it."""
+    front_density: float = 0.6
+    infiltration_gm: float = 0.25
+    """How much of the edema signal reaches gray matter; white matter takes all of it."""
 
     # look-alikes
     vessel_radius_mm: float = 1.0
-    vessel_fields: int = 1
+    vessel_fields: int = 2
     vessel_t1ce: float = 1.9
     periventricular: tuple[float, float] = (0.0, 0.6)
 
@@ -92,12 +96,13 @@ DEFAULT = Recipe("default")
 HARD = replace(
     DEFAULT,
     name="hard",
-    case_jitter={**DEFAULT.case_jitter, "ET": 0.30},
+    case_jitter={**DEFAULT.case_jitter, "ET": (0.09, 0.30, 0.12, 0.12)},
     rim_mm=(1.0, 2.4),
+    rim_fill_minimum=0.5,
     vessel_radius_mm=1.3,
-    vessel_fields=3,
+    vessel_fields=5,
 )
-"""Enhancing tumor that is harder to find on T1ce: it varies more, its rim is thinner than a 2 mm voxel, vessels are dense."""
+"""Enhancing tumor that is harder to find on T1ce: it varies more, its rim is thin, vessels are dense."""
 
 RECIPES = {recipe.name: recipe for recipe in (DEFAULT, HARD)}
 

@@ -24,6 +24,8 @@ class Tumor:
     """uint8, values as in recipe.LABELS"""
     net: np.ndarray
     """bool; the solid part (NET) of the label "necrosis", the rest is fluid (NCR)"""
+    density: np.ndarray
+    """float32; cell density, 1 in the middle of the whole tumor and `Recipe.front_density` at its border"""
     rim_fill: np.ndarray
     """float32; which part of an enhancing voxel enhances, below 1 where the rim is thinner than a voxel"""
 
@@ -32,9 +34,10 @@ def grow_tumor(anatomy: Anatomy, recipe: Recipe, rng: np.random.Generator) -> Tu
     """Grow one tumor and move the tissue around it (the maps of `anatomy` are changed in place).
 
     The front of the Fisher-Kolmogorov equation ``dc/dt = div(D grad c) + rho c (1 - c)`` travels with speed
-    ``2 sqrt(D rho)``, so the time at which it arrives solves ``|grad T| sqrt(D) = const`` (Konukoglu et al., "Image guided
-    personalization of reaction-diffusion type tumor growth models", IEEE TMI 29, 2010, eq. 9). That equation is solved by
-    fast marching with D(WM) : D(GM) = 10 : 1 and D(CSF) = 0; the whole tumor is the level set with the wanted volume.
+    ``2 sqrt(D rho)``, so the time at which it arrives solves ``|grad T| sqrt(D) = const`` (the traveling-time
+    formulation of Konukoglu et al., "Image guided personalization of reaction-diffusion type tumor growth models", IEEE
+    TMI 29, 2010). That equation is solved by fast marching with D(WM) : D(GM) = 10 : 1 and D(CSF) = 0; the whole tumor
+    is the level set of the wanted volume.
 
     Returns
     -------
@@ -55,6 +58,8 @@ def grow_tumor(anatomy: Anatomy, recipe: Recipe, rng: np.random.Generator) -> Tu
     seed = _seed_voxel(anatomy, rng)
     whole, arrival = _whole_tumor(anatomy, seed, volume_ml, rng)
     core = _core(grid, whole, arrival, seed, core_fraction, rng)
+    progress = np.clip(arrival / max(float(arrival[whole].max()), grid.spacing), 0, 1)
+    density = (1 - (1 - recipe.front_density) * progress**2).astype(np.float32)
 
     label = np.zeros(grid.shape, np.uint8)
     label[whole] = LABELS["edema"]
@@ -69,15 +74,15 @@ def grow_tumor(anatomy: Anatomy, recipe: Recipe, rng: np.random.Generator) -> Tu
         rim = core & (inward <= np.maximum(thickness, 0.5 * grid.spacing + 1e-3))
         rim &= gaps > np.quantile(gaps[rim], gap_fraction)
         label[rim] = LABELS["enhancing"]
-        rim_fill = np.clip((thickness - inward) / grid.spacing + 0.5, 0.35, 1.0).astype(np.float32)
+        rim_fill = np.clip((thickness - inward) / grid.spacing + 0.5, recipe.rim_fill_minimum, 1.0).astype(np.float32)
     inside = label == LABELS["necrosis"]
     net = inside & (solid > np.quantile(solid[inside], ncr_fraction)) if inside.any() else inside
     _push_tissue(anatomy, whole, mass_effect)
-    return Tumor(label, net, rim_fill)
+    return Tumor(label, net, density, rim_fill)
 
 
 def _seed_voxel(anatomy: Anatomy, rng: np.random.Generator) -> tuple[int, int, int]:
-    """Pick a deep supratentorial white-matter voxel; the points tried are in mm and so do not depend on the voxel size."""
+    """Pick a deep supratentorial white-matter voxel; the points tried are in mm, independent of the voxel size."""
     axes = anatomy.grid.axes
     allowed = (anatomy.wm > 0.7) & (anatomy.depth > 14.0) & anatomy.supratentorial
     allowed &= np.abs(anatomy.grid.zyx[2]) > 10.0
@@ -115,7 +120,7 @@ def _whole_tumor(anatomy: Anatomy, seed, volume_ml: float, rng) -> tuple[np.ndar
 
 
 def _core(grid: Grid, whole, time, seed, fraction: float, rng) -> np.ndarray:
-    """The innermost part of the tumor: rounder than the oedema, as core tissue displaces rather than infiltrates."""
+    """The innermost part of the tumor: rounder than the edema, as core tissue displaces rather than infiltrates."""
     z, y, x = grid.zyx
     center = [axis[i] for axis, i in zip(grid.axes, seed, strict=True)]
     distance = np.sqrt((z - center[0]) ** 2 + (y - center[1]) ** 2 + (x - center[2]) ** 2)
