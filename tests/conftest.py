@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+# nnU-Net reads it when it is imported
+os.environ.setdefault("nnUNet_def_n_proc", "1")
+
+# on few cores the threads of one process only get in each other's way
+torch.set_num_threads(1)
+
+PHANTOM = 902
+CONFIGURATION = "tiny"
+
+
+@dataclass(frozen=True)
+class Folders:
+    """nnU-Net's three folders."""
+
+    raw: Path
+    preprocessed: Path
+    results: Path
+
+    def variables(self) -> dict[str, str]:
+        """What nnU-Net's commands and API read, for quick runs on a CPU."""
+        from nnunetv2_mstkd._register import TRAINER_PATH
+
+        return {
+            "nnUNet_raw": str(self.raw),
+            "nnUNet_preprocessed": str(self.preprocessed),
+            "nnUNet_results": str(self.results),
+            "nnUNet_extTrainer": TRAINER_PATH,
+            "nnUNet_n_proc_DA": "0",
+            "nnUNet_compile": "f",
+        }
+
+    @property
+    def dataset(self) -> str:
+        return next(path.name for path in self.preprocessed.iterdir() if path.is_dir())
+
+    @property
+    def plans_file(self) -> Path:
+        return self.preprocessed / self.dataset / "nnUNetPlans.json"
+
+    def fold(self, trainer: str, *, fold: int | str = 0, configuration: str = CONFIGURATION) -> Path:
+        """The folder of one training."""
+        return self.results / self.dataset / f"{trainer}__nnUNetPlans__{configuration}" / f"fold_{fold}"
+
+    def use(self, patch: pytest.MonkeyPatch) -> None:
+        for name, value in self.variables().items():
+            patch.setenv(name, value)
+
+
+@contextmanager
+def in_this_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let nnU-Net's process pools be pools of threads: each new process would import PyTorch again."""
+    real = multiprocessing.get_context
+    with patch.context() as inner:
+        inner.setattr(
+            multiprocessing,
+            "get_context",
+            lambda method=None: SimpleNamespace(Pool=ThreadPool) if method == "spawn" else real(method),
+        )
+        yield
+
+
+def train(
+    trainer: str,
+    *,
+    fold: int | str = 0,
+    configuration: str = CONFIGURATION,
+    validate: bool = False,
+    plot: bool = False,
+    **options,
+) -> None:
+    """``nnUNetv2_train`` on the CPU, in this process; ``options`` are those of nnU-Net's ``run_training``."""
+    from nnunetv2.run.run_training import run_training
+    from nnunetv2.training.logging.nnunet_logger import LocalLogger
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
+        if not validate:
+            patch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
+        if not plot:  # seconds per epoch
+            patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+        patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
+        run_training(str(PHANTOM), configuration, fold, trainer, device=torch.device("cpu"), **options)
+
+
+def plan_and_preprocess(folders: Folders, dataset_id: int, *configurations: str) -> None:
+    """nnU-Net's own fingerprint, planning and preprocessing in this process."""
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess
+
+    with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
+        folders.use(patch)
+        extractor = DatasetFingerprintExtractor(dataset_id, 1)
+        extractor.num_foreground_voxels_for_intensitystats = 1e4  # 1e8 take half a minute
+        extractor.run()
+        patch.delenv("nnUNet_n_proc_DA")  # nnU-Net's planner gives it to torch.set_num_threads
+        plan_experiments([dataset_id])
+        torch.set_num_threads(1)
+        preprocess([dataset_id], configurations=configurations, num_processes=[1], show_progress_bar=False)
+
+
+def add_configuration(plans_file: Path, name: str, parent: str = "3d_fullres", **options) -> None:
+    """``mstkd configure``: ``settings={"schedule.epochs": 2}`` and the options of ``configuration.derive``."""
+    from nnunetv2_mstkd import configuration
+
+    settings = options.pop("settings", {})
+    assignments = [(*key.split("."), value) for key, value in settings.items()]
+    entry = configuration.derive(configuration.read_plans(plans_file), parent, name, assignments=assignments, **options)
+    configuration.write_configuration(plans_file, name, entry, overwrite=True)
+
+
+TINY = {
+    "schedule.epochs": 2,
+    "schedule.iterations": 2,
+    "schedule.validation_iterations": 1,
+    "schedule.save_every": 1,
+    "schedule.seed": 7,
+}
+
+
+@pytest.fixture(scope="session")
+def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """A phantom of six training and two test cases, planned, with the configuration "tiny". Never changed."""
+    from nnunetv2_mstkd.phantom.dataset import write_dataset
+
+    top = tmp_path_factory.mktemp("phantom")
+    folders = Folders(top / "raw", top / "preprocessed", top / "results")
+    for folder in (folders.raw, folders.preprocessed, folders.results):
+        folder.mkdir()
+    write_dataset(folders.raw, PHANTOM, cases=6, test_cases=2, spacing=6.0, workers=1)
+    plan_and_preprocess(folders, PHANTOM, "3d_fullres")
+    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=TINY)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def trained(preprocessed: Folders) -> Folders:
+    """With a teacher and a student of fold 0, two epochs of two iterations each. Never changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        preprocessed.use(patch)
+        train("MSTKDTeacherTrainer")
+        train("MSTKDTrainer")
+    return preprocessed
+
+
+def _copy(folders: Folders, target: Path, *, results: bool) -> Folders:
+    own = Folders(folders.raw, target / "preprocessed", target / "results")
+    # only the small files are copied
+    shutil.copytree(folders.preprocessed, own.preprocessed, copy_function=_copy_or_link)
+    if results:
+        shutil.copytree(folders.results, own.results)
+    else:
+        own.results.mkdir()
+    return own
+
+
+def _copy_or_link(source: str, target: str) -> None:
+    if source.endswith(".json"):
+        shutil.copyfile(source, target)
+    else:
+        os.symlink(source, target)
+
+
+@pytest.fixture
+def phantom(preprocessed: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    """The preprocessed phantom with plans of its own and no results, in nnU-Net's variables."""
+    folders = _copy(preprocessed, tmp_path, results=False)
+    folders.use(monkeypatch)
+    return folders
+
+
+@pytest.fixture
+def models(trained: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    """The preprocessed phantom with plans and trained models of its own, in nnU-Net's variables."""
+    folders = _copy(trained, tmp_path, results=True)
+    folders.use(monkeypatch)
+    return folders
+
+
+@pytest.fixture
+def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Builds tiny trainers on hand-made plans; see :class:`tiny.TrainerFactory`."""
+    from tiny import TrainerFactory
+
+    folders = Folders(tmp_path / "raw", tmp_path / "preprocessed", tmp_path / "results")
+    folders.use(monkeypatch)
+    return TrainerFactory()
+
+
+def read_plans(folders: Folders) -> dict:
+    return json.loads(folders.plans_file.read_text())

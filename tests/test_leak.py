@@ -1,0 +1,130 @@
+"""Nothing of a missing modality may reach the student: not through the network, the loss or the gradients."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import NamedTuple
+
+import pytest
+import torch
+from tiny import LABELS, NO_TERMS, REGIONS, batch, give_teacher, state, wake
+
+from nnunetv2_mstkd import modalities, trainers
+from nnunetv2_mstkd.trainers import ModalityDropoutTrainer, MSTKDTrainer
+
+CHANNELS = 4
+SUBSETS = modalities.all_subsets(CHANNELS)
+NAMES = [modalities.subset_name(subset, "abcd") for subset in SUBSETS]
+STUDENTS = [
+    trainer
+    for trainer in (getattr(trainers, name) for name in trainers.__all__)
+    if issubclass(trainer, ModalityDropoutTrainer)
+]
+
+
+class Observed(NamedTuple):
+    """What a training step, or a validation step, lets out."""
+
+    logits: torch.Tensor
+    loss: float
+    gradients: dict[str, torch.Tensor]
+    counts: torch.Tensor
+
+
+def observe(trainer, content: dict, monkeypatch) -> Observed:
+    """Take a training step and a validation step of the trainer's own, from the same state each time."""
+    before, optimizer, extra = state(trainer.network), trainer.optimizer.state_dict(), deepcopy(trainer.extra_state())
+    logits = []
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "draw_availability", lambda size: SUBSETS)
+        compute = trainer.compute_loss
+
+        def compute_and_keep(*arguments):
+            step = compute(*arguments)
+            logits.append(step.logits.detach())
+            return step
+
+        patch.setattr(trainer, "compute_loss", compute_and_keep)
+        training = trainer.train_step(content)
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in trainer.network.named_parameters()
+        if parameter.grad is not None  # nnU-Net gives the coarsest output the weight 0
+    }
+    trainer.network.load_state_dict(before)
+    trainer.optimizer.load_state_dict(optimizer)
+    trainer.load_extra_state(extra)
+    trainer._step_in_epoch = 0
+    with torch.no_grad():
+        trainer.on_validation_epoch_start()
+        validation = trainer.validation_step(content)
+    trainer.network.train()
+    counts = torch.cat([torch.as_tensor(validation["counts"]).flatten(), torch.as_tensor(validation["loss"])[None]])
+    return Observed(logits[0], float(training["loss"]), gradients, counts)
+
+
+def filled(content: dict, value: float) -> dict:
+    """The batch with ``value`` in every channel that its sample does not have."""
+    keep = SUBSETS.reshape(*SUBSETS.shape, *[1] * (content["data"].ndim - 2))
+    return {**content, "data": torch.where(keep, content["data"], value)}
+
+
+def assert_no_leak(trainer, monkeypatch) -> None:
+    content = batch(trainer, batch_size=len(SUBSETS))
+    wanted = observe(trainer, content, monkeypatch)
+    assert torch.isfinite(wanted.logits).all()
+    for value in (float("nan"), 1e30):
+        found = observe(trainer, filled(content, value), monkeypatch)
+        for name, one, other in zip(NAMES, wanted.logits, found.logits, strict=True):
+            assert torch.equal(one, other), f"logits of a sample that has {name} only"
+        assert wanted.loss == found.loss
+        assert torch.equal(wanted.counts, found.counts)
+        for name, gradient in wanted.gradients.items():
+            assert torch.equal(gradient, found.gradients[name]), f"gradient of {name}"
+
+
+def make_student(make_trainer, cls, **options):
+    trainer = make_trainer(cls, batch_size=len(SUBSETS), block=NO_TERMS, **options)
+    if hasattr(trainer.network, "transformer"):
+        wake(trainer.network)
+    return trainer
+
+
+@pytest.mark.parametrize("labels", [LABELS, REGIONS], ids=["labels", "regions"])
+@pytest.mark.parametrize("student", STUDENTS, ids=lambda cls: cls.__name__)
+def test_absent_channels_change_no_bit_of_logits_loss_and_gradients(make_trainer, monkeypatch, student, labels):
+    assert_no_leak(make_student(make_trainer, student, labels=labels), monkeypatch)
+
+
+@pytest.mark.parametrize("student", STUDENTS, ids=lambda cls: cls.__name__)
+def test_two_dimensional_trainers_do_not_leak(make_trainer, monkeypatch, student):
+    assert_no_leak(make_student(make_trainer, student, dimensions=2), monkeypatch)
+
+
+@pytest.mark.parametrize("channel", range(CHANNELS))
+@pytest.mark.parametrize("student", STUDENTS, ids=lambda cls: cls.__name__)
+def test_a_mask_that_forgets_one_channel_is_caught(make_trainer, monkeypatch, student, channel):
+    real = modalities.mask_modalities
+
+    def forgetful(data, availability):
+        availability = availability.clone()
+        availability[:, channel] = True
+        return real(data, availability)
+
+    trainer = make_student(make_trainer, student)
+    monkeypatch.setattr(modalities, "mask_modalities", forgetful)
+    with pytest.raises((AssertionError, FloatingPointError)):
+        assert_no_leak(trainer, monkeypatch)
+
+
+def test_with_distillation_what_the_student_gets_of_an_absent_channel_comes_from_the_teacher_alone(
+    make_trainer, monkeypatch
+):
+    """With what the teacher says held fixed, absent channels change nothing, whatever terms are active."""
+    trainer = give_teacher(make_trainer(MSTKDTrainer, batch_size=len(SUBSETS)))
+    wake(trainer.network)
+    trainer.validation_subsets = SUBSETS
+    assert len(trainer.weights) == 6
+    fixed = trainer.forward_teacher(batch(trainer)["data"])
+    monkeypatch.setattr(trainer, "forward_teacher", lambda data: fixed)
+    assert_no_leak(trainer, monkeypatch)
