@@ -176,7 +176,7 @@ def _procedural(grid: Grid, rng: np.random.Generator, z, y, x):
 
     csf = np.where(brain, csf, 0).astype(np.float32)
     gm = np.where(brain, np.clip(cortex - csf, 0, 1 - csf), 0).astype(np.float32)
-    wm = np.where(brain, 1 - csf - gm, 0).astype(np.float32)
+    wm = np.where(brain, np.maximum(1 - csf - gm, 0), 0).astype(np.float32)
     return wm, gm, csf, brain, tentorium > 6.0
 
 
@@ -212,6 +212,6 @@ def _atlas(grid: Grid, rng: np.random.Generator, z, y, x):
     powered = wm**1.5, 0.85 * gm**1.5, 1.5 * np.clip(1 - wm - gm, 0, 1) ** 1.5
     total = np.maximum(sum(powered), np.float32(1e-6))
     wm, gm = (np.where(brain, part / total, 0).astype(np.float32) for part in powered[:2])
-    csf = np.where(brain, 1 - wm - gm, 0).astype(np.float32)
+    csf = np.where(brain, np.maximum(1 - wm - gm, 0), 0).astype(np.float32)
     supratentorial = (z > -14.0 - 1.2 * np.maximum(y + 30.0, 0)) & (z > -30.0)
     return wm, gm, csf, brain, supratentorial

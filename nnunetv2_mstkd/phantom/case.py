@@ -40,8 +40,8 @@ def make_case(seed: int, *, spacing: float = 2.0, recipe: str = "default", anato
     Parameters
     ----------
     seed
-        Non-negative integer of any size; the same seed and arguments give the same case, bit for bit. One seed at two
-        spacings gives about the same patient, with other noise.
+        Non-negative integer of any size; the same seed and arguments give the same case, bit for bit with the same
+        versions of numpy, scipy and SimpleITK. One seed at two spacings gives about the same patient, with other noise.
     spacing
         Edge of the cubic voxels in mm, 1 to 6.
     recipe

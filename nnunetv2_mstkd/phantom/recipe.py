@@ -98,7 +98,7 @@ HARD = replace(
     name="hard",
     case_jitter={**DEFAULT.case_jitter, "ET": (0.09, 0.30, 0.12, 0.12)},
     rim_mm=(1.0, 2.4),
-    rim_fill_minimum=0.5,
+    rim_fill_minimum=0.65,
     vessel_radius_mm=1.3,
     vessel_fields=5,
 )

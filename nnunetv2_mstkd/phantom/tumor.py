@@ -155,4 +155,4 @@ def _push_tissue(anatomy: Anatomy, whole: np.ndarray, strength: float) -> None:
         field = getattr(anatomy, name)
         moved = ndimage.map_coordinates(field, source, order=1, mode="nearest")
         field[box] = np.where(brain, moved, 0)
-    anatomy.wm = np.where(anatomy.brain, 1 - anatomy.gm - anatomy.csf, 0).astype(np.float32)
+    anatomy.wm = np.where(anatomy.brain, np.maximum(1 - anatomy.gm - anatomy.csf, 0), 0).astype(np.float32)
