@@ -35,8 +35,9 @@ def dataset_json(channels: int = 4, labels: dict[str, Any] | None = None) -> dic
         "numTraining": 2,
         "file_ending": ".nii.gz",
     }
-    if any(isinstance(value, list) for value in labels.values()):
-        content["regions_class_order"] = [2, 1]
+    regions = [name for name, value in labels.items() if isinstance(value, list)]
+    if regions:
+        content["regions_class_order"] = [2, 1][: len(regions)]
     return content
 
 
@@ -172,6 +173,7 @@ def batch(trainer: Any, *, batch_size: int | None = None, seed: int = 0) -> dict
     data = torch.randn(size, trainer.num_input_channels, *shape, generator=generator)
     values = (data[:, :1] > 0.3).short() + (data[:, :1] + data[:, 1:2] > 1.2).short()
     manager = trainer.label_manager
+    values = values.clamp(max=max(manager.all_labels))
     if manager.has_ignore_label:
         values[..., :4] = manager.ignore_label
     if manager.has_regions:

@@ -1,0 +1,304 @@
+"""A student beside its teacher: what is computed, what moves and what is written."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from tiny import (
+    LABELS_WITH_IGNORE,
+    NO_TERMS,
+    REGIONS,
+    REGIONS_WITH_IGNORE,
+    batch,
+    give_teacher,
+    same,
+    state,
+    wake,
+)
+
+from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator
+from nnunetv2_mstkd.settings import TERMS
+from nnunetv2_mstkd.trainers import ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.trainers.modality_dropout import MAX_SKIPPED_STEPS
+
+
+def only(**weights):
+    """Settings with these terms and no others."""
+    return {"distillation": {**dict.fromkeys(TERMS, 0), **weights}}
+
+
+@pytest.fixture
+def student(make_trainer):
+    return give_teacher(make_trainer(MSTKDTrainer))
+
+
+# ---- teacher -------------------------------------------------------------------------------------------------------
+
+
+def test_the_teacher_does_not_move_and_the_student_does(student):
+    teacher, before = state(student.teacher), state(student.network)
+    for seed in range(3):
+        student.train_step(batch(student, seed=seed))
+    assert same(teacher, state(student.teacher))
+    assert not same(before, state(student.network))
+    assert not student.teacher.training
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in student.teacher.parameters())
+
+
+def test_the_teacher_sees_all_modalities_and_the_student_its_subset(student, monkeypatch):
+    subsets = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1]]).bool()
+    monkeypatch.setattr(student, "draw_availability", lambda size: subsets)
+    seen = {}
+    for name in ("network", "teacher"):
+        getattr(student, name).register_forward_pre_hook(
+            lambda module, inputs, name=name: seen.__setitem__(name, (inputs[0] != 0).flatten(2).any(2))
+        )
+    student.train_step(batch(student))
+    assert torch.equal(seen["network"], subsets)
+    assert seen["teacher"].all()
+
+
+def test_a_checkpoint_holds_the_student_and_of_the_teacher_only_who_it_is(student, tmp_path):
+    student._teacher_identity = {"trainer": "MSTKDTeacherTrainer", "path": "a/b", "sha256": "0" * 64}
+    student.train_step(batch(student))
+    file = tmp_path / "checkpoint_latest.pth"
+    student.save_checkpoint(str(file))
+    content = checkpoints.read(file)
+    assert content["network_weights"].keys() == student.network.state_dict().keys()
+    assert set(content["mstkd"]) == {"split", "teacher", "discriminator", "discriminator_optimizer"}
+    assert content["mstkd"]["teacher"] == student._teacher_identity
+
+    def tensors(value):
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple):
+            for entry in value.values() if isinstance(value, dict) else value:
+                yield from tensors(entry)
+
+    # random weights: no other tensor has the same content by chance
+    of_teacher = [value for value in student.teacher.state_dict().values() if value.unique().numel() > 2]
+    assert len(of_teacher) > 10
+    written = list(tensors(content))
+    assert not any(torch.equal(one, other) for one in of_teacher for other in written if one.shape == other.shape)
+
+
+# ---- terms ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_each_term_works_alone_and_reaches_the_student(make_trainer, monkeypatch, term, dimensions):
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block=only(**{term: 1.0}), dimensions=dimensions))
+    wake(trainer.network)
+    monkeypatch.setattr(trainer, "loss", lambda output, target: output[0].sum() * 0)
+    result = trainer.train_step(batch(trainer))
+    assert result["names"] == ["segmentation", term]
+    assert result["terms"][0] == 0 and result["terms"][1] > 0
+    gradients = [parameter.grad for parameter in trainer.network.parameters() if parameter.grad is not None]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "distillation",
+    [{"recipe": "paper"}, {"style_encoder": "paper"}, {"where": "everywhere"}, {"tau": 7, "fade": 0, "ramp": 0}],
+    ids=str,
+)
+@pytest.mark.parametrize("labels", [REGIONS_WITH_IGNORE, LABELS_WITH_IGNORE], ids=["regions", "labels"])
+def test_the_other_forms_of_the_terms_train(make_trainer, distillation, labels):
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": distillation}, labels=labels))
+    result = [trainer.train_step(batch(trainer, seed=seed)) for seed in range(2)][-1]
+    assert result["names"] == ["segmentation", *TERMS]
+    assert np.isfinite(result["terms"]).all()
+
+
+def test_a_student_that_equals_its_teacher_and_has_all_modalities_pays_for_the_adversary_alone(make_trainer):
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": {"where": "everywhere"}}))
+    trainer.network.load_state_dict(trainer.teacher.state_dict())
+    content = batch(trainer)
+    step = trainer.compute_loss(content["data"], content["target"], torch.ones(2, 4, dtype=torch.bool))
+    values = {name: value.item() for name, value in step.terms.items()}
+    assert all(values[name] == pytest.approx(0, abs=1e-6) for name in TERMS if name != "adversarial")
+    assert values["adversarial"] > 0.1
+
+
+def test_the_total_is_the_weighted_sum_of_the_logged_terms(make_trainer):
+    block = {"distillation": {"evd": 0.5, "maps": 2.0, "kl": 0.25, "ramp": 0.0, "fade": 0.5}}
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block={**block, "schedule": {"epochs": 4, "iterations": 2}}))
+    content = batch(trainer)
+    trainer.current_epoch, trainer._step_in_epoch = 3, 0  # 6 of 8 iterations: a quarter is left, the factor one half
+    step = trainer.compute_loss(content["data"], content["target"], trainer.draw_availability(2))
+    assert trainer.weight_factor() == pytest.approx(0.5)
+    expected = step.terms["segmentation"] + 0.5 * sum(trainer.weights[name] * step.terms[name] for name in TERMS)
+    assert step.total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_weights_rise_over_the_ramp_and_fall_over_the_fade(make_trainer):
+    block = {"schedule": {"epochs": 10, "iterations": 10}, "distillation": {"ramp": 0.2, "fade": 0.4}}
+    trainer = make_trainer(MSTKDTrainer, block=block)
+    factors = {}
+    for iteration in (0, 10, 20, 60, 80, 99):
+        trainer.current_epoch, trainer._step_in_epoch = divmod(iteration, 10)
+        factors[iteration] = trainer.weight_factor()
+    assert factors == pytest.approx({0: math.exp(-5), 10: math.exp(-1.25), 20: 1, 60: 1, 80: 0.5, 99: 0.025})
+
+
+def test_terms_of_weight_zero_cost_nothing(make_trainer):
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block=only(maps=0.1)))
+    assert trainer.discriminator is None and trainer.discriminator_optimizer is None
+    seen = []
+    forward = trainer.forward_student
+    trainer.forward_student = lambda data: seen.append(forward(data)) or seen[-1]
+    result = trainer.train_step(batch(trainer))
+    assert result["names"] == ["segmentation", "maps"]
+    assert seen[0].attention == ()
+    assert set(trainer.extra_state()) == {"split", "teacher"}
+
+
+def test_without_any_term_a_step_is_modality_dropout_on_the_same_network(make_trainer, monkeypatch):
+    trainer = make_trainer(MSTKDTrainer, block=NO_TERMS)
+    trainer.teacher = lambda *arguments, **options: pytest.fail("the teacher is not asked")
+    monkeypatch.setattr(trainer, "forward_student", lambda data: pytest.fail("no features are computed"))
+    assert trainer.train_step(batch(trainer))["names"] == ["segmentation"]
+
+
+@pytest.mark.parametrize(
+    ("distillation", "computed"),
+    [({}, True), ({"where": "everywhere"}, False), ({"kl": 0, "discrepancy": 0}, False), ({"kl": 0}, True)],
+    ids=str,
+)
+def test_the_comparison_of_voxels_is_made_only_where_a_term_reads_it(make_trainer, monkeypatch, distillation, computed):
+    from nnunetv2_mstkd.trainers import distillation as module
+
+    calls = []
+    real = module.teacher_advantage
+    monkeypatch.setattr(module, "teacher_advantage", lambda *a, **o: calls.append(1) or real(*a, **o))
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": distillation}))
+    trainer.train_step(batch(trainer))
+    assert bool(calls) == computed
+
+
+def test_the_target_is_read_into_label_foreground_and_valid_voxels(make_trainer):
+    trainer = make_trainer(MSTKDTrainer, labels=LABELS_WITH_IGNORE, dimensions=2, block=NO_TERMS)
+    read = trainer.read_target(torch.tensor([0, 1, 2, 3]).short().reshape(1, 1, 2, 2))
+    assert read.label.flatten().tolist() == [0, 1, 2, 0]
+    assert read.foreground.flatten().tolist() == [False, True, True, False]
+    assert read.valid.flatten().tolist() == [True, True, True, False]
+    trainer = make_trainer(MSTKDTrainer, labels=REGIONS_WITH_IGNORE, dimensions=2, block=NO_TERMS)
+    read = trainer.read_target(torch.tensor([[0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).bool().reshape(1, 3, 2, 2))
+    assert tuple(read.label.shape) == (1, 2, 2, 2)
+    assert read.foreground.flatten().tolist() == [False, True, True, False]
+    assert read.valid.flatten().tolist() == [True, True, True, False]
+    trainer = make_trainer(MSTKDTrainer, labels=REGIONS, dimensions=2, block=NO_TERMS)
+    assert trainer.read_target(torch.zeros(1, 2, 2, 2).bool()).valid is None
+
+
+# ---- adversary -----------------------------------------------------------------------------------------------------
+
+
+def test_the_discriminator_moves_by_its_own_step_only(student, monkeypatch):
+    before = state(student.discriminator)
+    with monkeypatch.context() as patch:
+        patch.setattr(student, "after_update", lambda content: None)
+        student.train_step(batch(student))
+    assert same(before, state(student.discriminator))
+    assert all(parameter.grad is None for parameter in student.discriminator.parameters())
+    student.train_step(batch(student))
+    assert not same(before, state(student.discriminator))
+
+
+def test_the_discriminator_learns_to_tell_teacher_from_student(make_trainer):
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block=only(adversarial=0.01)))
+    for group in trainer.discriminator_optimizer.param_groups:
+        group["lr"] = 1e-2
+    content = batch(trainer)
+    values = [float(trainer.train_step(content)["terms"][1]) for _ in range(15)]
+    assert isinstance(trainer.discriminator, PatchDiscriminator)
+    # what the student pays grows with what the discriminator knows; log 2 when it cannot tell
+    assert values[-1] > values[0] and values[-1] > math.log(2)
+    assert all(parameter.requires_grad for parameter in trainer.discriminator.parameters())
+
+
+def test_features_that_overflow_do_not_break_the_discriminator(student):
+    student.train_step(batch(student))
+    student._discriminator_input = torch.full((4, student.discriminator.input_channels, 8, 8, 8), float("inf"))
+    student.after_update({})
+    assert all(torch.isfinite(value).all() for value in student.discriminator.state_dict().values())
+    assert np.isfinite(student.train_step(batch(student))["terms"]).all()
+
+
+# ---- not finite ----------------------------------------------------------------------------------------------------
+
+
+def moments(trainer) -> str:
+    """What the optimiser remembers of past gradients."""
+    content = trainer.optimizer.state_dict()
+    return str([member["state"] for member in content.get("members", [content])])
+
+
+@pytest.fixture
+def overflow(student):
+    """A student in mixed precision whose gradients overflow until the returned handle is removed."""
+    student.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    return next(student.network.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+
+
+@pytest.mark.parametrize("cls", [ModalityDropoutTrainer, MSTKDTrainer], ids=lambda cls: cls.__name__)
+def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_term_and_cases(make_trainer, monkeypatch, cls):
+    trainer = make_trainer(cls)
+    if cls is MSTKDTrainer:
+        give_teacher(trainer)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
+    trainer.train_step(batch(trainer))
+    content = batch(trainer)
+    content["data"][1, 2, 3, 4, 5] = float("nan")
+    before = state(trainer.network), moments(trainer), str(trainer.extra_state())
+    trainer.current_epoch = 3
+    with pytest.raises(FloatingPointError) as stop:
+        trainer.train_step(content)
+    message = str(stop.value)
+    assert "not finite in epoch 3, iteration 1: total, segmentation" in message
+    assert "cases case_0, case_1" in message and "\n" not in message
+    assert same(before[0], state(trainer.network))
+    assert before[1:] == (moments(trainer), str(trainer.extra_state()))
+
+
+def test_a_term_that_is_not_finite_is_named(student, monkeypatch):
+    terms = dict(student.distillation_terms())
+    terms["kl"] = lambda s, t, target: s.logits.sum() * float("inf")
+    monkeypatch.setattr(student, "distillation_terms", lambda: terms)
+    with pytest.raises(FloatingPointError, match="iteration 0: total, kl "):
+        student.train_step(batch(student))
+
+
+def test_in_mixed_precision_an_overflow_is_skipped_and_twenty_in_a_row_stop_the_training(student, overflow):
+    before = state(student.network)
+    for _ in range(MAX_SKIPPED_STEPS):
+        student.train_step(batch(student))
+    assert same(before, state(student.network))
+    with pytest.raises(FloatingPointError, match=f"gradients of {MAX_SKIPPED_STEPS} steps in a row"):
+        student.train_step(batch(student))
+
+
+def test_in_mixed_precision_one_good_step_starts_the_count_anew(student, overflow):
+    student.train_step(batch(student))
+    assert student._skipped_steps == 1
+    overflow.remove()
+    before = state(student.network)
+    student.train_step(batch(student))
+    assert student._skipped_steps == 0
+    assert not same(before, state(student.network))
+
+
+def test_in_mixed_precision_logits_that_overflow_are_skipped(student):
+    student.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    before = state(student.network)
+    content = batch(student)
+    content["data"].fill_(float("inf"))
+    student.train_step(content)
+    assert same(before, state(student.network))
+    assert student._skipped_steps == 1
