@@ -1,0 +1,56 @@
+"""Test inputs from which modalities are taken away, as stock nnUNetv2_predict needs them: zero images."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import SimpleITK as sitk
+import torch
+
+from nnunetv2_mstkd import modalities
+
+JOIN = "__"
+"""Between case and subset in a file name: ``case__T1ce+FLAIR_0000.nii.gz``."""
+
+
+def write_subset_inputs(images: Path, folder: Path, names: Sequence[str], subsets: torch.Tensor) -> list[str]:
+    """Write every case of ``images`` once per subset into ``folder``; absent channels become zero images.
+
+    Parameters
+    ----------
+    images:
+        folder of ``CASE_000k.nii.gz``, complete.
+    folder:
+        for ``CASE__SUBSET_000k.nii.gz``; appears when it is complete.
+    names:
+        of the channels.
+    subsets:
+        bool, (S, C).
+
+    Returns
+    -------
+    The names ``CASE__SUBSET`` in order.
+    """
+    cases = sorted(path.name[: -len("_0000.nii.gz")] for path in images.glob("*_0000.nii.gz"))
+    identifiers = [f"{case}{JOIN}{modalities.subset_name(row, names)}" for case in cases for row in subsets.tolist()]
+    if folder.is_dir():
+        return identifiers
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    for case in cases:
+        for channel in range(len(names)):
+            source = images / f"{case}_{channel:04d}.nii.gz"
+            image = sitk.ReadImage(str(source))
+            zero = sitk.Image(image.GetSize(), image.GetPixelID())
+            zero.CopyInformation(image)
+            for row in subsets.tolist():
+                target = unfinished / f"{case}{JOIN}{modalities.subset_name(row, names)}_{channel:04d}.nii.gz"
+                if row[channel]:
+                    shutil.copyfile(source, target)
+                else:
+                    sitk.WriteImage(zero, str(target), useCompression=True)
+    unfinished.rename(folder)
+    return identifiers

@@ -1,0 +1,123 @@
+"""The demo's two pictures: a heat map of Dice, and one slice segmented from several subsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+import SimpleITK as sitk
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+
+from nnunetv2_mstkd.demo.inputs import JOIN
+
+COLORS = ("#f2c14e", "#4d9de0", "#e15554")
+"""Edema, core without enhancement, enhancing tumor."""
+LABELS = ("edema", "non-enhancing core", "enhancing tumor")
+DISCLAIMER = "synthetic phantom: these numbers say nothing about clinical performance"
+
+
+def heat_map(scores: pd.DataFrame, file: Path) -> None:
+    """Dice by subset (rows) and region (columns), one panel per model."""
+    models, region_names = list(scores["model"].unique()), list(scores["region"].unique())
+    subsets = list(scores["subset"].unique())
+    with plt.rc_context({"font.size": 10}):
+        figure, axes = plt.subplots(
+            1,
+            len(models) + 1,
+            figsize=(2.2 + 2.5 * len(models), 0.36 * len(subsets) + 1.7),
+            width_ratios=[1.0] * len(models) + [0.07],
+        )
+        for axis, model in zip(axes[:-1], models, strict=True):
+            values = scores[scores["model"] == model].pivot_table(index="subset", columns="region", values="dice")
+            first = axis is axes[0]
+            sns.heatmap(
+                100 * values.loc[subsets, region_names],
+                ax=axis,
+                vmin=0,
+                vmax=100,
+                cmap="viridis",
+                annot=True,
+                fmt=".0f",
+                cbar=first,
+                cbar_ax=axes[-1] if first else None,
+                cbar_kws={"label": "Dice (%)"} if first else None,
+                yticklabels=first,
+                linewidths=0.5,
+            )
+            mean = 100 * scores.loc[scores["model"] == model, "dice"].mean()
+            axis.set_title(f"{model}\nmean {mean:.1f}")
+            axis.set_xlabel("")
+            axis.set_ylabel("available modalities" if first else "")
+        figure.text(0.5, 0.005, DISCLAIMER, ha="center", va="bottom", fontsize=8, color="0.4")
+        figure.tight_layout(rect=(0, 0.025, 1, 1))
+        figure.savefig(file, dpi=110)
+        plt.close(figure)
+
+
+def slices(
+    case: str,
+    subsets: Sequence[str],
+    images: Path,
+    reference: Path,
+    predictions: Mapping[str, Path],
+    channel_names: Sequence[str],
+    scores: pd.DataFrame,
+    file: Path,
+) -> None:
+    """The slice with most tumor: truth in the first column, then each model (rows) from each subset (columns).
+
+    The background of a column is the first available modality of its subset in the order FLAIR, T1ce, T2, T1.
+    """
+    truth = _array(reference)
+    index = int((truth > 0).sum((1, 2)).argmax())
+    channels = {name: _array(images / f"{case}_{i:04d}.nii.gz")[index] for i, name in enumerate(channel_names)}
+    last = list(reversed(channel_names))
+    columns = ["truth", *subsets]
+    with plt.rc_context({"font.size": 9}):
+        figure, axes = plt.subplots(
+            len(predictions), len(columns), figsize=(1.75 * len(columns), 2.25 * len(predictions) + 0.5), squeeze=False
+        )
+        for row, (model, folder) in enumerate(predictions.items()):
+            for axis, column in zip(axes[row], columns, strict=True):
+                shown = last[0] if column == "truth" else next(name for name in last if name in column.split("+"))
+                label = truth if column == "truth" else _array(folder / f"{case}{JOIN}{column}.nii.gz")
+                _draw(axis, channels[shown], label[index])
+                if column == "truth":
+                    axis.set_ylabel(model)
+                    axis.set_title("ground truth" if row == 0 else "")
+                    continue
+                own = scores[(scores["model"] == model) & (scores["case"] == case) & (scores["subset"] == column)]
+                text = " / ".join(f"{100 * value:.0f}" for value in own["dice"])
+                name = column if column.count("+") + 1 < len(channel_names) else "all"
+                axis.set_title(f"{name}\n{text}" if row == 0 else text)
+        handles = [Patch(color=color, label=label) for color, label in zip(COLORS, LABELS, strict=True)]
+        figure.legend(handles=handles, loc="lower center", ncol=3, frameon=False)
+        names = " / ".join(scores["region"].unique())
+        figure.suptitle(f"{case}, one slice; numbers are the case's Dice {names} in percent", fontsize=10)
+        figure.tight_layout(rect=(0, 0.05, 1, 1))
+        figure.savefig(file, dpi=120)
+        plt.close(figure)
+
+
+def _array(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def _draw(axis, image: np.ndarray, label: np.ndarray) -> None:
+    inside = image[image > 0]
+    high = np.percentile(inside, 99.5) if inside.size else 1
+    axis.imshow(image, cmap="gray", vmin=0, vmax=high, interpolation="nearest")
+    overlay = np.ma.masked_equal(label, 0)
+    axis.imshow(overlay, cmap=ListedColormap(COLORS), vmin=1, vmax=3, alpha=0.55, interpolation="nearest")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,1 @@
+"""Measuring segmentations: metrics and their conventions."""
