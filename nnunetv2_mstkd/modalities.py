@@ -1,0 +1,304 @@
+"""The algebra of modality subsets: names, enumeration, sampling, masking and detection.
+
+A *subset* is a row of booleans of shape ``(C,)``, True where the modality is available. No subset of this package is
+empty. Everything in the package that says "missing" comes from here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+MIN_MODALITIES = 2
+MAX_MODALITIES = 16
+"""2^16 - 1 subsets still fit a table that is built in a moment; no MRI protocol comes near it."""
+
+SEPARATOR = "+"
+ALL = "all"
+"""Stands for the full set where a subset is read from text."""
+
+ENUMERATION_LIMIT = 6
+"""All 2^C - 1 subsets are evaluated by default up to this many modalities (63 subsets)."""
+
+ZERO_KEEPING_NORMALIZATIONS = (
+    "ZScoreNormalization",
+    "NoNormalization",
+    "RescaleTo01Normalization",
+    "RGBTo01Normalization",
+)
+"""nnU-Net's normalisation schemes under which an all-zero image stays all-zero; zero is how a modality is missing."""
+
+
+def check_count(num_modalities: int) -> None:
+    """Raise ValueError unless ``num_modalities`` lies between 2 and 16."""
+    if num_modalities < MIN_MODALITIES:
+        raise ValueError(
+            f"the data set has {num_modalities} input channel; a missing-modality trainer needs at least "
+            f"{MIN_MODALITIES}. With one channel use nnUNetTrainer"
+        )
+    if num_modalities > MAX_MODALITIES:
+        raise ValueError(
+            f"the data set has {num_modalities} input channels; subsets are supported for at most {MAX_MODALITIES}"
+        )
+
+
+def check_normalization(schemes: Sequence[str]) -> None:
+    """Raise ValueError where a channel's normalisation does not keep zero, because zero means missing."""
+    for channel, scheme in enumerate(schemes):
+        if scheme not in ZERO_KEEPING_NORMALIZATIONS:
+            raise ValueError(
+                f"channel {channel} is normalised with {scheme}, which turns the zero image of a missing modality into "
+                f"another value; expected one of {', '.join(ZERO_KEEPING_NORMALIZATIONS)}. Plan the data set again "
+                f'with another channel name in dataset.json (for example "T1" instead of "CT")'
+            )
+
+
+def modality_names(dataset_json: Mapping) -> tuple[str, ...]:
+    """Names of the input channels of an nnU-Net ``dataset.json``, in channel order.
+
+    nnU-Net allows any text, the same one several times too; here a name must be usable in ``"T1ce+FLAIR"``. So spaces
+    at the ends are dropped, ``+`` and ``,`` become ``_``, and a name that is empty, ``all`` or used twice (upper and
+    lower case are not distinguished) gets its channel number.
+
+    Raises
+    ------
+    ValueError
+        if the file names no channels or their numbers are not 0 ... C-1.
+    """
+    channels = dataset_json.get("channel_names", dataset_json.get("modality"))
+    if not isinstance(channels, Mapping) or not channels:
+        raise ValueError(
+            f"dataset.json has the channel_names {channels!r}; expected a name for each input channel, for example "
+            f'{{"0": "T1", "1": "FLAIR"}}'
+        )
+    by_number = {str(number): str(name) for number, name in channels.items()}
+    if set(by_number) != {str(number) for number in range(len(channels))}:
+        raise ValueError(
+            f"channel_names in dataset.json has the keys {', '.join(map(str, channels))}, expected the numbers 0 ... "
+            f"{len(channels) - 1} (number: name, not name: number)"
+        )
+    names = [
+        by_number[str(number)].strip().replace(SEPARATOR, "_").replace(",", "_") for number in range(len(channels))
+    ]
+    folded = [name.casefold() for name in names]
+    taken = {name for name in folded if folded.count(name) == 1} - {"", ALL}
+    for number, name in enumerate(names):
+        if name.casefold() not in taken:
+            name = f"{name or 'channel'}_{number}"
+            while name.casefold() in taken:
+                name += "_"
+            taken.add(name.casefold())
+            names[number] = name
+    return tuple(names)
+
+
+def all_subsets(num_modalities: int) -> torch.Tensor:
+    """All non-empty subsets in the fixed order of this package: by size, then by channel number.
+
+    Returns
+    -------
+    Tensor of bool, shape (2^C - 1, C). The first C rows are the single modalities, the last one is the full set.
+    """
+    check_count(num_modalities)
+    codes = torch.arange(2**num_modalities - 1, 0, -1)
+    # falling codes with channel 0 as the highest bit put {0, 1} before {0, 2} before {1, 2}; the sort keeps that order
+    rows = (codes[:, None] >> torch.arange(num_modalities - 1, -1, -1)) & 1 == 1
+    return rows[rows.sum(1).argsort(stable=True)]
+
+
+def subset_name(subset: Iterable[bool], names: Sequence[str]) -> str:
+    """``"T1ce+FLAIR"`` for the available channels of one subset, in channel order."""
+    present = [name for name, available in zip(names, subset, strict=True) if bool(available)]
+    if not present:
+        raise ValueError("a subset without any modality has no name; at least one modality must be available")
+    return SEPARATOR.join(present)
+
+
+def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:
+    """The subset that a name such as ``"T1ce+FLAIR"`` (or ``"T1ce,FLAIR"``, ``"all"``) stands for.
+
+    Upper and lower case are not distinguished and the order does not matter.
+
+    Returns
+    -------
+    Tensor of bool, shape (C,).
+
+    Raises
+    ------
+    ValueError
+        for an unknown or repeated modality and for an empty subset.
+    """
+    subset = torch.zeros(len(names), dtype=torch.bool)
+    if text.strip().casefold() == ALL:
+        return ~subset
+    known = {name.casefold(): index for index, name in enumerate(names)}
+    for part in text.replace(",", SEPARATOR).split(SEPARATOR):
+        key = part.strip().casefold()
+        if not key:
+            raise ValueError(f"the subset {text!r} has an empty part; write for example {names[0]}+{names[-1]}")
+        if key not in known:
+            raise ValueError(f"unknown modality {part.strip()!r} in subset {text!r}; known are {', '.join(names)}")
+        if subset[known[key]]:
+            raise ValueError(f"modality {part.strip()!r} stands twice in subset {text!r}")
+        subset[known[key]] = True
+    return subset
+
+
+def parse_subsets(texts: Iterable[str], names: Sequence[str]) -> torch.Tensor:
+    """Several subsets, shape (S, C), in the order given; the same one twice is refused with ValueError."""
+    rows = [parse_subset(text, names) for text in texts]
+    if not rows:
+        raise ValueError(f"the list of subsets is empty; name at least one, for example {SEPARATOR.join(names)}")
+    codes = [subset_code(row) for row in rows]
+    for index, code in enumerate(codes):
+        if code in codes[:index]:
+            raise ValueError(f"the subset {subset_name(rows[index], names)} stands twice in the list")
+    return torch.stack(rows)
+
+
+def subset_code(subset: Iterable[bool]) -> int:
+    """The integer whose bit c is set where channel c is available: 1 ... 2^C - 1."""
+    return sum(1 << channel for channel, available in enumerate(subset) if bool(available))
+
+
+@dataclass(frozen=True)
+class SubsetSampler:
+    """Draws which modalities each sample of a batch keeps.
+
+    Drawing (here) is apart from applying (:func:`mask_modalities`), so that the same draw can be given to teacher,
+    student and loss.
+
+    Attributes
+    ----------
+    num_modalities:
+        C, 2 ... 16.
+    kind:
+        ``"uniform"`` over the 2^C - 1 non-empty subsets, the full one included (MST-KDNet, AdaMM, RFNet);
+        ``"by_size"`` first the number of modalities uniformly over 1 ... C, then a subset of that size;
+        ``"weighted"`` over ``subsets`` in proportion to ``weights``; ``"fixed"`` uniformly over ``subsets``.
+    subsets, weights:
+        rows of 0/1 and positive numbers for the two last kinds.
+    """
+
+    num_modalities: int
+    kind: str = "uniform"
+    subsets: tuple[tuple[bool, ...], ...] = ()
+    weights: tuple[float, ...] = ()
+
+    KINDS = ("uniform", "by_size", "weighted", "fixed")
+
+    def __post_init__(self) -> None:
+        check_count(self.num_modalities)
+        if self.kind not in self.KINDS:
+            raise ValueError(f"unknown sampler kind {self.kind!r}; allowed are {', '.join(self.KINDS)}")
+        if self.kind in ("uniform", "by_size"):
+            if self.subsets or self.weights:
+                raise ValueError(f"sampler kind {self.kind!r} takes neither subsets nor weights; use weighted or fixed")
+            return
+        if not self.subsets:
+            raise ValueError(f"sampler kind {self.kind!r} needs at least one subset")
+        if any(len(row) != self.num_modalities or not any(row) for row in self.subsets):
+            raise ValueError("every subset of a sampler must have one entry per modality and at least one available")
+        if self.kind == "fixed" and self.weights:
+            raise ValueError("sampler kind 'fixed' draws its subsets uniformly; use 'weighted' for weights")
+        if self.kind == "weighted":
+            if len(self.weights) != len(self.subsets):
+                raise ValueError(f"{len(self.subsets)} subsets but {len(self.weights)} weights")
+            if any(not 0 < weight < float("inf") for weight in self.weights):
+                raise ValueError(f"the weights of subsets must be positive and finite, found {list(self.weights)}")
+
+    def sample(self, batch_size: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw one subset per sample.
+
+        Returns
+        -------
+        Tensor of bool on the CPU, shape (batch_size, C), True where available. No row is all False.
+        """
+        channels = torch.arange(self.num_modalities)
+        if self.kind == "uniform":
+            codes = torch.randint(1, 2**self.num_modalities, (batch_size,), generator=generator)
+            return (codes[:, None] >> channels) & 1 == 1
+        if self.kind == "by_size":
+            sizes = torch.randint(1, self.num_modalities + 1, (batch_size, 1), generator=generator)
+            ranks = torch.rand(batch_size, self.num_modalities, generator=generator).argsort(1).argsort(1)
+            return ranks < sizes
+        weights = torch.tensor(self.weights or (1.0,) * len(self.subsets), dtype=torch.float64)
+        rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
+        return torch.tensor(self.subsets, dtype=torch.bool)[rows]
+
+
+def sample_subsets(batch_size: int, num_modalities: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Draw which modalities each sample keeps, uniformly over the 2^C - 1 non-empty subsets.
+
+    Returns
+    -------
+    Tensor of bool, shape (batch_size, num_modalities); True where the modality is available. No row is all False.
+    """
+    return SubsetSampler(num_modalities).sample(batch_size, generator=generator)
+
+
+def mask_modalities(batch: torch.Tensor, availability: torch.Tensor) -> torch.Tensor:
+    """Set the absent channels of each sample to exactly zero.
+
+    ``torch.where`` and not a product, because NaN * 0 is NaN: nothing of an absent channel may reach the network.
+
+    Parameters
+    ----------
+    batch:
+        shape (B, C, *spatial), 2-D or 3-D images.
+    availability:
+        bool, shape (B, C) on any device.
+
+    Raises
+    ------
+    ValueError
+        if the shapes do not agree or a sample keeps no modality.
+    """
+    if tuple(availability.shape) != tuple(batch.shape[:2]):
+        raise ValueError(
+            f"availability has shape {tuple(availability.shape)}, expected {tuple(batch.shape[:2])} (batch, channels)"
+        )
+    if availability.device.type == "cpu" and not bool(availability.any(1).all()):
+        raise ValueError("a sample keeps no modality; at least one channel must stay available")
+    keep = availability.to(batch.device, non_blocking=True).reshape(*batch.shape[:2], *[1] * (batch.ndim - 2))
+    return torch.where(keep, batch, batch.new_zeros(()))
+
+
+def detect_availability(batch: torch.Tensor) -> torch.Tensor:
+    """Find the available modalities of each sample: those that are not zero everywhere.
+
+    A sample whose channels are *all* zero (a patch in the air) tells nothing and counts as complete.
+
+    Parameters
+    ----------
+    batch:
+        shape (B, C, *spatial).
+
+    Returns
+    -------
+    Tensor of bool on the batch's device, shape (B, C); no row is all False.
+    """
+    found = (batch != 0).flatten(2).any(2)
+    return found | ~found.any(1, keepdim=True)
+
+
+def validation_subsets(num_modalities: int, *, limit: int = 16, seed: int = 0) -> torch.Tensor:
+    """The fixed list of subsets that online validation goes through.
+
+    All subsets for C <= 4; for more, ``limit`` of them: the full set, the single modalities (as many as fit), then
+    distinct ones drawn with ``seed``.
+
+    Returns
+    -------
+    Tensor of bool, shape (S, C).
+    """
+    every = all_subsets(num_modalities)
+    if len(every) <= limit:
+        return every
+    singles = min(num_modalities, limit - 1)
+    middle = torch.arange(num_modalities, len(every) - 1)
+    drawn = torch.randperm(len(middle), generator=torch.Generator().manual_seed(seed))[: limit - 1 - singles]
+    rows = torch.cat([torch.tensor([len(every) - 1]), torch.arange(singles), middle[drawn].sort().values])
+    return every[rows]
