@@ -1,0 +1,1 @@
+"""Predicting cases whose modalities are partly absent, with nnU-Net's own predictor and exporter."""

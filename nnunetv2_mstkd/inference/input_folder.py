@@ -1,0 +1,134 @@
+"""Finding the cases in an input folder in which any channel's file may be absent."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+CHANNEL_DIGITS = 4
+
+IMAGE_ENDINGS = (
+    ".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl", ".hdr", ".img", ".mgz", ".dcm", ".tif", ".tiff",
+    ".png", ".bmp", ".jpg",
+)  # fmt: skip
+"""A file with one of these was probably meant as an input; notes and sidecars beside the images are no problem."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One case of an input folder.
+
+    Attributes
+    ----------
+    name:
+        the case id, CASE of ``CASE_0000.nii.gz``.
+    files:
+        one entry per channel; None where the modality is absent.
+    all_zero:
+        channels that have a file, which is zero everywhere and so counts as absent.
+    """
+
+    name: str
+    files: tuple[Path | None, ...]
+    all_zero: tuple[int, ...] = ()
+
+    @property
+    def availability(self) -> tuple[bool, ...]:
+        """True for each channel that has an image."""
+        return tuple(path is not None for path in self.files)
+
+    def without(self, channels: Sequence[int]) -> Case:
+        """A copy in which these channels are absent."""
+        return replace(self, files=tuple(None if c in channels else path for c, path in enumerate(self.files)))
+
+
+class Problem(NamedTuple):
+    """Something that keeps a case, or (case None) a file of the folder, from being predicted as it was meant."""
+
+    case: str | None
+    text: str
+
+
+def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[list[Case], list[Problem]]:
+    """Sort the files of an input folder into cases.
+
+    Parameters
+    ----------
+    folder:
+        with ``CASE_000k`` + ``file_ending``; any of a case's files may be absent.
+    file_ending:
+        of the data set, for example ``.nii.gz``.
+    names:
+        of the C channels.
+
+    Returns
+    -------
+    All cases, sorted by name as nnU-Net sorts them, and what is wrong with files and names.
+
+    Raises
+    ------
+    FileNotFoundError
+        if there is no such folder or no input in it.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no input folder {folder}")
+    pattern = re.compile(rf"(.+)_(\d{{{CHANNEL_DIGITS}}}){re.escape(file_ending)}", re.DOTALL)
+    found: dict[str, dict[int, Path]] = defaultdict(dict)
+    problems = []
+    for path in sorted(folder.iterdir()):
+        if path.name.startswith(".") or path.is_dir():
+            continue
+        match = pattern.fullmatch(path.name)
+        if match is None:
+            problems += _stray(path, file_ending)
+            continue
+        name, channel = match[1], int(match[2])
+        if channel < len(names):
+            found[name][channel] = path
+        else:
+            found[name]  # the case is there, with all its files wrong
+            problems.append(
+                Problem(
+                    name,
+                    f"{path.name} has the channel number {channel}; the data set has the {len(names)} channels "
+                    f"{', '.join(f'{c:04d} {text}' for c, text in enumerate(names))}",
+                )
+            )
+    if not found:
+        listed = "".join(f"\n  {problem.text}" for problem in problems)
+        raise FileNotFoundError(
+            f"no input in {folder}: expected files such as CASE_0000{file_ending} with one number per channel "
+            f"({', '.join(names)}){listed}"
+        )
+    cases = [Case(name, tuple(found[name].get(c) for c in range(len(names)))) for name in sorted(found)]
+    return cases, problems + _same_names(cases)
+
+
+def _stray(path: Path, file_ending: str) -> list[Problem]:
+    """A file that nnU-Net would silently leave out, or cut to a wrong case name."""
+    if path.name.endswith(file_ending):
+        expected = f"CASE_0000{file_ending}"
+        return [Problem(None, f"{path.name} has no channel number of four digits, expected a name such as {expected}")]
+    ending = next((ending for ending in IMAGE_ENDINGS if path.name.lower().endswith(ending)), None)
+    if ending is None:
+        return []
+    match = re.fullmatch(rf"(.+)_\d{{{CHANNEL_DIGITS}}}", path.name[: -len(ending)], re.DOTALL)
+    text = f"{path.name} does not end in {file_ending}, as dataset.json says the files of this data set do"
+    return [Problem(match[1] if match else None, text)]
+
+
+def _same_names(cases: Sequence[Case]) -> list[Problem]:
+    """Case ids whose segmentations would overwrite one another where file names have no upper and lower case."""
+    by_name: dict[str, list[str]] = defaultdict(list)
+    for case in cases:
+        by_name[case.name.casefold()].append(case.name)
+    return [
+        Problem(name, f"is a duplicate case id: {' and '.join(names)} differ in upper and lower case only")
+        for names in by_name.values()
+        if len(names) > 1
+        for name in names
+    ]
