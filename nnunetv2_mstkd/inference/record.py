@@ -1,0 +1,114 @@
+"""``predictions.json``: which modalities each case was predicted from, and with which model."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.inference.input_folder import Case
+
+SAVE_INTERVAL = 2.0
+"""Seconds between two versions of the file: thousands of cases would otherwise write it thousands of times."""
+
+
+def record_name(part_id: int = 0, num_parts: int = 1) -> str:
+    """File name of the record; each of several processes with one output folder writes its own."""
+    return "predictions.json" if num_parts == 1 else f"predictions_part{part_id}of{num_parts}.json"
+
+
+class Record:
+    """What was predicted from what.
+
+    Parameters
+    ----------
+    file:
+        where it is kept; other files of the same folder are nnU-Net's own.
+    run:
+        everything that all predictions of the folder have in common: model, folds, dropped modalities ...
+    names:
+        of the C channels.
+    expected:
+        :func:`~nnunetv2_mstkd.inference.expected_dice.read_expected_dice`.
+    resume:
+        keep the cases of an earlier run.
+
+    Raises
+    ------
+    ValueError
+        if an earlier run that is to be continued had another model or other options.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        run: Mapping[str, Any],
+        names: Sequence[str],
+        expected: Mapping[int, Mapping[str, float]],
+        *,
+        resume: bool,
+    ) -> None:
+        self.file, self.names, self.expected = file, names, expected
+        self.resumed = resume and file.is_file()
+        self.run = json.loads(json.dumps(run))
+        self.cases: dict[str, Any] = {}
+        self._saved = -float("inf")
+        if self.resumed:
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+                self.cases = dict(before["cases"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} is no record of predictions; leave out --continue_prediction") from error
+            for key, value in self.run.items():
+                if before.get(key) != value:
+                    raise ValueError(
+                        f"{file.parent} was predicted with {key} {before.get(key)!r}, now it is {value!r}; continue "
+                        f"with the same options, or leave out --continue_prediction"
+                    )
+
+    def add(self, case: Case) -> None:
+        """Note that a case's segmentation is written."""
+        availability = case.availability
+        entry: dict[str, Any] = {
+            "subset": modalities.subset_name(availability, self.names),
+            "modalities": [name for name, available in zip(self.names, availability, strict=True) if available],
+            "absent": [name for name, available in zip(self.names, availability, strict=True) if not available],
+        }
+        if case.all_zero:
+            entry["all_zero"] = [self.names[channel] for channel in case.all_zero]
+        if self.expected:
+            entry["expected_dice"] = self.expected.get(modalities.subset_code(availability))
+        self.cases[case.name] = entry
+        if time.monotonic() - self._saved >= SAVE_INTERVAL:
+            self.save()
+
+    def save(self) -> None:
+        """Write the file; it is at any moment the old or the new one."""
+        write_json(self.file, {**self.run, "cases": dict(sorted(self.cases.items()))})
+        self._saved = time.monotonic()
+
+    def by_subset(self) -> list[str]:
+        """One line per subset: how many cases have it, and the Dice to expect."""
+        lines = []
+        counts = Counter(entry["subset"] for entry in self.cases.values())
+        for subset, count in sorted(counts.items(), key=lambda item: -item[1]):
+            dice = next(entry.get("expected_dice") for entry in self.cases.values() if entry["subset"] == subset)
+            expected = ", ".join(f"{region} {value:.3f}" for region, value in (dice or {}).items())
+            lines.append(f"{subset}: {count}" + (f" (expected Dice: {expected})" if expected else ""))
+        return lines
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file so that it is at any moment absent, the old or the whole new one."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
