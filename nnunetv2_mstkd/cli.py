@@ -18,6 +18,8 @@ import nnunetv2_mstkd
 COMMANDS = {
     "demo": "run the whole method on a small synthetic data set",
     "phantom": "make a synthetic data set with four modalities",
+    "predict": "segment cases whose modalities are partly absent",
+    "fill-missing": "write zero images for absent modalities, for nnUNetv2_predict",
     "configure": "write the settings of a training into a new configuration of the plans",
     "convert": "turn a data set into nnU-Net's raw format",
     "path": "print the folder in which nnU-Net finds the trainers",
