@@ -18,7 +18,8 @@ WARMUP = 0.02
 class JointOptimizer(torch.optim.Optimizer):
     """Several optimisers behind the interface of one, so that nnU-Net saves, scales and steps them together.
 
-    ``param_groups`` lists the groups of all members, the first member's first.
+    ``param_groups`` lists the groups of all members, the first member's first; they are the members' own, so a rate
+    that is written there holds.
     """
 
     def __init__(self, *members: torch.optim.Optimizer) -> None:
@@ -26,9 +27,15 @@ class JointOptimizer(torch.optim.Optimizer):
         super().__init__([group for member in members for group in member.param_groups], {})
         self.param_groups = [group for member in members for group in member.param_groups]
 
-    def step(self, closure: Callable | None = None) -> None:
+    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
+        # the closure once, not once per member: it would see half of the parameters moved
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for member in self.members:
-            member.step(closure)
+            member.step()
+        return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for member in self.members:
@@ -79,7 +86,7 @@ def build_optimizer(
     epochs: int,
     weight_decay: float,
     added_modules: Iterable[torch.nn.Module] = (),
-):
+) -> tuple[torch.optim.Optimizer, PolyLRScheduler | WarmupPolyScheduler]:
     """Optimiser and scheduler of a network.
 
     Parameters
@@ -96,6 +103,7 @@ def build_optimizer(
         what is trained with AdamW at ``transformer_lr`` (weight decay 0.05, none on norms, biases and positions)
         unless the schedule names ``adam``, the published recipe's optimiser for everything.
     """
+    added_modules = list(added_modules)
     added = {id(parameter): parameter for module in added_modules for parameter in module.parameters()}
     if not added or schedule.optimizer == "adam":
         optimizer = _unet_optimizer(network.parameters(), schedule, weight_decay)

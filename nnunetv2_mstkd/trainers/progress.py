@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import matplotlib
+from matplotlib.figure import Figure
 
 PREFIX = "mstkd_"
 
@@ -30,13 +32,10 @@ class TermLog:
         return self._logger.local_logger.my_fantastic_logging
 
     def log(self, values: Mapping[str, float], epoch: int) -> None:
-        """Log one value per name for ``epoch``.
-
-        nnU-Net's plot stops at the shortest list, so a name that appears late is padded with NaN.
-        """
+        """Log one value per name for ``epoch``; a name that appears late is padded with NaN."""
         for name, value in values.items():
             history = self._lists.setdefault(PREFIX + name, [])
-            history.extend([float("nan")] * (epoch - len(history)))
+            history.extend([math.nan] * (epoch - len(history)))
             self._logger.log(PREFIX + name, float(value), epoch)
 
     def history(self) -> dict[str, list[float]]:
@@ -44,14 +43,22 @@ class TermLog:
         return {key[len(PREFIX) :]: list(values) for key, values in self._lists.items() if key.startswith(PREFIX)}
 
     def plot(self, epoch: int) -> None:
-        """Draw one small panel per name."""
+        """Draw one small panel per name, up to ``epoch``.
+
+        nnU-Net's own plot stops at the shortest list, so a name without a value for ``epoch`` gets NaN here.
+        """
+        for key, values in self._lists.items():
+            if key.startswith(PREFIX):
+                values.extend([math.nan] * (epoch + 1 - len(values)))
         history = self.history()
         if not history:
             return
         columns = min(3, len(history))
-        rows = -(-len(history) // columns)
-        with plt.rc_context({"font.size": 9, "axes.grid": True, "axes.facecolor": "white", "grid.color": "0.9"}):
-            figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 2.8 * rows), squeeze=False)
+        rows = math.ceil(len(history) / columns)
+        # a figure of its own: pyplot would keep global state, and nnU-Net's seaborn style is for much larger ones
+        with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "axes.facecolor": "white", "grid.color": "0.9"}):
+            figure = Figure(figsize=(4.2 * columns, 2.8 * rows))
+            axes = figure.subplots(rows, columns, squeeze=False)
             for axis in axes.flat[len(history) :]:
                 axis.set_visible(False)
             for axis, (name, values) in zip(axes.flat, history.items(), strict=False):
@@ -60,4 +67,3 @@ class TermLog:
                 axis.set_xlabel("epoch")
             figure.tight_layout()
             figure.savefig(Path(self._folder) / "progress_terms.png", dpi=90)
-            plt.close(figure)
