@@ -43,7 +43,9 @@ class SamplerSettings:
     kind: str = "uniform"
     """``uniform``, ``by_size``, ``fixed`` (``subsets`` equally often) or ``weighted`` (``weights`` by subset name)."""
     subsets: tuple[str, ...] = ()
+    """For ``fixed``: names such as ``"T1ce+FLAIR"``."""
     weights: Mapping[str, float] = field(default_factory=dict)
+    """For ``weighted``: subset name to positive weight; subsets that are not named are never drawn."""
 
     def __post_init__(self) -> None:
         _one_of("sampler.kind", self.kind, modalities.SubsetSampler.KINDS)
@@ -77,8 +79,11 @@ class ScheduleSettings:
     """Length, optimiser and start of a training. The defaults are nnU-Net's."""
 
     epochs: int = 1000
+    """Of a student, or of a trainer without a teacher; see also ``teacher.epochs``."""
     iterations: int = 250
+    """Training steps per epoch."""
     validation_iterations: int = 50
+    """Online validation steps per epoch; raised where fewer would not go through all validation subsets."""
     save_every: int | None = None
     """Epochs between two ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
     seed: int | None = None
@@ -132,7 +137,9 @@ class NetworkSettings:
     patch: tuple[int, ...] | None = None
     """Edges of the patches of bottleneck positions that make one token; null: smallest that gives ``max_tokens``."""
     max_tokens: int = 1024
+    """Largest number of tokens; attention maps, and with them the memory of ``evd``, grow with its square."""
     mlp_ratio: float = 4.0
+    """Width of a block's hidden layer over the token width."""
 
     def __post_init__(self) -> None:
         for name in ("depth", "heads", "taps"):
@@ -178,12 +185,19 @@ class DistillationSettings:
     """``default`` or ``paper``: the released weights of MST-KDNet as far as they carry over to scale-free terms, and
     Adam for all parameters unless ``schedule.optimizer`` says otherwise."""
     evd: float = 0.1
+    """Weight of extreme value distillation of the attention maps (MS-TKD, eq. 2-4)."""
     maps: float = 0.1
+    """Weight of multi-scale map matching (MS-TKD, eq. 4)."""
     discrepancy: float = 0.2
+    """Weight of the squared logit difference (DMLD, eq. 5)."""
     kl: float = 0.5
+    """Weight of the standardised-logit KL divergence (DMLD, eq. 6-8)."""
     style: float = 0.1
+    """Weight of cross-correlation style matching (GSME, eq. 10-11)."""
     adversarial: float = 0.005
+    """Weight of the adversarial term (GSME, eq. 9); 0 builds no discriminator."""
     tau: float = 2.0
+    """Temperature of the KL divergence."""
     ramp: float = 0.1
     """Fraction of the training over which the weights rise as exp(-5 (1 - t)^2)."""
     fade: float = 0.5
