@@ -24,8 +24,8 @@ VALIDATION_CASES = 2
 
 FEATURES = (12, 24, 48, 96)
 ITERATIONS = 50
-TEACHER_EPOCHS = 18
-STUDENT_EPOCHS = 12
+TEACHER_EPOCHS = 14
+STUDENT_EPOCHS = 9
 SETTINGS: dict[str, Any] = {
     "schedule.optimizer": "adamw",
     "schedule.initial_lr": 1e-3,
