@@ -20,7 +20,7 @@ from nnunetv2_mstkd.evaluation.conventions import (
     VOLUME_ERROR,
     empty_value,
 )
-from nnunetv2_mstkd.evaluation.masks import check_masks, check_spacing, image_diagonal
+from nnunetv2_mstkd.evaluation.masks import MM3_PER_ML, check_masks, check_spacing, image_diagonal
 from nnunetv2_mstkd.evaluation.surface import (
     check_hd95_variant,
     check_tolerance,
@@ -41,8 +41,6 @@ __all__ = [
     "sensitivity",
     "volume_error_ml",
 ]
-
-MM3_PER_ML = 1000.0
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:

@@ -1,0 +1,349 @@
+"""The metrics by name, what they are worth when a mask is empty, and the lesion-wise rules of BraTS.
+
+Published numbers differ by these conventions more often than by their methods, so each lives in exactly one table, and
+:func:`empty_rules_text` puts the one in use into words.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+DICE = "dice"
+HD95 = "hd95"
+NSD = "nsd"
+SENSITIVITY = "sensitivity"
+PRECISION = "precision"
+VOLUME_ERROR = "volume_error_ml"
+RELATIVE_VOLUME_ERROR = "relative_volume_error"
+LESION_DICE = "lesion_dice"
+LESION_HD95 = "lesion_hd95"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric's name in tables, its unit, its range and which direction is better.
+
+    Attributes
+    ----------
+    label:
+        as printed.
+    unit:
+        ``"%"`` where the value is a share, printed times 100.
+    better:
+        +1 where higher is better, -1 where lower is, 0 where closer to zero is.
+    lowest, highest:
+        the possible values.
+    """
+
+    label: str
+    unit: str
+    better: int
+    lowest: float
+    highest: float
+
+
+METRICS: Mapping[str, Metric] = MappingProxyType(
+    {
+        DICE: Metric("Dice", "%", +1, 0.0, 1.0),
+        HD95: Metric("HD95", "mm", -1, 0.0, math.inf),
+        NSD: Metric("NSD", "%", +1, 0.0, 1.0),
+        SENSITIVITY: Metric("sensitivity", "%", +1, 0.0, 1.0),
+        PRECISION: Metric("precision", "%", +1, 0.0, 1.0),
+        VOLUME_ERROR: Metric("volume error", "ml", 0, -math.inf, math.inf),
+        RELATIVE_VOLUME_ERROR: Metric("relative volume error", "%", 0, -1.0, math.inf),
+        LESION_DICE: Metric("lesion-wise Dice", "%", +1, 0.0, 1.0),
+        LESION_HD95: Metric("lesion-wise HD95", "mm", -1, 0.0, math.inf),
+    }
+)
+
+
+def metric_named(name: str) -> Metric:
+    """Look a metric up; ValueError names the known ones."""
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+# ---- empty masks ---------------------------------------------------------------------------------------------------
+
+LEFT_OUT = math.nan
+"""The case has no value and is left out of every mean."""
+
+DIAGONAL = "the image diagonal"
+PENALTY = "the penalty"
+FORMULA = "as computed"
+
+
+@dataclass(frozen=True)
+class EmptyRule:
+    """The value of a metric when masks are empty: a number, :data:`LEFT_OUT`, or one of the three words above.
+
+    Attributes
+    ----------
+    both:
+        both masks are empty (lesion-wise: nothing is left to score).
+    prediction:
+        only the prediction is: everything was missed (lesion-wise: one missed lesion).
+    reference:
+        only the reference is: everything predicted is false (lesion-wise: one false lesion).
+    """
+
+    both: float | str
+    prediction: float | str
+    reference: float | str
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A named set of rules for empty masks, with where it comes from."""
+
+    source: str
+    rules: Mapping[str, EmptyRule]
+
+
+BRATS = "brats"
+NNUNET = "nnunet"
+
+CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
+    {
+        # HD95: 373.12866 in BraTS is the diagonal of 240 x 240 x 155 voxels of 1 mm; the diagonal suits other images.
+        # Sensitivity and NSD as in the code of BraTS 2023 and 2024; precision, which BraTS has not, by symmetry.
+        BRATS: Convention(
+            "BraTS 2018-2022; Dice as in the missing-modality literature, whose epsilon gives 1 for two empty masks",
+            MappingProxyType(
+                {
+                    DICE: EmptyRule(1.0, 0.0, 0.0),
+                    HD95: EmptyRule(0.0, DIAGONAL, DIAGONAL),
+                    NSD: EmptyRule(1.0, 0.0, 0.0),
+                    SENSITIVITY: EmptyRule(1.0, 0.0, 0.0),
+                    PRECISION: EmptyRule(1.0, 0.0, 0.0),
+                    VOLUME_ERROR: EmptyRule(FORMULA, FORMULA, FORMULA),
+                    RELATIVE_VOLUME_ERROR: EmptyRule(0.0, FORMULA, LEFT_OUT),
+                }
+            ),
+        ),
+        NNUNET: Convention(
+            "nnU-Net 2 (Dice) and nnU-Net 1 (the others): NaN, dropped by nanmean",
+            MappingProxyType(
+                {
+                    DICE: EmptyRule(LEFT_OUT, 0.0, 0.0),
+                    HD95: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
+                    NSD: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
+                    SENSITIVITY: EmptyRule(LEFT_OUT, 0.0, LEFT_OUT),
+                    PRECISION: EmptyRule(LEFT_OUT, LEFT_OUT, 0.0),
+                    VOLUME_ERROR: EmptyRule(FORMULA, FORMULA, FORMULA),
+                    RELATIVE_VOLUME_ERROR: EmptyRule(LEFT_OUT, FORMULA, LEFT_OUT),
+                }
+            ),
+        ),
+    }
+)
+
+LESION_RULES: Mapping[str, EmptyRule] = MappingProxyType(
+    {LESION_DICE: EmptyRule(1.0, 0.0, 0.0), LESION_HD95: EmptyRule(0.0, PENALTY, PENALTY)}
+)
+"""The same for all lesion-wise conventions; ``both`` means that nothing is left to score."""
+
+
+def empty_value(
+    metric: str, convention: str, *, prediction_empty: bool, reference_empty: bool, diagonal: float = math.nan
+) -> float | None:
+    """What the convention says about a pair with an empty mask; None where the metric's formula decides.
+
+    Parameters
+    ----------
+    metric, convention:
+        names from :data:`METRICS` and :data:`CONVENTIONS`.
+    diagonal:
+        length of the image's diagonal, millimetres.
+    """
+    rule = _rule(metric, convention)
+    if prediction_empty and reference_empty:
+        value = rule.both
+    elif prediction_empty:
+        value = rule.prediction
+    elif reference_empty:
+        value = rule.reference
+    else:
+        return None
+    if value == FORMULA:
+        return None
+    return diagonal if value == DIAGONAL else float(value)
+
+
+def empty_rules_text(
+    convention: str = BRATS, metrics: Iterable[str] = (DICE, HD95), *, lesion_convention: str | None = None
+) -> str:
+    """The rules for empty masks in words, a line per metric: what belongs under every table of metrics.
+
+    Parameters
+    ----------
+    convention:
+        a name from :data:`CONVENTIONS`.
+    metrics:
+        the metrics in the table; lesion-wise ones need ``lesion_convention``, a name from :data:`LESION_CONVENTIONS`.
+    """
+    metrics = list(metrics)
+    lines = []
+    plain = [name for name in metrics if name not in LESION_RULES]
+    if plain:
+        lines.append(f"Empty masks ({convention}: {_convention(convention).source})")
+        for name in plain:
+            rule = _rule(name, convention)
+            words = [_word(value) for value in (rule.both, rule.prediction, rule.reference)]
+            if words[0] == words[1] == words[2]:
+                text = f"{words[0]} with any empty mask"
+            elif words[1] == words[2]:
+                text = f"both empty {words[0]}; one empty {words[1]}"
+            else:
+                text = f"both empty {words[0]}; only the prediction empty {words[1]}; only the reference {words[2]}"
+            lines.append(f"{metric_named(name).label}: {text}")
+    lesionwise = [name for name in metrics if name in LESION_RULES]
+    if lesionwise:
+        if lesion_convention is None:
+            raise ValueError(
+                f"{lesionwise[0]} needs the name of its lesion-wise convention; known are "
+                f"{', '.join(LESION_CONVENTIONS)}"
+            )
+        settings = lesion_convention_named(lesion_convention)
+        lines.append(f"Lesions ({lesion_convention}: {settings.source})")
+        for name in lesionwise:
+            rule = LESION_RULES[name]
+            penalty = DIAGONAL if settings.penalty_mm is None else f"{settings.penalty_mm:g} mm"
+            missed, false = (
+                penalty if value == PENALTY else _word(value) for value in (rule.prediction, rule.reference)
+            )
+            lines.append(
+                f"{metric_named(name).label}: nothing to score {_word(rule.both)}; a missed lesion {missed}; a false "
+                f"lesion {false}"
+            )
+    return "\n".join(lines)
+
+
+def _word(value: float | str) -> str:
+    if isinstance(value, str):
+        return value
+    return "left out of the mean" if math.isnan(value) else f"{value:g}"
+
+
+def _convention(name: str) -> Convention:
+    if name not in CONVENTIONS:
+        raise ValueError(f"unknown convention {name!r} for empty masks; known are {', '.join(CONVENTIONS)}")
+    return CONVENTIONS[name]
+
+
+def _rule(metric: str, convention: str) -> EmptyRule:
+    rules = _convention(convention).rules
+    if metric not in rules:
+        metric_named(metric)
+        raise ValueError(f"the convention {convention!r} has no rule for {metric}; it has {', '.join(rules)}")
+    return rules[metric]
+
+
+# ---- lesion-wise conventions ---------------------------------------------------------------------------------------
+
+
+def _nothing() -> Mapping:
+    return MappingProxyType({})
+
+
+@dataclass(frozen=True)
+class LesionConvention:
+    """How an edition of BraTS counts lesions.
+
+    Attributes
+    ----------
+    source:
+        the release it was read from.
+    dilation:
+        reference components whose dilations touch are one lesion, and a predicted lesion that touches the dilation
+        belongs to it: iterations of the 18-neighbourhood.
+    min_volume:
+        reference lesions of at most this many mm3 are not scored.
+    penalty_mm:
+        HD95 of a missed or false lesion; None: the image diagonal.
+    group_predictions:
+        predicted components are grouped by dilation as well, and groups of at most ``min_volume`` *voxels* dropped.
+    region_dilation, region_min_volume:
+        regions with other numbers.
+    partners:
+        lesions of a region that touch the same lesion of a partner are one lesion, partner after partner.
+    """
+
+    source: str
+    dilation: int
+    min_volume: float
+    penalty_mm: float | None
+    group_predictions: bool = False
+    region_dilation: Mapping[str, int] = field(default_factory=_nothing)
+    region_min_volume: Mapping[str, float] = field(default_factory=_nothing)
+    partners: Mapping[str, tuple[str, ...]] = field(default_factory=_nothing)
+
+    def dilation_of(self, region: str) -> int:
+        return self.region_dilation.get(region, self.dilation)
+
+    def min_volume_of(self, region: str) -> float:
+        return self.region_min_volume.get(region, self.min_volume)
+
+
+_YEAR_2023 = "rachitsaluja/BraTS-2023-Metrics, eval.py"
+_YEAR_2024 = "rachitsaluja/BraTS-2024-Metrics, metrics_{}.py"
+
+LESION_CONVENTIONS: Mapping[str, LesionConvention] = MappingProxyType(
+    {
+        "brats2023_gli": LesionConvention(_YEAR_2023, dilation=3, min_volume=50, penalty_mm=374),
+        "brats2023_ssa": LesionConvention(_YEAR_2023, dilation=3, min_volume=50, penalty_mm=374),
+        "brats2023_ped": LesionConvention(_YEAR_2023, dilation=3, min_volume=50, penalty_mm=374),
+        "brats2023_men": LesionConvention(_YEAR_2023, dilation=1, min_volume=50, penalty_mm=374),
+        "brats2023_met": LesionConvention(_YEAR_2023, dilation=1, min_volume=2, penalty_mm=374),
+        "brats2024_gli": LesionConvention(
+            _YEAR_2024.format("GLI"),
+            dilation=3,
+            min_volume=20,
+            penalty_mm=337,
+            group_predictions=True,
+            # SNFH stays at 3: the release asks for "SFNH", a name that no tissue has, where it sets 5
+            region_dilation=MappingProxyType({"NETC": 5, "RC": 5}),
+            region_min_volume=MappingProxyType({"ET": 10}),
+            partners=MappingProxyType(
+                {
+                    "ET": ("NETC", "RC"),
+                    "NETC": ("ET", "RC"),
+                    "RC": ("ET", "NETC"),
+                    "SNFH": ("ET", "RC", "NETC"),
+                }
+            ),
+        ),
+        "brats2024_ped": LesionConvention(
+            _YEAR_2024.format("PED"), dilation=5, min_volume=10, penalty_mm=374, group_predictions=True
+        ),
+        "brats2024_ssa": LesionConvention(
+            _YEAR_2024.format("SSA"),
+            dilation=3,
+            min_volume=50,
+            penalty_mm=374,
+            group_predictions=True,
+            partners=MappingProxyType({"ET": ("NETC",)}),
+        ),
+        "brats2024_men": LesionConvention(_YEAR_2024.format("MEN"), dilation=1, min_volume=50, penalty_mm=374),
+        # native grids of different size, so the penalty is each image's own diagonal (first version of the file: 374)
+        "brats2024_met": LesionConvention(
+            _YEAR_2024.format("MET"),
+            dilation=1,
+            min_volume=2,
+            penalty_mm=None,
+            group_predictions=True,
+            partners=MappingProxyType({"ET": ("NETC",)}),
+        ),
+    }
+)
+
+
+def lesion_convention_named(name: str) -> LesionConvention:
+    """Look a lesion-wise convention up; ValueError names the known ones."""
+    if name not in LESION_CONVENTIONS:
+        raise ValueError(f"unknown lesion-wise convention {name!r}; known are {', '.join(LESION_CONVENTIONS)}")
+    return LESION_CONVENTIONS[name]
