@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from nnunetv2_mstkd.evaluation import conventions
+from nnunetv2_mstkd.evaluation.metrics import (
+    dice,
+    hd95,
+    normalized_surface_dice,
+    precision,
+    relative_volume_error,
+    score,
+    sensitivity,
+    volume_error_ml,
+)
+
+EMPTY = np.zeros((4, 5, 6), dtype=bool)
+UNIT = (1.0, 1.0, 1.0)
+
+small_masks = hnp.arrays(bool, (3, 4, 2))
+
+
+def with_voxels(*voxels: tuple[int, ...], shape: tuple[int, ...] = (4, 5, 6)) -> np.ndarray:
+    mask = np.zeros(shape, dtype=bool)
+    for voxel in voxels:
+        mask[voxel] = True
+    return mask
+
+
+# three of four predicted voxels are right, three of six wanted ones are found
+REFERENCE = with_voxels((0, 0, 0), (0, 0, 1), (0, 0, 2), (0, 1, 0), (0, 1, 1), (0, 1, 2))
+PREDICTION = with_voxels((0, 0, 0), (0, 0, 1), (0, 0, 2), (3, 4, 5))
+
+
+# ---- values worked out by hand -------------------------------------------------------------------------------------
+
+
+def test_overlap_metrics_of_a_worked_example():
+    assert dice(PREDICTION, REFERENCE) == 2 * 3 / (4 + 6)
+    assert sensitivity(PREDICTION, REFERENCE) == 3 / 6
+    assert precision(PREDICTION, REFERENCE) == 3 / 4
+    assert relative_volume_error(PREDICTION, REFERENCE) == (4 - 6) / 6
+
+
+def test_volume_error_is_signed_and_in_millilitres():
+    assert volume_error_ml(PREDICTION, REFERENCE, (2.0, 5.0, 10.0)) == pytest.approx(-2 * 100 / 1000)
+    assert volume_error_ml(REFERENCE, PREDICTION, (2.0, 5.0, 10.0)) == pytest.approx(+0.2)
+
+
+def test_score_gives_what_the_single_functions_give():
+    spacing = (1.0, 1.0, 3.0)
+    assert score(PREDICTION, REFERENCE, spacing, tolerance=2.0, hd95_variant="directed_max") == {
+        "dice": dice(PREDICTION, REFERENCE),
+        "sensitivity": sensitivity(PREDICTION, REFERENCE),
+        "precision": precision(PREDICTION, REFERENCE),
+        "volume_error_ml": volume_error_ml(PREDICTION, REFERENCE, spacing),
+        "relative_volume_error": relative_volume_error(PREDICTION, REFERENCE),
+        "hd95": hd95(PREDICTION, REFERENCE, spacing, variant="directed_max"),
+        "nsd": normalized_surface_dice(PREDICTION, REFERENCE, spacing, 2.0),
+    }
+
+
+# ---- empty masks ---------------------------------------------------------------------------------------------------
+
+DIAGONAL = math.sqrt(4**2 + (5 * 2) ** 2 + (6 * 3) ** 2)
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("convention", "metric", "both", "prediction_empty", "reference_empty"),
+    [
+        ("brats", "dice", 1, 0, 0),
+        ("brats", "hd95", 0, DIAGONAL, DIAGONAL),
+        ("brats", "nsd", 1, 0, 0),
+        ("brats", "sensitivity", 1, 0, 0),
+        ("brats", "precision", 1, 0, 0),
+        ("brats", "volume_error_ml", 0, -0.036, 0.024),
+        ("brats", "relative_volume_error", 0, -1, NAN),
+        ("nnunet", "dice", NAN, 0, 0),
+        ("nnunet", "hd95", NAN, NAN, NAN),
+        ("nnunet", "nsd", NAN, NAN, NAN),
+        ("nnunet", "sensitivity", NAN, 0, NAN),
+        ("nnunet", "precision", NAN, NAN, 0),
+        ("nnunet", "volume_error_ml", 0, -0.036, 0.024),
+        ("nnunet", "relative_volume_error", NAN, -1, NAN),
+    ],
+)
+def test_empty_masks_have_the_value_of_the_convention(convention, metric, both, prediction_empty, reference_empty):
+    spacing = (1.0, 2.0, 3.0)
+    for prediction, reference, expected in (
+        (EMPTY, EMPTY, both),
+        (EMPTY, REFERENCE, prediction_empty),
+        (PREDICTION, EMPTY, reference_empty),
+    ):
+        found = score(prediction, reference, spacing, convention=convention)[metric]
+        assert found == pytest.approx(expected, nan_ok=True)
+
+
+def test_the_penalty_of_brats_is_the_diagonal_of_its_images():
+    empty = np.zeros((240, 240, 155), dtype=bool)
+    full = empty.copy()
+    full[100, 100, 100] = True
+    assert hd95(empty, full, UNIT) == pytest.approx(373.12866, abs=1e-5)
+
+
+def test_single_functions_follow_the_convention_too():
+    assert math.isnan(dice(EMPTY, EMPTY, convention="nnunet"))
+    assert math.isnan(hd95(EMPTY, REFERENCE, UNIT, convention="nnunet"))
+    assert math.isnan(normalized_surface_dice(EMPTY, EMPTY, UNIT, convention="nnunet"))
+    assert dice(EMPTY, EMPTY) == 1 and sensitivity(EMPTY, EMPTY) == 1 and precision(EMPTY, REFERENCE) == 0
+
+
+def test_the_rules_are_put_into_words():
+    text = conventions.empty_rules_text("brats", ["dice", "hd95", "relative_volume_error"])
+    assert "Dice: both empty 1; one empty 0" in text.splitlines()
+    assert "HD95: both empty 0; one empty the image diagonal" in text.splitlines()
+    assert text.splitlines()[3].endswith(
+        "only the prediction empty as computed; only the reference left out of the mean"
+    )
+    assert "HD95: left out of the mean with any empty mask" in conventions.empty_rules_text("nnunet")
+
+
+def test_lesion_wise_rules_name_the_penalty_of_their_convention():
+    text = conventions.empty_rules_text(metrics=["lesion_hd95"], lesion_convention="brats2024_gli")
+    assert "a missed lesion 337 mm; a false lesion 337 mm" in text and "Empty masks" not in text
+    text = conventions.empty_rules_text(metrics=["lesion_hd95"], lesion_convention="brats2024_met")
+    assert "a missed lesion the image diagonal" in text
+    with pytest.raises(ValueError, match="lesion_dice needs the name of its lesion-wise convention"):
+        conventions.empty_rules_text(metrics=["lesion_dice"])
+
+
+def test_every_convention_has_a_rule_for_every_metric():
+    lesionwise = set(conventions.LESION_RULES)
+    for convention in conventions.CONVENTIONS.values():
+        assert set(convention.rules) == set(conventions.METRICS) - lesionwise
+
+
+# ---- refusals ------------------------------------------------------------------------------------------------------
+
+METRICS = [dice, sensitivity, precision, relative_volume_error]
+METRICS_IN_MM = [hd95, normalized_surface_dice, volume_error_ml, score]
+
+
+@pytest.mark.parametrize("metric", METRICS + METRICS_IN_MM)
+@pytest.mark.parametrize(
+    ("prediction", "message"),
+    [
+        (EMPTY.astype(np.uint8), "prediction has type uint8, expected bool.*np.isin"),
+        (EMPTY.tolist(), "prediction is a list, expected a numpy array"),
+        (EMPTY[:3], r"shape \(3, 5, 6\), the reference \(4, 5, 6\)"),
+    ],
+)
+def test_what_is_not_a_pair_of_masks_is_refused(metric, prediction, message):
+    with pytest.raises(ValueError, match=message):
+        metric(prediction, EMPTY, *([UNIT] if metric in METRICS_IN_MM else []))
+
+
+@pytest.mark.parametrize("metric", METRICS_IN_MM)
+@pytest.mark.parametrize(
+    ("spacing", "message"),
+    [
+        ((1.0, 1.0), "2 numbers, the masks have 3 axes"),
+        (1.0, "1 numbers, the masks have 3 axes"),
+        ((1.0, 0.0, 1.0), "not positive"),
+        ((1.0, -1.0, 1.0), "not positive"),
+        ((1.0, math.nan, 1.0), "not positive"),
+        ((1.0, math.inf, 1.0), "not positive"),
+    ],
+)
+def test_an_impossible_spacing_is_refused(metric, spacing, message):
+    with pytest.raises(ValueError, match=message):
+        metric(PREDICTION, REFERENCE, spacing)
+
+
+def test_a_mask_without_voxels_is_refused():
+    with pytest.raises(ValueError, match="no voxel"):
+        dice(EMPTY[:0], EMPTY[:0])
+
+
+def test_unknown_names_are_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown convention 'BraTS'.*brats, nnunet"):
+        dice(PREDICTION, REFERENCE, convention="BraTS")
+    with pytest.raises(ValueError, match=r"unknown metric 'DSC'.*dice"):
+        conventions.metric_named("DSC")
+    with pytest.raises(ValueError, match=r"unknown variant 'max'.*pooled, directed_max"):
+        score(EMPTY, EMPTY, UNIT, hd95_variant="max")
+    with pytest.raises(ValueError, match="tolerance -1"):
+        score(EMPTY, EMPTY, UNIT, tolerance=-1)
+
+
+# ---- properties ----------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(small_masks, small_masks)
+def test_dice_is_symmetric_and_a_share(first, second):
+    assert dice(first, second) == dice(second, first)
+    assert 0 <= dice(first, second) <= 1
+    assert dice(first, first) == 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(small_masks, small_masks, st.integers(0, 23))
+def test_mending_a_voxel_never_lowers_dice(prediction, reference, position):
+    better = prediction.copy()
+    better.flat[position] = reference.flat[position]
+    assert dice(better, reference) >= dice(prediction, reference)
+
+
+@settings(max_examples=60, deadline=None)
+@given(small_masks, small_masks)
+def test_dice_is_the_harmonic_mean_of_sensitivity_and_precision(prediction, reference):
+    shares = sensitivity(prediction, reference), precision(prediction, reference)
+    expected = 0.0 if sum(shares) == 0 else 2 * shares[0] * shares[1] / sum(shares)
+    assert dice(prediction, reference) == pytest.approx(expected)
