@@ -31,6 +31,7 @@ class Folders:
     raw: Path
     preprocessed: Path
     results: Path
+    dataset: str = f"Dataset{PHANTOM}_Phantom"
 
     def variables(self) -> dict[str, str]:
         """What nnU-Net's commands and API read, for quick runs on a CPU."""
@@ -44,10 +45,6 @@ class Folders:
             "nnUNet_n_proc_DA": "0",
             "nnUNet_compile": "f",
         }
-
-    @property
-    def dataset(self) -> str:
-        return next(path.name for path in self.preprocessed.iterdir() if path.is_dir())
 
     @property
     def plans_file(self) -> Path:
@@ -203,4 +200,14 @@ def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
 
 
 def read_plans(folders: Folders) -> dict:
+    """The preprocessed plans, which nnU-Net's commands read."""
     return json.loads(folders.plans_file.read_text())
+
+
+def snapshot(folders: Folders) -> dict[str, bytes]:
+    """Name and content of all results but nnU-Net's log files, of which it begins one whenever a trainer is made."""
+    return {
+        str(path.relative_to(folders.results)): path.read_bytes()
+        for path in sorted(folders.results.rglob("*"))
+        if path.is_file() and not path.name.startswith("training_log_")
+    }

@@ -1,0 +1,253 @@
+"""Whole trainings through nnU-Net's own loop: logs, pictures, interruption, validation."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
+from nnunetv2.run.run_training import get_trainer_from_args
+from tiny import same, state
+
+from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.settings import TERMS
+from nnunetv2_mstkd.trainers.base import SettingsTrainer
+
+
+def configure(folders, **settings):
+    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
+    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+
+
+def build(trainer="MSTKDTrainer", fold=0):
+    return get_trainer_from_args(str(PHANTOM), CONFIGURATION, fold, trainer, device=torch.device("cpu"))
+
+
+def read(folders, name="checkpoint_final.pth", trainer="MSTKDTrainer", fold=0):
+    return checkpoints.read(folders.fold(trainer, fold=fold) / name)
+
+
+def log_text(folder: Path) -> str:
+    return "\n".join(file.read_text() for file in sorted(folder.glob("training_log_*.txt")))
+
+
+# ---- what is logged ------------------------------------------------------------------------------------------------
+
+
+def test_every_term_is_logged_by_name_in_each_epoch(trained):
+    lines = [line for line in log_text(trained.fold("MSTKDTrainer")).splitlines() if "terms: " in line]
+    assert len(lines) == 2
+    for line in lines:
+        values = dict(item.rsplit(" ", 1) for item in line.split("terms: ")[1].strip().split(", "))
+        assert list(values) == ["segmentation", *TERMS]
+        assert all(np.isfinite(float(value)) for value in values.values())
+    logging = read(trained)["logging"]
+    for name in ("segmentation", *TERMS):
+        assert len(logging[f"mstkd_{name}"]) == 2
+        assert float(logging[f"mstkd_{name}"][1]) == pytest.approx(float(values[name]), rel=1e-3, abs=1e-4)
+    assert logging["train_losses"] == pytest.approx(logging["mstkd_segmentation"])
+
+
+def test_a_picture_of_the_terms_is_drawn(trained):
+    picture = trained.fold("MSTKDTrainer") / "progress_terms.png"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not (trained.fold("MSTKDTeacherTrainer") / "progress_terms.png").exists()
+
+
+def test_the_log_says_who_the_teacher_is_and_that_the_student_started_from_it(trained):
+    text = log_text(trained.fold("MSTKDTrainer"))
+    identity = read(trained)["mstkd"]["teacher"]
+    assert identity["trainer"] == "MSTKDTeacherTrainer"
+    assert (trained.results / identity["path"]).is_file()
+    assert identity["sha256"] == checkpoints.fingerprint(
+        read(trained, trainer="MSTKDTeacherTrainer")["network_weights"]
+    )
+    assert f"teacher: {identity['path']}, sha256 {identity['sha256'][:12]}" in text
+    assert "started from the teacher: " in text and " 0 kept their initial value" in text
+
+
+def test_an_older_log_without_a_term_is_padded_and_stays_as_long_as_the_others(models):
+    folder = models.fold("MSTKDTrainer")
+    content = read(models)
+    content["current_epoch"] = 1
+    for key in list(content["logging"]):
+        content["logging"][key] = content["logging"][key][:1]
+    del content["logging"]["mstkd_kl"]
+    (folder / "checkpoint_final.pth").unlink()
+    checkpoints.write(content, folder / "checkpoint_latest.pth")
+    train("MSTKDTrainer", continue_training=True, plot=True)
+    logging = read(models)["logging"]
+    assert {len(values) for values in logging.values()} == {2}
+    assert np.isnan(logging["mstkd_kl"][0]) and np.isfinite(logging["mstkd_kl"][1])
+    assert (folder / "progress.png").is_file()
+
+
+# ---- interruption --------------------------------------------------------------------------------------------------
+
+
+class KilledError(Exception):
+    """Stands for a job that is killed."""
+
+
+@pytest.mark.parametrize("trainer", ["MSTKDTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer"])
+def test_an_interrupted_training_goes_on_to_the_same_weights_as_an_uninterrupted_one(models, monkeypatch, trainer):
+    configure(models, schedule__epochs=3)
+    train(trainer)
+    whole = read(models, trainer=trainer)
+    folder = models.fold(trainer)
+    shutil.rmtree(folder)
+    start = SettingsTrainer.on_epoch_start
+
+    def interrupt(self):
+        if self.current_epoch == 2:
+            raise KilledError
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SettingsTrainer, "on_epoch_start", interrupt)
+        with pytest.raises(KilledError):
+            train(trainer)
+    assert not (folder / "checkpoint_final.pth").exists()
+    assert read(models, "checkpoint_latest.pth", trainer)["current_epoch"] == 2
+    torch.manual_seed(99)
+    np.random.seed(99)
+    train(trainer, continue_training=True)
+    resumed = read(models, trainer=trainer)
+    assert same(whole["network_weights"], resumed["network_weights"])
+    for key in ("optimizer_state", "mstkd", "_best_ema", "current_epoch"):
+        assert same(whole[key], resumed[key]), key
+    for key, values in whole["logging"].items():
+        assert "timestamps" in key or same(values, resumed["logging"][key]), key
+
+
+def test_the_discriminator_and_its_optimiser_go_on(models):
+    trainer = build()
+    trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))
+    stored = read(models)["mstkd"]
+    assert same(stored["discriminator"], trainer.discriminator.state_dict())
+    assert same(stored["discriminator_optimizer"], trainer.discriminator_optimizer.state_dict())
+    assert len(stored["discriminator_optimizer"]["state"]) == len(stored["discriminator"])
+    fresh = build()
+    fresh.initialize()
+    assert not same(stored["discriminator"], fresh.discriminator.state_dict())
+
+
+def test_the_best_score_is_taken_from_the_log_which_is_ahead_of_the_checkpoint(models):
+    folder = models.fold("MSTKDTrainer")
+    content = read(models)
+    content["logging"]["ema_fg_dice"] = [0.25, 0.75]
+    content["_best_ema"] = 0.25  # nnU-Net saves latest before it notes a new best
+    checkpoints.write(content, folder / "checkpoint_latest.pth")
+    trainer = build()
+    trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert trainer._best_ema == 0.75
+
+
+def test_a_finished_student_that_goes_on_needs_no_teacher(models):
+    """nnU-Net's users repeat an aborted validation with --c."""
+    before = read(models)["network_weights"]
+    shutil.rmtree(models.fold("MSTKDTeacherTrainer").parent)
+    train("MSTKDTrainer", continue_training=True)
+    assert same(before, read(models)["network_weights"])
+    assert read(models)["mstkd"]["teacher"]["trainer"] == "MSTKDTeacherTrainer"
+
+
+# ---- start ---------------------------------------------------------------------------------------------------------
+
+
+def started(models, **settings):
+    configure(models, **settings)
+    trainer = build()
+    trainer.on_train_start()
+    return trainer
+
+
+def test_a_student_starts_from_its_teachers_weights(models):
+    trainer = started(models)
+    assert same(trainer.network.state_dict(), read(models, trainer="MSTKDTeacherTrainer")["network_weights"])
+    assert trainer.teacher is not None and trainer.teacher is not trainer.network
+
+
+def test_the_warm_start_can_be_switched_off(models):
+    trainer = started(models, teacher__warm_start=False)
+    assert not same(trainer.network.state_dict(), read(models, trainer="MSTKDTeacherTrainer")["network_weights"])
+    assert trainer.teacher is not None
+
+
+def test_an_ablation_without_terms_starts_warm_but_keeps_no_teacher(models):
+    trainer = started(models, **{f"distillation__{term}": 0.0 for term in TERMS})
+    assert same(trainer.network.state_dict(), read(models, trainer="MSTKDTeacherTrainer")["network_weights"])
+    assert trainer.teacher is None
+
+
+@pytest.mark.parametrize("source", ["MSTKDTrainer", "file"])
+def test_a_training_can_start_from_another_one(models, source):
+    if source == "file":
+        source = str((models.fold("MSTKDTrainer") / "checkpoint_best.pth").relative_to(models.results))
+    trainer = started(models, schedule__init_from=source)
+    name = "checkpoint_final.pth" if source == "MSTKDTrainer" else "checkpoint_best.pth"
+    assert same(trainer.network.state_dict(), read(models, name)["network_weights"])
+
+
+def test_weights_given_on_the_command_line_are_kept(models):
+    trainer = build()
+    trainer.initialize()
+    with torch.no_grad():
+        next(trainer.network.parameters()).add_(1.0)
+    before = state(trainer.network)
+    trainer.on_train_start()
+    assert same(before, state(trainer.network))
+    assert "weights were already loaded (-pretrained_weights)" in log_text(models.fold("MSTKDTrainer"))
+
+
+def test_modality_dropout_may_start_from_the_teachers_matching_weights(models):
+    configure(models, schedule__init_from="MSTKDTeacherTrainer")
+    trainer = build("ModalityDropoutTrainer")
+    trainer.on_train_start()
+    teacher = read(models, trainer="MSTKDTeacherTrainer")["network_weights"]
+    assert all(torch.equal(value, teacher[name]) for name, value in trainer.network.state_dict().items())
+
+
+# ---- folds and validation ------------------------------------------------------------------------------------------
+
+
+def test_a_student_of_all_cases_learns_from_a_teacher_of_all_cases(models):
+    configure(models, schedule__epochs=1, schedule__iterations=1)
+    train("MSTKDTeacherTrainer", fold="all")
+    train("MSTKDTrainer", fold="all")
+    content = read(models, fold="all")
+    assert content["mstkd"]["split"]["train"] == content["mstkd"]["split"]["val"]
+    assert len(content["mstkd"]["split"]["train"]) == 6
+    assert "fold_all" in content["mstkd"]["teacher"]["path"]
+
+
+def test_validation_of_the_best_checkpoint_with_probabilities_needs_no_teacher(models):
+    shutil.rmtree(models.fold("MSTKDTeacherTrainer").parent)
+    train(
+        "MSTKDTrainer",
+        validate=True,
+        only_run_validation=True,
+        val_with_best=True,
+        export_validation_probabilities=True,
+    )
+    cases = read(models)["mstkd"]["split"]["val"]
+    folder = models.fold("MSTKDTrainer") / "validation"
+    assert cases and (folder / "summary.json").is_file()
+    for case in cases:
+        assert (folder / f"{case}.nii.gz").is_file()
+        segmentation = sitk.GetArrayFromImage(sitk.ReadImage(folder / f"{case}.nii.gz"))
+        probabilities = np.load(folder / f"{case}.npz")["probabilities"]
+        assert probabilities.shape == (3, *segmentation.shape)  # three regions
+        assert probabilities.min() >= 0 and 0 < probabilities.max() <= 1
+
+
+def test_switched_off_checkpoints_leave_none(models):
+    shutil.rmtree(models.fold("MSTKDTrainer").parent)
+    configure(models, schedule__epochs=1, schedule__iterations=1)
+    train("MSTKDTrainer", disable_checkpointing=True)
+    assert list(models.fold("MSTKDTrainer").glob("*.pth")) == []
+    assert (models.fold("MSTKDTrainer").parent / "plans.json").is_file()

@@ -1,0 +1,128 @@
+"""How the settings travel: plans, model folder, checkpoint, continued training, validation, prediction."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, read_plans, snapshot, train
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import get_trainer_from_args
+
+from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.networks.multiscale_transformer import MultiScaleTransformerUNet
+from nnunetv2_mstkd.settings import SettingsError
+
+
+def configure(folders, **settings):
+    """Change the configuration in the preprocessed plans, as a user does between two commands."""
+    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
+    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+
+
+def build(trainer="MSTKDTrainer", fold=0):
+    return get_trainer_from_args(str(PHANTOM), CONFIGURATION, fold, trainer, device=torch.device("cpu"))
+
+
+def model_plans(folders, trainer="MSTKDTrainer"):
+    return json.loads((folders.fold(trainer).parent / "plans.json").read_text())
+
+
+def block_of(plans):
+    return plans["configurations"][CONFIGURATION]["mstkd"]
+
+
+def predictor(folders):
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folders.fold("MSTKDTrainer").parent), use_folds=(0,))
+    return predictor
+
+
+def test_a_training_writes_the_complete_block_to_model_folder_and_checkpoint(models):
+    given = block_of(read_plans(models))
+    assert given["network"]["depth"] is None  # derived from the plans
+    for trainer in ("MSTKDTeacherTrainer", "MSTKDTrainer"):
+        block = block_of(model_plans(models, trainer))
+        assert block["network"] == {
+            "depth": 6,
+            "heads": 1,
+            "taps": 3,
+            "patch": [1, 1, 1],
+            "max_tokens": 1024,
+            "mlp_ratio": 4.0,
+        }
+        assert {key: block[key] for key in given if key != "network"} == {
+            key: given[key] for key in given if key != "network"
+        }
+        content = checkpoints.read(models.fold(trainer) / "checkpoint_final.pth")
+        assert block_of(content["init_args"]["plans"]) == block
+
+
+def test_the_preprocessed_plans_are_not_changed_by_a_training(trained):
+    assert block_of(read_plans(trained))["network"]["depth"] is None
+
+
+def test_the_checkpoints_settings_win_when_a_training_goes_on(models):
+    configure(models, schedule__epochs=9, distillation__kl=0.0, sampler__kind="by_size")
+    trainer = build()
+    assert (trainer.num_epochs, trainer.weights.get("kl"), trainer.settings.sampler.kind) == (9, None, "by_size")
+    trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))
+    assert (trainer.num_epochs, trainer.weights["kl"], trainer.settings.sampler.kind) == (2, 0.5, "uniform")
+    assert trainer.sampler.kind == "uniform" and trainer.num_iterations_per_epoch == 2
+    assert block_of(trainer.plans_manager.plans)["schedule"]["epochs"] == 2
+    assert trainer.configuration_manager.configuration["mstkd"]["schedule"]["epochs"] == 2
+
+
+def test_prediction_reads_the_model_folder_alone(models):
+    shutil.rmtree(models.preprocessed)
+    shutil.rmtree(models.fold("MSTKDTeacherTrainer").parent)
+    network = predictor(models).network
+    assert isinstance(network, MultiScaleTransformerUNet)
+    assert len(network.transformer.blocks) == 6
+    weights = checkpoints.read(models.fold("MSTKDTrainer") / "checkpoint_final.pth")["network_weights"]
+    assert all(torch.equal(value, weights[name]) for name, value in network.state_dict().items())
+    with torch.no_grad():
+        assert tuple(network(torch.zeros(1, 4, 24, 28, 24)).shape) == (1, 3, 24, 28, 24)
+
+
+def test_the_stored_network_settings_decide_what_prediction_builds(models):
+    plans = model_plans(models)
+    block_of(plans)["network"].update(depth=9, heads=2)
+    (models.fold("MSTKDTrainer").parent / "plans.json").write_text(json.dumps(plans))
+    with pytest.raises(RuntimeError, match=r"Missing key.*transformer\.blocks\.[678]"):
+        predictor(models)
+
+
+@pytest.mark.parametrize("only_validate", [False, True], ids=["--c", "--val"])
+def test_preprocessed_plans_that_ask_for_another_network_are_refused_with_both_values(models, only_validate):
+    configure(models, network__depth=3)
+    before = snapshot(models)
+    with pytest.raises(SettingsError, match=r"network\.depth = 3, .*checkpoint_final\.pth was trained with 6"):
+        train("MSTKDTrainer", continue_training=not only_validate, only_run_validation=only_validate)
+    assert snapshot(models) == before
+
+
+def test_a_trainer_without_a_transformer_does_not_care_about_its_settings(models):
+    train("ModalityDropoutTrainer")
+    configure(models, network__depth=3)
+    train("ModalityDropoutTrainer", only_run_validation=True)
+    train("ModalityDropoutTrainer", fold=1)
+
+
+def test_a_fold_with_another_network_is_refused_while_other_folds_have_checkpoints(models):
+    configure(models, network__depth=3, teacher__warm_start=False)
+    before = snapshot(models)
+    with pytest.raises(SettingsError, match=r"fold_0 in .* another network: network\.depth is 6 there and 3 here"):
+        train("MSTKDTrainer", fold=1)
+    assert snapshot(models) == before
+    configure(models, schedule__epochs=1, distillation__kl=0.25)
+    train("MSTKDTeacherTrainer", fold=1)
+
+
+def test_the_same_fold_may_start_again_with_another_network(models):
+    configure(models, network__depth=3, schedule__epochs=1)
+    train("MSTKDTeacherTrainer")
+    train("MSTKDTrainer")
+    assert block_of(model_plans(models))["network"]["depth"] == 3
