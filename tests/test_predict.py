@@ -229,7 +229,6 @@ def test_commands_in_processes_of_their_own_agree(folders, model):
     assert segmentations(folders / "out") == segmentations(folders / "stock")
     assert len(segmentations(folders / "out")) == 3
     assert "two (T1+T3)" in done.stderr  # the bar
-    assert "predict_from_raw_data" not in done.stderr
 
 
 # ---- which modalities -------------------------------------------------------------------------------------------
@@ -445,11 +444,17 @@ def test_a_record_that_is_none_is_refused(folders, model, capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
 def test_a_killed_run_leaves_whole_segmentations_only(folders, model):
-    for number in range(40):
+    for number in range(10):
         for path in (folders / "in").glob("two_*"):
-            (folders / "in" / path.name.replace("two", f"z{number:02d}")).symlink_to(path)
+            (folders / "in" / path.name.replace("two", f"z{number}")).symlink_to(path)
     code = (
-        "import sys, torch; torch.set_num_threads(1); from nnunetv2_mstkd import cli; sys.exit(cli.main(sys.argv[1:]))"
+        "import sys, time, torch; torch.set_num_threads(1)\n"
+        "from nnunetv2_mstkd import cli\n"
+        "from nnunetv2_mstkd.inference import case_steps\n"
+        "real = case_steps.export_prediction_from_logits\n"
+        # the kill most likely comes when a file is written and not yet in its place
+        "case_steps.export_prediction_from_logits = lambda *arguments: (real(*arguments), time.sleep(0.2))\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
     )
     options = ["-i", str(folders / "in"), "-o", str(folders / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
     root = str(Path(cli.__file__).parents[1])
@@ -466,7 +471,7 @@ def test_a_killed_run_leaves_whole_segmentations_only(folders, model):
     assert process.returncode == -signal.SIGKILL
     left = segmentations(folders / "out")
     whole = {name: read(folders / "out" / name) for name in left if "/" not in name}
-    assert 0 < len(whole) < 43
+    assert 0 < len(whole) < 13
     assert predict(folders, model, "--continue_prediction") == 0
     assert predict(folders, model, output="whole") == 0
     expected = segmentations(folders / "whole")
