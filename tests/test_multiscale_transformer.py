@@ -1,0 +1,362 @@
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hand_networks import Case
+
+from nnunetv2_mstkd.networks.multiscale_transformer import (
+    Features,
+    Geometry,
+    MultiScaleTransformer,
+    style_level,
+    token_patch,
+)
+
+ANISOTROPIC = [[1, 1, 1], [2, 2, 1], [2, 2, 1], [2, 2, 2]]
+
+CASES = {
+    "2d plain": Case([8, 12, 16], [16, 24]),
+    "2d residual": Case([8, 12, 16], [24, 16], residual=True),
+    "3d plain": Case([6, 8, 12, 16], [16, 24, 16]),
+    "3d residual": Case([6, 8, 12, 16], [16, 16, 24], residual=True),
+    "3d anisotropic": Case([6, 8, 12, 16], [24, 16, 6], ANISOTROPIC),
+    "two stages": Case([8, 12], [8, 6, 4]),
+    "two channels": Case([8, 12, 16], [8, 8, 12], channels=2),
+    "seven channels": Case([8, 12, 16], [16, 8], channels=7, residual=True),
+    "patched tokens": Case([8, 12, 16], [20, 12, 24], max_tokens=8),
+    "two taps": Case([6, 8, 12, 16], [16, 16, 16], taps=2, convs=2),
+}
+each_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def equal(one: Any, other: Any) -> bool:
+    if isinstance(one, (list, tuple)):
+        return type(one) is type(other) and len(one) == len(other) and all(map(equal, one, other))
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(one, other)
+
+
+# ---- the plans' network inside -------------------------------------------------------------------------------------
+
+
+@each_case
+@pytest.mark.parametrize("deep_supervision", [False, True], ids=["tensor", "list"])
+@torch.no_grad()
+def test_at_the_start_the_network_is_the_plans_unet_bit_for_bit(case, deep_supervision):
+    plain, full = case.plain(deep_supervision=deep_supervision), case.full(deep_supervision=deep_supervision)
+    missing, unexpected = full.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == []
+    assert {name.split(".")[0] for name in missing} == {"transformer"}
+    x = case.batch()
+    expected = plain(x)
+    assert isinstance(expected, list) == deep_supervision
+    assert equal(full(x), expected)
+    features = full(x, return_features=True, return_attention=True)
+    assert equal(features.logits, expected)
+
+
+@each_case
+@torch.no_grad()
+def test_a_trained_transformer_changes_the_output(case):
+    plain, full = case.plain(), case.trained()
+    full.load_state_dict(plain.state_dict(), strict=False)
+    x = case.batch()
+    assert not torch.allclose(full(x), plain(x), atol=1e-4)
+
+
+@each_case
+def test_the_unet_keeps_its_names_so_that_plain_weights_load_strictly(case):
+    plain, full = case.plain(), case.full()
+    own = {name: value for name, value in full.state_dict().items() if not name.startswith("transformer.")}
+    assert list(own) == list(plain.state_dict())
+    plain.load_state_dict(own)
+    full.encoder.load_state_dict(plain.encoder.state_dict())
+    full.decoder.load_state_dict(plain.decoder.state_dict())
+
+
+@torch.no_grad()
+def test_deep_supervision_is_switched_where_nnunet_switches_it():
+    case = CASES["3d plain"]
+    network, x = case.trained(deep_supervision=True), case.batch()
+    outputs = network(x)
+    assert [list(output.shape[2:]) for output in outputs] == [[16, 24, 16], [8, 12, 8], [4, 6, 4]]
+    network.decoder.deep_supervision = False
+    assert torch.equal(network(x), outputs[0])
+
+
+def test_initial_weights_are_those_that_nnunet_draws():
+    case = CASES["3d plain"]
+    plain, full = case.plain(), case.full(seed=0)
+    for name, value in plain.state_dict().items():
+        assert torch.equal(full.state_dict()[name], value)
+
+
+@pytest.mark.parametrize("channels", [2, 7])
+@torch.no_grad()
+def test_a_batch_of_one_is_a_part_of_a_batch(channels):
+    network = (case := CASES["two channels" if channels == 2 else "seven channels"]).trained()
+    x = case.batch(2)
+    assert torch.allclose(network(x[:1]), network(x)[:1], atol=1e-5)
+
+
+# ---- features ------------------------------------------------------------------------------------------------------
+
+
+@each_case
+@torch.no_grad()
+def test_features_have_the_shapes_of_their_stages(case):
+    network, geometry, settings = case.trained(), case.geometry, case.network
+    found = network(case.batch(), return_features=True, return_attention=True)
+    assert isinstance(found, Features)
+    tokens = math.prod(math.ceil(e / p) for e, p in zip(geometry.grids[-1], settings["patch"], strict=True))
+    assert [tuple(a.shape) for a in found.attention] == [(2, settings["heads"], tokens, tokens)] * settings["taps"]
+    for attention in found.attention:
+        assert torch.allclose(attention.sum(-1), torch.ones(()), atol=1e-5)
+    expected = [(2, geometry.widths[-1], *geometry.grids[-1])]
+    expected += [(2, geometry.widths[-1 - level], *geometry.grids[-1 - level]) for level in range(1, settings["taps"])]
+    assert [tuple(z.shape) for z in found.maps] == expected
+    level = network.style_level
+    assert 1 <= level < settings["taps"]
+    for feature in (found.f_enc, found.f_t, found.f_dec):
+        assert tuple(feature.shape) == expected[level]
+    assert found.f_t is found.maps[level]
+
+
+@torch.no_grad()
+def test_attention_comes_shallow_to_deep_and_maps_deep_to_shallow():
+    case = Case([6, 8, 12, 16], [16, 16, 16], taps=2, depth=4)
+    module = case.trained().transformer
+    bottleneck = torch.randn(1, 16, *case.geometry.grids[-1])
+    additions, maps, attention = module(bottleneck, return_attention=True)
+    x = (module.embed(bottleneck) + module.position).flatten(2).transpose(1, 2)
+    states, scores = [], []
+    for block in module.blocks:
+        x, score = block(x, return_attention=True)
+        states.append(x.transpose(1, 2).unflatten(2, bottleneck.shape[2:]))
+        scores.append(score)
+    for found, index in zip(attention, (1, 3), strict=True):
+        assert torch.allclose(found, scores[index], atol=1e-6)
+        assert not torch.allclose(found, scores[4 - index], atol=1e-6)
+
+    def normalised(state: torch.Tensor, norm: torch.nn.Module) -> torch.Tensor:
+        return module.unpatch(norm(state.movedim(1, -1)).movedim(-1, 1))
+
+    assert torch.allclose(maps[0], normalised(states[3], module.norms[0]), atol=1e-5)
+    assert torch.allclose(maps[1], module.pyramids[0](normalised(states[1], module.norms[1])), atol=1e-5)
+    for addition, z, projection in zip(additions, maps, module.projections, strict=True):
+        assert torch.equal(addition, projection(z))
+
+
+@each_case
+@torch.no_grad()
+def test_asking_for_features_does_not_change_the_logits(case):
+    network, x = case.trained(), case.batch()
+    plain = network(x)
+    assert torch.equal(network(x, return_features=True).logits, plain)
+    explicit = network(x, return_features=True, return_attention=True)
+    assert torch.allclose(explicit.logits, plain, atol=1e-4)
+    assert network(x, return_features=True).attention == ()
+
+
+@torch.no_grad()
+def test_style_features_are_encoder_stage_and_decoder_stage_on_one_grid():
+    case = CASES["3d plain"]
+    network, x = case.full(), case.batch()
+    found = network(x, return_features=True)
+    skips = network.encoder(x)
+    level = network.style_level
+    assert torch.equal(found.f_enc, skips[-1 - level])
+    # f_enc is what the encoder gave, also where the transformer adds something to it
+    assert torch.equal(case.trained()(x, return_features=True).f_enc, skips[-1 - level])
+    low = skips[-1]
+    for stage in range(level):
+        low = network.decoder.stages[stage](
+            torch.cat((network.decoder.transpconvs[stage](low), skips[-(stage + 2)]), 1)
+        )
+    assert torch.equal(found.f_dec, low)
+
+
+@pytest.mark.parametrize("name", ["3d anisotropic", "2d plain"])
+@torch.no_grad()
+def test_the_papers_encoder_feature_is_the_maximum_of_the_stage_above(name):
+    case = CASES[name]
+    network, x = case.full(), case.batch()
+    network.style_level = 1
+    skips = network.encoder(x)
+    pooled = network(x, return_features=True, pool_encoder=True).f_enc
+    above, own = skips[-3], skips[-2]
+    assert pooled.shape == (2, above.shape[1], *own.shape[2:])
+    stride = case.geometry.strides[-2]
+    corner = tuple(slice(0, step) for step in stride)
+    assert torch.equal(pooled[(..., *[0] * len(stride))], above[(..., *corner)].flatten(2).amax(2))
+
+
+@torch.no_grad()
+def test_the_finest_stage_has_none_above_it_to_pool():
+    case = CASES["two stages"]
+    network, x = case.full(), case.batch()
+    assert torch.equal(
+        network(x, return_features=True, pool_encoder=True).f_enc, network(x, return_features=True).f_enc
+    )
+
+
+@pytest.mark.parametrize(
+    ("grids", "taps", "level"),
+    [
+        ([(64,) * 3, (32,) * 3, (16,) * 3, (8,) * 3, (4,) * 3], 4, 1),
+        ([(32,) * 3, (16,) * 3, (8,) * 3, (4,) * 3, (2,) * 3], 4, 2),
+        ([(32,) * 3, (16,) * 3, (8,) * 3, (4,) * 3, (2,) * 3], 2, 1),
+        ([(64, 64), (32, 32), (16, 16), (8, 8)], 3, 2),
+        ([(64, 64), (32, 32), (16, 16), (8, 8)], 4, 2),
+        ([(64, 64), (16, 16), (8, 8)], 2, 1),
+        ([(16, 16, 16), (8, 8, 8)], 2, 1),
+    ],
+)
+def test_style_is_matched_on_the_deepest_grid_of_512_positions_that_has_a_pyramid(grids, taps, level):
+    geometry = Geometry((8,) * len(grids), (), tuple(grids))
+    assert style_level(geometry, taps) == level
+
+
+# ---- tokens and positions ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("grid", "max_tokens", "patch"),
+    [
+        ((4, 4, 4), 1024, (1, 1, 1)),
+        ((16, 16, 16), 1024, (2, 2, 2)),
+        ((16, 16, 4), 1024, (1, 1, 1)),
+        ((16, 16, 16), 8, (8, 8, 8)),
+        ((5, 5, 5), 100, (2, 2, 2)),
+        ((40, 40), 1024, (2, 2)),
+        ((100, 3), 10, (10, 3)),
+        ((7, 7, 7), 1, (7, 7, 7)),
+    ],
+)
+def test_tokens_are_cut_with_the_smallest_edge_that_fits(grid, max_tokens, patch):
+    assert token_patch(grid, max_tokens) == patch
+    assert math.prod(math.ceil(e / p) for e, p in zip(grid, patch, strict=True)) <= max_tokens
+
+
+def transformer(grid: tuple[int, ...], patch: tuple[int, ...]) -> MultiScaleTransformer:
+    dimensions = len(grid)
+    geometry = Geometry(
+        (6, 8),
+        ((1,) * dimensions, (2,) * dimensions),
+        (tuple(2 * edge for edge in grid), grid),
+    )
+    torch.manual_seed(0)
+    return MultiScaleTransformer(geometry, depth=2, heads=2, taps=2, patch=patch, mlp_ratio=2.0).eval()
+
+
+@pytest.mark.parametrize(("grid", "patch"), [((5, 4, 3), (2, 2, 2)), ((5, 3), (3, 3)), ((4, 4, 4), (2, 2, 2))])
+@torch.no_grad()
+def test_a_grid_that_patches_do_not_divide_is_padded_at_the_far_end_and_cropped(grid, patch):
+    module = transformer(grid, patch)
+    x = torch.randn(2, 8, *grid)
+    additions, maps, attention = module(x, return_attention=True)
+    tokens = math.prod(math.ceil(e / p) for e, p in zip(grid, patch, strict=True))
+    assert attention[0].shape[-1] == tokens == module.position[0, 0].numel()
+    assert [z.shape[2:] for z in maps] == [tuple(grid), tuple(2 * edge for edge in grid)]
+    assert [a.shape for a in additions] == [z.shape for z in maps]
+    padded = torch.zeros(2, 8, *(math.ceil(e / p) * p for e, p in zip(grid, patch, strict=True)))
+    padded[(..., *(slice(edge) for edge in grid))] = x
+    assert torch.equal(module._pad(x), padded)
+
+
+@torch.no_grad()
+def test_another_grid_gets_an_interpolated_position_table():
+    module = transformer((4, 4, 4), (1, 1, 1))
+    x = torch.randn(1, 8, 6, 4, 2)
+    additions, _, attention = module(x, return_attention=True)
+    assert additions[0].shape == x.shape
+    assert attention[0].shape[-1] == 48
+    expected = torch.nn.functional.interpolate(module.position, size=(6, 4, 2), mode="trilinear", align_corners=False)
+    assert torch.equal(module._position_on((6, 4, 2)), expected)
+    assert module._position_on((4, 4, 4)) is module.position
+
+
+@torch.no_grad()
+def test_a_linear_position_table_stays_linear_on_a_finer_grid():
+    module = transformer((4, 4), (1, 1))
+    module.position.copy_(torch.arange(4.0).view(1, 1, 4, 1).expand_as(module.position))
+    fine = module._position_on((8, 4))[0, 0, :, 0]
+    assert torch.allclose(fine[1:-1], torch.arange(0.25, 3, 0.5))
+
+
+@torch.no_grad()
+def test_a_network_takes_images_of_another_size_than_its_patch():
+    case = CASES["3d plain"]
+    assert case.trained()(torch.randn(1, 4, 32, 16, 24)).shape == (1, 3, 32, 16, 24)
+
+
+def test_positions_tell_tokens_apart():
+    module = transformer((4, 4), (1, 1))
+    with torch.no_grad():
+        _, maps, _ = module(torch.ones(1, 8, 4, 4), return_attention=False)
+        module.position.zero_()
+        _, same, _ = module(torch.ones(1, 8, 4, 4), return_attention=False)
+    assert maps[0].flatten(2).std(2).max() > 1e-3
+    assert same[0].flatten(2).std(2).max() < 1e-5
+
+
+# ---- learning and compiling ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["2d residual", "3d anisotropic", "patched tokens", "two stages"])
+def test_gradients_reach_the_projections_first_and_after_one_step_everything(name):
+    case = CASES[name]
+    network, x = case.full().train(), case.batch()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+
+    def backward() -> set[str]:
+        optimizer.zero_grad()
+        network(x).square().mean().backward()
+        return {
+            parameter_name
+            for parameter_name, parameter in network.transformer.named_parameters()
+            if parameter.grad is not None and parameter.grad.abs().max() > 0
+        }
+
+    everything = {parameter_name for parameter_name, _ in network.transformer.named_parameters()}
+    first = {parameter_name for parameter_name in everything if parameter_name.startswith("projections")}
+    assert backward() == first
+    optimizer.step()
+    assert backward() == everything
+
+
+def test_gradients_of_features_reach_the_transformer_without_a_step():
+    case = CASES["3d plain"]
+    network = case.full().train()
+    found = network(case.batch(), return_features=True, return_attention=True)
+    (sum(z.square().mean() for z in found.maps) + sum(a.square().mean() for a in found.attention)).backward()
+    for name, parameter in network.transformer.named_parameters():
+        reached = parameter.grad is not None and parameter.grad.abs().max() > 0
+        assert reached != name.startswith("projections"), name
+
+
+def test_transformer_parameters_are_those_that_the_plain_network_lacks():
+    case = CASES["3d plain"]
+    network = case.full()
+    added = {id(parameter) for parameter in network.transformer_parameters()}
+    plain = sum(parameter.numel() for parameter in case.plain().parameters())
+    assert sum(p.numel() for p in network.parameters() if id(p) not in added) == plain
+
+
+@torch.no_grad()
+def test_the_forward_pass_with_features_compiles_without_a_break_and_gives_the_same():
+    # two of four blocks are tapped, so both ways to compute the attention are in it
+    case = CASES["two stages"]
+    network, x = case.trained(), case.batch()
+    options = {"return_features": True, "return_attention": True}
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    found, expected = compiled(x, **options), network(x, **options)
+    assert isinstance(found, Features)
+    assert torch.allclose(found.logits, expected.logits, atol=1e-5)
+    for one, other in zip((*found.maps, *found.attention), (*expected.maps, *expected.attention), strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+    for name in ("f_enc", "f_t", "f_dec"):
+        assert torch.allclose(getattr(found, name), getattr(expected, name), atol=1e-5)
