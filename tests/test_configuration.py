@@ -1,0 +1,426 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import json
+import os
+
+import hand_plans
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.configuration import derive, describe, read_plans, write_configuration
+from nnunetv2_mstkd.settings import RECIPES, SECTIONS, Settings
+
+NAME = "3d_fullres_short"
+
+
+def resolved(plans: dict, name: str, entry: dict) -> dict:
+    """The configuration as nnU-Net reads it once the entry is in the plans."""
+    plans = {**plans, "configurations": {**plans["configurations"], name: entry}}
+    return PlansManager(copy.deepcopy(plans)).get_configuration(name).configuration
+
+
+def block(*assignments: tuple[str, str, object], plans: dict | None = None, parent: str = "3d_fullres") -> dict:
+    return derive(plans or hand_plans.plans(), parent, "other", assignments=assignments)["mstkd"]
+
+
+def output_shape(configuration: dict) -> list[int]:
+    """Shape of the plans' network's output on its own patch; on the meta device, which computes nothing."""
+    network = configuration["architecture"]
+    with torch.device("meta"):
+        module = get_network_from_plans(
+            network["network_class_name"],
+            network["arch_kwargs"],
+            network["_kw_requires_import"],
+            3,
+            4,
+            allow_init=False,
+            deep_supervision=False,
+        )
+        return list(module(torch.empty(1, 3, *configuration["patch_size"])).shape)
+
+
+# ---- the block -----------------------------------------------------------------------------------------------------
+
+
+def test_a_new_configuration_inherits_everything_and_adds_a_complete_block():
+    plans = hand_plans.plans()
+    entry = derive(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)])
+    assert set(entry) == {"inherits_from", "mstkd"}
+    assert entry["inherits_from"] == "3d_fullres"
+    assert entry["mstkd"] == Settings().replace("schedule", epochs=5).to_block()
+    assert list(entry["mstkd"]) == list(SECTIONS)
+    found = resolved(plans, NAME, entry)
+    assert found.pop("mstkd") == entry["mstkd"]
+    assert found.pop("inherits_from") == "3d_fullres"
+    assert found == plans["configurations"]["3d_fullres"]
+
+
+def test_the_given_plans_are_left_alone():
+    plans = hand_plans.plans()
+    before = copy.deepcopy(plans)
+    derive(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)], features=[8, 16], patch_size=[32] * 3)
+    assert plans == before
+
+
+def test_the_block_of_the_parent_is_inherited_over_generations():
+    plans = hand_plans.plans()
+    plans["configurations"]["a"] = derive(plans, "3d_fullres", "a", assignments=[("schedule", "epochs", 5)])
+    plans["configurations"]["b"] = derive(plans, "a", "b", assignments=[("distillation", "kl", 3)])
+    entry = derive(plans, "b", "c", assignments=[("schedule", "seed", 1)], batch_size=7)
+    assert entry["mstkd"]["schedule"]["epochs"] == 5
+    assert entry["mstkd"]["distillation"]["kl"] == 3
+    assert entry["mstkd"]["schedule"]["seed"] == 1
+    assert resolved(plans, "c", entry)["batch_size"] == 7
+
+
+def test_a_block_that_was_put_into_the_parent_by_hand_is_inherited_and_completed():
+    plans = hand_plans.plans()
+    plans["configurations"]["3d_fullres"]["mstkd"] = {"schedule": {"epochs": 5}}
+    assert block(plans=plans) == Settings().replace("schedule", epochs=5).to_block()
+
+
+ASSIGNMENTS = [("distillation", "recipe", "paper"), ("distillation", "kl", 3), ("schedule", "epochs", 4)]
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_a_recipe_sets_its_weights_and_what_stands_beside_it_wins_in_any_order(order):
+    found = block(*(ASSIGNMENTS[index] for index in order))
+    expected = {**Settings().to_block()["distillation"], **RECIPES["paper"], "recipe": "paper", "kl": 3}
+    assert found["distillation"] == expected
+    assert (found["schedule"]["optimizer"], found["schedule"]["epochs"]) == ("adam", 4)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_an_optimiser_that_stands_beside_a_recipe_wins(reverse):
+    assignments = [("distillation", "recipe", "paper"), ("schedule", "optimizer", "adamw")]
+    assert block(*(assignments[::-1] if reverse else assignments))["schedule"]["optimizer"] == "adamw"
+
+
+def test_a_recipe_replaces_what_the_parent_says_about_distillation_and_optimiser_only():
+    plans = hand_plans.plans()
+    plans["configurations"]["3d_fullres"]["mstkd"] = {
+        "distillation": {"kl": 3, "tau": 5},
+        "schedule": {"optimizer": "adamw", "epochs": 4},
+        "teacher": {"epochs": 9},
+    }
+    found = block(("distillation", "recipe", "paper"), plans=plans)
+    assert (found["distillation"]["kl"], found["distillation"]["tau"]) == (1, 2)
+    assert (found["schedule"]["optimizer"], found["schedule"]["epochs"]) == ("adam", 4)
+    assert found["teacher"]["epochs"] == 9
+
+
+def test_the_default_recipe_leads_back_from_that_of_the_paper():
+    plans = hand_plans.plans()
+    plans["configurations"]["paper"] = derive(
+        plans, "3d_fullres", "paper", assignments=[("distillation", "recipe", "paper")]
+    )
+    assert block(plans=plans, parent="paper")["schedule"]["optimizer"] == "adam"
+    assert block(("distillation", "recipe", "default"), plans=plans, parent="paper") == Settings().to_block()
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        (("schedule", "epochs", 0), r"schedule.epochs is 0"),
+        (("distillation", "recipe", "nature"), "one of default, paper"),
+        (("sampler", "kind", "fixed"), "sampler.subsets"),
+        (("network", "heads", 7), "network.heads is 7, expected a divisor of the bottleneck width 320"),
+        (("network", "taps", 6), "network.taps is 6, expected at most the 5 stages"),
+        (("network", "patch", [2, 2]), r"network.patch is \[2, 2\], expected 3 edges"),
+        (("network", "patch", [5, 1, 1]), r"at most those of the bottleneck grid, \[4, 4, 4\]"),
+        (("network", "depth", 5), r"expected a multiple of taps \(4\)"),
+    ],
+)
+def test_impossible_settings_are_refused(assignment, message):
+    with pytest.raises(ValueError, match=message):
+        block(assignment)
+
+
+def test_network_settings_are_checked_against_the_new_widths():
+    plans = hand_plans.plans()
+    settings = [("network", "heads", 5)]
+    assert derive(plans, "3d_fullres", NAME, assignments=settings)["mstkd"]["network"]["heads"] == 5
+    with pytest.raises(ValueError, match="expected a divisor of the bottleneck width 64"):
+        derive(plans, "3d_fullres", NAME, assignments=settings, features=[8, 16, 32, 64, 64])
+
+
+# ---- names and parents ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"])
+def test_a_standard_configuration_is_never_written(name):
+    with pytest.raises(ValueError, match="nnU-Net's own configuration"):
+        derive(hand_plans.plans(), "3d_fullres", name)
+
+
+@pytest.mark.parametrize("name", ["", "a__b", "a b", "a/b", "..", "_a", "a_", "-a", "a.b", "ä", "a\n"])
+def test_a_name_that_would_break_folder_names_is_refused(name):
+    with pytest.raises(ValueError, match="part of a folder name"):
+        derive(hand_plans.plans(), "3d_fullres", name)
+
+
+def test_an_unknown_parent_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="no configuration '3d'; there are 2d, 3d_lowres, 3d_fullres"):
+        derive(hand_plans.plans(), "3d", NAME)
+
+
+def test_the_second_stage_of_a_cascade_is_refused():
+    with pytest.raises(ValueError, match="second stage of a cascade"):
+        derive(hand_plans.plans(), "3d_cascade_fullres", NAME)
+
+
+def test_a_configuration_cannot_inherit_from_itself_or_its_own_child():
+    plans = hand_plans.plans()
+    plans["configurations"]["a"] = derive(plans, "3d_fullres", "a")
+    plans["configurations"]["b"] = derive(plans, "a", "b")
+    for parent in ("a", "b"):
+        with pytest.raises(ValueError, match=f"a cannot inherit from {parent}"):
+            derive(plans, parent, "a")
+
+
+# ---- widths and patch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "resenc"])
+def test_other_widths_keep_the_geometry(residual):
+    plans = hand_plans.plans(residual=residual)
+    entry = derive(plans, "3d_fullres", NAME, features=[8, 16, 32, 64, 80])
+    kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
+    assert entry["architecture"]["arch_kwargs"] == {**kwargs, "features_per_stage": [8, 16, 32, 64, 80]}
+    assert entry["patch_size"] == [64, 64, 64]
+    assert output_shape(resolved(plans, NAME, entry)) == [1, 4, 64, 64, 64]
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "resenc"])
+@pytest.mark.parametrize(
+    ("parent", "patch", "expected_patch", "stages", "deepest"),
+    [
+        ("3d_fullres", [32, 32, 32], [32, 32, 32], 4, [4, 4, 4]),
+        ("3d_fullres", [40, 48, 40], [40, 48, 40], 4, [5, 6, 5]),
+        ("3d_fullres", [50, 50, 50], [56, 56, 56], 4, [7, 7, 7]),
+        ("3d_fullres", [128, 128, 128], [128, 128, 128], 6, [4, 4, 4]),
+        ("2d", [64, 48], [64, 48], 4, [8, 6]),
+    ],
+)
+def test_another_patch_changes_stages_and_strides_by_the_rule_of_nnunet(
+    residual, parent, patch, expected_patch, stages, deepest
+):
+    plans = hand_plans.plans(residual=residual)
+    entry = derive(plans, parent, "other", patch_size=patch)
+    kwargs = entry["architecture"]["arch_kwargs"]
+    widths = plans["configurations"][parent]["architecture"]["arch_kwargs"]["features_per_stage"]
+    dimensions = len(patch)
+    assert entry["patch_size"] == expected_patch
+    assert kwargs["n_stages"] == stages
+    assert kwargs["strides"] == [[1] * dimensions] + [[2] * dimensions] * (stages - 1)
+    assert [edge // 2 ** (stages - 1) for edge in expected_patch] == deepest
+    assert kwargs["kernel_sizes"] == [[3] * dimensions] * stages
+    assert kwargs["features_per_stage"] == (widths + [widths[-1]] * stages)[:stages]
+    assert len(kwargs["n_blocks_per_stage" if residual else "n_conv_per_stage"]) == stages
+    assert len(kwargs["n_conv_per_stage_decoder"]) == stages - 1
+    assert output_shape(resolved(plans, "other", entry)) == [1, 4, *expected_patch]
+
+
+def test_thick_slices_are_pooled_late_as_nnunet_does():
+    plans = hand_plans.plans()
+    entry = derive(plans, "3d_thin", "other", patch_size=[16, 64, 64])
+    kwargs = entry["architecture"]["arch_kwargs"]
+    assert kwargs["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]]
+    assert kwargs["kernel_sizes"] == [[1, 3, 3], *[[3, 3, 3]] * 4]
+    assert output_shape(resolved(plans, "other", entry)) == [1, 4, 16, 64, 64]
+
+
+@pytest.mark.parametrize("widths", [[8, 16], [8, 16, 32], [8, 16, 32, 64]])
+def test_fewer_widths_give_fewer_stages_also_for_thick_slices(widths):
+    plans = hand_plans.plans()
+    entry = derive(plans, "3d_thin", "other", features=widths, patch_size=[16, 64, 64])
+    kwargs = entry["architecture"]["arch_kwargs"]
+    assert kwargs["features_per_stage"] == widths
+    assert kwargs["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]][: len(widths)]
+    assert kwargs["kernel_sizes"] == [[1, 3, 3], *[[3, 3, 3]] * (len(widths) - 1)]
+    assert output_shape(resolved(plans, "other", entry)) == [1, 4, 16, 64, 64]
+
+
+def test_a_planned_patch_that_is_thin_may_get_other_widths():
+    plans = hand_plans.plans()
+    entry = derive(plans, "3d_thin", "other", features=[8, 16, 32, 48])
+    assert entry["patch_size"] == [6, 64, 64]
+    assert output_shape(resolved(plans, "other", entry)) == [1, 4, 6, 64, 64]
+
+
+def test_one_width_more_needs_a_patch_that_permits_it():
+    plans = hand_plans.plans()
+    with pytest.raises(ValueError, match=r"6 stages do not fit a patch of \[64, 64, 64\]: nnU-Net's rule allows 5"):
+        derive(plans, "3d_fullres", NAME, features=[8] * 6)
+    entry = derive(plans, "3d_fullres", NAME, features=[8] * 6, patch_size=[128] * 3)
+    assert entry["architecture"]["arch_kwargs"]["n_stages"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"patch_size": [64, 64]}, "has 2 edges, expected 3"),
+        ({"patch_size": [4, 4, 4]}, "2 stages do not fit"),
+        ({"patch_size": [0, 64, 64]}, "edge below 1"),
+        ({"features": [8]}, "at least 2 stages of at least 4 channels"),
+        ({"features": [8, 16, 32, 64, 3]}, "at least 2 stages of at least 4 channels"),
+        ({"batch_size": 0}, "batch size is 0"),
+    ],
+)
+def test_an_impossible_geometry_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        derive(hand_plans.plans(), "3d_fullres", NAME, **options)
+
+
+def test_the_description_lists_what_differs_from_the_defaults():
+    entry = derive(
+        hand_plans.plans(), "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)], features=[8] * 5, batch_size=3
+    )
+    lines = describe(entry)
+    assert lines[0] == "schedule.epochs = 5"
+    assert "batch_size = 3" in lines
+    assert any(line.startswith("features_per_stage = [8, 8, 8, 8, 8]") for line in lines)
+    assert not any("distillation" in line for line in lines)
+
+
+# ---- the file ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plans_file(tmp_path, monkeypatch):
+    folder = tmp_path / "Dataset912_Hand"
+    folder.mkdir()
+    (folder / "nnUNetPlans.json").write_text(json.dumps(hand_plans.plans()))
+    channels = {"channel_names": {"0": "T1", "1": "T1ce", "2": "FLAIR"}}
+    (folder / "dataset.json").write_text(json.dumps(channels))
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    return folder / "nnUNetPlans.json"
+
+
+def test_a_configuration_is_added_and_the_others_stay(plans_file):
+    entry = derive(read_plans(plans_file), "3d_fullres", NAME)
+    write_configuration(plans_file, NAME, entry)
+    found = read_plans(plans_file)
+    assert found["configurations"].pop(NAME) == entry
+    assert found == hand_plans.plans()
+    assert sorted(os.listdir(plans_file.parent)) == ["dataset.json", "nnUNetPlans.json"]
+
+
+def test_other_content_under_the_same_name_is_kept_unless_told_otherwise(plans_file):
+    first = derive(read_plans(plans_file), "3d_fullres", NAME)
+    second = derive(read_plans(plans_file), "3d_fullres", NAME, batch_size=5)
+    write_configuration(plans_file, NAME, first)
+    before = plans_file.read_bytes()
+    write_configuration(plans_file, NAME, first)
+    with pytest.raises(FileExistsError, match=r"exists in .* with other content"):
+        write_configuration(plans_file, NAME, second)
+    assert plans_file.read_bytes() == before
+    write_configuration(plans_file, NAME, second, overwrite=True)
+    assert read_plans(plans_file)["configurations"][NAME] == second
+
+
+def test_a_writer_that_dies_leaves_the_old_plans(plans_file, monkeypatch):
+    before = plans_file.read_bytes()
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        write_configuration(plans_file, NAME, derive(read_plans(plans_file), "3d_fullres", NAME))
+    assert plans_file.read_bytes() == before
+    assert sorted(os.listdir(plans_file.parent)) == ["dataset.json", "nnUNetPlans.json"]
+
+
+def test_a_file_that_is_no_plans_file_is_refused(tmp_path):
+    file = tmp_path / "nnUNetPlans.json"
+    with pytest.raises(FileNotFoundError, match="run nnUNetv2_plan_and_preprocess"):
+        read_plans(file)
+    for content, message in (("{", "not valid JSON"), ("[]", "no nnU-Net plans file"), ("{}", "no configurations")):
+        file.write_text(content)
+        with pytest.raises(ValueError, match=message):
+            read_plans(file)
+
+
+# ---- mstkd configure -----------------------------------------------------------------------------------------------
+
+
+def configure(*arguments: str) -> int:
+    return cli.main(["configure", "-d", "912", "--name", NAME, *arguments])
+
+
+def test_the_command_writes_the_configuration_and_says_what_differs(plans_file, capsys):
+    assert configure("--epochs", "5", "--seed", "0", "--set", "distillation.kl=0", "--batch-size", "3") == 0
+    entry = read_plans(plans_file)["configurations"][NAME]
+    assert entry["inherits_from"] == "3d_fullres"
+    assert entry["batch_size"] == 3
+    assert (entry["mstkd"]["schedule"]["epochs"], entry["mstkd"]["schedule"]["seed"]) == (5, 0)
+    assert entry["mstkd"]["distillation"]["kl"] == 0
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    assert lines[1:] == ["schedule.epochs = 5", "schedule.seed = 0", "distillation.kl = 0.0", "batch_size = 3"]
+
+
+def test_the_command_takes_parent_widths_patch_and_data_set_name(plans_file):
+    arguments = ["-c", "2d", "--features", "8", "16", "32", "--patch", "64", "64"]
+    assert cli.main(["configure", "-d", "Dataset912_Hand", "--name", "2d_small", *arguments]) == 0
+    entry = read_plans(plans_file)["configurations"]["2d_small"]
+    assert (entry["inherits_from"], entry["patch_size"]) == ("2d", [64, 64])
+    assert entry["architecture"]["arch_kwargs"]["features_per_stage"] == [8, 16, 32]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_command_applies_a_recipe_whatever_the_order(plans_file, reverse):
+    options = ["distillation.recipe=paper", "distillation.kl=3"]
+    arguments = [part for option in (options[::-1] if reverse else options) for part in ("--set", option)]
+    assert configure(*arguments) == 0
+    found = read_plans(plans_file)["configurations"][NAME]["mstkd"]
+    assert (found["distillation"]["kl"], found["distillation"]["discrepancy"]) == (3, 10)
+    assert found["schedule"]["optimizer"] == "adam"
+
+
+def test_the_command_may_be_repeated_and_asks_before_it_replaces(plans_file, capsys):
+    assert configure("--epochs", "5") == 0
+    assert configure("--epochs", "5") == 0
+    assert configure("--epochs", "6") == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert read_plans(plans_file)["configurations"][NAME]["mstkd"]["schedule"]["epochs"] == 5
+    assert configure("--epochs", "6", "--overwrite") == 0
+    assert read_plans(plans_file)["configurations"][NAME]["mstkd"]["schedule"]["epochs"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "3d_fullres"], "nnU-Net's own configuration"),
+        (["--name", "a__b"], "part of a folder name"),
+        (["-c", "3d"], "no configuration '3d'"),
+        (["-c", "3d_cascade_fullres"], "second stage of a cascade"),
+        (["-p", "OtherPlans"], "OtherPlans.json does not exist"),
+        (["-d", "913"], "expected one data set 913"),
+        (["-d", "Dataset913_None"], "does not exist; run nnUNetv2_plan_and_preprocess"),
+        (["--epochs", "0"], "schedule.epochs is 0"),
+        (["--set", "schedule.epoch=3"], "did you mean 'epochs'"),
+        (["--set", "epochs=3"], "not of the form section.key=value"),
+        (["--set", "schedule.epochs=many"], "schedule.epochs is 'many', expected a whole number"),
+        (["--set", "sampler.kind=fixed", "--set", 'sampler.subsets=["T2"]'], "known are T1, T1ce, FLAIR"),
+        (["--features", "8"], "at least 2 stages"),
+        (["--patch", "64", "64"], "expected 3"),
+        (["--batch-size", "0"], "batch size is 0"),
+    ],
+)
+def test_a_mistake_is_one_clear_line_exit_code_two_and_an_untouched_file(plans_file, capsys, arguments, message):
+    before = plans_file.read_bytes()
+    assert configure(*arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("mstkd configure: ")
+    assert message in line
+    assert plans_file.read_bytes() == before
+
+
+def test_the_command_needs_the_folder_of_nnunet(plans_file, capsys, monkeypatch):
+    monkeypatch.delenv("nnUNet_preprocessed")
+    assert configure() == 2
+    assert "export nnUNet_preprocessed=FOLDER" in capsys.readouterr().err
