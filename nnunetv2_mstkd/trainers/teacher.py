@@ -77,17 +77,31 @@ def find_teacher(
     for folder in folders:
         if (folder / "checkpoint_final.pth").is_file():
             return folder / "checkpoint_final.pth"
-    plans_option = "" if plans["plans_name"] == "nnUNetPlans" else f" -p {plans['plans_name']}"
-    command = f"nnUNetv2_train {dataset} {configurations[-1]} {fold} -tr {trainer}{plans_option}"
-    unfinished = [folder for folder in folders if any(folder.glob("checkpoint_*.pth"))]
-    if unfinished:
-        raise FileNotFoundError(
-            f"the teacher of fold {fold} is not finished: {unfinished[0]} has no checkpoint_final.pth. Continue it "
-            f"first: {command} --c"
-        )
+    command = f"nnUNetv2_train {dataset} {{}} {fold} -tr {trainer}"
+    if plans["plans_name"] != "nnUNetPlans":
+        command += f" -p {plans['plans_name']}"
+    for name, folder in zip(configurations, folders, strict=True):
+        if any(folder.glob("checkpoint_*.pth")):
+            raise FileNotFoundError(
+                f"the teacher of fold {fold} is not finished: {folder} has no checkpoint_final.pth. Continue it first: "
+                f"{command.format(name)} --c"
+            )
+    # one teacher for many students: the most general configuration of which they can all learn
+    name, folder = [
+        (name, folder)
+        for name, folder in zip(configurations, folders, strict=True)
+        if wanted is not None or _same_network(plans, name, configuration)
+    ][-1]
     raise FileNotFoundError(
-        f"no teacher for fold {fold}: {folders[-1] / 'checkpoint_final.pth'} does not exist. Train it first: {command}"
+        f"no teacher for fold {fold}: {folder / 'checkpoint_final.pth'} does not exist. Train it first: "
+        f"{command.format(name)}"
     )
+
+
+def _same_network(plans: Mapping, first: str, second: str) -> bool:
+    manager = PlansManager(dict(plans))
+    one, other = (manager.get_configuration(name).configuration for name in (first, second))
+    return all(one.get(key) == other.get(key) for key in ("patch_size", "spacing", "architecture"))
 
 
 def load_teacher(
