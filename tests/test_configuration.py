@@ -246,6 +246,15 @@ def test_fewer_widths_give_fewer_stages_also_for_thick_slices(widths):
     assert output_shape(resolved(plans, "other", entry)) == [1, 4, 16, 64, 64]
 
 
+def test_the_deepest_stage_always_has_full_kernels_as_in_nnunet():
+    plans = hand_plans.plans()
+    plans["configurations"]["3d_thin"]["spacing"] = [5.0, 1.0, 1.0]
+    entry = derive(plans, "3d_thin", "other", features=[8, 16], patch_size=[16, 64, 64])
+    assert entry["architecture"]["arch_kwargs"]["kernel_sizes"] == [[1, 3, 3], [3, 3, 3]]
+    entry = derive(plans, "3d_thin", "other", features=[8, 16, 32], patch_size=[16, 64, 64])
+    assert entry["architecture"]["arch_kwargs"]["kernel_sizes"] == [[1, 3, 3], [1, 3, 3], [3, 3, 3]]
+
+
 def test_a_planned_patch_that_is_thin_may_get_other_widths():
     plans = hand_plans.plans()
     entry = derive(plans, "3d_thin", "other", features=[8, 16, 32, 48])
