@@ -480,6 +480,16 @@ def test_a_killed_run_leaves_whole_segmentations_only(folders, model):
         np.testing.assert_array_equal(array, read(folders / "whole" / name))
 
 
+def test_the_segmentation_is_put_in_its_place_after_the_probabilities(folders, model, monkeypatch):
+    """It is what a continued run takes for a finished case."""
+    order = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append(Path(new).name), real(old, new)))
+    assert predict(folders, model, "--save_probabilities") == 0
+    found = [name for name in order if name.startswith("one.")]
+    assert sorted(found) == ["one.nii.gz", "one.npz", "one.pkl"] and found[-1] == "one.nii.gz"
+
+
 def test_leftovers_of_a_killed_run_are_cleared(folders, model):
     scratch = folders / "out" / ".one.part"
     scratch.mkdir(parents=True)

@@ -7,7 +7,7 @@ import math
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -99,7 +99,7 @@ def check_complete(path: Path) -> int:
 
 def _check_nifti(path: Path, opened: Callable) -> int:
     try:
-        header = nibabel.load(path)
+        header: Any = nibabel.load(path)
         start, dtype, voxels = header.dataobj.offset, header.dataobj.dtype, math.prod(header.shape)
     except Exception as error:  # nibabel has errors of many kinds for a damaged header
         raise ValueError(f"cannot be read: {_line(error)}") from error
@@ -144,7 +144,7 @@ def read_grid(path: Path, reader: type[BaseReaderWriter]) -> Geometry | None:
     if not issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
         return None
     # ITK refuses sheared axes, which are a reason to use this reader
-    image = nibabel.load(path)
+    image: Any = nibabel.load(path)
     if len(image.shape) != 3:
         raise ValueError(f"has {len(image.shape)} dimensions, expected one scalar image of 3 dimensions")
     spacing = voxel_sizes(image.affine)
