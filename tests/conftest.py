@@ -75,6 +75,7 @@ def in_this_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
 def train(
     trainer: str,
     *,
+    dataset: int = PHANTOM,
     fold: int | str = 0,
     configuration: str = CONFIGURATION,
     validate: bool = False,
@@ -92,10 +93,12 @@ def train(
         if not plot:  # seconds per epoch
             patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
         patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
-        run_training(str(PHANTOM), configuration, fold, trainer, device=torch.device("cpu"), **options)
+        run_training(str(dataset), configuration, fold, trainer, device=torch.device("cpu"), **options)
 
 
-def plan_and_preprocess(folders: Folders, dataset_id: int, *configurations: str) -> None:
+def plan_and_preprocess(
+    folders: Folders, dataset_id: int, *configurations: str, spacing: tuple[float, ...] | None = None
+) -> None:
     """nnU-Net's own fingerprint, planning and preprocessing in this process."""
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
     from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess
@@ -106,7 +109,7 @@ def plan_and_preprocess(folders: Folders, dataset_id: int, *configurations: str)
         extractor.num_foreground_voxels_for_intensitystats = 1e4  # 1e8 take half a minute
         extractor.run()
         patch.delenv("nnUNet_n_proc_DA")  # nnU-Net's planner gives it to torch.set_num_threads
-        plan_experiments([dataset_id])
+        plan_experiments([dataset_id], overwrite_target_spacing=spacing)
         torch.set_num_threads(1)
         preprocess([dataset_id], configurations=configurations, num_processes=[1], show_progress_bar=False)
 

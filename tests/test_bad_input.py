@@ -350,7 +350,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", code, str(PHANTOM), CONFIGURATION, "0", "-device", "cpu", *arguments],
         capture_output=True,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "MSTKD_DEBUG": "0"},
+        env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "MSTKD_DEBUG": "0"},
     )
 
 
