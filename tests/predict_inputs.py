@@ -7,9 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 import tiny
 import torch
+
+from nnunetv2_mstkd import cli
 
 CHANNELS = 4
 SHAPE = (14, 20, 18)
@@ -84,3 +87,41 @@ def read(path: Path) -> np.ndarray:
 def files(folder: Path) -> dict[str, bytes]:
     """Everything in a folder, hidden files too."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+PRESENT = {"complete": [0, 1, 2, 3], "one": [2], "two": [1, 3]}
+"""Cases and the channels that have a file; the first channel is absent in two of them."""
+
+
+def set_up(top: Path, patch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's three folders, and an input folder ``in`` with the cases of PRESENT."""
+    for name in ("raw", "preprocessed", "results"):
+        (top / name).mkdir()
+        patch.setenv(f"nnUNet_{name}", str(top / name))
+    for name, channels in PRESENT.items():
+        write_case(top / "in", name, channels)
+    return top
+
+
+def trainer_class(name: str) -> type:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    from nnunetv2_mstkd import trainers
+
+    return nnUNetTrainer if name == "nnUNetTrainer" else getattr(trainers, name)
+
+
+def predict(folders: Path, model: Path, *options: str, output: str = "out", source: str = "in") -> int:
+    """Run ``mstkd predict`` in this process."""
+    arguments = ["-i", str(folders / source), "-o", str(folders / output), "-m", str(model)]
+    if "-f" not in options:
+        arguments += ["-f", "0"]
+    return cli.main(["predict", *arguments, "-device", "cpu", "-npp", "0", "-nps", "0", *options])
+
+
+def segmentations(folder: Path, ending: str = ".nii.gz") -> dict[str, bytes]:
+    return {name: content for name, content in files(folder).items() if name.endswith(ending)}
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "predictions.json").read_text())

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from predict_inputs import (
+    files,
+    predict,
+    read,
+    record,
+    segmentations,
+    set_up,
+    trainer_class,
+    write_model,
+)
+
+from nnunetv2_mstkd import cli
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return set_up(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def model(folders: Path) -> Path:
+    return write_model(trainer_class("MSTKDTrainer"))
+
+
+@pytest.fixture
+def export(monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Replace nnU-Net's exporter by a function of the real one's arguments, which gets the real one first."""
+    from nnunetv2_mstkd.inference import case_steps
+
+    real = case_steps.export_prediction_from_logits
+
+    def install(function: Callable) -> None:
+        monkeypatch.setattr(case_steps, "export_prediction_from_logits", lambda *arguments: function(real, *arguments))
+
+    return install
+
+
+def name_of(arguments: tuple) -> str:
+    return Path(arguments[5]).name
+
+
+def test_a_stopped_run_is_continued_without_repeating_a_case(folders, model, export, capsys):
+    assert predict(folders, model, output="whole") == 0
+
+    def stop_at_the_second(real, *arguments):
+        if name_of(arguments) == "one":
+            Path(f"{arguments[5]}.nii.gz").write_bytes(b"half a segmentation")
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    export(stop_at_the_second)
+    assert predict(folders, model) == 130
+    assert sorted(segmentations(folders / "out")) == ["complete.nii.gz"]
+    assert list(record(folders / "out")["cases"]) == ["complete"]
+
+    exported = []
+    export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["one", "two"]
+    assert segmentations(folders / "out") == segmentations(folders / "whole")
+    assert record(folders / "out") == record(folders / "whole")
+    assert "2 cases predicted, 1 were already there" in capsys.readouterr().out
+    assert not [name for name in files(folders / "out") if ".part" in name]
+
+
+def test_without_the_option_every_case_is_predicted_again(folders, model, export):
+    assert predict(folders, model) == 0
+    exported = []
+    export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
+    assert predict(folders, model) == 0
+    assert exported == ["complete", "one", "two"]
+
+
+def test_a_segmentation_of_an_earlier_run_does_not_count_as_done(folders, model, export):
+    """The earlier one may have had another model: what counts is the record of the run that is continued."""
+    assert predict(folders, model) == 0
+
+    def stop(real, *arguments):
+        raise KeyboardInterrupt
+
+    export(stop)
+    assert predict(folders, model) == 130
+    exported = []
+    export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["complete", "one", "two"]
+
+
+def test_a_continued_run_needs_the_probabilities_too(folders, model, export):
+    assert predict(folders, model) == 0
+    exported = []
+    export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
+    assert predict(folders, model, "--continue_prediction", "--save_probabilities") == 0
+    assert exported == ["complete", "one", "two"]
+
+
+def test_stock_predictions_are_kept_by_a_continued_run(folders, model, export):
+    (folders / "out").mkdir()
+    (folders / "out" / "one.nii.gz").write_bytes(b"made by nnUNetv2_predict")
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert (folders / "out" / "one.nii.gz").read_bytes() == b"made by nnUNetv2_predict"
+    assert sorted(record(folders / "out")["cases"]) == ["complete", "two"]
+
+
+def test_a_run_is_not_continued_with_other_options(folders, model, capsys):
+    assert predict(folders, model) == 0
+    before = files(folders / "out")
+    assert predict(folders, model, "--continue_prediction", "--drop", "T0") == 2
+    assert "predicted with dropped [], now it is ['T0']" in capsys.readouterr().err
+    assert files(folders / "out") == before
+
+
+def test_a_record_that_is_none_is_refused(folders, model, capsys):
+    (folders / "out").mkdir()
+    (folders / "out" / "predictions.json").write_text("[]")
+    assert predict(folders, model, "--continue_prediction") == 2
+    assert "no record of predictions" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")
+def test_a_killed_run_leaves_whole_segmentations_only(folders, model):
+    for number in range(10):
+        for path in (folders / "in").glob("two_*"):
+            (folders / "in" / path.name.replace("two", f"z{number}")).symlink_to(path)
+    code = (
+        "import sys, time, torch; torch.set_num_threads(1)\n"
+        "from nnunetv2_mstkd import cli\n"
+        "from nnunetv2_mstkd.inference import case_steps\n"
+        "real = case_steps.export_prediction_from_logits\n"
+        # the kill most likely comes when a file is written and not yet in its place
+        "case_steps.export_prediction_from_logits = lambda *arguments: (real(*arguments), time.sleep(0.2))\n"
+        "sys.exit(cli.main(sys.argv[1:]))"
+    )
+    options = ["-i", str(folders / "in"), "-o", str(folders / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
+    root = str(Path(cli.__file__).parents[1])
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    with subprocess.Popen(
+        [sys.executable, "-c", code, "predict", *options, "-npp", "0", "-nps", "0"],
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        while process.poll() is None and not list((folders / "out").glob("z*.nii.gz")):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    left = segmentations(folders / "out")
+    whole = {name: read(folders / "out" / name) for name in left if "/" not in name}
+    assert 0 < len(whole) < 13
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert predict(folders, model, output="whole") == 0
+    expected = segmentations(folders / "whole")
+    assert segmentations(folders / "out") == expected
+    for name, array in whole.items():
+        np.testing.assert_array_equal(array, read(folders / "whole" / name))
+
+
+def test_the_segmentation_is_put_in_its_place_after_the_probabilities(folders, model, monkeypatch):
+    """It is what a continued run takes for a finished case."""
+    order = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda old, new: (order.append(Path(new).name), real(old, new)))
+    assert predict(folders, model, "--save_probabilities") == 0
+    found = [name for name in order if name.startswith("one.")]
+    assert sorted(found) == ["one.nii.gz", "one.npz", "one.pkl"] and found[-1] == "one.nii.gz"
+
+
+def test_leftovers_of_a_killed_run_are_cleared(folders, model):
+    scratch = folders / "out" / ".one.part"
+    scratch.mkdir(parents=True)
+    (scratch / "one.nii.gz").write_bytes(b"half")
+    (scratch / "other.txt").write_bytes(b"half")
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert not scratch.exists()
+    assert "other.txt" not in files(folders / "out")
+
+
+def test_parts_share_the_cases_and_keep_records_of_their_own(folders, model):
+    assert predict(folders, model, "-num_parts", "2", "-part_id", "0") == 0
+    assert sorted(segmentations(folders / "out")) == ["complete.nii.gz", "two.nii.gz"]
+    (folders / "in" / "complete_0000.nii.gz").write_bytes(b"the other part's business")
+    assert predict(folders, model, "-num_parts", "2", "-part_id", "1") == 0
+    assert len(segmentations(folders / "out")) == 3
+    parts = [json.loads((folders / "out" / f"predictions_part{k}of2.json").read_text()) for k in (0, 1)]
+    assert [sorted(part["cases"]) for part in parts] == [["complete", "two"], ["one"]]
