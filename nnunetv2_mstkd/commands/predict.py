@@ -37,10 +37,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
     run.add_argument("--continue_prediction", action="store_true", help="keep the cases that are already there")
     run.add_argument(
-        "-npp", metavar="N", type=int, default=_from_environment("nnUNet_npp", 3), help="processes for preprocessing"
+        "-npp",
+        metavar="N",
+        type=int,
+        default=_from_environment("nnUNet_npp", 3),
+        help="processes for preprocessing (default: %(default)s)",
     )
     run.add_argument(
-        "-nps", metavar="N", type=int, default=_from_environment("nnUNet_nps", 3), help="processes for export"
+        "-nps",
+        metavar="N",
+        type=int,
+        default=_from_environment("nnUNet_nps", 3),
+        help="processes for export (default: %(default)s)",
     )
     run.add_argument("-device", choices=DEVICES, default="cuda", help="default: %(default)s")
     run.add_argument("-num_parts", metavar="N", type=int, default=1, help="calls that share the input folder")
