@@ -1,0 +1,200 @@
+"""The table that all evaluation works on, ``results.csv``: one value per line.
+
+This module is the one place where its columns are defined, checked, read and written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+import pandas as pd
+
+from nnunetv2_mstkd.evaluation.conventions import METRICS, metric_named
+
+MODEL = "model"
+TRAINER = "trainer"
+FOLD = "fold"
+CASE = "case"
+SUBSET = "subset"
+MODALITIES = "modalities"
+REGION = "region"
+METRIC = "metric"
+VALUE = "value"
+
+COLUMNS: Mapping[str, str] = MappingProxyType(
+    {
+        MODEL: "name of the model in tables, unlike for any two that are to be told apart",
+        TRAINER: "class of its trainer",
+        FOLD: "fold that predicted the case, as text; several folds of one case are averaged",
+        CASE: "identifier of the case",
+        SUBSET: "available modalities joined by +, for example T1ce+FLAIR",
+        MODALITIES: "their number",
+        REGION: "region or class, for example ET",
+        METRIC: f"one of {', '.join(METRICS)}",
+        VALUE: "the number; empty or nan: left out of every mean",
+    }
+)
+"""Name and meaning of the columns, in the order of the file. Further columns are kept and not used."""
+
+KEY = (MODEL, TRAINER, FOLD, CASE, SUBSET, REGION, METRIC)
+"""These columns together occur once."""
+
+SEPARATOR = "+"
+"""Between the modalities of a subset, as everywhere in this package; this module does without PyTorch."""
+
+
+def check_results(results: pd.DataFrame) -> pd.DataFrame:
+    """Check a table of results and return it with its columns in order and of the right types.
+
+    Parameters
+    ----------
+    results:
+        with at least the columns of :data:`COLUMNS`.
+
+    Returns
+    -------
+    A new table: text in all columns but ``modalities`` (integers) and ``value`` (floats), numbered from 0.
+
+    Raises
+    ------
+    ValueError
+        naming the first row that is wrong: something missing, empty or twice, a subset spelt in two orders or with the
+        wrong number of modalities, an unknown metric, a value that is infinite or out of the metric's range.
+    """
+    missing = [name for name in COLUMNS if name not in results.columns]
+    if missing:
+        raise ValueError(
+            f"the results have no column {', '.join(missing)}; expected are {', '.join(COLUMNS)}, found "
+            f"{', '.join(map(str, results.columns)) or 'none'}"
+        )
+    if len(results) == 0:
+        raise ValueError("the results have no rows; evaluate at least one case")
+    others = [name for name in results.columns if name not in COLUMNS]
+    table = results[[*COLUMNS, *others]].reset_index(drop=True)
+    for name in KEY:
+        _refuse(table[name].isna(), table, f"has no {name}")
+        table[name] = table[name].astype(str)
+        _refuse(table[name].str.strip() == "", table, f"has no {name}")
+    for name in (MODALITIES, VALUE):
+        numbers = pd.to_numeric(table[name], errors="coerce").astype(float)
+        blank = table[name].isna() | table[name].astype(str).str.strip().str.lower().isin(["", "nan"])
+        _refuse(numbers.isna() & ~blank, table, f"has a {name} that is no number")
+        table[name] = numbers
+    _check_subsets(table)
+    table[MODALITIES] = table[MODALITIES].astype(int)
+    for name in table[METRIC].unique():
+        metric = metric_named(name)
+        # NaN passes; a hair of room for values that were printed and read again
+        outside = (table[VALUE] < metric.lowest - 1e-9) | (table[VALUE] > metric.highest + 1e-9)
+        _refuse(
+            (table[METRIC] == name) & (outside | np.isinf(table[VALUE])),
+            table,
+            f"has a value outside {metric.lowest:g} ... {metric.highest:g}",
+        )
+    _refuse(table.duplicated(list(KEY)), table, "stands twice")
+    return table
+
+
+def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
+    """Read and check ``results.csv``.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        where there is no such file, or it is no such table; see :func:`check_results`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; expected a table of results as mstkd evaluate writes it")
+    try:
+        # as text: a case 00012 keeps its zeros, and a region may be called NA
+        table = pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no table of comma-separated values: {' '.join(str(error).split())}") from error
+    try:
+        return check_results(table)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_results(results: pd.DataFrame, path: str | os.PathLike[str]) -> None:
+    """Check results and write them, whole or not at all; a file of this name is replaced.
+
+    Values keep all their digits, so that reading gives the same table.
+    """
+    write_text(check_results(results).to_csv(index=False, na_rep="nan", lineterminator="\n"), path)
+
+
+def write_text(text: str, path: str | os.PathLike[str]) -> None:
+    """Write a text file in UTF-8, whole or not at all; missing folders are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # in the same folder, because a file cannot be renamed into another file system
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        scratch.write_text(text, encoding="utf-8", newline="\n")
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def modality_order(subsets: Iterable[str]) -> tuple[str, ...]:
+    """The modalities in channel order: those of the largest subset, then others as they come."""
+    names: dict[str, None] = {}
+    for subset in sorted(dict.fromkeys(subsets), key=lambda text: -text.count(SEPARATOR)):
+        names.update(dict.fromkeys(subset.split(SEPARATOR)))
+    return tuple(names)
+
+
+def subset_order(subsets: Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:
+    """Subsets by size, then by channel number: T1, T1ce ... T1+T1ce, T1+T2 ..., all."""
+    position = {name: number for number, name in enumerate(modalities)}
+
+    def key(subset: str) -> tuple[int, list[int]]:
+        numbers = sorted(position[name] for name in subset.split(SEPARATOR))
+        return len(numbers), numbers
+
+    return tuple(sorted(dict.fromkeys(subsets), key=key))
+
+
+_BRATS_CASE = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d+")
+
+
+def patients_of(cases: Iterable[str]) -> dict[str, str]:
+    """The patient of each case, for intervals: the time points of a patient are no independent cases.
+
+    In BraTS from 2023 on ``BraTS-GLI-00005-100`` and ``BraTS-GLI-00005-101`` are two time points of one patient. Any
+    other name counts as a patient of its own.
+    """
+    matches = {case: _BRATS_CASE.fullmatch(case) for case in cases}
+    return {case: match.group(1) if match else case for case, match in matches.items()}
+
+
+def _check_subsets(table: pd.DataFrame) -> None:
+    spellings: dict[frozenset[str], str] = {}
+    sizes = {}
+    for subset in table[SUBSET].unique():
+        parts = subset.split(SEPARATOR)
+        if any(part.strip() != part or not part for part in parts) or len(set(parts)) < len(parts):
+            raise ValueError(f"the subset {subset!r} is not a list of different modalities such as T1ce+FLAIR")
+        first = spellings.setdefault(frozenset(parts), subset)
+        if first != subset:
+            raise ValueError(f"the subset {first!r} is also written {subset!r}; write it in one order")
+        sizes[subset] = len(parts)
+    counts = table[SUBSET].map(sizes)
+    _refuse(table[MODALITIES] != counts, table, "has a number of modalities other than its subset")
+
+
+def _refuse(wrong: pd.Series, table: pd.DataFrame, what: str) -> None:
+    """Raise ValueError with the first row of ``table`` where ``wrong`` holds."""
+    if not wrong.any():
+        return
+    position = int(np.flatnonzero(wrong)[0])
+    row = ", ".join(f"{name}={table[name].iloc[position]}" for name in COLUMNS)
+    more = int(wrong.sum()) - 1
+    raise ValueError(f"row {position + 1} {what} ({row}){f' and {more} more' if more else ''}")
