@@ -1,0 +1,509 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nnunetv2_mstkd.evaluation import statistics as s
+from nnunetv2_mstkd.evaluation.plausibility import plausibility_warnings
+from nnunetv2_mstkd.evaluation.resampling import bootstrap_means, cube, interval, patient_numbers
+from nnunetv2_mstkd.evaluation.results import COLUMNS
+from nnunetv2_mstkd.evaluation.shapley import shapley, shapley_matrix, shapley_values
+
+NAN = math.nan
+QUICK = {"samples": 200}
+
+
+def table(values: dict[tuple[str, str, str], list[float]], metric: str = "dice") -> pd.DataFrame:
+    """Results from {(model, subset, region): value of each case}."""
+    rows = [
+        (model, "MSTKDTrainer", 0, f"case{number}", subset, subset.count("+") + 1, region, metric, value)
+        for (model, subset, region), of_case in values.items()
+        for number, value in enumerate(of_case)
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def row(found: pd.DataFrame, **where) -> pd.Series:
+    """The only row with these entries."""
+    for column, value in where.items():
+        found = found[found[column] == value]
+    assert len(found) == 1
+    return found.iloc[0]
+
+
+# ---- Shapley values ------------------------------------------------------------------------------------------------
+
+
+def test_shapley_values_of_two_players_worked_by_hand():
+    # A is first half of the time: (0.6 + (0.8 - 0.4)) / 2, B gets the rest
+    assert shapley_values({("A",): 0.6, ("B",): 0.4, ("A", "B"): 0.8}, ("A", "B")) == pytest.approx(
+        {"A": 0.5, "B": 0.3}
+    )
+
+
+THREE = {"A": 0.3, "B": 0.2, "C": 0.0, "AB": 0.6, "AC": 0.4, "BC": 0.2, "ABC": 0.9}
+
+
+def test_shapley_values_of_three_players_worked_by_hand():
+    expected = {
+        "A": 0.3 / 3 + (0.6 - 0.2) / 6 + (0.4 - 0.0) / 6 + (0.9 - 0.2) / 3,
+        "B": 0.2 / 3 + (0.6 - 0.3) / 6 + (0.2 - 0.0) / 6 + (0.9 - 0.4) / 3,
+        "C": 0.0 / 3 + (0.4 - 0.3) / 6 + (0.2 - 0.2) / 6 + (0.9 - 0.6) / 3,
+    }
+    assert expected == pytest.approx({"A": 28 / 60, "B": 19 / 60, "C": 7 / 60})
+    assert shapley_values(THREE, "ABC") == pytest.approx(expected)
+
+
+games = st.integers(1, 4).flatmap(
+    lambda n: st.tuples(st.just("ABCD"[:n]), st.lists(st.floats(-10, 10), min_size=2**n, max_size=2**n))
+)
+
+
+def as_game(players: str, values: list[float]) -> dict[tuple[str, ...], float]:
+    return {
+        tuple(name for i, name in enumerate(players) if code >> i & 1): value
+        for code, value in enumerate(values)
+        if code
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(games)
+def test_shapley_values_are_the_mean_gain_over_all_orders(drawn):
+    players, values = drawn
+    game = {frozenset(members): value for members, value in as_game(players, values).items()}
+    game[frozenset()] = values[0]
+    gains = {name: 0.0 for name in players}
+    for order in itertools.permutations(players):
+        for place, name in enumerate(order):
+            gains[name] += game[frozenset(order[: place + 1])] - game[frozenset(order[:place])]
+    expected = {name: gain / math.factorial(len(players)) for name, gain in gains.items()}
+    found = shapley_values(as_game(players, values), players, empty_value=values[0])
+    assert found == pytest.approx(expected, abs=1e-9)
+    # efficiency: nothing is lost and nothing is invented
+    assert sum(found.values()) == pytest.approx(values[-1] - values[0], abs=1e-9)
+
+
+def test_symmetric_players_share_and_a_dummy_gets_only_what_it_has_alone():
+    # A and B can stand for each other; C adds 0.1 to everything
+    strength = {"": 0.0, "A": 0.5, "B": 0.5, "AB": 0.7}
+    game = {tuple(k): v for k, v in strength.items() if k} | {(*k, "C"): v + 0.1 for k, v in strength.items()}
+    found = shapley_values(game, "ABC")
+    assert found["A"] == pytest.approx(found["B"]) == pytest.approx(0.35)
+    assert found["C"] == pytest.approx(0.1)
+
+
+def test_the_matrix_adds_up_for_every_number_of_players():
+    for number in range(1, 7):
+        matrix = shapley_matrix(number)
+        assert matrix.shape == (number, 2**number)
+        expected = np.zeros(2**number)
+        expected[0], expected[-1] = -1, 1
+        assert matrix.sum(axis=0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("game", "players", "message"),
+    [
+        ({}, "ABCDEFG", "for 1 to 6 modalities"),
+        ({("A",): 1.0, ("B",): 1.0}, "AB", r"no value of A\+B"),
+        ({("A",): 1.0, ("C",): 1.0}, "AB", "unknown player 'C'"),
+        ({("A", "B"): 1.0, ("B", "A"): 1.0}, "AB", "given twice"),
+        ({(): 1.0}, "A", "is empty"),
+        ({("A",): 1.0}, "AA", "twice"),
+    ],
+)
+def test_an_incomplete_or_too_large_game_is_refused(game, players, message):
+    with pytest.raises(ValueError, match=message):
+        shapley_values(game, players)
+
+
+# two modalities, two cases; ET of model M: T1 0.2 and 0.4, T1ce 0.6 and 0.8, both 0.8 and 1.0
+TWO = {
+    ("M", "T1", "ET"): [0.2, 0.4],
+    ("M", "T1ce", "ET"): [0.6, 0.8],
+    ("M", "T1+T1ce", "ET"): [0.8, 1.0],
+}
+
+
+def test_shapley_values_of_results_are_those_of_the_mean():
+    found = shapley(table(TWO), **QUICK)
+    assert found[["model", "region", "modality"]].values.tolist() == [["M", "ET", "T1"], ["M", "ET", "T1ce"]]
+    # means 0.3, 0.7, 0.9
+    assert found["value"].tolist() == pytest.approx([(0.3 + 0.2) / 2, (0.7 + 0.6) / 2])
+    # the cases' own values, 0.2 0.6 and 0.3 0.7, are what two patients can be resampled to at most
+    assert found["low"].tolist() == pytest.approx([0.2, 0.6]) and found["high"].tolist() == pytest.approx([0.3, 0.7])
+
+
+def test_shapley_values_of_results_need_all_subsets_and_a_value_of_nothing():
+    lacking = {key: value for key, value in TWO.items() if key[1] != "T1"}
+    with pytest.raises(ValueError, match="need all 3 subsets; the results lack T1"):
+        shapley(table(lacking))
+    distances = table({key: [10.0, 20.0] for key in TWO}, metric="hd95")
+    with pytest.raises(ValueError, match="hd95 without any input has no natural value"):
+        shapley(distances, metric="hd95")
+    found = shapley(distances, metric="hd95", empty_value=373.0, **QUICK)
+    assert found["value"].sum() == pytest.approx(15 - 373)
+
+
+def test_seven_modalities_are_refused():
+    with pytest.raises(ValueError, match="found 7"):
+        shapley(table({("M", "A+B+C+D+E+F+G", "ET"): [0.5]}))
+
+
+# ---- resampling ----------------------------------------------------------------------------------------------------
+
+
+def test_time_points_of_a_patient_stay_together():
+    values = np.random.default_rng(0).random((12, 2))
+    once = bootstrap_means(values, np.arange(12), 300, seed=1)
+    # every case twice, as two time points: the same patients are drawn, so the same means come out
+    twice = bootstrap_means(np.repeat(values, 2, axis=0), np.repeat(np.arange(12), 2), 300, seed=1)
+    assert twice == pytest.approx(once)
+    # counted as 24 patients they would seem to know more than 12
+    apart = bootstrap_means(np.repeat(values, 2, axis=0), np.arange(24), 300, seed=1)
+    assert (apart.std(axis=0) < 0.85 * once.std(axis=0)).all()
+
+
+def test_resampled_means_spread_like_the_standard_error():
+    values = np.random.default_rng(0).normal(size=(40, 1))
+    spread = bootstrap_means(values, np.arange(40), 4000, seed=0).std()
+    assert spread == pytest.approx(values.std() / math.sqrt(40), rel=0.05)
+
+
+def test_missing_values_are_left_out_of_resampled_means():
+    values = np.array([[1.0, NAN], [1.0, 2.0], [NAN, 2.0]])
+    means = bootstrap_means(values, np.arange(3), 200, seed=0)
+    # a resample in which only the case without a value was drawn has none
+    assert np.isnan(means).any() and np.isin(means[~np.isnan(means)], [1.0, 2.0]).all()
+    assert (np.nanmax(means, axis=0) == [1.0, 2.0]).all()
+
+
+def test_the_seed_decides():
+    values = np.random.default_rng(0).random((10, 1))
+    first, again, other = (bootstrap_means(values, np.arange(10), 50, seed) for seed in (3, 3, 4))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_an_interval_is_made_of_percentiles():
+    resampled = np.arange(101.0)[:, None]
+    assert interval(resampled, np.arange(5), 0.9).ravel() == pytest.approx([5, 95])
+    assert interval(np.tile(resampled, 2), np.arange(5), np.array([0.9, 0.5])) == pytest.approx(
+        np.array([[5, 25], [95, 75]])
+    )
+    assert np.isnan(interval(resampled, np.zeros(5, dtype=int))).all()
+    with pytest.raises(ValueError, match="does not lie between 0 and 1"):
+        interval(resampled, np.arange(5), 95)
+
+
+def test_patients_are_numbered_and_a_missing_one_is_refused():
+    assert patient_numbers(["a", "b", "c"], None).tolist() == [0, 1, 2]
+    assert patient_numbers(["a", "b", "c"], {"a": "P2", "b": "P1", "c": "P2"}).tolist() == [1, 0, 1]
+    with pytest.raises(ValueError, match="no patient is given for case b"):
+        patient_numbers(["a", "b"], {"a": "P"})
+
+
+# ---- arranging -----------------------------------------------------------------------------------------------------
+
+
+def test_values_are_arranged_whatever_the_order_of_rows():
+    frame = table(TWO | {("M", subset, "WT"): [0.5, 0.6] for subset in ("T1", "T1ce", "T1+T1ce")})
+    data = cube(frame.sample(frac=1, random_state=0), "dice", regions=["WT", "ET"])
+    assert data.subsets == ("T1", "T1ce", "T1+T1ce") and data.cases == ("case0", "case1")
+    assert data.values[0, :, :, 1].tolist() == [[0.2, 0.6, 0.8], [0.4, 0.8, 1.0]]
+    assert data.full == 2 and data.sizes.tolist() == [1, 1, 2]
+
+
+def test_folds_of_one_case_are_averaged():
+    first, second = table(TWO), table(TWO)
+    second["fold"] = 1
+    second["value"] = 0.0
+    assert cube(pd.concat([first, second]), "dice").values == pytest.approx(cube(first, "dice").values / 2)
+
+
+def test_an_incomplete_table_is_refused_with_what_is_missing():
+    frame = table(TWO)
+    with pytest.raises(ValueError, match=r"no dice of model M, case case1, subset T1\+T1ce, region ET; models"):
+        cube(frame[:-1], "dice")
+    with pytest.raises(ValueError, match="no values of hd95; they have dice"):
+        cube(frame, "hd95")
+    with pytest.raises(ValueError, match="no model N; they have M"):
+        cube(frame, "dice", models=["N"])
+    with pytest.raises(ValueError, match=r"no values of the full input A\+B"):
+        _ = cube(table({("M", "A", "ET"): [0.1], ("M", "B", "ET"): [0.1]}), "dice").full
+
+
+# ---- one model -----------------------------------------------------------------------------------------------------
+
+
+def test_summary_has_the_mean_the_worst_subset_and_the_average_region():
+    frame = table(TWO | {("M", subset, "WT"): [1.0, 0.8] for subset in ("T1", "T1ce", "T1+T1ce")})
+    found = s.summary(frame, **QUICK)
+    assert found["region"].tolist() == ["ET", "WT", "average"]
+    enhancing = row(found, region="ET")
+    # case means 1.6 / 3 and 2.2 / 3
+    assert enhancing["value"] == pytest.approx(1.9 / 3)
+    assert (enhancing["worst_subset"], enhancing["worst"]) == ("T1", pytest.approx(0.3))
+    assert (enhancing["low"], enhancing["high"]) == pytest.approx((1.6 / 3, 2.2 / 3))
+    assert row(found, region="average")["value"] == pytest.approx((1.9 / 3 + 0.9) / 2)
+
+
+def test_worst_is_the_largest_distance_and_the_largest_error_of_volume():
+    values = {("M", "T1", "ET"): [3.0], ("M", "T1ce", "ET"): [-9.0], ("M", "T1+T1ce", "ET"): [1.0]}
+    assert s.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
+    values[("M", "T1ce", "ET")] = [2.0]
+    assert s.summary(table(values, "hd95"), metric="hd95")["worst_subset"].item() == "T1"
+
+
+def test_mean_by_count_is_over_all_subsets_of_a_size():
+    found = s.mean_by_count(table(TWO), **QUICK)
+    assert found["modalities"].tolist() == [1, 2]
+    assert found["value"].tolist() == pytest.approx([(0.2 + 0.6 + 0.4 + 0.8) / 4, 0.9])
+
+
+def test_gap_to_the_full_input_is_positive_for_a_loss_in_either_direction():
+    found = s.gap_to_full(table(TWO), **QUICK)
+    assert found["subset"].tolist() == ["T1", "T1ce"]
+    assert found["value"].tolist() == pytest.approx([0.6, 0.2])
+    assert found[["low", "high"]].to_numpy() == pytest.approx(np.array([[0.6, 0.6], [0.2, 0.2]]))
+    values = {("M", "T1", "ET"): [30.0], ("M", "T1ce", "ET"): [4.0], ("M", "T1+T1ce", "ET"): [5.0]}
+    assert s.gap_to_full(table(values, "hd95"), metric="hd95")["value"].tolist() == [25.0, -1.0]
+
+
+# ---- comparisons ---------------------------------------------------------------------------------------------------
+
+GAINS = np.array([0.01, 0.02, 0.03, 0.04, 0.05])
+
+
+def two_models(gains: np.ndarray = GAINS) -> pd.DataFrame:
+    base = 0.3 + 0.1 * np.arange(len(gains))
+    return table(
+        {
+            ("old", "T1", "ET"): base.tolist(),
+            ("old", "T2", "ET"): base.tolist(),
+            ("new", "T1", "ET"): (base + 2 * gains).tolist(),
+            ("new", "T2", "ET"): base.tolist(),
+        }
+    )
+
+
+def test_models_are_compared_by_the_cases_means_over_subsets():
+    found = s.compare(two_models(), baseline="old", **QUICK).iloc[0]
+    assert (found["model"], found["against"], found["region"]) == ("new", "old", "ET")
+    assert found["difference"] == pytest.approx(GAINS.mean())
+    assert 0.01 < found["low"] < found["difference"] < found["high"] < 0.05
+    # five patients, all better: 2 / 2^5
+    assert found["p"] == found["p_corrected"] == pytest.approx(1 / 16)
+    assert (found["cases"], found["patients"]) == (5, 5)
+
+
+def test_all_pairs_are_compared_without_a_baseline_and_corrected_together():
+    frame = pd.concat([two_models(), two_models(-GAINS).replace({"model": {"new": "newer"}})])
+    frame = frame.drop_duplicates(["model", "case", "subset"])
+    found = s.compare(frame, **QUICK)
+    assert found[["model", "against"]].values.tolist() == [["old", "new"], ["old", "newer"], ["new", "newer"]]
+    assert found["p_corrected"].tolist() == pytest.approx([3 / 16] * 3)
+
+
+def test_the_test_sees_one_difference_per_patient():
+    patients = {"case0": "P", "case1": "P", "case2": "P", "case3": "Q", "case4": "R"}
+    found = s.compare(two_models(), baseline="old", patients=patients, **QUICK).iloc[0]
+    assert found["p"] == pytest.approx(2 / 2**3)
+    assert (found["cases"], found["patients"]) == (5, 3)
+
+
+def test_values_that_one_model_lacks_are_left_out_of_both():
+    frame = two_models()
+    frame.loc[(frame["model"] == "new") & (frame["case"] == "case4"), "value"] = NAN
+    found = s.compare(frame, baseline="old", **QUICK).iloc[0]
+    assert found["difference"] == pytest.approx(GAINS[:4].mean())
+    assert found["cases"] == 4
+
+
+def test_the_average_region_compares_the_same_regions_of_both():
+    values = {("a", "T1", "WT"): [0.5], ("a", "T1", "ET"): [NAN], ("b", "T1", "WT"): [0.4], ("b", "T1", "ET"): [0.0]}
+    found = s.compare(table(values), **QUICK)
+    assert row(found, region="average")["difference"] == pytest.approx(0.1)
+    assert math.isnan(row(found, region="ET")["difference"]) and row(found, region="ET")["cases"] == 0
+
+
+def test_errors_of_volume_are_compared_by_size():
+    values = {("a", "T1", "WT"): [-3.0, 1.0], ("b", "T1", "WT"): [1.0, 1.0]}
+    assert s.compare(table(values, "volume_error_ml"), metric="volume_error_ml")["difference"].item() == 1.0
+
+
+def test_equal_models_do_not_differ():
+    found = s.compare(two_models(0 * GAINS), **QUICK).iloc[0]
+    assert (found["difference"], found["low"], found["high"], found["p"]) == (0, 0, 0, 1)
+
+
+def test_subsets_are_compared_with_intervals_at_the_level_of_their_test():
+    found = s.compare_subsets(two_models(), "new", "old", **QUICK)
+    changed, same = row(found, subset="T1"), row(found, subset="T2")
+    assert changed["difference"] == pytest.approx(2 * GAINS.mean()) and same["difference"] == 0
+    assert (changed["p"], changed["p_corrected"], changed["level"]) == pytest.approx((1 / 16, 2 / 16, 0.975))
+    assert (same["p"], same["p_corrected"], same["level"]) == pytest.approx((1, 1, 0.95))
+    wide = s.compare_subsets(two_models(), "new", "old", correction="bonferroni", samples=2000)
+    narrow = s.compare_subsets(two_models(), "new", "old", level=0.5, samples=2000)
+    assert wide["level"].tolist() == pytest.approx([0.975, 0.975])
+    assert wide["low"][0] < narrow["low"][0] < narrow["high"][0] < wide["high"][0]
+
+
+def test_a_comparison_needs_two_known_models():
+    with pytest.raises(ValueError, match="at least two models, found M"):
+        s.compare(table(TWO))
+    with pytest.raises(ValueError, match="no model older; they have old, new"):
+        s.compare(two_models(), baseline="older")
+    with pytest.raises(ValueError, match="no model older"):
+        s.compare_subsets(two_models(), "new", "older")
+
+
+def test_holm_and_bonferroni_of_a_worked_example():
+    p_values = np.array([0.01, 0.04, NAN, 0.03])
+    adjusted, levels = s.corrected(p_values)
+    # 3 * 0.01; 2 * 0.03; 1 * 0.04, but never below the one before
+    assert adjusted == pytest.approx([0.03, 0.06, NAN, 0.06], nan_ok=True)
+    assert levels[[0, 1, 3]] == pytest.approx([1 - 0.05 / 3, 0.95, 0.975])
+    adjusted, levels = s.corrected(p_values, 0.9, "bonferroni")
+    assert adjusted == pytest.approx([0.03, 0.12, NAN, 0.09], nan_ok=True)
+    assert levels == pytest.approx([1 - 0.1 / 3] * 4)
+    with pytest.raises(ValueError, match="unknown correction 'none'; known are holm, bonferroni"):
+        s.corrected(p_values, correction="none")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm_lies_between_the_p_value_and_bonferroni_and_keeps_their_order(values):
+    p_values = np.array(values)
+    holm, bonferroni = s.corrected(p_values)[0], s.corrected(p_values, correction="bonferroni")[0]
+    assert (p_values <= holm).all() and (holm <= bonferroni + 1e-12).all()
+    assert (np.diff(holm[np.argsort(p_values, kind="stable")]) >= 0).all()
+
+
+def test_wilcoxon_drops_zeros_and_missing_values():
+    patients = np.arange(7)
+    differences = np.array([1.0, 2.0, 3.0, 4.0, 5.0, 0.0, NAN])
+    assert s.wilcoxon(differences, patients) == pytest.approx(s.wilcoxon(differences[:5], patients[:5]), abs=0.05)
+    assert s.wilcoxon(np.zeros(3), np.arange(3)) == 1
+    assert math.isnan(s.wilcoxon(np.array([NAN]), np.arange(1)))
+    # two time points that cancel out are no difference
+    assert s.wilcoxon(np.array([1.0, -1.0]), np.array([0, 0])) == 1
+
+
+# ---- ranking -------------------------------------------------------------------------------------------------------
+
+
+def ranked(c_values: list[float]) -> pd.DataFrame:
+    values = {("c", "T1", "ET"): c_values, ("a", "T1", "ET"): [0.9, 0.9], ("b", "T1", "ET"): [0.8, 0.95]}
+    return table(values)
+
+
+def test_ranks_are_taken_within_each_case():
+    found = s.rank_table(ranked([0.1, 0.1]), **QUICK)
+    assert found["model"].tolist() == ["a", "b", "c"]
+    assert found["mean_rank"].tolist() == [1.5, 1.5, 3.0]
+    assert found["rank"].tolist() == [1, 1, 3]
+    # c is last in every resample; a and b take turns, and tie when both cases are drawn
+    assert found["first"][2] == 0 and found["low"][2] == found["high"][2] == 3
+    assert 0.6 < found["first"][0] < 0.9 and 0.6 < found["first"][1] < 0.9
+
+
+def test_several_metrics_share_one_ranking_each_in_its_direction():
+    distances = table({("a", "T1", "ET"): [9.0, 9.0], ("b", "T1", "ET"): [1.0, 1.0]}, "hd95")
+    frame = pd.concat([ranked([0.1, 0.1]).query("model != 'c'"), distances])
+    found = s.rank_table(frame, metrics=["dice", "hd95"], **QUICK)
+    # a: dice 1, 2 and distances 2, 2; b: 2, 1 and 1, 1
+    assert found[["model", "mean_rank"]].values.tolist() == [["b", 1.25], ["a", 1.75]]
+
+
+def test_a_ranking_refuses_what_has_no_rank():
+    with pytest.raises(ValueError, match=r"left out \(nan\), and these have no rank"):
+        s.rank_table(ranked([0.1, NAN]))
+    with pytest.raises(ValueError, match="at least two models, found a"):
+        s.rank_table(ranked([0.1, 0.1]), models=["a"])
+    distances = table({("a", "T1", "ET"): [9.0], ("b", "T1", "ET"): [1.0]}, "hd95")
+    with pytest.raises(ValueError, match="not evaluated for the same models and cases"):
+        s.rank_table(pd.concat([ranked([0.1, 0.1]).query("model != 'c'"), distances]), metrics=["dice", "hd95"])
+
+
+# ---- plausibility --------------------------------------------------------------------------------------------------
+
+NAMES = ("T1", "T1ce", "T2", "FLAIR")
+SHOWS = {
+    "WT": {"T1": 0.5, "T1ce": 0.55, "T2": 0.75, "FLAIR": 0.85},
+    "ET": {"T1": 0.3, "T1ce": 0.75, "T2": 0.35, "FLAIR": 0.4},
+}
+
+
+def believable(shows: dict[str, dict[str, float]] = SHOWS, rename: dict[str, str] | None = None) -> pd.DataFrame:
+    """A case sees what its best modality shows, and a little more with every other one, no two of them the same."""
+    rename = rename or {}
+    values = {}
+    for size in range(1, 5):
+        for members in itertools.combinations(NAMES, size):
+            subset = "+".join(rename.get(name, name) for name in members)
+            for region, strength in shows.items():
+                best = max(strength[name] for name in members) + 0.03 * (size - 1)
+                best += sum(0.001 * 2 ** NAMES.index(name) for name in members)
+                values["M", subset, region] = [best - 0.01, best + 0.01]
+    return table(values)
+
+
+def test_what_the_modalities_show_raises_no_warning():
+    assert plausibility_warnings(believable()) == []
+    assert plausibility_warnings(believable(rename={"T1": "t1n", "T1ce": "t1c", "FLAIR": "t2f"})) == []
+
+
+def test_swapped_channels_are_noticed():
+    swap = {"T1ce": "FLAIR", "FLAIR": "T1ce"}
+    swapped = {region: {swap.get(k, k): v for k, v in strength.items()} for region, strength in SHOWS.items()}
+    (warning,) = plausibility_warnings(believable({"ET": swapped["ET"]}))
+    assert warning.startswith("M, ET: FLAIR adds more") and "than T1ce" in warning and "swapped?" in warning
+
+
+def test_enhancement_that_gets_worse_with_contrast_agent_is_noticed():
+    frame = believable({"ET": SHOWS["ET"]})
+    with_it = frame["subset"].str.contains("T1ce")
+    frame.loc[with_it, "value"] = 0.2
+    found = plausibility_warnings(frame[frame["modalities"] < 4])
+    assert any("adding T1ce changes the mean by -" in warning for warning in found)
+
+
+def test_oedema_seen_best_on_t1_is_noticed():
+    swapped = dict(SHOWS["WT"], T1=0.85, FLAIR=0.5)
+    found = plausibility_warnings(believable({"whole tumor": swapped}))
+    assert len(found) == 1 and found[0].startswith("M, whole tumor: T1 alone is better (85.1) than T2 alone (75.4)")
+
+
+def test_a_subset_clearly_better_than_everything_is_noticed():
+    frame = believable()
+    frame.loc[(frame["modalities"] == 4) & (frame["region"] == "WT"), "value"] = 0.8
+    found = plausibility_warnings(frame)
+    assert len(found) == 1 and "is better" in found[0] and "than the full input (80.0)" in found[0]
+
+
+def test_a_modality_that_was_never_removed_is_noticed():
+    frame = believable()
+    for subset, same in (("T2", "T1+T2"), ("T2+FLAIR", "T1+T2+FLAIR")):
+        frame.loc[frame["subset"] == same, "value"] = frame.loc[frame["subset"] == subset, "value"].to_numpy()
+    found = plausibility_warnings(frame)
+    assert found[0].startswith("M: T2, T1+T2 give the same value in every case")
+    assert found[1].startswith("M: T2+FLAIR, T1+T2+FLAIR give")
+
+
+def test_values_that_repeat_by_themselves_are_not_suspicious():
+    found = plausibility_warnings(believable({"WT": SHOWS["WT"]}).assign(value=0.0))
+    assert found == []
+
+
+def test_rules_without_their_subsets_are_skipped():
+    frame = believable()
+    assert plausibility_warnings(frame[frame["subset"].isin(["T1ce", "T1+T1ce+T2+FLAIR"])]) == []
+    with pytest.raises(ValueError, match="of which higher is better, not hd95"):
+        plausibility_warnings(frame, metric="hd95")
