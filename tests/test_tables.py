@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nnunetv2_mstkd.evaluation import figures, tables
+from nnunetv2_mstkd.evaluation.results import COLUMNS
+from nnunetv2_mstkd.evaluation.shapley import shapley
+from nnunetv2_mstkd.evaluation.statistics import mean_by_count
+
+SUBSETS = ("T1", "T1ce", "T1+T1ce")
+
+
+def table(values: dict[tuple[str, str], tuple[float, ...]], metric: str = "dice", cases: int = 1) -> pd.DataFrame:
+    """Results from {(model, region): value of T1, T1ce and both}, the same for all cases."""
+    rows = [
+        (model, "MSTKDTrainer", 0, f"case{case}", subset, subset.count("+") + 1, region, metric, value)
+        for (model, region), of_subset in values.items()
+        for subset, value in zip(SUBSETS, of_subset, strict=True)
+        for case in range(cases)
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+ONE = {("M", "WT"): (0.5, 0.6, 0.7), ("M", "ET"): (0.25, 0.8, 0.9)}
+TWO = {("old", "ET"): (0.5, 0.6, 0.7), ("new_1", "ET"): (0.45, 0.6, 0.9)}
+
+
+def cells(line: str) -> list[str]:
+    """The entries of a line of a Markdown table."""
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_a_markdown_table_of_one_model():
+    found = tables.subset_table(table(ONE, cases=3)).splitlines()
+    assert found[:5] == [
+        "| T1   |  ●   |  ○   |  ●   | average |",
+        "| ---- | :--: | :--: | :--: | :-----: |",
+        "| T1ce |  ○   |  ●   |  ●   |         |",
+        "| WT   | 50.0 | 60.0 | 70.0 |   60.0  |",
+        "| ET   | 25.0 | 80.0 | 90.0 |   65.0  |",
+    ]
+    assert found[6] == "* Dice in %, mean of 3 cases; average over 3 subsets"
+    assert found[7].startswith("* Empty masks (brats: ")
+    assert found[8] == "* Dice: both empty 1; one empty 0"
+
+
+def test_the_best_of_several_models_is_bold_and_equals_share():
+    found = tables.subset_table(table(TWO)).splitlines()
+    assert cells(found[3]) == ["ET", "old", "**50.0**", "**60.0**", "70.0", "60.0"]
+    assert cells(found[4]) == ["ET", "new_1", "45.0", "**60.0**", "**90.0**", "**65.0**"]
+
+
+def test_lower_distances_are_bold_and_in_millimetres():
+    found = tables.subset_table(
+        table({key: tuple(10 * v for v in of) for key, of in TWO.items()}, "hd95"), metric="hd95"
+    )
+    assert cells(found.splitlines()[3]) == ["ET", "old", "5.00", "**6.00**", "**7.00**", "**6.00**"]
+    assert cells(found.splitlines()[4]) == ["ET", "new_1", "**4.50**", "**6.00**", "9.00", "6.50"]
+    assert "* HD95 in mm, mean of 1 case; average over 3 subsets" in found
+    assert "* HD95: both empty 0; one empty the image diagonal" in found
+
+
+def test_a_latex_table_of_two_models_and_two_regions():
+    values = TWO | {("old", "A&B_C"): (0.1, 0.2, 0.3), ("new_1", "A&B_C"): (0.1, 0.1, 0.1)}
+    found = tables.subset_table(table(values), fmt="latex")
+    assert found.splitlines()[:12] == [
+        r"\begin{tabular}{llcccc}",
+        r"\toprule",
+        r"T1 &  & $\bullet$ & $\circ$ & $\bullet$ & Avg. \\",
+        r"T1ce &  & $\circ$ & $\bullet$ & $\bullet$ &  \\",
+        r"\midrule",
+        r"ET & old & \textbf{50.0} & \textbf{60.0} & 70.0 & 60.0 \\",
+        r" & new\_1 & 45.0 & \textbf{60.0} & \textbf{90.0} & \textbf{65.0} \\",
+        r"\midrule",
+        r"A\&B\_C & old & \textbf{10.0} & \textbf{20.0} & \textbf{30.0} & \textbf{20.0} \\",
+        r" & new\_1 & \textbf{10.0} & 10.0 & 10.0 & 10.0 \\",
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+    assert r"Dice in \%, mean of 1 case; average over 3 subsets.\\" in found
+    assert found.endswith("Dice: both empty 1; one empty 0.")
+
+
+def test_values_left_out_are_counted_and_shown_as_a_dash():
+    found = tables.subset_table(table({("M", "ET"): (math.nan, 0.6, 0.7)}, cases=2), convention="nnunet")
+    assert cells(found.splitlines()[3]) == ["ET", "-", "60.0", "70.0", "65.0"]
+    assert "mean of 2 cases; 2 of 6 values left out; average over 3 subsets" in found
+    assert "Dice: both empty left out of the mean; one empty 0" in found
+
+
+def test_models_and_regions_come_in_the_order_asked_for():
+    found = tables.subset_table(
+        table(ONE | {("N", "WT"): (0, 0, 0), ("N", "ET"): (0, 0, 0)}), models=["N"], regions=["ET"]
+    )
+    assert "WT" not in found and "0.0" in found and "| M" not in found
+
+
+def test_fifteen_subsets_have_fifteen_columns_of_dots():
+    names = ("T1", "T1ce", "T2", "FLAIR")
+    subsets = ["+".join(part) for size in range(1, 5) for part in itertools.combinations(names, size)]
+    rows = [("M", "T", 0, "case", name, name.count("+") + 1, "WT", "dice", 0.5) for name in subsets]
+    lines = tables.subset_table(pd.DataFrame(rows, columns=list(COLUMNS))).splitlines()
+    head = [line for line in lines if "●" in line]
+    assert [line.split()[1] for line in head] == list(names)
+    assert all(line.count("●") == 8 and line.count("○") == 7 for line in head)
+
+
+def test_unknown_formats_and_conventions_are_refused():
+    with pytest.raises(ValueError, match="unknown format 'html'; known are markdown, latex"):
+        tables.subset_table(table(ONE), fmt="html")
+    with pytest.raises(ValueError, match="unknown convention 'isles'"):
+        tables.subset_table(table(ONE), convention="isles")
+    with pytest.raises(ValueError, match="lesion_dice needs the name of its lesion-wise convention"):
+        tables.subset_table(table(ONE, "lesion_dice"), metric="lesion_dice")
+
+
+def test_any_table_can_be_printed():
+    frame = pd.DataFrame({"model": ["a_b", "c|d"], "p": [0.0001, 0.25], "value": [math.nan, 1.0], "cases": [3, 4]})
+    assert tables.frame_table(frame).splitlines() == [
+        "| model |   p    | value | cases |",
+        "| ----- | :----: | :---: | :---: |",
+        "| a_b   | <0.001 |   -   |   3   |",
+        "| c\\|d  | 0.250  | 1.000 |   4   |",
+    ]
+    latex = tables.frame_table(frame, fmt="latex", digits=2)
+    assert r"a\_b & $<$0.01 & - & 3 \\" in latex and r"\begin{tabular}{lccc}" in latex
+
+
+@pytest.mark.parametrize(
+    ("text", "markdown", "latex"),
+    [
+        ("a_b", "a_b", r"a\_b"),
+        ("_a_", r"\_a\_", r"\_a\_"),
+        ("x*y|z", r"x\*y\|z", "x*y|z"),
+        ("50 %{}~^\\", "50 %{}~^\\\\", r"50 \%\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}"),
+    ],
+)
+def test_text_without_a_meaning_to_the_format(text, markdown, latex):
+    assert tables.escaped(text, "markdown") == markdown
+    assert tables.escaped(text, "latex") == latex
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+def texts_in(axis) -> list[str]:
+    return [text.get_text() for text in axis.texts]
+
+
+def test_a_heat_map_shows_every_value_in_percent():
+    figure = figures.heat_map(table(ONE | {("N", "WT"): (0, 0.1, 0.2), ("N", "ET"): (0, 0, 1)}))
+    first, second, scale = figure.axes
+    assert texts_in(first) == ["50.0", "25.0", "60.0", "80.0", "70.0", "90.0"]
+    assert texts_in(second) == ["0.0", "0.0", "10.0", "0.0", "20.0", "100.0"]
+    assert [label.get_text() for label in first.get_yticklabels()] == list(SUBSETS)
+    assert (first.get_title(), second.get_title(), scale.get_ylabel()) == ("M", "N", "Dice (%)")
+
+
+def test_a_curve_has_a_line_per_model_and_a_panel_per_region():
+    counts = mean_by_count(table(TWO, cases=2), samples=50)
+    figure = figures.curve_by_count(counts)
+    (axis,) = figure.axes
+    assert [line.get_ydata().tolist() for line in axis.lines[::3]] == [
+        pytest.approx([55, 70]),
+        pytest.approx([52.5, 90]),
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["old", "new_1"]
+    assert len(figures.curve_by_count(mean_by_count(table(ONE, cases=2), samples=50)).axes) == 3
+
+
+def test_shapley_bars_have_the_height_of_the_values():
+    values = shapley(table(ONE, cases=2), samples=50)
+    figure = figures.shapley_bars(values)
+    heights = [bar.get_height() for axis in figure.axes for bar in axis.patches]
+    assert heights == pytest.approx([30, 40, 17.5, 72.5])
+    assert [axis.get_title() for axis in figure.axes] == ["WT", "ET"]
+
+
+def test_a_single_case_is_drawn_without_an_interval(tmp_path):
+    for number, figure in enumerate(
+        (
+            figures.curve_by_count(mean_by_count(table(ONE), samples=5)),
+            figures.shapley_bars(shapley(table(ONE), samples=5)),
+        )
+    ):
+        figures.save_figure(figure, tmp_path / f"{number}.png", dpi=40)
+        assert (tmp_path / f"{number}.png").stat().st_size > 0
+
+
+def test_figures_are_saved_whole_in_the_format_of_their_name(tmp_path):
+    figure = figures.heat_map(table(ONE))
+    figures.save_figure(figure, tmp_path / "new" / "heat.png", dpi=40)
+    figures.save_figure(figure, tmp_path / "new" / "heat.svg")
+    assert (tmp_path / "new" / "heat.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "new" / "heat.svg").read_text()
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["heat.png", "heat.svg"]
+    with pytest.raises(ValueError, match=r"heat.doc ends in .doc; expected .png"):
+        figures.save_figure(figure, tmp_path / "heat.doc")
+
+
+def test_nothing_to_draw_is_refused():
+    empty = mean_by_count(table(ONE), samples=5)
+    with pytest.raises(ValueError, match="no rows to draw"):
+        figures.curve_by_count(empty, region="RC")
+    with pytest.raises(ValueError, match="no rows to draw"):
+        figures.shapley_bars(empty[:0])
+
+
+def test_values_are_drawn_where_all_of_a_subset_are_missing():
+    assert texts_in(figures.heat_map(table({("M", "ET"): (np.nan, 0.5, 0.6)})).axes[0]) == ["50.0", "60.0"]
