@@ -128,6 +128,18 @@ def test_a_transformer_that_does_not_fit_the_plans_is_refused(make_trainer, cls,
     assert all(word in message for word in words), message
 
 
+@pytest.mark.parametrize("cls", WITH_TRANSFORMER, ids=lambda cls: cls.__name__)
+def test_a_network_without_the_stages_of_a_unet_is_refused(make_trainer, cls):
+    content = plans()
+    content["configurations"]["tiny"]["architecture"] = {
+        "network_class_name": "dynamic_network_architectures.architectures.primus.Primus",
+        "arch_kwargs": {"embed_dim": 8},
+        "_kw_requires_import": [],
+    }
+    message = refuse(make_trainer, cls, given_plans=content)
+    assert "Primus" in message and "PlainConvUNet or ResidualEncoderUNet" in message
+
+
 # ---- refused when a training starts --------------------------------------------------------------------------------
 
 

@@ -303,3 +303,35 @@ def test_in_mixed_precision_logits_that_overflow_are_skipped(student):
     student.train_step(content)
     assert same(before, state(student.network))
     assert student._skipped_steps == 1
+
+
+# ---- compiled ------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_student_and_teacher_train_validate_and_are_saved_under_plain_names(
+    make_trainer, monkeypatch, tmp_path
+):
+    variants = []
+    compile_with_inductor = torch.compile
+
+    def keep(graph, inputs):
+        variants.append(graph)
+        return graph.forward
+
+    # nnU-Net compiles on CUDA only; the graphs are taken as there, but run as they are
+    monkeypatch.setattr(torch, "compile", lambda module: compile_with_inductor(module, backend=keep))
+    monkeypatch.setattr(MSTKDTrainer, "_do_i_compile", lambda self: True)
+    trainer = give_teacher(make_trainer(MSTKDTrainer))
+    trainer.teacher = torch.compile(trainer.teacher)
+    plain = trainer.plain_network
+    assert plain is not trainer.network
+    for seed in range(3):
+        assert np.isfinite(trainer.train_step(batch(trainer, seed=seed))["terms"]).all()
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        trainer.validation_step(batch(trainer))
+    trainer.network.train()
+    trainer.train_step(batch(trainer))
+    assert len(variants) < 8
+    trainer.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
+    assert checkpoints.read(tmp_path / "checkpoint_latest.pth")["network_weights"].keys() == plain.state_dict().keys()

@@ -413,6 +413,16 @@ def style_level(geometry: Geometry, taps: int) -> int:
     return taps - 1
 
 
+def check_architecture(architecture_class: str) -> None:
+    """Raise ValueError if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet."""
+    family = architecture_class.rsplit(".", 1)[-1]
+    if family not in ("PlainConvUNet", "ResidualEncoderUNet"):
+        raise ValueError(
+            f"the plans ask for the network {family}; the multi-scale transformer is built on PlainConvUNet or "
+            f"ResidualEncoderUNet. Plan with nnU-Net's default or a ResEnc planner"
+        )
+
+
 def build(
     architecture_class: str,
     architecture_kwargs: dict,
@@ -432,12 +442,7 @@ def build(
     """
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-    family = architecture_class.rsplit(".", 1)[-1]
-    if family not in ("PlainConvUNet", "ResidualEncoderUNet"):
-        raise ValueError(
-            f"the plans ask for the network {family}; the multi-scale transformer is built on PlainConvUNet or "
-            f"ResidualEncoderUNet. Plan with nnU-Net's default or a ResEnc planner"
-        )
+    check_architecture(architecture_class)
     unet = get_network_from_plans(
         architecture_class,
         architecture_kwargs,

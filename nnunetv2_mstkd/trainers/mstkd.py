@@ -14,6 +14,7 @@ from nnunetv2_mstkd.networks.multiscale_transformer import (
     Features,
     MultiScaleTransformerUNet,
     build,
+    check_architecture,
     resolve,
 )
 from nnunetv2_mstkd.settings import BLOCK, Settings
@@ -36,6 +37,11 @@ class TransformerTrainer:
     """Mix-in for both networks of MST-KDNet: the plans' U-Net with a multi-scale transformer, and its optimisers."""
 
     network_sections: ClassVar[tuple[str, ...]] = ("network",)
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        check_architecture(configuration_manager.network_arch_class_name)
 
     @classmethod
     def resolve(cls, settings: Settings, configuration_manager) -> Settings:
