@@ -38,6 +38,7 @@ def test_what_is_written_is_read_back_with_all_digits(tmp_path):
     written = r.check_results(table(region="NA", model="null"))
     r.write_results(written, tmp_path / "deeper" / "results.csv")
     pd.testing.assert_frame_equal(r.read_results(tmp_path / "deeper" / "results.csv"), written, check_exact=True)
+    assert (tmp_path / "deeper" / "results.csv").read_text().endswith(",dice,nan\n")
     assert written["case"].tolist() == ["00012", "00012", "00013", "00013"]
     assert written["region"][2] == "NA" and written["fold"].tolist() == ["0"] * 4
 
@@ -144,6 +145,10 @@ def test_subsets_are_written_and_ordered_as_in_the_whole_package():
     shuffled = [expected[i] for i in np.random.default_rng(0).permutation(len(expected))]
     assert r.modality_order(shuffled) == NAMES
     assert list(r.subset_order(shuffled, NAMES)) == expected
+
+
+def test_a_subset_written_in_another_order_has_the_same_place():
+    assert r.subset_order(["B+C", "C+A", "B+A"], "ABC") == ("B+A", "C+A", "B+C")
 
 
 def test_the_order_of_modalities_is_found_without_the_full_subset():

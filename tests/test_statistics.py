@@ -257,6 +257,8 @@ def test_summary_has_the_mean_the_worst_subset_and_the_average_region():
 def test_worst_is_the_largest_distance_and_the_largest_error_of_volume():
     values = {("M", "T1", "ET"): [3.0], ("M", "T1ce", "ET"): [-9.0], ("M", "T1+T1ce", "ET"): [1.0]}
     assert s.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
+    values[("M", "T1ce", "ET")] = [9.0]
+    assert s.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
     values[("M", "T1ce", "ET")] = [2.0]
     assert s.summary(table(values, "hd95"), metric="hd95")["worst_subset"].item() == "T1"
 
@@ -412,6 +414,17 @@ def test_ranks_are_taken_within_each_case():
     # c is last in every resample; a and b take turns, and tie when both cases are drawn
     assert found["first"][2] == 0 and found["low"][2] == found["high"][2] == 3
     assert 0.6 < found["first"][0] < 0.9 and 0.6 < found["first"][1] < 0.9
+
+
+def test_models_that_win_equally_often_tie_in_spite_of_rounding():
+    # a is better in 0, 2, 2 and 2 of the three subsets: 6 of 12, but means of thirds differ in the last digit
+    wins = np.array([[0, 2, 2, 2], [0, 2, 2, 2], [0, 2, 2, 2]]) > np.arange(3)[:, None]
+    values = {("a", subset, "ET"): won.astype(float).tolist() for subset, won in zip("XYZ", wins, strict=True)}
+    values |= {("b", subset, "ET"): (~won).astype(float).tolist() for subset, won in zip("XYZ", wins, strict=True)}
+    found = s.rank_table(table(values), samples=2000)
+    assert found["rank"].tolist() == [1, 1]
+    # one of the two is best in each resample, and both in those where a wins six times
+    assert found["first"].sum() > 1.2
 
 
 def test_several_metrics_share_one_ranking_each_in_its_direction():

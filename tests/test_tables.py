@@ -58,6 +58,13 @@ def test_the_best_of_several_models_is_bold_and_equals_share():
     assert cells(found[4]) == ["ET", "new_1", "45.0", "**60.0**", "**90.0**", "**65.0**"]
 
 
+def test_what_is_equal_as_printed_shares_and_zero_has_no_sign():
+    values = {("a", "ET"): (-0.0001, 0.601, 0.7), ("b", "ET"): (0.0, 0.60101, 0.6)}
+    found = tables.subset_table(table(values, "volume_error_ml"), metric="volume_error_ml").splitlines()
+    assert cells(found[3])[2:4] == ["**0.00**", "**0.60**"]
+    assert cells(found[4])[2:5] == ["**0.00**", "**0.60**", "**0.60**"]
+
+
 def test_lower_distances_are_bold_and_in_millimetres():
     found = tables.subset_table(
         table({key: tuple(10 * v for v in of) for key, of in TWO.items()}, "hd95"), metric="hd95"
@@ -155,6 +162,11 @@ def texts_in(axis) -> list[str]:
     return [text.get_text() for text in axis.texts]
 
 
+def ends_of_bars(figure) -> list[list[float]]:
+    """Lower and upper end of each error bar of the first panel."""
+    return [segment[:, 1].tolist() for bars in figure.axes[0].collections for segment in bars.get_segments()]
+
+
 def test_a_heat_map_shows_every_value_in_percent():
     figure = figures.heat_map(table(ONE | {("N", "WT"): (0, 0.1, 0.2), ("N", "ET"): (0, 0, 1)}))
     first, second, scale = figure.axes
@@ -173,6 +185,8 @@ def test_a_curve_has_a_line_per_model_and_a_panel_per_region():
         pytest.approx([52.5, 90]),
     ]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["old", "new_1"]
+    counts = counts.assign(low=counts["value"] - 0.05, high=counts["value"] + 0.01)
+    assert ends_of_bars(figures.curve_by_count(counts))[:2] == [pytest.approx([50, 56]), pytest.approx([65, 71])]
     assert len(figures.curve_by_count(mean_by_count(table(ONE, cases=2), samples=50)).axes) == 3
 
 
@@ -182,6 +196,8 @@ def test_shapley_bars_have_the_height_of_the_values():
     heights = [bar.get_height() for axis in figure.axes for bar in axis.patches]
     assert heights == pytest.approx([30, 40, 17.5, 72.5])
     assert [axis.get_title() for axis in figure.axes] == ["WT", "ET"]
+    values = values.assign(low=values["value"] - 0.05, high=values["value"] + 0.01)
+    assert ends_of_bars(figures.shapley_bars(values))[:2] == [pytest.approx([25, 31]), pytest.approx([35, 41])]
 
 
 def test_a_single_case_is_drawn_without_an_interval(tmp_path):

@@ -152,7 +152,7 @@ def normalized_surface_dice_of(distances: SurfaceDistances, tolerance: float, *,
     """Normalised surface Dice from :func:`surface_distances`."""
     _check_variant(variant, NSD_VARIANTS, "the normalised surface Dice")
     check_tolerance(tolerance)
-    # 0.3 - 0.2 > 0.1 in floating point: a distance of exactly the tolerance must not depend on the position
+    # 3 * 0.1 > 0.3 in floating point: three voxels of 0.1 mm are within 0.3 mm all the same
     limit = tolerance * (1 + 1e-9)
     within = [int(np.count_nonzero(part <= limit)) for part in distances]
     sizes = [len(part) for part in distances]
