@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": "run the whole method on a small synthetic data set",
     "phantom": "make a synthetic data set with four modalities",
     "predict": "segment cases whose modalities are partly absent",
+    "evaluate": "measure a model on all subsets of its modalities",
     "fill-missing": "write zero images for absent modalities, for nnUNetv2_predict",
     "configure": "write the settings of a training into a new configuration of the plans",
     "convert": "turn a data set into nnU-Net's raw format",

@@ -1,0 +1,298 @@
+"""From the logits of one subset to its metrics; runs in background processes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_mstkd.evaluation import metrics
+from nnunetv2_mstkd.evaluation.conventions import (
+    BRATS,
+    DICE,
+    HD95,
+    LESION_DICE,
+    LESION_HD95,
+    LESION_RULES,
+    NSD,
+    PRECISION,
+    RELATIVE_VOLUME_ERROR,
+    SENSITIVITY,
+    VOLUME_ERROR,
+    empty_rules_text,
+    lesion_convention_named,
+)
+from nnunetv2_mstkd.evaluation.lesionwise import lesionwise_regions
+from nnunetv2_mstkd.inference.image_files import check_complete
+
+NEAR = 0.05
+"""Logit. Another size of the stack moves logits by rounding, far less than this; farther voxels keep their label."""
+
+_OVERLAP = {
+    DICE: metrics.dice,
+    SENSITIVITY: metrics.sensitivity,
+    PRECISION: metrics.precision,
+    RELATIVE_VOLUME_ERROR: metrics.relative_volume_error,
+}
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What is measured, and how.
+
+    Attributes
+    ----------
+    regions:
+        labels by name.
+    labels:
+        all values that a label image may have, the ignore label among them.
+    metrics:
+        names from :data:`~nnunetv2_mstkd.evaluation.conventions.METRICS`.
+    ignore_label:
+        voxels with it count neither as predicted nor as reference; None: there is no such label.
+    convention, lesion_convention:
+        rules for empty masks and for lesions.
+    tolerance:
+        of the normalised surface Dice, millimetres.
+    """
+
+    regions: Mapping[str, tuple[int, ...]]
+    labels: tuple[int, ...]
+    metrics: tuple[str, ...] = (DICE, HD95)
+    ignore_label: int | None = None
+    convention: str = BRATS
+    lesion_convention: str | None = None
+    tolerance: float = 1.0
+
+    def __post_init__(self) -> None:
+        # each raises ValueError for what it does not know
+        empty_rules_text(self.convention, self.metrics, lesion_convention=self.lesion_convention)
+        metrics.check_tolerance(self.tolerance)
+        if self._of_lesions():
+            settings = lesion_convention_named(str(self.lesion_convention))
+            for region, partners in settings.partners.items():
+                missing = [name for name in partners if name not in self.regions]
+                if region in self.regions and missing:
+                    raise ValueError(
+                        f"{self.lesion_convention} joins the lesions of {region} by those of {', '.join(partners)}, "
+                        f"and dataset.json has no label {', '.join(missing)}; take another --lesion-convention"
+                    )
+
+    def _of_lesions(self) -> bool:
+        return any(name in LESION_RULES for name in self.metrics)
+
+    def score(
+        self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
+    ) -> dict[str, dict[str, float]]:
+        """All metrics of all regions of a pair of label images.
+
+        Parameters
+        ----------
+        prediction, reference:
+            integers, equal shape; an axis with a single voxel is dropped, for a slice has no surface in space.
+        spacing:
+            millimetres, in the order of the axes.
+
+        Returns
+        -------
+        region -> metric -> value.
+        """
+        # where all axes are single the first stays
+        kept = [axis for axis, size in enumerate(reference.shape) if size > 1] or [0]
+        shape = tuple(reference.shape[axis] for axis in kept)
+        prediction, reference = prediction.reshape(shape), reference.reshape(shape)
+        spacing = [spacing[axis] for axis in kept]
+        predicted, wanted = self._masks(prediction, reference), self._masks(reference, reference)
+        scores = {name: self._score_region(predicted[name], wanted[name], spacing) for name in self.regions}
+        if self._of_lesions():
+            lesions = lesionwise_regions(predicted, wanted, spacing, str(self.lesion_convention))
+            for name, found in lesions.items():
+                values = {LESION_DICE: found.dice, LESION_HD95: found.hd95_mm}
+                scores[name] |= {metric: value for metric, value in values.items() if metric in self.metrics}
+        return scores
+
+    def _masks(self, segmentation: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:
+        masks = {name: np.isin(segmentation, labels) for name, labels in self.regions.items()}
+        if self.ignore_label is not None:
+            counted = reference != self.ignore_label
+            masks = {name: mask & counted for name, mask in masks.items()}
+        return masks
+
+    def _score_region(
+        self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
+    ) -> dict[str, float]:
+        wanted = [name for name in self.metrics if name not in LESION_RULES]
+        if HD95 in wanted or NSD in wanted:
+            scores = metrics.score(prediction, reference, spacing, convention=self.convention, tolerance=self.tolerance)
+            return {name: scores[name] for name in wanted}
+        return {
+            name: metrics.volume_error_ml(prediction, reference, spacing)
+            if name == VOLUME_ERROR
+            else _OVERLAP[name](prediction, reference, convention=self.convention)
+            for name in wanted
+        }
+
+
+def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Rules:
+    """The rules for a data set: its regions, or its labels where it has none.
+
+    Parameters
+    ----------
+    dataset_json:
+        nnU-Net's description of the data set.
+    labels:
+        nnU-Net's label manager.
+    options:
+        of :class:`Rules`.
+    """
+    regions = {
+        name: tuple(int(label) for label in np.atleast_1d(value))
+        for name, value in dataset_json["labels"].items()
+        if name != "ignore" and np.any(np.atleast_1d(value) != 0)
+    }
+    known = [int(label) for label in labels.all_labels]
+    ignore = None if labels.ignore_label is None else int(labels.ignore_label)
+    everything = tuple(sorted({0, *known, *([] if ignore is None else [ignore])}))
+    return Rules(regions, everything, ignore_label=ignore, **options)
+
+
+def read_label(path: Path, reader: type[BaseReaderWriter], labels: Sequence[int]) -> tuple[np.ndarray, dict]:
+    """Read a reference segmentation.
+
+    Returns
+    -------
+    Integers, shape (x, y, z) in the reader's order of axes, and the reader's properties.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        if it cannot be read, is truncated, or has other values than ``labels``; the message names the file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"the label {path} does not exist")
+    try:
+        check_complete(path)
+        values, properties = reader().read_seg(str(path))
+    except MemoryError:
+        raise
+    except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
+        line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
+        raise ValueError(f"the label {path} cannot be read ({line})") from error
+    if values.shape[0] != 1:
+        raise ValueError(f"the label {path} holds {values.shape[0]} images, expected one")
+    found = np.unique(values)
+    wrong = found[~np.isin(found, labels)]
+    if len(wrong):
+        raise ValueError(
+            f"the label {path} has the value {wrong[0]:g}; dataset.json has the labels {', '.join(map(str, labels))}"
+        )
+    return values[0].astype(np.uint8 if max(labels) < 256 else np.int32), properties
+
+
+@functools.lru_cache(maxsize=2)
+def _reference(path: Path, reader: type[BaseReaderWriter], labels: tuple[int, ...]) -> np.ndarray:
+    """A label image, kept for the next subsets of the case."""
+    return read_label(path, reader, labels)[0]
+
+
+@dataclass(frozen=True)
+class SubsetScore:
+    """Result of one case with one subset.
+
+    Attributes
+    ----------
+    values:
+        region -> metric -> value.
+    near:
+        voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision).
+    voxels:
+        of the image that was predicted, in its original geometry.
+    """
+
+    values: dict[str, dict[str, float]]
+    near: int
+    voxels: int
+
+
+def score_prediction(
+    logits: np.ndarray,
+    properties: dict,
+    label: Path,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset_json: dict,
+    rules: Rules,
+) -> SubsetScore:
+    """Resample logits with nnU-Net's exporter and measure the segmentation.
+
+    Parameters
+    ----------
+    logits:
+        shape (K, *spatial), as preprocessed.
+    properties:
+        of nnU-Net's preprocessor.
+    label:
+        file of the reference.
+
+    Raises
+    ------
+    ValueError
+        if image and label are of different shape.
+    """
+    counting = _CountingLabels(plans.get_label_manager(dataset_json))
+    segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, plans, configuration, counting, properties, num_threads_torch=1
+    )
+    reference = _reference(label, plans.image_reader_writer_class, rules.labels)
+    if segmentation.shape != reference.shape:
+        raise ValueError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
+    values = rules.score(segmentation, reference, properties["spacing"])
+    return SubsetScore(values, counting.near, segmentation.size)
+
+
+class _CountingLabels:
+    """nnU-Net's label manager that also counts the close decisions, on the logits that it decides on."""
+
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
+        self.near = 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+    def convert_logits_to_segmentation(self, logits: Any) -> Any:
+        self.near = int(near_decision(torch.as_tensor(logits), self._manager.has_regions).sum())
+        return self._manager.convert_logits_to_segmentation(logits)
+
+
+def near_decision(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Where the margin to the decision is below :data:`NEAR`.
+
+    Parameters
+    ----------
+    logits:
+        shape (K, *spatial).
+    regions:
+        each channel decides for itself, at zero; else the largest one wins, and its margin is that to the second.
+
+    Returns
+    -------
+    bool, shape (*spatial).
+    """
+    if regions:
+        return (logits.abs() < NEAR).any(0)
+    if len(logits) < 2:
+        return torch.zeros(logits.shape[1:], dtype=torch.bool)
+    first, second = torch.maximum(logits[0], logits[1]), torch.minimum(logits[0], logits[1])
+    for channel in logits[2:]:
+        second = torch.maximum(second, torch.minimum(first, channel))
+        first = torch.maximum(first, channel)
+    return first - second < NEAR

@@ -1,0 +1,160 @@
+"""Several subsets of modalities in one forward pass, inside nnU-Net's own sliding window.
+
+nnU-Net cuts the patches, mirrors them, weights and adds the logits. Only the network in its hands is another one: it
+takes a patch, makes a batch of it with a subset in each row, and gives the logits of all rows as channels of one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from nnunetv2.utilities.helpers import empty_cache
+from torch import nn
+
+from nnunetv2_mstkd import modalities
+
+TRAINING_BATCHES = 4
+"""A stack has about as many voxels as this many batches of the training; without gradients they need less memory."""
+
+
+class StackedNetwork(nn.Module):
+    """A network that sees one patch with several subsets of its modalities.
+
+    Attributes
+    ----------
+    subsets:
+        bool, shape (S, C), on the device; set before each image.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+        self.subsets: torch.Tensor | None = None
+
+    @property
+    def plain_network(self) -> nn.Module:
+        """Without the wrapper of torch.compile."""
+        return getattr(self.network, "_orig_mod", self.network)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Weights are those of the network inside: nnU-Net loads each fold's before it predicts with it."""
+        return self.plain_network.load_state_dict(state_dict, *args, **kwargs)
+
+    def forward(self, patch: torch.Tensor) -> torch.Tensor:
+        """Logits of all subsets, shape (1, S K, *spatial), of a patch of shape (1, C, *spatial)."""
+        if self.subsets is None:
+            raise RuntimeError("no subsets were set")
+        batch = patch.expand(len(self.subsets), *patch.shape[1:])
+        # contiguous: where() may inherit the order of axes from the expanded patch
+        logits = self.network(modalities.mask_modalities(batch, self.subsets).contiguous())
+        return logits.reshape(1, -1, *logits.shape[2:])
+
+
+class _StackedHeads:
+    """nnU-Net's label manager with as many segmentation heads as a stack has; all else is the manager's own."""
+
+    def __init__(self, manager: Any, stack: int) -> None:
+        self._manager = manager
+        self.num_segmentation_heads = stack * manager.num_segmentation_heads
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._manager, name)
+
+
+class SubsetPredictor:
+    """Predicts preprocessed images with many subsets of their modalities.
+
+    A network with an attribute ``availability`` is told the subsets of the batch, as a tensor of bool of shape (S, C)
+    on the device.
+
+    Parameters
+    ----------
+    predictor:
+        from :func:`~nnunetv2_mstkd.inference.model.load_predictor`; it is used up, predict with this object only.
+    stack:
+        the largest number of subsets in one forward pass; 1 gives the logits of nnU-Net's predictor bit for bit. It
+        is halved where the device's memory does not suffice.
+    """
+
+    def __init__(self, predictor: nnUNetPredictor, stack: int) -> None:
+        if stack < 1:
+            raise ValueError(f"a stack has at least one subset, found {stack}")
+        self.stack = stack
+        self._predictor = predictor
+        self._labels = predictor.label_manager
+        self._network = StackedNetwork(predictor.network)
+        predictor.network = self._network
+
+    def logits(self, data: torch.Tensor, subsets: torch.Tensor) -> Iterator[np.ndarray]:
+        """The logits of each subset in turn, arrays of shape (K, *spatial) and type float16.
+
+        Parameters
+        ----------
+        data:
+            preprocessed image, float32, shape (C, *spatial), with all modalities that any subset has.
+        subsets:
+            bool, shape (S, C), S at least 1; no row is all False.
+        """
+        if subsets.ndim != 2 or subsets.shape[1] != len(data) or not bool(subsets.any(1).all()):
+            raise ValueError(
+                f"the subsets {tuple(subsets.shape)} do not fit an image of {len(data)} modalities, or one is empty"
+            )
+        done = 0
+        while done < len(subsets):
+            left = len(subsets) - done
+            # equal parts: 15 subsets are 8 + 7 rather than 8 + 4 + 3
+            size = math.ceil(left / math.ceil(left / self.stack))
+            try:
+                stacked = self._predict(data, subsets[done : done + size])
+            except torch.OutOfMemoryError:
+                if size == 1:
+                    raise
+                self.stack = size // 2
+                empty_cache(self._predictor.device)
+                continue
+            done += size
+            yield from stacked
+
+    def _predict(self, data: torch.Tensor, subsets: torch.Tensor) -> np.ndarray:
+        """Logits of all subsets at once, shape (S, K, *spatial)."""
+        predictor, network = self._predictor, self._network.plain_network
+        asks = hasattr(network, "availability")
+        rows = subsets.to(predictor.device)
+        predictor.label_manager = _StackedHeads(self._labels, len(subsets))
+        self._network.subsets = rows
+        if asks:
+            network.availability = rows
+        try:
+            logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
+        finally:
+            predictor.label_manager = self._labels
+            self._network.subsets = None
+            if asks:
+                network.availability = None
+        return logits.reshape(len(subsets), -1, *logits.shape[1:])
+
+    def close(self) -> None:
+        """Free what nnU-Net keeps between images."""
+        compute_gaussian.cache_clear()
+        empty_cache(self._predictor.device)
+
+
+def default_stack(batch_size: int, num_subsets: int, device: torch.device) -> int:
+    """How many subsets a forward pass takes unless the user says otherwise.
+
+    Parameters
+    ----------
+    batch_size:
+        of the training, in patches.
+    device:
+        without a GPU larger batches are not faster, so there it is 1.
+    """
+    if device.type == "cpu":
+        return 1
+    return max(1, min(num_subsets, TRAINING_BATCHES * batch_size))

@@ -1,0 +1,377 @@
+"""`mstkd evaluate` against nnU-Net's own preprocessing, prediction and export, case by case and subset by subset."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from evaluate_inputs import (
+    CASES,
+    SPLITS,
+    empty_folders,
+    evaluate,
+    label_image,
+    refused,
+    results,
+    without_drawing,
+    write_dataset,
+)
+from nnunetv2.inference.export_prediction import export_prediction_from_logits
+from predict_inputs import CHANNELS, files, read, trainer_class, write, write_case, write_model
+
+from nnunetv2_mstkd import cli, modalities
+from nnunetv2_mstkd.evaluation import subsets as subsets_module
+from nnunetv2_mstkd.evaluation.shapley import shapley_values
+from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
+from nnunetv2_mstkd.inference.model import load_predictor
+
+NAMES = ("T0", "T1", "T2", "T3")
+FEW = ("T0", "T1+T3", "all")
+FEW_NAMES = ("T0", "T1+T3", "T0+T1+T2+T3")
+
+
+@pytest.fixture
+def nnunet_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return empty_folders(tmp_path, monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def quick(request, monkeypatch):
+    if "drawn" not in request.fixturenames:
+        without_drawing(monkeypatch)
+
+
+@pytest.fixture
+def drawn():
+    """Asks for real figures."""
+
+
+@pytest.fixture
+def student(nnunet_folders) -> Path:
+    """Two folds of a model with regions, and its data set."""
+    folder = write_model(trainer_class("MSTKDTrainer"), folds=(0, 1), labels=tiny.REGIONS)
+    write_dataset(folder)
+    return folder
+
+
+def value(table: pd.DataFrame, **where) -> float:
+    for column, wanted in where.items():
+        table = table[table[column] == wanted]
+    assert len(table) == 1
+    return float(table["value"].iloc[0])
+
+
+def naive_dice(one: np.ndarray, other: np.ndarray) -> float:
+    return 2 * (one & other).sum() / (one.sum() + other.sum()) if one.any() or other.any() else 1.0
+
+
+def segmentation_of(model: Path, fold: int, case: str, subset: str, folder: Path) -> np.ndarray:
+    """What nnU-Net predicts and exports for preprocessed data whose absent channels are zero."""
+    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+
+    predictor = load_predictor(model, (fold,), device=torch.device("cpu"), allow_tqdm=False)
+    data = Path(os.environ["nnUNet_preprocessed"], tiny.DATASET, "tiny_data")
+    image, _, _, properties = nnUNetDatasetBlosc2(str(data), [case]).load_case(case)
+    image = torch.from_numpy(np.asarray(image[:]).copy())
+    image[~modalities.parse_subset(subset, NAMES)] = 0
+    export_prediction_from_logits(
+        predictor.predict_logits_from_preprocessed_data(image).numpy(),
+        properties,
+        predictor.configuration_manager,
+        predictor.plans_manager,
+        predictor.dataset_json,
+        str(folder / "naive"),
+    )
+    return read(folder / "naive.nii.gz")
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options"),
+    [
+        ("nnUNetTrainer", {}),
+        ("MSTKDTrainer", {"labels": tiny.REGIONS, "mirroring": (1,)}),
+        ("ModalityDropoutTrainer", {"dimensions": 2, "labels": tiny.LABELS_WITH_IGNORE}),
+    ],
+    ids=["stock trainer", "regions and mirroring", "2d and ignore label"],
+)
+def test_dice_is_that_of_nnunets_segmentation_of_each_subset_alone(nnunet_folders, trainer, options):
+    model = write_model(trainer_class(trainer), **options)
+    ignore = 3 if "ignore" in options.get("labels", {}) else None
+    write_dataset(model, ignore=ignore)
+    assert evaluate(model, "--subsets", *FEW, "--stack", "1", "--metrics", "dice") == 0
+    table = results(model / "subsets")
+    regions = {"whole": (1, 2), "core": (1,)} if "mirroring" in options else {"core": (1,), "edema": (2,)}
+    assert set(table["region"]) == set(regions) and set(table["trainer"]) == {trainer}
+    assert len(table) == 2 * len(FEW) * len(regions)
+    for number, case in enumerate(CASES[:2]):
+        reference = label_image(number, ignore=ignore)
+        counted = reference != 3
+        for subset, name in zip(FEW, FEW_NAMES, strict=True):
+            found = segmentation_of(model, 0, case, subset, nnunet_folders)
+            for region, labels in regions.items():
+                expected = naive_dice(np.isin(found, labels) & counted, np.isin(reference, labels) & counted)
+                assert value(table, case=case, subset=name, region=region) == expected
+                assert 0 < expected < 1
+
+
+def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn):
+    assert evaluate(student, "--stack", "8", "--disable_tta") == 0
+    table = results(student / "subsets")
+    assert list(table.columns) == [
+        *("model", "trainer", "fold", "case", "subset", "modalities", "region", "metric", "value")
+    ]
+    every = [modalities.subset_name(row, NAMES) for row in modalities.all_subsets(CHANNELS).tolist()]
+    assert list(dict.fromkeys(table["subset"])) == every
+    assert set(table["metric"]) == {"dice", "hd95"} and set(table["region"]) == {"whole", "core"}
+    assert len(table) == 3 * 15 * 2 * 2
+    assert dict(zip(table["case"], table["fold"], strict=True)) == {CASES[0]: "0", CASES[1]: "0", CASES[2]: "1"}
+
+    written = sorted(path.name for path in (student / "subsets").iterdir())
+    pictures = ["curve.png", "heat_map.png", "shapley.png"]
+    assert written == sorted([*pictures, "cases", "results.csv", "summary.json", "tables.md", "tables.tex"])
+    assert all((student / "subsets" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
+    printed = capsys.readouterr().out
+    assert "HD95: both empty 0; one empty the image diagonal" in printed
+    assert "up to 8 in one forward pass" in printed and "only these may differ from --stack 1" in printed
+    for name in ("tables.md", "tables.tex"):
+        text = (student / "subsets" / name).read_text()
+        assert text.count("both empty") == 2 and "whole" in text
+
+    summary = json.loads((student / "subsets" / "summary.json").read_text())
+    dice = table[table["metric"] == "dice"]
+    means = dice.groupby(["region", "subset"])["value"].mean()
+    assert (summary["cases"], summary["patients"], summary["folds"]) == (3, 2, ["0", "1"])
+    for region in ("whole", "core"):
+        game = {tuple(subset.split("+")): means[region, subset] for subset in every}
+        for name, expected in shapley_values(game, NAMES).items():
+            found = summary["shapley"][region][name]
+            assert math.isclose(found["dice"], expected) and found["low"] <= found["dice"] <= found["high"]
+        assert summary["worst_subset"][region]["subset"] == means[region].idxmin()
+        assert math.isclose(summary["worst_subset"][region]["dice"], means[region].min())
+        singles = np.mean([means[region, name] for name in NAMES])
+        assert math.isclose(summary["by_number_of_modalities"][region]["1"]["dice"], singles)
+        loss = means[region, every[-1]] - means[region, "T1"]
+        assert math.isclose(summary["loss_against_full_input"][region]["T1"]["dice"], loss, abs_tol=1e-12)
+    near = summary["near_decision"]
+    assert near["of"] == 3 * 15 * math.prod((14, 20, 18)) and 0 < near["voxels"] < near["of"]
+
+
+def test_predict_reads_the_expected_dice_from_the_summary(student):
+    assert evaluate(student, "--subsets", *FEW, "-f", "0") == 0
+    expected = read_expected_dice(student, NAMES)
+    dice = results(student / "subsets").query("metric == 'dice'").groupby(["subset", "region"])["value"].mean()
+    assert len(expected) == len(FEW)
+    for name in FEW_NAMES:
+        code = modalities.subset_code(modalities.parse_subset(name, NAMES))
+        assert expected[code] == {region: dice[name, region] for region in ("whole", "core")}
+
+
+def test_background_processes_give_the_same_results(student):
+    options = ("--subsets", *FEW, "-f", "0")
+    assert evaluate(student, *options) == 0
+    assert evaluate(student, *options, "-npp", "1", "-nps", "1", "-o", str(student.parent / "other")) == 0
+    assert files(student.parent / "other")["results.csv"] == files(student / "subsets")["results.csv"]
+
+
+def test_images_of_a_folder_are_evaluated_like_the_preprocessed_ones(student, nnunet_folders):
+    raw, out = nnunet_folders / "raw" / tiny.DATASET, nnunet_folders / "out"
+    options = ("--subsets", *FEW, "-f", "0")
+    assert evaluate(student, *options) == 0
+    assert evaluate(student, *options, "-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"), "-o", str(out)) == 0
+    assert set(results(out)["case"]) == set(CASES)
+    columns = ["case", "subset", "region", "metric", "value"]
+    both = results(out).query("case in @CASES[:2]")[columns].reset_index(drop=True)
+    pd.testing.assert_frame_equal(both, results(student / "subsets")[columns])
+
+
+def test_on_a_folder_several_folds_are_averaged(student, nnunet_folders):
+    raw = nnunet_folders / "raw" / tiny.DATASET
+    images = nnunet_folders / "one"
+    write_case(images, CASES[3], range(CHANNELS))
+    arguments = ["-i", str(images), "-l", str(raw / "labelsTr"), "--subsets", "T2", "--metrics", "dice"]
+    found = {}
+    for folds in (("0",), ("1",), ("0", "1")):
+        out = nnunet_folders / "-".join(folds)
+        assert evaluate(student, *arguments, "-o", str(out), "-f", *folds) == 0
+        found["+".join(folds)] = results(out)
+    assert set(found["0+1"]["fold"]) == {"0+1"}
+    values = [tuple(table["value"]) for table in found.values()]
+    assert len(set(values)) == 3
+    predictor = load_predictor(student, (0, 1), device=torch.device("cpu"), allow_tqdm=False)
+    assert len(predictor.list_of_parameters) == 2
+
+
+def test_mask_first_is_what_predict_gives_without_the_files(student, nnunet_folders):
+    """One channel reaches beyond the others, so that cropping without it is another crop."""
+    raw = nnunet_folders / "raw" / tiny.DATASET
+    for name in CASES[:2]:
+        image = read(raw / "imagesTr" / f"{name}_0000.nii.gz")
+        image[0, 0] = 50
+        write(raw / "imagesTr" / f"{name}_0000.nii.gz", image)
+    assert evaluate(student, "--subsets", "T1+T3", "-f", "0", "--mask-first", "--metrics", "dice") == 0
+    table = results(student / "subsets")
+    out = nnunet_folders / "predicted"
+    predict = ["-i", str(raw / "imagesTr"), "-o", str(out), "-m", str(student), "-f", "0", "--drop", "T0,T2"]
+    assert cli.main(["predict", *predict, "-device", "cpu", "-npp", "0", "-nps", "0"]) == 0
+    for number, name in enumerate(CASES[:2]):
+        found, reference = read(out / f"{name}.nii.gz"), label_image(number)
+        for region, labels in {"whole": (1, 2), "core": (1,)}.items():
+            expected = naive_dice(np.isin(found, labels), np.isin(reference, labels))
+            assert value(table, case=name, region=region) == expected
+    assert json.loads((student / "subsets" / "summary.json").read_text())["mask_first"] is True
+
+
+# ---- which subsets, folds and cases --------------------------------------------------------------------------------
+
+
+def test_subsets_of_the_available_modalities_only(student, nnunet_folders):
+    """As in a clinic that has two of the four: files of the others are not even looked for."""
+    raw = nnunet_folders / "raw" / tiny.DATASET
+    images, out = nnunet_folders / "clinic", nnunet_folders / "out"
+    write_case(images, CASES[0], [1, 3])
+    arguments = ["-i", str(images), "-l", str(raw / "labelsTr"), "-o", str(out), "-f", "0"]
+    assert evaluate(student, *arguments, "--available", "T3,T1") == 0
+    assert list(dict.fromkeys(results(out)["subset"])) == ["T1", "T3", "T1+T3"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert set(summary["shapley"]["whole"]) == {"T1", "T3"}
+    assert evaluate(student, "--available", "T1", "-f", "0") == 0
+    assert set(results(student / "subsets")["subset"]) == {"T1"}
+
+
+def test_pooling_folds_takes_each_folds_own_cases_and_weights(student):
+    assert evaluate(student, "--subsets", "T0", "-f", "1", "--metrics", "dice") == 0
+    one = results(student / "subsets")
+    assert set(one["case"]) == set(SPLITS[1]["val"])
+    assert evaluate(student, "--subsets", "T0", "--folds", "0", "1", "--metrics", "dice") == 0
+    pooled = results(student / "subsets")
+    assert set(pooled["case"]) == set(SPLITS[0]["val"]) | set(SPLITS[1]["val"])
+    pd.testing.assert_frame_equal(pooled.query("fold == '1'").reset_index(drop=True), one)
+
+
+def test_the_split_that_a_checkpoint_notes_wins_over_a_changed_splits_file(student):
+    checkpoint = student / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(checkpoint, weights_only=False)
+    content["mstkd"]["split"] = {"train": [CASES[0]], "val": [CASES[3]]}
+    torch.save(content, checkpoint)
+    assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", "dice") == 0
+    assert set(results(student / "subsets")["case"]) == {CASES[3]}
+
+
+def test_fold_all_is_evaluated_on_request_with_a_warning(student, capsys):
+    shutil.copytree(student / "fold_0", student / "fold_all")
+    assert evaluate(student, "--subsets", "T0", "--metrics", "dice") == 0
+    assert set(results(student / "subsets")["fold"]) == {"0", "1"}
+    assert evaluate(student, "--subsets", "T0", "--metrics", "dice", "-f", "all") == 0
+    assert "trained on the very cases" in capsys.readouterr().err
+    assert set(results(student / "subsets")["case"]) == set(CASES)
+
+
+def test_the_table_names_the_model_as_asked(student):
+    assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", "dice", "--name", "ours") == 0
+    assert set(results(student / "subsets")["model"]) == {"ours"}
+    assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", "dice") == 0
+    assert set(results(student / "subsets")["model"]) == {student.name}
+
+
+def test_more_metrics_are_measured_on_request(student):
+    names = ["hd95", "nsd", "sensitivity", "precision", "volume_error_ml", "lesion_dice", "lesion_hd95"]
+    assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", *names, "--convention", "nnunet") == 0
+    table = results(student / "subsets")
+    assert set(table["metric"]) == {"dice", *names}
+    text = (student / "subsets" / "tables.md").read_text()
+    assert "nnunet: nnU-Net 2" in text and "BraTS-2023-Metrics" in text
+
+
+# ---- going on after a stop -----------------------------------------------------------------------------------------
+
+
+def count_predictions(monkeypatch) -> list:
+    seen = []
+    real = subsets_module.SubsetPredictor.logits
+
+    def logits(self, data, rows):
+        seen.append(len(rows))
+        return real(self, data, rows)
+
+    monkeypatch.setattr(subsets_module.SubsetPredictor, "logits", logits)
+    return seen
+
+
+def test_a_stopped_run_goes_on_with_the_case_where_it_was(student, monkeypatch):
+    options = ("--subsets", *FEW, "--metrics", "dice")
+    assert evaluate(student, *options, "-o", str(student.parent / "whole")) == 0
+    seen, real = [], subsets_module.prepare
+
+    def stop_at_the_third(case, *arguments):
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+        seen.append(case.name)
+        return real(case, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subsets_module, "IMAGES_AHEAD", 0)
+        patch.setattr(subsets_module, "prepare", stop_at_the_third)
+        assert evaluate(student, *options) == 130
+    assert not (student / "subsets" / "results.csv").exists()
+    predicted = count_predictions(monkeypatch)
+    assert evaluate(student, *options) == 0
+    assert predicted == [3]
+    for name in ("results.csv", "tables.md"):
+        assert files(student / "subsets")[name] == files(student.parent / "whole")[name]
+
+
+def test_only_subsets_that_are_new_are_predicted(student, monkeypatch):
+    assert evaluate(student, "--subsets", "T0", "-f", "0") == 0
+    predicted = count_predictions(monkeypatch)
+    assert evaluate(student, "--subsets", *FEW, "-f", "0") == 0
+    assert predicted == [2, 2]
+    assert evaluate(student, "--subsets", "all", "T0", "-f", "0") == 0
+    assert predicted == [2, 2]
+    assert list(dict.fromkeys(results(student / "subsets")["subset"])) == ["T0", "T0+T1+T2+T3"]
+    assert evaluate(student, "--subsets", "T0", "-f", "0", "--restart") == 0
+    assert predicted == [2, 2, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["-step_size", "1"], "step_size 0.5, now it is 1.0"),
+        (["--disable_tta"], "mirroring True, now it is False"),
+        (["--metrics", "dice"], "metrics ['dice', 'hd95'], now it is ['dice']"),
+        (["--mask-first"], "mask_first False, now it is True"),
+        (["--convention", "nnunet"], "convention 'brats', now it is 'nnunet'"),
+    ],
+)
+def test_results_of_other_options_are_not_mixed(student, capsys, options, what):
+    base = ["--subsets", "T0", "-f", "0"]
+    assert evaluate(student, *base) == 0
+    message = refused(capsys, student, *base, *options)
+    assert what in message and "--restart" in message
+    assert evaluate(student, *base, *options, "--restart") == 0
+
+
+def test_results_of_other_weights_are_not_mixed(student, capsys):
+    base = ["--subsets", "T0", "-f", "0"]
+    assert evaluate(student, *base) == 0
+    shutil.copyfile(student / "fold_1" / "checkpoint_final.pth", student / "fold_0" / "checkpoint_final.pth")
+    assert "fold 0 has other weights than those that predicted" in refused(capsys, student, *base)
+    assert evaluate(student, *base, "--restart") == 0
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"weights": 1}', '{"subsets": 3}'])
+def test_a_damaged_record_is_one_line(student, capsys, content):
+    base = ["--subsets", "T0", "-f", "0"]
+    assert evaluate(student, *base) == 0
+    (student / "subsets" / "cases" / "fold_0" / f"{CASES[0]}.json").write_text(content)
+    assert "--restart" in refused(capsys, student, *base)
