@@ -18,7 +18,7 @@ from nnunetv2_mstkd.networks.multiscale_transformer import (
     resolve,
 )
 from nnunetv2_mstkd.settings import BLOCK, Settings
-from nnunetv2_mstkd.trainers.base import FullModalityTrainer, check_subsets
+from nnunetv2_mstkd.trainers.base import FullModalityTrainer, SettingsTrainer, check_subsets
 from nnunetv2_mstkd.trainers.distillation import DistillationTrainer, Target, Term
 from nnunetv2_mstkd.trainers.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.trainers.teacher import Teacher
@@ -33,8 +33,8 @@ DISCRIMINATOR_LR = 1e-4
 DISCRIMINATOR_BETAS = (0.9, 0.99)
 
 
-class TransformerTrainer:
-    """Mix-in for both networks of MST-KDNet: the plans' U-Net with a multi-scale transformer, and its optimisers."""
+class TransformerTrainer(SettingsTrainer):
+    """Base of teacher and student of MST-KDNet: the plans' U-Net with a multi-scale transformer, and its optimisers."""
 
     network_sections: ClassVar[tuple[str, ...]] = ("network",)
 
