@@ -361,6 +361,28 @@ def test_results_of_other_options_are_not_mixed(student, capsys, options, what):
     assert evaluate(student, *base, *options, "--restart") == 0
 
 
+def test_a_run_that_measured_nothing_binds_no_later_one(student, capsys):
+    label = Path(os.environ["nnUNet_preprocessed"], tiny.DATASET, "gt_segmentations", f"{CASES[1]}.nii.gz")
+    label.rename(label.with_suffix(".away"))
+    assert "does not exist" in refused(capsys, student, "--subsets", "T0", "-f", "0", "-step_size", "1")
+    label.with_suffix(".away").rename(label)
+    assert evaluate(student, "--subsets", "T0", "-f", "0") == 0
+
+
+def test_a_restart_that_is_refused_forgets_nothing(student, capsys, monkeypatch):
+    base = ["--subsets", "T0", "-f", "0"]
+    assert evaluate(student, *base) == 0
+    before = files(student / "subsets")
+    label = Path(os.environ["nnUNet_preprocessed"], tiny.DATASET, "gt_segmentations", f"{CASES[1]}.nii.gz")
+    label.rename(label.with_suffix(".away"))
+    assert "does not exist" in refused(capsys, student, *base, "--restart", "-step_size", "1")
+    assert files(student / "subsets") == before
+    label.with_suffix(".away").rename(label)
+    predicted = count_predictions(monkeypatch)
+    assert evaluate(student, *base, "--restart", "-step_size", "1") == 0
+    assert predicted == [1, 1]
+
+
 def test_results_of_other_weights_are_not_mixed(student, capsys):
     base = ["--subsets", "T0", "-f", "0"]
     assert evaluate(student, *base) == 0

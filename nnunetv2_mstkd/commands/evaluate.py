@@ -108,6 +108,7 @@ def run(args: argparse.Namespace) -> None:
     still_open = [case for case in everything if not set(texts) <= set(records.load(case.fold, case.name))]
     progress = not args.disable_progress_bar
     check_cases(still_open, first.plans_manager, rules, names, threads=max(1, args.npp), progress=progress)
+    records.begin()
 
     batch_size = first.configuration_manager.batch_size
     stack = 1 if args.mask_first else args.stack or default_stack(batch_size, len(subsets), device)

@@ -33,7 +33,7 @@ class CaseRecords:
     run:
         model, options and rules: what results of one table must share.
     restart:
-        forget what is there.
+        forget what is there, on disk when :meth:`begin` is called.
 
     Raises
     ------
@@ -43,26 +43,27 @@ class CaseRecords:
 
     def __init__(self, output: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder = output / FOLDER
-        if restart and self.folder.is_dir():
-            shutil.rmtree(self.folder)
-        file = self.folder / RUN
-        run = json.loads(json.dumps(run))
-        if file.is_file():
-            before = _read(file)
-            for key, value in run.items():
+        self._run = json.loads(json.dumps(run))
+        self._forget = restart
+        if not restart and (self.folder / RUN).is_file():
+            before = _read(self.folder / RUN)
+            for key, value in self._run.items():
                 if before.get(key) != value:
                     raise ValueError(
                         f"{output} was evaluated with {key} {before.get(key)!r}, now it is {value!r}; take the same "
                         f"options, another folder (-o), or --restart"
                     )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, run)
         self._weights: dict[str, str] = {}
 
     def use_weights(self, fold: str, fingerprint: str) -> None:
         """Say which weights a fold has; cases that others predicted are refused by :meth:`load`."""
         self._weights[fold] = fingerprint
+
+    def begin(self) -> None:
+        """Call before the first case is predicted, when nothing is left to be refused."""
+        if self._forget and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self._forget = False
 
     def load(self, fold: str, case: str) -> dict[str, SubsetScore]:
         """The results of a case by subset; empty if there are none yet.
@@ -73,7 +74,7 @@ class CaseRecords:
             if the file is damaged or from other weights of the fold.
         """
         file = self._file(fold, case)
-        if not file.is_file():
+        if self._forget or not file.is_file():
             return {}
         content = _read(file)
         try:
@@ -95,6 +96,8 @@ class CaseRecords:
         """Write all results of a case."""
         file = self._file(fold, case)
         file.parent.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / RUN).is_file():
+            write_json(self.folder / RUN, self._run)  # not earlier: a run that finds nothing binds no later one
         subsets = {
             subset: {"values": _without_nan(score.values), "near": score.near, "voxels": score.voxels}
             for subset, score in scores.items()

@@ -1,0 +1,98 @@
+"""Metrics of a segmentation, with numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+
+from nnunetv2_mstkd.evaluation.conventions import METRICS
+from nnunetv2_mstkd.evaluation.scoring import Rules, rules_of
+
+REGIONS = {"whole": (1, 2), "core": (1,)}
+
+
+def rules(**options) -> Rules:
+    return Rules(REGIONS, (0, 1, 2), **options)
+
+
+def pair() -> tuple[np.ndarray, np.ndarray]:
+    """Reference: 4 voxels of 2 and 2 of 1; prediction: one voxel of 1 is called 2, one of 2 is missed."""
+    reference = np.zeros((3, 4, 5), np.uint8)
+    reference[1, 1, :4] = 2
+    reference[1, 2, :2] = 1
+    prediction = reference.copy()
+    prediction[1, 2, 0] = 2
+    prediction[1, 1, 3] = 0
+    return prediction, reference
+
+
+def test_regions_join_their_labels():
+    scores = rules(metrics=("dice",)).score(*pair(), (1.0, 1.0, 1.0))
+    assert scores == {"whole": {"dice": 2 * 5 / 11}, "core": {"dice": 2 / 3}}
+
+
+def test_surface_metrics_come_with_the_others():
+    names = ("dice", "hd95", "sensitivity", "precision", "volume_error_ml", "relative_volume_error", "nsd")
+    scores = rules(metrics=names).score(*pair(), (2.0, 3.0, 4.0))
+    assert tuple(scores["core"]) == names
+    assert scores["core"]["sensitivity"] == 0.5 and scores["core"]["precision"] == 1
+    assert scores["core"]["volume_error_ml"] == -24 / 1000 and scores["core"]["relative_volume_error"] == -0.5
+    # distances 0 and 0 | 4: the 95th percentile of (0, 0, 4) lies 0.9 of the way from the second to the third
+    assert math.isclose(scores["core"]["hd95"], 3.6)
+    assert math.isclose(scores["core"]["nsd"], 2 / 3)
+
+
+def test_overlap_metrics_do_not_depend_on_whether_surfaces_are_asked_for():
+    names = ("dice", "sensitivity", "precision", "volume_error_ml", "relative_volume_error")
+    alone = rules(metrics=names).score(*pair(), (2.0, 3.0, 4.0))
+    together = rules(metrics=(*names, "hd95")).score(*pair(), (2.0, 3.0, 4.0))
+    assert {region: {name: together[region][name] for name in names} for region in REGIONS} == alone
+
+
+def test_every_metric_can_be_asked_for():
+    scores = rules(metrics=tuple(METRICS), lesion_convention="brats2023_gli").score(*pair(), (1.0, 1.0, 1.0))
+    assert all(set(of_region) == set(METRICS) for of_region in scores.values())
+
+
+def test_ignored_voxels_count_neither_as_predicted_nor_as_reference():
+    prediction, reference = pair()
+    reference[1, 2, 0] = reference[1, 1, 3] = 3  # both errors
+    prediction[0, 0, 0], reference[0, 0, 0] = 1, 3
+    ignoring = Rules(REGIONS, (0, 1, 2, 3), ignore_label=3, metrics=("dice", "hd95"))
+    perfect = {"dice": 1.0, "hd95": 0.0}
+    assert ignoring.score(prediction, reference, (1.0, 1.0, 1.0)) == {"whole": perfect, "core": perfect}
+
+
+def test_the_convention_decides_about_empty_masks():
+    empty = np.zeros((2, 2, 2), np.uint8)
+    assert rules(metrics=("dice",)).score(empty, empty, (1, 1, 1))["core"]["dice"] == 1
+    assert math.isnan(rules(metrics=("dice",), convention="nnunet").score(empty, empty, (1, 1, 1))["core"]["dice"])
+
+
+def test_a_single_slice_is_measured_in_its_plane():
+    """Its pseudo-spacing, 999 in nnU-Net's readers of 2-D images, must not count."""
+    prediction, reference = (image[1:2] for image in pair())
+    flat = rules(metrics=("dice", "hd95")).score(prediction, reference, (999.0, 3.0, 4.0))
+    assert flat == rules(metrics=("dice", "hd95")).score(prediction[0], reference[0], (3.0, 4.0))
+    empty = rules(metrics=("hd95",)).score(np.zeros_like(reference), reference, (999.0, 3.0, 4.0))
+    assert empty["core"]["hd95"] == math.hypot(4 * 3, 5 * 4)
+    point = np.ones((1, 1, 1), np.uint8)
+    assert rules(metrics=("dice",)).score(point, point, (999.0, 1.0, 1.0))["core"]["dice"] == 1
+
+
+@pytest.mark.parametrize(
+    ("labels", "regions", "known", "ignore"),
+    [
+        (tiny.LABELS, {"core": (1,), "edema": (2,)}, (0, 1, 2), None),
+        (tiny.LABELS_WITH_IGNORE, {"core": (1,), "edema": (2,)}, (0, 1, 2, 3), 3),
+        (tiny.REGIONS_WITH_IGNORE, {"whole": (1, 2), "core": (1,)}, (0, 1, 2, 3), 3),
+    ],
+)
+def test_regions_are_those_of_the_data_set(labels, regions, known, ignore):
+    content = tiny.dataset_json(labels=labels)
+    found = rules_of(content, LabelManager(content["labels"], content.get("regions_class_order")), metrics=("dice",))
+    assert (dict(found.regions), found.labels, found.ignore_label) == (regions, known, ignore)
