@@ -32,6 +32,7 @@ BASELINE = "FullModalityTrainer"
 
 PLANS = {
     "small": {"patch": [40, 48, 40], "features": [16, 32, 64, 128], "batch": 2},
+    "six_stages": {"patch": [64, 64, 64], "features": [16, 32, 64, 128, 160, 160], "batch": 2},
     "medium": {"patch": [64, 64, 64], "features": [32, 64, 128, 256], "batch": 2},
     "brats": {"patch": [128, 128, 128], "features": [32, 64, 128, 256, 320, 320], "batch": 2},
 }

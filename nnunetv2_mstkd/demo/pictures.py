@@ -83,7 +83,11 @@ def slices(
     columns = ["truth", *subsets]
     with plt.rc_context({"font.size": 9}):
         figure, axes = plt.subplots(
-            len(predictions), len(columns), figsize=(1.75 * len(columns), 2.25 * len(predictions) + 0.5), squeeze=False
+            len(predictions),
+            len(columns),
+            figsize=(1.75 * len(columns), 2.4 * len(predictions) + 0.6),
+            squeeze=False,
+            gridspec_kw={"hspace": 0.25, "wspace": 0.08, "left": 0.03, "right": 0.99, "bottom": 0.09, "top": 0.83},
         )
         for row, (model, folder) in enumerate(predictions.items()):
             for axis, column in zip(axes[row], columns, strict=True):
@@ -102,7 +106,6 @@ def slices(
         figure.legend(handles=handles, loc="lower center", ncol=3, frameon=False)
         names = " / ".join(scores["region"].unique())
         figure.suptitle(f"{case}, one slice; numbers are the case's Dice {names} in percent", fontsize=10)
-        figure.tight_layout(rect=(0, 0.05, 1, 1))
         figure.savefig(file, dpi=120)
         plt.close(figure)
 
