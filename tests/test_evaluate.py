@@ -212,15 +212,28 @@ def test_on_a_folder_several_folds_are_averaged(student, nnunet_folders):
     assert len(predictor.list_of_parameters) == 2
 
 
-def test_mask_first_is_what_predict_gives_without_the_files(student, nnunet_folders):
+def test_mask_first_is_what_predict_gives_without_the_files(student, nnunet_folders, capsys):
     """One channel reaches beyond the others, so that cropping without it is another crop."""
     raw = nnunet_folders / "raw" / tiny.DATASET
     for name in CASES[:2]:
         image = read(raw / "imagesTr" / f"{name}_0000.nii.gz")
         image[0, 0] = 50
         write(raw / "imagesTr" / f"{name}_0000.nii.gz", image)
-    assert evaluate(student, "--subsets", "T1+T3", "-f", "0", "--mask-first", "--metrics", "dice") == 0
+    options = ("--subsets", "T1+T3", "-f", "0", "--metrics", "dice")
+    assert evaluate(student, *options, "--mask-first") == 0
     table = results(student / "subsets")
+    arguments = ["-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"), "-o", str(nnunet_folders / "default")]
+    assert evaluate(student, *options, *arguments, "--available", "T1,T3") == 0
+    alone = results(nnunet_folders / "default").query("case in @CASES[:2]")
+    assert list(alone["value"]) == list(table["value"])
+    # with all channels the crop is another one, whichever subsets are asked for
+    message = refused(capsys, student, *options, *arguments)
+    assert "preprocessed_from ['T1', 'T3'], now it is ['T0', 'T1', 'T2', 'T3']" in message
+    assert evaluate(student, *options, *arguments, "--restart") == 0
+    together = results(nnunet_folders / "default").query("case in @CASES[:2]")
+    assert list(together["value"]) != list(table["value"])
+    assert evaluate(student, *options, *arguments, "--restart", "--mask-first") == 0
+    assert list(results(nnunet_folders / "default").query("case in @CASES[:2]")["value"]) == list(table["value"])
     out = nnunet_folders / "predicted"
     predict = ["-i", str(raw / "imagesTr"), "-o", str(out), "-m", str(student), "-f", "0", "--drop", "T0,T2"]
     assert cli.main(["predict", *predict, "-device", "cpu", "-npp", "0", "-nps", "0"]) == 0

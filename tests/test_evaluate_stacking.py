@@ -200,8 +200,8 @@ def test_subsets_that_do_not_fit_the_image_are_refused(student, nnunet_folders, 
         list(SubsetPredictor(predictor_of(student), 1).logits(image_of(student, nnunet_folders), subsets))
 
 
-def test_the_default_stack_is_some_training_batches_on_a_gpu_and_one_without():
-    assert default_stack(2, 15, CPU) == 1
+def test_the_default_stack_is_one_training_batch_on_a_cpu_and_some_on_a_gpu():
+    assert default_stack(2, 15, CPU) == 2
     assert default_stack(2, 15, torch.device("cuda")) == 8
     assert default_stack(12, 15, torch.device("cuda")) == 15
     assert default_stack(1, 1, torch.device("cuda")) == 1

@@ -97,10 +97,14 @@ def run(args: argparse.Namespace) -> None:
     texts = [modalities.subset_name(row, names) for row in subsets.tolist()]
     check_zero_is_missing(subsets, names, first.configuration_manager.normalization_schemes)
     rules = _rules(args, first)
-    cases = _cases(args, folder, groups, first, names, subsets.any(0).nonzero().ravel().tolist())
+    # not only those in a subset: what preprocessing sees must not depend on which subsets one call asks for
+    there = modalities.parse_subset(args.available or modalities.ALL, names).nonzero().ravel().tolist()
+    cases = _cases(args, folder, groups, first, names, there)
     everything = [case for of_fold in cases.values() for case in of_fold]
 
     settings = _settings(args, folder, first, names, rules)
+    if args.i is not None and not args.mask_first:
+        settings["preprocessed_from"] = [names[channel] for channel in there]
     records = CaseRecords(output, settings, restart=args.restart)
     for text, predictor in predictors.items():
         weights = [checkpoints.fingerprint(tensors) for tensors in predictor.list_of_parameters]
@@ -240,12 +244,12 @@ def _fold_groups(folder: Path, args: argparse.Namespace) -> dict[str, tuple[int 
     if args.folds is None:
         texts = [path.parent.name.removeprefix("fold_") for path in sorted(folder.glob(f"fold_*/{args.chk}"))]
         # "all" has seen every case, so it is only taken where it is asked for
-        folds = tuple(sorted(int(text) for text in texts if text.isdigit()))
+        folds: tuple[int | str, ...] = tuple(sorted(int(text) for text in texts if text.isdigit()))
         if not folds:
             hint = "fold_all is: -f all" if "all" in texts else "train one, or take another checkpoint with -chk"
             raise FileNotFoundError(f"no fold of {folder} is finished (no fold_*/{args.chk}); {hint}")
     else:
-        folds = tuple(dict.fromkeys(parse_folds(args.folds)))
+        folds = parse_folds(list(dict.fromkeys(args.folds)))
         find_checkpoints(folder, folds, args.chk)
     if args.i is None:
         return {str(fold): (fold,) for fold in folds}

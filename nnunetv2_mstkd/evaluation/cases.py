@@ -24,6 +24,7 @@ from nnunetv2_mstkd.inference.case_steps import preprocess_case
 from nnunetv2_mstkd.inference.checks import Checker, listed
 from nnunetv2_mstkd.inference.input_folder import Case, find_cases
 from nnunetv2_mstkd.inference.model_folder import read_json
+from nnunetv2_mstkd.modalities import modality_names
 
 DATA_KEYS = (
     "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data",
@@ -204,7 +205,7 @@ def _raw_images(dataset: str, dataset_json: dict) -> dict[str, Case]:
     description = read_json(raw / "dataset.json")
     with contextlib.redirect_stdout(io.StringIO()):
         files = get_filenames_of_train_images_and_targets(str(raw), description)
-    channels = len(dataset_json.get("channel_names", dataset_json.get("modality")))
+    channels = len(modality_names(dataset_json))
     cases = {}
     for name, entry in files.items():
         images = tuple(Path(path) for path in entry["images"])
@@ -223,7 +224,7 @@ def _raw_images(dataset: str, dataset_json: dict) -> dict[str, Case]:
 
 
 def folder_cases(
-    images: Path, labels: Path, fold: str, dataset_json: dict, names: Sequence[str], needed: Sequence[int]
+    images: Path, labels: Path, fold: str, dataset_json: dict, names: Sequence[str], available: Sequence[int]
 ) -> list[LabelledCase]:
     """The cases of a folder of images, each with a label of the same name.
 
@@ -235,8 +236,8 @@ def folder_cases(
         whose weights predict them.
     names:
         of the C channels.
-    needed:
-        channels that any evaluated subset has; the files of others are not looked at.
+    available:
+        channels that every case must have; the files of others are not looked at.
 
     Raises
     ------
@@ -249,13 +250,13 @@ def folder_cases(
     cases, problems = find_cases(images, ending, names)
     if problems:
         raise ValueError(f"the images in {images} are not as expected:{listed(problems)}")
-    others = [channel for channel in range(len(names)) if channel not in needed]
+    others = [channel for channel in range(len(names)) if channel not in available]
     for case in cases:
-        absent = [names[channel] for channel in needed if case.files[channel] is None]
+        absent = [names[channel] for channel in available if case.files[channel] is None]
         if absent:
             raise FileNotFoundError(
                 f"{images} has no {' and no '.join(absent)} of case {case.name}; evaluate only what is there: "
-                f"--available {','.join(names[channel] for channel in needed if case.files[channel] is not None)}"
+                f"--available {','.join(names[channel] for channel in available if case.files[channel] is not None)}"
             )
     missing = [case.name for case in cases if not (labels / f"{case.name}{ending}").is_file()]
     if missing:

@@ -19,8 +19,9 @@ from torch import nn
 
 from nnunetv2_mstkd import modalities
 
-TRAINING_BATCHES = 4
-"""A stack has about as many voxels as this many batches of the training; without gradients they need less memory."""
+TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
+"""A stack has as many voxels as so many batches of the training: on a GPU more fit without gradients, on a CPU larger
+ones are slower again (benchmarks/evaluate_speed.py)."""
 
 
 class StackedNetwork(nn.Module):
@@ -123,7 +124,8 @@ class SubsetPredictor:
 
     def _predict(self, data: torch.Tensor, subsets: torch.Tensor) -> np.ndarray:
         """Logits of all subsets at once, shape (S, K, *spatial)."""
-        predictor, network = self._predictor, self._network.plain_network
+        predictor = self._predictor
+        network: Any = self._network.plain_network
         asks = hasattr(network, "availability")
         rows = subsets.to(predictor.device)
         predictor.label_manager = _StackedHeads(self._labels, len(subsets))
@@ -152,9 +154,10 @@ def default_stack(batch_size: int, num_subsets: int, device: torch.device) -> in
     ----------
     batch_size:
         of the training, in patches.
+    num_subsets:
+        all that there are.
     device:
-        without a GPU larger batches are not faster, so there it is 1.
+        where the network runs.
     """
-    if device.type == "cpu":
-        return 1
-    return max(1, min(num_subsets, TRAINING_BATCHES * batch_size))
+    batches = TRAINING_BATCHES_CPU if device.type == "cpu" else TRAINING_BATCHES_GPU
+    return max(1, min(num_subsets, batches * batch_size))
