@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.commands.predict import _device, _from_environment, add_model, refuse_same_folder
+from nnunetv2_mstkd.commands.predict import add_model, refuse_same_folder, torch_device, whole_number_from_environment
 
 DEFAULT_METRICS = ("dice", "hd95")
 DEFAULT_LESIONS = "brats2023_gli"
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("-step_size", metavar="S", type=float, default=0.5, help="of the window (default: %(default)s)")
     run.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     for option, work in (("npp", "preprocessing"), ("nps", "resampling and metrics")):
-        number = _from_environment(f"nnUNet_{option}", 3)
+        number = whole_number_from_environment(f"nnUNet_{option}", 3)
         text = f"processes for {work} (default: %(default)s)"
         run.add_argument(f"-{option}", metavar="N", type=int, default=number, help=text)
     run.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.inference.model_folder import find_model_folder
     from nnunetv2_mstkd.inference.workers import workers
 
-    device = _device(args.device)
+    device = torch_device(args.device)
     folder = args.m or find_model_folder(args.d, args.tr, args.p, args.c)
     output = args.o or folder / OUTPUT
     for other, what in ((args.i, "folder of images"), (args.l, "folder of labels"), (folder, "model folder")):

@@ -40,14 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-npp",
         metavar="N",
         type=int,
-        default=_from_environment("nnUNet_npp", 3),
+        default=whole_number_from_environment("nnUNet_npp", 3),
         help="processes for preprocessing (default: %(default)s)",
     )
     run.add_argument(
         "-nps",
         metavar="N",
         type=int,
-        default=_from_environment("nnUNet_nps", 3),
+        default=whole_number_from_environment("nnUNet_nps", 3),
         help="processes for export (default: %(default)s)",
     )
     run.add_argument("-device", choices=DEVICES, default="cuda", help="default: %(default)s")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_mstkd.inference.record import Record, record_name, write_json
     from nnunetv2_mstkd.inference.selection import select
 
-    device = _device(args.device)
+    device = torch_device(args.device)
     folder = args.m or find_model_folder(args.d, args.tr, args.p, args.c)
     refuse_same_folder(args.o, args.i, "input folder")
     refuse_same_folder(args.o, folder, "model folder")
@@ -206,7 +206,7 @@ def _check_options(args: argparse.Namespace) -> None:
         raise FileNotFoundError(f"no model folder {args.m}")
 
 
-def _device(name: str) -> Any:
+def torch_device(name: str) -> Any:
     """The torch device; as in nnUNetv2_predict, one thread beside a GPU and all cores without."""
     import torch
 
@@ -221,6 +221,6 @@ def _device(name: str) -> Any:
     return torch.device(name)
 
 
-def _from_environment(variable: str, default: int) -> int:
+def whole_number_from_environment(variable: str, default: int) -> int:
     value = os.environ.get(variable, "")
     return int(value) if value.isdigit() else default
