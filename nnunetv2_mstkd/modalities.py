@@ -280,8 +280,42 @@ def detect_availability(batch: torch.Tensor) -> torch.Tensor:
     -------
     Tensor of bool on the batch's device, shape (B, C); no row is all False.
     """
+    return known_availability(batch)
+
+
+def known_availability(batch: torch.Tensor, availability: torch.Tensor | None = None) -> torch.Tensor:
+    """The subsets that a network which asks for them works with.
+
+    The one rule of all such networks, in training and in prediction: what ``mstkd predict`` says about the case wins,
+    otherwise channels that are all zero in the patch are absent; a sample whose channels are *all* zero tells nothing
+    and counts as complete, whatever was said. Free of branches that depend on data.
+
+    Parameters
+    ----------
+    batch:
+        shape (B, C, *spatial), absent channels zero.
+    availability:
+        bool, (B, C) or (1, C), on the batch's device: the attribute ``availability`` of the network. None: nothing is
+        known, and the batch decides.
+
+    Returns
+    -------
+    Tensor of bool on the batch's device, shape (B, C).
+
+    Raises
+    ------
+    ValueError
+        if ``availability`` has another shape.
+    """
     found = (batch != 0).flatten(2).any(2)
-    return found | ~found.any(1, keepdim=True)
+    if availability is None:
+        return found | ~found.any(1, keepdim=True)
+    if availability.ndim != 2 or availability.shape[1] != found.shape[1] or len(availability) not in (1, len(found)):
+        raise ValueError(
+            f"availability has shape {tuple(availability.shape)}, expected {tuple(found.shape)} or (1, "
+            f"{found.shape[1]})"
+        )
+    return availability | ~found.any(1, keepdim=True)
 
 
 def validation_subsets(num_modalities: int, *, limit: int = 16, seed: int = 0) -> torch.Tensor:

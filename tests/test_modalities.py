@@ -369,3 +369,36 @@ def test_a_sample_that_is_zero_in_all_channels_counts_as_complete_and_its_neighb
     batch = torch.zeros(2, 3, 4, 4)
     batch[1, 0] = 1
     assert modalities.detect_availability(batch).tolist() == [[True] * 3, [True, False, False]]
+
+
+def test_what_is_said_about_the_case_wins_over_what_the_patch_shows():
+    batch = torch.zeros(2, 3, 4, 4)
+    batch[:, 0] = 1
+    said = torch.tensor([[True, True, False], [False, False, True]])
+    assert torch.equal(modalities.known_availability(batch, said), said)
+    assert modalities.known_availability(batch).tolist() == [[True, False, False]] * 2
+
+
+@pytest.mark.parametrize("said", [None, [[True, False, False]], [[True, False, False], [False, True, False]]])
+def test_a_patch_that_is_zero_in_all_channels_counts_as_complete_whatever_is_said(said):
+    batch = torch.zeros(2, 3, 4, 4)
+    batch[0, 0] = 1
+    said = None if said is None else torch.tensor(said)
+    assert modalities.known_availability(batch, said).tolist() == [[True, False, False], [True] * 3]
+
+
+def test_one_row_holds_for_the_whole_batch():
+    batch = torch.ones(3, 2, 4, 4, 4)
+    assert modalities.known_availability(batch, torch.tensor([[False, True]])).tolist() == [[False, True]] * 3
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=["2d", "3d"])
+def test_saying_it_and_finding_it_in_zero_filled_input_agree(shape):
+    masked = modalities.mask_modalities(torch.randn(shape), AVAILABILITY.clone())
+    assert torch.equal(modalities.known_availability(masked), modalities.known_availability(masked, AVAILABILITY))
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (1, 3), (2,), (0, 2)])
+def test_a_known_availability_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=r"expected \(2, 2\) or \(1, 2\)"):
+        modalities.known_availability(torch.ones(2, 2, 4, 4), torch.ones(shape, dtype=torch.bool))
