@@ -20,6 +20,7 @@ COMMANDS = {
     "phantom": "make a synthetic data set with four modalities",
     "predict": "segment cases whose modalities are partly absent",
     "evaluate": "measure a model on all subsets of its modalities",
+    "compare": "compare evaluated models case by case",
     "fill-missing": "write zero images for absent modalities, for nnUNetv2_predict",
     "configure": "write the settings of a training into a new configuration of the plans",
     "convert": "turn a data set into nnU-Net's raw format",

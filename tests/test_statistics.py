@@ -357,6 +357,23 @@ def test_subsets_are_compared_with_intervals_at_the_level_of_their_test():
     assert wide["low"][0] < narrow["low"][0] < narrow["high"][0] < wide["high"][0]
 
 
+def test_numbers_of_modalities_are_compared_by_the_cases_means_over_subsets_of_a_size():
+    frame = two_models()
+    both = frame[frame["subset"] == "T1"].assign(subset="T1+T2", modalities=2)
+    found = s.compare_by_count(pd.concat([frame, both]), "new", "old", **QUICK)
+    assert found["modalities"].tolist() == [1, 2]
+    assert found["difference"].tolist() == pytest.approx([GAINS.mean(), 2 * GAINS.mean()])
+    assert found["p_corrected"].tolist() == pytest.approx([2 / 16, 2 / 16])
+    assert found["level"].tolist() == pytest.approx([0.975, 0.95])
+
+
+def test_the_differences_of_the_cases_average_to_that_of_the_models():
+    found = s.paired_differences(two_models(), baseline="old")
+    assert found["case"].tolist() == [f"case{number}" for number in range(5)]
+    assert found["difference"].tolist() == pytest.approx(GAINS.tolist())
+    assert (set(found["model"]), set(found["against"]), set(found["region"])) == ({"new"}, {"old"}, {"ET"})
+
+
 def test_a_comparison_needs_two_known_models():
     with pytest.raises(ValueError, match="at least two models, found M"):
         s.compare(table(TWO))

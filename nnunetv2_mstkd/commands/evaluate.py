@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd.commands.predict import add_model, refuse_same_folder, torch_device, whole_number_from_environment
+from nnunetv2_mstkd.evaluation.files import FOLDER
 
 DEFAULT_METRICS = ("dice", "hd95")
 DEFAULT_LESIONS = "brats2023_gli"
-OUTPUT = "subsets"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data = parser.add_argument_group("which cases (default: the validation cases of each fold)")
     data.add_argument("-i", metavar="IMAGES", type=Path, help="folder of CASE_000k files; folds are then averaged")
     data.add_argument("-l", metavar="LABELS", type=Path, help="folder of their labels")
-    data.add_argument("-o", metavar="OUT", type=Path, help=f"output folder (default: {OUTPUT} in the model folder)")
+    data.add_argument("-o", metavar="OUT", type=Path, help=f"output folder (default: {FOLDER} in the model folder)")
     what = parser.add_argument_group("which subsets, and what is measured")
     what.add_argument(
         "--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help="only these; all: the full input (default: all)"
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
     device = torch_device(args.device)
     folder = args.m or find_model_folder(args.d, args.tr, args.p, args.c)
-    output = args.o or folder / OUTPUT
+    output = args.o or folder / FOLDER
     for other, what in ((args.i, "folder of images"), (args.l, "folder of labels"), (folder, "model folder")):
         if other is not None:
             refuse_same_folder(output, other, what)

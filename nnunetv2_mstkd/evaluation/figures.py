@@ -1,4 +1,4 @@
-"""Figures of an evaluation: heat map, curve over the number of modalities, Shapley bars.
+"""Figures of an evaluation (heat map, curve over the number of modalities, Shapley bars) and of a comparison.
 
 They are drawn without pyplot, so that no window system is asked for and nothing global is kept.
 """
@@ -18,8 +18,9 @@ from matplotlib.ticker import MaxNLocator
 
 from nnunetv2_mstkd.evaluation.conventions import metric_named
 from nnunetv2_mstkd.evaluation.resampling import cube, mean
-from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, VALUE
+from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.evaluation.shapley import MODALITY
+from nnunetv2_mstkd.evaluation.statistics import AGAINST, DIFFERENCE
 
 COLORS = "colorblind"
 
@@ -133,6 +134,76 @@ def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
         _tidy(axis)
     axes[0].set_ylabel(f"Shapley value, {label}")
     _legend(figure, axes[0], len(models))
+    return figure
+
+
+def differences_plot(
+    overall: pd.DataFrame, by_count: pd.DataFrame, by_subset: pd.DataFrame, *, metric: str = "dice"
+) -> Figure:
+    """Paired differences of models with their intervals: over all subsets, by number of modalities, and by subset.
+
+    Parameters
+    ----------
+    overall:
+        from :func:`~nnunetv2_mstkd.evaluation.statistics.compare`.
+    by_count, by_subset:
+        from ``compare_by_count`` and ``compare_subsets`` of each pair, with the columns model and against.
+    metric:
+        the one that they were made of, for the labels.
+
+    Returns
+    -------
+    A panel per region, a row per subset or group of subsets and a colour per pair of models.
+    """
+    _refuse_empty(by_subset, "the table of differences by subset")
+    regions = list(dict.fromkeys(by_subset[REGION]))
+    counts = {
+        number: f"{number} modalit{'y' if number == 1 else 'ies'}" for number in dict.fromkeys(by_count[MODALITIES])
+    }
+    rows = ["all subsets", *counts.values(), *dict.fromkeys(by_subset[SUBSET])]
+    table = pd.concat(
+        [
+            overall.assign(row=rows[0]),
+            by_count.assign(row=by_count[MODALITIES].map(counts)),
+            by_subset.assign(row=by_subset[SUBSET]),
+        ],
+        ignore_index=True,
+    )
+    pairs = list(dict.fromkeys(zip(overall[MODEL], overall[AGAINST], strict=True)))
+    factor, label = _scale(metric)
+    width = 1.2 + 0.07 * max(map(len, rows)) + 2.6 * len(regions)
+    figure = _figure(width, 1.6 + (0.2 + 0.07 * len(pairs)) * len(rows))
+    axes = figure.subplots(1, len(regions), sharey=True, sharex=True, squeeze=False)[0]
+    places = {name: place for place, name in enumerate(rows)}
+    colors = sns.color_palette(COLORS, len(pairs))
+    for axis, region in zip(axes, regions, strict=True):
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        for number, (model, against) in enumerate(pairs):
+            of_pair = (table[MODEL] == model) & (table[AGAINST] == against)
+            part = table[of_pair & (table[REGION] == region)].rename(columns={DIFFERENCE: VALUE})
+            shift = 0.6 * (number - (len(pairs) - 1) / 2) / len(pairs)
+            heights = part["row"].map(places).to_numpy() + shift
+            axis.errorbar(
+                part[VALUE].to_numpy() * factor,
+                heights,
+                xerr=_distances(part, factor),
+                label=f"{model} - {against}",
+                color=colors[number],
+                linestyle="none",
+                marker="o",
+                markersize=4,
+                capsize=2,
+            )
+        axis.axhline(len(counts) + 0.5, color="0.8", linewidth=0.8)
+        axis.set_title(region, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="0.9")
+        axis.set_axisbelow(True)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    figure.supxlabel(f"difference of {label.replace('(%)', '(points)')}", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(pairs), 2), frameon=False, fontsize=9)
     return figure
 
 

@@ -19,13 +19,14 @@ from nnunetv2_mstkd.evaluation.conventions import metric_named
 from nnunetv2_mstkd.evaluation.resampling import (
     AVERAGE,
     SAMPLES,
+    Cube,
     bootstrap_means,
     cube,
     interval,
     mean,
     patient_numbers,
 )
-from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.results import CASE, MODALITIES, MODEL, REGION, SUBSET, VALUE
 
 LOW = "low"
 HIGH = "high"
@@ -166,9 +167,7 @@ def compare(
     """
     data = cube(results, metric, models=models)
     pairs = _pairs(data.models, baseline)
-    values = _unsigned(data.values, metric)
-    differences, regions = _with_average(np.stack([values[a] - values[b] for a, b in pairs]), data.regions)
-    per_case = mean(differences, axis=2)
+    per_case, regions = _differences(data, metric, pairs)
     resampling = _Resampling(data.cases, patients, samples, seed)
     values, low, high = _estimates(per_case, resampling, level)
     rows = []
@@ -181,6 +180,27 @@ def compare(
     table = pd.DataFrame(rows, columns=[MODEL, AGAINST, REGION, DIFFERENCE, LOW, HIGH, P, "cases", "patients"])
     table.insert(table.columns.get_loc(P) + 1, P_CORRECTED, corrected(table[P].to_numpy())[0])
     return table
+
+
+def paired_differences(
+    results: pd.DataFrame, *, metric: str = "dice", models: Sequence[str] | None = None, baseline: str | None = None
+) -> pd.DataFrame:
+    """What :func:`compare` is about, case by case: differences of the means over all subsets.
+
+    Returns
+    -------
+    Table with the columns model, against, case, region (each one and their ``average``), difference (model - against).
+    """
+    data = cube(results, metric, models=models)
+    pairs = _pairs(data.models, baseline)
+    per_case, regions = _differences(data, metric, pairs)
+    rows = [
+        (data.models[first], data.models[second], case, region, per_case[k, c, r])
+        for k, (first, second) in enumerate(pairs)
+        for c, case in enumerate(data.cases)
+        for r, region in enumerate(regions)
+    ]
+    return pd.DataFrame(rows, columns=[MODEL, AGAINST, CASE, REGION, DIFFERENCE])
 
 
 def compare_subsets(
@@ -207,20 +227,51 @@ def compare_subsets(
     Table with the columns subset, modalities, region, difference (model - against), low, high, level, p, p_corrected.
     """
     data = cube(results, metric, models=[model, against])
-    resampling = _Resampling(data.cases, patients, samples, seed)
     unsigned = _unsigned(data.values, metric)
     differences = unsigned[0] - unsigned[1]
-    shape = differences.shape[1:]
-    p_values = np.array([wilcoxon(column, resampling.groups) for column in differences.reshape(len(data.cases), -1).T])
-    adjusted, levels = corrected(p_values, level, correction)
-    values, low, high = (part[0] for part in _estimates(differences[None], resampling, levels.reshape(1, *shape)))
-    p_values, adjusted, levels = (numbers.reshape(shape) for numbers in (p_values, adjusted, levels))
+    tested = _tested(differences, _Resampling(data.cases, patients, samples, seed), level, correction)
     rows = [
-        (subset, int(data.sizes[k]), region, *(part[k, r] for part in (values, low, high, levels, p_values, adjusted)))
+        (subset, int(data.sizes[k]), region, *(part[k, r] for part in tested))
         for k, subset in enumerate(data.subsets)
         for r, region in enumerate(data.regions)
     ]
-    return pd.DataFrame(rows, columns=[SUBSET, MODALITIES, REGION, DIFFERENCE, LOW, HIGH, "level", P, P_CORRECTED])
+    return pd.DataFrame(rows, columns=[SUBSET, MODALITIES, REGION, *_TESTED])
+
+
+def compare_by_count(
+    results: pd.DataFrame,
+    model: str,
+    against: str,
+    *,
+    metric: str = "dice",
+    patients: Mapping[str, str] | None = None,
+    correction: str = "holm",
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Paired comparison of two models by number of available modalities; see :func:`compare_subsets`.
+
+    The value of a case is its mean over the subsets of that size. Tests and intervals are corrected for the number of
+    sizes x regions.
+
+    Returns
+    -------
+    Table with the columns modalities, region (each one and their ``average``), difference (model - against), low, high,
+    level, p, p_corrected.
+    """
+    data = cube(results, metric, models=[model, against])
+    unsigned = _unsigned(data.values, metric)
+    differences, regions = _with_average(unsigned[0] - unsigned[1], data.regions)
+    sizes = np.unique(data.sizes)
+    per_case = np.stack([mean(differences[:, data.sizes == size], axis=1) for size in sizes], axis=1)
+    tested = _tested(per_case, _Resampling(data.cases, patients, samples, seed), level, correction)
+    rows = [
+        (int(size), region, *(part[k, r] for part in tested))
+        for k, size in enumerate(sizes)
+        for r, region in enumerate(regions)
+    ]
+    return pd.DataFrame(rows, columns=[MODALITIES, REGION, *_TESTED])
 
 
 def rank_table(
@@ -367,6 +418,36 @@ def _estimates(
     levels = np.broadcast_to(level, shape).ravel()
     low, high = interval(resampling.means(by_case.reshape(len(by_case), -1)), resampling.groups, levels)
     return mean(by_case, axis=0), low.reshape(shape), high.reshape(shape)
+
+
+def _tested(differences: np.ndarray, resampling: _Resampling, level: float, correction: str) -> tuple[np.ndarray, ...]:
+    """Means of paired differences with corrected intervals and tests.
+
+    Parameters
+    ----------
+    differences:
+        shape (cases, K, regions).
+
+    Returns
+    -------
+    Arrays of shape (K, regions), one per entry of ``_TESTED``.
+    """
+    shape = differences.shape[1:]
+    columns = differences.reshape(len(differences), -1).T
+    p_values = np.array([wilcoxon(column, resampling.groups) for column in columns])
+    adjusted, levels = corrected(p_values, level, correction)
+    values, low, high = (part[0] for part in _estimates(differences[None], resampling, levels.reshape(1, *shape)))
+    return values, low, high, levels.reshape(shape), p_values.reshape(shape), adjusted.reshape(shape)
+
+
+_TESTED = (DIFFERENCE, LOW, HIGH, "level", P, P_CORRECTED)
+
+
+def _differences(data: Cube, metric: str, pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Differences of the means over all subsets, shape (pairs, cases, regions), and the names of the regions."""
+    values = _unsigned(data.values, metric)
+    differences, regions = _with_average(np.stack([values[a] - values[b] for a, b in pairs]), data.regions)
+    return mean(differences, axis=2), regions
 
 
 def _pairs(models: Sequence[str], baseline: str | None) -> list[tuple[int, int]]:

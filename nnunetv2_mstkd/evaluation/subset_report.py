@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.evaluation.conventions import DICE, empty_rules_text, metric_named
+from nnunetv2_mstkd.evaluation.files import FIGURES, RESULTS, SUMMARY, TABLES
 from nnunetv2_mstkd.evaluation.plausibility import plausibility_warnings
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
@@ -34,11 +35,6 @@ from nnunetv2_mstkd.evaluation.shapley import MAX_PLAYERS, MODALITY, shapley
 from nnunetv2_mstkd.evaluation.statistics import HIGH, LOW, gap_to_full, mean_by_count, summary
 from nnunetv2_mstkd.evaluation.tables import frame_table, subset_table
 from nnunetv2_mstkd.inference.record import write_json
-
-RESULTS = "results.csv"
-SUMMARY = "summary.json"
-TABLES = {"markdown": "tables.md", "latex": "tables.tex"}
-FIGURES = ("heat_map.png", "curve.png", "shapley.png")
 
 
 class Findings:

@@ -1,0 +1,287 @@
+"""`mstkd compare` on tables of results that are written by hand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.evaluation.results import COLUMNS, write_results
+
+CASES = tuple(f"BraTS-GLI-{number:05d}-100" for number in range(8))
+NAMES = ("T1", "T2")
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Paths of a test are relative to an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def table(
+    model: str,
+    gain: float = 0.0,
+    *,
+    cases: Sequence[str] = CASES,
+    modalities: Sequence[str] = NAMES,
+    regions: Sequence[str] = ("WT", "ET"),
+    metrics: Sequence[str] = ("dice",),
+) -> pd.DataFrame:
+    """Dice of 0.5 and a little more from case to case; the gain is for subsets of one modality."""
+    subsets = ["+".join(part) for size in (1, 2) for part in itertools.combinations(modalities, size)]
+    rows = [
+        (model, "MSTKDTrainer", "0", case, subset, subset.count("+") + 1, region, metric, value)
+        for number, case in enumerate(cases)
+        for subset in subsets
+        for region in regions
+        for metric in metrics
+        for value in [0.5 + 0.01 * number + gain * (number + 1) * ("+" not in subset)]
+    ]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def model(name: str, *arguments, settings: Mapping | None = None, **options) -> Path:
+    """A model folder with an evaluation."""
+    folder = Path(name)
+    write_results(table(name, *arguments, **options), folder / "subsets" / "results.csv")
+    if settings is not None:
+        (folder / "subsets" / "summary.json").write_text(json.dumps(settings))
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture, *arguments: str) -> str:
+    """The one line with which the command refuses."""
+    capsys.readouterr()
+    assert cli.main(["compare", *arguments]) == 2
+    out, error = capsys.readouterr()
+    assert out == "" and error.count("\n") == 1 and error.startswith("mstkd compare: ")
+    assert not Path("comparison").exists()
+    return error
+
+
+def numbers(folder: str = "comparison") -> dict:
+    return json.loads((Path(folder) / "comparison.json").read_text())
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+def test_two_models_are_compared_case_by_case(capsys):
+    model("old")
+    model("new", 0.01)
+    assert cli.main(["compare", "new", "old"]) == 0
+    found = numbers()
+    assert found["cases"] == list(CASES) and found["patients"] == 8 and found["subsets"] == ["T1", "T2", "T1+T2"]
+    dice = found["metrics"]["dice"]
+    # gains 0.01 ... 0.08 in two of three subsets
+    assert [row["region"] for row in dice["overall"]] == ["WT", "ET", "average"]
+    for row in dice["overall"]:
+        assert (row["model"], row["against"]) == ("new", "old")
+        assert row["difference"] == pytest.approx(0.03) and 0 < row["low"] < 0.03 < row["high"]
+        assert row["p"] == pytest.approx(2 / 2**8) and row["p_corrected"] == pytest.approx(6 / 2**8)
+    counts = {(row["modalities"], row["region"]): row for row in dice["by_number_of_modalities"]}
+    assert counts[1, "average"]["difference"] == pytest.approx(0.045) and counts[2, "average"]["difference"] == 0
+    assert counts[1, "WT"]["p_corrected"] == pytest.approx(6 * 2 / 2**8) and counts[2, "WT"]["p_corrected"] == 1
+    subsets = {(row["subset"], row["region"]): row["difference"] for row in dice["subsets"]}
+    assert subsets == pytest.approx(
+        {(s, r): 0.0 if "+" in s else 0.045 for s in found["subsets"] for r in ("WT", "ET")}
+    )
+    per_case = [row["difference"] for row in dice["per_case"] if row["region"] == "average"]
+    assert per_case == pytest.approx([0.02 / 3 * (number + 1) for number in range(8)])
+    assert [(row["model"], row["rank"], row["first"]) for row in found["ranks"]] == [("new", 1, 1.0), ("old", 2, 0.0)]
+
+    printed = capsys.readouterr().out
+    assert "Compared on 8 cases of 8 patients, 3 subsets of modalities." in printed
+    assert re.search(r"\| new +\| +old +\| +WT +\| +\+3.00 \[", printed) and "a positive one is a gain" in printed
+    page = Path("comparison", "comparison.md").read_text()
+    assert "### By subset" in page and "![Differences of Dice with intervals](comparison.png)" in page
+    assert "nothing about clinical benefit" in page
+    assert Path("comparison", "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_only_shared_cases_are_compared_and_the_others_are_named(capsys):
+    model("old", cases=CASES[:5])
+    model("new", 0.01, cases=CASES[1:])
+    assert cli.main(["compare", "new", "old"]) == 0
+    printed = capsys.readouterr().out
+    assert "Compared on 4 cases of 4 patients" in printed
+    assert f"{CASES[5]}, {CASES[6]}, {CASES[7]} of new" in printed and f"{CASES[0]} of old" in printed
+    assert "cannot give a p-value below 0.12" in printed
+    found = numbers()
+    assert found["cases"] == list(CASES[1:5])
+    assert [each["not_compared"] for each in found["models"]] == [list(CASES[5:]), list(CASES[:1])]
+
+
+def test_intervals_and_tests_count_patients_not_cases():
+    cases = [f"BraTS-GLI-{number // 2:05d}-10{number % 2}" for number in range(12)]
+    model("old", cases=cases)
+    model("new", 0.01, cases=cases)
+    assert cli.main(["compare", "new", "old"]) == 0
+    found = numbers()
+    assert (len(found["cases"]), found["patients"]) == (12, 6)
+    assert found["metrics"]["dice"]["overall"][0]["p"] == pytest.approx(2 / 2**6)
+
+
+def test_three_models_with_a_baseline_and_a_metric_of_which_lower_is_better(capsys):
+    for name, gain in (("a", 0.0), ("b", 0.01), ("c", 0.02)):
+        model(name, gain, metrics=("dice", "hd95"))
+    assert cli.main(["compare", "a", "b", "c", "--baseline", "a", "--metrics", "hd95", "dice", "-o", "out"]) == 0
+    found = numbers("out")
+    assert list(found["metrics"]) == ["hd95", "dice"] and found["metrics"]["hd95"]["better"] == "lower"
+    pairs = {(row["model"], row["against"]) for row in found["metrics"]["hd95"]["subsets"]}
+    assert pairs == {("b", "a"), ("c", "a")}
+    # Dice and HD95 say the opposite here
+    assert [row["mean_rank"] for row in found["ranks"]] == [2.0, 2.0, 2.0]
+    assert "in mm; a negative one is a gain" in capsys.readouterr().out
+    assert cli.main(["compare", "a", "b", "c"]) == 0
+    assert len(numbers()["metrics"]["dice"]["overall"]) == 3 * 3
+
+
+def test_values_left_out_have_no_rank_and_no_number():
+    frame = table("new", 0.01)
+    frame.loc[frame["region"] == "ET", "value"] = np.nan
+    write_results(frame, "new.csv")
+    model("old")
+    assert cli.main(["compare", "new.csv", "old"]) == 0
+    found = numbers()
+    assert found["ranks"] is None and any("no ranking" in note for note in found["notes"])
+    enhancing = next(row for row in found["metrics"]["dice"]["overall"] if row["region"] == "ET")
+    assert enhancing["difference"] is None and enhancing["p"] is None and enhancing["cases"] == 0
+
+
+# ---- which models --------------------------------------------------------------------------------------------------
+
+
+def test_a_model_is_given_by_its_folder_its_evaluation_or_the_file():
+    model("old")
+    model("new", 0.01)
+    for first in ("new", "new/subsets", "new/subsets/results.csv"):
+        assert cli.main(["compare", first, "old"]) == 0
+        assert [each["model"] for each in numbers()["models"]] == ["new", "old"]
+
+
+def test_names_can_be_given_and_a_path_may_contain_the_sign(capsys):
+    model("runs=1/M")
+    model("runs=2/M", 0.01)
+    for name in ("1", "2"):
+        write_results(table("M"), f"runs={name}/M/subsets/results.csv")
+    message = refused(capsys, "runs=1/M", "runs=2/M")
+    assert "both hold a model 'M'" in message and "mstkd compare A=" in message
+    assert cli.main(["compare", "new one=runs=2/M", "runs=1/M"]) == 0
+    assert [each["model"] for each in numbers()["models"]] == ["new one", "M"]
+
+
+def test_an_empty_name_is_refused(capsys):
+    model("old")
+    assert "neither a path nor NAME=PATH" in refused(capsys, "=x", "old")
+
+
+def test_one_file_may_hold_several_models(capsys):
+    write_results(pd.concat([table("a"), table("b", 0.01)]), "both.csv")
+    assert "leave out the name x=" in refused(capsys, "x=both.csv")
+    assert cli.main(["compare", "both.csv"]) == 0
+    assert [each["model"] for each in numbers()["models"]] == ["a", "b"]
+
+
+# ---- what differs --------------------------------------------------------------------------------------------------
+
+RULES = {"convention": "brats", "regions": {"WT": [1, 2], "ET": [2]}, "mirroring": True}
+
+
+def test_other_circumstances_are_told(capsys):
+    model("old", settings=RULES)
+    model("new", settings={**RULES, "mirroring": False})
+    assert cli.main(["compare", "new", "old"]) == 0
+    out = capsys.readouterr().out
+    assert "another mirroring: new False, old True" in out and "no summary.json" not in out
+    Path("old/subsets/summary.json").unlink()
+    assert cli.main(["compare", "new", "old"]) == 0
+    assert "no summary.json beside the results of old" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"convention": "nnunet"}, "another convention for empty masks: brats and nnunet"),
+        ({"regions": {"WT": [1, 2], "ET": [1]}}, "another labels in its regions"),
+    ],
+)
+def test_other_rules_are_refused(capsys, other, message):
+    model("old", settings=RULES)
+    model("new", settings={**RULES, **other})
+    assert message in refused(capsys, "old", "new")
+
+
+def test_rules_of_lesions_matter_only_where_lesions_are_compared(capsys):
+    for name in ("brats2023_gli", "brats2024_gli"):
+        model(name, metrics=("dice", "lesion_dice"), settings={**RULES, "lesion_convention": name})
+    message = refused(capsys, "brats2023_gli", "brats2024_gli", "--metrics", "lesion_dice")
+    assert "another lesion-wise convention" in message
+    assert cli.main(["compare", "brats2023_gli", "brats2024_gli"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cases": ["x", "y"]}, "no case was evaluated with all models: old has 8 (such as BraTS-GLI-00000-100), new"),
+        ({"modalities": ("T2", "T1")}, "the same modalities in another order: T1, T2 and T2, T1"),
+        ({"modalities": ("T1", "FLAIR")}, "other modalities: T1, T2 and T1, FLAIR"),
+        ({"regions": ("WT",)}, "different regions (only old: ET)"),
+    ],
+)
+def test_results_that_do_not_fit_are_refused(capsys, options, message):
+    model("old")
+    model("new", **options)
+    assert message in refused(capsys, "old", "new")
+
+
+def test_other_subsets_are_refused(capsys):
+    model("old")
+    frame = table("new")
+    write_results(frame[frame["subset"] != "T1"], "new.csv")
+    message = refused(capsys, "old", "new.csv")
+    assert "different subsets (only old: T1)" in message and "--subsets" in message
+
+
+def test_bad_input_is_one_line(capsys):
+    model("old")
+    model("new")
+    assert "new and new/subsets are the same file" in refused(capsys, "new", "new/subsets")
+    assert "holds one model, new; a comparison needs at least two" in refused(capsys, "new")
+    assert "nowhere does not exist" in refused(capsys, "new", "nowhere")
+    Path("empty").mkdir()
+    assert "no model folder and has no results.csv" in refused(capsys, "new", "empty")
+    Path("empty/plans.json").write_text("{}")
+    assert "evaluate it: mstkd evaluate -m empty" in refused(capsys, "new", "empty")
+    assert "no values of hd95, it has dice; evaluate it with --metrics dice hd95" in refused(
+        capsys, "new", "old", "--metrics", "hd95"
+    )
+    assert "unknown metric 'iou'" in refused(capsys, "new", "old", "--metrics", "iou")
+    assert "no model x; they have new, old" in refused(capsys, "new", "old", "--baseline", "x")
+    assert "is a file" in refused(capsys, "new", "old", "-o", "old/subsets/results.csv")
+    Path("old/subsets/summary.json").write_text("{")
+    assert "summary.json is damaged" in refused(capsys, "new", "old")
+    Path("old/subsets/summary.json").write_text("[]")
+    assert "no summary of an evaluation" in refused(capsys, "new", "old")
+
+
+def test_rows_that_stand_twice_are_refused(capsys):
+    model("old")
+    frame = table("new")
+    frame = pd.concat([frame, frame.iloc[[3]]])
+    frame.to_csv("new.csv", index=False)
+    assert f"new.csv: row {len(frame)} stands twice" in refused(capsys, "old", "new.csv")
+
+
+def test_a_case_without_one_subset_is_refused(capsys):
+    model("old")
+    write_results(table("new")[1:], "new.csv")
+    assert "no dice of model new, case BraTS-GLI-00000-100, subset T1, region WT" in refused(capsys, "old", "new.csv")
