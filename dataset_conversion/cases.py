@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_mstkd.dataset_conversion.completeness import check_complete
 from nnunetv2_mstkd.dataset_conversion.description import Description
 from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_geometry, read_image
 
@@ -80,7 +81,11 @@ def check_case(case: Case, description: Description) -> list[str]:
     problems = []
     for name, path in files.items():
         try:
-            geometries[name] = read_geometry(path)
+            geometry = read_geometry(path)
+            not_finite = check_complete(path)
+            if not_finite:
+                problems.append(f"{name} ({path.name}) has {not_finite} voxels that are NaN or infinite")
+            geometries[name] = geometry
         except ValueError as error:
             problems.append(f"{name} ({path.name}) {error}")
     if geometries:

@@ -21,6 +21,7 @@ from nnunetv2_mstkd.dataset_conversion import splits as folds
 from nnunetv2_mstkd.dataset_conversion.cases import Case, check_case, find_cases, read_label
 from nnunetv2_mstkd.dataset_conversion.description import Description
 from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_geometry, read_image
+from nnunetv2_mstkd.nnunet_folders import nnunet_folder
 
 FILE_ENDING = ".nii.gz"
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
@@ -116,22 +117,6 @@ def dataset_name(dataset_id: int, name: str) -> str:
             "underscore, at which nnU-Net splits the names of its results"
         )
     return f"Dataset{dataset_id:03d}_{name}"
-
-
-def nnunet_folder(variable: str) -> Path:
-    """Return the folder that an environment variable of nnU-Net names.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the variable is not set or the folder is not there.
-    """
-    folder = os.environ.get(variable)
-    if not folder:
-        raise FileNotFoundError(f"{variable} is not set; nnU-Net needs it too: export {variable}=FOLDER")
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{variable} is {folder}, which is no folder; make it, or set another one")
-    return Path(folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

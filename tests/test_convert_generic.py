@@ -271,6 +271,23 @@ def test_rounding_in_headers_is_written_away_because_nnunet_refuses_it(nnunet, s
     assert (images[0] == T2).all() and (images[1] == T1).all()
 
 
+def test_a_truncated_file_is_refused_which_itk_reads_as_zeros(nnunet, source, capsys):
+    file = source / "a" / "t1.nii.gz"
+    noise = np.random.default_rng(0).integers(1, 1000, (40, 50, 60), np.int16)
+    for name in ("t1", "t2", "seg"):
+        write(source / "a" / f"{name}.nii.gz", np.minimum(noise, 2) if name == "seg" else noise)
+    file.write_bytes(file.read_bytes()[:-40])
+    assert not sitk.GetArrayFromImage(sitk.ReadImage(str(file)))[-1, -1, -1]
+    assert convert(source) == 2
+    assert "a: T1 (t1.nii.gz) is truncated" in capsys.readouterr().err
+
+
+def test_a_voxel_that_is_no_number_is_refused(nnunet, source, capsys):
+    write(source / "a" / "t1.nii.gz", np.full(SHAPE, np.nan, np.float32))
+    assert convert(source) == 2
+    assert "a: T1 (t1.nii.gz) has 120 voxels that are NaN or infinite" in capsys.readouterr().err
+
+
 def test_images_of_several_channels_are_refused(nnunet, source, capsys):
     both = sitk.JoinSeries([sitk.ReadImage(str(source / "a" / name)) for name in ("t1.nii.gz", "t2.nii.gz")])
     sitk.WriteImage(both, str(source / "a" / "t1.nii.gz"))

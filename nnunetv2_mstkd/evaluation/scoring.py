@@ -14,6 +14,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_mstkd.dataset_conversion.completeness import check_complete
 from nnunetv2_mstkd.evaluation import metrics
 from nnunetv2_mstkd.evaluation.conventions import (
     BRATS,
@@ -31,7 +32,6 @@ from nnunetv2_mstkd.evaluation.conventions import (
     lesion_convention_named,
 )
 from nnunetv2_mstkd.evaluation.lesionwise import lesionwise_regions
-from nnunetv2_mstkd.inference.image_files import check_complete
 
 NEAR = 0.05
 """Logit. Another size of the stack moves logits by rounding, far less than this; farther voxels keep their label."""

@@ -2,26 +2,18 @@
 
 from __future__ import annotations
 
-import gzip
-import math
-import zlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 from nibabel.affines import voxel_sizes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunetv2_mstkd.dataset_conversion.completeness import check_complete, count_not_finite, last_line
 from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_geometry
-
-NIFTI_ENDINGS = (".nii", ".nii.gz")
-GIPL_HEADER_BYTES = 256
-VOXELS_AT_A_TIME = 1 << 20
 
 
 class Channel(NamedTuple):
@@ -67,68 +59,7 @@ def read_checked(path: Path, reader: type[BaseReaderWriter]) -> Channel:
         raise ValueError(f"holds {image.shape[0]} images, expected one file per channel")
     if grid is None:  # formats without a place in space
         grid = Geometry(tuple(image.shape[1:]), tuple(properties["spacing"]), (), ())
-    return Channel(grid, image[0], properties, max(in_file, _count_not_finite(image)))
-
-
-def check_complete(path: Path) -> int:
-    """Refuse a truncated NIfTI or GIPL file: ITK reads zeros or leftovers for the missing rest, without a word.
-
-    Other formats are left to their readers, which notice.
-
-    Returns
-    -------
-    Number of NaN and infinite voxels of a NIfTI file, which ITK hides too; 0 for other formats.
-
-    Raises
-    ------
-    ValueError
-        if bytes are missing, a compressed file fails its checksum, or the header cannot be read.
-    """
-    name = path.name.lower()
-    if name.endswith(NIFTI_ENDINGS):
-        return _check_nifti(path, gzip.open if name.endswith(".gz") else open)
-    if name.endswith(".gipl"):
-        voxels = math.prod(read_geometry(path).size)
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-        expected = GIPL_HEADER_BYTES + voxels * sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
-        _refuse_truncated(path.stat().st_size, expected)
-    return 0
-
-
-def _check_nifti(path: Path, opened: Callable) -> int:
-    try:
-        header: Any = nibabel.load(path)
-        start, dtype, voxels = header.dataobj.offset, header.dataobj.dtype, math.prod(header.shape)
-    except Exception as error:  # nibabel has errors of many kinds for a damaged header
-        raise ValueError(f"cannot be read: {_line(error)}") from error
-    expected = start + voxels * dtype.itemsize
-    found = not_finite = 0
-    try:
-        with opened(path, "rb") as file:
-            found = len(file.read(start))
-            while chunk := file.read(VOXELS_AT_A_TIME * dtype.itemsize):
-                if np.issubdtype(dtype, np.floating):
-                    left = max(0, expected - found) // dtype.itemsize
-                    there = min(left, len(chunk) // dtype.itemsize)
-                    not_finite += _count_not_finite(np.frombuffer(chunk, dtype, there))
-                found += len(chunk)
-    except EOFError as error:
-        raise ValueError(f"is truncated: its compressed data end after {found} bytes of the image") from error
-    except (OSError, zlib.error) as error:
-        raise ValueError(f"is damaged or cannot be read: {_line(error)}") from error
-    _refuse_truncated(found, expected)
-    return not_finite
-
-
-def _refuse_truncated(found: int, expected: int) -> None:
-    if found < expected:
-        raise ValueError(f"is truncated: it has {found} of {expected} bytes")
-
-
-def _count_not_finite(values: np.ndarray) -> int:
-    return values.size - int(np.count_nonzero(np.isfinite(values)))
+    return Channel(grid, image[0], properties, max(in_file, count_not_finite(image)))
 
 
 def read_grid(path: Path, reader: type[BaseReaderWriter]) -> Geometry | None:
@@ -158,10 +89,4 @@ def _read(path: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]
     except MemoryError:
         raise
     except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
-        raise ValueError(f"cannot be read or is truncated: {_line(error)}") from error
-
-
-def _line(error: Exception) -> str:
-    """The last line of an error: ITK's first ones say where in ITK."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__
+        raise ValueError(f"cannot be read or is truncated: {last_line(error)}") from error

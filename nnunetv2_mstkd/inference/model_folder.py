@@ -15,7 +15,7 @@ from nnunetv2.imageio.reader_writer_registry import (
     recursive_find_reader_writer_by_name,
 )
 
-from nnunetv2_mstkd.dataset_conversion.conversion import nnunet_folder
+from nnunetv2_mstkd.nnunet_folders import nnunet_folder
 
 
 def find_dataset_folder(variable: str, dataset: str) -> Path:
