@@ -287,6 +287,12 @@ class Settings:
         return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
 
 
+def network_keys(section: str) -> tuple[str, ...]:
+    """Keys of a section that a network is built from: all, unless the section's class names some in NETWORK_KEYS."""
+    names = tuple(field.name for field in dataclasses.fields(SECTIONS[section]))
+    return tuple(getattr(SECTIONS[section], "NETWORK_KEYS", names))
+
+
 def read_assignment(text: str) -> tuple[str, str, Any]:
     """Split ``section.key=value`` as given on a command line; the value is read as JSON, else as text."""
     name, equals, value = text.partition("=")

@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from nnunetv2_mstkd.networks.attention import TransformerBlock
+from nnunetv2_mstkd.networks.plans_unet import Geometry, build_unet
 
 MIN_STYLE_POSITIONS = 512
 """Style is matched on the deepest decoder stage with at least this many positions (8^3)."""
@@ -50,29 +51,6 @@ class Features(NamedTuple):
     f_enc: torch.Tensor
     f_t: torch.Tensor
     f_dec: torch.Tensor
-
-
-class Geometry(NamedTuple):
-    """Sizes of a U-Net, read from the plans: per stage, finest first."""
-
-    widths: tuple[int, ...]
-    strides: tuple[tuple[int, ...], ...]
-    grids: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, architecture_kwargs: dict, patch_size: Sequence[int]) -> Geometry:
-        """From ``architecture.arch_kwargs`` and ``patch_size`` of a plans configuration."""
-        stages = int(architecture_kwargs["n_stages"])
-        widths = architecture_kwargs["features_per_stage"]
-        widths = tuple(widths) if isinstance(widths, (list, tuple)) else (int(widths),) * stages
-        strides = []
-        for stride in architecture_kwargs["strides"]:
-            strides.append(tuple(stride) if isinstance(stride, (list, tuple)) else (int(stride),) * len(patch_size))
-        grid, grids = tuple(patch_size), []
-        for stride in strides:
-            grid = tuple(math.ceil(edge / step) for edge, step in zip(grid, stride, strict=True))
-            grids.append(grid)
-        return cls(widths, tuple(strides), tuple(grids))
 
 
 def token_patch(grid: Sequence[int], max_tokens: int) -> tuple[int, ...]:
@@ -413,16 +391,6 @@ def style_level(geometry: Geometry, taps: int) -> int:
     return taps - 1
 
 
-def check_architecture(architecture_class: str) -> None:
-    """Raise ValueError if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet."""
-    family = architecture_class.rsplit(".", 1)[-1]
-    if family not in ("PlainConvUNet", "ResidualEncoderUNet"):
-        raise ValueError(
-            f"the plans ask for the network {family}; the multi-scale transformer is built on PlainConvUNet or "
-            f"ResidualEncoderUNet. Plan with nnU-Net's default or a ResEnc planner"
-        )
-
-
 def build(
     architecture_class: str,
     architecture_kwargs: dict,
@@ -440,16 +408,12 @@ def build(
     ValueError
         if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
     """
-    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-
-    check_architecture(architecture_class)
-    unet = get_network_from_plans(
+    unet = build_unet(
         architecture_class,
         architecture_kwargs,
         requires_import,
         num_input_channels,
         num_output_channels,
-        allow_init=True,
-        deep_supervision=deep_supervision,
+        deep_supervision,
     )
     return MultiScaleTransformerUNet(unet, Geometry.of(architecture_kwargs, patch_size), network)

@@ -15,8 +15,8 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_mstkd import checkpoints, modalities
-from nnunetv2_mstkd.settings import BLOCK, Settings, SettingsError
-from nnunetv2_mstkd.trainers.optimizers import build_optimizer
+from nnunetv2_mstkd.settings import BLOCK, Settings, SettingsError, network_keys
+from nnunetv2_mstkd.trainers.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.trainers.progress import TermLog
 
 
@@ -28,7 +28,8 @@ class SettingsTrainer(nnUNetTrainer):
     """
 
     network_sections: ClassVar[tuple[str, ...]] = ()
-    """Sections of the settings that this trainer's network is built from: weights fit no other values of them."""
+    """Sections of the settings that this trainer's network is built from: weights fit no other values of their
+    :func:`~nnunetv2_mstkd.settings.network_keys`."""
 
     def __init__(
         self,
@@ -46,7 +47,10 @@ class SettingsTrainer(nnUNetTrainer):
         settings = self.resolve(settings, manager)
         super().__init__(plans, configuration, fold, dataset_json, device)
         given = self.configuration_manager.configuration.get(BLOCK) or {}
-        self._given_network = {section: dict(given.get(section) or {}) for section in self.network_sections}
+        self._given_network = {
+            section: [key for key in given.get(section) or {} if key in network_keys(section)]
+            for section in self.network_sections
+        }
         self._resumed = False
         self._split: dict[str, list[str]] | None = None
         self._initial_sum: float | None = None
@@ -93,8 +97,8 @@ class SettingsTrainer(nnUNetTrainer):
 
     def _refuse_other_network(self, stored: Settings, source: str) -> None:
         there, here = stored.to_block(), self.settings.to_block()
-        for section, given in self._given_network.items():
-            for key in given:
+        for section, keys in self._given_network.items():
+            for key in keys:
                 if there[section][key] != here[section][key]:
                     raise SettingsError(
                         f"the plans ask for {section}.{key} = {here[section][key]!r}, {source} was trained with "
@@ -120,7 +124,7 @@ class SettingsTrainer(nnUNetTrainer):
             f"{section}.{key} is {old!r} there and {here[section].get(key)!r} here"
             for section in self.network_sections
             for key, old in (there.get(section) or {}).items()
-            if old != here[section].get(key)
+            if key in network_keys(section) and old != here[section].get(key)
         ]
         if changed:
             listed = ", ".join(changed)
@@ -152,8 +156,14 @@ class SettingsTrainer(nnUNetTrainer):
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
 
+    def added_modules(self, network: torch.nn.Module) -> list[torch.nn.Module]:
+        """Hook: what the network has beyond the plans' U-Net, trained with AdamW at ``schedule.transformer_lr``."""
+        return []
+
     def configure_optimizers(self):
-        return build_optimizer(self.network, self.settings.schedule, self.num_epochs, self.weight_decay)
+        network = getattr(self.network, "_orig_mod", self.network)  # compiled, but not yet wrapped for DDP
+        added = self.added_modules(network)
+        return build_optimizer(network, self.settings.schedule, self.num_epochs, self.weight_decay, added)
 
     def on_train_start(self) -> None:
         self._refuse_mixed_folds()
@@ -202,6 +212,8 @@ class SettingsTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
 
     def train_step(self, batch: dict) -> dict:
+        if isinstance(self.lr_scheduler, WarmupPolyScheduler):
+            self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
         result = self.optimise(batch)
         self._step_in_epoch += 1
         return result

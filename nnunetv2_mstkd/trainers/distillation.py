@@ -50,6 +50,8 @@ class DistillationTrainer(ModalityDropoutTrainer):
     """
 
     teacher_trainer: ClassVar[type]
+    own_terms: ClassVar[tuple[str, ...]] = ()
+    """Terms that read the student alone: they need no teacher, and neither ramp nor fade touches their weights."""
     teacher: torch.nn.Module | None = None
     _teacher_identity: dict[str, str] | None = None
 
@@ -60,6 +62,10 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def distillation_terms(self) -> Mapping[str, Term]:
         """The terms by name. One of weight 0 is neither computed nor logged."""
         raise NotImplementedError
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(name not in self.own_terms for name in self.weights)
 
     def forward_student(self, data: torch.Tensor) -> Any:
         """The student's output with what the active terms read; has ``logits``."""
@@ -80,12 +86,12 @@ class DistillationTrainer(ModalityDropoutTrainer):
         if self.current_epoch >= self.num_epochs:
             return  # --c on a finished training only repeats the validation
         warm_start = self.settings.teacher.warm_start and self.settings.schedule.init_from is None and not self._resumed
-        if not self.weights and not warm_start:
+        if not self.needs_teacher and not warm_start:
             return
         teacher = self._load_teacher()
         if warm_start:
             self._start_from(teacher.weights, "the teacher")
-        if self.weights:  # an ablation without any term does not pay for a teacher
+        if self.needs_teacher:  # an ablation without any term does not pay for a teacher
             self.teacher = torch.compile(teacher.network) if self._do_i_compile() else teacher.network
 
     def _load_teacher(self) -> Teacher:
@@ -125,6 +131,19 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def check_teacher(self, teacher: Teacher) -> None:
         """Hook: refuse a teacher whose features do not have the shapes that active terms match."""
 
+    def check_same_encoder(self, teacher: Teacher, active: list[str]) -> None:
+        """Refuse a teacher whose encoder has other widths or strides, if there are ``active`` terms on features."""
+        encoder, other = self.plain_network.encoder, teacher.network.encoder
+        for name, here, there in (
+            ("channels per stage", list(encoder.output_channels), list(other.output_channels)),
+            ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),
+        ):
+            if active and here != there:
+                raise ValueError(
+                    f"teacher {teacher.identity['path']} has the {name} {there}, the student {here}; the terms "
+                    f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
+                )
+
     def extra_state(self) -> dict[str, Any]:
         return {**super().extra_state(), "teacher": self._teacher_identity}
 
@@ -144,8 +163,10 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def compute_loss(self, data: torch.Tensor, target: Any, availability: torch.Tensor) -> StepLoss:
         if not self.weights:
             return super().compute_loss(data, target, availability)
-        with torch.no_grad():
-            teacher = self.forward_teacher(data)
+        teacher = None
+        if self.needs_teacher:
+            with torch.no_grad():
+                teacher = self.forward_teacher(data)
         student = self.forward_student(modalities.mask_modalities(data, availability))
         segmentation = self.loss(student.logits, target)
         deep = isinstance(student.logits, (list, tuple))
@@ -156,10 +177,11 @@ class DistillationTrainer(ModalityDropoutTrainer):
         total, factor = segmentation, self.weight_factor()
         terms = self.distillation_terms()
         with torch.autocast(self.device.type, enabled=False):
-            label = label._replace(weight=self.voxel_weight(student, teacher, label))
+            if teacher is not None:
+                label = label._replace(weight=self.voxel_weight(student, teacher, label))
             for name, weight in self.weights.items():
                 values[name] = terms[name](student, teacher, label)
-                total = total + factor * weight * values[name]
+                total = total + (1.0 if name in self.own_terms else factor) * weight * values[name]
         self.keep_for_update(student, teacher)
         return StepLoss(total, values, student.logits)
 

@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd.losses import dmld, gsme, ms_tkd
-from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator, mean_logit
 from nnunetv2_mstkd.networks.multiscale_transformer import (
     Features,
     MultiScaleTransformerUNet,
     build,
-    check_architecture,
     resolve,
 )
+from nnunetv2_mstkd.networks.plans_unet import check_architecture
 from nnunetv2_mstkd.settings import BLOCK, Settings
+from nnunetv2_mstkd.trainers.adversary import AdversarialTrainer
 from nnunetv2_mstkd.trainers.base import FullModalityTrainer, SettingsTrainer, check_subsets
-from nnunetv2_mstkd.trainers.distillation import DistillationTrainer, Target, Term
-from nnunetv2_mstkd.trainers.optimizers import WarmupPolyScheduler, build_optimizer
+from nnunetv2_mstkd.trainers.distillation import Target, Term
 from nnunetv2_mstkd.trainers.teacher import Teacher
 
 FEATURE_TERMS = ("evd", "maps", "style", "adversarial")
@@ -28,9 +26,6 @@ FEATURE_TERMS = ("evd", "maps", "style", "adversarial")
 
 LOGIT_TERMS = ("discrepancy", "kl")
 """Terms per voxel, which ``distillation.where`` restricts."""
-
-DISCRIMINATOR_LR = 1e-4
-DISCRIMINATOR_BETAS = (0.9, 0.99)
 
 
 class TransformerTrainer(SettingsTrainer):
@@ -74,16 +69,8 @@ class TransformerTrainer(SettingsTrainer):
             enable_deep_supervision,
         )
 
-    def configure_optimizers(self):
-        network = getattr(self.network, "_orig_mod", self.network)
-        return build_optimizer(
-            network, self.settings.schedule, self.num_epochs, self.weight_decay, [network.transformer]
-        )
-
-    def optimise(self, batch: dict) -> dict:
-        if isinstance(self.lr_scheduler, WarmupPolyScheduler):
-            self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
-        return super().optimise(batch)
+    def added_modules(self, network: torch.nn.Module) -> list[torch.nn.Module]:
+        return [network.transformer]
 
 
 class MSTKDTeacherTrainer(TransformerTrainer, FullModalityTrainer):
@@ -103,7 +90,7 @@ class MSTKDTeacherTrainer(TransformerTrainer, FullModalityTrainer):
         return settings.teacher.epochs or settings.schedule.epochs
 
 
-class MSTKDTrainer(TransformerTrainer, DistillationTrainer):
+class MSTKDTrainer(TransformerTrainer, AdversarialTrainer):
     """MST-KDNet: "Bridging the Gap in Missing Modalities: Leveraging Knowledge Distillation and Style Matching for
     Brain Tumor Segmentation", MICCAI 2025.
 
@@ -116,22 +103,10 @@ class MSTKDTrainer(TransformerTrainer, DistillationTrainer):
     def distillation_weights(self) -> Mapping[str, float]:
         return self.settings.distillation.weights
 
-    def initialize(self) -> None:
-        super().initialize()
-        self.discriminator = self.discriminator_optimizer = self._discriminator_input = None
-        if "adversarial" not in self.weights:
-            return
-        network, dimensions = self.plain_network, len(self.configuration_manager.patch_size)
-        level = network.style_level
-        width = network.encoder.output_channels[-1 - level]
-        self.discriminator = PatchDiscriminator(self._encoder_width(level) + width, dimensions=dimensions)
-        self.discriminator.to(self.device)
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), DISCRIMINATOR_LR, betas=DISCRIMINATOR_BETAS
-        )
-        self.discriminator_step = self.discriminator
-        if self.is_ddp:
-            self.discriminator_step = DistributedDataParallel(self.discriminator, device_ids=[self.local_rank])
+    def discriminator_channels(self) -> int:
+        """f_enc and f_t, see :meth:`style_of`."""
+        level = self.plain_network.style_level
+        return self._encoder_width(level) + self.plain_network.encoder.output_channels[-1 - level]
 
     def _encoder_width(self, level: int) -> int:
         """Channels of f_enc; those of the stage above where it is pooled from there."""
@@ -142,16 +117,7 @@ class MSTKDTrainer(TransformerTrainer, DistillationTrainer):
     def check_teacher(self, teacher: Teacher) -> None:
         active = [name for name in FEATURE_TERMS if name in self.weights]
         own = self.settings.to_block()["network"]
-        encoder, other = self.plain_network.encoder, teacher.network.encoder
-        for name, here, there in (
-            ("channels per stage", list(encoder.output_channels), list(other.output_channels)),
-            ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),
-        ):
-            if active and here != there:
-                raise ValueError(
-                    f"teacher {teacher.identity['path']} has the {name} {there}, the student {here}; the terms "
-                    f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
-                )
+        self.check_same_encoder(teacher, active)
         for key in ("taps", "patch") + (("heads",) if "evd" in active else ()):
             found = teacher.network_settings.get(key)
             if active and found != own[key]:
@@ -185,7 +151,7 @@ class MSTKDTrainer(TransformerTrainer, DistillationTrainer):
             "discrepancy": self._discrepancy,
             "kl": self._kl,
             "style": lambda s, t, target: gsme.style_matching((s.f_enc, s.f_dec, s.f_t), (t.f_enc, t.f_dec, t.f_t)),
-            "adversarial": self._adversarial,
+            "adversarial": self.adversarial_term,
         }
 
     def _discrepancy(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
@@ -208,46 +174,5 @@ class MSTKDTrainer(TransformerTrainer, DistillationTrainer):
             tau=self.settings.distillation.tau,
         )
 
-    # ---- adversary ---------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _style_pair(features: Features) -> torch.Tensor:
-        """Input of the discriminator: f_enc and f_t, which it standardises itself."""
+    def style_of(self, features: Features) -> torch.Tensor:
         return torch.cat([features.f_enc.float(), features.f_t.float()], 1)
-
-    def _adversarial(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
-        self.discriminator.requires_grad_(False)
-        term = gsme.adversarial_student_term(mean_logit(self.discriminator(self._style_pair(student))))
-        self.discriminator.requires_grad_(True)
-        return term
-
-    def keep_for_update(self, student: Features, teacher: Features) -> None:
-        if self.discriminator is not None:
-            self._discriminator_input = torch.cat([self._style_pair(teacher), self._style_pair(student).detach()])
-
-    def after_update(self, batch: dict) -> None:
-        """The discriminator's own step: teacher features are real, the student's are fake."""
-        super().after_update(batch)
-        if self._discriminator_input is None:
-            return
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
-        real, fake = mean_logit(self.discriminator_step(self._discriminator_input)).chunk(2)
-        gsme.discriminator_loss(real, fake).backward()
-        for parameter in self.discriminator.parameters():
-            # an overflow in mixed precision costs the student a skipped step; Adam would keep the NaN for ever
-            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
-        self.discriminator_optimizer.step()
-        self._discriminator_input = None
-
-    def extra_state(self) -> dict[str, Any]:
-        state = super().extra_state()
-        if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
-        return state
-
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
-        if self.discriminator is not None and "discriminator" in state:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
