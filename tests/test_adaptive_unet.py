@@ -1,0 +1,325 @@
+"""The plans' U-Net with AdaMM's parts: identity at the start, what it returns, and which modalities it believes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import hand_plans
+import pytest
+import torch
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.networks.adaptive_unet import (
+    PARTS_OFF,
+    AdaptiveUNet,
+    PresenceHead,
+    build,
+    distillation_stage,
+    resolve,
+    style_channels,
+)
+from nnunetv2_mstkd.networks.plans_unet import Geometry
+
+DEFAULTS: dict[str, Any] = {
+    "adapters": True,
+    "bank": "auto",
+    "subsets": [],
+    "reduction": 4,
+    "refinement": "graph",
+    "nodes": 8,
+    "presence": True,
+    "gate": 0.0,
+}
+ABLATIONS = {
+    "everything": {},
+    "no adapters": {"adapters": False},
+    "dense fusion": {"refinement": "dense"},
+    "no refinement": {"refinement": "off"},
+    "adapters alone": {"refinement": "off", "presence": False},
+    "refinement alone": {"adapters": False, "presence": False},
+    "nothing": PARTS_OFF,
+    "factorised": {"bank": "factorised"},
+    "two listed": {"subsets": ["#0", "#0+#1"]},
+}
+
+
+class Case:
+    def __init__(
+        self, dimensions: int = 3, channels: int = 4, *, residual: bool = False, stages: int = 3, **adamm: Any
+    ):
+        architecture = hand_plans.architecture(
+            [8, 12, 16, 20][:stages], dimensions=dimensions, residual=residual, convs=1
+        )
+        self.arguments = (
+            architecture["network_class_name"],
+            architecture["arch_kwargs"],
+            architecture["_kw_requires_import"],
+        )
+        self.patch = [16] * 3 if dimensions == 3 else [48, 48]
+        self.channels = channels
+        self.adamm = resolve({**DEFAULTS, **adamm}, channels)
+
+    def plain(self, *, deep_supervision: bool = False) -> torch.nn.Module:
+        torch.manual_seed(0)
+        return get_network_from_plans(*self.arguments, self.channels, 3, deep_supervision=deep_supervision).eval()
+
+    def full(self, *, deep_supervision: bool = False, awake: bool = False) -> AdaptiveUNet:
+        """With the weights of :meth:`plain`; ``awake``: and with parts that do something."""
+        torch.manual_seed(1)
+        network = build(*self.arguments, self.patch, self.adamm, self.channels, 3, deep_supervision).eval()
+        if awake:
+            with torch.no_grad():
+                for module in network.added_modules():
+                    for parameter in module.parameters():
+                        parameter.add_(torch.randn_like(parameter) * 0.2)
+        network.load_state_dict(self.plain().state_dict(), strict=False)
+        return network
+
+    def batch(self, subsets: torch.Tensor) -> torch.Tensor:
+        data = torch.randn(len(subsets), self.channels, *self.patch, generator=torch.Generator().manual_seed(2))
+        return modalities.mask_modalities(data, subsets)
+
+
+SHAPES = [
+    {"dimensions": 3},
+    {"dimensions": 2},
+    {"dimensions": 3, "residual": True},
+    {"dimensions": 2, "residual": True, "stages": 4},
+    {"dimensions": 3, "stages": 2},
+]
+SHAPE_NAMES = ["3d", "2d", "3d residual", "2d residual, 4 stages", "2 stages"]
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_a_new_network_is_the_plans_network_whatever_is_missing(shape, ablation):
+    case = Case(**shape, **ablation)
+    x = case.batch(modalities.all_subsets(4)[[0, 5, 13, 14]])
+    with torch.no_grad():
+        for deep in (False, True):
+            wanted = case.plain(deep_supervision=deep)(x)
+            found = case.full(deep_supervision=deep)(x)
+            for one, other in zip(wanted if deep else [wanted], found if deep else [found], strict=True):
+                assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4, 6])
+def test_with_all_modalities_a_trained_network_is_the_plans_network_and_with_fewer_it_is_not(channels):
+    case = Case(channels=channels)
+    subsets = modalities.all_subsets(channels)
+    x = case.batch(subsets)
+    with torch.no_grad():
+        wanted, found = case.plain()(x), case.full(awake=True)(x)
+    assert torch.equal(wanted[-1], found[-1])
+    for one, other in zip(wanted[:-1], found[:-1], strict=True):
+        assert not torch.allclose(one, other)
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
+def test_a_sample_of_a_mixed_batch_gets_what_it_would_get_alone(ablation):
+    case = Case(channels=3, **ablation)
+    subsets = modalities.all_subsets(3)
+    x, network = case.batch(subsets), case.full(awake=True)
+    with torch.no_grad():
+        together = network(x)
+        for row in range(len(subsets)):
+            torch.testing.assert_close(network(x[row : row + 1]), together[row : row + 1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bank", ["full", "factorised"])
+def test_subsets_differ_in_more_than_their_input(bank):
+    case = Case(channels=3, bank=bank)
+    network = case.full(awake=True)
+    x = case.batch(torch.tensor([[True, False, False]]))
+    outputs = []
+    with torch.no_grad():
+        for said in ([True, False, False], [True, True, False], [False, True, True]):
+            network.availability = torch.tensor([said])
+            outputs.append(network(x))
+    assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
+
+
+# ---- which modalities there are ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_what_is_said_and_what_is_seen_agree_on_zero_filled_input_and_on_empty_patches(dimensions):
+    case = Case(dimensions)
+    network = case.full(awake=True)
+    subsets = modalities.all_subsets(4)
+    x = case.batch(subsets)
+    with torch.no_grad():
+        seen = network(x)
+        network.availability = subsets
+        assert torch.equal(network(x), seen)
+        empty = torch.zeros_like(x[:1])
+        plain = case.plain()(empty)
+        for said in (None, torch.tensor([[True, False, False, True]]), torch.ones(1, 4, dtype=torch.bool)):
+            network.availability = said
+            assert torch.equal(network(empty), plain)
+
+
+def test_what_is_said_wins():
+    case = Case()
+    network = case.full(awake=True)
+    x = case.batch(torch.tensor([[True, True, False, False]]))
+    with torch.no_grad():
+        seen = network(x)
+        network.availability = torch.tensor([[True, True, True, False]])
+        assert not torch.equal(network(x), seen)
+
+
+def test_availability_gate_and_index_are_never_saved():
+    network = Case(subsets=["#0"]).full()
+    before = set(network.state_dict())
+    network.availability = torch.ones(1, 4, dtype=torch.bool)
+    network.presence_seen = torch.zeros(1, 3)
+    assert set(network.state_dict()) == before
+    plain = set(Case().plain().state_dict())
+    assert plain < before
+    assert {name.split(".")[0] for name in before - plain} == {
+        "encoder_adapters",
+        "decoder_adapters",
+        "refinement",
+        "presence",
+    }
+
+
+# ---- features ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
+def test_features_lie_on_the_deepest_stage_with_512_positions(shape):
+    case = Case(**shape)
+    network = case.full(deep_supervision=True)
+    x = case.batch(torch.ones(2, 4, dtype=torch.bool))
+    features = network(x, return_features=True, return_style=True)
+    assert isinstance(features.logits, list)
+    grid = features.content.shape[2:]
+    assert grid.numel() >= 512
+    assert [tuple(entry.shape[2:]) for entry in features.style] == [tuple(grid)] * 3
+    enter, joined, leave = features.style
+    assert torch.equal(leave, features.content)
+    assert joined.shape[1] == style_channels(Geometry.of(case.arguments[1], case.patch))
+    assert torch.equal(joined[:, -leave.shape[1] :], leave)
+    assert torch.equal(joined[:, -leave.shape[1] - enter.shape[1] : -leave.shape[1]], enter)
+    assert features.presence.shape == (2, 3)
+    assert network(x, return_features=True).style == ()
+
+
+def test_the_style_map_is_pooled_from_the_stages_above():
+    case = Case(dimensions=2)
+    network = case.full()
+    x = case.batch(torch.ones(1, 4, dtype=torch.bool))
+    skips = case.plain().encoder(x)
+    features = network(x, return_features=True, return_style=True)
+    assert network.stage == 1
+    torch.testing.assert_close(features.style[0], torch.nn.functional.max_pool2d(skips[0], 2))
+    torch.testing.assert_close(features.content, skips[1])
+
+
+def test_content_is_taken_before_the_stages_own_adapter():
+    case = Case()
+    network = case.full(awake=True)
+    x = case.batch(torch.tensor([[True, False, False, True]]))
+    with torch.no_grad():
+        skips = case.plain().encoder(x)
+        assert torch.equal(network(x, return_features=True).content, skips[1])  # stage 0 has no adapter
+
+
+@pytest.mark.parametrize(
+    ("patch", "strides", "wanted"),
+    [
+        ([128, 128, 128], [[1, 1, 1]] + [[2, 2, 2]] * 5, 4),  # 8^3
+        ([112, 96, 80], [[1, 1, 1]] + [[2, 2, 2]] * 4, 3),
+        ([128, 112], [[1, 1]] + [[2, 2]] * 4, 2),  # 32 x 28
+        ([8, 8], [[1, 1]] + [[2, 2]] * 2, 0),
+    ],
+)
+def test_the_distillation_stage(patch, strides, wanted):
+    widths = [32] * len(strides)
+    kwargs = {"n_stages": len(strides), "features_per_stage": widths, "strides": strides}
+    assert distillation_stage(Geometry.of(kwargs, patch)) == wanted
+
+
+@pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
+@pytest.mark.parametrize("subsets", [[[True] * 4], [[True, False, False, False]]], ids=["full", "one"])
+def test_every_parameter_takes_part_in_every_step(ablation, subsets):
+    case = Case(**ablation)
+    network = case.full(deep_supervision=True).train()
+    features = network(case.batch(torch.tensor(subsets)), return_features=True)
+    loss = sum(level.square().mean() for level in features.logits)
+    if features.presence is not None:
+        loss = loss + features.presence.sum()
+    loss.backward()
+    assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
+
+
+# ---- presence ------------------------------------------------------------------------------------------------------
+
+
+def test_one_voxel_of_a_large_patch_is_enough_for_the_presence_head():
+    torch.manual_seed(0)
+    head = PresenceHead(4, 1, 3)
+    torch.nn.init.constant_(head.logits.weight, 1.0)
+    x = torch.full((1, 4, 16, 16, 16), -5.0)
+    absent = head(x)
+    x[..., 3, 4, 5] = 5.0
+    assert absent < -5 and head(x) > 5
+
+
+def test_presence_is_recorded_over_patches_only_when_asked():
+    case = Case()
+    network = case.full(awake=True)
+    patches = [case.batch(torch.ones(1, 4, dtype=torch.bool)) * scale for scale in (0.5, 2.0)]
+    with torch.no_grad():
+        wanted = torch.stack([network(patch, return_features=True).presence for patch in patches]).amax(0)
+        assert network.presence_seen is None
+        network.presence_seen = torch.full((1, 3), -torch.inf)
+        for patch in patches:
+            network(patch)
+    torch.testing.assert_close(network.presence_seen, wanted)
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("channels", "given", "wanted"),
+    [(2, {}, "full"), (5, {}, "full"), (6, {}, "factorised"), (4, {"subsets": ["#0"]}, "factorised")],
+)
+def test_the_bank_follows_the_number_of_modalities(channels, given, wanted):
+    assert resolve({**DEFAULTS, **given}, channels)["bank"] == wanted
+
+
+def test_a_full_bank_of_too_many_modalities_is_refused():
+    assert resolve({**DEFAULTS, "bank": "full"}, 8)["bank"] == "full"
+    with pytest.raises(ValueError, match="510 adapters per stage; expected at most 8"):
+        resolve({**DEFAULTS, "bank": "full"}, 9)
+
+
+def test_a_switched_off_part_has_no_parameters():
+    def parts(**adamm):
+        network = Case(**adamm).full()
+        return {name.split(".")[0] for name, _ in network.named_parameters()} - {"encoder", "decoder"}
+
+    assert parts(**PARTS_OFF) == set()
+    assert parts(adapters=False) == {"refinement", "presence"}
+    assert parts(refinement="off") == {"encoder_adapters", "decoder_adapters", "presence"}
+    assert parts(presence=False) == {"encoder_adapters", "decoder_adapters", "refinement"}
+
+
+def test_the_network_compiles_into_one_graph():
+    """Nothing of the choice of weights branches on the data."""
+    case = Case(dimensions=2)
+    network = case.full(awake=True)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    x = case.batch(modalities.all_subsets(4))
+    with torch.no_grad():
+        for order in (slice(None), torch.arange(14, -1, -1)):
+            torch.testing.assert_close(compiled(x[order]), network(x[order]))
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        network.availability = modalities.all_subsets(4)
+        torch.testing.assert_close(compiled(x), network(x))
+    torch._dynamo.reset()
