@@ -71,6 +71,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check everything, predict and measure what is not there yet, write and print the results."""
     _check_options(args)
+    from nnunetv2_mstkd.inference.workers import start_server, workers
+
+    if args.npp or args.nps:
+        start_server()
     # after the checks: these import torch
     from tqdm import tqdm
 
@@ -81,7 +85,6 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.evaluation.subset_report import write_report
     from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets, evaluate_cases
     from nnunetv2_mstkd.inference.model_folder import find_model_folder
-    from nnunetv2_mstkd.inference.workers import workers
 
     device = torch_device(args.device)
     folder = args.m or find_model_folder(args.d, args.tr, args.p, args.c)

@@ -79,6 +79,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check all cases, predict the good ones; exit code 1 if some were skipped."""
     _check_options(args)
+    from nnunetv2_mstkd.inference.workers import start_server
+
+    if args.npp or args.nps:
+        start_server()
     # after the checks: these import torch
     from nnunetv2_mstkd import modalities
     from nnunetv2_mstkd.inference.checks import Checker

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,12 +14,31 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+PRELOADED = "nnunetv2_mstkd.inference.case_steps"
+"""Brings torch and nnU-Net, whose import takes seconds."""
+
 
 class _InThisProcess(Executor):
     def submit(self, function: Callable, /, *args: Any, **kwargs: Any) -> Future:
         future: Future = Future()
         future.set_result(function(*args, **kwargs))
         return future
+
+
+def start_server() -> None:
+    """Begin to import what background processes need, beside what this process does next.
+
+    On Linux the processes are then copies of one that has imported everything, itself started afresh: a copy of this
+    process could not use CUDA. Elsewhere each process imports for itself, and this does nothing.
+    """
+    if sys.platform == "linux":
+        from multiprocessing import forkserver  # there is none on Windows
+
+        multiprocessing.set_forkserver_preload([PRELOADED])
+        # inherited: Ctrl-C while the server imports is for this process alone
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
@@ -35,7 +55,8 @@ def workers(processes: int, tasks: int) -> Iterator[Executor]:
     if processes == 0:
         yield _InThisProcess()
         return
-    context = multiprocessing.get_context("spawn")  # as nnU-Net: a forked CUDA process cannot work
+    start_server()
+    context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(max(1, min(processes, tasks)), mp_context=context, initializer=_start_worker)
     try:
         yield pool
