@@ -38,6 +38,6 @@ setup(
         "nnunetv2_mstkd": "nnunetv2_mstkd",
         "nnunetv2_mstkd.dataset_conversion": "dataset_conversion",
     },
-    package_data={"nnunetv2_mstkd": ["py.typed"]},
+    package_data={"nnunetv2_mstkd": ["py.typed"], "nnunetv2_mstkd.evaluation": ["templates/*"]},
     cmdclass={"build_py": BuildWithStartupFiles},
 )

@@ -30,6 +30,7 @@ from predict_inputs import CHANNELS, files, read, trainer_class, write, write_ca
 from nnunetv2_mstkd import cli, modalities
 from nnunetv2_mstkd.evaluation import subsets as subsets_module
 from nnunetv2_mstkd.evaluation.shapley import shapley_values
+from nnunetv2_mstkd.evaluation.strips import CaseStrip, choose_view, read_strip
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.model import load_predictor
 
@@ -139,7 +140,9 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
 
     written = sorted(path.name for path in (student / "subsets").iterdir())
     pictures = ["curve.png", "heat_map.png", "shapley.png"]
-    assert written == sorted([*pictures, "cases", "results.csv", "summary.json", "tables.md", "tables.tex"])
+    assert written == sorted(
+        [*pictures, "cases", "report.html", "results.csv", "summary.json", "tables.md", "tables.tex"]
+    )
     assert all((student / "subsets" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
     printed = capsys.readouterr().out
     assert "HD95: both empty 0; one empty the image diagonal" in printed
@@ -243,6 +246,68 @@ def test_mask_first_is_what_predict_gives_without_the_files(student, nnunet_fold
             expected = naive_dice(np.isin(found, labels), np.isin(reference, labels))
             assert value(table, case=name, region=region) == expected
     assert json.loads((student / "subsets" / "summary.json").read_text())["mask_first"] is True
+
+
+# ---- pictures of the report ----------------------------------------------------------------------------------------
+
+
+def stored(model: Path, fold: int, case: str) -> CaseStrip:
+    found = read_strip(model / "subsets" / "cases" / f"fold_{fold}" / f"{case}.npz")
+    assert found is not None
+    return found
+
+
+def test_the_pictured_slice_is_that_of_nnunets_segmentation_of_each_subset(student, nnunet_folders):
+    assert evaluate(student, "--subsets", *FEW, "-f", "0", "--stack", "1", "--metrics", "dice") == 0
+    for number, case in enumerate(CASES[:2]):
+        strip, label = stored(student, 0, case), label_image(number)
+        view = choose_view(label, (1.25, 1.0, 1.0))  # as the array is ordered
+        assert (strip.axis, strip.index, strip.depth) == (0, view.index, len(label))
+        assert np.array_equal(strip.reference, view.cut(label)) and strip.reference.any()
+        assert list(strip.segmentations) == list(FEW_NAMES)
+        for name, found in strip.segmentations.items():
+            expected = segmentation_of(student, 0, case, name, nnunet_folders)
+            assert np.array_equal(found, view.cut(expected)) and found.dtype == np.uint8
+        # a head in air: the border is zero in the image, and so is the grey value
+        raw = read(nnunet_folders / "raw" / tiny.DATASET / "imagesTr" / f"{case}_0000.nii.gz")
+        assert np.array_equal(strip.images[0] > 0, view.cut(raw) != 0)
+
+
+def test_pictures_survive_a_stop_and_grow_with_new_subsets(student):
+    options = ("-f", "0", "--metrics", "dice")
+    assert evaluate(student, "--subsets", "T0", *options) == 0
+    first = stored(student, 0, CASES[0]).segmentations["T0"]
+    assert evaluate(student, "--subsets", *FEW, *options) == 0
+    both = stored(student, 0, CASES[0])
+    assert set(both.segmentations) == set(FEW_NAMES) and np.array_equal(both.segmentations["T0"], first)
+    page = (student / "subsets" / "report.html").read_text()
+    assert page.count('<figure class="segmented">') == 2 * 3 and "No slice of this case" not in page
+    # nothing is predicted any more
+    assert evaluate(student, "--subsets", "all", *options, "--strips", "1") == 0
+    page = (student / "subsets" / "report.html").read_text()
+    assert page.count('<figure class="segmented">') == 1
+    assert evaluate(student, "--subsets", "T0", *options, "--restart") == 0
+    assert set(stored(student, 0, CASES[0]).segmentations) == {"T0"}
+
+
+def test_with_mask_first_the_pictures_show_all_images(student):
+    assert evaluate(student, "--subsets", "T1+T3", "T0", "-f", "0", "--metrics", "dice", "--mask-first") == 0
+    strip = stored(student, 0, CASES[0])
+    assert strip.images.any(axis=(1, 2)).tolist() == [True, True, False, True]
+
+
+def test_an_evaluation_without_pictures_still_has_its_page(student, capsys):
+    options = ("--subsets", "T0", "-f", "0", "--metrics", "dice")
+    assert evaluate(student, *options, "--strips", "0") == 0
+    assert 'id="strips"' not in (student / "subsets" / "report.html").read_text()
+    files_of_pictures = list((student / "subsets" / "cases").rglob("*.npz"))
+    assert len(files_of_pictures) == 2
+    files_of_pictures[0].unlink()
+    assert evaluate(student, *options) == 0
+    assert (student / "subsets" / "report.html").read_text().count("No slice of this case is stored") == 1
+    assert "--strips is -1" in refused(capsys, student, *options, "--strips", "-1")
+    files_of_pictures[1].write_bytes(b"")
+    assert "--restart" in refused(capsys, student, *options)
 
 
 # ---- which subsets, folds and cases --------------------------------------------------------------------------------

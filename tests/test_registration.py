@@ -221,6 +221,8 @@ def test_the_wheel_holds_every_module_and_nothing_outside_its_package(wheel):
     for source, inside in zip(SOURCES, ("nnunetv2_mstkd", "nnunetv2_mstkd/dataset_conversion"), strict=True):
         modules = (path.relative_to(ROOT / source).as_posix() for path in (ROOT / source).rglob("*.py"))
         expected |= {f"{inside}/{module}" for module in modules}
+    templates = ROOT / "nnunetv2_mstkd" / "evaluation" / "templates"
+    expected |= {f"nnunetv2_mstkd/evaluation/templates/{file.name}" for file in templates.iterdir()}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd.commands.predict import add_model, refuse_same_folder, torch_device, whole_number_from_environment
-from nnunetv2_mstkd.evaluation.files import FOLDER
+from nnunetv2_mstkd.evaluation.files import FOLDER, REPORT
 
 DEFAULT_METRICS = ("dice", "hd95")
 DEFAULT_LESIONS = "brats2023_gli"
@@ -56,6 +56,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument("--tolerance", metavar="MM", type=float, default=1.0, help="of nsd (default: %(default)s)")
     run = parser.add_argument_group("how")
     run.add_argument("--stack", metavar="N", type=int, help="subsets per forward pass (default: by the batch size)")
+    run.add_argument(
+        "--strips", metavar="N", type=int, default=3, help=f"cases pictured in {REPORT} (default: worst, median, best)"
+    )
     run.add_argument("--restart", action="store_true", help="forget the results that are there")
     run.add_argument("-step_size", metavar="S", type=float, default=0.5, help="of the window (default: %(default)s)")
     run.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
@@ -81,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd import checkpoints, modalities
     from nnunetv2_mstkd.evaluation.case_records import CaseRecords, table
     from nnunetv2_mstkd.evaluation.cases import check_cases
+    from nnunetv2_mstkd.evaluation.report import Strips
     from nnunetv2_mstkd.evaluation.stacking import default_stack
     from nnunetv2_mstkd.evaluation.subset_report import write_report
     from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets, evaluate_cases
@@ -114,7 +118,7 @@ def run(args: argparse.Namespace) -> None:
         records.use_weights(text, "+".join(weights))
     still_open = [case for case in everything if not set(texts) <= set(records.load(case.fold, case.name))]
     progress = not args.disable_progress_bar
-    check_cases(still_open, first.plans_manager, rules, names, threads=max(1, args.npp), progress=progress)
+    views = check_cases(still_open, first.plans_manager, rules, names, threads=max(1, args.npp), progress=progress)
     records.begin()
 
     batch_size = first.configuration_manager.batch_size
@@ -135,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
                 subsets,
                 rules,
                 records,
+                views,
                 stack=stack,
                 mask_first=args.mask_first,
                 preparing=preparing,
@@ -149,8 +154,9 @@ def run(args: argparse.Namespace) -> None:
         model=args.name or settings["folder"],
         trainer=first.trainer_name,
     )
-    print(f"\n{write_report(results, output, rules, settings, near if stack > 1 else None)}\n")
-    print(f"written to {output}")
+    strips = Strips(args.strips, records.load_strip)
+    print(f"\n{write_report(results, output, rules, settings, near if stack > 1 else None, strips)}\n")
+    print(f"written to {output}; {REPORT} is the page to look at")
 
 
 def _load(args: argparse.Namespace, folder: Path, groups: dict[str, tuple], device: Any) -> dict[str, Any]:
@@ -290,5 +296,7 @@ def _check_options(args: argparse.Namespace) -> None:
         )
     if not 0 < args.step_size <= 1:
         raise ValueError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
+    if args.strips < 0:
+        raise ValueError(f"--strips is {args.strips}, expected a number of cases, or 0 for no pictures")
     if min(args.npp, args.nps) < 0:
         raise ValueError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")

@@ -13,6 +13,7 @@ import pandas as pd
 
 from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, TRAINER, VALUE
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
+from nnunetv2_mstkd.evaluation.strips import CaseStrip, read_strip, write_strip
 from nnunetv2_mstkd.inference.record import write_json
 from nnunetv2_mstkd.modalities import SEPARATOR
 
@@ -23,8 +24,8 @@ RUN = "run.json"
 class CaseRecords:
     """The results of all cases, on disk.
 
-    ``cases/run.json`` holds what all have in common, ``cases/fold_0/CASE.json`` the results of a case. Each file is at
-    any moment absent, the old or the whole new one.
+    ``cases/run.json`` holds what all have in common, ``cases/fold_0/CASE.json`` the results of a case and ``CASE.npz``
+    its pictures. Each file is at any moment absent, the old or the whole new one.
 
     Parameters
     ----------
@@ -92,8 +93,14 @@ class CaseRecords:
                 f"{file} is no record of an evaluation ({error!r}); evaluate again with --restart"
             ) from error
 
-    def save(self, fold: str, case: str, scores: Mapping[str, SubsetScore]) -> None:
-        """Write all results of a case."""
+    def load_strip(self, fold: str, case: str) -> CaseStrip | None:
+        """The pictures of a case; None if there are none."""
+        return None if self._forget else read_strip(self._file(fold, case, "npz"))
+
+    def save(self, fold: str, case: str, scores: Mapping[str, SubsetScore], strip: CaseStrip) -> None:
+        """Write all results of a case, and its pictures; those of an earlier run with other subsets are kept."""
+        # first: the results tell that a case is done
+        write_strip(strip.with_older(self.load_strip(fold, case)), self._file(fold, case, "npz"))
         file = self._file(fold, case)
         file.parent.mkdir(parents=True, exist_ok=True)
         if not (self.folder / RUN).is_file():
@@ -104,8 +111,8 @@ class CaseRecords:
         }
         write_json(file, {"weights": self._weights[fold], "subsets": subsets})
 
-    def _file(self, fold: str, case: str) -> Path:
-        return self.folder / f"fold_{fold}" / f"{case}.json"
+    def _file(self, fold: str, case: str, ending: str = "json") -> Path:
+        return self.folder / f"fold_{fold}" / f"{case}.{ending}"
 
 
 def table(

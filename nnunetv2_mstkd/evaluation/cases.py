@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from nnunetv2_mstkd.dataset_conversion.geometry import TOLERANCE
 from nnunetv2_mstkd.evaluation.scoring import Rules, read_label
+from nnunetv2_mstkd.evaluation.strips import View, choose_view
 from nnunetv2_mstkd.inference.case_steps import preprocess_case
 from nnunetv2_mstkd.inference.checks import Checker, listed
 from nnunetv2_mstkd.inference.input_folder import Case, find_cases
@@ -279,8 +280,12 @@ def check_cases(
     *,
     threads: int = 1,
     progress: bool = False,
-) -> None:
+) -> dict[tuple[str, str], View]:
     """Read all labels, and all images that are not preprocessed yet.
+
+    Returns
+    -------
+    The slice of each case to show, by fold and name.
 
     Raises
     ------
@@ -293,13 +298,13 @@ def check_cases(
     pool = ThreadPoolExecutor(max(1, threads))  # threads do: reading releases the interpreter's lock
     try:
         found = pool.map(lambda case: _check_case(case, plans, rules, checker), cases)
-        for _ in tqdm(found, "checking", len(cases), unit="case", disable=not progress, leave=False):
-            pass
+        views = list(tqdm(found, "checking", len(cases), unit="case", disable=not progress, leave=False))
     finally:
         pool.shutdown(cancel_futures=True)
+    return {(case.fold, case.name): view for case, view in zip(cases, views, strict=True)}
 
 
-def _check_case(case: LabelledCase, plans: PlansManager, rules: Rules, checker: Checker) -> None:
+def _check_case(case: LabelledCase, plans: PlansManager, rules: Rules, checker: Checker) -> View:
     label, properties = read_label(case.label, plans.image_reader_writer_class, rules.labels)
     if case.images is not None:
         checked, problems = checker.check(case.images)
@@ -326,6 +331,7 @@ def _check_case(case: LabelledCase, plans: PlansManager, rules: Rules, checker: 
                 differences.append(f"{key} {_short(mine)}, the image {_short(theirs)}")
     if differences:
         raise ValueError(f"the label {case.label} does not lie where its image lies: it has {'; '.join(differences)}")
+    return choose_view(label, properties["spacing"], rules.ignore_label)
 
 
 def _properties(case: LabelledCase) -> dict:

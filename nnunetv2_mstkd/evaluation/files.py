@@ -6,4 +6,5 @@ FOLDER = "subsets"
 RESULTS = "results.csv"
 SUMMARY = "summary.json"
 TABLES = {"markdown": "tables.md", "latex": "tables.tex"}
+REPORT = "report.html"
 FIGURES = ("heat_map.png", "curve.png", "shapley.png")

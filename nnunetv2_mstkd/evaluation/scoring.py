@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from nnunetv2_mstkd.evaluation.conventions import (
     lesion_convention_named,
 )
 from nnunetv2_mstkd.evaluation.lesionwise import lesionwise_regions
+from nnunetv2_mstkd.evaluation.strips import View
 
 NEAR = 0.05
 """Logit. Another size of the stack moves logits by rounding, far less than this; farther voxels keep their label."""
@@ -215,11 +216,14 @@ class SubsetScore:
         voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision).
     voxels:
         of the image that was predicted, in its original geometry.
+    slice:
+        of the segmentation, shape (rows, columns) of the view; None: none was asked for, or the score was read.
     """
 
     values: dict[str, dict[str, float]]
     near: int
     voxels: int
+    slice: np.ndarray | None = field(default=None, compare=False)
 
 
 def score_prediction(
@@ -230,6 +234,7 @@ def score_prediction(
     configuration: ConfigurationManager,
     dataset_json: dict,
     rules: Rules,
+    view: View | None = None,
 ) -> SubsetScore:
     """Resample logits with nnU-Net's exporter and measure the segmentation.
 
@@ -241,6 +246,8 @@ def score_prediction(
         of nnU-Net's preprocessor.
     label:
         file of the reference.
+    view:
+        the slice to keep; None: none.
 
     Raises
     ------
@@ -255,7 +262,8 @@ def score_prediction(
     if segmentation.shape != reference.shape:
         raise ValueError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
-    return SubsetScore(values, counting.near, segmentation.size)
+    kept = None if view is None else view.cut(segmentation).astype(view.reference.dtype)
+    return SubsetScore(values, counting.near, segmentation.size, kept)
 
 
 class _CountingLabels:

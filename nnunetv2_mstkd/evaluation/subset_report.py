@@ -1,4 +1,4 @@
-"""What an evaluation of subsets leaves behind: results.csv, summary.json, tables, figures, and a text to print."""
+"""What an evaluation of subsets leaves behind: results.csv, summary.json, tables, figures, report, text to print."""
 
 from __future__ import annotations
 
@@ -7,69 +7,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.evaluation.conventions import DICE, empty_rules_text, metric_named
-from nnunetv2_mstkd.evaluation.files import FIGURES, RESULTS, SUMMARY, TABLES
-from nnunetv2_mstkd.evaluation.plausibility import plausibility_warnings
-from nnunetv2_mstkd.evaluation.results import (
-    CASE,
-    FOLD,
-    METRIC,
-    MODALITIES,
-    MODEL,
-    REGION,
-    SEPARATOR,
-    SUBSET,
-    TRAINER,
-    VALUE,
-    modality_order,
-    patients_of,
-    subset_order,
-    write_results,
-    write_text,
-)
+from nnunetv2_mstkd.evaluation.files import FIGURES, REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.evaluation.findings import Findings, overall_table, spread_table
+from nnunetv2_mstkd.evaluation.report import Strips, html_report
+from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, REGION, SUBSET, VALUE, write_results, write_text
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
-from nnunetv2_mstkd.evaluation.shapley import MAX_PLAYERS, MODALITY, shapley
-from nnunetv2_mstkd.evaluation.statistics import HIGH, LOW, gap_to_full, mean_by_count, summary
+from nnunetv2_mstkd.evaluation.shapley import MODALITY
+from nnunetv2_mstkd.evaluation.statistics import HIGH, LOW
 from nnunetv2_mstkd.evaluation.tables import frame_table, subset_table
 from nnunetv2_mstkd.inference.record import write_json
 
 
-class Findings:
-    """Everything that is computed from the table of results of one model; intervals are 95 %, over patients.
-
-    Attributes
-    ----------
-    summary, by_count:
-        of the Dice; see :mod:`~nnunetv2_mstkd.evaluation.statistics`.
-    gap, shapley:
-        of the Dice; None where the subsets that they need were not evaluated.
-    warnings:
-        results that contradict what the modalities show.
-    """
-
-    def __init__(self, results: pd.DataFrame) -> None:
-        self.results = results
-        self.subsets = list(subset_order(results[SUBSET], modality_order(results[SUBSET])))
-        self.patients = patients_of(results[CASE].unique())
-        modalities = modality_order(self.subsets)
-        self.summary = summary(results, patients=self.patients)
-        self.by_count = mean_by_count(results, patients=self.patients)
-        full = SEPARATOR.join(modalities) in self.subsets
-        self.gap = gap_to_full(results, patients=self.patients) if full and len(self.subsets) > 1 else None
-        complete = len(self.subsets) == 2 ** len(modalities) - 1 and 1 < len(modalities) <= MAX_PLAYERS
-        self.shapley = shapley(results, patients=self.patients) if complete else None
-        self.warnings = plausibility_warnings(results)
-
-    @property
-    def num_patients(self) -> int:
-        return len(set(self.patients.values()))
-
-
 def write_report(
-    results: pd.DataFrame, output: Path, rules: Rules, run: Mapping[str, Any], near: tuple[int, int] | None
+    results: pd.DataFrame,
+    output: Path,
+    rules: Rules,
+    run: Mapping[str, Any],
+    near: tuple[int, int] | None,
+    strips: Strips,
 ) -> str:
     """Write all files of an evaluation and return the text to print.
 
@@ -85,6 +43,8 @@ def write_report(
         what was evaluated and how, for summary.json.
     near:
         voxels near the decision and all voxels; None: images were predicted with one subset at a time.
+    strips:
+        how many cases to show, and where their pictures are.
     """
     # here, because it brings matplotlib
     from nnunetv2_mstkd.evaluation.figures import curve_by_count, heat_map, save_figure, shapley_bars
@@ -101,6 +61,8 @@ def write_report(
             save_figure(figures[name](), output / name)
         else:
             (output / name).unlink(missing_ok=True)  # of an earlier run with other subsets
+    pictures = {name: output / name for name in FIGURES if name in figures}
+    write_text(html_report(findings, rules, run, near, pictures, strips), output / REPORT)
     # last: mstkd predict looks for it
     write_json(output / SUMMARY, _summary(findings, rules, run, near))
     return _text(findings, rules, near)
@@ -118,10 +80,10 @@ def _summary(findings: Findings, rules: Rules, run: Mapping[str, Any], near: tup
     for (subset, region, metric), value in means.items():
         subsets[subset][region][metric] = _number(value)
     content: dict[str, Any] = {
-        "model": str(results[MODEL].iloc[0]),
-        "trainer": str(results[TRAINER].iloc[0]),
-        "folds": sorted(results[FOLD].unique()),
-        "cases": int(results[CASE].nunique()),
+        "model": findings.model,
+        "trainer": findings.trainer,
+        "folds": findings.folds,
+        "cases": len(findings.cases),
         "patients": findings.num_patients,
         **run,
         "empty_masks": empty_rules_text(
@@ -184,15 +146,16 @@ def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str
     """All findings, as printed at the end."""
     parts = [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name)}" for name in rules.metrics]
     interval = f"95 % interval over {findings.num_patients} patients"
-    parts.append(f"Dice over all evaluated subsets ({interval}), and the worst subset\n\n{_overall(findings.summary)}")
+    table = frame_table(overall_table(findings.summary))
+    parts.append(f"Dice over all evaluated subsets ({interval}), and the worst subset\n\n{table}")
     if findings.by_count[MODALITIES].nunique() > 1:
-        table = _spread(findings.by_count, MODALITIES)
+        table = frame_table(spread_table(findings.by_count, MODALITIES))
         parts.append(f"Dice by number of modalities ({interval})\n\n{table}")
     if findings.gap is not None:
-        table = _spread(findings.gap, SUBSET)
+        table = frame_table(spread_table(findings.gap, SUBSET))
         parts.append(f"Points of Dice lost against the full input ({interval})\n\n{table}")
     if findings.shapley is not None:
-        table = _spread(findings.shapley, MODALITY)
+        table = frame_table(spread_table(findings.shapley, MODALITY))
         parts.append(f"What each modality is worth: exact Shapley values, points of Dice ({interval})\n\n{table}")
     if near is not None:
         parts.append(
@@ -201,25 +164,3 @@ def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str
         )
     parts += [f"warning: {text}" for text in findings.warnings]
     return "\n\n".join(parts)
-
-
-def _overall(table: pd.DataFrame) -> str:
-    rows = [(row[REGION], _percent(row), f"{row['worst_subset']} ({_points(row['worst'])})") for row in _rows(table)]
-    return frame_table(pd.DataFrame(rows, columns=["region", "mean", "worst subset"]))
-
-
-def _spread(table: pd.DataFrame, column: str) -> str:
-    """A row per value of ``column`` and a column per region, in percent with the interval."""
-    regions = list(dict.fromkeys(table[REGION]))
-    cells = {(row[column], row[REGION]): _percent(row) for row in _rows(table)}
-    rows = [(str(key), *(cells[key, region] for region in regions)) for key in dict.fromkeys(table[column])]
-    return frame_table(pd.DataFrame(rows, columns=[column, *regions]))
-
-
-def _percent(row: Mapping[str, Any]) -> str:
-    limits = "" if not np.isfinite(row[LOW]) else f" [{_points(row[LOW])}, {_points(row[HIGH])}]"
-    return f"{_points(row[VALUE])}{limits}"
-
-
-def _points(value: float) -> str:
-    return "-" if not math.isfinite(value) else f"{round(100 * value, 1) + 0.0:.1f}"  # no -0.0

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
@@ -20,6 +21,7 @@ from nnunetv2_mstkd.evaluation.case_records import CaseRecords
 from nnunetv2_mstkd.evaluation.cases import LabelledCase, prepare
 from nnunetv2_mstkd.evaluation.scoring import Rules, score_prediction
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor
+from nnunetv2_mstkd.evaluation.strips import CaseStrip, View, background
 from nnunetv2_mstkd.inference.workers import ahead
 
 IMAGES_AHEAD = 2
@@ -102,6 +104,7 @@ def evaluate_cases(
     subsets: torch.Tensor,
     rules: Rules,
     records: CaseRecords,
+    views: Mapping[tuple[str, str], View],
     *,
     stack: int,
     mask_first: bool,
@@ -124,6 +127,8 @@ def evaluate_cases(
         what is measured.
     records:
         where results go; a case's file is written when it is complete.
+    views:
+        the slice of each case to keep for pictures, by fold and name, for all cases that are not complete.
     stack:
         subsets per forward pass.
     mask_first:
@@ -147,6 +152,7 @@ def evaluate_cases(
     jobs = list(_jobs(cases, missing, subsets, mask_first))
     stacked = SubsetPredictor(predictor, stack)
     pending: deque[tuple[LabelledCase, str, Future]] = deque()
+    images: dict[str, np.ndarray] = {}
 
     def collect(limit: int) -> None:
         while pending and (len(pending) > limit or pending[0][2].done()):
@@ -154,7 +160,10 @@ def evaluate_cases(
             scores = known[case.name]
             scores[text] = future.result()
             if all(each in scores for each in texts):
-                records.save(case.fold, case.name, scores)
+                view = views[case.fold, case.name]
+                slices = {each: score.slice for each, score in scores.items() if score.slice is not None}
+                strip = CaseStrip(view.axis, view.index, view.depth, images.pop(case.name), view.reference, slices)
+                records.save(case.fold, case.name, scores, strip)
             bar.update()
 
     arguments = ((job.case, job.absent, plans, configuration, dataset_json) for job in jobs)
@@ -162,11 +171,15 @@ def evaluate_cases(
     try:
         for job, (data, properties) in zip(jobs, prepared, strict=True):
             bar.set_description(f"fold {job.case.fold}, {job.case.name}")
+            view = views[job.case.fold, job.case.name]
+            seen = background(data, properties, view, plans.transpose_forward)
+            # with mask_first each image shows only the channels of its subset
+            known_images = images.get(job.case.name, seen)
+            images[job.case.name] = np.where(known_images.any((1, 2), keepdims=True), known_images, seen)
             logits = stacked.logits(torch.from_numpy(data), subsets[list(job.rows)])
             for row, of_subset in zip(job.rows, logits, strict=True):
-                task = scoring.submit(
-                    score_prediction, of_subset, properties, job.case.label, plans, configuration, dataset_json, rules
-                )
+                what = of_subset, properties, job.case.label, plans, configuration, dataset_json, rules, view
+                task = scoring.submit(score_prediction, *what)
                 pending.append((job.case, texts[row], task))
                 # logits wait in memory for a free process
                 collect(scoring_processes + stacked.stack if scoring_processes else 0)

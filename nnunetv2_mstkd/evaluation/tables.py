@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -77,19 +78,20 @@ def subset_table(
         for an unknown format, metric or convention, and for incomplete results.
     """
     _check_format(fmt)
-    kind = metric_named(metric)
-    notes = empty_rules_text(convention, [metric], lesion_convention=lesion_convention).splitlines()
-    data = cube(results, metric, models=models, regions=regions)
-    factor, unit, decimals = (100, "%", 1) if kind.unit == "%" else (1, kind.unit, 2)
-    # (models, subsets and their average, regions)
-    means = mean(data.values, axis=1) * factor
-    means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
-    texts = _texts(means, decimals if digits is None else digits, kind.better, fmt)
-
-    several = len(data.models) > 1
+    content = subset_content(
+        results,
+        metric=metric,
+        models=models,
+        regions=regions,
+        digits=digits,
+        convention=convention,
+        lesion_convention=lesion_convention,
+    )
+    data, several = content.data, len(content.data.models) > 1
+    texts = _emphasised(content, fmt)
     head = [
-        [escaped(name, fmt), *([""] if several else []), *dots, ""]
-        for name, dots in zip(data.modalities, _dots(data, fmt), strict=True)
+        [escaped(name, fmt), *([""] if several else []), *((AVAILABLE if dot else MISSING)[fmt] for dot in dots), ""]
+        for name, dots in zip(data.modalities, content.available, strict=True)
     ]
     head[0][-1] = AVERAGE_HEAD[fmt]
     body = []
@@ -97,14 +99,60 @@ def subset_table(
         for m, model in enumerate(data.models):
             name = escaped(region, fmt) if m == 0 or fmt == "markdown" else ""
             body.append([name, *([escaped(model, fmt)] if several else []), *texts[m, :, r]])
+    groups = len(data.models) if several else 0
+    lines = _layout(head, body, fmt, groups, named=2 if several else 1)
+    return "\n".join(lines) + "\n\n" + _below(content.notes, fmt)
 
+
+class SubsetContent(NamedTuple):
+    """What stands in a table of subsets, before any layout.
+
+    Attributes
+    ----------
+    data:
+        the values that it is made of.
+    available:
+        bool, shape (modalities, subsets).
+    texts, best:
+        shape (models, subsets and their average, regions): means as text, and whether a model is the best of several.
+    notes:
+        sentences that belong below, the rules for empty masks among them.
+    """
+
+    data: Cube
+    available: np.ndarray
+    texts: np.ndarray
+    best: np.ndarray
+    notes: list[str]
+
+
+def subset_content(
+    results: pd.DataFrame,
+    *,
+    metric: str = "dice",
+    models: Sequence[str] | None = None,
+    regions: Sequence[str] | None = None,
+    digits: int | None = None,
+    convention: str = BRATS,
+    lesion_convention: str | None = None,
+) -> SubsetContent:
+    """The content of :func:`subset_table`, which explains the parameters."""
+    kind = metric_named(metric)
+    notes = empty_rules_text(convention, [metric], lesion_convention=lesion_convention).splitlines()
+    data = cube(results, metric, models=models, regions=regions)
+    factor, unit, decimals = (100, "%", 1) if kind.unit == "%" else (1, kind.unit, 2)
+    # (models, subsets and their average, regions)
+    means = mean(data.values, axis=1) * factor
+    means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
+    texts, best = _texts(means, decimals if digits is None else digits, kind.better)
     about = f"{kind.label} in {unit}, mean of {len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
     left_out = int(np.isnan(data.values).sum())
     if left_out:
         about += f"; {left_out} of {data.values.size} values left out"
     notes = [f"{about}; average over {len(data.subsets)} subsets", *notes]
-    groups = len(data.models) if several else 0
-    return "\n".join(_layout(head, body, fmt, groups, named=2 if several else 1)) + "\n\n" + _below(notes, fmt)
+    members = [subset.split(SEPARATOR) for subset in data.subsets]
+    available = np.array([[name in subset for subset in members] for name in data.modalities])
+    return SubsetContent(data, available, texts, best, notes)
 
 
 def frame_table(table: pd.DataFrame, *, fmt: str = "markdown", digits: int = 3) -> str:
@@ -144,24 +192,23 @@ def _check_format(fmt: str) -> None:
         raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
 
 
-def _dots(data: Cube, fmt: str) -> list[list[str]]:
-    """A row per modality."""
-    members = [subset.split(SEPARATOR) for subset in data.subsets]
-    return [[(AVAILABLE if name in subset else MISSING)[fmt] for subset in members] for name in data.modalities]
-
-
-def _texts(means: np.ndarray, digits: int, better: int, fmt: str) -> np.ndarray:
-    """Values as text, shape as ``means``; the best model of each column bold."""
+def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.ndarray]:
+    """Values as text, and where a model is the best one of several; both of the shape of ``means``."""
     rounded = means.round(digits) + 0.0  # no -0.0
     texts = np.array([f"{value:.{digits}f}" for value in rounded.ravel()], dtype=object).reshape(means.shape)
     texts[np.isnan(means)] = NO_VALUE
-    if len(means) > 1:
-        badness = np.where(np.isnan(rounded), np.inf, np.abs(rounded) if better == 0 else -better * rounded)
-        # equal as printed: none of them is better as far as the table shows
-        best = (badness == badness.min(axis=0)) & np.isfinite(badness)
-        for position in np.argwhere(best):
-            text = texts[tuple(position)]
-            texts[tuple(position)] = f"**{text}**" if fmt == "markdown" else rf"\textbf{{{text}}}"
+    badness = np.where(np.isnan(rounded), np.inf, np.abs(rounded) if better == 0 else -better * rounded)
+    # equal as printed: none of them is better as far as the table shows
+    best = (badness == badness.min(axis=0)) & np.isfinite(badness) & (len(means) > 1)
+    return texts, best
+
+
+def _emphasised(content: SubsetContent, fmt: str) -> np.ndarray:
+    """The texts with the best ones bold."""
+    texts = content.texts.copy()
+    for position in np.argwhere(content.best):
+        text = texts[tuple(position)]
+        texts[tuple(position)] = f"**{text}**" if fmt == "markdown" else rf"\textbf{{{text}}}"
     return texts
 
 

@@ -1,0 +1,76 @@
+"""Results and pictures of three cases with three modalities, as an evaluation leaves them, and their report."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+
+from nnunetv2_mstkd.evaluation.findings import Findings
+from nnunetv2_mstkd.evaluation.report import FIGURE_TITLES, Strips, html_report
+from nnunetv2_mstkd.evaluation.results import COLUMNS, check_results
+from nnunetv2_mstkd.evaluation.scoring import Rules
+from nnunetv2_mstkd.evaluation.strips import CaseStrip
+
+EVIL = "<script>alert(1)</script>"
+CASES = ("middling", EVIL, "fine")
+LEVELS = {"middling": 0.6, EVIL: 0.3, "fine": 0.9}
+MODALITIES = ("T1", '"><img src=x onerror=alert(2)>', "FLAIR & more")
+RULES = Rules({"WT": (1, 2), "{{ 7 * 7 }}": (2,)}, (0, 1, 2, 3), metrics=("dice",), ignore_label=3)
+RUN = {"channels": list(MODALITIES), "dataset": EVIL, "mirroring": True, "labels": None, "regions": {"WT": [1, 2]}}
+
+
+def subsets(modalities: Sequence[str] = MODALITIES) -> list[str]:
+    sizes = range(1, len(modalities) + 1)
+    return ["+".join(part) for size in sizes for part in itertools.combinations(modalities, size)]
+
+
+def results(modalities: Sequence[str] = MODALITIES, cases: Sequence[str] = CASES) -> pd.DataFrame:
+    """Dice by case; each modality more adds a little, and so does the second region."""
+    rows = [
+        ("a <b>model</b>", "MSTKDTrainer", "0", case, subset, subset.count("+") + 1, region, "dice", value)
+        for case in cases
+        for subset in subsets(modalities)
+        for number, region in enumerate(RULES.regions)
+        for value in [LEVELS.get(case, 0.5) + 0.02 * subset.count("+") + 0.01 * number]
+    ]
+    return check_results(pd.DataFrame(rows, columns=list(COLUMNS)))
+
+
+def strip(fold: str, case: str, modalities: Sequence[str] = MODALITIES) -> CaseStrip:
+    """A square of label 1 around one of label 2; each subset finds another part of it."""
+    reference = np.zeros((40, 30), np.uint8)
+    reference[10:20, 8:20] = 1
+    reference[12:16, 10:14] = 2
+    image = np.zeros((len(modalities), 40, 30), np.uint8)
+    image[:, 4:36, 4:26] = 100
+    image[-1, 10:20, 8:20] = 200
+    found = {}
+    for number, subset in enumerate(subsets(modalities)):
+        found[subset] = reference.copy()
+        found[subset][: 10 + number % 10] = 0
+    return CaseStrip(0, 11, 24, image, reference, found)
+
+
+def report(
+    folder: Path,
+    frame: pd.DataFrame | None = None,
+    *,
+    number: int = 3,
+    load: Callable[[str, str], CaseStrip | None] = strip,
+    near: tuple[int, int] | None = (5, 1000),
+    run: dict | None = None,
+) -> str:
+    """The page, with figures of one colour."""
+    figures = {}
+    for name in FIGURE_TITLES:
+        figures[name] = folder / name
+        Image.new("RGB", (60, 40), "white").save(figures[name])
+    findings = Findings(results() if frame is None else frame)
+    strips = Strips(number, load)
+    return html_report(findings, RULES, run or RUN, near, figures, strips, now=datetime(2026, 3, 4))

@@ -1,0 +1,301 @@
+"""The page of an evaluation, and the slices that it shows."""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from report_inputs import CASES, EVIL, MODALITIES, RUN, report, results, strip, subsets
+
+import nnunetv2_mstkd
+from nnunetv2_mstkd.evaluation import pictures
+from nnunetv2_mstkd.evaluation.strips import LONGEST, CaseStrip, background, choose_view, read_strip, write_strip
+
+# ---- which slice ---------------------------------------------------------------------------------------------------
+
+
+def test_the_slice_with_most_labelled_voxels_is_shown():
+    label = np.zeros((5, 6, 7), np.uint8)
+    label[1, 2:4, 2:4] = 1
+    label[3, 1:4, 1:5] = 2
+    label[4] = 9
+    view = choose_view(label, (1, 1, 1), ignore_label=9)
+    assert (view.axis, view.index, view.depth) == (0, 3, 5)
+    assert np.array_equal(view.reference, label[3])
+    volume = np.arange(label.size).reshape(label.shape)
+    assert np.array_equal(view.cut(volume), volume[3])
+    assert choose_view(label, (1, 1, 1)).index == 4
+
+
+def test_thick_slices_are_shown_as_they_were_acquired_with_square_pixels():
+    label = np.zeros((8, 5, 6), np.uint8)
+    label[:, 2, :] = 1
+    view = choose_view(label, (1.0, 4.0, 2.0))
+    assert (view.axis, view.index) == (1, 2)
+    # 8 voxels of 1 mm by 6 voxels of 2 mm
+    assert view.reference.shape == (8, 12)
+    assert view.columns.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+def test_an_empty_label_shows_the_middle_and_a_single_slice_itself():
+    assert choose_view(np.zeros((9, 4, 4), np.uint8), (1, 1, 1)).index == 4
+    assert choose_view(np.zeros((4, 1, 4), np.uint8), (5, 1, 1)).axis == 1
+
+
+def test_a_large_slice_is_thinned_out():
+    view = choose_view(np.zeros((1, 1000, 500), np.uint8), (1, 0.5, 0.5))
+    assert view.reference.shape == (LONGEST, LONGEST // 2)
+    assert view.rows[0] < 4 and view.rows[-1] > 995
+
+
+@pytest.mark.parametrize("transpose", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_the_image_lies_under_the_label_whatever_preprocessing_did(transpose):
+    """Transposed, cropped, and resampled to twice the resolution of each axis."""
+    original = np.random.default_rng(0).normal(5, 1, (2, 6, 8, 10)).astype(np.float32)
+    box = [(1, 5), (2, 7), (0, 9)]  # of the original axes
+    original[:, 0] = original[:, 5] = original[:, :, :2] = original[:, :, 7:] = original[..., 9:] = 0
+    cropped = original[:, 1:5, 2:7, 0:9].transpose(0, *(1 + axis for axis in transpose))
+    data = cropped.repeat(2, axis=1).repeat(2, axis=2).repeat(2, axis=3)
+    properties = {"bbox_used_for_cropping": [box[axis] for axis in transpose]}
+    label = np.zeros((6, 8, 10), np.uint8)
+    label[3, 4:6, 4:7] = 1
+    view = choose_view(label, (1.0, 1.0, 1.0))
+    assert (view.axis, view.index) == (0, 3)
+    found = background(data, properties, view, transpose)
+    assert found.dtype == np.uint8 and found.shape == (2, 8, 10)
+    for grey, image in zip(found, original[:, 3], strict=True):
+        assert np.array_equal(grey > 0, image != 0)
+        inside = image != 0
+        order = np.argsort(image[inside])
+        assert (np.diff(grey[inside][order].astype(int)) >= 0).all()
+        assert grey.max() == 255 and grey[inside].min() == 1
+
+
+def test_an_absent_image_is_black():
+    view = choose_view(np.ones((3, 4, 5), np.uint8), (1, 1, 1))
+    data = np.zeros((2, 3, 4, 5), np.float32)
+    data[1] = np.arange(60).reshape(3, 4, 5) - 30
+    found = background(data, {"bbox_used_for_cropping": [(0, 3), (0, 4), (0, 5)]}, view, (0, 1, 2))
+    assert not found[0].any() and found[1].any()
+
+
+# ---- keeping it ----------------------------------------------------------------------------------------------------
+
+
+def test_a_strip_is_read_as_it_was_written(tmp_path):
+    written = strip("0", "fine")
+    write_strip(written, tmp_path / "new" / "case.npz")
+    found = read_strip(tmp_path / "new" / "case.npz")
+    assert (found.axis, found.index, found.depth) == (0, 11, 24)
+    assert np.array_equal(found.images, written.images) and np.array_equal(found.reference, written.reference)
+    assert list(found.segmentations) == subsets()
+    assert all(np.array_equal(found.segmentations[name], written.segmentations[name]) for name in subsets())
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["case.npz"]
+    assert read_strip(tmp_path / "none.npz") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])
+def test_a_damaged_strip_is_one_line(tmp_path, content):
+    file = tmp_path / "case.npz"
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"case\.npz is damaged .*--restart"):
+        read_strip(file)
+
+
+def test_subsets_of_an_earlier_run_are_kept_unless_the_label_changed():
+    old, new = strip("0", "fine"), strip("0", "fine")
+    first, second = subsets()[:2]
+    new = CaseStrip(*(getattr(new, name) for name in ("axis", "index", "depth", "images", "reference")), {})
+    new.segmentations[second] = new.reference
+    both = new.with_older(old)
+    assert list(both.segmentations) == subsets()
+    assert np.array_equal(both.segmentations[second], new.reference)
+    assert np.array_equal(both.segmentations[first], old.segmentations[first])
+    old.reference[0, 0] = 2
+    assert list(new.with_older(old).segmentations) == [second]
+    assert new.with_older(None) is new
+
+
+# ---- pictures ------------------------------------------------------------------------------------------------------
+
+
+def decoded(uri: str) -> Image.Image:
+    assert uri.startswith("data:image/png;base64,")
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_an_overlay_has_the_labels_colours_and_is_transparent_elsewhere():
+    labels = np.zeros((200, 250), np.uint8)
+    labels[5, 6], labels[7, 8], labels[9, 9] = 1, 4, 2
+    outline = np.zeros(labels.shape, bool)
+    outline[20:25, 20:25] = True
+    found = decoded(pictures.overlay_uri(labels, {1: (255, 0, 0), 4: (0, 0, 255)}, outline)).convert("RGBA")
+    assert found.size == (250, 200)
+    assert found.getpixel((6, 5)) == (255, 0, 0, pictures.OPACITY)
+    assert found.getpixel((8, 7)) == (0, 0, 255, pictures.OPACITY)
+    assert found.getpixel((0, 0))[3] == found.getpixel((9, 9))[3] == found.getpixel((22, 22))[3] == 0
+    assert found.getpixel((20, 24)) == (255, 255, 255, 255)
+
+
+def test_a_small_overlay_is_enlarged():
+    labels = np.zeros((10, 20), np.uint8)
+    labels[:, 10:] = 1
+    found = decoded(pictures.overlay_uri(labels, {1: (255, 0, 0)})).convert("RGBA")
+    assert found.size == (200, 100)
+    assert found.getpixel((99, 50))[3] == 0 and found.getpixel((100, 50)) == (255, 0, 0, pictures.OPACITY)
+
+
+def test_colours_differ_and_what_is_not_counted_is_grey():
+    for number in (4, 14):
+        colors = pictures.label_colors([*range(number), 99], 99)
+        assert list(colors) == [*range(1, number), 99] and len(set(colors.values())) == number
+        assert colors[99] == pictures.IGNORED
+
+
+def test_the_border_is_cut_off_and_the_clearest_image_is_chosen():
+    whole = strip("0", "fine")
+    part = pictures.cropped(whole)
+    assert part.images.shape == (3, 38, 28) and part.reference.shape == (38, 28)
+    assert np.array_equal(part.reference, whole.reference[1:39, 1:29])
+    assert all(found.shape == (38, 28) for found in part.segmentations.values())
+    assert pictures.clearest_image(part) == 2
+    empty = CaseStrip(0, 0, 1, np.zeros((2, 5, 5), np.uint8), np.zeros((5, 5), np.uint8), {})
+    assert pictures.cropped(empty) is empty and pictures.clearest_image(empty) == 0
+
+
+# ---- the page ------------------------------------------------------------------------------------------------------
+
+
+class Page(HTMLParser):
+    """Elements, attributes and the text of a page."""
+
+    def __init__(self, content: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict]] = []
+        self.texts: list[str] = []
+        self.feed(content)
+        self.close()
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        if data.strip():
+            self.texts.append(data.strip())
+
+    def all(self, tag: str) -> list[dict]:
+        return [attributes for name, attributes in self.elements if name == tag]
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Page:
+    return Page(report(tmp_path))
+
+
+def test_the_title_says_what_was_evaluated_when_and_by_which_version(page):
+    assert page.texts[0] == "a <b>model</b>: MSTKDTrainer, fold 0"
+    about = next(text for text in page.texts if "Written on" in text)
+    assert f"Written on 2026-03-04 by nnunetv2_mstkd {nnunetv2_mstkd.__version__}" in about
+    text = " ".join(page.texts)
+    assert "What this page does not tell" in text and "nothing here is a statement about clinical performance" in text
+    assert "Dice: both empty 1; one empty 0" in page.texts
+
+
+def test_names_are_text_wherever_they_stand(page):
+    assert len(page.all("script")) == 1 and not page.all("b")[0]
+    assert not any("onerror" in attributes or "onclick" in attributes for _, attributes in page.elements)
+    # summary of its strip, table of cases, data set
+    assert sum(EVIL in text for text in page.texts) == 3
+    assert "{{ 7 * 7 }}" in page.texts and MODALITIES[1] in page.texts
+    assert any(image["alt"].startswith(f"{EVIL} segmented from") for image in page.all("img"))
+
+
+def test_nothing_is_loaded_from_elsewhere(tmp_path, page):
+    content = report(tmp_path)
+    for name in ("src", "href", "srcset", "action", "data", "poster"):
+        for _, attributes in page.elements:
+            value = attributes.get(name, "data:")
+            assert value.startswith(("data:", "#")), (name, value[:80])
+    assert set(re.findall(r"url\(\W*(\w+)", content)) == {"data"} and "@import" not in content
+    policy = next(each["content"] for each in page.all("meta") if "http-equiv" in each)
+    assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
+
+
+def test_tables_have_the_layout_of_the_literature_or_rows_where_there_are_many_subsets(tmp_path):
+    content = report(tmp_path)
+    # 7 subsets of 3 modalities: 12 available, 9 missing
+    first = content[content.index("<table") : content.index("</table>")]
+    assert (first.count("●"), first.count("○")) == (12, 9) and first.count("<tr>") == 3 + 2
+    names = ("A", "B", "C", "D", "E")
+    wide = report(tmp_path, results(names), run={**RUN, "channels": names}, load=lambda f, c: strip(f, c, names))
+    first = wide[wide.index("<table") : wide.index("</table>")]
+    assert first.count("<tr>") == 1 + 31 + 1 and "average" in first
+    assert content.count('<details class="strip" open>') == 3 and wide.count('<details class="strip" open>') == 1
+    assert wide.count("<h4>5 modalities</h4>") == 3 and "<h4>3 modalities</h4>" in wide
+
+
+def test_cases_stand_worst_first_with_the_numbers_to_sort_by(page):
+    keys = [float(each["data-key"]) for each in page.all("td") if each.get("data-key")]
+    # mean, two regions, the worst subset's mean, full input
+    assert len(keys) == 3 * 5
+    assert keys[0] < keys[5] < keys[10]
+    dice = results().query("case == @EVIL")["value"]
+    assert keys[0] == pytest.approx(dice.mean()) and keys[4] == pytest.approx(0.345) and keys[3] == pytest.approx(0.305)
+
+
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [
+        (0, []),
+        (1, [(EVIL, "worst")]),
+        (2, [(EVIL, "worst"), ("fine", "best")]),
+        (3, [(EVIL, "worst"), ("middling", "median"), ("fine", "best")]),
+        (9, [(EVIL, "worst"), ("middling", "median"), ("fine", "best")]),
+    ],
+)
+def test_pictured_cases_are_the_worst_the_best_and_some_between(tmp_path, number, expected):
+    found = Page(report(tmp_path, number=number))
+    summaries = [re.match(r"(.*): (\w+), mean Dice", text) for text in found.texts if ", mean Dice" in text]
+    assert [match.groups() for match in summaries] == expected
+    assert ("Pictures" in found.texts) == (number > 0)
+
+
+def test_each_subset_of_a_pictured_case_has_its_picture(page):
+    alternatives = [image["alt"] for image in page.all("img")]
+    for case in CASES:
+        assert f"reference of {case}" in alternatives
+        assert [alt for alt in alternatives if alt.startswith(f"{case} segmented")] == [
+            f"{case} segmented from {subset}" for subset in subsets()
+        ]
+        assert all(f"{name} of {case}" in alternatives for name in MODALITIES)
+    sources = [image["src"] for image in page.all("img")]
+    assert all(decoded(source).size[0] > 1 for source in sources)
+
+
+def test_a_case_without_pictures_says_so(tmp_path):
+    found = Page(report(tmp_path, load=lambda fold, case: None, near=None))
+    assert sum("No slice of this case is stored" in text for text in found.texts) == 3
+    assert not any("of the decision" in text for text in found.texts)
+
+
+def test_warnings_stand_on_top(tmp_path):
+    frame = results(("T1", "T1ce", "FLAIR"))
+    frame.loc[frame["subset"] == "T1", "value"] = 0.99
+    found = Page(report(tmp_path, frame, load=lambda fold, case: None))
+    place = found.texts.index("Results that contradict what the modalities show")
+    assert place < found.texts.index("Summary of the Dice") and "full input" in found.texts[place + 1]
+
+
+def test_one_subset_alone_has_a_page_too(tmp_path):
+    frame = results(("T1",))
+    found = Page(report(tmp_path, frame, load=lambda fold, case: None))
+    assert "worst subset" in found.texts and "full input" not in found.texts
+    frame.loc[frame["case"] == "fine", "value"] = np.nan
+    missing = Page(report(tmp_path, frame, load=lambda fold, case: None))
+    assert [each["data-key"] for each in missing.all("td") if "data-key" in each].count("") == 3

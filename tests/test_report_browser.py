@@ -1,0 +1,134 @@
+"""The page of an evaluation in a browser: nothing is loaded, nothing fails, columns sort, pictures are seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from report_inputs import CASES, EVIL, report
+
+BROWSER = next(
+    (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
+)
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed (Debian: apt-get install chromium)"),
+    pytest.mark.skipif(DRIVER is None, reason="no chromedriver is installed (Debian: apt-get install chromium-driver)"),
+]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "report.html").write_text(report(folder), encoding="utf-8")
+    return folder / "report.html"
+
+
+@pytest.fixture(scope="module")
+def browser(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    webdriver = pytest.importorskip("selenium.webdriver")
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = BROWSER
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    profile = tmp_path_factory.mktemp("profile")
+    arguments = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        arguments.append("--no-sandbox")  # Chromium refuses to run as root with it
+    for argument in [*arguments, "--window-size=1200,1000"]:
+        options.add_argument(argument)
+    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
+    try:
+        driver.get(file.as_uri())
+        yield driver
+    finally:
+        driver.quit()
+
+
+@pytest.fixture(scope="module")
+def logs(browser) -> dict[str, list]:
+    """What was logged while the page was loaded; reading empties the logs."""
+    return {name: browser.get_log(name) for name in ("browser", "performance")}
+
+
+def test_the_console_is_silent_and_nothing_is_requested_but_the_file(browser, logs, file):
+    assert logs["browser"] == []
+    messages = [json.loads(entry["message"])["message"] for entry in logs["performance"]]
+    sent = [each["params"] for each in messages if each["method"] == "Network.requestWillBeSent"]
+    # the browser's own pages load their parts too
+    requests = [each["request"]["url"] for each in sent if each["documentURL"] == file.as_uri()]
+    assert file.as_uri() in requests
+    assert [url for url in requests if url != file.as_uri() and not url.startswith("data:")] == []
+
+
+def test_the_script_of_a_name_did_not_run_and_the_name_is_read_as_text(browser):
+    from selenium.common.exceptions import NoAlertPresentException
+
+    with pytest.raises(NoAlertPresentException):
+        _ = browser.switch_to.alert.text
+    assert browser.title == "a <b>model</b>: MSTKDTrainer, fold 0"
+    assert EVIL in browser.find_element("css selector", ".strip summary").text
+    assert browser.execute_script("return document.querySelectorAll('script').length") == 1
+
+
+def test_all_pictures_are_seen(browser):
+    widths = browser.execute_script(
+        "return [...document.images].map((image) => [image.naturalWidth, image.clientWidth])"
+    )
+    # three figures; per case three images, the reference and seven subsets
+    assert len(widths) == 3 + 3 * (3 + 1 + 7)
+    assert all(natural > 0 and shown > 0 for natural, shown in widths)
+    backgrounds = browser.execute_script(
+        "return [...document.querySelectorAll('.segmented .picture')]"
+        ".map((each) => getComputedStyle(each).backgroundImage)"
+    )
+    assert len(backgrounds) == 21 and all(each.startswith('url("data:image/png') for each in backgrounds)
+
+
+def cases(browser) -> list[str]:
+    return [each.text for each in browser.find_elements("css selector", "table.sortable tbody th")]
+
+
+def test_a_click_on_a_column_sorts_the_cases(browser):
+    worst_first = [EVIL, "middling", "fine"]
+    assert cases(browser) == worst_first
+    heads = browser.find_elements("css selector", "table.sortable thead th")
+    by_name = {head.text: head for head in heads}
+    mean = by_name["mean"]
+    assert mean.get_attribute("aria-sort") == "ascending"
+    mean.find_element("tag name", "button").click()
+    assert cases(browser) == worst_first[::-1] and mean.get_attribute("aria-sort") == "descending"
+    mean.find_element("tag name", "button").click()
+    assert cases(browser) == worst_first
+    by_name["case"].find_element("tag name", "button").click()
+    assert cases(browser)[1:] == ["fine", "middling"] and set(cases(browser)) == set(CASES)
+    assert mean.get_attribute("aria-sort") is None
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_the_page_is_as_wide_as_the_window(browser, width):
+    size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_in_light_and_dark(browser, scheme):
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    luminances = browser.execute_script(
+        "const style = getComputedStyle(document.body);"
+        "return [style.color, style.backgroundColor].map((each) => each.match(/\\d+/g).slice(0, 3)"
+        ".map((part) => part / 255).map((part) => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)"
+        ".reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0));"
+    )
+    text, page = luminances
+    assert (text < page) == (scheme == "light")
+    # WCAG 2, level AAA
+    assert (max(text, page) + 0.05) / (min(text, page) + 0.05) >= 7
