@@ -104,6 +104,9 @@ def test_two_models_are_compared_case_by_case(capsys):
     page = Path("comparison", "comparison.md").read_text()
     assert "### By subset" in page and "![Differences of Dice with intervals](comparison.png)" in page
     assert "nothing about clinical benefit" in page
+    # at most 6 tests together, and 8 patients: 6 / 128 at best
+    assert "over all subsets: with" not in printed and "by number of modalities: with" not in printed
+    assert "by subset: with" not in printed
     assert Path("comparison", "comparison.png").read_bytes()[:4] == b"\x89PNG"
 
 
@@ -114,7 +117,8 @@ def test_only_shared_cases_are_compared_and_the_others_are_named(capsys):
     printed = capsys.readouterr().out
     assert "Compared on 4 cases of 4 patients" in printed
     assert f"{CASES[5]}, {CASES[6]}, {CASES[7]} of new" in printed and f"{CASES[0]} of old" in printed
-    assert "cannot give a p-value below 0.12" in printed
+    assert "over all subsets: with 4 patients and 3 tests no corrected p-value can fall below 0.38" in printed
+    assert "by number of modalities: with 4 patients and 6 tests no corrected p-value can fall below 0.75" in printed
     found = numbers()
     assert found["cases"] == list(CASES[1:5])
     assert [each["not_compared"] for each in found["models"]] == [list(CASES[5:]), list(CASES[:1])]

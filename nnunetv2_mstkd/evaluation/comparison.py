@@ -56,6 +56,10 @@ CIRCUMSTANCES = {
 """Keys in which models may differ, which is then said."""
 
 
+LEVEL = 0.05
+"""A reader looks for p-values below it."""
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """The results of one model.
@@ -349,12 +353,15 @@ class Comparison:
                 notes.append(
                     f"not compared, because only some models have them: {', '.join(cases[:3])}{more} of {name}"
                 )
-        if self.num_patients < 6:
-            lowest = min(1.0, 2.0 ** (1 - self.num_patients))
-            notes.append(
-                f"with {self.num_patients} patient{'s' if self.num_patients > 1 else ''} the Wilcoxon test cannot give "
-                f"a p-value below {lowest:.2g}, whatever the models do"
-            )
+        lowest = min(1.0, 2.0 ** (1 - self.num_patients))  # when all differences have one sign
+        tables = {"over all subsets": "overall", "by number of modalities": "by_count", "by subset": "by_subset"}
+        for words, name in tables.items():
+            number = _tests_together(getattr(self.parts[0], name))
+            if lowest * number > LEVEL:
+                notes.append(
+                    f"{words}: with {self.num_patients} patient{'s' if self.num_patients > 1 else ''} and {number} "
+                    f"tests no corrected p-value can fall below {min(1.0, lowest * number):.2g}, whatever the models do"
+                )
         if self.ranks is None:
             notes.append("no ranking: values are left out (nan) and have no rank; evaluate with --convention brats")
         first = self.evaluations[0]
@@ -390,3 +397,10 @@ class Comparison:
             }
             for each in self.evaluations
         ]
+
+
+def _tests_together(table: pd.DataFrame) -> int:
+    """How many tests Holm's procedure corrects together: all rows, or those of a pair where each pair has its own."""
+    if "level" not in table:
+        return int(table["p"].notna().sum())
+    return int(table["p"].notna().groupby([table[MODEL], table[AGAINST]]).sum().max())
