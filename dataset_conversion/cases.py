@@ -1,31 +1,78 @@
-"""Finding the files of every case and checking them, before anything is written."""
+"""Finding the files of every case, by their names alone."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass
+import glob
+import json
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-import numpy as np
-import SimpleITK as sitk
+from nnunetv2_mstkd.dataset_conversion.description import Description, alternatives
+from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
+from nnunetv2_mstkd.dataset_conversion.releases import RELEASES, releases_of_case
 
-from nnunetv2_mstkd.dataset_conversion.completeness import check_complete
-from nnunetv2_mstkd.dataset_conversion.description import Description
-from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_geometry, read_image
+IMAGE_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
+DEPTH = 5
+"""Folders below the source in which case folders of a release are looked for: archives unpack into several levels."""
+
+CASE_NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
+LABEL = "label"
 
 
 @dataclass(frozen=True)
 class Case:
-    """The files of one case: images in the order of the channels, and the label file (None for some test cases)."""
+    """The files of one case.
+
+    Attributes
+    ----------
+    name
+        Without spaces; its files in the data set are named after it.
+    images
+        One per channel, None for an absent modality; several channels may be volumes of one file.
+    label
+        None for some test cases.
+    is_test
+        Whether it goes to ``imagesTs``.
+    """
 
     name: str
-    images: tuple[Path, ...]
+    images: tuple[Path | None, ...]
     label: Path | None
     is_test: bool
 
+    @property
+    def files(self) -> list[Path]:
+        """All different files."""
+        return list(dict.fromkeys(path for path in (*self.images, self.label) if path is not None))
 
-def find_cases(source: Path, description: Description) -> tuple[list[Case], list[str]]:
+
+@dataclass
+class Found:
+    """What :func:`find_cases` found: usable cases by name, lines about each of the others, and lines about the rest."""
+
+    cases: list[Case] = field(default_factory=list)
+    problems: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def names(self) -> list[str]:
+        """All cases, also those with problems."""
+        return sorted([*(case.name for case in self.cases), *self.problems])
+
+
+def find_cases(
+    source: Path,
+    description: Description,
+    *,
+    allow_missing: bool = False,
+    unlabelled_as_test: bool = False,
+    follow_links: bool = False,
+) -> Found:
     """Find the files of all cases.
 
     Parameters
@@ -34,130 +81,259 @@ def find_cases(source: Path, description: Description) -> tuple[list[Case], list
         The folder of the data set.
     description
         What it should hold.
-
-    Returns
-    -------
-    The cases whose files were all found, by name, and a line for each file that was not.
+    allow_missing
+        Keep cases of which some modalities, but not all, have no file.
+    unlabelled_as_test
+        Take cases without a label file as test cases.
+    follow_links
+        Accept files outside `source` to which links lead.
 
     Raises
     ------
     FileNotFoundError
         If there is no such folder.
     ValueError
-        If it has no case folder, a name occurs twice, a test case is not there, or none is left for training.
+        If it holds no cases, those of another release, or none to train on; if names clash; if the channels of stacked
+        files have another order.
     """
     if not source.is_dir():
         raise FileNotFoundError(f"no folder {source}")
+    rules = _Rules(source, description, allow_missing, unlabelled_as_test, follow_links)
+    if description.stack:
+        found = _find_stacked(rules)
+    else:
+        folders, found = _release_folders(rules) if description.case_names else _folders(rules)
+        for folder in folders:
+            _add(found, folder.name, rules.find(folder.name, folder))
+    _refuse_clashes(source, found.names)
+    for pattern in description.test_cases:
+        if not any(fnmatchcase(name, pattern) for name in found.names):
+            raise ValueError(f"no case in {source} matches the test case {pattern!r}")
+    if found.cases and all(case.is_test for case in found.cases):
+        raise ValueError(f"all {len(found.cases)} cases in {source} are test cases, expected at least one to train on")
+    unlabelled = [name for name, lines in found.problems.items() if any(line.startswith(LABEL) for line in lines)]
+    if len(unlabelled) == len(found.names) > 1:
+        raise ValueError(
+            f"none of the {len(unlabelled)} cases in {source} has a label file "
+            f"({' or '.join(alternatives(description.label))}): is it a validation set? There is nothing to train on"
+        )
+    return found
+
+
+def _add(found: Found, name: str, result: tuple[Case, list[str]]) -> None:
+    case, problems = result
+    if problems:
+        found.problems[name] = problems
+    else:
+        found.cases.append(case)
+
+
+def _refuse_clashes(source: Path, names: list[str]) -> None:
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise ValueError(f"several cases in {source} are named {', '.join(twice)}, expected distinct names")
+    by_folded = defaultdict(list)
+    for name in names:
+        by_folded[name.casefold()].append(name)
+    for alike in by_folded.values():
+        if len(alike) > 1:
+            raise ValueError(
+                f"the cases {' and '.join(alike)} in {source} differ in upper and lower case only, and would "
+                "overwrite one another where file names do not tell these apart; rename one"
+            )
+
+
+# ---- folders of cases ----------------------------------------------------------------------------------------------
+
+
+def _folders(rules: _Rules) -> tuple[list[Path], Found]:
+    """The folders that the pattern of a description matches."""
+    source, pattern = rules.source, rules.description.cases
     folders = sorted(
-        (folder for folder in source.glob(description.cases) if folder.is_dir() and not folder.name.startswith(".")),
+        (folder for folder in source.glob(pattern) if folder.is_dir() and not folder.name.startswith(".")),
         key=lambda folder: folder.name,
     )
     if not folders:
-        raise ValueError(f"no folder in {source} matches {description.cases!r}, expected one folder per case")
-    twice = [name for name, count in Counter(folder.name for folder in folders).items() if count > 1]
-    if twice:
-        raise ValueError(f"several case folders in {source} are named {', '.join(twice)}, expected distinct names")
-    for pattern in description.test_cases:
-        if not any(fnmatchcase(folder.name, pattern) for folder in folders):
-            raise ValueError(f"no case folder in {source} matches the test case {pattern!r}")
-    if all(description.is_test_case(folder.name) for folder in folders):
-        raise ValueError(f"all {len(folders)} cases in {source} are test cases, expected at least one to train on")
-
-    cases, problems = [], []
+        raise ValueError(f"no folder in {source} matches {pattern!r}, expected one folder per case")
+    _refuse_clashes(source, [folder.name for folder in folders])
+    found, good = Found(), []
     for folder in folders:
-        case, missing = _find_case(folder, description)
-        problems += [f"{folder.name}: {problem}" for problem in missing]
-        if not missing:
-            cases.append(case)
-    return cases, problems
-
-
-def check_case(case: Case, description: Description) -> list[str]:
-    """Return a line for each file of `case` that nnU-Net would trip over, or silently misread."""
-    files = dict(zip(description.modalities, case.images, strict=True))
-    if case.label is not None:
-        files["label"] = case.label
-    geometries: dict[str, Geometry] = {}
-    problems = []
-    for name, path in files.items():
-        try:
-            geometry = read_geometry(path)
-            not_finite = check_complete(path)
-            if not_finite:
-                problems.append(f"{name} ({path.name}) has {not_finite} voxels that are NaN or infinite")
-            geometries[name] = geometry
-        except ValueError as error:
-            problems.append(f"{name} ({path.name}) {error}")
-    if geometries:
-        first, reference = next(iter(geometries.items()))
-        for name, geometry in geometries.items():
-            problems += [
-                f"{name} has {difference} as in {first}; resample it to the same grid"
-                for difference in reference.differences(geometry)
-            ]
-    if "label" in geometries:
-        try:
-            read_label(files["label"], description)
-        except ValueError as error:
-            problems.append(f"label ({files['label'].name}) {error}")
-    return [f"{case.name}: {problem}" for problem in problems]
-
-
-def read_label(path: Path, description: Description) -> np.ndarray:
-    """Read a label file.
-
-    Parameters
-    ----------
-    path
-        The file, of any pixel type.
-    description
-        Declares the values, after its ``remap``.
-
-    Returns
-    -------
-    Array of uint8, axes in the reverse order of the image's (z, y, x).
-
-    Raises
-    ------
-    ValueError
-        If a value is no integer or not declared.
-    """
-    stored = sitk.GetArrayFromImage(read_image(path))
-    if np.issubdtype(stored.dtype, np.floating):
-        whole = np.isfinite(stored) & (stored == np.rint(stored))
-        if not whole.all():
-            raise ValueError(f"holds {stored[~whole][0]:g}, expected integers only")
-    written = np.zeros(stored.shape, dtype=np.uint8)
-    undeclared = []
-    for value in map(int, np.unique(stored)):
-        meaning = description.remap.get(value, value)
-        if meaning in description.declared_values:
-            written[stored == value] = meaning
+        if CASE_NAME.fullmatch(folder.name):
+            good.append(folder)
         else:
-            undeclared.append(value)
-    if undeclared:
+            found.problems[folder.name] = [
+                "the name of the folder has a space or a sign other than ASCII letters, digits, '.', '_' and '-', "
+                "which some programs cannot read in file names; rename it"
+            ]
+    return good, found
+
+
+def _release_folders(rules: _Rules) -> tuple[list[Path], Found]:
+    """The case folders of a release at any depth, after a look at what else is there."""
+    source, description = rules.source, rules.description
+    ours, others, strange = [], defaultdict(list), []
+    for folder, names in _walk(source):
+        if re.fullmatch(description.case_names, folder.name, re.ASCII):
+            ours.append(folder)
+        elif releases := releases_of_case(folder.name):
+            others[" or ".join(releases)].append(folder.name)
+        elif any(name.lower().endswith((".nii", ".nii.gz")) for name in names):
+            strange.append(folder)
+    example = RELEASES[description.release].example
+    listed = "; ".join(f"{len(names)} of {key} such as {names[0]}" for key, names in others.items())
+    if not ours:
         raise ValueError(
-            f"holds the undeclared values {undeclared}, declared are {sorted(description.declared_values)}"
+            f"no case folder of {description.release} in {source}, expected names such as {example}"
+            + (f"; it holds cases of another release: {listed}" if others else "")
         )
-    return written
+    if others:
+        raise ValueError(f"{source} mixes {len(ours)} cases of {description.release} with {listed}; convert each apart")
+    found = Found()
+    for folder in strange:
+        found.problems[str(folder.relative_to(source))] = [
+            f"this folder holds images, but its name is not as in {description.release} ({example}); rename or "
+            "remove it"
+        ]
+    ours.sort(key=lambda folder: folder.name)
+    _refuse_clashes(source, [folder.name for folder in ours])
+    return ours, found
 
 
-def _find_case(folder: Path, description: Description) -> tuple[Case, list[str]]:
-    """Return the case in `folder`, and a line for each of its files that is missing or ambiguous."""
-    is_test = description.is_test_case(folder.name)
-    found: dict[str, Path] = {}
-    problems = []
-    for name, pattern in {**description.modalities, "label": description.label}.items():
-        files = sorted(path for path in folder.glob(pattern) if path.is_file())
-        if len(files) == 1:
-            found[name] = files[0]
-        elif files:
-            problems.append(f"{name}: {', '.join(path.name for path in files)} match {pattern!r}, expected one file")
-        elif not (is_test and name == "label"):
-            problems.append(f"{name}: no file matches {pattern!r}")
-    by_file: dict[Path, list[str]] = {}
-    for name, path in found.items():
-        by_file.setdefault(path, []).append(name)
-    problems += [f"{' and '.join(names)} are the same file {path.name}" for path, names in by_file.items() if names[1:]]
-    images = tuple(found[name] for name in description.modalities if name in found)
-    return Case(folder.name, images, found.get("label"), is_test), problems
+def _walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
+    """All folders below `source` with the names of their files; case folders of any release are not entered."""
+    for top, folders, files in os.walk(source):
+        here = Path(top)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if here != source:
+            yield here, files
+        if len(here.relative_to(source).parts) >= DEPTH or releases_of_case(here.name):
+            folders.clear()
+        for name in folders:
+            if (here / name).is_symlink():  # os.walk names it, but does not enter it
+                yield here / name, os.listdir(here / name)
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What counts as a complete case."""
+
+    source: Path
+    description: Description
+    allow_missing: bool
+    unlabelled_as_test: bool
+    follow_links: bool
+
+    def find(self, name: str, folder: Path) -> tuple[Case, list[str]]:
+        """The case in `folder`, and a line for each of its files that is missing, ambiguous or elsewhere."""
+        description = self.description
+        entries = sorted(os.listdir(folder)) if folder.is_dir() else []
+        found: dict[str, Path] = {}
+        missing: dict[str, str] = {}
+        problems = []
+        for role, patterns in {**description.modalities, LABEL: description.label}.items():
+            wanted = [pattern.replace("{case}", glob.escape(name)) for pattern in alternatives(patterns)]
+            files = list(dict.fromkeys(path for pattern in wanted for path in _matching(folder, entries, pattern)))
+            if len(files) == 1:
+                found[role] = files[0]
+            elif files:
+                listed = ", ".join(path.name for path in files)
+                problems.append(f"{role}: {listed} match {' or '.join(map(repr, wanted))}, expected one file")
+            else:
+                missing[role] = " or ".join(map(repr, wanted))
+        by_file: dict[Path, list[str]] = {}
+        for role, path in found.items():
+            by_file.setdefault(path, []).append(role)
+        problems += [
+            f"{' and '.join(roles)} are the same file {path.name}" for path, roles in by_file.items() if roles[1:]
+        ]
+        used = {path.name for path in found.values()}
+        spare = [entry for entry in entries if entry.lower().endswith(IMAGE_ENDINGS) and entry not in used]
+        is_test = description.is_test_case(name) or (self.unlabelled_as_test and LABEL in missing)
+        present = [role for role in description.modalities if role in found]
+        for role, wanted_text in missing.items():
+            if role == LABEL and is_test:
+                continue
+            if role != LABEL and self.allow_missing and present:
+                continue
+            hint = f"; not used: {', '.join(spare)}" if spare else ""
+            if role != LABEL and present and not problems:
+                hint += "; --allow-missing fills an absent modality with zeros"
+            problems.append(f"{role}: no file matches {wanted_text}{hint}")
+        for role, path in found.items():
+            problems += [f"{role}: {line}" for line in self.check_place(path)]
+        images = tuple(found.get(role) for role in description.modalities)
+        return Case(name, images, found.get(LABEL), is_test), problems
+
+    def check_place(self, path: Path) -> list[str]:
+        """A line if a link leads nowhere, or out of the source."""
+        real = Path(os.path.realpath(path))
+        if not real.is_file():
+            return [f"{path.name} is a link to {real}, which is no file"]
+        if not self.follow_links and not real.is_relative_to(os.path.realpath(self.source)):
+            return [f"{path.name} is a link to {real}, outside {self.source}; --follow-links accepts it"]
+        return []
+
+
+def _matching(folder: Path, entries: list[str], pattern: str) -> list[Path]:
+    if "/" in pattern or os.sep in pattern:
+        return sorted(path for path in folder.glob(pattern) if not path.is_dir())
+    matching = (folder / entry for entry in entries if not entry.startswith(".") and fnmatchcase(entry, pattern))
+    return [path for path in matching if not path.is_dir()]
+
+
+# ---- one file of four dimensions per case --------------------------------------------------------------------------
+
+
+def _find_stacked(rules: _Rules) -> Found:
+    """The cases of the Medical Segmentation Decathlon: ``imagesTr/CASE.nii.gz`` and ``labelsTr/CASE.nii.gz``."""
+    source, description = rules.source, rules.description
+    release = RELEASES[description.release]
+    tops = [top for top in (source, *sorted(source.iterdir())) if (top / "imagesTr").is_dir()]
+    if len(tops) != 1:
+        raise ValueError(
+            f"{len(tops)} folders imagesTr in {source}, expected one: give the folder that holds imagesTr and "
+            f"labelsTr, as {description.release} unpacks"
+        )
+    top = tops[0]
+    _check_order(top / "dataset.json", description)
+    found = Found()
+    files = [path for path in sorted((top / "imagesTr").iterdir()) if path.name.lower().endswith((".nii", ".nii.gz"))]
+    files = [path for path in files if not path.name.startswith(".")]  # the archive has "._" files of another system
+    cases = {path.name.removesuffix(".gz").removesuffix(".nii"): path for path in files}
+    _refuse_clashes(top, [path.name.removesuffix(".gz").removesuffix(".nii") for path in files])
+    ours = [name for name in cases if re.fullmatch(release.case_names, name, re.ASCII)]
+    if not ours:
+        raise ValueError(f"no case of {description.release} in {top / 'imagesTr'}, expected {release.example}.nii.gz")
+    for name in cases.keys() - set(ours):
+        found.problems[name] = [f"its name is not as in {description.release} ({release.example}); rename or remove it"]
+    for name in ours:
+        labels = [path for path in (top / "labelsTr" / f"{name}{end}" for end in (".nii.gz", ".nii")) if path.exists()]
+        is_test = description.is_test_case(name) or (rules.unlabelled_as_test and not labels)
+        problems = [f"image: {line}" for line in rules.check_place(cases[name])]
+        if len(labels) == 1:
+            problems += [f"{LABEL}: {line}" for line in rules.check_place(labels[0])]
+        elif labels or not is_test:
+            problems.append(f"{LABEL}: {len(labels)} files {name}.nii.gz or {name}.nii in labelsTr, expected one")
+        images = (cases[name],) * len(description.modalities)
+        _add(found, name, (Case(name, images, labels[0] if labels else None, is_test), problems))
+    unlabelled = list((top / "imagesTs").glob("[!.]*.nii*")) if (top / "imagesTs").is_dir() else []
+    if unlabelled:
+        found.notes.append(f"{len(unlabelled)} images in {top / 'imagesTs'} have no labels and were left out")
+    return found
+
+
+def _check_order(file: Path, description: Description) -> None:
+    """Refuse files whose own table of channels contradicts the release."""
+    if not file.is_file():
+        return
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        channels = content.get("modality", content.get("channel_names", {}))
+        order = [canonical_modality(str(channels[key])) for key in sorted(channels, key=int)]
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ValueError(f"cannot read the order of the channels in {file}: {' '.join(str(error).split())}") from error
+    if order and order != list(description.stack):
+        raise ValueError(
+            f"{file} says that the channels are {', '.join(order)}, but in {description.release} they are "
+            f"{', '.join(description.stack)}"
+        )

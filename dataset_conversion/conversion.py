@@ -1,104 +1,214 @@
-"""From a description to a folder in nnUNet_raw: everything is checked first, and the folder appears in one step."""
+"""From a description to a folder in nnUNet_raw, which appears in one step when everything in it is written."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
-import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunetv2_mstkd.dataset_conversion import splits as folds
-from nnunetv2_mstkd.dataset_conversion.cases import Case, check_case, find_cases, read_label
+from nnunetv2_mstkd.dataset_conversion.cases import Case, Found, find_cases
+from nnunetv2_mstkd.dataset_conversion.checks import FULL, HEADER, MAX_OUTSIDE, check_case
 from nnunetv2_mstkd.dataset_conversion.description import Description
-from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_geometry, read_image
+from nnunetv2_mstkd.dataset_conversion.progress import (
+    CaseRecord,
+    Progress,
+    fingerprint,
+    read_record,
+    write_record,
+)
+from nnunetv2_mstkd.dataset_conversion.writing import COPY, REFERENCE, write_case
 from nnunetv2_mstkd.nnunet_folders import nnunet_folder
 
-FILE_ENDING = ".nii.gz"
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class Options:
+    """How to convert.
+
+    Attributes
+    ----------
+    mode
+        ``"copy"``, ``"link"`` or ``"reference"``.
+    verify
+        ``"full"`` or ``"header"``; None: full, but header for a data set that is already finished.
+    allow_missing
+        Keep cases without some modalities, as zero images.
+    strict
+        Write nothing if any case has a problem, in place of leaving that case out.
+    unlabelled_as_test
+        Take cases without a label as test cases.
+    follow_links
+        Accept files outside the source to which links lead.
+    max_outside
+        Share of a label's voxels that may lie where every image is zero.
+    test_fraction
+        Share of the patients to draw as test cases; 0 for none.
+    seed
+        Of test cases and folds.
+    folds
+        Their number; None for nnU-Net's five, or one per patient where there are fewer.
+    val_cases
+        One fold that validates on these.
+    split_lists
+        Files of published splits, for :func:`nnunetv2_mstkd.dataset_conversion.splits.read_lists`.
+    write_splits
+        False leaves the folds to nnU-Net.
+    overwrite
+        Replace what is there.
+    workers
+        Cases at a time.
+    progress
+        Show a bar where there is a terminal to see it.
+    """
+
+    mode: str = COPY
+    verify: str | None = None
+    allow_missing: bool = False
+    strict: bool = False
+    unlabelled_as_test: bool = False
+    follow_links: bool = False
+    max_outside: float = MAX_OUTSIDE
+    test_fraction: float = 0.0
+    seed: int = folds.SEED
+    folds: int | None = None
+    val_cases: Sequence[str] = ()
+    split_lists: Sequence[Path] = ()
+    write_splits: bool = True
+    overwrite: bool = False
+    workers: int = DEFAULT_WORKERS
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise ValueError(f"--workers is {self.workers}, expected at least 1")
+        if not 0 <= self.max_outside <= 1:
+            raise ValueError(f"--max-outside is {self.max_outside:g}, expected 0 to 1")
+        ways = [self.folds is not None, bool(self.val_cases), bool(self.split_lists), not self.write_splits]
+        if sum(ways) > 1:
+            raise ValueError("found several of --folds, --val-cases, --splits and --no-splits, expected one of them")
+        if self.split_lists and self.test_fraction:
+            raise ValueError("found --splits and --test-fraction, expected one of them: lists name their test cases")
 
 
-def convert(
-    source: Path,
-    description: Description,
-    dataset: str,
-    *,
-    make_splits: Callable[[Sequence[str]], folds.Splits] | None = None,
-    overwrite: bool = False,
-    workers: int = DEFAULT_WORKERS,
-) -> list[Case]:
-    """Write a data set in nnU-Net's raw format, all or nothing.
+@dataclass
+class Report:
+    """What came of a conversion.
+
+    Attributes
+    ----------
+    folder
+        The data set.
+    cases
+        All cases in it.
+    skipped
+        Cases left out -> why.
+    notes
+        Line -> cases that it is true of; none for lines about all.
+    splits_file
+        ``splits_final.json``, if it was written or is as asked for.
+    resumed
+        How many cases an interrupted run had finished.
+    was_finished
+        Whether the data set was there and everything in it is as asked for.
+    """
+
+    folder: Path
+    cases: list[CaseRecord] = field(default_factory=list)
+    skipped: dict[str, list[str]] = field(default_factory=dict)
+    notes: dict[str, list[str]] = field(default_factory=dict)
+    splits_file: Path | None = None
+    resumed: int = 0
+    was_finished: bool = False
+
+
+def convert(source: Path, description: Description, dataset: str, options: Options | None = None) -> Report:
+    """Write a data set in nnU-Net's raw format.
+
+    The work is done in a hidden folder beside the data set's place. An interrupted run leaves it there, and the next
+    one with the same settings goes on with it.
 
     Parameters
     ----------
     source
-        The folder of the data set. It is only read.
+        The folder of the release. It is only read.
     description
         What it holds.
     dataset
         The name to write it under, from :func:`dataset_name`.
-    make_splits
-        Names of the training cases -> content of ``splits_final.json``, which is written to ``nnUNet_preprocessed``;
-        None leaves the split to nnU-Net.
-    overwrite
-        Replace what is there.
-    workers
-        Cases handled at a time.
-
-    Returns
-    -------
-    The cases written.
+    options
+        How.
 
     Raises
     ------
     FileNotFoundError
-        If `source` or a folder of nnU-Net is absent.
+        If `source`, a list of cases or a folder of nnU-Net is absent.
     FileExistsError
-        If the data set, or its split, is already there.
+        If the data set, or its split, is there and was made from something else or with other options.
     ValueError
-        If something is wrong with the cases: one line for each problem of each case. Nothing was written.
+        If nothing can be converted as asked; with ``strict`` also if anything is wrong with a case. Nothing is written.
     """
+    options = options or Options()
+    source = Path(os.path.abspath(source))
+    if options.mode == REFERENCE and "$" in str(source):
+        raise ValueError(
+            f"{source} has a $, at which nnU-Net would look for a variable; --reference needs another path"
+        )
+    if options.mode != COPY and description.stack:
+        raise ValueError(
+            f"{description.release} has all channels in one file, so its cases must be written: use --copy"
+        )
     target = nnunet_folder("nnUNet_raw") / dataset
-    splits_file = nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json" if make_splits else None
     _refuse_second_name(dataset)
-    for path in (target, splits_file):
-        if path is not None and path.exists() and not overwrite:
-            raise FileExistsError(f"{path} is already there; --overwrite replaces it")
+    splits_file = nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json" if options.write_splits else None
+    listed, tests = folds.read_lists(options.split_lists) if options.split_lists else ([], [])
+    description = replace(description, test_cases=[*description.test_cases, *tests]) if tests else description
 
-    cases, problems = find_cases(source, description)
-    for found in _for_each(cases, lambda case: check_case(case, description), workers, "checking"):
-        problems += found
-    if problems:
-        raise ValueError(f"{_count(problems, 'problem')}, nothing was written:\n  " + "\n  ".join(sorted(problems)))
-    training = [case.name for case in cases if not case.is_test]
-    splits = make_splits(training) if make_splits else None
+    found = find_cases(
+        source,
+        description,
+        allow_missing=options.allow_missing,
+        unlabelled_as_test=options.unlabelled_as_test,
+        follow_links=options.follow_links,
+    )
+    if listed:
+        folds.refuse_unknown_cases(listed, tests, found.names)
+    _draw_tests(found, description, options)
+    if not found.cases:
+        _refuse(found.problems)
+    settings = _settings(source, description, options)
+    make_splits = _split_maker(description, options, listed)
+    # wrong options should not cost a whole conversion; cases that turn out bad are taken out later
+    make_splits([case.name for case in found.cases if not case.is_test], sorted(found.problems))
 
-    with _replacing(target) as unfinished:
-        parts = ["imagesTr", "labelsTr"]
-        if any(case.is_test for case in cases):
-            parts.append("imagesTs")
-        if any(case.is_test and case.label for case in cases):
-            parts.append("labelsTs")
-        for part in parts:
-            (unfinished / part).mkdir()
-        for _ in _for_each(cases, lambda case: _write_case(case, description, unfinished), workers, "writing"):
-            pass
-        content = {"name": dataset, **description.dataset_json(len(training))}
-        (unfinished / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    if splits is not None and splits_file is not None:
-        folds.write_splits(splits, splits_file)
-    return cases
+    report = Report(target, notes={note: [] for note in found.notes})
+    if target.exists() and not options.overwrite:
+        _check_finished(target, source, description, settings, found, options, report)
+    else:
+        _refuse_other_splits(splits_file, options)
+        _convert(target, source, description, settings, found, options, report)
+    training = [record.name for record in report.cases if record.part == "Tr"]
+    made = make_splits(training, sorted(report.skipped))
+    if splits_file is not None and made is not None:
+        present = folds.read_splits(splits_file)
+        if present is not None and present != made and not options.overwrite:
+            raise FileExistsError(f"{splits_file} is already there with other folds; --overwrite replaces it")
+        folds.write_splits(made, splits_file)
+        report.splits_file = splits_file
+    elif not options.write_splits:
+        _refuse_stale_splits(dataset, training)
+    return report
 
 
 def dataset_name(dataset_id: int, name: str) -> str:
@@ -119,67 +229,22 @@ def dataset_name(dataset_id: int, name: str) -> str:
     return f"Dataset{dataset_id:03d}_{name}"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every converter has."""
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the data set")
-    parser.add_argument("-d", "--dataset-id", metavar="ID", type=int, required=True, help="number of the new data set")
-    parser.add_argument("--name", required=True, help="its name: the folder is DatasetID_NAME")
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set, and a split, of that name")
-    parser.add_argument(
-        "--workers", metavar="N", type=int, default=DEFAULT_WORKERS, help="cases at a time (default: %(default)s)"
-    )
-    group = parser.add_argument_group("folds", "nnU-Net's own split has five folds and so needs five training cases.")
-    group.add_argument("--splits", action="store_true", help="write splits_final.json into nnUNet_preprocessed")
-    group.add_argument(
-        "--folds",
-        metavar="N",
-        type=int,
-        help="number of folds, implies --splits (default: 5, or one per case if fewer)",
-    )
-    group.add_argument(
-        "--seed", type=int, default=folds.SEED, help="of the assignment to folds (default: %(default)s, as nnU-Net)"
-    )
-    group.add_argument(
-        "--val-cases", metavar="CASE", nargs="+", help="one fold that validates on these cases, implies --splits"
-    )
+def count(things: Sized, noun: str) -> str:
+    """``2 cases``."""
+    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
 
 
-def run(args: argparse.Namespace, description: Description) -> None:
-    """Convert as the options of :func:`add_arguments` say, and print what was written and what comes next.
+def problem_lines(problems: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line for each problem of each case."""
+    return [f"{case}: {line}" for case in sorted(problems) for line in problems[case]]
 
-    Raises
-    ------
-    ValueError, FileNotFoundError, FileExistsError
-        As :func:`convert` does.
-    """
-    if args.folds is not None and args.val_cases:
-        raise ValueError("found --folds and --val-cases, expected one of them: --val-cases makes a single fold")
-    if args.workers < 1:
-        raise ValueError(f"--workers is {args.workers}, expected at least 1")
 
-    def make_splits(cases: Sequence[str]) -> folds.Splits:
-        if args.val_cases:
-            return folds.hold_out(cases, args.val_cases)
-        return folds.cross_validation(cases, args.folds, args.seed)
+# ---- before anything is written ------------------------------------------------------------------------------------
 
-    wants_splits = args.splits or args.folds is not None or args.val_cases
-    dataset = dataset_name(args.dataset_id, args.name)
-    cases = convert(
-        args.source,
-        description,
-        dataset,
-        make_splits=make_splits if wants_splits else None,
-        overwrite=args.overwrite,
-        workers=args.workers,
-    )
-    training = sum(not case.is_test for case in cases)
-    print(
-        f"{nnunet_folder('nnUNet_raw') / dataset}: {_count(range(training), 'training case')}, "
-        f"{_count(range(len(cases) - training), 'test case')}, channels {', '.join(description.modalities)}"
-    )
-    if wants_splits:
-        print(f"{nnunet_folder('nnUNet_preprocessed') / dataset / 'splits_final.json'}: the folds")
-    print(f"next: nnUNetv2_plan_and_preprocess -d {args.dataset_id} --verify_dataset_integrity")
+
+def _refuse(problems: Mapping[str, Sequence[str]]) -> None:
+    lines = problem_lines(problems)
+    raise ValueError(f"{count(lines, 'problem')}, nothing was written:\n  " + "\n  ".join(lines))
 
 
 def _refuse_second_name(dataset: str) -> None:
@@ -197,55 +262,299 @@ def _refuse_second_name(dataset: str) -> None:
             )
 
 
-def _for_each(cases: Sequence[Case], work: Callable[[Case], Result], workers: int, what: str) -> Iterator[Result]:
-    """Yield ``work(case)`` of each case in order, with a progress bar where there is a terminal to see it."""
-    pool = ThreadPoolExecutor(workers)  # threads do: SimpleITK and zlib release the interpreter's lock
+def _draw_tests(found: Found, description: Description, options: Options) -> None:
+    """Turn a share of the patients into test cases, the same whatever is wrong with single cases."""
+    if not options.test_fraction:
+        return
+    cases = [name for name in found.names if not description.is_test_case(name)]
+    drawn = set(folds.draw_test_cases(cases, options.test_fraction, options.seed, patient_of=description.patient_of))
+    found.cases = [replace(case, is_test=case.is_test or case.name in drawn) for case in found.cases]
+
+
+def _settings(source: Path, description: Description, options: Options) -> dict[str, Any]:
+    """All that the written files depend on, apart from the sources, as JSON reads it back."""
+    used = ("mode", "allow_missing", "unlabelled_as_test", "test_fraction", "max_outside")
+    chosen = {name: getattr(options, name) for name in used}
+    if options.test_fraction:
+        chosen["seed"] = options.seed
+    content = {"source": str(source), "description": asdict(description), **chosen}
+    # pairs, because two tables are equal whatever their order, and the order of channels and regions counts
+    for key in ("modalities", "labels", "remap"):
+        content["description"][key] = list(getattr(description, key).items())
+    return json.loads(json.dumps(content))
+
+
+def _split_maker(
+    description: Description, options: Options, listed: folds.Splits
+) -> Callable[[Sequence[str], Sequence[str]], folds.Splits | None]:
+    """Return a function of the training cases and the skipped ones that makes the folds."""
+
+    def make(training: Sequence[str], skipped: Sequence[str]) -> folds.Splits | None:
+        patient_of = description.patient_of
+        if not options.write_splits:
+            return None
+        if listed:
+            made = folds.without(listed, skipped)
+            folds.refuse_shared_patients(made, patient_of)
+            return made
+        if options.val_cases:
+            validation = [case for case in options.val_cases if case not in skipped]
+            return folds.hold_out(training, validation, patient_of=patient_of)
+        if options.folds is None and len({patient_of(case) for case in training}) < 2:
+            return None  # nothing to hold out; nnU-Net trains with -f all
+        return folds.cross_validation(training, options.folds, options.seed, patient_of=patient_of)
+
+    return make
+
+
+def _refuse_other_splits(splits_file: Path | None, options: Options) -> None:
+    if splits_file is not None and splits_file.exists() and not options.overwrite:
+        raise FileExistsError(
+            f"{splits_file} is already there; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
+        )
+
+
+def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
+    """Folds of an earlier data set of this name would make nnU-Net look for cases that are gone."""
+    folder = os.environ.get("nnUNet_preprocessed")
+    file = Path(folder or "", dataset, "splits_final.json")
+    present = folds.read_splits(file) if folder else None
+    if present is None:
+        return
+    gone = sorted({case for fold in present for part in fold.values() for case in part} - set(training))
+    if gone:
+        raise ValueError(
+            f"the data set is written, but {file} names {count(gone, 'case')} that it does not have, such as "
+            f"{gone[0]}; remove the file, or convert with --overwrite and without --no-splits"
+        )
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def _convert(
+    target: Path,
+    source: Path,
+    description: Description,
+    settings: Mapping[str, Any],
+    found: Found,
+    options: Options,
+    report: Report,
+) -> None:
+    """Check and write all cases in the hidden folder, then let it take the data set's place."""
+    scratch = target.parent / f".{target.name}.unfinished"
+    with locked(scratch):
+        progress = Progress(scratch, settings)
+        unfinished = scratch / "new"
+        if not progress.done:
+            shutil.rmtree(unfinished, ignore_errors=True)
+        for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+            (unfinished / part).mkdir(parents=True, exist_ok=True)
+        level = options.verify or FULL
+
+        def work(case: Case) -> CaseRecord:
+            sources = fingerprint(case, source)
+            known = progress.done.get(case.name)
+            if known is not None and dict(known.sources) == sources and known.part == _part(case):
+                return known
+            record = CaseRecord(case.name, _part(case), description.patient_of(case.name), sources)
+            checked = check_case(
+                case,
+                description,
+                level=level,
+                allow_missing=options.allow_missing,
+                max_outside=options.max_outside,
+            )
+            if checked.problems:
+                return replace(record, problems=checked.problems)
+            written = write_case(case, checked, description, unfinished, options.mode)
+            record = replace(
+                record,
+                images=written.images,
+                label=written.label,
+                missing=[name for name, gone in zip(description.modalities, checked.absent, strict=True) if gone],
+                notes=checked.notes,
+            )
+            record = replace(record, sizes=[(unfinished / name).stat().st_size for name in record.written])
+            progress.add(record)
+            return record
+
+        before = dict(progress.done)
+        skipped = dict(found.problems)
+        finished = []
+        for record in _for_each(found.cases, work, options, "converting"):
+            if record.problems:
+                skipped[record.name] = record.problems
+                continue
+            report.resumed += record is before.get(record.name)
+            finished.append(record)
+        finished.sort(key=lambda record: record.name)
+        if not any(record.part == "Tr" for record in finished) or (options.strict and skipped):
+            _refuse(skipped)
+        _fill_report(report, finished, skipped)
+        _finish(unfinished, target.name, description, settings, finished, skipped, options)
+        _replace(target, unfinished, scratch / "old")
+    shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _part(case: Case) -> str:
+    return "Ts" if case.is_test else "Tr"
+
+
+def _for_each(
+    cases: Sequence[Case], work: Callable[[Case], CaseRecord], options: Options, what: str
+) -> Iterator[CaseRecord]:
+    """Yield ``work(case)`` as the cases get done; an interrupt waits for those at work only."""
+    pool = ThreadPoolExecutor(options.workers)  # threads do: reading and writing release the interpreter's lock
     try:
-        yield from tqdm(pool.map(work, cases), total=len(cases), desc=what, unit="case", disable=None, leave=False)
+        futures: list[Future[CaseRecord]] = [pool.submit(work, case) for case in cases]
+        disable = None if options.progress else True
+        for future in tqdm(as_completed(futures), what, len(cases), unit="case", disable=disable, leave=False):
+            yield future.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _write_case(case: Case, description: Description, folder: Path) -> None:
-    """Write the files of one checked case into the data set `folder`."""
-    part = "Ts" if case.is_test else "Tr"
-    geometry = read_geometry(case.images[0])
-    for channel, path in enumerate(case.images):
-        target = folder / f"images{part}" / f"{case.name}_{channel:04d}{FILE_ENDING}"
-        if path.name.endswith(FILE_ENDING) and read_geometry(path) == geometry:
-            shutil.copyfile(path, target)
-        else:
-            _write_image(read_image(path), geometry, target)
-    if case.label is not None:
-        label = sitk.GetImageFromArray(read_label(case.label, description))
-        _write_image(label, geometry, folder / f"labels{part}" / f"{case.name}{FILE_ENDING}")
+def _fill_report(report: Report, finished: Sequence[CaseRecord], skipped: Mapping[str, list[str]]) -> None:
+    report.cases, report.skipped = list(finished), dict(skipped)
+    notes = defaultdict(list, report.notes)
+    for record in finished:
+        for note in record.notes:
+            notes[note].append(record.name)
+        if record.missing:
+            notes[f"no {', no '.join(record.missing)}: zero images"].append(record.name)
+    report.notes = dict(notes)
 
 
-def _write_image(image: sitk.Image, geometry: Geometry, target: Path) -> None:
-    """Write an image with the case's own geometry: nnU-Net allows less rounding between files than this project."""
-    image.SetSpacing(geometry.spacing)
-    image.SetOrigin(geometry.origin)
-    image.SetDirection(geometry.direction)
-    sitk.WriteImage(image, str(target), useCompression=True)
+def _finish(
+    folder: Path,
+    dataset: str,
+    description: Description,
+    settings: Mapping[str, Any],
+    finished: Sequence[CaseRecord],
+    skipped: Mapping[str, list[str]],
+    options: Options,
+) -> None:
+    """Remove what belongs to no finished case and write the two tables of contents."""
+    wanted = {name for record in finished for name in record.written}
+    for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        for path in list((folder / part).iterdir()):
+            if f"{part}/{path.name}" not in wanted:
+                path.unlink()
+        if part.endswith("Ts") or options.mode == REFERENCE:
+            with suppress(OSError):  # there is something in it
+                (folder / part).rmdir()
+    training = [record for record in finished if record.part == "Tr"]
+    content = {"name": dataset, **description.dataset_json(len(training))}
+    if options.mode == REFERENCE:
+        content["dataset"] = {record.name: {"images": record.images, "label": record.label} for record in training}
+    (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+    write_record(folder, settings, finished, skipped)
+
+
+def _replace(target: Path, unfinished: Path, old: Path) -> None:
+    """Let the finished folder take its place in one step; what was there is kept until then."""
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        unfinished.rename(target)
+    except BaseException:  # an interrupt too: what was there must not be lost
+        if old.exists():
+            old.rename(target)
+        raise
 
 
 @contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """Give a new folder beside `target`, which takes its place when the block ends well and vanishes otherwise."""
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as scratch:
-        # A folder inside: the scratch folder itself is readable by its owner only.
-        unfinished, old = Path(scratch, "new"), Path(scratch, "old")
-        unfinished.mkdir()
-        yield unfinished
-        if target.exists():
-            target.rename(old)
+def locked(scratch: Path) -> Iterator[None]:
+    """Keep a second run of the same data set away, where the system has locks."""
+    scratch.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (scratch / "lock").open("w") as file:
         try:
-            unfinished.rename(target)
-        except BaseException:  # an interrupt too: what was there must not be lost
-            if old.exists():
-                old.rename(target)
-            raise
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise FileExistsError(f"another process is writing {scratch}; wait for it") from error
+        yield
 
 
-def _count(things: Sequence[object], noun: str) -> str:
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+# ---- a data set that is already there ------------------------------------------------------------------------------
+
+
+def _check_finished(
+    target: Path,
+    source: Path,
+    description: Description,
+    settings: Mapping[str, Any],
+    found: Found,
+    options: Options,
+    report: Report,
+) -> None:
+    """Compare a finished data set with what this run would write, and verify its files."""
+    known = read_record(target)
+    if known is None:
+        raise FileExistsError(f"{target} is already there; --overwrite replaces it")
+    was, records, skipped = known
+    changed = [name for name in settings if was.get(name) != settings[name]]
+    if changed:
+        raise FileExistsError(f"{target} is already there with another {changed[0]}; --overwrite replaces it")
+    names = {case.name for case in found.cases} | set(found.problems)
+    gone, new = sorted(set(records) - names), sorted(names - set(records) - set(skipped))
+    if gone or new:
+        raise FileExistsError(
+            f"{target} is already there with other cases ({len(new)} new, {len(gone)} gone, such as "
+            f"{(new + gone)[0]}); --overwrite replaces it"
+        )
+    by_name = {case.name: case for case in found.cases}
+    level = options.verify or HEADER
+
+    def work(case: Case) -> CaseRecord:
+        record = records[case.name]
+        if dict(record.sources) != fingerprint(case, source) or record.part != _part(case):
+            return replace(record, problems=["its files have changed since it was converted"])
+        return replace(record, problems=_verify_written(target, record, description, level, options))
+
+    cases = [by_name[name] for name in records if name in by_name]
+    bad = {name: lines for name, lines in found.problems.items() if name in records}
+    finished = []
+    for record in _for_each(cases, work, options, "verifying"):
+        if record.problems:
+            bad[record.name] = record.problems
+        else:
+            finished.append(record)
+    for name in sorted(set(skipped) & set(by_name)):
+        check = check_case(
+            by_name[name], description, allow_missing=options.allow_missing, max_outside=options.max_outside
+        )
+        if not check.problems:
+            bad[name] = ["it was left out, but is good now"]
+    if bad:
+        lines = problem_lines(bad)
+        raise FileExistsError(f"{target} is not as it should be; --overwrite makes it again:\n  " + "\n  ".join(lines))
+    report.was_finished = True
+    _fill_report(report, sorted(finished, key=lambda record: record.name), skipped)
+
+
+def _verify_written(
+    target: Path, record: CaseRecord, description: Description, level: str, options: Options
+) -> list[str]:
+    """Check the files of one case in a finished data set."""
+    paths = [target / name for name in record.written]  # an absolute path stays as it is
+    lost = [path for path in paths if not path.is_file()]
+    if lost:
+        return [f"{lost[0]} is gone"]
+    other = [path for path, size in zip(paths, record.sizes, strict=True) if path.stat().st_size != size]
+    if other:
+        return [f"{other[0]} has another size than when it was written"]
+    images = tuple(
+        None if modality in record.missing else path
+        for modality, path in zip(description.modalities, paths, strict=False)
+    )
+    case = Case(record.name, images, paths[-1] if record.label else None, record.part == "Ts")
+    written = replace(description, stack=(), remap={})
+    checked = check_case(case, written, level=level, allow_missing=True, max_outside=options.max_outside)
+    return checked.problems

@@ -3,32 +3,59 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import Any, cast
 
 import yaml
 
+from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
+
+FILE_ENDING = ".nii.gz"
+RECORD_KEY = "mstkd_conversion"
+"""Key of ``dataset.json``, which nnU-Net copies into models and predictions, with what `mstkd restore-labels` needs."""
+
 BACKGROUND = "background"
 IGNORE = "ignore"
 HIGHEST_LABEL = 255
 """Labels are written as uint8."""
 
+FILE_KEYS = (
+    "modalities", "label", "labels", "regions_class_order", "cases", "test_cases", "remap", "patient",
+)  # fmt: skip
+"""What a description file may hold; the other attributes belong to releases."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where the images of a release lie: voxels and mm per axis; where known, first voxel (mm) and direction cosines.
+
+    Axes and signs are ITK's, which counts from right to left and from front to back (LPS).
+    """
+
+    name: str
+    size: tuple[int, ...]
+    spacing: tuple[float, ...]
+    origin: tuple[float, ...] = ()
+    direction: tuple[float, ...] = ()
+
 
 @dataclass(frozen=True)
 class Description:
-    """A data set with one folder per case and one file per modality.
+    """A data set with one folder per case and one file per modality, or one stacked file per case.
 
     Attributes
     ----------
     modalities
-        Channel name -> pattern of its file within the case folder (``T1.nii.gz``, ``*_t1.nii.gz``). The order is the
-        order of nnU-Net's channels. nnU-Net normalises by channel name: ``CT`` means CT's normalisation, ``noNorm``
-        none, a name that it does not know the z-score.
+        Channel name -> pattern of its file within the case folder (``T1.nii.gz``, ``*_t1.nii.gz``), or several of which
+        one must match; ``{case}`` stands for the name of the case. The order is the order of nnU-Net's channels.
+        nnU-Net normalises by channel name: ``CT`` means CT's normalisation, ``noNorm`` none, a name that it does not
+        know the z-score.
     label
-        Pattern of the label file within the case folder.
+        Pattern of the label file within the case folder, or several.
     labels
         As in nnU-Net's ``dataset.json``: name -> value, or name -> several values for a region. ``background`` is 0,
         the others are consecutive from 1, ``ignore`` (if there is one) is the highest.
@@ -39,7 +66,17 @@ class Description:
     test_cases
         Names, or patterns of names, of the cases that nnU-Net shall not train on. Their label files are optional.
     remap
-        Value in the label files -> value to write, for releases whose labels are not consecutive (``{4: 3}``).
+        Value in the label files -> value to write, for releases whose labels are not consecutive (``{4: 3}``). A value
+        that only another one is turned into must not be in the files.
+    patient
+        Regular expression whose first group, found in the name of a case, names the patient. Cases of one patient are
+        never on both sides of a split. Empty: each case is a patient of its own.
+    case_names
+        Regular expression for the names of all case folders, which are then looked for at any depth. Releases only.
+    stack
+        Order of the channels where each case is one file of four dimensions in ``imagesTr``. Releases only.
+    release, classes, label_file, grid, small_et_becomes
+        See :class:`nnunetv2_mstkd.dataset_conversion.releases.Release`; ``classes`` are the written values by name.
 
     Raises
     ------
@@ -47,39 +84,59 @@ class Description:
         If nnU-Net could not train on such a data set.
     """
 
-    modalities: Mapping[str, str]
-    label: str
+    modalities: Mapping[str, str | Sequence[str]]
+    label: str | Sequence[str]
     labels: Mapping[str, int | Sequence[int]]
     regions_class_order: Sequence[int] = ()
     cases: str = "*"
     test_cases: Sequence[str] = ()
     remap: Mapping[int, int] = field(default_factory=dict)
+    patient: str = ""
+    case_names: str = ""
+    stack: Sequence[str] = ()
+    release: str = ""
+    classes: Mapping[str, int] = field(default_factory=dict)
+    label_file: str = "{case}.nii.gz"
+    grid: Grid | None = None
+    small_et_becomes: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.modalities, Mapping) or not self.modalities:
             raise ValueError(f"modalities is {self.modalities!r}, expected name: pattern for each channel, in order")
-        for name, pattern in {**self.modalities, "label": self.label, "cases": self.cases}.items():
-            _check_pattern(name, pattern)
+        for name, patterns in {**self.modalities, "label": self.label}.items():
+            for pattern in alternatives(patterns) or [None]:
+                _check_pattern(name, pattern)
+        _check_pattern("cases", self.cases)
+        by_sequence: dict[str, list[str]] = {}
+        for name in self.modalities:
+            by_sequence.setdefault(canonical_modality(name), []).append(name)
+        for sequence, names in by_sequence.items():
+            if len(names) > 1:
+                raise ValueError(
+                    f"the modalities {' and '.join(names)} are both {sequence}, expected one channel of it"
+                )
         if isinstance(self.test_cases, str) or not all(isinstance(name, str) for name in self.test_cases):
             raise ValueError(f"test_cases is {self.test_cases!r}, expected a list of names")
         if not isinstance(self.remap, Mapping) or not all(map(_is_integer, [*self.remap, *self.remap.values()])):
             raise ValueError(f"remap is {self.remap!r}, expected integer: integer")
         self._check_labels()
         self._check_regions()
+        self._check_patient()
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Description:
         """Make a description of what a JSON or YAML file holds; keys are the attributes' names.
+
+        Names of known MRI sequences become the ones of :mod:`nnunetv2_mstkd.dataset_conversion.modality_names`.
 
         Raises
         ------
         ValueError
             For an unknown key, a missing one, or whatever the class itself refuses.
         """
-        known = [item.name for item in fields(cls)]
-        unknown = [key for key in mapping if key not in known]
+        unknown = [key for key in mapping if key not in FILE_KEYS]
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r} in the description, known are: {', '.join(known)}")
+            raise ValueError(f"unknown key {unknown[0]!r} in the description, known are: {', '.join(FILE_KEYS)}")
         missing = [key for key in ("modalities", "label", "labels") if key not in mapping]
         if missing:
             raise ValueError(f"the description lacks {', '.join(missing)}")
@@ -89,7 +146,10 @@ class Description:
             values["remap"] = {
                 int(key) if str(key).lstrip("-").isdigit() else key: value for key, value in values["remap"].items()
             }
-        return cls(**values)
+        given = cls(**values)
+        classes = {} if given.regions_class_order else {name: value for name, value in given.regions.items()}
+        names = {canonical_modality(name): patterns for name, patterns in given.modalities.items()}
+        return replace(given, modalities=names, classes=classes)
 
     @property
     def regions(self) -> dict[str, int | Sequence[int]]:
@@ -100,6 +160,18 @@ class Description:
     def declared_values(self) -> frozenset[int]:
         """Every value that a written label file may hold."""
         return frozenset(value for entry in self.labels.values() for value in _values(entry))
+
+    @property
+    def value_map(self) -> dict[int, int]:
+        """Every value that a label file of the release may hold -> the value to write."""
+        targets = set(self.remap.values())
+        same = {value: value for value in self.declared_values if value not in targets and value not in self.remap}
+        return dict(sorted({**same, **self.remap}.items()))
+
+    def patient_of(self, case: str) -> str:
+        """The patient that a case belongs to."""
+        match = re.search(self.patient, case) if self.patient else None
+        return match[1] if match else case
 
     def is_test_case(self, case: str) -> bool:
         """Whether `case` is one of ``test_cases``."""
@@ -113,7 +185,21 @@ class Description:
         }
         if self.regions_class_order:
             content["regions_class_order"] = list(self.regions_class_order)
-        return {**content, "numTraining": num_training, "file_ending": ".nii.gz"}
+        return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, RECORD_KEY: self._record()}
+
+    def _record(self) -> dict[str, Any]:
+        """What it takes to turn predictions back into segmentations of the release."""
+        record: dict[str, Any] = {
+            "release": self.release or "generic",
+            "release_values": {str(written): own for own, written in self.value_map.items()},
+            "classes": dict(self.classes),
+            "label_file": self.label_file,
+        }
+        if self.small_et_becomes is not None:
+            record["small_et_becomes"] = self.small_et_becomes
+        if len(set(self.value_map.values())) < len(self.value_map):
+            del record["release_values"]  # two values became one: there is no way back
+        return record
 
     def _check_labels(self) -> None:
         if not isinstance(self.labels, Mapping) or self.labels.get(BACKGROUND) != 0:
@@ -124,6 +210,9 @@ class Description:
                 raise ValueError(f"label {name!r} is {entry!r}, expected an integer or a list of integers")
         if IGNORE in self.labels and not _is_integer(self.labels[IGNORE]):
             raise ValueError(f"label '{IGNORE}' is {self.labels[IGNORE]!r}, expected one integer")
+        strange = sorted(set(self.remap.values()) - self.declared_values)
+        if strange:
+            raise ValueError(f"remap writes {strange}, which labels does not declare")
         found = sorted(self.declared_values)
         if found != list(range(len(found))) or len(found) < 2 or found[-1] > HIGHEST_LABEL:
             raise ValueError(
@@ -144,6 +233,14 @@ class Description:
                 f"regions_class_order is {order}, expected one label value for each of the {len(self.regions)} regions "
                 f"{', '.join(self.regions)}: the value that the region writes, later ones over earlier ones"
             )
+
+    def _check_patient(self) -> None:
+        try:
+            groups = re.compile(self.patient).groups if isinstance(self.patient, str) else 0
+        except re.error as error:
+            raise ValueError(f"patient is {self.patient!r}, no regular expression: {error}") from error
+        if self.patient != "" and groups < 1:
+            raise ValueError(f"patient is {self.patient!r}, expected an expression with a group such as '(.*)-[0-9]+'")
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -169,6 +266,11 @@ def read_description(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"the description {path} holds a {type(content).__name__}, expected keys and values")
     return content
+
+
+def alternatives(patterns: str | Sequence[str]) -> list[str]:
+    """One pattern, or several, as a list."""
+    return [patterns] if isinstance(patterns, str) or not isinstance(patterns, Sequence) else list(patterns)
 
 
 def _values(entry: int | Sequence[int]) -> list[int]:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd.cli import run_and_report
-from nnunetv2_mstkd.dataset_conversion import conversion
 from nnunetv2_mstkd.dataset_conversion.description import BACKGROUND, Description, read_description
+from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
+from nnunetv2_mstkd.dataset_conversion.options import add_common_arguments, run_conversion
 
 EXAMPLE = """\
 example of a description:
@@ -19,8 +20,9 @@ example of a description:
     "label": "GOLD_STANDARD.nii.gz",
     "labels": {"background": 0, "lesion": 1}
   }
-further keys: regions_class_order, cases and test_cases, as the options of these names; remap, from the files' own label
-values to those to write: {"4": 3}
+{case} in a pattern is the name of the case, a list of patterns means alternatives. Further keys: regions_class_order,
+cases, test_cases and patient, as the options of these names; remap, from the files' own label values to those to write:
+{"4": 3}
 
 example of a call:
   %(prog)s SOURCE -d 501 --name OpenMS --description open_ms.json --val-cases patient26
@@ -29,7 +31,7 @@ example of a call:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of this converter."""
-    conversion.add_arguments(parser)
+    add_common_arguments(parser)
     group = parser.add_argument_group(
         "what the data set holds",
         "A file, or options, or both: an option replaces the key of that meaning in the file.",
@@ -53,14 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--regions-class-order", metavar="VALUE,VALUE...", help="with regions: the value each one writes"
     )
     group.add_argument("--cases", metavar="PATTERN", help="pattern of the case folders within SOURCE (default: '*')")
-    group.add_argument("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
+    group.add_argument(
+        "--patient",
+        metavar="EXPRESSION",
+        help="regular expression whose group is the patient in the name of a case: '(.*)-[0-9]+'; without it each case "
+        "is a patient",
+    )
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EXAMPLE
 
 
-def run(args: argparse.Namespace) -> None:
-    """Convert the data set that the options describe."""
-    conversion.run(args, Description.from_mapping(described(args)))
+def run(args: argparse.Namespace) -> int:
+    """Convert the data set that the options describe; return the exit code."""
+    given = described(args)
+    description = Description.from_mapping(given)
+    for name in given["modalities"]:
+        if canonical_modality(name) != name:
+            print(f"note: {name} is called {canonical_modality(name)} in the data set, as in those of the releases")
+    return run_conversion(args, description)
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:
@@ -71,7 +83,7 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
     ValueError
         If an option is not of its form.
     """
-    options: dict[str, Any] = {"label": args.label, "cases": args.cases, "test_cases": args.test_cases}
+    options: dict[str, Any] = {"label": args.label, "cases": args.cases, "patient": args.patient}
     if args.modality:
         options["modalities"] = dict(_pairs("--modality", args.modality, "NAME=PATTERN"))
     if args.classes:

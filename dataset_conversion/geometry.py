@@ -39,18 +39,58 @@ def read_geometry(path: Path) -> Geometry:
     ValueError
         If SimpleITK cannot read it, or if it is not one scalar image of two or three dimensions.
     """
+    return geometry_of(image_reader(path))
+
+
+def image_reader(path: Path) -> sitk.ImageFileReader:
+    """Return a reader that has read the header of an image file.
+
+    Raises
+    ------
+    ValueError
+        If SimpleITK cannot read it.
+    """
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
         raise ValueError(f"cannot be read: {reason(error)}") from error
-    if reader.GetDimension() not in (2, 3) or reader.GetNumberOfComponents() != 1:
+    return reader
+
+
+def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -> Geometry:
+    """Return the grid of an image, or of one whose header a reader has read.
+
+    Parameters
+    ----------
+    volumes
+        The number of volumes of three dimensions in one image of four, the last axis of which is left out; 0 for an
+        ordinary image.
+
+    Raises
+    ------
+    ValueError
+        If it is not one scalar image of two or three dimensions, or not of so many volumes.
+    """
+    dimension = image.GetDimension()
+    components = (
+        image.GetNumberOfComponents()
+        if isinstance(image, sitk.ImageFileReader)
+        else image.GetNumberOfComponentsPerPixel()
+    )
+    size, spacing, origin = image.GetSize(), image.GetSpacing(), image.GetOrigin()
+    direction = image.GetDirection()
+    if volumes:
+        if dimension != 4 or size[3] != volumes or components != 1:
+            raise ValueError(f"has the size {_short(size)}, expected {volumes} volumes of 3 dimensions in one file")
+        kept = tuple(direction[row * 4 + column] for row in range(3) for column in range(3))
+        return Geometry(size[:3], spacing[:3], origin[:3], kept)
+    if dimension not in (2, 3) or components != 1:
         raise ValueError(
-            f"has {reader.GetDimension()} dimensions and {reader.GetNumberOfComponents()} components, expected one "
-            "scalar image of 2 or 3 dimensions"
+            f"has {dimension} dimensions and {components} components, expected one scalar image of 2 or 3 dimensions"
         )
-    return Geometry(reader.GetSize(), reader.GetSpacing(), reader.GetOrigin(), reader.GetDirection())
+    return Geometry(size, spacing, origin, direction)
 
 
 def read_image(path: Path) -> sitk.Image:
@@ -73,4 +113,4 @@ def reason(error: RuntimeError) -> str:
 
 
 def _short(values: tuple[float, ...]) -> str:
-    return f"({', '.join(f'{value:.6g}' for value in values)})"
+    return f"({', '.join(f'{value + 0.0:.6g}' for value in values)})"

@@ -1,11 +1,16 @@
-"""The cases of each fold, for data sets that nnU-Net's own split does not suit: it always makes five folds."""
+"""Which cases train, validate and test. Cases of one patient always stay together."""
 
 from __future__ import annotations
 
+import csv
 import json
 import os
-from collections.abc import Sequence
-from pathlib import Path
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
 
 MAX_FOLDS = 5
 SEED = 12345
@@ -14,49 +19,180 @@ SEED = 12345
 Splits = list[dict[str, list[str]]]
 """What ``splits_final.json`` holds: for each fold the cases to train on and those to validate on."""
 
+PARTS = ("train", "val", "test")
+CASE_COLUMNS = ("case", "name", "id", "subject_id", "case_id", "subject", "brats_id")
+PART_COLUMNS = ("part", "split", "set", "subset")
 
-def cross_validation(cases: Sequence[str], folds: int | None = None, seed: int = SEED) -> Splits:
-    """Deal the cases out to folds of equal size, each case validating once.
+
+def cross_validation(
+    cases: Sequence[str],
+    folds: int | None = None,
+    seed: int = SEED,
+    *,
+    patient_of: Callable[[str], str] = str,
+) -> Splits:
+    """Deal the patients out to folds of equal size, each validating once.
 
     Parameters
     ----------
     cases
         Names of the training cases.
     folds
-        How many; default 5, or as many as there are cases.
+        How many; default 5, or as many as there are patients.
     seed
-        Of the order in which the cases are dealt out.
+        Of the order in which the patients are dealt out.
+    patient_of
+        Name of a case -> its patient. By default each case is one: then the folds are those of nnU-Net.
 
     Raises
     ------
     ValueError
-        If there are not 2 to ``len(cases)`` folds.
+        If there are not 2 folds to one per patient.
     """
-    folds = min(MAX_FOLDS, len(cases)) if folds is None else folds
-    if not 2 <= folds <= len(cases):
-        raise ValueError(f"{folds} folds of {len(cases)} training cases, expected at least 2 and at most one per case")
+    by_patient = _by_patient(cases, patient_of)
+    patients = sorted(by_patient)
+    folds = min(MAX_FOLDS, len(patients)) if folds is None else folds
+    if not 2 <= folds <= len(patients):
+        things = "training cases" if len(patients) == len(cases) else f"patients ({len(cases)} training cases)"
+        one = "case" if len(patients) == len(cases) else "patient"
+        raise ValueError(f"{folds} folds of {len(patients)} {things}, expected at least 2 and at most one per {one}")
     # Imported here because it brings scikit-learn, which only this needs.
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
-    splits = generate_crossval_split(sorted(cases), seed=seed, n_splits=folds)
-    return [{part: [str(case) for case in fold[part]] for part in ("train", "val")} for fold in splits]
+    splits = generate_crossval_split(patients, seed=seed, n_splits=folds)
+    return [
+        {part: sorted(case for patient in fold[part] for case in by_patient[str(patient)]) for part in ("train", "val")}
+        for fold in splits
+    ]
 
 
-def hold_out(cases: Sequence[str], validation: Sequence[str]) -> Splits:
+def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Callable[[str], str] = str) -> Splits:
     """Make one fold that validates on the named cases and trains on the others.
 
     Raises
     ------
     ValueError
-        If a name is no training case, or if none is left to train on.
+        If a name is no training case, none is left to train on, or a patient is on both sides.
     """
     unknown = sorted(set(validation) - set(cases))
     if unknown:
-        raise ValueError(f"validation cases {', '.join(unknown)} are no training cases, which are {', '.join(cases)}")
+        raise ValueError(f"validation cases {', '.join(unknown)} are no training cases, which are {_some(cases)}")
     train = sorted(set(cases) - set(validation))
     if not train or not validation:
         raise ValueError(f"{len(validation)} of {len(cases)} training cases validate, expected some, but not all")
-    return [{"train": train, "val": sorted(set(validation))}]
+    splits = [{"train": train, "val": sorted(set(validation))}]
+    refuse_shared_patients(splits, patient_of)
+    return splits
+
+
+def draw_test_cases(
+    cases: Sequence[str], fraction: float, seed: int = SEED, *, patient_of: Callable[[str], str] = str
+) -> list[str]:
+    """Draw the cases of a share of the patients, at least one, at random.
+
+    Raises
+    ------
+    ValueError
+        If the share is not between 0 and 1, or nothing would be left to train on.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"--test-fraction is {fraction:g}, expected more than 0 and less than 1")
+    by_patient = _by_patient(cases, patient_of)
+    number = max(1, round(fraction * len(by_patient)))
+    if number >= len(by_patient):
+        raise ValueError(f"--test-fraction {fraction:g} leaves none of {len(by_patient)} patients to train on")
+    order = np.random.default_rng(seed).permutation(sorted(by_patient))
+    return sorted(case for patient in order[:number] for case in by_patient[str(patient)])
+
+
+def refuse_shared_patients(splits: Splits, patient_of: Callable[[str], str]) -> None:
+    """Raise ValueError if a fold trains and validates on one patient."""
+    for number, fold in enumerate(splits):
+        both = sorted({patient_of(case) for case in fold["train"]} & {patient_of(case) for case in fold["val"]})
+        if both:
+            raise ValueError(
+                f"fold {number} trains and validates on {len(both)} patients, such as {both[0]}; put all cases of a "
+                "patient on one side"
+            )
+
+
+def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
+    """Read published splits.
+
+    Parameters
+    ----------
+    files
+        Either text files with one case per line, whose names begin with ``train``, ``val`` and ``test`` and may go on
+        with the number of the fold (``train1.txt``; RFNet's format, folders before the case names do not matter); or
+        one table ``.csv`` with a column for the case and one for the part (``train``, ``val``, ``test``); or one
+        ``.json`` as nnU-Net's ``splits_final.json``.
+
+    Returns
+    -------
+    The folds, and the test cases. Where a fold has no list of validation cases, it validates on the test cases.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a file is not there.
+    ValueError
+        If a file is not of these forms, a case is in two parts, or folds differ in their test cases.
+    """
+    parts: dict[int, dict[str, list[str]]] = defaultdict(dict)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no file {file}")
+        suffix = file.suffix.lower()
+        if suffix == ".json":
+            for number, fold in enumerate(_read_json(file)):
+                parts[number] = fold
+        elif suffix == ".csv" and (table := _read_table(file)):
+            parts[0] |= table
+        else:
+            match = re.match(r"(train|val|test)[a-z]*[-_]?(\d*)", file.stem.lower())
+            if match is None or suffix not in (".txt", ".csv"):
+                raise ValueError(
+                    f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt, a .csv table with the "
+                    f"columns case and part, or nnU-Net's splits_final.json"
+                )
+            names = [line.strip().strip(",") for line in file.read_text(encoding="utf-8").splitlines()]
+            number, part = int(match[2] or 0), match[1]
+            if part in parts[number]:
+                raise ValueError(f"{file} is a second list of {part} cases for one fold")
+            parts[number][part] = [PurePosixPath(name.replace("\\", "/")).name for name in names if name]
+    folds, tests = [], []
+    for number in sorted(parts):
+        fold = parts[number]
+        test = fold.get("test", [])
+        if "val" not in fold and test:
+            fold, test = {**fold, "val": test}, []
+        if not fold.get("train") or not fold.get("val"):
+            raise ValueError(f"{', '.join(map(str, files))}: no train or no val cases, expected lists of both")
+        shared = (set(fold["train"]) & set(fold["val"])) | (set(test) & {*fold["train"], *fold["val"]})
+        if shared:
+            raise ValueError(f"{', '.join(map(str, files))}: {_some(sorted(shared))} in more than one part")
+        folds.append({"train": sorted(set(fold["train"])), "val": sorted(set(fold["val"]))})
+        tests.append(sorted(set(test)))
+    if any(test != tests[0] for test in tests):
+        raise ValueError(
+            f"the {len(folds)} splits have different test cases, of which a data set can have one set only; convert "
+            "one data set per split"
+        )
+    return folds, tests[0]
+
+
+def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[str]) -> None:
+    """Raise ValueError if lists name cases that are not there."""
+    named = {*test, *(case for fold in splits for part in fold.values() for case in part)}
+    unknown = sorted(named - set(cases))
+    if unknown:
+        raise ValueError(f"the lists name {len(unknown)} of {len(named)} cases that are not there: {_some(unknown)}")
+
+
+def without(splits: Splits, skipped: Iterable[str]) -> Splits:
+    """The folds without cases that were not converted."""
+    gone = set(skipped)
+    return [{part: [case for case in fold[part] if case not in gone] for part in ("train", "val")} for fold in splits]
 
 
 def write_splits(splits: Splits, path: Path) -> None:
@@ -65,3 +201,48 @@ def write_splits(splits: Splits, path: Path) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     unfinished.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
+
+
+def read_splits(path: Path) -> Splits | None:
+    """Read ``splits_final.json``; None if it is not there or of another form."""
+    try:
+        return _read_json(path)
+    except (OSError, ValueError):
+        return None
+
+
+def _read_json(file: Path) -> Splits:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [{part: [str(case) for case in fold[part]] for part in PARTS if part in fold} for fold in content]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is not as nnU-Net's splits_final.json: {' '.join(str(error).split())}") from error
+
+
+def _read_table(file: Path) -> Mapping[str, list[str]] | None:
+    """The parts of a table, or None if its first line names no column of cases and one of parts."""
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream)
+        columns = {name.strip().lower(): name for name in reader.fieldnames or []}
+        case = next((columns[name] for name in CASE_COLUMNS if name in columns), None)
+        part = next((columns[name] for name in PART_COLUMNS if name in columns), None)
+        if case is None or part is None:
+            return None
+        found: dict[str, list[str]] = defaultdict(list)
+        for row in reader:
+            match = re.match("train|val|test", (row[part] or "").strip().lower())
+            if match is None:
+                raise ValueError(f"{file} puts {row[case]} into {row[part]!r}, expected train, val or test")
+            found[match[0]].append(PurePosixPath(row[case].strip()).name)
+    return found
+
+
+def _by_patient(cases: Sequence[str], patient_of: Callable[[str], str]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = defaultdict(list)
+    for case in sorted(cases):
+        found[patient_of(case)].append(case)
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(list(names)[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")

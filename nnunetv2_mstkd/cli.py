@@ -24,6 +24,7 @@ COMMANDS = {
     "fill-missing": "write zero images for absent modalities, for nnUNetv2_predict",
     "configure": "write the settings of a training into a new configuration of the plans",
     "convert": "turn a data set into nnU-Net's raw format",
+    "restore-labels": "turn predictions back into a release's label values and file names",
     "path": "print the folder in which nnU-Net finds the trainers",
 }
 

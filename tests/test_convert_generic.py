@@ -12,12 +12,12 @@ import pytest
 import SimpleITK as sitk
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.dataset_conversion import conversion, generic
-from nnunetv2_mstkd.dataset_conversion.cases import read_label
+from nnunetv2_mstkd.dataset_conversion import conversion, generic, writing
+from nnunetv2_mstkd.dataset_conversion.checks import label_values
 from nnunetv2_mstkd.dataset_conversion.description import Description
 
 SHAPE = (4, 5, 6)  # z, y, x
-T1, T2 = 10, 20  # what fills the images of the two modalities
+T1, T2 = 10, 20  # what fills the images of the two modalities, but for a corner
 DESCRIPTION = {
     "modalities": {"T2": "t2.nii.gz", "T1": "t1.nii.gz"},
     "label": "seg.nii.gz",
@@ -53,6 +53,12 @@ def write(path: Path, array: np.ndarray, *, spacing=(1.0, 1.0, 2.0), origin=(5.0
     sitk.WriteImage(image, str(path))
 
 
+def image_array(value: int) -> np.ndarray:
+    array = np.full(SHAPE, value, np.int16)
+    array[0, 0, 0] += 1
+    return array
+
+
 def label_array(*values: float, dtype: type = np.uint8) -> np.ndarray:
     array = np.zeros(SHAPE, dtype)
     array.flat[: len(values)] = values
@@ -61,8 +67,8 @@ def label_array(*values: float, dtype: type = np.uint8) -> np.ndarray:
 
 def make_case(folder: Path) -> None:
     folder.mkdir(parents=True)
-    write(folder / "t1.nii.gz", np.full(SHAPE, T1, np.int16))
-    write(folder / "t2.nii.gz", np.full(SHAPE, T2, np.int16))
+    write(folder / "t1.nii.gz", image_array(T1))
+    write(folder / "t2.nii.gz", image_array(T2))
     write(folder / "seg.nii.gz", label_array(1, 2))
 
 
@@ -78,6 +84,12 @@ def read(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
+def assert_nothing_was_written(nnunet: Path) -> None:
+    """What an interrupted or refused run leaves for the next one is hidden."""
+    assert not [path for path in (nnunet / "raw").iterdir() if not path.name.startswith(".")]
+    assert not list((nnunet / "preprocessed").iterdir())
+
+
 def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
@@ -86,6 +98,7 @@ def test_writes_the_raw_format_with_the_channels_in_the_declared_order(nnunet, s
     assert convert(source) == 0
     folder = nnunet / "raw" / "Dataset007_Toy"
     assert sorted(content(folder)) == [
+        "conversion.json",
         "dataset.json",
         *(f"imagesTr/{case}_000{channel}.nii.gz" for case in "abc" for channel in (0, 1)),
         *(f"labelsTr/{case}.nii.gz" for case in "abc"),
@@ -96,9 +109,15 @@ def test_writes_the_raw_format_with_the_channels_in_the_declared_order(nnunet, s
         "labels": {"background": 0, "edema": 1, "core": 2},
         "numTraining": 3,
         "file_ending": ".nii.gz",
+        "mstkd_conversion": {
+            "release": "generic",
+            "release_values": {"0": 0, "1": 1, "2": 2},
+            "classes": {"edema": 1, "core": 2},
+            "label_file": "{case}.nii.gz",
+        },
     }
-    assert (read(folder / "imagesTr" / "b_0000.nii.gz") == T2).all()
-    assert (read(folder / "imagesTr" / "b_0001.nii.gz") == T1).all()
+    np.testing.assert_array_equal(read(folder / "imagesTr" / "b_0000.nii.gz"), image_array(T2))
+    np.testing.assert_array_equal(read(folder / "imagesTr" / "b_0001.nii.gz"), image_array(T1))
     np.testing.assert_array_equal(read(folder / "labelsTr" / "b.nii.gz"), label_array(1, 2))
 
 
@@ -113,7 +132,7 @@ def test_other_formats_are_written_as_compressed_nifti_on_the_same_grid(nnunet, 
     for case in "abc":
         shutil.rmtree(source / case)
         (source / case).mkdir()
-        write(source / case / "t1.mha", np.full(SHAPE, 0.5, np.float32), direction=flipped)
+        write(source / case / "t1.mha", image_array(0) / np.float32(2), direction=flipped)
         write(source / case / "seg.nrrd", label_array(1), direction=flipped)
     description = {"modalities": {"T1": "*.mha"}, "label": "*.nrrd", "labels": {"background": 0, "edema": 1}}
     assert convert(source, description=description) == 0
@@ -121,7 +140,7 @@ def test_other_formats_are_written_as_compressed_nifti_on_the_same_grid(nnunet, 
     with gzip.open(folder / "imagesTr" / "a_0000.nii.gz") as file:
         assert len(file.read()) > 352  # NIfTI's header
     image, label = (sitk.ReadImage(str(folder / name)) for name in ("imagesTr/a_0000.nii.gz", "labelsTr/a.nii.gz"))
-    assert (sitk.GetArrayFromImage(image) == 0.5).all()
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(image), image_array(0) / np.float32(2))
     for written in (image, label):
         assert written.GetSpacing() == (1.0, 1.0, 2.0)
         assert written.GetOrigin() == (5.0, -3.0, 7.0)
@@ -212,16 +231,37 @@ def test_case_folders_may_lie_deeper(nnunet, source):
 def test_all_problems_are_listed_together_and_nothing_is_written(nnunet, source, capsys):
     (source / "a" / "t1.nii.gz").unlink()
     write(source / "b" / "seg.nii.gz", label_array(1, 3, 9))
-    write(source / "b" / "t1.nii.gz", np.full(SHAPE, T1, np.int16), spacing=(1.0, 1.0, 2.5))
+    write(source / "b" / "t1.nii.gz", image_array(T1), spacing=(1.0, 1.0, 2.5))
     (source / "c" / "t2.nii.gz").write_bytes(b"no image")
-    assert convert(source, "--splits") == 2
+    assert convert(source) == 2
     err = capsys.readouterr().err
     assert "4 problems, nothing was written" in err
-    assert "\n  a: T1: no file matches 't1.nii.gz'" in err
+    assert "\n  a: T1: no file matches 't1.nii.gz'; --allow-missing fills an absent modality with zeros" in err
     assert "\n  b: T1 has spacing (1, 1, 2.5) instead of (1, 1, 2) as in T2" in err
     assert "\n  b: label (seg.nii.gz) holds the undeclared values [3, 9], declared are [0, 1, 2]" in err
     assert "\n  c: T2 (t2.nii.gz) cannot be read" in err
-    assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
+    assert "\n  c: label" not in err
+    assert_nothing_was_written(nnunet)
+
+
+def test_a_bad_case_is_left_out_and_listed(nnunet, source, capsys):
+    write(source / "b" / "seg.nii.gz", label_array(1, 3))
+    assert convert(source) == 1
+    out, err = capsys.readouterr()
+    assert err.startswith("1 case left out:\n  b: label (seg.nii.gz) holds the undeclared values [3]")
+    assert "2 training cases" in out
+    folder = nnunet / "raw" / "Dataset007_Toy"
+    assert sorted(path.name for path in (folder / "labelsTr").iterdir()) == ["a.nii.gz", "c.nii.gz"]
+    assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 2
+    splits = json.loads((nnunet / "preprocessed" / "Dataset007_Toy" / "splits_final.json").read_text())
+    assert sorted(fold["val"] for fold in splits) == [["a"], ["c"]]
+
+
+def test_strict_writes_nothing_for_one_bad_case(nnunet, source, capsys):
+    write(source / "b" / "seg.nii.gz", label_array(1, 3))
+    assert convert(source, "--strict") == 2
+    assert "1 problem, nothing was written:\n  b: label" in capsys.readouterr().err
+    assert_nothing_was_written(nnunet)
 
 
 @pytest.mark.parametrize(
@@ -235,10 +275,17 @@ def test_all_problems_are_listed_together_and_nothing_is_written(nnunet, source,
     ],
     ids=["fraction", "nan", "infinity", "negative", "beyond uint8"],
 )
-def test_labels_that_are_not_declared_integers_are_refused(tmp_path, array, message):
-    write(tmp_path / "seg.mha", array)  # NIfTI's reader turns what is not finite into 0
+def test_labels_that_are_not_declared_integers_are_refused(array, message):
     with pytest.raises(ValueError, match=message):
-        read_label(tmp_path / "seg.mha", Description.from_mapping(DESCRIPTION))
+        label_values(array, Description.from_mapping(DESCRIPTION))
+
+
+def test_a_value_that_only_another_one_becomes_is_refused():
+    labels = {"background": 0, "edema": 1, "core": 2, "enhancing": 3}
+    description = Description.from_mapping({**DESCRIPTION, "labels": labels, "remap": {"4": 3}})
+    assert set(np.unique(label_values(label_array(1, 2, 4), description))) == {0, 1, 2, 3}
+    with pytest.raises(ValueError, match=r"undeclared values \[3\], declared are \[0, 1, 2, 4\]"):
+        label_values(label_array(1, 3), description)
 
 
 @pytest.mark.parametrize("part", ["spacing", "origin", "direction"])
@@ -248,27 +295,27 @@ def test_files_of_one_case_must_lie_on_one_grid(nnunet, source, capsys, part, fi
     turned = (np.cos(angle), -np.sin(angle), 0.0, np.sin(angle), np.cos(angle), 0.0, 0.0, 0.0, 1.0)
     moved = {"spacing": (1.0, 1.0, 2.002), "origin": (5.0, -3.002, 7.0), "direction": turned}[part]
     write(source / "b" / file, label_array(1), **{part: moved})
-    assert convert(source) == 2
+    assert convert(source, "--strict") == 2
     assert f"has {part} (" in capsys.readouterr().err
 
 
 def test_files_of_one_case_must_have_one_size(nnunet, source, capsys):
     write(source / "b" / "seg.nii.gz", label_array(1)[:3])
-    assert convert(source) == 2
+    assert convert(source) == 1
     assert "b: label has size (6, 5, 3) instead of (6, 5, 4) as in T2" in capsys.readouterr().err
 
 
 def test_rounding_in_headers_is_written_away_because_nnunet_refuses_it(nnunet, source):
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-    write(source / "b" / "t1.nii.gz", np.full(SHAPE, T1, np.int16), spacing=(1.0, 1.0005, 2.0))
+    write(source / "b" / "t1.nii.gz", image_array(T1), spacing=(1.0, 1.0005, 2.0))
     with pytest.raises(RuntimeError):
         SimpleITKIO().read_images([str(source / "b" / name) for name in ("t2.nii.gz", "t1.nii.gz")])
     assert convert(source) == 0
     written = [str(nnunet / "raw" / "Dataset007_Toy" / "imagesTr" / f"b_000{channel}.nii.gz") for channel in (0, 1)]
     images, properties = SimpleITKIO().read_images(written)
     assert properties["spacing"] == [2.0, 1.0, 1.0]
-    assert (images[0] == T2).all() and (images[1] == T1).all()
+    np.testing.assert_array_equal(images, [image_array(T2), image_array(T1)])
 
 
 def test_a_truncated_file_is_refused_which_itk_reads_as_zeros(nnunet, source, capsys):
@@ -278,20 +325,20 @@ def test_a_truncated_file_is_refused_which_itk_reads_as_zeros(nnunet, source, ca
         write(source / "a" / f"{name}.nii.gz", np.minimum(noise, 2) if name == "seg" else noise)
     file.write_bytes(file.read_bytes()[:-40])
     assert not sitk.GetArrayFromImage(sitk.ReadImage(str(file)))[-1, -1, -1]
-    assert convert(source) == 2
+    assert convert(source) == 1
     assert "a: T1 (t1.nii.gz) is truncated" in capsys.readouterr().err
 
 
 def test_a_voxel_that_is_no_number_is_refused(nnunet, source, capsys):
     write(source / "a" / "t1.nii.gz", np.full(SHAPE, np.nan, np.float32))
-    assert convert(source) == 2
-    assert "a: T1 (t1.nii.gz) has 120 voxels that are NaN or infinite" in capsys.readouterr().err
+    assert convert(source) == 1
+    assert "a: T1 (t1.nii.gz) has 120 of 120 voxels that are NaN or infinite" in capsys.readouterr().err
 
 
 def test_images_of_several_channels_are_refused(nnunet, source, capsys):
     both = sitk.JoinSeries([sitk.ReadImage(str(source / "a" / name)) for name in ("t1.nii.gz", "t2.nii.gz")])
     sitk.WriteImage(both, str(source / "a" / "t1.nii.gz"))
-    assert convert(source) == 2
+    assert convert(source) == 1
     assert "a: T1 (t1.nii.gz) has 4 dimensions" in capsys.readouterr().err
 
 
@@ -307,13 +354,21 @@ def test_one_file_for_two_modalities_is_refused(nnunet, source, capsys):
     assert "a: T1 and T2 are the same file t1.nii.gz" in capsys.readouterr().err
 
 
-def test_an_existing_data_set_is_refused_and_kept(nnunet, source, capsys):
+def test_a_data_set_made_from_other_files_is_refused_and_kept(nnunet, source, capsys):
     convert(source)
     before = content(nnunet / "raw")
-    write(source / "a" / "t1.nii.gz", np.full(SHAPE, 99, np.int16))
+    write(source / "a" / "t1.nii.gz", image_array(99))
     assert convert(source) == 2
-    assert "is already there; --overwrite replaces it" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "--overwrite makes it again:\n  a: its files have changed since it was converted" in err
     assert content(nnunet / "raw") == before
+
+
+def test_a_data_set_of_another_origin_is_refused_and_kept(nnunet, source, capsys):
+    (nnunet / "raw" / "Dataset007_Toy").mkdir()
+    assert convert(source) == 2
+    assert "Dataset007_Toy is already there; --overwrite replaces it" in capsys.readouterr().err
+    assert not list((nnunet / "raw" / "Dataset007_Toy").iterdir())
 
 
 def test_overwrite_replaces_the_whole_folder(nnunet, source):
@@ -321,6 +376,7 @@ def test_overwrite_replaces_the_whole_folder(nnunet, source):
     shutil.rmtree(source / "c")
     assert convert(source, "--overwrite") == 0
     assert [path.name for path in (nnunet / "raw").iterdir()] == ["Dataset007_Toy"]
+    assert len(json.loads((nnunet / "preprocessed" / "Dataset007_Toy" / "splits_final.json").read_text())) == 2
     labels = nnunet / "raw" / "Dataset007_Toy" / "labelsTr"
     assert sorted(path.name for path in labels.iterdir()) == ["a.nii.gz", "b.nii.gz"]
 
@@ -328,19 +384,20 @@ def test_overwrite_replaces_the_whole_folder(nnunet, source):
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
 def test_a_failure_while_writing_leaves_what_was_there(nnunet, source, monkeypatch, error):
     convert(source)
-    before = content(nnunet / "raw")
+    before = content(nnunet / "raw" / "Dataset007_Toy")
 
     def fail(*args: object) -> None:
         raise error
 
-    monkeypatch.setattr(conversion.shutil, "copyfile", fail)
+    monkeypatch.setattr(writing.shutil, "copyfile", fail)
     assert convert(source, "--overwrite") in (2, 130)
-    assert content(nnunet / "raw") == before
+    assert content(nnunet / "raw" / "Dataset007_Toy") == before
+    assert [path.name for path in (nnunet / "raw").glob("Dataset*")] == ["Dataset007_Toy"]
 
 
 def test_a_failure_while_taking_the_place_leaves_what_was_there(nnunet, source, monkeypatch):
     convert(source)
-    before = content(nnunet / "raw")
+    before = content(nnunet / "raw" / "Dataset007_Toy")
     rename = Path.rename
 
     def fail_for_the_new_one(path: Path, target: Path) -> Path:
@@ -350,7 +407,7 @@ def test_a_failure_while_taking_the_place_leaves_what_was_there(nnunet, source, 
 
     monkeypatch.setattr(Path, "rename", fail_for_the_new_one)
     assert convert(source, "--overwrite") == 2
-    assert content(nnunet / "raw") == before
+    assert content(nnunet / "raw" / "Dataset007_Toy") == before
 
 
 @pytest.mark.parametrize("place", ["raw", "preprocessed", "results"])
@@ -448,4 +505,4 @@ def test_an_unreadable_description_is_one_line(tmp_path, name, text, message):
 def test_options_that_cannot_be_followed_are_refused_and_nothing_is_written(nnunet, source, capsys, options, message):
     assert convert(source, *options) == 2
     assert message in capsys.readouterr().err
-    assert not list((nnunet / "raw").iterdir()) and not list((nnunet / "preprocessed").iterdir())
+    assert_nothing_was_written(nnunet)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
+import release_trees
 import SimpleITK as sitk
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +15,18 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.crossval_split import generate_crossval_split
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.dataset_conversion.splits import cross_validation, hold_out, write_splits
+from nnunetv2_mstkd.dataset_conversion.splits import (
+    cross_validation,
+    draw_test_cases,
+    hold_out,
+    read_lists,
+    refuse_unknown_cases,
+    write_splits,
+)
+
+
+def patient_of(case: str) -> str:
+    return case.split("-")[0]
 
 
 @given(number=st.integers(2, 30), data=st.data())
@@ -44,6 +57,101 @@ def test_another_seed_deals_the_cases_out_differently():
     assert cross_validation(cases, 5, seed=1) != cross_validation(cases, 5, seed=2)
 
 
+@given(points=st.lists(st.integers(1, 4), min_size=2, max_size=12), data=st.data())
+def test_time_points_of_a_patient_are_never_on_both_sides(points, data):
+    cases = [f"p{patient}-{point}" for patient, number in enumerate(points) for point in range(number)]
+    folds = data.draw(st.integers(2, len(points)))
+    splits = cross_validation(cases, folds, patient_of=patient_of)
+    assert sorted(case for fold in splits for case in fold["val"]) == sorted(cases)
+    for fold in splits:
+        assert {patient_of(case) for case in fold["train"]}.isdisjoint({patient_of(case) for case in fold["val"]})
+        assert sorted(fold["train"] + fold["val"]) == sorted(cases)
+    fraction = data.draw(st.floats(0.05, 0.5))
+    test = draw_test_cases(cases, fraction, patient_of=patient_of)
+    assert {patient_of(case) for case in test}.isdisjoint({patient_of(case) for case in set(cases) - set(test)})
+    assert 1 <= len({patient_of(case) for case in test}) < len(points)
+
+
+def test_the_drawn_test_cases_depend_on_the_seed_alone():
+    cases = [f"case{index:02d}" for index in range(20)]
+    assert draw_test_cases(cases, 0.2, seed=3) == draw_test_cases(cases[::-1], 0.2, seed=3)
+    assert draw_test_cases(cases, 0.2, seed=3) != draw_test_cases(cases, 0.2, seed=4)
+    assert len(draw_test_cases(cases, 0.2)) == 4
+
+
+@pytest.mark.parametrize("fraction", [0, 1, -0.1, 0.99])
+def test_a_test_fraction_must_leave_something_to_train_on(fraction):
+    with pytest.raises(ValueError, match="--test-fraction"):
+        draw_test_cases(["a", "b", "c"], fraction)
+
+
+def test_hold_out_refuses_a_patient_on_both_sides():
+    with pytest.raises(ValueError, match="fold 0 trains and validates on 1 patients, such as p1"):
+        hold_out(["p1-1", "p1-2", "p2-1"], ["p1-2"], patient_of=patient_of)
+
+
+def write_lists(folder, **lists):
+    for name, cases in lists.items():
+        (folder / f"{name}.txt").write_text("\n".join(cases) + "\n")
+    return sorted(folder.glob("*.txt"))
+
+
+def test_published_lists_of_three_parts(tmp_path):
+    files = write_lists(tmp_path, train=["HGG/b", "HGG/a"], val=["c"], test=["LGG/d"])
+    assert read_lists(files) == ([{"train": ["a", "b"], "val": ["c"]}], ["d"])
+
+
+def test_without_validation_cases_the_test_cases_validate(tmp_path):
+    files = write_lists(tmp_path, train1=["a"], test1=["b"], train2=["b"], test2=["a"])
+    assert read_lists(files) == ([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}], [])
+
+
+def test_a_table_of_cases_and_parts(tmp_path):
+    (tmp_path / "split.csv").write_text("Subject_ID,Split\na,train\nb,Training\nc,validation\nd,test\n")
+    assert read_lists([tmp_path / "split.csv"]) == ([{"train": ["a", "b"], "val": ["c"]}], ["d"])
+
+
+def test_folds_in_nnunets_own_form(tmp_path):
+    splits = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
+    (tmp_path / "splits_final.json").write_text(json.dumps(splits))
+    assert read_lists([tmp_path / "splits_final.json"]) == (splits, [])
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"train": ["a", "b"], "val": ["b"]}, "b in more than one part"),
+        ({"train": ["a", "b"], "val": ["c"], "test": ["a"]}, "a in more than one part"),
+        ({"train": ["a"]}, "no train or no val cases"),
+        ({"cases": ["a"]}, "cases.txt is no list of cases"),
+        ({"train": ["a"], "training": ["b"], "val": ["c"]}, "a second list of train cases"),
+        (
+            {"train1": ["a"], "val1": ["b"], "test1": ["c"], "train2": ["a"], "val2": ["c"], "test2": ["b"]},
+            "the 2 splits have different test cases",
+        ),
+    ],
+)
+def test_lists_that_contradict_themselves_are_refused(tmp_path, lists, message):
+    with pytest.raises(ValueError, match=message):
+        read_lists(write_lists(tmp_path, **lists))
+
+
+def test_an_absent_list_and_a_strange_part_are_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no file"):
+        read_lists([tmp_path / "train.txt"])
+    (tmp_path / "split.csv").write_text("case,part\na,first\n")
+    with pytest.raises(ValueError, match="puts a into 'first', expected train, val or test"):
+        read_lists([tmp_path / "split.csv"])
+    (tmp_path / "splits.json").write_text('{"train": 1}')
+    with pytest.raises(ValueError, match=r"is not as nnU-Net's splits_final\.json"):
+        read_lists([tmp_path / "splits.json"])
+
+
+def test_lists_of_other_cases_are_refused():
+    with pytest.raises(ValueError, match="the lists name 2 of 3 cases that are not there: b, c"):
+        refuse_unknown_cases([{"train": ["a"], "val": ["b"]}], ["c"], ["a"])
+
+
 def test_one_case_cannot_be_split():
     with pytest.raises(ValueError, match="1 folds of 1 training cases"):
         cross_validation(["a"])
@@ -58,6 +166,74 @@ def test_writing_makes_the_folder_and_leaves_no_other_file(tmp_path):
     write_splits(splits, tmp_path / "Dataset007_Toy" / "splits_final.json")
     assert json.loads((tmp_path / "Dataset007_Toy" / "splits_final.json").read_text()) == splits
     assert [path.name for path in (tmp_path / "Dataset007_Toy").iterdir()] == ["splits_final.json"]
+
+
+@pytest.fixture
+def release(tmp_path, monkeypatch):
+    """Convert four cases of BraTS 2024 GLI, two of one patient, with these options; return code and splits file."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    release_trees.use_small_grids(monkeypatch)
+    release_trees.make_release(tmp_path / "source", "brats2024_gli")
+
+    def convert(*options):
+        arguments = ["brats2024_gli", str(tmp_path / "source"), "-d", "7", "--name", "Toy", "--workers", "1"]
+        code = cli.main(["convert", *arguments, *map(str, options)])
+        return code, tmp_path / "preprocessed" / "Dataset007_Toy" / "splits_final.json"
+
+    return convert
+
+
+A, B, C, D = release_trees.case_names("brats2024_gli")
+
+
+def test_published_lists_make_the_fold_and_the_test_cases(release, tmp_path):
+    files = write_lists(tmp_path, train=[A, B], val=[C], test=[D])
+    code, file = release("--splits", *files)
+    assert code == 0
+    assert json.loads(file.read_text()) == [{"train": [A, B], "val": [C]}]
+    assert len(list((tmp_path / "raw" / "Dataset007_Toy" / "imagesTs").iterdir())) == 4
+
+
+def test_published_lists_that_share_a_patient_are_refused(release, tmp_path, capsys):
+    files = write_lists(tmp_path, train=[A, C], val=[B, D])
+    assert release("--splits", *files)[0] == 2
+    assert "fold 0 trains and validates on 1 patients, such as BraTS-GLI-00005" in capsys.readouterr().err
+
+
+def test_a_listed_case_that_was_left_out_is_taken_out_of_the_fold(release, tmp_path):
+    (tmp_path / "source" / B / f"{B}-seg.nii.gz").unlink()
+    files = write_lists(tmp_path, train=[A, B], val=[C])
+    code, file = release("--splits", *files)
+    assert code == 1
+    assert json.loads(file.read_text()) == [{"train": [A], "val": [C]}]
+
+
+def test_folds_of_another_origin_are_kept_unless_asked(release, capsys):
+    _, file = release()
+    file.write_text("[]")
+    assert release()[0] == 2
+    assert "splits_final.json is already there with other folds; --overwrite replaces it" in capsys.readouterr().err
+    assert file.read_text() == "[]"
+    assert release("--overwrite", "--folds", "2")[0] == 0
+    assert len(json.loads(file.read_text())) == 2
+
+
+def test_folds_without_a_data_set_are_kept_unless_asked(release, tmp_path, capsys):
+    release()
+    shutil.rmtree(tmp_path / "raw" / "Dataset007_Toy")
+    assert release()[0] == 2
+    assert "--overwrite replaces it, --no-splits leaves the folds to nnU-Net" in capsys.readouterr().err
+    assert release("--no-splits")[0] == 0
+
+
+def test_folds_of_an_earlier_data_set_are_not_left_behind_in_silence(release, tmp_path, capsys):
+    release()
+    shutil.rmtree(tmp_path / "source" / D)
+    assert release("--overwrite", "--no-splits")[0] == 2
+    assert f"names 1 case that it does not have, such as {D}; remove the file" in capsys.readouterr().err
+    assert release("--overwrite")[0] == 0
 
 
 def test_nnunet_accepts_the_data_set_and_keeps_the_split(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "documentation").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "documentation").rglob("*.md"))]
 
 
 def test_settings_page_is_made_from_the_settings():
@@ -30,3 +30,14 @@ def test_commands_named_in_the_readme_exist():
 
     named = set(re.findall(r"\bmstkd ([a-z][a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
     assert named and named <= set(COMMANDS)
+
+
+def test_every_release_is_documented_and_every_documented_one_exists():
+    from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
+
+    pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "documentation" / "datasets").glob("*.md")}
+    for name, release in RELEASES.items():
+        assert name in pages[release.page], f"{name} is not on the page {release.page}.md"
+        assert (ROOT / "dataset_conversion" / f"{name}.py").is_file()
+    named = {name for page in pages.values() for name in re.findall(r"mstkd convert (\w+)", page)}
+    assert named <= {*RELEASES, "generic"}

@@ -1,0 +1,134 @@
+"""What is known of a conversion: kept beside the unfinished data set so that a second run goes on, and in the finished
+one so that a second run knows it."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mstkd.dataset_conversion.cases import Case
+
+RECORD = "conversion.json"
+SETTINGS, CASES = "settings.json", "cases.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class CaseRecord:
+    """One finished case.
+
+    Attributes
+    ----------
+    name, part, patient
+        ``part`` is ``"Tr"`` or ``"Ts"``.
+    sources
+        File (relative to the source where it lies in it) -> size in bytes and time of change in nanoseconds.
+    images, label
+        As :class:`nnunetv2_mstkd.dataset_conversion.writing.Written` has them.
+    sizes
+        Bytes of the files in the data set, in the order of images and label.
+    missing
+        Modalities that are zero images.
+    notes
+        From the check.
+    problems
+        Why the case was left out; then it has no images.
+    """
+
+    name: str
+    part: str
+    patient: str
+    sources: Mapping[str, list[int]]
+    images: list[str] = field(default_factory=list)
+    label: str | None = None
+    sizes: list[int] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def written(self) -> list[str]:
+        """All its files."""
+        return [*self.images, *([self.label] if self.label else [])]
+
+
+def fingerprint(case: Case, source: Path) -> dict[str, list[int]]:
+    """Size and time of change of each file of a case: what tells whether it must be converted again."""
+    found = {}
+    for path in case.files:
+        state = path.stat()
+        name = str(path.relative_to(source)) if path.is_relative_to(source) else str(path)
+        found[name] = [state.st_size, state.st_mtime_ns]
+    return found
+
+
+class Progress:
+    """The finished cases of an unfinished data set, one line of JSON each.
+
+    Parameters
+    ----------
+    folder
+        Holds the record; made if it is not there. Work done with other `settings` is not taken over.
+    settings
+        All that the written files depend on, but the sources.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        self._file = folder / CASES
+        self._lock = threading.Lock()
+        self.done: dict[str, CaseRecord] = {}
+        known = folder / SETTINGS
+        if known.is_file() and self._file.is_file() and _read(known) == settings:
+            for line in self._file.read_text(encoding="utf-8").splitlines():
+                try:
+                    record = CaseRecord(**json.loads(line))
+                except (ValueError, TypeError):
+                    break  # the line at which the run was stopped
+                self.done[record.name] = record
+        folder.mkdir(parents=True, exist_ok=True)
+        known.write_text(json.dumps(settings), encoding="utf-8")
+        self._file.write_text("".join(_line(record) for record in self.done.values()), encoding="utf-8")
+
+    def add(self, record: CaseRecord) -> None:
+        """Remember a case whose files are all written; several threads may call it."""
+        with self._lock:
+            with self._file.open("a", encoding="utf-8") as file:
+                file.write(_line(record))
+            self.done[record.name] = record
+
+
+def write_record(
+    folder: Path, settings: Mapping[str, Any], written: Iterable[CaseRecord], skipped: Mapping[str, list[str]]
+) -> None:
+    """Write ``conversion.json`` into a finished data set."""
+    content = {
+        "format": FORMAT,
+        "settings": settings,
+        "cases": [asdict(record) for record in written],
+        "skipped": dict(skipped),
+    }
+    (folder / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, CaseRecord], dict[str, list[str]]] | None:
+    """Return settings, cases and skipped cases of a finished data set, or None if this package did not write it."""
+    content = _read(folder / RECORD)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    cases = [CaseRecord(**entry) for entry in content["cases"]]
+    return content["settings"], {case.name: case for case in cases}, content["skipped"]
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _line(record: CaseRecord) -> str:
+    return json.dumps(asdict(record)) + "\n"

@@ -1,0 +1,248 @@
+"""The releases as one table: names of files and cases, label values, regions, grid. Adding a release is adding a row.
+
+Sources: the pages and official repositories of the challenges, and headers of cases of each grid; BraTS 2018 to 2020:
+https://www.med.upenn.edu/cbica/brats2020/data.html; BraTS 2023 and later: https://www.synapse.org/brats; the regions of
+2024 and later as in the official evaluation (BraTS-2024-Metrics).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from nnunetv2_mstkd.dataset_conversion.description import BACKGROUND, Description, Grid
+from nnunetv2_mstkd.dataset_conversion.modality_names import BRATS_MODALITIES
+
+SRI24 = Grid(
+    "SRI24", (240, 240, 155), (1.0, 1.0, 1.0), (0.0, -239.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
+)
+MNI152 = Grid(
+    "MNI152", (182, 218, 182), (1.0, 1.0, 1.0), (-90.0, 126.0, -72.0), (1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0)
+)
+"""Left-anterior-superior voxels, origin (90, -126, -72) in NIfTI's own axes; only the qform says so in some files."""
+
+WT, TC, ET, RC, CC = "whole tumor", "tumor core", "enhancing tumor", "resection cavity", "cystic component"
+
+
+@dataclass(frozen=True)
+class Release:
+    """A row of the table.
+
+    Attributes
+    ----------
+    title
+        For messages and pages.
+    case_names
+        Regular expression for the names of cases; its group ``patient``, if there is one, names the patient.
+    example
+        A name that it matches.
+    modalities
+        Channel name -> patterns of its file, ``{case}`` being the name of the case.
+    label
+        Patterns of the label file.
+    label_file
+        The name under which a segmentation of this release is stored.
+    classes
+        Name -> the release's own value.
+    regions
+        Name -> classes that it is made of, in the order of nnU-Net's output channels.
+    writes
+        The class that each region writes into a segmentation; later regions write over earlier ones.
+    grid
+        Where all images lie; None where cases keep their own grids.
+    small_et_becomes
+        The class that takes the place of an enhancing tumour too small to be believed.
+    page
+        Of the documentation.
+    stack
+        Order of the channels in files of four dimensions.
+    """
+
+    title: str
+    case_names: str
+    example: str
+    modalities: Mapping[str, Sequence[str]]
+    label: Sequence[str]
+    label_file: str
+    classes: Mapping[str, int]
+    regions: Mapping[str, Sequence[str]]
+    writes: Sequence[str]
+    grid: Grid | None
+    small_et_becomes: str
+    page: str
+    stack: Sequence[str] = ()
+    name: str = ""
+
+    @property
+    def written_values(self) -> dict[str, int]:
+        """Class name -> value in the data set: the release's own, closed up where they have gaps (4 becomes 3)."""
+        names = sorted(self.classes, key=lambda name: self.classes[name])
+        return {name: value for value, name in enumerate(names, start=1)}
+
+    def description(self, *, plain_labels: bool = False) -> Description:
+        """What the converter needs.
+
+        Parameters
+        ----------
+        plain_labels
+            Classes that exclude one another, in place of regions.
+        """
+        written = self.written_values
+        labels: dict[str, int | Sequence[int]] = {BACKGROUND: 0}
+        if plain_labels:
+            labels |= written
+        else:
+            labels |= {name: sorted(written[part] for part in parts) for name, parts in self.regions.items()}
+        moved = {own: written[name] for name, own in self.classes.items() if own != written[name]}
+        return Description(
+            modalities=self.modalities,
+            label=self.label,
+            labels=labels,
+            regions_class_order=() if plain_labels else [written[name] for name in self.writes],
+            remap=moved,
+            patient=self.case_names if "(?P<patient>" in self.case_names else "",
+            case_names=self.case_names,
+            stack=self.stack,
+            release=self.name,
+            classes=written,
+            label_file=self.label_file,
+            grid=self.grid,
+            small_et_becomes=written[self.small_et_becomes],
+        )
+
+
+def _files(separator: str, names: Sequence[str], *, also: str = "") -> dict[str, list[str]]:
+    """Patterns of the four images; ``.nii*`` stands for both NIfTI endings."""
+    stems = [f"{{case}}{separator}", *([f"{{case}}{also}"] if also else [])]
+    return {
+        modality: [f"{stem}{name}.nii*" for stem in stems]
+        for modality, name in zip(BRATS_MODALITIES, names, strict=True)
+    }
+
+
+BEFORE_2023 = ("t1", "t1ce", "t2", "flair")
+SINCE_2023 = ("t1n", "t1c", "t2w", "t2f")
+
+_GLIOMA = {
+    "regions": {WT: ("NCR", "ED", "ET"), TC: ("NCR", "ET"), ET: ("ET",)},
+    "writes": ("ED", "NCR", "ET"),
+    "small_et_becomes": "NCR",
+}
+_WITH_CAVITY = {
+    "regions": {**_GLIOMA["regions"], RC: ("RC",)},  # the cavity is no part of the whole tumour
+    "writes": (*_GLIOMA["writes"], "RC"),
+    "small_et_becomes": "NCR",
+}
+_FOUR_IS_ET = {"NCR": 1, "ED": 2, "ET": 4}
+_THREE_IS_ET = {"NCR": 1, "ED": 2, "ET": 3}
+
+
+def _before_2023(title: str, case_names: str, example: str, page: str = "brats", **others) -> Release:
+    values = {
+        "modalities": _files("_", BEFORE_2023),
+        "label": ("{case}_seg.nii*",),
+        "label_file": "{case}_seg.nii.gz",
+        "classes": _FOUR_IS_ET,
+        "grid": SRI24,
+        **_GLIOMA,
+        **others,
+    }
+    return Release(title, case_names, example, page=page, **values)
+
+
+def _since_2023(
+    title: str, task: str, *, classes: Mapping[str, int] = _THREE_IS_ET, grid: Grid | None = SRI24, **others
+):
+    values = {
+        "case_names": rf"(?P<patient>BraTS-{task}-\d{{5}})-\d{{3}}",
+        "example": f"BraTS-{task}-00000-000",
+        "modalities": _files("-", SINCE_2023),
+        "label": ("{case}-seg.nii*",),
+        "label_file": "{case}-seg.nii.gz",
+        **(_WITH_CAVITY if "RC" in classes else _GLIOMA),
+        **others,
+    }
+    return Release(title, classes=classes, grid=grid, page="brats", **values)
+
+
+_FETS = {
+    "case_names": r"FeTS2022_\d{5}",
+    "example": "FeTS2022_00000",
+    "page": "fets",
+    # the second forms are those of the containers of task 2
+    "modalities": _files("_", BEFORE_2023, also="_brain_"),
+    "label": ("{case}_seg.nii*", "{case}_final_seg.nii*"),
+}
+
+_TABLE = {
+    "brats2018": _before_2023("BraTS 2018", r"(?P<patient>Brats18_[A-Za-z0-9_]+)_\d+", "Brats18_2013_0_1"),
+    "brats2019": _before_2023("BraTS 2019", r"(?P<patient>BraTS19_[A-Za-z0-9_]+)_\d+", "BraTS19_2013_0_1"),
+    "brats2020": _before_2023(
+        "BraTS 2020",
+        r"BraTS20_(?:Training|Validation|Testing)_\d{3}",
+        "BraTS20_Training_001",
+        # case 355 of one copy in circulation has its segmentation under the rater's name
+        label=("{case}_seg.nii*", "W39_1998.09.19_Segm.nii*"),
+    ),
+    "brats2021": _before_2023("BraTS 2021", r"BraTS2021_\d{5}", "BraTS2021_00000"),
+    "brats2023_gli": _since_2023("BraTS 2023 GLI (adult glioma before treatment)", "GLI"),
+    "brats2023_ssa": _since_2023("BraTS 2023 SSA (glioma, sub-Saharan Africa)", "SSA"),
+    "brats2023_met": _since_2023("BraTS 2023 MET (metastases)", "MET"),
+    "brats2023_ped": _since_2023("BraTS 2023 PED (paediatric)", "PED"),
+    "brats2023_men": _since_2023("BraTS 2023 MEN (meningioma)", "MEN"),
+    "brats2024_gli": _since_2023(
+        "BraTS 2024 GLI (adult glioma after treatment)", "GLI", classes={**_THREE_IS_ET, "RC": 4}, grid=MNI152
+    ),
+    "brats2024_ped": _since_2023(
+        "BraTS 2024 PED (paediatric)",
+        "PED",
+        classes={"ET": 1, "NET": 2, "CC": 3, "ED": 4},
+        regions={WT: ("ET", "NET", "CC", "ED"), TC: ("ET", "NET", "CC"), ET: ("ET",), CC: ("CC",)},
+        writes=("ED", "NET", "ET", "CC"),
+        small_et_becomes="NET",
+    ),
+    "brats2025_met": _since_2023("BraTS 2025 MET (metastases)", "MET", classes={**_THREE_IS_ET, "RC": 4}, grid=None),
+    "fets2022": _before_2023("FeTS 2022", **_FETS),
+    "fets2024": _before_2023("FeTS 2024", **_FETS),
+    "msd_task01": Release(
+        title="MSD Task01 BrainTumour",
+        case_names=r"BRATS_\d{3}",
+        example="BRATS_001",
+        modalities={name: ("{case}.nii*",) for name in BRATS_MODALITIES},
+        label=("{case}.nii*",),
+        label_file="{case}.nii.gz",
+        classes={"ED": 1, "NCR": 2, "ET": 3},
+        grid=Grid("MSD's", (240, 240, 155), (1.0, 1.0, 1.0)),
+        page="msd",
+        stack=("FLAIR", "T1", "T1ce", "T2"),
+        **_GLIOMA,
+    ),
+}
+
+RELEASES: Mapping[str, Release] = {name: replace(release, name=name) for name, release in _TABLE.items()}
+"""The table, by the names of the sub-commands and scripts."""
+
+
+def releases_of_case(case: str) -> list[str]:
+    """Return the releases in which a case may have this name."""
+    return [name for name, release in RELEASES.items() if re.fullmatch(release.case_names, case, re.ASCII)]
+
+
+def meaning_of_value(value: int) -> str:
+    """Say what a label value is in the releases that have it: ``4 is ET in brats2018, RC in brats2024_gli``; or ''."""
+    by_class: dict[str, list[str]] = {}
+    for name, release in RELEASES.items():
+        for label, own in release.classes.items():
+            if own == value:
+                by_class.setdefault(label, []).append(name)
+    return (
+        f"{value} is " + ", ".join(f"{label} in {_some(names)}" for label, names in by_class.items())
+        if by_class
+        else ""
+    )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:4]) + (" and others" if len(listed) > 4 else "")
