@@ -2,16 +2,19 @@
 
     python benchmarks/step_cost.py                  # CPU, a small plan
     python benchmarks/step_cost.py --plan brats     # nnU-Net's own BraTS plan: 128^3, batch 2, 6 stages 32..320 (CUDA)
+    python benchmarks/step_cost.py --plan brats --count-only     # parameters and multiply-adds, on any machine
 
 Training: one step of each trainer on the same plans, patch and batch, over FullModalityTrainer's; time is the median of
 interleaved repetitions, memory the peak of a process of its own (resident set on a CPU, allocator on CUDA). Inference:
-forward pass of the student over that of the plans' plain network. The data are random: nothing here depends on them.
+forward pass of the student over that of the plans' plain network; multiply-adds are counted for one patch. The data are
+random: nothing here depends on them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import io
 import json
 import multiprocessing
@@ -26,8 +29,10 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
-TRAINERS = ("FullModalityTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer", "MSTKDTrainer")
+TRAINERS = ("FullModalityTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer", "MSTKDTrainer", "AdaMMTrainer")
 BASELINE = "FullModalityTrainer"
 
 PLANS = {
@@ -35,6 +40,8 @@ PLANS = {
     "six_stages": {"patch": [64, 64, 64], "features": [16, 32, 64, 128, 160, 160], "batch": 2},
     "medium": {"patch": [64, 64, 64], "features": [32, 64, 128, 256], "batch": 2},
     "brats": {"patch": [128, 128, 128], "features": [32, 64, 128, 256, 320, 320], "batch": 2},
+    # crop, levels and widths of the network that AdaMM and MST-KDNet were published with
+    "published": {"patch": [160, 192, 128], "features": [16, 32, 64, 128], "batch": 1},
 }
 
 
@@ -156,6 +163,23 @@ def memory_of(trainer_name: str, plan: str, device_name: str, threads: int, queu
             queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
 
 
+def count(trainer, plan: str) -> dict[str, float]:
+    """Parameters, and multiply-adds of one patch's forward pass in prediction; on tensors without content."""
+    network = copy.deepcopy(trainer.plain_network).cpu().eval()
+    network.decoder.deep_supervision = False
+    with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.empty(1, 4, *PLANS[plan]["patch"]))
+    return {
+        "parameters": sum(parameter.numel() for parameter in trainer.plain_network.parameters()),
+        "gmac": counter.get_total_flops() / 2e9,
+    }
+
+
+def count_all(plan: str, trainer_names: list[str]) -> dict:
+    with tempfile.TemporaryDirectory() as folder:
+        return {name: count(prepare(name, plan, torch.device("cpu"), folder), plan) for name in trainer_names}
+
+
 def measure(plan: str, device: torch.device, repetitions: int, trainer_names: list[str], threads: int) -> dict:
     rows: dict[str, dict[str, float]] = {name: {} for name in trainer_names}
     context = multiprocessing.get_context("spawn")
@@ -193,7 +217,7 @@ def measure(plan: str, device: torch.device, repetitions: int, trainer_names: li
         for name, trainer in prepared.items():
             rows[name]["step_s"] = statistics.median(times[name])
             rows[name]["inference_s"] = statistics.median(forward[name])
-            rows[name]["parameters"] = sum(parameter.numel() for parameter in trainer.plain_network.parameters())
+            rows[name].update(count(trainer, plan))
     base = rows[BASELINE]
     for row in rows.values():
         for key in ("step_s", "inference_s", "memory_mib"):
@@ -213,13 +237,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS))
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as nnU-Net does by default on CUDA")
+    parser.add_argument("--count-only", action="store_true", help="parameters and multiply-adds, nothing is timed")
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
     os.environ["nnUNet_compile"] = "t" if args.compile else "f"
     torch.set_num_threads(args.threads)
     names = [BASELINE, *[name for name in args.trainers if name != BASELINE]]
     device = torch.device(args.device)
-    rows = measure(args.plan, device, args.repetitions, names, args.threads)
+    if args.count_only:
+        rows = count_all(args.plan, names)
+    else:
+        rows = measure(args.plan, device, args.repetitions, names, args.threads)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} threads"
     facts = {
         "plan": {args.plan: PLANS[args.plan]},
@@ -232,6 +260,10 @@ def main() -> None:
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
+    if args.count_only:
+        for name, row in rows.items():
+            print(f"{name:<26}{row['parameters'] / 1e6:8.2f}M parameters{row['gmac']:10.2f} GMAC per patch")
+        return
     print(f"plan {args.plan} {PLANS[args.plan]}, {machine}, torch {torch.__version__}, compile {args.compile}")
     print(f"{'trainer':<26}{'step':>9}{'ratio':>7}{'memory':>11}{'ratio':>7}{'inference':>11}{'ratio':>7}{'params':>9}")
     for name, row in rows.items():

@@ -93,7 +93,7 @@ class ScheduleSettings:
     initial_lr: float | None = None
     """Null: 1e-2 for sgd (nnU-Net), 1e-3 for adamw, 1e-4 for adam (MST-KDNet)."""
     transformer_lr: float = 3e-4
-    """AdamW rate of transformer and pyramids where the network has them."""
+    """AdamW rate of what a network has beyond the plans' U-Net: transformer and pyramids, adapters and graph."""
     init_from: str | None = None
     """Weights to start from: a checkpoint file (absolute or below nnUNet_results), or the name of a trainer whose
     final checkpoint of the same fold is taken. Matching tensors are loaded, the rest is listed."""
@@ -240,6 +240,100 @@ class TeacherSettings:
         _require(self.epochs is None or self.epochs >= 1, "teacher.epochs", self.epochs, "null or at least 1")
 
 
+ADAMM_TERMS = ("consistency", "content", "style", "adversarial", "presence", "reliability")
+"""Terms of AdaMM: the first four compare with the teacher (BBDM), the others are the student's own (LGRM)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMMSettings:
+    """AdaMM's parts and the weights of its terms. A part that is off, or a term of weight 0, costs nothing."""
+
+    adapters: bool = True
+    """Adapters that depend on the subset, after each encoder stage but the first and each decoder stage."""
+    bank: str = "auto"
+    """``full``: adapters for every subset; ``factorised``: composed of one per modality; ``auto``: full for up to 5
+    modalities unless ``subsets`` names some."""
+    subsets: tuple[str, ...] = ()
+    """With a factorised bank: subsets such as ``"T1ce+FLAIR"`` that get adapters of their own. They are stored by
+    channel number, ``"#0+#3"``, which may be given too."""
+    reduction: int = 4
+    """Width of a stage over the hidden width of its adapters, which is at least 8."""
+    refinement: str = "graph"
+    """Of the features on the distillation stage (GARM): ``graph``, ``dense`` (fusion without a graph) or ``off``."""
+    nodes: int = 8
+    """Nodes of each of the two graphs."""
+    presence: bool = True
+    """A head that says which labels or regions a patch has any voxel of (LGRM)."""
+    consistency: float = 0.5
+    """Weight of the difference of foreground probabilities (BBDM). ``ramp``, ``fade`` and ``where`` of the section
+    ``distillation`` hold here too."""
+    content: float = 0.1
+    """Weight of the difference of the features of the distillation stage (BBDM)."""
+    style: float = 0.1
+    """Weight of cross-correlation style matching (BBDM), the function that MST-KDNet's ``style`` uses."""
+    adversarial: float = 0.0
+    """Weight of the adversarial style term (BBDM); 0 builds no discriminator."""
+    presence_weight: float = 0.1
+    """Weight of the cross-entropy of the presence head."""
+    reliability: float = 0.5
+    """How much a wrong presence adds to the weight of the Dice loss at full resolution; 0: nothing."""
+    gate: float = 0.0
+    """Probability of presence below which ``mstkd predict`` and ``mstkd evaluate`` delete a label or region from a
+    whole case; 0: never. A wrong gate costs the whole of it."""
+
+    NETWORK_KEYS: typing.ClassVar[tuple[str, ...]] = (
+        "adapters",
+        "bank",
+        "subsets",
+        "reduction",
+        "refinement",
+        "nodes",
+        "presence",
+    )
+
+    def __post_init__(self) -> None:
+        _one_of("adamm.bank", self.bank, ("auto", "full", "factorised"))
+        _require(
+            not (self.subsets and self.bank == "full"),
+            "adamm.subsets",
+            list(self.subsets),
+            "none with bank 'full', in which every subset has its own adapters",
+        )
+        _one_of("adamm.refinement", self.refinement, ("graph", "dense", "off"))
+        _require(1 <= self.reduction <= 64, "adamm.reduction", self.reduction, "1 ... 64")
+        _require(2 <= self.nodes <= 256, "adamm.nodes", self.nodes, "2 ... 256")
+        for name in ("consistency", "content", "style", "adversarial", "reliability"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"adamm.{name}", value, "a finite weight of at least 0")
+        _require(
+            0 < self.presence_weight < math.inf,
+            "adamm.presence_weight",
+            self.presence_weight,
+            "a weight above 0; presence = false builds no head",
+        )
+        _require(0 <= self.gate < 1, "adamm.gate", self.gate, "a probability from 0 to below 1")
+        _require(
+            self.presence or self.gate == 0, "adamm.gate", self.gate, "0 without the presence head (presence = false)"
+        )
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The terms of weight above 0, in the order in which they are logged."""
+        values = {name: float(getattr(self, name)) for name in ADAMM_TERMS[:4]}
+        if self.presence:
+            values.update(presence=float(self.presence_weight), reliability=float(self.reliability))
+        return {name: value for name, value in values.items() if value > 0}
+
+    def channel_numbers(self, names: Sequence[str]) -> tuple[str, ...]:
+        """``subsets`` with channel numbers for names, ``"#0+#3"``; ValueError for an unknown or repeated one."""
+        numbers = [f"#{channel}" for channel in range(len(names))]
+        rows = [modalities.parse_subset(text, numbers if text.startswith("#") else names) for text in self.subsets]
+        texts = tuple(modalities.subset_name(row, numbers) for row in rows)
+        if texts:
+            modalities.parse_subsets(texts, numbers)  # refuses the same one twice
+        return texts
+
+
 SECTIONS: Mapping[str, type] = types.MappingProxyType(
     {
         "sampler": SamplerSettings,
@@ -247,6 +341,7 @@ SECTIONS: Mapping[str, type] = types.MappingProxyType(
         "network": NetworkSettings,
         "distillation": DistillationSettings,
         "teacher": TeacherSettings,
+        "adamm": AdaMMSettings,
     }
 )
 
@@ -260,6 +355,7 @@ class Settings:
     network: NetworkSettings = field(default_factory=NetworkSettings)
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
+    adamm: AdaMMSettings = field(default_factory=AdaMMSettings)
 
     @classmethod
     def from_block(cls, block: Mapping | None) -> Settings:

@@ -68,9 +68,8 @@ def write_model(
         plans["configurations"]["tiny"]["normalization_schemes"] = list(schemes)
     for fold in folds:
         trainer = make(trainer_class, plans, channels=channels, labels=options.get("labels"), fold=fold, seed=fold)
-        if hasattr(trainer.network, "transformer"):
-            torch.manual_seed(fold)
-            tiny.wake(trainer.network)
+        torch.manual_seed(fold)
+        tiny.wake(trainer.network)
         trainer.inference_allowed_mirroring_axes = mirroring
         trainer.save_checkpoint(f"{trainer.output_folder}/checkpoint_final.pth")
     folder = Path(trainer.output_folder_base)

@@ -59,13 +59,14 @@ def assert_geometry(prediction: Path, image: Path) -> np.ndarray:
     return np.unique(sitk.GetArrayFromImage(one))
 
 
-def test_teacher_student_and_prediction_with_absent_modalities_run_through_nnunets_commands(phantom, tmp_path):
+@pytest.mark.parametrize("method", ["MSTKD", "AdaMM"])
+def test_teacher_student_and_prediction_with_absent_modalities_run_through_nnunets_commands(phantom, tmp_path, method):
     settings = {**TINY, "schedule.epochs": 1, "schedule.save_every": None}
     add_configuration(phantom.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
-    run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", "MSTKDTeacherTrainer")
-    printed = run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", "MSTKDTrainer")
+    run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}TeacherTrainer")
+    printed = run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}Trainer")
     assert "Mean Validation Dice" in printed
-    student = phantom.fold("MSTKDTrainer")
+    student = phantom.fold(f"{method}Trainer")
     produced = {path.name for path in student.iterdir()}
     assert produced >= {
         "checkpoint_final.pth",
@@ -87,7 +88,7 @@ def test_teacher_student_and_prediction_with_absent_modalities_run_through_nnune
     output = tmp_path / "output"
     run(
         "nnUNetv2_predict",
-        *("-i", images, "-o", output, "-d", phantom.dataset, "-c", CONFIGURATION, "-f", 0, "-tr", "MSTKDTrainer"),
+        *("-i", images, "-o", output, "-d", phantom.dataset, "-c", CONFIGURATION, "-f", 0, "-tr", f"{method}Trainer"),
         *("-npp", 1, "-nps", 1, "--disable_tta"),
         nnUNet_results=str(elsewhere),
         nnUNet_preprocessed=str(elsewhere / "none"),
@@ -96,6 +97,17 @@ def test_teacher_student_and_prediction_with_absent_modalities_run_through_nnune
     for case in ABSENT:
         labels = assert_geometry(output / f"{case}.nii.gz", images / f"{case}_0000.nii.gz")
         assert set(labels) <= {0, 1, 2, 3}
+
+    # the same with the files away, and the network told which
+    partly = tmp_path / "partly"
+    partly.mkdir()
+    for case, absent in ABSENT.items():
+        for channel in set(range(4)) - set(absent):
+            shutil.copy(images / f"{case}_{channel:04d}.nii.gz", partly)
+    arguments = ["-i", str(partly), "-o", str(tmp_path / "told"), "-m", str(model), "-f", "0", "--disable_tta"]
+    assert cli.main(["predict", *arguments, "-device", "cpu", "-npp", "0", "-nps", "0"]) == 0
+    for case in ABSENT:
+        assert (tmp_path / "told" / f"{case}.nii.gz").read_bytes() == (output / f"{case}.nii.gz").read_bytes()
 
 
 # ---- real data -----------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ MODELS = {
     "mirroring": ("MSTKDTrainer", {"mirroring": (0, 2)}),
     "2d": ("ModalityDropoutTrainer", {"dimensions": 2}),
     "residual": ("FullModalityTrainer", {"residual": True}),
+    "adapters": ("AdaMMTrainer", {}),
 }
 
 

@@ -10,11 +10,9 @@ import torch
 from tiny import LABELS, NO_TERMS, REGIONS, batch, give_teacher, state, wake
 
 from nnunetv2_mstkd import modalities, trainers
-from nnunetv2_mstkd.trainers import ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.trainers import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
 
 CHANNELS = 4
-SUBSETS = modalities.all_subsets(CHANNELS)
-NAMES = [modalities.subset_name(subset, "abcd") for subset in SUBSETS]
 STUDENTS = [
     trainer
     for trainer in (getattr(trainers, name) for name in trainers.__all__)
@@ -31,12 +29,16 @@ class Observed(NamedTuple):
     counts: torch.Tensor
 
 
+def subsets_of(trainer) -> torch.Tensor:
+    return modalities.all_subsets(trainer.num_input_channels)
+
+
 def observe(trainer, content: dict, monkeypatch) -> Observed:
     """Take a training step and a validation step of the trainer's own, from the same state each time."""
     before, optimizer, extra = state(trainer.network), trainer.optimizer.state_dict(), deepcopy(trainer.extra_state())
     logits = []
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "draw_availability", lambda size: SUBSETS)
+        patch.setattr(trainer, "draw_availability", lambda size: subsets_of(trainer))
         compute = trainer.compute_loss
 
         def compute_and_keep(*arguments):
@@ -63,19 +65,22 @@ def observe(trainer, content: dict, monkeypatch) -> Observed:
     return Observed(logits[0], float(training["loss"]), gradients, counts)
 
 
-def filled(content: dict, value: float) -> dict:
+def filled(content: dict, subsets: torch.Tensor, value: float) -> dict:
     """The batch with ``value`` in every channel that its sample does not have."""
-    keep = SUBSETS.reshape(*SUBSETS.shape, *[1] * (content["data"].ndim - 2))
+    keep = subsets.reshape(*subsets.shape, *[1] * (content["data"].ndim - 2))
     return {**content, "data": torch.where(keep, content["data"], value)}
 
 
 def assert_no_leak(trainer, monkeypatch) -> None:
-    content = batch(trainer, batch_size=len(SUBSETS))
+    subsets = subsets_of(trainer)
+    monkeypatch.setattr(trainer, "validation_subsets", subsets)
+    names = [modalities.subset_name(subset, "abcdef"[: subsets.shape[1]]) for subset in subsets]
+    content = batch(trainer, batch_size=len(subsets))
     wanted = observe(trainer, content, monkeypatch)
     assert torch.isfinite(wanted.logits).all()
     for value in (float("nan"), 1e30):
-        found = observe(trainer, filled(content, value), monkeypatch)
-        for name, one, other in zip(NAMES, wanted.logits, found.logits, strict=True):
+        found = observe(trainer, filled(content, subsets, value), monkeypatch)
+        for name, one, other in zip(names, wanted.logits, found.logits, strict=True):
             assert torch.equal(one, other), f"logits of a sample that has {name} only"
         assert wanted.loss == found.loss
         assert torch.equal(wanted.counts, found.counts)
@@ -83,10 +88,10 @@ def assert_no_leak(trainer, monkeypatch) -> None:
             assert torch.equal(gradient, found.gradients[name]), f"gradient of {name}"
 
 
-def make_student(make_trainer, cls, **options):
-    trainer = make_trainer(cls, batch_size=len(SUBSETS), block=NO_TERMS, **options)
-    if hasattr(trainer.network, "transformer"):
-        wake(trainer.network)
+def make_student(make_trainer, cls, *, channels: int = CHANNELS, adamm: dict | None = None, **options):
+    block = {**NO_TERMS, "adamm": {**NO_TERMS["adamm"], **(adamm or {})}}
+    trainer = make_trainer(cls, batch_size=2**channels - 1, channels=channels, block=block, **options)
+    wake(trainer.network)
     return trainer
 
 
@@ -99,6 +104,24 @@ def test_absent_channels_change_no_bit_of_logits_loss_and_gradients(make_trainer
 @pytest.mark.parametrize("student", STUDENTS, ids=lambda cls: cls.__name__)
 def test_two_dimensional_trainers_do_not_leak(make_trainer, monkeypatch, student):
     assert_no_leak(make_student(make_trainer, student, dimensions=2), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"channels": 2},
+        {"channels": 3, "residual": True},
+        {"channels": 6, "dimensions": 2},
+        {"channels": 6},
+        {"dimensions": 2, "residual": True, "labels": REGIONS},
+        {"adamm": {"bank": "factorised"}},
+        {"adamm": {"subsets": ["T0", "T1+T3"], "refinement": "dense"}},
+        {"adamm": {"adapters": False, "presence": False}},
+    ],
+    ids=str,
+)
+def test_networks_that_know_the_subset_do_not_leak_either(make_trainer, monkeypatch, options):
+    assert_no_leak(make_student(make_trainer, AdaMMTrainer, **options), monkeypatch)
 
 
 @pytest.mark.parametrize("channel", range(CHANNELS))
@@ -117,13 +140,14 @@ def test_a_mask_that_forgets_one_channel_is_caught(make_trainer, monkeypatch, st
         assert_no_leak(trainer, monkeypatch)
 
 
+@pytest.mark.parametrize("student", [MSTKDTrainer, AdaMMTrainer], ids=lambda cls: cls.__name__)
 def test_with_distillation_what_the_student_gets_of_an_absent_channel_comes_from_the_teacher_alone(
-    make_trainer, monkeypatch
+    make_trainer, monkeypatch, student
 ):
     """With what the teacher says held fixed, absent channels change nothing, whatever terms are active."""
-    trainer = give_teacher(make_trainer(MSTKDTrainer, batch_size=len(SUBSETS)))
+    block = {"adamm": {"adversarial": 0.01}}
+    trainer = give_teacher(make_trainer(student, batch_size=2**CHANNELS - 1, block=block))
     wake(trainer.network)
-    trainer.validation_subsets = SUBSETS
     assert len(trainer.weights) == 6
     fixed = trainer.forward_teacher(batch(trainer)["data"])
     monkeypatch.setattr(trainer, "forward_teacher", lambda data: fixed)

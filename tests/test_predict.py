@@ -67,8 +67,14 @@ def stock(model: Path, source: Path, output: Path, *, folds: Sequence[int] = (0,
         ("MSTKDTrainer", {"mirroring": (0, 2)}),
         ("MSTKDTrainer", {"dimensions": 2}),
         ("FullModalityTrainer", {"residual": True}),
+        ("AdaMMTrainer", {"mirroring": (0, 2)}),
+        ("AdaMMTrainer", {"dimensions": 2, "labels": tiny.REGIONS}),
+        ("AdaMMTrainer", {"residual": True, "block": {"adamm": {"subsets": ["T1+T3"]}}}),
     ],
-    ids=["student", "dropout", "stock trainer", "regions", "mirroring", "2d", "residual"],
+    ids=[
+        *("student", "dropout", "stock trainer", "regions", "mirroring", "2d", "residual"),
+        *("adapters", "adapters, 2d, regions", "adapters, residual, listed subset"),
+    ],
 )
 def test_segments_like_nnunet_on_zero_images(folders, trainer, options):
     model = write_model(trainer_class(trainer), **options)

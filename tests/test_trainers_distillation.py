@@ -23,7 +23,7 @@ from tiny import (
 from nnunetv2_mstkd import checkpoints
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator
 from nnunetv2_mstkd.settings import TERMS
-from nnunetv2_mstkd.trainers import ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.trainers import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
 from nnunetv2_mstkd.trainers.modality_dropout import MAX_SKIPPED_STEPS
 
 
@@ -32,9 +32,14 @@ def only(**weights):
     return {"distillation": {**dict.fromkeys(TERMS, 0), **weights}}
 
 
-@pytest.fixture
-def student(make_trainer):
-    return give_teacher(make_trainer(MSTKDTrainer))
+METHODS = [MSTKDTrainer, AdaMMTrainer]
+ADVERSARY = {"adamm": {"adversarial": 0.01}}
+
+
+@pytest.fixture(params=METHODS, ids=lambda cls: cls.__name__)
+def student(request, make_trainer):
+    """With every term of its method."""
+    return give_teacher(make_trainer(request.param, block=ADVERSARY))
 
 
 # ---- teacher -------------------------------------------------------------------------------------------------------
@@ -248,10 +253,10 @@ def memory(trainer) -> list:
     return [member["state"] for member in content.get("members", [content])]
 
 
-@pytest.mark.parametrize("cls", [ModalityDropoutTrainer, MSTKDTrainer], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [ModalityDropoutTrainer, *METHODS], ids=lambda cls: cls.__name__)
 def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_term_and_cases(make_trainer, monkeypatch, cls):
     trainer = make_trainer(cls)
-    if cls is MSTKDTrainer:
+    if cls in METHODS:
         give_teacher(trainer)
     monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
     trainer.train_step(batch(trainer))
@@ -270,9 +275,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_term_and
 
 def test_a_term_that_is_not_finite_is_named(student, monkeypatch):
     terms = dict(student.distillation_terms())
-    terms["kl"] = lambda s, t, target: s.logits.sum() * float("inf")
+    name = next(iter(terms))
+    terms[name] = lambda s, t, target: s.logits.sum() * float("inf")
     monkeypatch.setattr(student, "distillation_terms", lambda: terms)
-    with pytest.raises(FloatingPointError, match="iteration 0: total, kl "):
+    with pytest.raises(FloatingPointError, match=f"iteration 0: total, {name} "):
         student.train_step(batch(student))
 
 
@@ -308,8 +314,9 @@ def test_in_mixed_precision_logits_that_overflow_are_skipped(student):
 # ---- compiled ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
 def test_compiled_student_and_teacher_train_validate_and_are_saved_under_plain_names(
-    make_trainer, monkeypatch, tmp_path
+    make_trainer, monkeypatch, tmp_path, method
 ):
     variants = []
     compile_with_inductor = torch.compile
@@ -320,8 +327,8 @@ def test_compiled_student_and_teacher_train_validate_and_are_saved_under_plain_n
 
     # nnU-Net compiles on CUDA only; the graphs are taken as there, but run as they are
     monkeypatch.setattr(torch, "compile", lambda module: compile_with_inductor(module, backend=keep))
-    monkeypatch.setattr(MSTKDTrainer, "_do_i_compile", lambda self: True)
-    trainer = give_teacher(make_trainer(MSTKDTrainer))
+    monkeypatch.setattr(method, "_do_i_compile", lambda self: True)
+    trainer = give_teacher(make_trainer(method))
     trainer.teacher = torch.compile(trainer.teacher)
     plain = trainer.plain_network
     assert plain is not trainer.network

@@ -10,11 +10,13 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, same, state
 
+from nnunetv2_mstkd import trainers
 from nnunetv2_mstkd.settings import TERMS
-from nnunetv2_mstkd.trainers import FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer
+from nnunetv2_mstkd.trainers import AdaMMTeacherTrainer, FullModalityTrainer, ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.trainers.distillation import DistillationTrainer
 
-TRAINERS = [FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer]
-STUDENTS = [ModalityDropoutTrainer, MSTKDTrainer]
+TRAINERS = [getattr(trainers, name) for name in trainers.__all__]
+STUDENTS = [cls for cls in TRAINERS if issubclass(cls, ModalityDropoutTrainer)]
 
 VARIANTS = {
     "defaults": {},
@@ -39,7 +41,7 @@ VARIANTS = {
 
 def build(make_trainer, cls, options):
     trainer = make_trainer(cls, **options)
-    return give_teacher(trainer) if cls is MSTKDTrainer else trainer
+    return give_teacher(trainer) if issubclass(cls, DistillationTrainer) else trainer
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
@@ -69,7 +71,9 @@ def test_a_trainer_takes_training_and_validation_steps(make_trainer, cls, option
     [{}, {"labels": REGIONS}, {"dimensions": 2}, {"residual": True}],
     ids=["labels", "regions", "2d", "residual encoder"],
 )
-@pytest.mark.parametrize("cls", [FullModalityTrainer, ModalityDropoutTrainer], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize(
+    "cls", [FullModalityTrainer, ModalityDropoutTrainer, AdaMMTeacherTrainer], ids=lambda cls: cls.__name__
+)
 def test_with_complete_input_steps_equal_nnunets_own_bit_for_bit(make_trainer, monkeypatch, cls, options):
     weights, losses, rates = [], [], []
     for trainer in (make_trainer(nnUNetTrainer, **options), make_trainer(cls, **options)):

@@ -21,6 +21,7 @@ REGIONS_WITH_IGNORE = {**REGIONS, "ignore": 3}
 
 NO_TERMS: dict[str, dict[str, Any]] = {
     "distillation": {**dict.fromkeys(TERMS, 0), "where": "everywhere"},
+    "adamm": {"consistency": 0, "content": 0, "style": 0, "adversarial": 0},
     "teacher": {"warm_start": False},
 }
 """Settings with which the distilling trainers need no teacher."""
@@ -159,10 +160,15 @@ def give_teacher(trainer: Any, seed: int = 1) -> Any:
 
 
 def wake(network: torch.nn.Module, scale: float = 0.1) -> None:
-    """Give the zero-initialised projections of a transformer weights, as a few steps of training do."""
+    """Give the zero-initialised parts of a network weights, as a few steps of training do; others have none."""
     with torch.no_grad():
-        for parameter in network.transformer.projections.parameters():
-            parameter.normal_(0, scale)
+        if hasattr(network, "transformer"):
+            for parameter in network.transformer.projections.parameters():
+                parameter.normal_(0, scale)
+        if hasattr(network, "added_modules"):
+            for module in network.added_modules():
+                for parameter in module.parameters():
+                    parameter.add_(torch.randn_like(parameter) * scale)
 
 
 def batch(trainer: Any, *, batch_size: int | None = None, seed: int = 0) -> dict[str, Any]:

@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         patch_size=args.patch,
         batch_size=args.batch_size,
     )
-    check_sampler(entry[BLOCK], plans_file.with_name("dataset.json"))
+    check_subsets(entry[BLOCK], plans_file.with_name("dataset.json"))
     configuration.write_configuration(plans_file, args.name, entry, overwrite=args.overwrite)
     print(f"configuration {args.name} (from {args.configuration}) in {plans_file}")
     for line in configuration.describe(entry):
@@ -64,14 +64,16 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def check_sampler(block: Mapping, dataset_json: Path) -> None:
+def check_subsets(block: Mapping, dataset_json: Path) -> None:
     """Refuse subsets of modalities that the data set does not have; ValueError names the known ones."""
     from nnunetv2_mstkd.modalities import modality_names
     from nnunetv2_mstkd.settings import Settings
 
-    sampler = Settings.from_block(block).sampler
-    if dataset_json.is_file() and (sampler.subsets or sampler.weights):
-        sampler.build(modality_names(json.loads(dataset_json.read_text(encoding="utf-8"))))
+    settings = Settings.from_block(block)
+    if dataset_json.is_file() and (settings.sampler.subsets or settings.sampler.weights or settings.adamm.subsets):
+        names = modality_names(json.loads(dataset_json.read_text(encoding="utf-8")))
+        settings.sampler.build(names)
+        settings.adamm.channel_numbers(names)
 
 
 def preprocessed_folder(dataset: str) -> Path:

@@ -18,6 +18,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from torch import nn
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.inference.presence_gate import PresenceGate
 
 TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
 """A stack has as many voxels as so many batches of the training: on a GPU more fit without gradients, on a CPU larger
@@ -91,6 +92,7 @@ class SubsetPredictor:
         self._labels = predictor.label_manager
         self._network = StackedNetwork(predictor.network)
         predictor.network = self._network
+        self._gate = PresenceGate(self._network.plain_network, self._labels)
 
     def logits(self, data: torch.Tensor, subsets: torch.Tensor) -> Iterator[np.ndarray]:
         """The logits of each subset in turn, arrays of shape (K, *spatial) and type float16.
@@ -132,14 +134,16 @@ class SubsetPredictor:
         self._network.subsets = rows
         if asks:
             network.availability = rows
+        self._gate.start(predictor.device, len(rows))
         try:
             logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
+            return self._gate.apply(logits.reshape(len(subsets), -1, *logits.shape[1:]))
         finally:
+            self._gate.stop()
             predictor.label_manager = self._labels
             self._network.subsets = None
             if asks:
                 network.availability = None
-        return logits.reshape(len(subsets), -1, *logits.shape[1:])
 
     def close(self) -> None:
         """Free what nnU-Net keeps between images."""

@@ -103,12 +103,17 @@ def load_predictor(
     return predictor
 
 
+def plain_network(predictor: nnUNetPredictor) -> torch.nn.Module:
+    """The predictor's network without the wrapper of torch.compile."""
+    return getattr(predictor.network, "_orig_mod", predictor.network)
+
+
 def set_availability(predictor: nnUNetPredictor, availability: Sequence[bool] | None) -> None:
     """Tell the network which modalities the next case has, if it is one that asks; None: nothing is known.
 
     A network asks by having an attribute ``availability``; it gets a tensor of bool, shape (1, C), on the device.
     """
-    network = getattr(predictor.network, "_orig_mod", predictor.network)  # torch.compile wraps it
+    network = plain_network(predictor)
     if hasattr(network, "availability"):
         row = None if availability is None else torch.tensor([list(availability)], dtype=torch.bool)
         network.availability = None if row is None else row.to(predictor.device)

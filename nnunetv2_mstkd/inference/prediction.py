@@ -16,7 +16,8 @@ from tqdm import tqdm
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.inference.case_steps import export_case, preprocess_case
 from nnunetv2_mstkd.inference.input_folder import Case
-from nnunetv2_mstkd.inference.model import set_availability
+from nnunetv2_mstkd.inference.model import plain_network, set_availability
+from nnunetv2_mstkd.inference.presence_gate import PresenceGate
 from nnunetv2_mstkd.inference.workers import ahead, workers
 
 
@@ -59,6 +60,7 @@ def predict_cases(
     plans, configuration = predictor.plans_manager, predictor.configuration_manager
     dataset_json = predictor.dataset_json
     names = modalities.modality_names(dataset_json)
+    gate = PresenceGate(plain_network(predictor), predictor.label_manager)
     exports: deque[tuple[Case, Future]] = deque()
 
     def finish(limit: int) -> None:
@@ -79,7 +81,9 @@ def predict_cases(
             for case, (data, properties) in zip(cases, prepared, strict=True):
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
                 set_availability(predictor, case.availability)
+                gate.start(predictor.device)
                 logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
+                logits = gate.apply(logits[None])[0]
                 task = exporting.submit(
                     export_case,
                     case.name,
@@ -96,5 +100,6 @@ def predict_cases(
             finish(0)
         finally:
             set_availability(predictor, None)
+            gate.stop()
             compute_gaussian.cache_clear()
             empty_cache(predictor.device)

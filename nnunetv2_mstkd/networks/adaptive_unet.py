@@ -164,8 +164,8 @@ class AdaptiveUNet(nn.Module):
             self.presence = PresenceHead(width, num_outputs, dimensions)
 
     def added_modules(self) -> list[nn.Module]:
-        """What the plain U-Net does not have."""
-        parts = (self.encoder_adapters, self.decoder_adapters, self.refinement, self.presence)
+        """Adapters and graph; the presence head, a sister of the segmentation layers, is trained as they are."""
+        parts = (self.encoder_adapters, self.decoder_adapters, self.refinement)
         return [part for part in parts if part is not None]
 
     def forward(

@@ -1,7 +1,15 @@
 """The trainers that ``-tr`` finds."""
 
+from nnunetv2_mstkd.trainers.adamm import AdaMMTeacherTrainer, AdaMMTrainer
 from nnunetv2_mstkd.trainers.base import FullModalityTrainer
 from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.trainers.mstkd import MSTKDTeacherTrainer, MSTKDTrainer
 
-__all__ = ["FullModalityTrainer", "MSTKDTeacherTrainer", "MSTKDTrainer", "ModalityDropoutTrainer"]
+__all__ = [
+    "AdaMMTeacherTrainer",
+    "AdaMMTrainer",
+    "FullModalityTrainer",
+    "MSTKDTeacherTrainer",
+    "MSTKDTrainer",
+    "ModalityDropoutTrainer",
+]

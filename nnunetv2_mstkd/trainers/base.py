@@ -323,3 +323,18 @@ def check_subsets(cls: type, configuration_manager, dataset_json: dict, settings
     modalities.check_count(len(names))
     modalities.check_normalization(configuration_manager.normalization_schemes)
     settings.sampler.build(names)
+
+
+class TeacherTrainer(FullModalityTrainer):
+    """A frozen teacher-to-be: full modality, with its own number of epochs.
+
+    It refuses what its student would refuse, before the time for a teacher is spent.
+    """
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        check_subsets(cls, configuration_manager, dataset_json, settings)
+
+    def epochs(self, settings: Settings) -> int:
+        return settings.teacher.epochs or settings.schedule.epochs

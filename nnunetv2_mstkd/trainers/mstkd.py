@@ -17,7 +17,7 @@ from nnunetv2_mstkd.networks.multiscale_transformer import (
 from nnunetv2_mstkd.networks.plans_unet import check_architecture
 from nnunetv2_mstkd.settings import BLOCK, Settings
 from nnunetv2_mstkd.trainers.adversary import AdversarialTrainer
-from nnunetv2_mstkd.trainers.base import FullModalityTrainer, SettingsTrainer, check_subsets
+from nnunetv2_mstkd.trainers.base import SettingsTrainer, TeacherTrainer
 from nnunetv2_mstkd.trainers.distillation import Target, Term
 from nnunetv2_mstkd.trainers.teacher import Teacher
 
@@ -73,21 +73,12 @@ class TransformerTrainer(SettingsTrainer):
         return [network.transformer]
 
 
-class MSTKDTeacherTrainer(TransformerTrainer, FullModalityTrainer):
+class MSTKDTeacherTrainer(TransformerTrainer, TeacherTrainer):
     """The teacher: the network of :class:`MSTKDTrainer` on complete input, trained before the student.
 
     MST-KDNet's released code trains it together with the student and lets distillation pull it down; here it is
     trained first and then frozen, as the paper describes it.
     """
-
-    @classmethod
-    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
-        """Also refuse what its student would refuse, before the time for a teacher is spent."""
-        super().check_plans(configuration_manager, dataset_json, settings)
-        check_subsets(cls, configuration_manager, dataset_json, settings)
-
-    def epochs(self, settings: Settings) -> int:
-        return settings.teacher.epochs or settings.schedule.epochs
 
 
 class MSTKDTrainer(TransformerTrainer, AdversarialTrainer):

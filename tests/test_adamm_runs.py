@@ -1,0 +1,117 @@
+"""Whole trainings of AdaMM through nnU-Net's own loop: settings that travel, interruption, validation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGURATION, PHANTOM, TINY, Folders, add_configuration, train
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.run.run_training import get_trainer_from_args
+from tiny import same
+
+from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.networks.adaptive_unet import AdaptiveUNet
+from nnunetv2_mstkd.settings import SettingsError
+from nnunetv2_mstkd.trainers.base import SettingsTrainer
+
+TERMS = ["segmentation", "consistency", "content", "style", "adversarial", "presence", "reliability"]
+
+
+def configure(folders: Folders, **settings) -> None:
+    settings = {
+        **TINY,
+        "adamm.adversarial": 0.005,
+        **{key.replace("__", "."): value for key, value in settings.items()},
+    }
+    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+
+
+def read(folders: Folders, name: str = "checkpoint_final.pth") -> dict:
+    return checkpoints.read(folders.fold("AdaMMTrainer") / name)
+
+
+@pytest.fixture
+def student(phantom: Folders) -> Folders:
+    """A teacher of one epoch and a student of three."""
+    configure(phantom, schedule__epochs=1, adamm__subsets=["T1+FLAIR"])
+    train("AdaMMTeacherTrainer")
+    configure(phantom, schedule__epochs=3, adamm__subsets=["T1+FLAIR"])
+    train("AdaMMTrainer")
+    return phantom
+
+
+class KilledError(Exception):
+    """Stands for a job that is killed."""
+
+
+def test_a_training_is_logged_stored_repeated_after_an_interruption_and_read_by_nnunets_predictor(student, monkeypatch):
+    whole = read(student)
+    folder = student.fold("AdaMMTrainer")
+
+    # what is logged
+    lines = [line for line in log_text(folder).splitlines() if "terms: " in line]
+    assert len(lines) == 3
+    assert [item.rsplit(" ", 1)[0] for item in lines[0].split("terms: ")[1].strip().split(", ")] == TERMS
+    for name in TERMS:
+        assert np.isfinite(whole["logging"][f"mstkd_{name}"]).all() and len(whole["logging"][f"mstkd_{name}"]) == 3
+    assert "started from the teacher: " in log_text(folder)
+
+    # what is stored
+    assert set(whole["mstkd"]) == {"split", "teacher", "discriminator", "discriminator_optimizer"}
+    assert whole["mstkd"]["teacher"]["trainer"] == "AdaMMTeacherTrainer"
+    block = json.loads((folder.parent / "plans.json").read_text())["configurations"][CONFIGURATION]["mstkd"]
+    assert block["adamm"]["bank"] == "factorised" and block["adamm"]["subsets"] == ["#0+#3"]
+    predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(folder.parent), use_folds=(0,))
+    assert isinstance(predictor.network, AdaptiveUNet)
+    assert same(dict(predictor.network.state_dict()), dict(whole["network_weights"]))
+    assert predictor.network.encoder_adapters[0].num_rows == 1
+
+    # what is refused
+    configure(student, schedule__epochs=3, adamm__subsets=["T1+FLAIR"], adamm__nodes=4)
+    with pytest.raises(SettingsError, match=r"adamm\.nodes = 4, .* was trained with 8"):
+        train("AdaMMTrainer", only_run_validation=True)
+    with pytest.raises(SettingsError, match=r"another network: adamm\.nodes is 8 there and 4 here"):
+        train("AdaMMTrainer", fold=1)
+
+    # interruption
+    configure(student, schedule__epochs=3, adamm__subsets=["#3+#0"])
+    shutil.rmtree(folder)
+    start = SettingsTrainer.on_epoch_start
+
+    def interrupt(self):
+        if self.current_epoch == 2:
+            raise KilledError
+        start(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SettingsTrainer, "on_epoch_start", interrupt)
+        with pytest.raises(KilledError):
+            train("AdaMMTrainer")
+    torch.manual_seed(99)
+    np.random.seed(99)
+    train("AdaMMTrainer", continue_training=True)
+    resumed = read(student)
+    for key in ("network_weights", "optimizer_state", "mstkd", "_best_ema", "current_epoch"):
+        assert same(whole[key], resumed[key]), key
+
+    # validation, without the teacher
+    shutil.rmtree(student.fold("AdaMMTeacherTrainer").parent)
+    train("AdaMMTrainer", validate=True, only_run_validation=True)
+    assert (folder / "validation" / "summary.json").is_file()
+
+
+def test_weights_of_terms_may_differ_when_a_training_goes_on_and_the_checkpoints_win(student):
+    configure(student, schedule__epochs=9, adamm__style=0.7, adamm__subsets=["T1+FLAIR"])
+    trainer = get_trainer_from_args(str(PHANTOM), CONFIGURATION, 0, "AdaMMTrainer", device=torch.device("cpu"))
+    trainer.load_checkpoint(str(student.fold("AdaMMTrainer") / "checkpoint_final.pth"))
+    assert (trainer.num_epochs, trainer.weights["style"]) == (3, 0.1)
+
+
+def log_text(folder: Path) -> str:
+    return "\n".join(file.read_text() for file in sorted(folder.glob("training_log_*.txt")))

@@ -1,0 +1,130 @@
+"""Deleting what is not there, per case."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from predict_inputs import CHANNELS, PRESENT, predict, read, segmentations, set_up, write_model
+
+from nnunetv2_mstkd.inference.presence_gate import PresenceGate
+from nnunetv2_mstkd.trainers import AdaMMTrainer
+
+CPU = torch.device("cpu")
+LABELS = SimpleNamespace(has_regions=False, num_segmentation_heads=3)
+REGIONS = SimpleNamespace(has_regions=True, num_segmentation_heads=3, foreground_regions=[(1, 2, 3), (2, 3), 3])
+
+
+def applied(labels, presence: list[float], *, threshold: float = 0.5, shape=(4, 4)) -> np.ndarray:
+    """Logits of one row after a case in which these were the largest presence logits."""
+    network = SimpleNamespace(gate=threshold, presence_seen=None)
+    gate = PresenceGate(network, labels)
+    gate.start(CPU)
+    network.presence_seen = torch.maximum(network.presence_seen, torch.tensor([presence]))
+    logits = np.random.default_rng(0).normal(0, 3, (1, 3, *shape)).astype(np.float16)
+    return gate.apply(logits)[0]
+
+
+def test_a_label_that_is_not_there_wins_nowhere_and_the_others_stay():
+    before, after = applied(LABELS, [9, 9, 9]), applied(LABELS, [9, 9, -3])
+    assert np.isfinite(after).all()
+    assert (before.argmax(0) == 2).any() and not (after.argmax(0) == 2).any()
+    assert np.array_equal(before[:2], after[:2])
+
+
+def test_the_background_is_never_deleted():
+    assert np.array_equal(applied(LABELS, [-9, 9, 9]), applied(LABELS, [9, 9, 9]))
+
+
+@pytest.mark.parametrize(
+    ("presence", "kept"),
+    [([9, 9, 9], [0, 1, 2]), ([9, 9, -9], [0, 1]), ([9, -9, 9], [0]), ([-9, 9, 9], [])],
+)
+def test_regions_within_an_absent_region_go_with_it(presence, kept):
+    before, after = applied(REGIONS, [9, 9, 9]), applied(REGIONS, presence)
+    for head in range(3):
+        if head in kept:
+            assert np.array_equal(before[head], after[head])
+        else:
+            assert (after[head] < -10).all()
+
+
+def test_the_threshold_is_a_probability():
+    assert np.array_equal(applied(LABELS, [0, -1, 0], threshold=0.2), applied(LABELS, [0, 9, 9], threshold=0.2))
+    assert not np.array_equal(applied(LABELS, [0, -1, 0], threshold=0.3), applied(LABELS, [0, 9, 9], threshold=0.3))
+
+
+@pytest.mark.parametrize("network", [SimpleNamespace(), SimpleNamespace(gate=0.0, presence_seen=None)])
+def test_networks_that_do_not_take_part_are_left_alone(network):
+    before = dict(vars(network))
+    gate = PresenceGate(network, LABELS)
+    gate.start(CPU)
+    logits = np.ones((1, 3, 2, 2), np.float32)
+    assert gate.apply(logits) is logits
+    gate.stop()
+    assert vars(network) == before
+
+
+# ---- through the command -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    return set_up(tmp_path, monkeypatch)
+
+
+def gated(folders, monkeypatch, threshold: float, bias: float, name: str):
+    """Predictions of a model whose presence head is sure of everything but label 1, of which it says ``bias``."""
+    real = AdaMMTrainer.save_checkpoint
+
+    def save(self, filename):
+        with torch.no_grad():
+            self.network.presence.logits.weight.zero_()
+            self.network.presence.logits.bias.copy_(torch.tensor([20.0, bias, 20.0]))
+        real(self, filename)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdaMMTrainer, "save_checkpoint", save)
+        model = write_model(AdaMMTrainer, block={"adamm": {"gate": threshold}})
+    assert predict(folders, model, output=name) == 0
+    return segmentations(folders / name)
+
+
+def test_a_case_without_a_label_is_predicted_without_it(folders, monkeypatch):
+    off = gated(folders, monkeypatch, 0.0, -20.0, "off")
+    on = gated(folders, monkeypatch, 0.5, -20.0, "on")
+    kept = gated(folders, monkeypatch, 0.5, 20.0, "kept")
+    assert off == kept != on
+    for name in PRESENT:
+        assert 1 in np.unique(read(folders / "off" / f"{name}.nii.gz"))
+        labels = np.unique(read(folders / "on" / f"{name}.nii.gz"))
+        assert 1 not in labels and 2 in labels
+
+
+def test_evaluate_gates_each_subset_by_itself(folders, monkeypatch):
+    from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor
+    from nnunetv2_mstkd.inference.model import load_predictor
+
+    model = write_model(AdaMMTrainer, block={"adamm": {"gate": 0.5}})
+    predictor = load_predictor(model, (0,), device=CPU, allow_tqdm=False, use_mirroring=False)
+    network = predictor.network
+
+    class Head(torch.nn.Module):
+        """Label 1 is there where the first modality is."""
+
+        def forward(self, x):
+            logits = torch.full((len(x), 3), 9.0)
+            logits[:, 1] = torch.where(network.availability[:, 0], 9.0, -9.0)
+            return logits
+
+    network.presence = Head()
+    image = torch.randn(CHANNELS, 16, 16, 16)
+    subsets = torch.tensor([[1, 1, 0, 0], [0, 1, 0, 0]]).bool()
+    monkeypatch.setattr(network, "load_state_dict", lambda weights: None)
+    for stack in (1, 2):
+        predictor.network = network
+        first, second = SubsetPredictor(predictor, stack).logits(image, subsets)
+        assert (first.argmax(0) == 1).any() and not (second.argmax(0) == 1).any()
+    assert network.presence_seen is None

@@ -1,0 +1,237 @@
+"""AdaMM's trainer: its terms, what needs a teacher, which parameters move how, and its settings."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, plans, state, wake
+
+from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.losses.presence import presence_target
+from nnunetv2_mstkd.settings import ADAMM_TERMS, Settings, SettingsError
+from nnunetv2_mstkd.trainers import AdaMMTeacherTrainer, AdaMMTrainer
+from nnunetv2_mstkd.trainers.teacher import Teacher
+
+BBDM = ("consistency", "content", "style", "adversarial")
+
+
+def block(**adamm):
+    return {"adamm": adamm}
+
+
+def only(term, weight=1.0):
+    """Settings with one of the teacher's terms and no other term."""
+    return block(**{**dict.fromkeys(BBDM, 0), "presence": False, term: weight})
+
+
+# ---- terms ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("term", BBDM)
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_each_term_of_the_teacher_works_alone_and_reaches_the_student(make_trainer, monkeypatch, term, dimensions):
+    trainer = give_teacher(make_trainer(AdaMMTrainer, block=only(term), dimensions=dimensions))
+    monkeypatch.setattr(trainer, "loss", lambda output, target: output[0].sum() * 0)
+    result = trainer.train_step(batch(trainer))
+    assert result["names"] == ["segmentation", term]
+    assert result["terms"][0] == 0 and result["terms"][1] > 0
+    gradients = [parameter.grad for parameter in trainer.network.parameters() if parameter.grad is not None]
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    assert any(gradient.abs().max() > 0 for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    "labels", [None, REGIONS, LABELS_WITH_IGNORE, REGIONS_WITH_IGNORE], ids=lambda value: str(value)
+)
+def test_all_terms_together_are_finite(make_trainer, labels):
+    trainer = give_teacher(make_trainer(AdaMMTrainer, block=block(adversarial=0.01), labels=labels))
+    result = [trainer.train_step(batch(trainer, seed=seed)) for seed in range(2)][-1]
+    assert tuple(result["names"]) == ("segmentation", *ADAMM_TERMS)
+    assert np.isfinite(result["terms"]).all() and (result["terms"][1:] > 0).all()
+
+
+def test_a_student_that_equals_its_teacher_and_has_all_modalities_pays_nothing_for_it(make_trainer):
+    settings = {"distillation": {"where": "everywhere"}}
+    trainer = give_teacher(make_trainer(AdaMMTrainer, block=settings))
+    wake(trainer.network)
+    trainer.network.load_state_dict(trainer.teacher.state_dict(), strict=False)
+    content = batch(trainer)
+    step = trainer.compute_loss(content["data"], content["target"], torch.ones(2, 4, dtype=torch.bool))
+    assert all(step.terms[name].item() == pytest.approx(0, abs=1e-6) for name in ("consistency", "content", "style"))
+    assert step.terms["presence"] > 0
+
+
+def test_ramp_and_fade_hold_for_the_teachers_terms_only(make_trainer):
+    settings = {"distillation": {"ramp": 0.0, "fade": 0.5}, "schedule": {"epochs": 4, "iterations": 2}}
+    trainer = give_teacher(make_trainer(AdaMMTrainer, block=settings))
+    content = batch(trainer)
+    trainer.current_epoch, trainer._step_in_epoch = 3, 0
+    step = trainer.compute_loss(content["data"], content["target"], trainer.draw_availability(2))
+    assert trainer.weight_factor() == pytest.approx(0.5)
+    expected = step.terms["segmentation"]
+    for name, weight in trainer.weights.items():
+        expected = expected + (0.5 if name in BBDM else 1.0) * weight * step.terms[name]
+    assert step.total.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("labels", [None, REGIONS], ids=["labels", "regions"])
+def test_presence_is_about_the_foreground_heads(make_trainer, labels):
+    trainer = make_trainer(AdaMMTrainer, block=NO_TERMS, labels=labels)
+    content = batch(trainer)
+    target = trainer.read_target(content["target"][0])
+    wanted = presence_target(target.label, 2, regions=labels is not None).target
+    assert wanted.all()
+    with torch.no_grad():  # a head that is sure of the background and of all else
+        trainer.network.presence.logits.weight.zero_()
+        trainer.network.presence.logits.bias.fill_(20)
+        trainer.network.presence.logits.bias[0] = 20 if labels else -20
+    step = trainer.compute_loss(content["data"], content["target"], torch.ones(2, 4, dtype=torch.bool))
+    assert step.terms["presence"].item() == pytest.approx(0, abs=1e-6)
+    assert step.terms["reliability"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_the_presence_head_learns(make_trainer, monkeypatch):
+    trainer = make_trainer(AdaMMTrainer, block={**NO_TERMS, "schedule": {"optimizer": "adamw", "initial_lr": 0.02}})
+    content = batch(trainer)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
+    content["target"][0][1] = 0  # nothing in the second sample, which is smooth
+    content["data"][1] = torch.linspace(-1, 1, 16)
+    values = []
+    for _ in range(50):
+        values.append(trainer.train_step(content)["terms"][1])
+    assert values[-1] < 0.5 * values[0]
+
+
+# ---- teacher -------------------------------------------------------------------------------------------------------
+
+
+def test_the_students_own_terms_need_no_teacher(make_trainer, monkeypatch):
+    trainer = make_trainer(AdaMMTrainer, block=NO_TERMS)
+    assert not trainer.needs_teacher
+    monkeypatch.setattr(trainer, "_load_teacher", lambda: pytest.fail("no teacher is asked for"))
+    trainer.prepare_training()
+    assert trainer.train_step(batch(trainer))["names"] == ["segmentation", "presence", "reliability"]
+    assert make_trainer(AdaMMTrainer).needs_teacher
+
+
+def test_the_teacher_is_the_plans_own_network(make_trainer):
+    teacher, plain = make_trainer(AdaMMTeacherTrainer), make_trainer(nnUNetTrainer)
+    assert teacher.network.state_dict().keys() == plain.network.state_dict().keys()
+    plain.network.load_state_dict(teacher.network.state_dict())
+    x = batch(plain)["data"]
+    with torch.no_grad():
+        assert all(torch.equal(one, other) for one, other in zip(plain.network(x), teacher.network(x), strict=True))
+
+
+def test_a_teacher_of_other_widths_is_refused_only_where_features_are_compared(make_trainer):
+    other = make_trainer(AdaMMTeacherTrainer, features=(8, 16, 32)).network
+    teacher = Teacher(other, {}, {"path": "somewhere"}, {})
+    with pytest.raises(
+        ValueError, match=r"channels per stage \[8, 16, 32\], the student \[8, 16, 24\]; the terms content"
+    ):
+        make_trainer(AdaMMTrainer).check_teacher(teacher)
+    make_trainer(AdaMMTrainer, block=block(content=0, style=0)).check_teacher(teacher)
+
+
+def test_a_student_starts_from_the_teachers_weights_and_with_its_outputs(make_trainer):
+    trainer = make_trainer(AdaMMTrainer)
+    teacher = make_trainer(AdaMMTeacherTrainer, seed=5).network
+    loaded, kept = checkpoints.load_matching(trainer.network, teacher.state_dict())
+    assert len(loaded) == len(teacher.state_dict())
+    assert {name.split(".")[0] for name in kept} == {"encoder_adapters", "decoder_adapters", "refinement", "presence"}
+    x = batch(trainer)["data"]
+    x[0, 1:] = 0
+    with torch.no_grad():
+        assert torch.equal(trainer.network(x)[0], teacher(x)[0])
+
+
+# ---- parameters ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "adamm", [{}, {"refinement": "dense"}, {"presence": False}, {"bank": "factorised"}, {"subsets": ["T0"]}], ids=str
+)
+def test_every_parameter_takes_part_in_a_step(make_trainer, adamm):
+    trainer = give_teacher(make_trainer(AdaMMTrainer, block=block(**adamm)))
+    trainer.train_step(batch(trainer))
+    without = [name for name, parameter in trainer.network.named_parameters() if parameter.grad is None]
+    assert without == ["decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"]  # nnU-Net's weight 0
+
+
+def test_adapters_and_graph_are_trained_with_adamw_and_banks_do_not_decay(make_trainer):
+    trainer = make_trainer(AdaMMTrainer, block={"schedule": {"transformer_lr": 2e-3}})
+    decay, rate, kind = {}, {}, {}
+    names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
+    for member in trainer.optimizer.members:
+        for group in member.param_groups:
+            for parameter in group["params"]:
+                name = names[id(parameter)]
+                decay[name], rate[name], kind[name] = group["weight_decay"], group["initial_lr"], type(member).__name__
+    assert decay.keys() == set(names.values())
+    for name in decay:
+        added = name.split(".")[0] in ("encoder_adapters", "decoder_adapters", "refinement")
+        assert kind[name] == ("AdamW" if added else "SGD") and rate[name] == (2e-3 if added else 1e-2)
+        if "adapters" in name:
+            assert decay[name] == 0
+
+
+def test_only_the_rows_of_the_subsets_in_the_batch_move(make_trainer, monkeypatch):
+    trainer = make_trainer(AdaMMTrainer, block=NO_TERMS)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool())
+    before = state(trainer.network)["decoder_adapters.0.up"]
+    trainer.train_step(batch(trainer))
+    moved = (trainer.network.decoder_adapters[0].up != before).flatten(1).any(1).nonzero().flatten().tolist()
+    assert moved == [0, 5]
+
+
+# ---- settings ------------------------------------------------------------------------------------------------------
+
+
+def test_the_bank_and_the_listed_subsets_are_stored_resolved(make_trainer):
+    trainer = make_trainer(AdaMMTrainer, block=block(subsets=["t3+T0", "#1"]))
+    stored = trainer.plans_manager.plans["configurations"]["tiny"]["mstkd"]["adamm"]
+    assert stored["subsets"] == ["#0+#3", "#1"] and stored["bank"] == "factorised"
+    again = AdaMMTrainer.build_network_architecture(
+        trainer.plans_manager, trainer.configuration_manager, 4, 3, enable_deep_supervision=False
+    )
+    again.load_state_dict(trainer.network.state_dict())
+    assert make_trainer(AdaMMTrainer).settings.adamm.bank == "full"
+    assert make_trainer(AdaMMTrainer, channels=6).settings.adamm.bank == "factorised"
+
+
+@pytest.mark.parametrize(
+    ("adamm", "message"),
+    [
+        ({"subsets": ["T0+T9"]}, "unknown modality 'T9'"),
+        ({"subsets": ["T0+T1", "#1+#0"]}, "stands twice in the list"),
+        ({"subsets": ["T0"], "bank": "full"}, r"adamm\.subsets"),
+        ({"bank": "large"}, "one of auto, full, factorised"),
+        ({"refinement": "tree"}, "one of graph, dense, off"),
+        ({"reduction": 0}, r"adamm\.reduction"),
+        ({"nodes": 1}, r"adamm\.nodes"),
+        ({"style": -1}, r"adamm\.style"),
+        ({"presence_weight": 0}, "presence = false builds no head"),
+        ({"gate": 1.0}, r"adamm\.gate"),
+        ({"gate": 0.2, "presence": False}, r"adamm\.gate"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused_before_anything_is_made(make_trainer, adamm, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(AdaMMTrainer, plans(block=block(**adamm)))
+
+
+def test_a_weight_may_change_between_folds_and_a_part_may_not(make_trainer):
+    trainer = make_trainer(AdaMMTrainer, block=block(style=0.3, nodes=4))
+    stored = trainer.settings
+    trainer._refuse_other_network(stored.replace("adamm", style=0.5, gate=0.1), "the checkpoint")
+    with pytest.raises(SettingsError, match=r"adamm\.nodes = 4, the checkpoint was trained with 6"):
+        trainer._refuse_other_network(stored.replace("adamm", nodes=6), "the checkpoint")
+
+
+def test_weights_name_the_active_terms():
+    assert tuple(Settings().adamm.weights) == ("consistency", "content", "style", "presence", "reliability")
+    assert tuple(Settings.from_block(block(presence=False, adversarial=1)).adamm.weights) == BBDM
+    assert "reliability" not in Settings.from_block(block(reliability=0)).adamm.weights
