@@ -274,6 +274,8 @@ def test_each_subset_of_a_pictured_case_has_its_picture(page):
             f"{case} segmented from {subset}" for subset in subsets()
         ]
         assert all(f"{name} of {case}" in alternatives for name in MODALITIES)
+    # long names break between modalities
+    assert page.texts.count("FLAIR & more") > 3 and len(page.all("wbr")) == 3 * 5
     sources = [image["src"] for image in page.all("img")]
     assert all(decoded(source).size[0] > 1 for source in sources)
 
