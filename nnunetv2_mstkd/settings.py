@@ -334,6 +334,60 @@ class AdaMMSettings:
         return texts
 
 
+@dataclass(frozen=True, kw_only=True)
+class MedMAPSettings:
+    """The aligning front of MedMAP and its loss."""
+
+    placement: str = "stem"
+    """``stem``: grouped convolutions in front of the plans' network; ``encoders``: one encoder per modality, fused at
+    every stage, in front of the plans' decoder."""
+    features: int | None = None
+    """Channels per modality of the stem; null: half of the planned finest width for all modalities, 1 ... 4 each."""
+    width: float = 0.5
+    """Channels of a one-modality encoder over the planned ones."""
+    stages: str = "ends"
+    """Stages that are aligned and imputed with one encoder per modality: ``ends`` (the first and the bottleneck) or
+    ``all``. At the others an absent modality is zero."""
+    anchor: str = "star"
+    """``star``: learned convex mixture of all modalities; ``fixed``: one modality; ``gaussian``: a learned Gaussian per
+    channel; ``normal``: the standard normal distribution. Absent modalities are imputed from the mixture of the
+    available ones in any case."""
+    fixed_channel: int | None = None
+    """Channel number of the modality that is the anchor; with anchor ``fixed`` only."""
+    weight: float = 0.1
+    """Weight of the alignment loss. No value is published; this one is ours."""
+    normalize: bool = True
+    """Standardise features over space before they are compared (``star`` and ``fixed``), so that they cannot align by
+    shrinking."""
+    detach_anchor: bool = False
+    """No gradient to the features of the anchor (``star`` and ``fixed``); its learned weights still get one."""
+
+    NETWORK_KEYS: typing.ClassVar[tuple[str, ...]] = ("placement", "features", "width", "stages", "anchor")
+
+    def __post_init__(self) -> None:
+        _one_of("medmap.placement", self.placement, ("stem", "encoders"))
+        _require(
+            self.features is None or 1 <= self.features <= 64, "medmap.features", self.features, "null or 1 ... 64"
+        )
+        _require(0 < self.width <= 1, "medmap.width", self.width, "above 0 and at most 1")
+        _one_of("medmap.stages", self.stages, ("ends", "all"))
+        _one_of("medmap.anchor", self.anchor, ("star", "fixed", "gaussian", "normal"))
+        fixed = self.fixed_channel is not None and self.fixed_channel >= 0
+        _require(
+            fixed if self.anchor == "fixed" else self.fixed_channel is None,
+            "medmap.fixed_channel",
+            self.fixed_channel,
+            'a channel number with anchor "fixed" and null with any other',
+        )
+        _require(0 <= self.weight < math.inf, "medmap.weight", self.weight, "a finite weight of at least 0")
+        _require(
+            self.weight > 0 or self.anchor != "gaussian",
+            "medmap.weight",
+            self.weight,
+            'a weight above 0 with anchor "gaussian", whose parameters only the alignment trains',
+        )
+
+
 SECTIONS: Mapping[str, type] = types.MappingProxyType(
     {
         "sampler": SamplerSettings,
@@ -342,6 +396,7 @@ SECTIONS: Mapping[str, type] = types.MappingProxyType(
         "distillation": DistillationSettings,
         "teacher": TeacherSettings,
         "adamm": AdaMMSettings,
+        "medmap": MedMAPSettings,
     }
 )
 
@@ -356,6 +411,7 @@ class Settings:
     distillation: DistillationSettings = field(default_factory=DistillationSettings)
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     adamm: AdaMMSettings = field(default_factory=AdaMMSettings)
+    medmap: MedMAPSettings = field(default_factory=MedMAPSettings)
 
     @classmethod
     def from_block(cls, block: Mapping | None) -> Settings:

@@ -93,7 +93,9 @@ class KilledError(Exception):
     """Stands for a job that is killed."""
 
 
-@pytest.mark.parametrize("trainer", ["MSTKDTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer"])
+@pytest.mark.parametrize(
+    "trainer", ["MSTKDTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer", "MedMAPTrainer", "MedMAPMSTKDTrainer"]
+)
 def test_an_interrupted_training_goes_on_to_the_same_weights_as_an_uninterrupted_one(models, monkeypatch, trainer):
     configure(models, schedule__epochs=3)
     train(trainer)

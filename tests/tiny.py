@@ -22,6 +22,7 @@ REGIONS_WITH_IGNORE = {**REGIONS, "ignore": 3}
 NO_TERMS: dict[str, dict[str, Any]] = {
     "distillation": {**dict.fromkeys(TERMS, 0), "where": "everywhere"},
     "adamm": {"consistency": 0, "content": 0, "style": 0, "adversarial": 0},
+    "medmap": {"weight": 0},
     "teacher": {"warm_start": False},
 }
 """Settings with which the distilling trainers need no teacher."""

@@ -43,6 +43,8 @@ class Features(NamedTuple):
         multi-scale maps z of MS-TKD, deep to shallow, each (B, width of the stage, *grid of the stage).
     f_enc, f_t, f_dec:
         encoder stage, transformer pyramid and decoder stage on the style grid (GSME), each (B, channels, *grid).
+    alignment:
+        scalar alignment loss of a network that aligns its modalities (MedMAP); None for others.
     """
 
     logits: torch.Tensor | list[torch.Tensor]
@@ -51,6 +53,7 @@ class Features(NamedTuple):
     f_enc: torch.Tensor
     f_t: torch.Tensor
     f_dec: torch.Tensor
+    alignment: torch.Tensor | None = None
 
 
 def token_patch(grid: Sequence[int], max_tokens: int) -> tuple[int, ...]:

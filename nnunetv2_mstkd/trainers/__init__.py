@@ -2,6 +2,7 @@
 
 from nnunetv2_mstkd.trainers.adamm import AdaMMTeacherTrainer, AdaMMTrainer
 from nnunetv2_mstkd.trainers.base import FullModalityTrainer
+from nnunetv2_mstkd.trainers.medmap import MedMAPMSTKDTrainer, MedMAPTrainer
 from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.trainers.mstkd import MSTKDTeacherTrainer, MSTKDTrainer
 
@@ -11,5 +12,7 @@ __all__ = [
     "FullModalityTrainer",
     "MSTKDTeacherTrainer",
     "MSTKDTrainer",
+    "MedMAPMSTKDTrainer",
+    "MedMAPTrainer",
     "ModalityDropoutTrainer",
 ]

@@ -1,0 +1,113 @@
+"""One encoder per modality, fused stage by stage, in front of the plans' decoder.
+
+The late-fusion layout of RFNet and mmFormer with the encoder that nnU-Net planned: C copies of it with one input
+channel each, and per stage a fusion of three convolutions (1, 3, 1 wide) back to the planned width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from dynamic_network_architectures.building_blocks.simple_conv_blocks import ConvDropoutNormReLU
+from dynamic_network_architectures.initialization.weight_init import InitWeights_He
+from torch import nn
+
+from nnunetv2_mstkd.networks.plans_unet import build_unet
+
+MIN_WIDTH = 4
+"""Channels that a stage of a one-modality encoder keeps at least."""
+
+
+def scaled_widths(features_per_stage: int | Sequence[int], stages: int, width: float) -> list[int]:
+    """Channels per stage of a one-modality encoder of ``width`` times the planned channels."""
+    planned = [features_per_stage] * stages if isinstance(features_per_stage, int) else list(features_per_stage)
+    return [max(MIN_WIDTH, round(width * features)) for features in planned]
+
+
+class ModalityEncoders(nn.ModuleList):
+    """C encoders of the plans' kind, one input channel each, no weights shared."""
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """Features of a batch (B, C, *spatial): per stage, finest first, (B, C, F, *grid)."""
+        per_modality = [encoder(x[:, index : index + 1]) for index, encoder in enumerate(self)]
+        return [torch.stack(stage, 1) for stage in zip(*per_modality, strict=True)]
+
+
+class StageFusion(nn.Module):
+    """Fuses the modalities of every stage to the planned width; stands where the plans' encoder was.
+
+    Attributes
+    ----------
+    output_channels, strides:
+        of the stages, as encoders of dynamic_network_architectures have them.
+    """
+
+    def __init__(self, encoder: nn.Module, modality_widths: Sequence[int], num_modalities: int) -> None:
+        super().__init__()
+        self.output_channels, self.strides = encoder.output_channels, encoder.strides
+        common = {
+            "stride": 1,
+            "conv_bias": encoder.conv_bias,
+            "norm_op": encoder.norm_op,
+            "norm_op_kwargs": encoder.norm_op_kwargs,
+            "nonlin": encoder.nonlin,
+            "nonlin_kwargs": encoder.nonlin_kwargs,
+        }
+        self.stages = nn.ModuleList()
+        for stage, (features, width) in enumerate(zip(encoder.output_channels, modality_widths, strict=True)):
+            sizes = (num_modalities * width, features, features, features)
+            kernels = (1, encoder.kernel_sizes[stage], 1)
+            self.stages.append(
+                nn.Sequential(
+                    *(
+                        ConvDropoutNormReLU(encoder.conv_op, sizes[step], sizes[step + 1], kernels[step], **common)
+                        for step in range(3)
+                    )
+                )
+            )
+        self.apply(InitWeights_He(1e-2))
+
+    def forward(self, stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Per stage (B, C, F, *grid) to (B, planned width, *grid)."""
+        return [fuse(stage.flatten(1, 2)) for fuse, stage in zip(self.stages, stages, strict=True)]
+
+
+def build_modality_encoders(
+    architecture_class: str,
+    architecture_kwargs: dict[str, Any],
+    requires_import: Sequence[str],
+    num_modalities: int,
+    num_output_channels: int,
+    deep_supervision: bool,
+    width: float,
+) -> tuple[ModalityEncoders, StageFusion, nn.Module]:
+    """Encoders, fusion and the plans' decoder.
+
+    Parameters
+    ----------
+    architecture_class, architecture_kwargs, requires_import:
+        of the plans configuration.
+    num_modalities, num_output_channels, deep_supervision:
+        as nnU-Net gives them.
+    width:
+        channels of a one-modality encoder over the planned ones.
+
+    Raises
+    ------
+    ValueError
+        if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
+    """
+
+    def build(channels: int, **changes: Any) -> nn.Module:
+        kwargs = {**architecture_kwargs, **changes}
+        return build_unet(architecture_class, kwargs, requires_import, channels, num_output_channels, deep_supervision)
+
+    widths = scaled_widths(architecture_kwargs["features_per_stage"], architecture_kwargs["n_stages"], width)
+    encoders = ModalityEncoders(build(1, features_per_stage=widths).encoder for _ in range(num_modalities))
+    planned = build(1)
+    fusion = StageFusion(planned.encoder, widths, num_modalities)
+    decoder = planned.decoder
+    del decoder.encoder  # it keeps the encoder it was built for, whose weights would be saved and never used
+    return encoders, fusion, decoder

@@ -1,0 +1,68 @@
+"""Every method through nnU-Net's training loop and both ways of predicting cases with absent modalities."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+import torch
+from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, in_this_process, train
+
+from nnunetv2_mstkd import checkpoints, cli
+
+METHODS = {
+    "MedMAP": ("MedMAPTrainer", {}),
+    "MedMAP, one encoder per modality": ("MedMAPTrainer", {"medmap.placement": "encoders"}),
+    "MedMAP, learned Gaussian": ("MedMAPTrainer", {"medmap.anchor": "gaussian"}),
+    "MedMAP with MST-KDNet": ("MedMAPMSTKDTrainer", {}),
+}
+ABSENT = {"phantom_test_000": (1, 3), "phantom_test_001": (0, 1, 2)}
+
+
+def labels(file: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+
+
+def predict_with_nnunet(model: Path, images: Path, output: Path) -> None:
+    from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+    output.mkdir()
+    predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model), use_folds=(0,))
+    with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
+        predictor.predict_from_files_sequential(str(images), str(output), save_probabilities=False)
+
+
+@pytest.mark.parametrize(("trainer", "settings"), METHODS.values(), ids=METHODS)
+def test_training_validation_and_prediction_with_absent_files(models, tmp_path, trainer, settings):
+    settings = {**TINY, "schedule.epochs": 1, **settings}
+    add_configuration(models.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+    train(trainer, validate=True)
+    fold = models.fold(trainer)
+    assert (fold / "validation" / "summary.json").is_file()
+    content = checkpoints.read(fold / "checkpoint_final.pth")
+    assert all(torch.isfinite(value).all() for value in content["network_weights"].values())
+    train(trainer, validate=True, only_run_validation=True, val_with_best=True)
+
+    # prediction has the model folder and nothing else
+    shutil.rmtree(models.preprocessed)
+    shutil.rmtree(models.fold("MSTKDTeacherTrainer").parent)
+    given, filled = tmp_path / "given", tmp_path / "filled"
+    given.mkdir()
+    for case, absent in ABSENT.items():
+        for channel in set(range(4)) - set(absent):
+            shutil.copy(models.raw / models.dataset / "imagesTs" / f"{case}_{channel:04d}.nii.gz", given)
+    model = fold.parent
+    quick = ["-device", "cpu", "--disable_tta", "-npp", "0", "-nps", "0"]
+    out = tmp_path / "out"
+    arguments = ["-i", str(given), "-o", str(out), "-d", str(PHANTOM), "-c", CONFIGURATION, "-f", "0", "-tr", trainer]
+    assert cli.main(["predict", *arguments, *quick]) == 0
+    assert cli.main(["fill-missing", "-i", str(given), "-o", str(filled), "-m", str(model)]) == 0
+    predict_with_nnunet(model, filled, tmp_path / "stock")
+    for case in ABSENT:
+        ours, stock = labels(out / f"{case}.nii.gz"), labels(tmp_path / "stock" / f"{case}.nii.gz")
+        assert set(np.unique(ours)) <= {0, 1, 2, 3}
+        assert np.array_equal(ours, stock)
