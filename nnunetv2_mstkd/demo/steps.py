@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
+
+from nnunetv2_mstkd.console_scripts import command_path
 
 BAR = "{desc:<26}{percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
@@ -86,15 +87,6 @@ def environment(folder: Path, *, threads_for_preprocessing: bool, data_workers: 
     variables["PYTHONUNBUFFERED"] = "1"
     variables["TQDM_DISABLE"] = "1"
     return variables
-
-
-def command_path(name: str) -> str:
-    """An nnU-Net command of this very environment, before any other one on the PATH."""
-    beside = Path(sys.executable).parent / name
-    found = str(beside) if beside.is_file() else shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"{name} is not installed; pip install nnunetv2")
-    return found
 
 
 def run(

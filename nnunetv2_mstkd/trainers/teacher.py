@@ -13,6 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_mstkd import checkpoints
 from nnunetv2_mstkd.settings import BLOCK
 
+FINISHED = "checkpoint_final.pth"
+
 
 class Teacher(NamedTuple):
     """A frozen teacher and who it is.
@@ -43,6 +45,41 @@ def candidate_configurations(plans: Mapping, configuration: str) -> Iterator[str
         name = plans["configurations"][name].get("inherits_from")
 
 
+def teacher_configuration(
+    results_folder: Path,
+    *,
+    trainer: str,
+    plans: Mapping,
+    configuration: str,
+    fold: int | str,
+    wanted: str | None,
+) -> str:
+    """The configuration whose teacher a student learns from: finished, else begun, else to be trained.
+
+    Parameters
+    ----------
+    results_folder:
+        nnUNet_results/DatasetXXX_NAME.
+    trainer, plans, configuration, fold:
+        the teacher's trainer, and the student's plans, configuration and fold.
+    wanted:
+        setting ``teacher.configuration``; None: the first of the student's own configuration and its parents that
+        has a teacher. Where none has, the most general one with the student's network: one teacher for many students.
+    """
+    if wanted is not None:
+        return wanted
+    configurations = list(candidate_configurations(plans, configuration))
+    for checkpoint in (FINISHED, "checkpoint_*.pth"):
+        for name in configurations:
+            if any(_fold_folder(results_folder, trainer, plans, name, fold).glob(checkpoint)):
+                return name
+    return [name for name in configurations if _same_network(plans, name, configuration)][-1]
+
+
+def _fold_folder(results_folder: Path, trainer: str, plans: Mapping, configuration: str, fold: int | str) -> Path:
+    return results_folder / f"{trainer}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
+
+
 def find_teacher(
     results_folder: Path,
     *,
@@ -57,13 +94,8 @@ def find_teacher(
 
     Parameters
     ----------
-    results_folder:
-        nnUNet_results/DatasetXXX_NAME.
-    trainer, plans, configuration, fold:
-        the teacher's trainer, and the student's plans, configuration and fold.
-    wanted:
-        setting ``teacher.configuration``; None: the first of the student's own configuration and its parents that
-        has a finished teacher.
+    results_folder, trainer, plans, configuration, fold, wanted:
+        see :func:`teacher_configuration`.
     dataset:
         for the message: what to write after nnUNetv2_train.
 
@@ -72,29 +104,21 @@ def find_teacher(
     FileNotFoundError
         with the command that trains the missing teacher.
     """
-    configurations = [wanted] if wanted is not None else list(candidate_configurations(plans, configuration))
-    folders = [results_folder / f"{trainer}__{plans['plans_name']}__{name}" / f"fold_{fold}" for name in configurations]
-    for folder in folders:
-        if (folder / "checkpoint_final.pth").is_file():
-            return folder / "checkpoint_final.pth"
-    command = f"nnUNetv2_train {dataset} {{}} {fold} -tr {trainer}"
+    name = teacher_configuration(
+        results_folder, trainer=trainer, plans=plans, configuration=configuration, fold=fold, wanted=wanted
+    )
+    folder = _fold_folder(results_folder, trainer, plans, name, fold)
+    if (folder / FINISHED).is_file():
+        return folder / FINISHED
+    command = f"nnUNetv2_train {dataset} {name} {fold} -tr {trainer}"
     if plans["plans_name"] != "nnUNetPlans":
         command += f" -p {plans['plans_name']}"
-    for name, folder in zip(configurations, folders, strict=True):
-        if any(folder.glob("checkpoint_*.pth")):
-            raise FileNotFoundError(
-                f"the teacher of fold {fold} is not finished: {folder} has no checkpoint_final.pth. Continue it first: "
-                f"{command.format(name)} --c"
-            )
-    # one teacher for many students: the most general configuration of which they can all learn
-    name, folder = [
-        (name, folder)
-        for name, folder in zip(configurations, folders, strict=True)
-        if wanted is not None or _same_network(plans, name, configuration)
-    ][-1]
+    if any(folder.glob("checkpoint_*.pth")):
+        raise FileNotFoundError(
+            f"the teacher of fold {fold} is not finished: {folder} has no {FINISHED}. Continue it first: {command} --c"
+        )
     raise FileNotFoundError(
-        f"no teacher for fold {fold}: {folder / 'checkpoint_final.pth'} does not exist. Train it first: "
-        f"{command.format(name)}"
+        f"no teacher for fold {fold}: {folder / FINISHED} does not exist. Train it first: {command}"
     )
 
 
