@@ -21,6 +21,8 @@ COMMANDS = {
     "predict": "segment cases whose modalities are partly absent",
     "evaluate": "measure a model on all subsets of its modalities",
     "compare": "compare evaluated models case by case",
+    "crossval": "train, evaluate and compare over the folds, here or on a cluster",
+    "status": "show how far a cross-validation is",
     "fill-missing": "write zero images for absent modalities, for nnUNetv2_predict",
     "configure": "write the settings of a training into a new configuration of the plans",
     "convert": "turn a data set into nnU-Net's raw format",

@@ -1,0 +1,23 @@
+"""`mstkd status`: how far a cross-validation is."""
+
+from __future__ import annotations
+
+import argparse
+
+from nnunetv2_mstkd.commands.crossval import add_plan_arguments, steps_of
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `mstkd status`: which steps, as for `mstkd crossval`."""
+    parser.description = (
+        "Show the steps of a cross-validation: done, running with the epoch that it is in, stopped, or waiting. Read "
+        "from nnU-Net's own logs and results, so trainings that were started by hand count too."
+    )
+    add_plan_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Print a line for each step."""
+    from nnunetv2_mstkd.crossval.overview import overview
+
+    print(overview(steps_of(args, "cpu", 1, [])))

@@ -1,0 +1,298 @@
+"""The steps of a cross-validation: what each runs, what it waits for, and how far its files say that it is.
+
+A step knows from its own output whether it is done. Nothing else is stored, so that steps that were run by hand count,
+and a deleted result is made again.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS
+
+CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
+"""What nnU-Net's ``--c`` continues from, in its order."""
+
+LOGS = "crossval"
+"""Folder below nnUNet_results/DATASET for logs and for the marks of steps that run."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """Which model, and how nnU-Net's commands name it.
+
+    Attributes
+    ----------
+    results:
+        nnUNet_results/DATASET.
+    dataset, configuration, trainer, plans:
+        as after ``-d``, ``-c``, ``-tr`` and ``-p``.
+    device:
+        as after ``-device``.
+    gpus:
+        as after ``-num_gpus``.
+    """
+
+    results: Path
+    dataset: str
+    configuration: str
+    trainer: str
+    plans: str = "nnUNetPlans"
+    device: str = "cuda"
+    gpus: int = 1
+
+    @property
+    def folder(self) -> Path:
+        return self.results / f"{self.trainer}__{self.plans}__{self.configuration}"
+
+    @property
+    def logs(self) -> Path:
+        return self.results / LOGS
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command with its place in the plan.
+
+    Attributes
+    ----------
+    model:
+        what it makes or measures.
+    needs:
+        keys of the steps that must be done before.
+    """
+
+    model: Training
+    needs: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Names the step, its log and its mark; unique in a data set."""
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        raise NotImplementedError
+
+    @property
+    def uses_gpus(self) -> bool:
+        return self.model.device == "cuda"
+
+    def done(self) -> bool:
+        """Whether its output is complete."""
+        raise NotImplementedError
+
+    def progress(self) -> str:
+        """How far it is, from its files: ``epoch 12 of 1000``; empty before anything is there."""
+        raise NotImplementedError
+
+    def command(self) -> list[str]:
+        """The command that does it, or goes on with it where it was stopped."""
+        raise NotImplementedError
+
+    @property
+    def log(self) -> Path:
+        return self.model.logs / f"{self.key}.log"
+
+
+@dataclass(frozen=True)
+class Train(Step):
+    """Training and validation of one fold."""
+
+    fold: int = 0
+
+    @property
+    def key(self) -> str:
+        return f"{self.model.folder.name}.fold_{self.fold}.train"
+
+    @property
+    def title(self) -> str:
+        return f"train {self.model.trainer} ({self.model.configuration}), fold {self.fold}"
+
+    @property
+    def output(self) -> Path:
+        return self.model.folder / f"fold_{self.fold}"
+
+    def done(self) -> bool:
+        return (self.output / CHECKPOINTS[0]).is_file() and (self.output / "validation" / "summary.json").is_file()
+
+    def progress(self) -> str:
+        if (self.output / CHECKPOINTS[0]).is_file():
+            return "validation"
+        epochs = finished_epochs(self.output)
+        return "" if epochs is None else f"epoch {epochs[0]} of {epochs[1] or '?'}"
+
+    def command(self) -> list[str]:
+        model = self.model
+        words = ["nnUNetv2_train", model.dataset, model.configuration, str(self.fold), "-tr", model.trainer]
+        words += ["-p", model.plans, "-device", model.device]
+        if model.gpus > 1:
+            words += ["-num_gpus", str(model.gpus)]
+        if (self.output / CHECKPOINTS[0]).is_file():
+            return [*words, "--val"]  # needs no teacher
+        if any((self.output / name).is_file() for name in CHECKPOINTS):
+            words.append("--c")
+        return words
+
+
+@dataclass(frozen=True)
+class Evaluate(Step):
+    """All subsets of modalities on the validation cases of one fold, or of all folds together with the report.
+
+    Results are kept per case, so that the step over all folds only gathers what those of the folds have left.
+
+    Attributes
+    ----------
+    folds:
+        whose validation cases.
+    pooled:
+        whether the tables and the report must be those of exactly these folds.
+    splits:
+        nnU-Net's ``splits_final.json``; made by the first training.
+    options:
+        of ``mstkd evaluate``.
+    """
+
+    folds: tuple[int, ...] = (0,)
+    pooled: bool = False
+    splits: Path = Path()
+    options: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        what = "pool" if self.pooled else "evaluate"
+        return f"{self.model.folder.name}.fold_{'_'.join(map(str, self.folds))}.{what}"
+
+    @property
+    def title(self) -> str:
+        if len(self.folds) == 1:
+            return f"evaluate {self.model.trainer} ({self.model.configuration}), fold {self.folds[0]}"
+        return f"pool {self.model.trainer} ({self.model.configuration}), folds {' '.join(map(str, self.folds))}"
+
+    @property
+    def output(self) -> Path:
+        return self.model.folder / FOLDER
+
+    def done(self) -> bool:
+        """Complete, and no older than the weights: ``mstkd evaluate`` refuses to mix those of two trainings."""
+        records = [path for fold in self.folds for path in self._records(fold)]
+        weights = [self.model.folder / f"fold_{fold}" / CHECKPOINTS[0] for fold in self.folds]
+        if not records or len(records) < self._wanted() or not all(path.is_file() for path in weights):
+            return False
+        trained = max(path.stat().st_mtime for path in weights)
+        times = [path.stat().st_mtime for path in records]
+        table = self.output / RESULTS
+        reported, written = (_folds_in(table), table.stat().st_mtime) if table.is_file() else (set(), 0.0)
+        if self.pooled:
+            return reported == set(self.folds) and written >= max(trained, *times)
+        return max(min(times), written if set(self.folds) <= reported else 0) >= trained
+
+    def progress(self) -> str:
+        there, wanted = sum(len(self._records(fold)) for fold in self.folds), self._wanted()
+        return f"case {there} of {wanted or '?'}" if there else ""
+
+    def command(self) -> list[str]:
+        model = self.model
+        words = ["mstkd", "evaluate", "-d", model.dataset, "-c", model.configuration, "-tr", model.trainer]
+        words += ["-p", model.plans, "-f", *map(str, self.folds), "-device", model.device, *self.options]
+        return [*words, "--disable_progress_bar"]
+
+    def _records(self, fold: int) -> list[Path]:
+        return list((self.output / "cases" / f"fold_{fold}").glob("*.json"))
+
+    def _wanted(self) -> int:
+        if not self.splits.is_file():
+            return 0
+        splits = json.loads(self.splits.read_text(encoding="utf-8"))
+        return sum(len(splits[fold]["val"]) for fold in self.folds)
+
+
+@dataclass(frozen=True)
+class Compare(Step):
+    """The comparison of all models, from their pooled evaluations."""
+
+    models: tuple[Training, ...] = field(default=())
+
+    @property
+    def key(self) -> str:
+        return f"{'__'.join([*(model.trainer for model in self.models), self.model.configuration])}.compare"
+
+    @property
+    def title(self) -> str:
+        return f"compare {', '.join(model.trainer for model in self.models)}"
+
+    @property
+    def uses_gpus(self) -> bool:
+        return False
+
+    @property
+    def output(self) -> Path:
+        return self.model.logs / self.key
+
+    def done(self) -> bool:
+        made = [path.stat().st_mtime for path in self.output.glob("*") if path.is_file()]
+        inputs = [model.folder / FOLDER / RESULTS for model in self.models]
+        return bool(made) and all(path.is_file() and path.stat().st_mtime <= min(made) for path in inputs)
+
+    def progress(self) -> str:
+        return ""
+
+    def command(self) -> list[str]:
+        named = [f"{model.trainer}={model.folder}" for model in self.models]
+        return ["mstkd", "compare", *named, "-o", str(self.output)]
+
+
+def finished_epochs(folder: Path) -> tuple[int, int | None] | None:
+    """Finished epochs of a training and how many there shall be (None: not known), from nnU-Net's own files.
+
+    Parameters
+    ----------
+    folder:
+        ``fold_k`` of a model folder.
+
+    Returns
+    -------
+    None if no training was started.
+    """
+    logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
+    finished, epoch = 0, None
+    for log in logs:  # a resumed training has several, each goes on where the one before was stopped
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            match = re.search(r": Epoch (\d+)\s*$", line)
+            if match:
+                epoch = int(match.group(1))
+            elif "Epoch time:" in line and epoch is not None:
+                finished = epoch + 1
+    return (finished, _total_epochs(folder)) if logs else None
+
+
+def _total_epochs(folder: Path) -> int | None:
+    try:
+        return int(json.loads((folder / "debug.json").read_text(encoding="utf-8"))["num_epochs"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _folds_in(table: Path) -> set[int]:
+    with table.open(encoding="utf-8", newline="") as stream:
+        return {int(row["fold"]) for row in csv.DictReader(stream) if row["fold"].isdigit()}
+
+
+def in_order(steps: Sequence[Step]) -> list[Step]:
+    """The steps such that each comes after those that it needs, else as given."""
+    ordered: list[Step] = []
+    placed: set[str] = set()
+    open_steps = list(steps)
+    keys = {step.key for step in steps}
+    while open_steps:
+        ready = next(step for step in open_steps if all(need in placed or need not in keys for need in step.needs))
+        ordered.append(ready)
+        placed.add(ready.key)
+        open_steps.remove(ready)
+    return ordered

@@ -1,0 +1,467 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import CONFIGURATION, PHANTOM, Folders
+
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.crossval.cluster import minutes_of
+from nnunetv2_mstkd.crossval.local import run_steps
+from nnunetv2_mstkd.crossval.marks import Mark, RunningStepError
+from nnunetv2_mstkd.crossval.overview import overview, state_of
+from nnunetv2_mstkd.crossval.plan import make_steps, teacher_of
+from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training, finished_epochs
+
+
+@dataclass(frozen=True)
+class Script(Step):
+    """A step that runs a line of Python and is done when its file is there."""
+
+    name: str = "step"
+    code: str = "open(output, 'w')"
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    @property
+    def title(self) -> str:
+        return f"the {self.name}"
+
+    @property
+    def output(self) -> Path:
+        return self.model.results / self.name
+
+    def done(self) -> bool:
+        return self.output.is_file()
+
+    def progress(self) -> str:
+        return ""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", f"import os, sys, time; output = {str(self.output)!r}; {self.code}"]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Training:
+    return Training(tmp_path, "1", "3d_fullres", "Any")
+
+
+def run(steps: list[Step], **options):
+    lines: list[str] = []
+    return run_steps(steps, report=lines.append, **options), lines
+
+
+# ---- running here --------------------------------------------------------------------------------------------------
+
+
+def test_steps_run_after_those_that_they_need(model):
+    check = "assert os.path.exists(os.path.join(os.path.dirname(output), 'first')); open(output, 'w')"
+    steps = [Script(model, name="first", code="time.sleep(0.5); open(output, 'w')")]
+    steps += [Script(model, ("first",), name=name, code=check) for name in ("second", "third")]
+    outcome, lines = run(steps, jobs=3)
+    assert outcome.finished[0] == "first"
+    assert sorted(outcome.finished) == ["first", "second", "third"]
+    assert outcome.failed == outcome.left == {}
+    assert lines[:2] == ["begin   the first", "done    the first"]
+    assert not list(model.logs.glob("*.running"))
+
+
+def test_what_is_done_is_not_run_again(model):
+    (model.results / "first").write_text("untouched")
+    steps = [Script(model, name="first"), Script(model, ("first",), name="second")]
+    outcome, _ = run(steps)
+    assert outcome.finished == ["second"]
+    assert (model.results / "first").read_text() == "untouched"
+    assert run(steps)[0].finished == []
+
+
+def test_a_failure_names_its_log_and_leaves_what_needs_it_and_nothing_else(model):
+    steps = [
+        Script(model, name="bad", code="print('no space left'); sys.exit(3)"),
+        Script(model, ("bad",), name="after"),
+        Script(model, ("after",), name="last"),
+        Script(model, name="other"),
+    ]
+    outcome, _ = run(steps)
+    assert outcome.finished == ["other"]
+    assert list(outcome.left) == ["after", "last"]
+    assert "exit code 3: no space left" in outcome.failed["bad"]
+    assert str(model.logs / "bad.log") in outcome.failed["bad"]
+    assert "no space left" in (model.logs / "bad.log").read_text()
+
+
+def test_a_step_without_its_output_has_failed(model):
+    outcome, _ = run([Script(model, name="empty", code="pass")])
+    assert "without its output" in outcome.failed["empty"]
+
+
+def test_a_step_that_a_signal_ends_says_so(model):
+    outcome, _ = run([Script(model, name="killed", code="os.kill(os.getpid(), 9)")])
+    assert "SIGKILL" in outcome.failed["killed"]
+
+
+@pytest.mark.parametrize(("jobs", "most"), [(1, 1), (3, 3)])
+def test_as_many_steps_at_once_as_there_are_jobs(model, jobs, most):
+    code = (
+        "d = os.path.dirname(output); mine = os.path.join(d, f'on_{os.getpid()}'); open(mine, 'w'); time.sleep(0.6); "
+    )
+    count = "time.sleep(0.6); n = sum(f.startswith('on_') for f in os.listdir(d)); open(output, 'w').write(str(n))"
+    steps = [Script(model, name=f"s{number}", code=f"{code}{count}; os.remove(mine)") for number in range(3)]
+    run(steps, jobs=jobs)
+    assert max(int(step.output.read_text()) for step in steps) == most
+
+
+def test_gpus_are_shared_out(model):
+    code = "time.sleep(0.3); open(output, 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
+    two = dataclasses.replace(model, gpus=2)
+    steps = [Script(two, name=f"s{number}", code=code) for number in range(3)]
+    run(steps, jobs=3, gpus=["4", "5", "6"])
+    given = [step.output.read_text().split(",") for step in steps]
+    assert all(len(each) == 2 and set(each) < {"4", "5", "6"} for each in given)
+
+
+def test_an_interrupt_ends_the_steps_and_their_children_and_leaves_no_mark(model):
+    code = (
+        "import subprocess; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
+        "open(output + '.child', 'w').write(str(child.pid)); time.sleep(600)"
+    )
+    step = Script(model, name="long", code=code)
+    child = Path(f"{step.output}.child")
+
+    class InterruptedByHandError(Exception):
+        pass
+
+    def report(line: str) -> None:
+        for _ in range(200):
+            if child.is_file() and child.read_text():
+                raise InterruptedByHandError
+            time.sleep(0.1)
+
+    with pytest.raises(InterruptedByHandError):
+        run_steps([step], report=report)
+    assert not list(model.logs.glob("*.running"))
+    for _ in range(100):
+        if not _alive(int(child.read_text())):
+            break
+        time.sleep(0.1)
+    assert not _alive(int(child.read_text()))
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_nobody_runs_a_step_that_another_call_runs(model):
+    steps = [Script(model, name="free"), Script(model, name="taken")]
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
+        Mark.of(steps[1]).take()
+        Mark.of(steps[1]).hand_to(pid=other.pid)
+        with pytest.raises(RunningStepError, match=rf"taken is run by process {other.pid} on this machine"):
+            run(steps)
+        assert not steps[0].done()
+        assert not Mark.of(steps[0]).file.exists()
+        assert state_of(steps[1])[0] == "running"
+        other.kill()
+        other.wait()
+        assert run(steps)[0].finished == ["free", "taken"]
+
+
+def test_the_mark_of_another_process_with_the_same_number_does_not_count(model):
+    mark = Mark.of(Script(model))
+    mark.take()
+    assert mark.holder() is not None
+    content = json.loads(mark.file.read_text())
+    mark.file.write_text(json.dumps({**content, "started": "1"}))
+    assert mark.holder() is None
+
+
+def test_a_process_on_another_machine_counts_as_running(model):
+    mark = Mark.of(Script(model))
+    mark.take()
+    content = json.loads(mark.file.read_text())
+    mark.file.write_text(json.dumps({**content, "host": "elsewhere"}))
+    with pytest.raises(RunningStepError, match=r"on elsewhere.*remove .*step.running"):
+        mark.take()
+
+
+def test_a_half_written_mark_counts(model):
+    mark = Mark.of(Script(model))
+    mark.file.parent.mkdir()
+    mark.file.write_text("{")
+    assert mark.holder() is not None
+
+
+# ---- what the files say --------------------------------------------------------------------------------------------
+
+
+def train_step(results: Path, **options) -> Train:
+    return Train(Training(results, "7", "3d_fullres", "Some", device="cpu", **options), fold=2)
+
+
+def test_a_training_begins_goes_on_is_validated_and_is_done(tmp_path):
+    step = train_step(tmp_path, gpus=2)
+    words = "nnUNetv2_train 7 3d_fullres 2 -tr Some -p nnUNetPlans -device cpu -num_gpus 2"
+    assert step.command() == words.split()
+    assert (step.done(), step.progress()) == (False, "")
+    step.output.mkdir(parents=True)
+    (step.output / "checkpoint_latest.pth").touch()
+    assert step.command() == [*words.split(), "--c"]
+    (step.output / "checkpoint_final.pth").touch()
+    assert step.command() == [*words.split(), "--val"]
+    assert (step.done(), step.progress()) == (False, "validation")
+    (step.output / "validation").mkdir()
+    (step.output / "validation" / "summary.json").touch()
+    assert step.done()
+
+
+def test_epochs_are_counted_over_the_logs_of_a_resumed_training(tmp_path):
+    assert finished_epochs(tmp_path) is None
+    first = tmp_path / "training_log_1.txt"
+    first.write_text("x: Epoch 0 \nx: Epoch time: 2 s \nx: Epoch 1 \nx: Epoch time: 2 s \nx: Epoch 2 \n")
+    assert finished_epochs(tmp_path) == (2, None)
+    second = tmp_path / "training_log_2.txt"
+    second.write_text("x: Epoch 1 \nx: Epoch time: 2 s \nx: Epoch 2 \nx: Epoch time: 2 s \n")
+    os.utime(first, (1, 1))
+    (tmp_path / "debug.json").write_text('{"num_epochs": "50"}')
+    assert finished_epochs(tmp_path) == (3, 50)
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path) -> tuple[Evaluate, Evaluate]:
+    """The steps of fold 1 and of folds 0 and 1 together, all of whose files are there, each newer than the last."""
+    splits = tmp_path / "splits_final.json"
+    splits.write_text(json.dumps([{"train": [], "val": ["a"]}, {"train": [], "val": ["b", "c"]}]))
+    one = Evaluate(Training(tmp_path, "7", "3d_fullres", "Some"), folds=(1,), splits=splits)
+    both = dataclasses.replace(one, folds=(0, 1), pooled=True)
+    for number, name in enumerate(
+        ["fold_0/checkpoint_final.pth", "fold_1/checkpoint_final.pth", "subsets/cases/fold_0/a.json",
+         "subsets/cases/fold_1/b.json", "subsets/cases/fold_1/c.json", "subsets/results.csv"]
+    ):  # fmt: skip
+        file = one.model.folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("case,fold\na,0\nb,1\nc,1\n" if name.endswith("csv") else "")
+        os.utime(file, (number + 10, number + 10))
+    return one, both
+
+
+def test_an_evaluation_is_done_with_all_cases(evaluated):
+    one, both = evaluated
+    assert one.done() and both.done()
+    (one.output / "cases" / "fold_1" / "c.json").unlink()
+    assert not one.done() and not both.done()
+    assert one.progress() == "case 1 of 2"
+
+
+def test_the_pooled_evaluation_is_done_with_the_table_of_exactly_its_folds(evaluated):
+    one, both = evaluated
+    (both.output / "results.csv").write_text("case,fold\na,0\n")
+    assert one.done()
+    assert not both.done()
+    (both.output / "results.csv").unlink()
+    assert one.done() and not both.done()
+
+
+def test_an_evaluation_of_older_weights_is_not_done(evaluated):
+    one, both = evaluated
+    os.utime(one.model.folder / "fold_1" / "checkpoint_final.pth")
+    assert not one.done() and not both.done()
+
+
+def test_a_comparison_is_done_while_no_evaluation_is_newer(tmp_path):
+    models = tuple(Training(tmp_path, "7", "3d_fullres", name) for name in ("One", "Two"))
+    step = Compare(models[0], models=models)
+    for model in models:
+        (model.folder / "subsets").mkdir(parents=True)
+        (model.folder / "subsets" / "results.csv").touch()
+    assert not step.done()
+    step.output.mkdir(parents=True)
+    (step.output / "table.md").touch()
+    assert step.done()
+    os.utime(models[1].folder / "subsets" / "results.csv", (time.time() + 9, time.time() + 9))
+    assert not step.done()
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+def plans_of(folders: Folders) -> dict:
+    return json.loads(folders.plans_file.read_text())
+
+
+def steps_for(folders: Folders, *trainers: str, folds=(0, 1), **options) -> dict[str, Step]:
+    models = [Training(folders.results / folders.dataset, "902", CONFIGURATION, name) for name in trainers]
+    steps = make_steps(folders.preprocessed / folders.dataset, models, folds, plans_of(folders), **options)
+    assert all(
+        need in [other.key for other in steps[:number]] for number, step in enumerate(steps) for need in step.needs
+    )
+    return {step.title: step for step in steps}
+
+
+def test_a_distilled_model_waits_for_its_teacher_and_the_report_for_all_folds(phantom):
+    steps = steps_for(phantom, "MSTKDTrainer")
+    assert list(steps) == [
+        "train MSTKDTeacherTrainer (tiny), fold 0",
+        "train MSTKDTrainer (tiny), fold 0",
+        "evaluate MSTKDTrainer (tiny), fold 0",
+        "train MSTKDTeacherTrainer (tiny), fold 1",
+        "train MSTKDTrainer (tiny), fold 1",
+        "evaluate MSTKDTrainer (tiny), fold 1",
+        "pool MSTKDTrainer (tiny), folds 0 1",
+    ]
+    teacher, student, evaluation = list(steps.values())[:3]
+    assert student.needs == (teacher.key,)
+    assert evaluation.needs == (student.key,)
+    assert steps["pool MSTKDTrainer (tiny), folds 0 1"].needs == (
+        evaluation.key,
+        steps["evaluate MSTKDTrainer (tiny), fold 1"].key,
+    )
+
+
+def test_one_fold_needs_no_pooling_and_one_teacher_serves_a_baseline_too(phantom):
+    steps = steps_for(phantom, "MSTKDTrainer", "MSTKDTeacherTrainer", "nnUNetTrainer", folds=(0,))
+    assert list(steps) == [
+        "train MSTKDTeacherTrainer (tiny), fold 0",
+        "train MSTKDTrainer (tiny), fold 0",
+        "evaluate MSTKDTrainer (tiny), fold 0",
+        "evaluate MSTKDTeacherTrainer (tiny), fold 0",
+        "train nnUNetTrainer (tiny), fold 0",
+        "evaluate nnUNetTrainer (tiny), fold 0",
+        "compare MSTKDTrainer, MSTKDTeacherTrainer, nnUNetTrainer",
+    ]
+    assert len(steps_for(phantom, "MSTKDTrainer", "nnUNetTrainer", evaluation=False)) == 6
+
+
+def test_a_teacher_of_a_parent_configuration_serves(phantom):
+    plans = plans_of(phantom)
+    plans["configurations"]["other"] = {"inherits_from": CONFIGURATION, "mstkd": {"schedule": {"epochs": 9}}}
+    model = Training(phantom.results / phantom.dataset, "902", "other", "MSTKDTrainer")
+    assert teacher_of(model, plans, 0).configuration == CONFIGURATION
+    own = phantom.fold("MSTKDTeacherTrainer", configuration="other")
+    own.mkdir(parents=True)
+    (own / "checkpoint_latest.pth").touch()
+    assert teacher_of(model, plans, 0).configuration == "other"
+    parent = phantom.fold("MSTKDTeacherTrainer")
+    parent.mkdir(parents=True)
+    (parent / "checkpoint_final.pth").touch()
+    assert teacher_of(model, plans, 0).configuration == CONFIGURATION
+
+
+# ---- the commands --------------------------------------------------------------------------------------------------
+
+
+def command(*words: str) -> int:
+    return cli.main(["crossval", str(PHANTOM), CONFIGURATION, "-device", "cpu", *words])
+
+
+def test_a_dry_run_prints_the_commands_and_does_nothing(phantom, capsys):
+    assert command("--folds", "0", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "nnUNetv2_train 902 tiny 0 -tr MSTKDTeacherTrainer -p nnUNetPlans -device cpu" in printed
+    assert "after: train MSTKDTeacherTrainer (tiny), fold 0" in printed
+    assert "mstkd evaluate -d 902 -c tiny -tr MSTKDTrainer -p nnUNetPlans -f 0" in printed
+    assert list(phantom.results.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--folds", "5"], "fold 5 does not exist: nnU-Net makes the folds 0 to 4"),
+        (["--folds", "-1"], "folds are numbers from 0"),
+        (["--folds", "1", "1"], "--folds names 1 twice"),
+        (["--trainer", "NoTrainer"], "no trainer 'NoTrainer'"),
+        (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
+        (["--jobs", "0"], "expected numbers from 1"),
+        (["-p", "Other"], "nnUNetv2_plan_and_preprocess -d 902"),
+        (["--gpus", "0"], "--gpus shares out GPUs of this machine"),
+        (["--slurm-partition", "gpu"], "--slurm-partition needs --executor slurm"),
+        (["--executor", "slurm", "--slurm-time", "soon"], "--slurm-time soon: expected"),
+        (["--executor", "slurm", "--slurm-option", "exclusive"], "--slurm-option exclusive: expected KEY=VALUE"),
+    ],
+)
+def test_bad_input_is_one_line(phantom, capsys, words, line):
+    assert command(*words) == cli.EXIT_USER_ERROR
+    printed = capsys.readouterr()
+    assert line in printed.err
+    assert printed.err.count("\n") == 1
+    assert list(phantom.results.iterdir()) == []
+
+
+def test_an_unknown_configuration_names_those_there_are(phantom, capsys):
+    assert cli.main(["status", str(PHANTOM), "4d"]) == cli.EXIT_USER_ERROR
+    assert "has no configuration '4d'; it has" in capsys.readouterr().err
+
+
+def test_without_slurm_one_line_says_what_to_do(phantom, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert command("--executor", "slurm") == cli.EXIT_USER_ERROR
+    assert "there is no command sbatch on this machine" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [("90", 90), (15, 15), ("1:30", 2), ("2:00:00", 120), ("1-0", 1440), ("1-2:30", 1590), ("1-0:0:1", 1441), ("0", 1)],
+)
+def test_times_as_sbatch_writes_them(text, minutes):
+    assert minutes_of(text) == minutes
+
+
+def test_two_calls_at_once_name_each_other(phantom, capsys):
+    step = steps_for(phantom, "MSTKDTrainer", folds=(0,))["train MSTKDTrainer (tiny), fold 0"]
+    Mark.of(step).take()
+    assert command("--folds", "0") == cli.EXIT_USER_ERROR
+    assert f"is run by process {os.getpid()} on this machine" in capsys.readouterr().err
+    assert [path.name for path in step.log.parent.iterdir()] == [Mark.of(step).file.name]
+
+
+def test_sigterm_ends_it_like_ctrl_c(tmp_path):
+    script = tmp_path / "call.py"
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_crossval import Script, Training\n"
+        "from pathlib import Path\n"
+        "from nnunetv2_mstkd.commands.crossval import _run_here\n"
+        f"model = Training(Path({str(tmp_path)!r}), '1', 'c', 'T')\n"
+        "_run_here([Script(model, name='long', code='time.sleep(600)')], 1, [])\n"
+    )
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as call:
+        assert call.stdout.readline() == "begin   the long\n"
+        call.send_signal(signal.SIGTERM)
+        assert "KeyboardInterrupt" in call.communicate(timeout=60)[1]
+    assert not list(tmp_path.glob("crossval/*.running"))
+
+
+def test_trained_models_are_validated_evaluated_and_shown(models, capsys, monkeypatch):
+    teacher = models.fold("MSTKDTeacherTrainer") / "validation"
+    teacher.mkdir()
+    (teacher / "summary.json").write_text("{}")
+    assert command("--folds", "0", "--disable_tta") == 0
+    printed = capsys.readouterr().out
+    assert "Teacher" not in printed
+    assert "begin   train MSTKDTrainer (tiny), fold 0" in printed  # its validation is what is missing
+    assert "3 of 3 steps are done" in printed
+    folder = models.fold("MSTKDTrainer").parent
+    assert (folder / "fold_0" / "validation" / "summary.json").is_file()
+    assert (folder / "subsets" / "results.csv").is_file()
+    assert "--val" in (models.results / models.dataset / "crossval" / f"{folder.name}.fold_0.train.log").read_text()
+
+    assert cli.main(["status", str(PHANTOM), CONFIGURATION, "--folds", "0", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:-1]] == ["done"] * 3 + ["waiting"] * 4
+    assert lines[-1] == "3 of 7 steps are done"
+    (models.fold("MSTKDTrainer") / "checkpoint_final.pth").unlink()
+    shown = overview(list(steps_for(models, "MSTKDTrainer", folds=(0,)).values()))
+    assert "stopped  train MSTKDTrainer (tiny), fold 0" in shown
+    assert "epoch 2 of 2" in shown
