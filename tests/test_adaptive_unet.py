@@ -228,6 +228,25 @@ def test_content_is_taken_before_the_stages_own_adapter():
         assert torch.equal(network(x, return_features=True).content, skips[1])  # stage 0 has no adapter
 
 
+def test_the_graph_refines_the_stages_output_by_what_its_adapter_made_of_it():
+    case = Case()
+    network = case.full(awake=True)
+    seen = []
+    network.refinement.register_forward_hook(lambda module, inputs, output: seen.append((*inputs, output)))
+    decoded = []
+    network.decoder.stages[0].register_forward_pre_hook(lambda module, inputs: decoded.append(inputs[0]))
+    subsets = torch.tensor([[True, False, False, True], [True] * 4])
+    x = case.batch(subsets)
+    with torch.no_grad():
+        network(x)
+        stage = case.plain().encoder(x)[1]
+    specific, general, partial, refined = seen[0]
+    assert torch.equal(general, stage)  # stage 0 has no adapter
+    assert torch.equal(specific, network.encoder_adapters[0](stage, network.subsets(subsets)))
+    assert partial.tolist() == [1.0, 0.0]
+    assert torch.equal(decoded[0][:, -refined.shape[1] :], refined)  # the decoder's skip
+
+
 @pytest.mark.parametrize(
     ("patch", "strides", "wanted"),
     [
@@ -272,14 +291,16 @@ def test_one_voxel_of_a_large_patch_is_enough_for_the_presence_head():
 def test_presence_is_recorded_over_patches_only_when_asked():
     case = Case()
     network = case.full(awake=True)
-    patches = [case.batch(torch.ones(1, 4, dtype=torch.bool)) * scale for scale in (0.5, 2.0)]
+    full = torch.ones(1, 4, dtype=torch.bool)
+    patches = [case.batch(full), case.batch(full).flip(2).cumsum(3)]
     with torch.no_grad():
         wanted = torch.stack([network(patch, return_features=True).presence for patch in patches]).amax(0)
         assert network.presence_seen is None
-        network.presence_seen = torch.full((1, 3), -torch.inf)
-        for patch in patches:
-            network(patch)
-    torch.testing.assert_close(network.presence_seen, wanted)
+        for order in (patches, patches[::-1]):
+            network.presence_seen = torch.full((1, 3), -torch.inf)
+            for patch in order:
+                network(patch)
+            torch.testing.assert_close(network.presence_seen, wanted)
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------

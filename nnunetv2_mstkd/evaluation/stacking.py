@@ -134,7 +134,7 @@ class SubsetPredictor:
         self._network.subsets = rows
         if asks:
             network.availability = rows
-        self._gate.start(predictor.device, len(rows))
+        self._gate.start(predictor.device)
         try:
             logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
             return self._gate.apply(logits.reshape(len(subsets), -1, *logits.shape[1:]))

@@ -32,10 +32,10 @@ class PresenceGate:
         self._network, self._labels = network, label_manager
         self.threshold = float(getattr(network, "gate", 0.0))
 
-    def start(self, device: torch.device, rows: int = 1) -> None:
-        """Begin a case of which each forward pass has ``rows`` samples."""
+    def start(self, device: torch.device) -> None:
+        """Begin a case; all its forward passes have the same number of rows."""
         if self.threshold > 0:
-            shape = (rows, self._labels.num_segmentation_heads)
+            shape = (1, self._labels.num_segmentation_heads)
             self._network.presence_seen = torch.full(shape, -torch.inf, device=device)
 
     def stop(self) -> None:

@@ -122,7 +122,7 @@ class AdaptiveUNet(nn.Module):
     gate:
         probability of presence below which prediction may delete an output channel of a case; 0: never.
     presence_seen:
-        the largest presence logits since it was set to a tensor of shape (B, K); None: not recorded.
+        the largest presence logits, (B, K), since it was set to a tensor of (1, K); None: not recorded.
     """
 
     def __init__(
