@@ -92,6 +92,17 @@ def test_presence_is_about_the_foreground_heads(make_trainer, labels):
     assert step.terms["reliability"].item() == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.parametrize("batch_dice", [True, False])
+def test_reliability_weighs_the_dice_that_the_plans_ask_for(make_trainer, monkeypatch, batch_dice):
+    from nnunetv2_mstkd.trainers import adamm as module
+
+    real, asked = module.reliability_dice, []
+    monkeypatch.setattr(module, "reliability_dice", lambda *a, **o: asked.append(o["batch_dice"]) or real(*a, **o))
+    trainer = make_trainer(AdaMMTrainer, block=NO_TERMS, batch_dice=batch_dice)
+    trainer.train_step(batch(trainer))
+    assert asked == [batch_dice]
+
+
 def test_the_presence_head_learns(make_trainer, monkeypatch):
     trainer = make_trainer(AdaMMTrainer, block={**NO_TERMS, "schedule": {"optimizer": "adamw", "initial_lr": 0.02}})
     content = batch(trainer)
