@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from pathlib import Path
 
@@ -32,7 +33,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-TRAINERS = ("FullModalityTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer", "MSTKDTrainer", "AdaMMTrainer")
+TRAINERS = (
+    "FullModalityTrainer",
+    "ModalityDropoutTrainer",
+    "MSTKDTeacherTrainer",
+    "MSTKDTrainer",
+    "AdaMMTrainer",
+    "MedMAPTrainer",
+)
 BASELINE = "FullModalityTrainer"
 
 PLANS = {
@@ -139,12 +147,12 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def timed(function, device: torch.device) -> float:
+def timed(function, device: torch.device, clock: Callable[[], float]) -> float:
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     function()
     synchronize(device)
-    return time.perf_counter() - start
+    return clock() - start
 
 
 def memory_of(trainer_name: str, plan: str, device_name: str, threads: int, queue) -> None:
@@ -180,7 +188,14 @@ def count_all(plan: str, trainer_names: list[str]) -> dict:
         return {name: count(prepare(name, plan, torch.device("cpu"), folder), plan) for name in trainer_names}
 
 
-def measure(plan: str, device: torch.device, repetitions: int, trainer_names: list[str], threads: int) -> dict:
+def measure(
+    plan: str,
+    device: torch.device,
+    repetitions: int,
+    trainer_names: list[str],
+    threads: int,
+    clock: Callable[[], float],
+) -> dict:
     rows: dict[str, dict[str, float]] = {name: {} for name in trainer_names}
     context = multiprocessing.get_context("spawn")
     for name in trainer_names:
@@ -199,7 +214,7 @@ def measure(plan: str, device: torch.device, repetitions: int, trainer_names: li
         forward: dict[str, list[float]] = {name: [] for name in trainer_names}
         for _ in range(repetitions):
             for name, trainer in prepared.items():
-                times[name].append(timed(lambda trainer=trainer: trainer.train_step(batch), device))
+                times[name].append(timed(lambda trainer=trainer: trainer.train_step(batch), device, clock))
         data = batch["data"].to(device)
         for trainer in prepared.values():
             trainer.set_deep_supervision_enabled(False)
@@ -211,7 +226,7 @@ def measure(plan: str, device: torch.device, repetitions: int, trainer_names: li
 
         for repetition in range(repetitions + 2):
             for name, trainer in prepared.items():
-                seconds = timed(lambda trainer=trainer: infer(trainer), device)
+                seconds = timed(lambda trainer=trainer: infer(trainer), device, clock)
                 if repetition >= 2:
                     forward[name].append(seconds)
         for name, trainer in prepared.items():
@@ -238,21 +253,24 @@ def main() -> None:
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS))
     parser.add_argument("--compile", action="store_true", help="with torch.compile, as nnU-Net does by default on CUDA")
     parser.add_argument("--count-only", action="store_true", help="parameters and multiply-adds, nothing is timed")
+    parser.add_argument("--cpu-time", action="store_true", help="of the process, for a CPU that does other work too")
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
     os.environ["nnUNet_compile"] = "t" if args.compile else "f"
     torch.set_num_threads(args.threads)
     names = [BASELINE, *[name for name in args.trainers if name != BASELINE]]
     device = torch.device(args.device)
+    clock = time.process_time if args.cpu_time else time.perf_counter
     if args.count_only:
         rows = count_all(args.plan, names)
     else:
-        rows = measure(args.plan, device, args.repetitions, names, args.threads)
+        rows = measure(args.plan, device, args.repetitions, names, args.threads, clock)
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {args.threads} threads"
     facts = {
         "plan": {args.plan: PLANS[args.plan]},
         "device": machine,
         "compile": args.compile,
+        "clock": "time of the process" if args.cpu_time else "wall time",
         "torch": torch.__version__,
         "date": date.today().isoformat(),
         "rows": rows,
