@@ -275,6 +275,20 @@ def test_every_parameter_takes_part_in_every_step(ablation, subsets):
     assert [name for name, parameter in network.named_parameters() if parameter.grad is None] == []
 
 
+@pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
+def test_mixed_precision_gives_nearly_the_same_and_finite_gradients(ablation):
+    case = Case(dimensions=2, **ablation)
+    network = case.full(awake=True)
+    x = case.batch(modalities.all_subsets(4)[[0, 7, 14]])
+    wanted = network(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = network(x, return_features=True, return_style=True)
+    assert found.logits.dtype == torch.bfloat16
+    assert (found.logits - wanted).abs().mean() < 0.05 * wanted.abs().mean()
+    found.logits.square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)
+
+
 # ---- presence ------------------------------------------------------------------------------------------------------
 
 

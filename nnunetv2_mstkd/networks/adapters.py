@@ -113,7 +113,8 @@ class AdapterBank(nn.Module):
         up, up_bias = up * partial, up_bias[..., None] * partial
         flat = x.flatten(2)
         hidden = functional.gelu(torch.baddbmm(down_bias[..., None], down, flat))
-        return torch.baddbmm(flat + up_bias, up, hidden).view_as(x)
+        # in the map's own precision: under autocast the sum would become a second map in float32
+        return torch.baddbmm(flat + up_bias.to(flat.dtype), up, hidden).view_as(x)
 
     def _weights(self, selection: Selection) -> tuple[torch.Tensor, ...]:
         own = parts = None
