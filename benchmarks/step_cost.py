@@ -107,8 +107,19 @@ def make_plans(name: str) -> tuple[dict, dict]:
     return plans, dataset_json
 
 
-def prepare(trainer_name: str, plan: str, device: torch.device, folder: str):
-    """A trainer ready for ``train_step``, without data on disk; the teacher is a random network of its own kind."""
+def prepare(
+    trainer_name: str,
+    plan: str,
+    device: torch.device,
+    folder: str,
+    *,
+    batch_size: int | None = None,
+    on_construction: Callable = lambda trainer: None,
+):
+    """A trainer ready for ``train_step``, without data on disk; the teacher is a random network of its own kind.
+
+    ``batch_size`` replaces the plans', ``on_construction`` sees the trainer before its networks are built.
+    """
     os.environ.update(nnUNet_results=folder, nnUNet_preprocessed=folder, nnUNet_raw=folder)
     Path(folder, "Dataset999_Benchmark").mkdir(exist_ok=True)
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -118,8 +129,11 @@ def prepare(trainer_name: str, plan: str, device: torch.device, folder: str):
 
     module.infer_dataset_class = lambda folder: nnUNetDatasetBlosc2
     plans, dataset_json = make_plans(plan)
+    if batch_size is not None:
+        plans["configurations"]["3d_fullres"]["batch_size"] = batch_size
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = getattr(trainers, trainer_name)(plans, "3d_fullres", 0, dataset_json, device)
+        on_construction(trainer)
         trainer.initialize()
     if hasattr(trainer, "teacher_trainer") and trainer.weights:
         network = trainer.teacher_trainer.build_network_architecture(

@@ -39,7 +39,8 @@ class AdversarialTrainer(DistillationTrainer):
         )
         self.discriminator_step = self.discriminator
         if self.is_ddp:
-            self.discriminator_step = DistributedDataParallel(self.discriminator, device_ids=[self.local_rank])
+            device_ids = [self.local_rank] if self.device.type == "cuda" else None
+            self.discriminator_step = DistributedDataParallel(self.discriminator, device_ids=device_ids)
 
     def adversarial_term(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
         """What the student pays for being told from the teacher."""

@@ -166,7 +166,8 @@ class SettingsTrainer(nnUNetTrainer):
         return build_optimizer(network, self.settings.schedule, self.num_epochs, self.weight_decay, added)
 
     def on_train_start(self) -> None:
-        self._refuse_mixed_folds()
+        if self.local_rank == 0:  # which writes plans.json next, while the others would read it
+            self._refuse_mixed_folds()
         if not self.was_initialized:
             self.initialize()
         train, validation = self.do_split()

@@ -1,0 +1,144 @@
+"""What each of two processes of test_ddp.py does: nnU-Net's trainers under torch's DDP, on CPUs with gloo.
+
+nnU-Net sends the processes of a multi-GPU training to CUDA devices. Three things are changed for a CPU and nothing
+else: the process group is gloo's, nnU-Net's name ``DDP`` drops ``device_ids``, and device and scaler are put back after
+construction.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import conftest
+import pytest
+import tiny
+import torch
+from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
+from nnunetv2.training.logging.nnunet_logger import LocalLogger
+from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_mstkd import trainers
+
+RANKS = 2
+STEPS = 3
+SUBSET = "T0+T2"
+
+
+class OnCpu(DistributedDataParallel):
+    def __init__(self, module: torch.nn.Module, device_ids: Any = None) -> None:
+        super().__init__(module)
+
+
+def block(trainer: str) -> dict[str, Any]:
+    """Settings with every term of the trainer at work from the first step, for one fixed subset."""
+    return {
+        "sampler": {"kind": "fixed", "subsets": [SUBSET]},
+        "schedule": {"seed": 3, "epochs": 2, "iterations": STEPS},
+        "distillation": {"ramp": 0, "fade": 0, "where": "everywhere"},
+    }
+
+
+def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
+    """A trainer after ``initialize``, in the process group if there is one."""
+    options = {"block": block(name), "batch_size": RANKS, **options}
+    content = tiny.plans(**options)
+    content["continue_training"] = False
+    with contextlib.redirect_stdout(io.StringIO()):
+        trainer = getattr(trainers, name)(content, "tiny", 0, tiny.dataset_json(4, labels), torch.device("cpu"))
+        trainer.device, trainer.grad_scaler = torch.device("cpu"), None
+        trainer.initialize()
+    trainer.network.train()
+    if hasattr(trainer, "teacher_trainer") and trainer.needs_teacher:
+        tiny.give_teacher(trainer)
+    trainer.current_epoch = 0
+    return trainer
+
+
+def take_steps(trainer: Any, rank: int, ranks: int) -> dict[str, Any]:
+    """Train on this rank's share of fixed batches; the weights after it, and each step's terms."""
+    trainer._step_in_epoch = 0
+    terms = []
+    for step in range(STEPS):
+        whole = tiny.batch(trainer, seed=step)
+        share = slice(rank * RANKS // ranks, (rank + 1) * RANKS // ranks)
+        target = whole["target"]
+        target = [level[share] for level in target] if isinstance(target, list) else target[share]
+        result = trainer.train_step({"data": whole["data"][share], "target": target, "keys": whole["keys"][share]})
+        terms.append([float(value) for value in result.get("terms", [result["loss"]])])
+    state = {key: value.clone() for key, value in trainer.plain_network.state_dict().items()}
+    discriminator = getattr(trainer, "discriminator", None)
+    if discriminator is not None:
+        state |= {f"discriminator.{key}": value.clone() for key, value in discriminator.state_dict().items()}
+    return {"state": state, "terms": terms}
+
+
+def begin(rank: int, folder: Path, name: str) -> None:
+    """Join the process group, with nnU-Net's wrapper fit for a CPU."""
+    torch.set_num_threads(1)
+    nnunet_module.DDP = OnCpu
+    dist.init_process_group("gloo", init_method=f"file://{folder / name}", rank=rank, world_size=RANKS)
+    dist.barrier()
+
+
+def run_steps(rank: int, folder: Path, names: list[str]) -> None:
+    """Steps of every trainer, in two processes and then, in the first one, alone on the joined batch."""
+    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        os.environ[variable] = str(folder / variable)
+    if rank == 0:
+        tiny.TrainerFactory()
+    begin(rank, folder, "store")
+    found: dict[str, Any] = {}
+    for name in names:
+        trainer = build(name)
+        found[name] = take_steps(trainer, rank, RANKS)
+        trainer._seed_everything(0)
+        found[name]["random"] = float(torch.rand(()))
+    dist.destroy_process_group()
+    torch.save(found, folder / f"rank_{rank}.pt")
+    if rank == 0:
+        torch.save({name: take_steps(build(name), 0, 1) for name in names}, folder / "alone.pt")
+
+
+class StoppedError(Exception):
+    """A training that was ended in its middle."""
+
+
+def run_training(rank: int, folder: Path, results: tuple[str, str], trainer_name: str) -> None:
+    """nnU-Net's own loaders, epochs, checkpoints and validation: once in one go, once stopped and continued."""
+    with pytest.MonkeyPatch.context() as patch, conftest.in_this_process(patch):
+        patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+        patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
+        begin(rank, folder, "training_store")
+        for number, (output, stop, go_on) in enumerate(
+            [(results[0], False, False), (results[1], True, False), (results[1], False, True)]
+        ):
+            patch.setenv("nnUNet_results", output)
+            trainer = get_trainer_from_args(
+                str(conftest.PHANTOM), conftest.CONFIGURATION, 0, trainer_name, continue_training=go_on
+            )
+            trainer.device, trainer.grad_scaler = torch.device("cpu"), None
+            maybe_load_checkpoint(trainer, go_on, False, None)
+            if stop:
+                trainer.on_epoch_end = functools.partial(_end_and_stop, trainer.on_epoch_end)
+            try:
+                trainer.run_training()
+            except StoppedError:
+                dist.barrier()
+                continue
+            if number == 0:
+                trainer.perform_actual_validation()
+        dist.destroy_process_group()
+
+
+def _end_and_stop(end: Callable[[], None]) -> None:
+    end()
+    raise StoppedError

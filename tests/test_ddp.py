@@ -1,0 +1,95 @@
+"""Trainings on several processes, as ``nnUNetv2_train -num_gpus 2`` starts them, on CPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import ddp_worker
+import pytest
+import torch
+from conftest import Folders
+
+from nnunetv2_mstkd import checkpoints, trainers
+
+NAMES = sorted(trainers.__all__)
+BY_GROUPS = {"MSTKDTrainer", "MedMAPMSTKDTrainer"}
+"""Their logit term is a mean over the foreground and one over the background of the batch, not a mean over samples, so
+that its mean over two ranks is not exactly that of the joined batch; and AdamW enlarges small differences."""
+
+
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Results of both ranks, and of one process on the joined batch, by trainer."""
+    folder = tmp_path_factory.mktemp("ddp")
+    torch.multiprocessing.spawn(ddp_worker.run_steps, (folder, NAMES), ddp_worker.RANKS)
+    return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("rank_0", "rank_1", "alone")}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_ranks_have_equal_weights_after_some_steps(steps, name):
+    first, second = steps["rank_0"][name]["state"], steps["rank_1"][name]["state"]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_weights_are_those_of_one_process_on_the_joined_batch(steps, name):
+    ranks, alone = steps["rank_0"][name]["state"], steps["alone"][name]["state"]
+    # nnU-Net gives the coarsest level of deep supervision the weight 1e-6 under DDP, and 0 without
+    tolerance = 2e-4 if name in BY_GROUPS else 2e-5
+    for key, value in alone.items():
+        torch.testing.assert_close(
+            ranks[key], value, rtol=0, atol=tolerance, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_weights_have_moved_and_the_ranks_saw_different_samples(steps, name):
+    first, second = steps["rank_0"][name], steps["rank_1"][name]
+    assert first["terms"] != second["terms"]
+    assert first["terms"][0][0] != first["terms"][-1][0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_mean_of_the_terms_is_that_of_the_joined_batch(steps, name):
+    ranks = torch.tensor([steps["rank_0"][name]["terms"], steps["rank_1"][name]["terms"]]).mean(0)
+    tolerance = 1e-4 if name in BY_GROUPS else 3e-6
+    torch.testing.assert_close(ranks, torch.tensor(steps["alone"][name]["terms"]), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_rank_draws_its_own_subsets(steps, name):
+    assert steps["rank_0"][name]["random"] != steps["rank_1"][name]["random"]
+
+
+def test_a_training_on_two_ranks_is_written_once_and_goes_on_where_it_was_stopped(models: Folders, tmp_path: Path):
+    other = tmp_path / "results_of_the_stopped_one"
+    dataset = models.results / models.dataset
+    student = models.fold("MSTKDTrainer").parent
+    for file in sorted(student.rglob("*"), reverse=True):  # the student of the fixture; its teacher stays
+        file.unlink() if file.is_file() else file.rmdir()
+    student.rmdir()
+    (other / models.dataset).mkdir(parents=True)
+    teacher = models.fold("MSTKDTeacherTrainer").parent
+    (other / models.dataset / teacher.name).symlink_to(teacher)
+
+    arguments = tmp_path, (str(models.results), str(other)), "MSTKDTrainer"
+    torch.multiprocessing.spawn(ddp_worker.run_training, arguments, ddp_worker.RANKS)
+
+    folder = dataset / student.name / "fold_0"
+    assert len(list(folder.glob("training_log_*.txt"))) == 1
+    assert sorted(path.name for path in folder.glob("checkpoint_*")) == ["checkpoint_best.pth", "checkpoint_final.pth"]
+    assert len(list((folder / "validation").glob("*.nii.gz"))) == 2
+    assert (folder / "validation" / "summary.json").is_file()
+
+    stopped = other / models.dataset / student.name / "fold_0"
+    assert len(list(stopped.glob("training_log_*.txt"))) == 2
+    whole, continued = (checkpoints.read(path / "checkpoint_final.pth") for path in (folder, stopped))
+    assert whole["network_weights"].keys() == continued["network_weights"].keys()
+    for key, value in whole["network_weights"].items():
+        assert torch.equal(value, continued["network_weights"][key]), key
+    assert not any(key.startswith("module.") for key in whole["network_weights"])
+    history = [content["logging"]["mean_fg_dice"] for content in (whole, continued)]
+    assert history[0] == history[1]
+    assert len(history[0]) == 2
