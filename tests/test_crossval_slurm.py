@@ -164,7 +164,7 @@ def test_jobs_wait_for_those_that_they_need(submit, model):
     second = Script(model, ("first",), name="second", code=check)
     jobs = submit(first, second)
     assert set(jobs) == {"first", "second"}
-    assert state_of(second)[0] == "running"
+    assert state_of(second)[0] == "queued"
     assert f"SLURM job {jobs['second']}" in state_of(second)[1]
     with pytest.raises(RunningStepError, match=f"first is run by SLURM job {jobs['first']}"):
         submit(first)

@@ -10,8 +10,9 @@ from nnunetv2_mstkd.commands.crossval import add_plan_arguments, steps_of
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd status`: which steps, as for `mstkd crossval`."""
     parser.description = (
-        "Show the steps of a cross-validation: done, running with the epoch that it is in, stopped, or waiting. Read "
-        "from nnU-Net's own logs and results, so trainings that were started by hand count too."
+        "Show the steps of a cross-validation: done, running with the epoch that it is in, queued behind others, "
+        "stopped, or waiting for a call. Read from nnU-Net's own logs and results, so trainings that were started by "
+        "hand count too."
     )
     add_plan_arguments(parser)
 

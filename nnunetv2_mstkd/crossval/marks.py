@@ -9,7 +9,7 @@ import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.crossval.steps import Step
 
@@ -18,6 +18,21 @@ UNKNOWN_TO_SLURM = ("invalid job id",)
 
 class RunningStepError(ValueError):
     """Somebody else runs a step; the message says who, and which file to remove if that is not so."""
+
+
+class Holder(NamedTuple):
+    """Who has a step.
+
+    Attributes
+    ----------
+    name:
+        for people.
+    waits:
+        it has not begun yet: it waits for other steps, or in SLURM's queue.
+    """
+
+    name: str
+    waits: bool = False
 
 
 @dataclass(frozen=True)
@@ -30,18 +45,18 @@ class Mark:
     def of(cls, step: Step) -> Mark:
         return cls(step.log.with_suffix(".running"))
 
-    def holder(self) -> str | None:
-        """Who runs the step, for people; None: nobody. The mark of a process or job that is gone does not count."""
+    def holder(self) -> Holder | None:
+        """Who has the step; None: nobody. The mark of a process or job that is gone does not count."""
         try:
             content = json.loads(self.file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
         except ValueError:  # being written
-            return f"a process that marked it in {self.file}"
+            return Holder(f"a process that marked it in {self.file}")
         return _holder(content)
 
-    def take(self, **more: Any) -> None:
-        """Mark the step as run by this process.
+    def take(self) -> None:
+        """Mark the step as one that this process will run.
 
         Raises
         ------
@@ -49,7 +64,7 @@ class Mark:
             if somebody else runs it.
         """
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        content = {"host": socket.gethostname(), **_process(os.getpid()), "since": _now(), **more}
+        content = {"host": socket.gethostname(), **_process(os.getpid()), "since": _now(), "waits": True}
         for _ in range(2):
             try:
                 with self.file.open("x", encoding="utf-8") as stream:
@@ -59,8 +74,8 @@ class Mark:
                 holder = self.holder()
                 if holder is not None:
                     raise RunningStepError(
-                        f"{self.file.stem} is run by {holder}; wait for it or stop it. If it does not run any more, "
-                        f"remove {self.file}"
+                        f"{self.file.stem} is run by {holder.name}; wait for it or stop it. If it does not run any "
+                        f"more, remove {self.file}"
                     ) from None
                 self.file.unlink(missing_ok=True)
         raise RunningStepError(f"{self.file.stem} was taken by another process just now")
@@ -93,13 +108,14 @@ def _start_of(pid: int) -> str | None:
         return None
 
 
-def _holder(content: dict[str, Any]) -> str | None:
+def _holder(content: dict[str, Any]) -> Holder | None:
+    waits = bool(content.get("waits"))
     since = f"since {content.get('since')}"
     if "job" in content:
         state = job_state(str(content["job"]))
-        return None if state is None else f"SLURM job {content['job']} ({state}), {since}"
+        return None if state is None else Holder(f"SLURM job {content['job']} ({state}), {since}", state == "PENDING")
     if content.get("host") != socket.gethostname():
-        return f"process {content.get('pid')} on {content.get('host')}, {since}"
+        return Holder(f"process {content.get('pid')} on {content.get('host')}, {since}", waits)
     pid = int(content.get("pid", 0))
     try:
         os.kill(pid, 0)
@@ -110,7 +126,7 @@ def _holder(content: dict[str, Any]) -> str | None:
     started = content.get("started")
     if started is not None and _start_of(pid) != started:
         return None
-    return f"process {pid} on this machine, {since}"
+    return Holder(f"process {pid} on this machine, {since}", waits)
 
 
 def job_state(job: str) -> str | None:

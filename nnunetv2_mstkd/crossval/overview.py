@@ -8,7 +8,7 @@ from nnunetv2_mstkd.crossval.local import last_line
 from nnunetv2_mstkd.crossval.marks import Mark
 from nnunetv2_mstkd.crossval.steps import Step, Train
 
-DONE, RUNNING, STOPPED, WAITING = "done", "running", "stopped", "waiting"
+DONE, RUNNING, QUEUED, STOPPED, WAITING = "done", "running", "queued", "stopped", "waiting"
 
 
 def state_of(step: Step) -> tuple[str, str]:
@@ -18,7 +18,7 @@ def state_of(step: Step) -> tuple[str, str]:
     progress = step.progress()
     holder = Mark.of(step).holder()
     if holder is not None:
-        return RUNNING, ", ".join(text for text in (progress, holder) if text)
+        return QUEUED if holder.waits else RUNNING, ", ".join(text for text in (progress, holder.name) if text)
     by_hand = isinstance(step, Train) and progress
     if by_hand or step.log.is_file():
         where = [f"last line of {step.log}: {last_line(step.log)}"] if step.log.is_file() else []
