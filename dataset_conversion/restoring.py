@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mstkd.dataset_conversion.completeness import check_complete
-from nnunetv2_mstkd.dataset_conversion.description import RECORD_KEY
+from nnunetv2_mstkd.dataset_conversion.description import HIGHEST_LABEL, RECORD_KEY
 from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, geometry_of, read_image
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
+from nnunetv2_mstkd.file_names import check_file_name
 
 ET = "ET"
 
@@ -58,7 +60,7 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
     record = dataset_json.get(RECORD_KEY)
     if not isinstance(record, Mapping):
         raise ValueError("dataset.json does not say how the labels were converted: it is not of mstkd convert")
-    classes = {str(name): int(value) for name, value in record.get("classes", {}).items()}
+    classes = _values(record.get("classes", {}), "classes")
     enhancing, small = classes.get(ET), record.get("small_et_becomes")
     if release is not None:
         target = RELEASES[release]
@@ -72,8 +74,25 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
         return Restoration(values, target.label_file, enhancing, small)
     if "release_values" not in record:
         raise ValueError("several values of the release became one in this data set, so there is no way back")
-    values = {int(written): int(own) for written, own in record["release_values"].items()}
-    return Restoration(values, record["label_file"], enhancing, small)
+    values = {int(written): own for written, own in _values(record["release_values"], "release_values").items()}
+    # the file may be a stranger's, and this is where the segmentations go
+    label_file = check_file_name(record.get("label_file"), f"label_file in {RECORD_KEY} of dataset.json")
+    if "{case}" not in label_file:
+        raise ValueError(f"label_file in {RECORD_KEY} of dataset.json is {label_file!r}, expected a name with {{case}}")
+    return Restoration(values, label_file, enhancing, small)
+
+
+def _values(table: Any, name: str) -> dict[str, int]:
+    """A table of labels, checked: they are written as uint8."""
+    wrong = not isinstance(table, Mapping) or any(
+        isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= HIGHEST_LABEL
+        for value in table.values()
+    )
+    if wrong or (name == "release_values" and any(not re.fullmatch(r"\d{1,3}", str(key)) for key in table)):
+        raise ValueError(
+            f"{name} in {RECORD_KEY} of dataset.json is {table!r}, expected labels from 0 to {HIGHEST_LABEL}"
+        )
+    return dict(table)
 
 
 def restore_file(

@@ -58,6 +58,9 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
             ) from error
     if not isinstance(content, Mapping) or "network_weights" not in content:
         raise ValueError(f"{path} is no nnU-Net checkpoint: it has no network_weights")
+    weights = content["network_weights"]
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} is no nnU-Net checkpoint: its network_weights are not a table of tensors")
     return dict(content)
 
 

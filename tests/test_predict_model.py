@@ -13,8 +13,9 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from predict_inputs import write_model
 
 from nnunetv2_mstkd import cli, trainers
-from nnunetv2_mstkd.inference.model import check_architecture, find_trainer, load_predictor
+from nnunetv2_mstkd.inference.model import find_trainer, load_predictor
 from nnunetv2_mstkd.inference.model_folder import find_checkpoints, find_model_folder, parse_folds
+from nnunetv2_mstkd.safe_plans import check_architecture
 
 CPU = torch.device("cpu")
 

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Restore all predictions; exit code 1 if some could not be, which are listed."""
     from nnunetv2_mstkd.commands.predict import refuse_same_folder
     from nnunetv2_mstkd.dataset_conversion.restoring import restoration, restore_file
-    from nnunetv2_mstkd.inference.model_folder import find_dataset_folder, read_json
+    from nnunetv2_mstkd.inference.model_folder import check_description, find_dataset_folder, read_json
 
     if not args.i.is_dir():
         raise FileNotFoundError(f"no folder {args.i}")
@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         raise FileNotFoundError(f"{args.i} has no dataset.json; name the data set: -d ID")
     dataset_json = read_json(file)
     how = restoration(dataset_json, args.release)
+    check_description(dataset_json, str(file))
     change = _post_processing(how, args.min_et)
     ending = dataset_json["file_ending"]
     predictions = [path for path in sorted(args.i.glob(f"*{ending}")) if not path.name.startswith(".")]

@@ -14,6 +14,7 @@ import pandas as pd
 from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, TRAINER, VALUE
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.evaluation.strips import CaseStrip, read_strip, write_strip
+from nnunetv2_mstkd.file_names import check_file_name
 from nnunetv2_mstkd.inference.record import write_json
 from nnunetv2_mstkd.modalities import SEPARATOR
 
@@ -112,7 +113,7 @@ class CaseRecords:
         write_json(file, {"weights": self._weights[fold], "subsets": subsets})
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
-        return self.folder / f"fold_{fold}" / f"{case}.{ending}"
+        return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"
 
 
 def table(

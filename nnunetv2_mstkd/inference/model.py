@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-import pydoc
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import dynamic_network_architectures
 import torch
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd import _register, checkpoints
-from nnunetv2_mstkd.inference.model_folder import find_checkpoints, read_json
+from nnunetv2_mstkd.inference.model_folder import check_description, find_checkpoints, read_json
+from nnunetv2_mstkd.safe_plans import open_plans
 
-NETWORK_PACKAGES = ("dynamic_network_architectures.architectures", "nnunetv2_mstkd.networks")
-LAYER_PACKAGES = ("torch.nn", "dynamic_network_architectures")
-"""Where the classes that plans.json names may come from."""
+TRUST = ". If you trust the model, --trust leaves the loading to nnU-Net"
 
 
 def load_predictor(
@@ -72,22 +67,29 @@ def load_predictor(
 
     contents = [_read_checkpoint(file) for file in files]
     name, configuration = _common(contents, files, "trainer_name"), _common(contents, files, "configuration")
-    manager = PlansManager(plans)
+    source = str(folder / "plans.json")
     if configuration not in plans.get("configurations", {}):
         raise ValueError(
-            f"{files[0]} was trained with the configuration {configuration!r}, which {folder / 'plans.json'} does not "
-            f"have: the files are of different models"
+            f"{files[0]} was trained with the configuration {configuration!r}, which {source} does not have: the files "
+            f"are of different models"
         )
-    settings = manager.get_configuration(configuration)
+    manager, settings = open_plans(plans, configuration, source, TRUST)
     _refuse_cascade(settings)
-    check_architecture(settings)
-    network = find_trainer(name).build_network_architecture(
-        manager,
-        settings,
-        determine_num_input_channels(manager, settings, dataset_json),
-        manager.get_label_manager(dataset_json).num_segmentation_heads,
-        enable_deep_supervision=False,
-    )
+    check_description(dataset_json, str(folder / "dataset.json"))
+    trainer = find_trainer(name)
+    try:
+        network = trainer.build_network_architecture(
+            manager,
+            settings,
+            determine_num_input_channels(manager, settings, dataset_json),
+            manager.get_label_manager(dataset_json).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+    except MemoryError:
+        raise
+    except Exception as error:  # the layers get whatever numbers the file has, and each complains in its own way
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{source} describes no network that {name} can build ({text})") from error
     weights = [content["network_weights"] for content in contents]
     # each one fits before the first case is predicted; the first fold's stay in, as in nnU-Net's own loader
     for file, tensors in reversed(list(zip(files, weights, strict=True))):
@@ -99,6 +101,8 @@ def load_predictor(
                 f"({str(error).splitlines()[0]}): the files are of different models"
             ) from error
     axes = contents[0].get("inference_allowed_mirroring_axes")
+    if axes is not None and not set(axes) <= set(range(len(settings.patch_size))):
+        raise ValueError(f"inference_allowed_mirroring_axes in {files[0]} is {axes!r}, expected axes of the patch")
     predictor.manual_initialization(network, manager, settings, weights, dataset_json, name, axes)
     return predictor
 
@@ -145,48 +149,13 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     return trainer
 
 
-def check_architecture(configuration: ConfigurationManager) -> None:
-    """Refuse plans whose network is made of anything but network layers: nnU-Net calls whatever they name.
-
-    Raises
-    ------
-    ValueError
-        naming the entry.
-    """
-    names = {"network_class_name": (configuration.network_arch_class_name, NETWORK_PACKAGES)}
-    for key in configuration.network_arch_init_kwargs_req_import:
-        if configuration.network_arch_init_kwargs.get(key) is not None:
-            names[key] = (configuration.network_arch_init_kwargs[key], LAYER_PACKAGES)
-    for key, (name, packages) in names.items():
-        found = _locate(name, packages)
-        # a name below torch.nn can still lead to os.system, through a module's own imports
-        if not (isinstance(found, type) and issubclass(found, torch.nn.Module)):
-            raise ValueError(
-                f"plans.json names {name!r} as {key}, expected a network layer of {' or '.join(packages)}; nothing was "
-                f"built. If you trust the model, --trust leaves the loading to nnU-Net"
-            )
-
-
-def _locate(name: Any, packages: Sequence[str]) -> Any:
-    if not isinstance(name, str) or not re.fullmatch(rf"({'|'.join(map(re.escape, packages))})(\.[A-Za-z]\w*)+", name):
-        return None
-    with contextlib.suppress(pydoc.ErrorDuringImport):
-        found = pydoc.locate(name)
-        if found is None and packages is NETWORK_PACKAGES:
-            # nnU-Net's own second try: older plans name modules that have moved since
-            folder = Path(dynamic_network_architectures.__path__[0], "architectures")
-            found = recursive_find_python_class(str(folder), name.rsplit(".", 1)[-1], NETWORK_PACKAGES[0])
-        return found
-    return None
-
-
 def _read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         content = checkpoints.read(file)
     except ValueError as error:
         if "is refused" not in str(error):
             raise
-        raise ValueError(f"{error}. If you trust the file, --trust leaves the loading to nnU-Net") from error
+        raise ValueError(f"{error}{TRUST}") from error
     try:
         content["configuration"] = content["init_args"]["configuration"]
         content["trainer_name"]

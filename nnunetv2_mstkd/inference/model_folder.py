@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.imageio.reader_writer_registry import (
-    determine_reader_writer_from_dataset_json,
-    recursive_find_reader_writer_by_name,
-)
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
+from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.nnunet_folders import nnunet_folder
+from nnunetv2_mstkd.safe_plans import find_class
 
 
 def find_dataset_folder(variable: str, dataset: str) -> Path:
@@ -122,7 +122,9 @@ def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any]
         naming what was looked for.
     """
     if model is not None:
-        return read_json(model / "dataset.json"), _reader(read_json(model / "plans.json")["image_reader_writer"])
+        plans_file = model / "plans.json"
+        dataset_json = check_description(read_json(model / "dataset.json"), str(model / "dataset.json"))
+        return dataset_json, _reader(read_json(plans_file).get("image_reader_writer"), str(plans_file))
     folders, problems = [], []
     for variable in ("nnUNet_preprocessed", "nnUNet_raw", "nnUNet_results"):
         try:
@@ -135,19 +137,44 @@ def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any]
     if not described:
         where = "; ".join(problems) if not folders else f"none in {', '.join(map(str, folders))}"
         raise FileNotFoundError(f"no dataset.json of data set {dataset}: {where}")
-    dataset_json = read_json(described[0] / "dataset.json")
+    description = described[0] / "dataset.json"
+    dataset_json = check_description(read_json(description), str(description))
     for folder in folders:  # the planner looked into the images to choose a reader; their ending alone says less
         for file in sorted(folder.glob("*.json")):
             with contextlib.suppress(ValueError):
                 name = read_json(file).get("image_reader_writer")
                 if name is not None:
-                    return dataset_json, _reader(name)
-    with contextlib.redirect_stdout(io.StringIO()):
-        return dataset_json, determine_reader_writer_from_dataset_json(dataset_json, verbose=False)
-
-
-def _reader(name: str) -> type[BaseReaderWriter]:
+                    return dataset_json, _reader(name, str(file))
+    name = dataset_json.get("overwrite_image_reader_writer", "None")
+    with contextlib.suppress(ValueError):  # as nnU-Net, which then goes by the ending
+        return dataset_json, _reader(name, str(description))
     try:
-        return recursive_find_reader_writer_by_name(name)
+        with contextlib.redirect_stdout(io.StringIO()):
+            return dataset_json, determine_reader_writer_from_file_ending(dataset_json["file_ending"], verbose=False)
     except RuntimeError as error:
-        raise ValueError(f"nnU-Net has no image reader {name!r}, which the plans name") from error
+        ending = dataset_json["file_ending"]
+        raise ValueError(f"nnU-Net has no image reader for {ending!r}, the file_ending in {description}") from error
+
+
+def _reader(name: Any, source: str) -> type[BaseReaderWriter]:
+    return find_class("image_reader_writer", name, source)
+
+
+def check_description(dataset_json: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return a dataset.json after a look at what every command reads from it.
+
+    Raises
+    ------
+    ValueError
+        naming the entry that is missing or impossible; a file ending that would lead into another folder is.
+    """
+    for key in ("labels", "file_ending"):
+        if key not in dataset_json:
+            raise ValueError(f"{source} has no {key}, so it is no complete dataset.json of nnU-Net v2")
+    ending = dataset_json["file_ending"]
+    if not isinstance(ending, str) or not re.fullmatch(r"(\.[A-Za-z0-9]+)+", ending):
+        raise ValueError(f"file_ending in {source} is {ending!r}, expected an ending such as .nii.gz")
+    if not isinstance(dataset_json["labels"], dict):
+        raise ValueError(f"labels in {source} is no table of names and values")
+    modality_names(dataset_json)
+    return dataset_json

@@ -302,12 +302,25 @@ class SettingsTrainer(nnUNetTrainer):
             stored = Settings.from_block(plans[BLOCK])
             self._refuse_other_network(stored, str(filename_or_checkpoint))
             self.adopt(stored)
-        super().load_checkpoint(filename_or_checkpoint)
+        self._restore(content)
         self._resumed = True
+        self.load_extra_state(content.get(BLOCK) or {})
+
+    def _restore(self, content: dict[str, Any]) -> None:
+        """What nnU-Net's own method takes from a checkpoint; that one unpickles the file, and takes no content."""
+        if not self.was_initialized:
+            self.initialize()
+        self.plain_network.load_state_dict(content["network_weights"])
+        self.optimizer.load_state_dict(content["optimizer_state"])
+        if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
+            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
+        self.my_init_kwargs = content["init_args"]
+        self.current_epoch = content["current_epoch"]
+        self.logger.load_checkpoint(content["logging"])
+        self.inference_allowed_mirroring_axes = content["inference_allowed_mirroring_axes"]
         # nnU-Net saves latest before it updates best: the log is ahead of _best_ema
         logged = self.logger.get_value("ema_fg_dice", step=None)
-        self._best_ema = max(logged) if len(logged) else self._best_ema
-        self.load_extra_state(content.get(BLOCK) or {})
+        self._best_ema = max(logged) if len(logged) else content["_best_ema"]
 
 
 class FullModalityTrainer(SettingsTrainer):

@@ -11,6 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.safe_plans import open_plans
 from nnunetv2_mstkd.settings import BLOCK
 
 FINISHED = "checkpoint_final.pth"
@@ -147,21 +148,25 @@ def load_teacher(
         if file or teacher do not fit; the message names the difference with both values.
     """
     content = checkpoints.read(path)
-    arguments = content["init_args"]
-    if content["trainer_name"] != trainer.__name__:
-        raise ValueError(f"teacher {path} was trained with {content['trainer_name']}, expected {trainer.__name__}")
-    plans = PlansManager(arguments["plans"])
-    configuration = plans.get_configuration(arguments["configuration"])
+    try:
+        found, arguments = content["trainer_name"], content["init_args"]
+        given_plans, name, teacher_json = (arguments[key] for key in ("plans", "configuration", "dataset_json"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"teacher {path} is no checkpoint of nnU-Net v2: it has no {error}") from error
+    if found != trainer.__name__:
+        raise ValueError(f"teacher {path} was trained with {found}, expected {trainer.__name__}")
+    # a teacher may come from elsewhere: what its plans name is looked at before anything is built from them
+    plans, configuration = open_plans(given_plans, name, f"teacher {path}")
     _compare(
         path,
-        _facts(plans, configuration, arguments["dataset_json"], (content.get(BLOCK) or {}).get("split")),
+        _facts(plans, configuration, teacher_json, (content.get(BLOCK) or {}).get("split")),
         _facts(student_plans, student_configuration, dataset_json, split),
     )
     network = trainer.build_network_architecture(
         plans,
         configuration,
-        determine_num_input_channels(plans, configuration, arguments["dataset_json"]),
-        plans.get_label_manager(arguments["dataset_json"]).num_segmentation_heads,
+        determine_num_input_channels(plans, configuration, teacher_json),
+        plans.get_label_manager(teacher_json).num_segmentation_heads,
         enable_deep_supervision=False,
     )
     weights = content["network_weights"]
