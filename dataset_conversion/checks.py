@@ -32,6 +32,10 @@ from nnunetv2_mstkd.dataset_conversion.releases import meaning_of_value
 
 FULL, HEADER = "full", "header"
 LEVELS = (FULL, HEADER)
+HEADER_BYTES = 348
+"""Of NIfTI-1."""
+PROBES = 10_000
+"""So many voxels of a label tell how much of it lies outside."""
 MAX_OUTSIDE = 0.1
 """Share of a label's voxels that may lie where every image is zero; masks cross the edge of the brain a little."""
 
@@ -54,7 +58,7 @@ class Checked:
         Files whose bytes can be used as they are: ``.nii.gz``, one volume, exactly on this grid, for a label also whole
         numbers that need no other values.
     label
-        The values to write, uint8 in SimpleITK's order (z, y, x), where the file cannot be used as it is.
+        The label as it was read, where its file cannot be used as it is.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -62,7 +66,7 @@ class Checked:
     geometry: Geometry | None = None
     absent: tuple[bool, ...] = ()
     as_is: frozenset[Path] = frozenset()
-    label: np.ndarray | None = None
+    label: sitk.Image | None = None
 
 
 class Forms(NamedTuple):
@@ -75,6 +79,20 @@ class Forms(NamedTuple):
     def preferred(self) -> np.ndarray | None:
         """As nibabel and most tools choose."""
         return self.qform if self.sform is None else self.sform
+
+
+class Header(NamedTuple):
+    """What the beginning of a NIfTI file says."""
+
+    forms: Forms
+    num_bytes: int
+    """of the whole file, uncompressed"""
+    geometry: Geometry
+    is_float: bool
+
+
+Headers = dict[bytes, Header]
+"""Headers by the bytes that they are made of: in most cases all files have the same, which ITK then reads once."""
 
 
 class _File(NamedTuple):
@@ -99,6 +117,7 @@ def check_case(
     level: str = FULL,
     allow_missing: bool = False,
     max_outside: float = MAX_OUTSIDE,
+    headers: Headers | None = None,
 ) -> Checked:
     """Check one case.
 
@@ -115,6 +134,8 @@ def check_case(
         Take an image that is zero everywhere for an absent modality.
     max_outside
         Share of a label's voxels that may lie where every image is zero.
+    headers
+        Those of cases checked before, to which this case's are added: ITK need not read them again.
 
     Returns
     -------
@@ -123,44 +144,45 @@ def check_case(
     checked = Checked()
     as_is: set[Path] = set()
     files: dict[str, _File] = {}
+    headers = {} if headers is None else headers
     foreground: np.ndarray | None = None
     if case.label is not None:
         try:
-            file = _read(case.label, FULL if level == FULL or _may_change(description) else HEADER)
+            file = _read(case.label, FULL if level == FULL or _may_change(description) else HEADER, headers)
             if file.is_float and file.voxels is None:
-                file = _read(case.label, FULL)
+                file = _read(case.label, FULL, headers)
             same = True
             if file.voxels is not None:
                 foreground, values = _label_values(file.voxels, description)
                 same = not file.is_float and all(description.value_map[value] == value for value in values)
-                if not same:
-                    checked.label = _mapped(file.voxels, foreground, description)
             if same and case.label.name.endswith(FILE_ENDING):
                 as_is.add(case.label)
-            elif checked.label is None and file.voxels is not None:
-                checked.label = file.voxels.astype(np.uint8)
+            else:
+                checked.label = file.image
             files[LABEL] = file.without_voxels()
         except ValueError as error:
             checked.problems.append(f"{LABEL} ({case.label.name}) {error}")
 
     absent: dict[str, bool] = {}
-    inside = None if foreground is None or level != FULL else np.zeros(foreground.size, bool)
-    for name, path, voxels, file in _images(case, description, level, checked):
+    probes = None if foreground is None or level != FULL else foreground[:: max(1, foreground.size // PROBES)]
+    inside = None if probes is None else np.zeros(probes.size, bool)
+    for name, path, voxels, file in _images(case, description, level, headers, checked):
         if file is None:
             absent[name] = True
             continue
         zero = False
         if voxels is not None:
-            low, high = voxels.min(), voxels.max()
-            zero = bool(low == high == 0)
-            if low == high and not zero:
-                checked.problems.append(f"{name} ({path.name}) is constant, {low:g} everywhere")
+            value = _only_value(voxels)
+            zero = value == 0
+            if value is not None and not zero:
+                checked.problems.append(f"{name} ({path.name}) is constant, {value:g} everywhere")
             if zero and not allow_missing:
                 checked.problems.append(f"{name} ({path.name}) is zero everywhere; --allow-missing keeps such a case")
-            if not zero and inside is not None and inside.size and voxels.size >= foreground[-1] + 1:
-                inside |= voxels.reshape(-1)[foreground] != 0
+            if not zero and inside is not None and inside.size and voxels.size > probes[-1]:
+                inside |= voxels.reshape(-1)[probes] != 0
         absent[name] = zero
         files[name] = file
+        del voxels
         if path.name.endswith(FILE_ENDING) and not description.stack:
             as_is.add(path)
     checked.absent = tuple(absent.get(name, False) for name in description.modalities)
@@ -183,7 +205,7 @@ def check_case(
     return checked
 
 
-def _images(case: Case, description: Description, level: str, checked: Checked):
+def _images(case: Case, description: Description, level: str, headers: Headers, checked: Checked):
     """Yield modality, path, voxels (full level) and file of each channel; a file of several is read once."""
     stacked: _File | None = None
     for channel, (name, path) in enumerate(zip(description.modalities, case.images, strict=True)):
@@ -193,7 +215,7 @@ def _images(case: Case, description: Description, level: str, checked: Checked):
         if description.stack and channel and stacked is None:
             continue  # it could not be read, and that was said
         try:
-            file = stacked or _read(path, level, volumes=len(description.stack))
+            file = stacked or _read(path, level, headers, volumes=len(description.stack))
         except ValueError as error:
             checked.problems.append(f"{name if not description.stack else 'image'} ({path.name}) {error}")
             continue
@@ -203,12 +225,21 @@ def _images(case: Case, description: Description, level: str, checked: Checked):
         if voxels is not None and description.stack:
             voxels = voxels[description.stack.index(name)]
         yield name, path, voxels, file.without_voxels()
+        del file, voxels  # so that the next image takes this one's memory: getting new memory costs as much as reading
+
+
+def _only_value(voxels: np.ndarray) -> float | None:
+    """The value of a constant image; None for all others, most of which a few voxels tell."""
+    some = voxels.reshape(-1)[::PROBES]
+    if some.min() != some.max() or voxels.min() != voxels.max():
+        return None
+    return float(some[0])
 
 
 # ---- one file ------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, level: str, *, volumes: int = 0) -> _File:
+def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> _File:
     """Read one file and refuse it if it is damaged, holds NaN or several images.
 
     Raises
@@ -216,59 +247,72 @@ def _read(path: Path, level: str, *, volumes: int = 0) -> _File:
     ValueError
         The message begins with a verb.
     """
-    is_nifti = path.name.lower().endswith(NIFTI_ENDINGS)
-    image, voxels = None, None
-    if level == FULL:
-        try:
-            image = read_image(path)
-        except ValueError:
-            check_complete(path)  # has a better reason for most
-            raise
-        geometry, pixel = geometry_of(image, volumes=volumes), image.GetPixelID()
-        voxels = sitk.GetArrayViewFromImage(image)
-        # ITK turns NaN into 0, so that the checksum of what it read proves that there was none
-        if not is_proven_whole(path, voxels):
-            bad = max(check_complete(path), count_not_finite(voxels) if voxels.dtype.kind == "f" else 0)
-            if bad:
-                raise ValueError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
-    else:
+    if level == HEADER:
+        checksum, header = _ends(path, headers, volumes)
+        if header is not None:
+            return _File(header.geometry, header.forms, header.is_float, checksum, None)
         reader = image_reader(path)
-        geometry, pixel = geometry_of(reader, volumes=volumes), reader.GetPixelID()
-    checksum, forms = b"", None
-    if is_nifti:
-        checksum, forms = _ends(path, FULL if level == FULL else HEADER)
-    return _File(geometry, forms, pixel in (sitk.sitkFloat32, sitk.sitkFloat64), checksum, voxels, image)
+        return _File(geometry_of(reader, volumes=volumes), None, _is_float(reader), b"", None)
+    try:
+        image = read_image(path)
+    except ValueError:
+        check_complete(path)  # has a better reason for most
+        raise
+    geometry = geometry_of(image, volumes=volumes)
+    voxels = sitk.GetArrayViewFromImage(image)
+    # ITK turns NaN into 0, so that the checksum of what it read proves that there was none
+    if not is_proven_whole(path, voxels):
+        bad = max(check_complete(path), count_not_finite(voxels) if voxels.dtype.kind == "f" else 0)
+        if bad:
+            raise ValueError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
+    checksum, header = _ends(path, headers, volumes)
+    return _File(geometry, header.forms if header else None, _is_float(image), checksum, voxels, image)
 
 
-def _ends(path: Path, level: str) -> tuple[bytes, Forms | None]:
-    """Checksum and length at the end of a ``.nii.gz`` file, and the forms at its beginning.
+def _is_float(image: sitk.Image | sitk.ImageFileReader) -> bool:
+    return image.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64)
 
-    At header level a file whose end does not fit its beginning is refused: it was cut off, or is made of several parts
-    and must be looked at in full.
+
+def _ends(path: Path, headers: Headers, volumes: int) -> tuple[bytes, Header | None]:
+    """Checksum and length from the end of a ``.nii.gz`` file and the header of a NIfTI-1 file; None for other formats.
+
+    A file whose end does not fit its beginning was cut off, or is made of several parts: all of it is read to find out.
     """
-    compressed = path.name.lower().endswith(".gz")
+    name = path.name.lower()
+    if not name.endswith(NIFTI_ENDINGS):
+        return b"", None
+    compressed = name.endswith(".gz")
     try:
         with path.open("rb") as file:
             start = file.read(4096)
             size = file.seek(0, 2)
             file.seek(-8, 2)
             end = file.read()
-        header_bytes = zlib.decompressobj(GZIP).decompress(start, 352) if compressed else start[:352]
-        header = nibabel.Nifti1Header(header_bytes[:348], check=False)
-        if int(header["sizeof_hdr"]) != 348:
-            return b"", None  # NIfTI-2: left to the readers
-        expected = int(header["vox_offset"]) + int(np.prod(header.get_data_shape())) * header.get_data_dtype().itemsize
-        forms = Forms(
-            header.get_qform() if header["qform_code"] > 0 else None,
-            header.get_sform() if header["sform_code"] > 0 else None,
-        )
-    except (OSError, zlib.error, ValueError, nibabel.spatialimages.HeaderDataError) as error:
+        header = zlib.decompressobj(GZIP).decompress(start, HEADER_BYTES) if compressed else start[:HEADER_BYTES]
+        # all but names, times and ranges of values
+        key = header[40:124] + header[252:HEADER_BYTES]
+        if key not in headers:
+            fields = nibabel.Nifti1Header(header, check=False)
+            if int(fields["sizeof_hdr"]) != HEADER_BYTES:
+                return b"", None  # NIfTI-2: left to the readers
+            voxels = int(np.prod(fields.get_data_shape(), dtype=np.int64))
+            reader = image_reader(path)
+            headers[key] = Header(
+                Forms(
+                    fields.get_qform() if fields["qform_code"] > 0 else None,
+                    fields.get_sform() if fields["sform_code"] > 0 else None,
+                ),
+                int(fields["vox_offset"]) + voxels * fields.get_data_dtype().itemsize,
+                geometry_of(reader, volumes=volumes),
+                _is_float(reader),
+            )
+    except (OSError, zlib.error, nibabel.spatialimages.HeaderDataError) as error:
         raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from error
-    if level == HEADER:
-        length = int.from_bytes(end[4:], "little") if compressed else size
-        if (length != expected % (1 << 32)) if compressed else (length < expected):
-            check_complete(path)
-    return end if compressed else b"", forms
+    found = headers[key]
+    length = int.from_bytes(end[4:], "little") if compressed else size
+    if (length != found.num_bytes % (1 << 32)) if compressed else (length < found.num_bytes):
+        check_complete(path)
+    return end if compressed else b"", found
 
 
 # ---- labels --------------------------------------------------------------------------------------------------------
@@ -293,7 +337,7 @@ def _may_change(description: Description) -> bool:
 def _label_values(voxels: np.ndarray, description: Description) -> tuple[np.ndarray, list[int]]:
     """Indices of the voxels that are not zero, and all values."""
     flat = voxels.reshape(-1)
-    foreground = np.flatnonzero(flat)
+    foreground = _nonzero(flat)
     values = np.unique(flat[foreground])
     if values.dtype.kind == "f":
         whole = np.isfinite(values) & (values == np.rint(values))
@@ -312,6 +356,18 @@ def _label_values(voxels: np.ndarray, description: Description) -> tuple[np.ndar
     if 0 in found and 0 not in allowed:
         raise ValueError(f"holds the undeclared value 0, declared are {sorted(allowed)}")
     return foreground, found
+
+
+def _nonzero(flat: np.ndarray) -> np.ndarray:
+    """``np.flatnonzero``, several times faster where most of the array is zero, as in a label."""
+    words = flat.nbytes // 8
+    per_word = 8 // flat.itemsize
+    if not flat.flags.c_contiguous or per_word < 2:
+        return np.flatnonzero(flat)
+    candidates = np.flatnonzero(flat[: words * per_word].view(np.uint64))
+    indices = (candidates[:, None] * per_word + np.arange(per_word)).reshape(-1)
+    indices = np.concatenate([indices, np.arange(words * per_word, flat.size)])
+    return indices[flat[indices] != 0]
 
 
 def _mapped(voxels: np.ndarray, foreground: np.ndarray, description: Description) -> np.ndarray:
@@ -342,6 +398,8 @@ def _compare(
         checked.problems += [f"{name} has {text} as in {first}; resample it to the same grid" for text in differences]
         if not differences and file.forms is not None and reference.forms is not None:
             mine, theirs = reference.forms.preferred, file.forms.preferred
+            if mine is theirs:
+                continue
             if mine is not None and theirs is not None and not np.allclose(mine, theirs, rtol=0, atol=TOLERANCE):
                 checked.problems.append(
                     f"{name} lies elsewhere than {first} for readers that prefer the sform to the qform, though not "
@@ -354,7 +412,7 @@ def _compare(
     checked.problems += [f"{' and '.join(names)} hold the same image" for names in by_checksum.values() if names[1:]]
 
     forms = [file.forms for file in files.values() if file.forms is not None]
-    if any(each.sform is None for each in forms):
+    if any(each.sform is None and each.qform is not None for each in forms):
         checked.notes.append("sform_code 0: only the qform says where a file lies")
     if any(
         each.sform is not None

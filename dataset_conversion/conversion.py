@@ -6,131 +6,27 @@ import json
 import os
 import re
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from nnunetv2_mstkd.dataset_conversion import splits as folds
 from nnunetv2_mstkd.dataset_conversion.cases import Case, Found, find_cases
-from nnunetv2_mstkd.dataset_conversion.checks import FULL, HEADER, MAX_OUTSIDE, check_case
+from nnunetv2_mstkd.dataset_conversion.checks import FULL, Headers, check_case
 from nnunetv2_mstkd.dataset_conversion.description import Description
+from nnunetv2_mstkd.dataset_conversion.finished import check_finished
+from nnunetv2_mstkd.dataset_conversion.job import Options, Report, count, for_each, part_of, problem_lines
 from nnunetv2_mstkd.dataset_conversion.progress import (
     CaseRecord,
     Progress,
+    file_state,
     fingerprint,
-    read_record,
     write_record,
 )
 from nnunetv2_mstkd.dataset_conversion.writing import COPY, REFERENCE, write_case
 from nnunetv2_mstkd.nnunet_folders import nnunet_folder
-
-DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to convert.
-
-    Attributes
-    ----------
-    mode
-        ``"copy"``, ``"link"`` or ``"reference"``.
-    verify
-        ``"full"`` or ``"header"``; None: full, but header for a data set that is already finished.
-    allow_missing
-        Keep cases without some modalities, as zero images.
-    strict
-        Write nothing if any case has a problem, in place of leaving that case out.
-    unlabelled_as_test
-        Take cases without a label as test cases.
-    follow_links
-        Accept files outside the source to which links lead.
-    max_outside
-        Share of a label's voxels that may lie where every image is zero.
-    test_fraction
-        Share of the patients to draw as test cases; 0 for none.
-    seed
-        Of test cases and folds.
-    folds
-        Their number; None for nnU-Net's five, or one per patient where there are fewer.
-    val_cases
-        One fold that validates on these.
-    split_lists
-        Files of published splits, for :func:`nnunetv2_mstkd.dataset_conversion.splits.read_lists`.
-    write_splits
-        False leaves the folds to nnU-Net.
-    overwrite
-        Replace what is there.
-    workers
-        Cases at a time.
-    progress
-        Show a bar where there is a terminal to see it.
-    """
-
-    mode: str = COPY
-    verify: str | None = None
-    allow_missing: bool = False
-    strict: bool = False
-    unlabelled_as_test: bool = False
-    follow_links: bool = False
-    max_outside: float = MAX_OUTSIDE
-    test_fraction: float = 0.0
-    seed: int = folds.SEED
-    folds: int | None = None
-    val_cases: Sequence[str] = ()
-    split_lists: Sequence[Path] = ()
-    write_splits: bool = True
-    overwrite: bool = False
-    workers: int = DEFAULT_WORKERS
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        if self.workers < 1:
-            raise ValueError(f"--workers is {self.workers}, expected at least 1")
-        if not 0 <= self.max_outside <= 1:
-            raise ValueError(f"--max-outside is {self.max_outside:g}, expected 0 to 1")
-        ways = [self.folds is not None, bool(self.val_cases), bool(self.split_lists), not self.write_splits]
-        if sum(ways) > 1:
-            raise ValueError("found several of --folds, --val-cases, --splits and --no-splits, expected one of them")
-        if self.split_lists and self.test_fraction:
-            raise ValueError("found --splits and --test-fraction, expected one of them: lists name their test cases")
-
-
-@dataclass
-class Report:
-    """What came of a conversion.
-
-    Attributes
-    ----------
-    folder
-        The data set.
-    cases
-        All cases in it.
-    skipped
-        Cases left out -> why.
-    notes
-        Line -> cases that it is true of; none for lines about all.
-    splits_file
-        ``splits_final.json``, if it was written or is as asked for.
-    resumed
-        How many cases an interrupted run had finished.
-    was_finished
-        Whether the data set was there and everything in it is as asked for.
-    """
-
-    folder: Path
-    cases: list[CaseRecord] = field(default_factory=list)
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    splits_file: Path | None = None
-    resumed: int = 0
-    was_finished: bool = False
 
 
 def convert(source: Path, description: Description, dataset: str, options: Options | None = None) -> Report:
@@ -194,7 +90,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
 
     report = Report(target, notes={note: [] for note in found.notes})
     if target.exists() and not options.overwrite:
-        _check_finished(target, source, description, settings, found, options, report)
+        check_finished(target, source, description, settings, found, options, report)
     else:
         _refuse_other_splits(splits_file, options)
         _convert(target, source, description, settings, found, options, report)
@@ -227,16 +123,6 @@ def dataset_name(dataset_id: int, name: str) -> str:
             "underscore, at which nnU-Net splits the names of its results"
         )
     return f"Dataset{dataset_id:03d}_{name}"
-
-
-def count(things: Sized, noun: str) -> str:
-    """``2 cases``."""
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
-
-
-def problem_lines(problems: Mapping[str, Sequence[str]]) -> list[str]:
-    """One line for each problem of each case."""
-    return [f"{case}: {line}" for case in sorted(problems) for line in problems[case]]
 
 
 # ---- before anything is written ------------------------------------------------------------------------------------
@@ -351,19 +237,21 @@ def _convert(
         for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
             (unfinished / part).mkdir(parents=True, exist_ok=True)
         level = options.verify or FULL
+        headers: Headers = {}
 
         def work(case: Case) -> CaseRecord:
             sources = fingerprint(case, source)
             known = progress.done.get(case.name)
-            if known is not None and dict(known.sources) == sources and known.part == _part(case):
+            if known is not None and dict(known.sources) == sources and known.part == part_of(case):
                 return known
-            record = CaseRecord(case.name, _part(case), description.patient_of(case.name), sources)
+            record = CaseRecord(case.name, part_of(case), description.patient_of(case.name), sources)
             checked = check_case(
                 case,
                 description,
                 level=level,
                 allow_missing=options.allow_missing,
                 max_outside=options.max_outside,
+                headers=headers,
             )
             if checked.problems:
                 return replace(record, problems=checked.problems)
@@ -375,55 +263,25 @@ def _convert(
                 missing=[name for name, gone in zip(description.modalities, checked.absent, strict=True) if gone],
                 notes=checked.notes,
             )
-            record = replace(record, sizes=[(unfinished / name).stat().st_size for name in record.written])
+            record = replace(record, states=[file_state(unfinished / name) for name in record.written])
             progress.add(record)
             return record
 
         before = dict(progress.done)
         skipped = dict(found.problems)
         finished = []
-        for record in _for_each(found.cases, work, options, "converting"):
+        for record in for_each(found.cases, work, options, "converting"):
             if record.problems:
                 skipped[record.name] = record.problems
                 continue
             report.resumed += record is before.get(record.name)
             finished.append(record)
-        finished.sort(key=lambda record: record.name)
         if not any(record.part == "Tr" for record in finished) or (options.strict and skipped):
             _refuse(skipped)
-        _fill_report(report, finished, skipped)
-        _finish(unfinished, target.name, description, settings, finished, skipped, options)
+        report.fill(finished, skipped)
+        _finish(unfinished, target.name, description, settings, report, options)
         _replace(target, unfinished, scratch / "old")
     shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _part(case: Case) -> str:
-    return "Ts" if case.is_test else "Tr"
-
-
-def _for_each(
-    cases: Sequence[Case], work: Callable[[Case], CaseRecord], options: Options, what: str
-) -> Iterator[CaseRecord]:
-    """Yield ``work(case)`` as the cases get done; an interrupt waits for those at work only."""
-    pool = ThreadPoolExecutor(options.workers)  # threads do: reading and writing release the interpreter's lock
-    try:
-        futures: list[Future[CaseRecord]] = [pool.submit(work, case) for case in cases]
-        disable = None if options.progress else True
-        for future in tqdm(as_completed(futures), what, len(cases), unit="case", disable=disable, leave=False):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _fill_report(report: Report, finished: Sequence[CaseRecord], skipped: Mapping[str, list[str]]) -> None:
-    report.cases, report.skipped = list(finished), dict(skipped)
-    notes = defaultdict(list, report.notes)
-    for record in finished:
-        for note in record.notes:
-            notes[note].append(record.name)
-        if record.missing:
-            notes[f"no {', no '.join(record.missing)}: zero images"].append(record.name)
-    report.notes = dict(notes)
 
 
 def _finish(
@@ -431,12 +289,11 @@ def _finish(
     dataset: str,
     description: Description,
     settings: Mapping[str, Any],
-    finished: Sequence[CaseRecord],
-    skipped: Mapping[str, list[str]],
+    report: Report,
     options: Options,
 ) -> None:
     """Remove what belongs to no finished case and write the two tables of contents."""
-    wanted = {name for record in finished for name in record.written}
+    wanted = {name for record in report.cases for name in record.written}
     for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
         for path in list((folder / part).iterdir()):
             if f"{part}/{path.name}" not in wanted:
@@ -444,12 +301,12 @@ def _finish(
         if part.endswith("Ts") or options.mode == REFERENCE:
             with suppress(OSError):  # there is something in it
                 (folder / part).rmdir()
-    training = [record for record in finished if record.part == "Tr"]
+    training = [record for record in report.cases if record.part == "Tr"]
     content = {"name": dataset, **description.dataset_json(len(training))}
     if options.mode == REFERENCE:
         content["dataset"] = {record.name: {"images": record.images, "label": record.label} for record in training}
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    write_record(folder, settings, finished, skipped)
+    write_record(folder, settings, report.cases, report.skipped)
 
 
 def _replace(target: Path, unfinished: Path, old: Path) -> None:
@@ -480,81 +337,3 @@ def locked(scratch: Path) -> Iterator[None]:
         except OSError as error:
             raise FileExistsError(f"another process is writing {scratch}; wait for it") from error
         yield
-
-
-# ---- a data set that is already there ------------------------------------------------------------------------------
-
-
-def _check_finished(
-    target: Path,
-    source: Path,
-    description: Description,
-    settings: Mapping[str, Any],
-    found: Found,
-    options: Options,
-    report: Report,
-) -> None:
-    """Compare a finished data set with what this run would write, and verify its files."""
-    known = read_record(target)
-    if known is None:
-        raise FileExistsError(f"{target} is already there; --overwrite replaces it")
-    was, records, skipped = known
-    changed = [name for name in settings if was.get(name) != settings[name]]
-    if changed:
-        raise FileExistsError(f"{target} is already there with another {changed[0]}; --overwrite replaces it")
-    names = {case.name for case in found.cases} | set(found.problems)
-    gone, new = sorted(set(records) - names), sorted(names - set(records) - set(skipped))
-    if gone or new:
-        raise FileExistsError(
-            f"{target} is already there with other cases ({len(new)} new, {len(gone)} gone, such as "
-            f"{(new + gone)[0]}); --overwrite replaces it"
-        )
-    by_name = {case.name: case for case in found.cases}
-    level = options.verify or HEADER
-
-    def work(case: Case) -> CaseRecord:
-        record = records[case.name]
-        if dict(record.sources) != fingerprint(case, source) or record.part != _part(case):
-            return replace(record, problems=["its files have changed since it was converted"])
-        return replace(record, problems=_verify_written(target, record, description, level, options))
-
-    cases = [by_name[name] for name in records if name in by_name]
-    bad = {name: lines for name, lines in found.problems.items() if name in records}
-    finished = []
-    for record in _for_each(cases, work, options, "verifying"):
-        if record.problems:
-            bad[record.name] = record.problems
-        else:
-            finished.append(record)
-    for name in sorted(set(skipped) & set(by_name)):
-        check = check_case(
-            by_name[name], description, allow_missing=options.allow_missing, max_outside=options.max_outside
-        )
-        if not check.problems:
-            bad[name] = ["it was left out, but is good now"]
-    if bad:
-        lines = problem_lines(bad)
-        raise FileExistsError(f"{target} is not as it should be; --overwrite makes it again:\n  " + "\n  ".join(lines))
-    report.was_finished = True
-    _fill_report(report, sorted(finished, key=lambda record: record.name), skipped)
-
-
-def _verify_written(
-    target: Path, record: CaseRecord, description: Description, level: str, options: Options
-) -> list[str]:
-    """Check the files of one case in a finished data set."""
-    paths = [target / name for name in record.written]  # an absolute path stays as it is
-    lost = [path for path in paths if not path.is_file()]
-    if lost:
-        return [f"{lost[0]} is gone"]
-    other = [path for path, size in zip(paths, record.sizes, strict=True) if path.stat().st_size != size]
-    if other:
-        return [f"{other[0]} has another size than when it was written"]
-    images = tuple(
-        None if modality in record.missing else path
-        for modality, path in zip(description.modalities, paths, strict=False)
-    )
-    case = Case(record.name, images, paths[-1] if record.label else None, record.part == "Ts")
-    written = replace(description, stack=(), remap={})
-    checked = check_case(case, written, level=level, allow_missing=True, max_outside=options.max_outside)
-    return checked.problems

@@ -11,16 +11,9 @@ from pathlib import Path
 from nnunetv2_mstkd.cli import run_and_report
 from nnunetv2_mstkd.dataset_conversion import splits as folds
 from nnunetv2_mstkd.dataset_conversion.checks import LEVELS, MAX_OUTSIDE
-from nnunetv2_mstkd.dataset_conversion.conversion import (
-    DEFAULT_WORKERS,
-    Options,
-    Report,
-    convert,
-    count,
-    dataset_name,
-    problem_lines,
-)
+from nnunetv2_mstkd.dataset_conversion.conversion import convert, dataset_name
 from nnunetv2_mstkd.dataset_conversion.description import Description
+from nnunetv2_mstkd.dataset_conversion.job import DEFAULT_WORKERS, Options, Report, count, problem_lines
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
 from nnunetv2_mstkd.dataset_conversion.writing import COPY, LINK, REFERENCE
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import threading
+import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -29,8 +30,8 @@ class CaseRecord:
         File (relative to the source where it lies in it) -> size in bytes and time of change in nanoseconds.
     images, label
         As :class:`nnunetv2_mstkd.dataset_conversion.writing.Written` has them.
-    sizes
-        Bytes of the files in the data set, in the order of images and label.
+    states
+        Size and checksum of both ends (see :func:`file_state`) of the files in the data set, images first, then label.
     missing
         Modalities that are zero images.
     notes
@@ -45,7 +46,7 @@ class CaseRecord:
     sources: Mapping[str, list[int]]
     images: list[str] = field(default_factory=list)
     label: str | None = None
-    sizes: list[int] = field(default_factory=list)
+    states: list[list[int]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
@@ -64,6 +65,15 @@ def fingerprint(case: Case, source: Path) -> dict[str, list[int]]:
         name = str(path.relative_to(source)) if path.is_relative_to(source) else str(path)
         found[name] = [state.st_size, state.st_mtime_ns]
     return found
+
+
+def file_state(path: Path) -> list[int]:
+    """Size of a file and checksum of its ends: the header, and in a ``.nii.gz`` file the checksum of the image."""
+    with path.open("rb") as file:
+        start = file.read(4096)
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 8))
+        return [size, zlib.crc32(file.read(), zlib.crc32(start))]
 
 
 class Progress:

@@ -70,9 +70,8 @@ def write_case(case: Case, checked: Checked, description: Description, folder: P
         if case.label in checked.as_is:
             label = _place(case.label, folder, label, mode)
         else:
-            values = checked.label
-            if values is None:
-                values = label_values(sitk.GetArrayFromImage(read_image(case.label)), description)
+            stored = checked.label if checked.label is not None else read_image(case.label)
+            values = label_values(sitk.GetArrayViewFromImage(stored), description)
             _write(sitk.GetImageFromArray(values), checked.geometry, folder / label)
     return Written(images, label)
 

@@ -143,6 +143,28 @@ def test_the_script_does_what_the_sub_command_does(nnunet, source, monkeypatch, 
     assert dataset_json(nnunet)["mstkd_conversion"]["release"] == release
 
 
+def test_values_and_regions_of_the_releases():
+    """Written down once more: a slip in the table is a wrong model."""
+    values = {
+        "NCR 1, ED 2, ET 4": {"brats2018", "brats2019", "brats2020", "brats2021", "fets2022", "fets2024"},
+        "NCR 1, ED 2, ET 3": {f"brats2023_{task}" for task in ("gli", "ssa", "met", "ped", "men")},
+        "NCR 1, ED 2, ET 3, RC 4": {"brats2024_gli", "brats2025_met"},
+        "ET 1, NET 2, CC 3, ED 4": {"brats2024_ped"},
+        "ED 1, NCR 2, ET 3": {"msd_task01"},
+    }
+    for text, names in values.items():
+        for name in names:
+            listed = sorted(RELEASES[name].classes.items(), key=lambda item: item[1])
+            assert ", ".join(f"{part} {value}" for part, value in listed) == text
+    assert set().union(*values.values()) == set(RELEASES)
+    written = {name: release.description() for name, release in RELEASES.items()}
+    orders = {name: (list(it.labels.values())[1:], list(it.regions_class_order)) for name, it in written.items()}
+    assert orders["brats2020"] == orders["brats2023_men"] == ([[1, 2, 3], [1, 3], [3]], [2, 1, 3])
+    assert orders["brats2025_met"] == ([[1, 2, 3], [1, 3], [3], [4]], [2, 1, 3, 4])
+    assert orders["brats2024_ped"] == ([[1, 2, 3, 4], [1, 2, 3], [1], [3]], [4, 2, 1, 3])
+    assert orders["msd_task01"] == ([[1, 2, 3], [2, 3], [3]], [1, 2, 3])
+
+
 @pytest.mark.parametrize("release", RELEASES)
 def test_the_example_of_a_release_is_a_case_of_it(release):
     assert release in releases.releases_of_case(RELEASES[release].example)
@@ -170,6 +192,21 @@ def test_files_can_stay_where_they_are(nnunet, source, monkeypatch, release, mod
         assert image.exists() != as_is
     # value 4 or a float has to be written
     assert (label.exists() and not label.is_symlink()) == (release != "brats2024_gli")
+
+
+def test_references_of_test_cases_and_of_absent_modalities(nnunet, source, monkeypatch):
+    """nnU-Net has no table for test cases, and a zero image has no original."""
+    names = make_release(source, "brats2023_ssa")
+    (source / names[2] / f"{names[2]}-t1c.nii.gz").unlink()
+    options = ["--reference", "--allow-missing", "--test-cases", names[3]]
+    assert convert("brats2023_ssa", source, *options) == 0
+    folder = nnunet / "raw" / "Dataset007_Toy"
+    verify(folder, monkeypatch)
+    assert set(dataset_json(nnunet)["dataset"]) == set(names[:3])
+    assert [path.name for path in (folder / "imagesTr").iterdir()] == [f"{names[2]}_0001.nii.gz"]
+    assert len([path for path in (folder / "imagesTs").iterdir() if path.is_symlink()]) == 4
+    assert (folder / "labelsTs" / f"{names[3]}.nii.gz").is_symlink()
+    assert convert("brats2023_ssa", source, *options) == 0  # verified as it lies there
 
 
 def test_stacked_channels_cannot_be_linked(nnunet, source, capsys):
