@@ -170,7 +170,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def refuse_same_folder(output: Path, other: Path, what: str) -> None:
-    """Raise ValueError if ``output`` is another folder that must stay as it is."""
+    """Raise ValueError if ``output`` is another folder that must stay as it is, or FileExistsError if it is a file."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"the output folder {output} is a file; choose another one")
     if output.resolve() == other.resolve() or (output.exists() and other.exists() and output.samefile(other)):
         raise ValueError(f"the output folder {output} is the {what}; choose another one")
 

@@ -86,9 +86,11 @@ def select(
         if len(dropped) == len(names):
             raise ValueError(f"--drop {drop} leaves no modality")
     cases, problems = find_cases(folder, file_ending, names)
+    others = {case.name for case in cases}
     cases = cases[part]
-    mine = {case.name for case in cases}
-    problems = [problem for problem in problems if problem.case is None or problem.case in mine or part == slice(None)]
+    others -= {case.name for case in cases}
+    # a file that belongs to no case at all, such as one of another format, is nobody else's to report
+    problems = [problem for problem in problems if problem.case not in others]
     open_cases = [case.without(dropped) for case in cases if not is_done(case.name)]
     checked, found = checker.check_all(open_cases, threads=threads, progress=progress)
     problems += found
