@@ -58,7 +58,7 @@ class Checked:
         Files whose bytes can be used as they are: ``.nii.gz``, one volume, exactly on this grid, for a label also whole
         numbers that need no other values.
     label
-        The label as it was read, where its file cannot be used as it is.
+        What to write where the label's file cannot be used as it is.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -66,7 +66,22 @@ class Checked:
     geometry: Geometry | None = None
     absent: tuple[bool, ...] = ()
     as_is: frozenset[Path] = frozenset()
-    label: sitk.Image | None = None
+    label: Label | None = None
+
+
+class Label(NamedTuple):
+    """A label as the few voxels that are not zero in its file, which keeps memory free for the images."""
+
+    shape: tuple[int, ...]
+    background: int
+    indices: np.ndarray
+    values: np.ndarray
+
+    def voxels(self) -> np.ndarray:
+        """uint8, in SimpleITK's order (z, y, x)."""
+        array = np.full(self.shape, self.background, np.uint8)
+        array.reshape(-1)[self.indices] = self.values
+        return array
 
 
 class Forms(NamedTuple):
@@ -157,9 +172,10 @@ def check_case(
                 same = not file.is_float and all(description.value_map[value] == value for value in values)
             if same and case.label.name.endswith(FILE_ENDING):
                 as_is.add(case.label)
-            else:
-                checked.label = file.image
+            elif foreground is not None and file.voxels is not None:
+                checked.label = _mapped(file.voxels, foreground, description)
             files[LABEL] = file.without_voxels()
+            del file
         except ValueError as error:
             checked.problems.append(f"{LABEL} ({case.label.name}) {error}")
 
@@ -327,7 +343,7 @@ def label_values(voxels: np.ndarray, description: Description) -> np.ndarray:
         If a value is no integer, or none of the release's.
     """
     foreground, _ = _label_values(voxels, description)
-    return _mapped(voxels, foreground, description)
+    return _mapped(voxels, foreground, description).voxels()
 
 
 def _may_change(description: Description) -> bool:
@@ -370,15 +386,13 @@ def _nonzero(flat: np.ndarray) -> np.ndarray:
     return indices[flat[indices] != 0]
 
 
-def _mapped(voxels: np.ndarray, foreground: np.ndarray, description: Description) -> np.ndarray:
-    written = np.full(voxels.size, description.value_map.get(0, 0), np.uint8)
+def _mapped(voxels: np.ndarray, foreground: np.ndarray, description: Description) -> Label:
     own = voxels.reshape(-1)[foreground]
     values = np.zeros(foreground.size, np.uint8)
     for value, target in description.value_map.items():
         if value:
             values[own == value] = target
-    written[foreground] = values
-    return written.reshape(voxels.shape)
+    return Label(voxels.shape, description.value_map.get(0, 0), foreground, values)
 
 
 # ---- the files of a case together ----------------------------------------------------------------------------------

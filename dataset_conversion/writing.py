@@ -70,8 +70,10 @@ def write_case(case: Case, checked: Checked, description: Description, folder: P
         if case.label in checked.as_is:
             label = _place(case.label, folder, label, mode)
         else:
-            stored = checked.label if checked.label is not None else read_image(case.label)
-            values = label_values(sitk.GetArrayViewFromImage(stored), description)
+            if checked.label is not None:
+                values = checked.label.voxels()
+            else:
+                values = label_values(sitk.GetArrayFromImage(read_image(case.label)), description)
             _write(sitk.GetImageFromArray(values), checked.geometry, folder / label)
     return Written(images, label)
 
