@@ -379,7 +379,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(phantom, capsys):
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--folds", "5"], "fold 5 does not exist: nnU-Net makes the folds 0 to 4"),
+        (["--folds", "5"], "the folds 0 to 4"),  # of nnU-Net, or of its splits_final.json
         (["--folds", "-1"], "folds are numbers from 0"),
         (["--folds", "1", "1"], "--folds names 1 twice"),
         (["--trainer", "NoTrainer"], "no trainer 'NoTrainer'"),
