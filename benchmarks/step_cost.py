@@ -40,6 +40,7 @@ TRAINERS = (
     "MSTKDTrainer",
     "AdaMMTrainer",
     "MedMAPTrainer",
+    "SMMLTrainer",
 )
 BASELINE = "FullModalityTrainer"
 
@@ -142,6 +143,7 @@ def prepare(
         network = network.to(trainer.device).eval().requires_grad_(False)
         trainer.teacher = torch.compile(network) if trainer._do_i_compile() else network
     trainer.network.train()
+    trainer.current_epoch = trainer.num_epochs // 2  # past every warm-up
     return trainer
 
 

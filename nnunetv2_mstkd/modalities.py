@@ -228,6 +228,26 @@ class SubsetSampler:
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         return torch.tensor(self.subsets, dtype=torch.bool)[rows]
 
+    def sample_other(self, first: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
+        """Draw a second subset per sample that differs from the first; together a draw without replacement.
+
+        Parameters
+        ----------
+        first:
+            bool, (B, C), from :meth:`sample`.
+
+        Raises
+        ------
+        ValueError
+            if the sampler has one subset only.
+        """
+        if self.kind in ("weighted", "fixed") and len(set(self.subsets)) < 2:
+            raise ValueError("two different subsets cannot be drawn from one; name at least two in the sampler")
+        second = first.clone()
+        while bool((same := (second == first).all(1)).any()):
+            second[same] = self.sample(int(same.sum()), generator=generator)
+        return second
+
 
 def sample_subsets(batch_size: int, num_modalities: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
     """Draw which modalities each sample keeps, uniformly over the 2^C - 1 non-empty subsets.

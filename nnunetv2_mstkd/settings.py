@@ -388,6 +388,63 @@ class MedMAPSettings:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class SMMLSettings:
+    """The two students of SMML, what they learn from one another and from a semantic prior."""
+
+    light: bool = True
+    """Students that are the plans' network on zeroed channels; false: one encoder per modality in each student."""
+    width: float = 0.5
+    """Without ``light``: channels of a one-modality encoder over the planned ones."""
+    pixel: float = 1.0
+    """Weight of the pixel-level constraint: divergence from the other student at voxels where it is more reliable."""
+    feature: float = 1.0
+    """Weight of the feature-level constraint: relations between positions and to class prototypes at the bottleneck."""
+    guidance: float = 1.0
+    """Weight of the divergence from the refinement network's output; without a prior there is none."""
+    warmup: float = 0.1
+    """Fraction of the training before ``pixel`` and ``guidance`` begin."""
+    tau: float = 1.0
+    """Temperature of the pixel-level divergence."""
+    require_correct: bool = False
+    """Also ask that the more reliable student is right at the voxel."""
+    balanced: bool = True
+    """Mean of the pixel-level divergence over classes first, so that a small one counts as much as the background."""
+    prior: str = "none"
+    """Semantic prior of the refinement networks: ``none`` (no refinement); ``self``: what a moving average of the first
+    student says from one modality; ``precomputed``: label maps of each modality; ``checkpoint``: a TorchScript network.
+    A trained model predicts without it."""
+    prior_path: str | None = None
+    """For ``precomputed``: folder of label maps CASE_000k, named as the images are, absolute or below the raw data set;
+    for ``checkpoint``: a file with a network from one modality (B, 1, ...) to logits (B, heads, ...)."""
+    ema: float = 0.999
+    """For ``self``: how much of the moving average stays in each step."""
+    refinement_width: float = 0.5
+    """Channels of the refinement networks over the planned ones; they have at most four stages."""
+    sequential: bool = False
+    """Backward pass of one student before the other's forward pass: less memory, one forward pass more. One GPU."""
+
+    NETWORK_KEYS: typing.ClassVar[tuple[str, ...]] = ("light", "width")
+
+    def __post_init__(self) -> None:
+        for name in ("width", "refinement_width"):
+            value = getattr(self, name)
+            _require(0 < value <= 1, f"smml.{name}", value, "above 0 and at most 1")
+        for name in ("pixel", "feature", "guidance"):
+            value = getattr(self, name)
+            _require(0 <= value < math.inf, f"smml.{name}", value, "a finite weight of at least 0")
+        _require(0 <= self.warmup <= 1, "smml.warmup", self.warmup, "a fraction from 0 to 1")
+        _require(0 < self.tau < math.inf, "smml.tau", self.tau, "a temperature above 0")
+        _require(0 <= self.ema < 1, "smml.ema", self.ema, "a fraction from 0 to below 1")
+        _one_of("smml.prior", self.prior, ("none", "self", "precomputed", "checkpoint"))
+        _require(
+            bool(self.prior_path) == (self.prior in ("precomputed", "checkpoint")),
+            "smml.prior_path",
+            self.prior_path,
+            'a path with prior "precomputed" or "checkpoint" and null with any other',
+        )
+
+
 SECTIONS: Mapping[str, type] = types.MappingProxyType(
     {
         "sampler": SamplerSettings,
@@ -397,6 +454,7 @@ SECTIONS: Mapping[str, type] = types.MappingProxyType(
         "teacher": TeacherSettings,
         "adamm": AdaMMSettings,
         "medmap": MedMAPSettings,
+        "smml": SMMLSettings,
     }
 )
 
@@ -412,6 +470,7 @@ class Settings:
     teacher: TeacherSettings = field(default_factory=TeacherSettings)
     adamm: AdaMMSettings = field(default_factory=AdaMMSettings)
     medmap: MedMAPSettings = field(default_factory=MedMAPSettings)
+    smml: SMMLSettings = field(default_factory=SMMLSettings)
 
     @classmethod
     def from_block(cls, block: Mapping | None) -> Settings:

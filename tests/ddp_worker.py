@@ -26,11 +26,13 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_mstkd import trainers
+from nnunetv2_mstkd import modalities, trainers
 
 RANKS = 2
 STEPS = 3
 SUBSET = "T0+T2"
+OTHER = "T1+T2"
+"""What the second of two students that train together has."""
 
 
 class OnCpu(DistributedDataParallel):
@@ -39,7 +41,16 @@ class OnCpu(DistributedDataParallel):
 
 
 def block(trainer: str) -> dict[str, Any]:
-    """Settings with every term of the trainer at work from the first step, for one fixed subset."""
+    """Settings with every term of the trainer at work from the first step, for one fixed subset.
+
+    But for two of SMML's, which relate the samples of a rank to one another and are not the mean over ranks.
+    """
+    if trainer == "SMMLTrainer":
+        return {
+            "sampler": {"kind": "fixed", "subsets": [SUBSET, OTHER]},
+            "schedule": {"seed": 3, "epochs": 2, "iterations": STEPS},
+            "smml": {"prior": "self", "warmup": 0.0, "pixel": 0.0, "feature": 0.0},
+        }
     return {
         "sampler": {"kind": "fixed", "subsets": [SUBSET]},
         "schedule": {"seed": 3, "epochs": 2, "iterations": STEPS},
@@ -59,6 +70,10 @@ def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
     trainer.network.train()
     if hasattr(trainer, "teacher_trainer") and trainer.needs_teacher:
         tiny.give_teacher(trainer)
+    if hasattr(trainer, "draw_partner"):
+        first, second = modalities.parse_subsets((SUBSET, OTHER), [f"T{number}" for number in range(4)])
+        trainer.draw_availability = lambda size: first.expand(size, -1)
+        trainer.draw_partner = lambda availability: second.expand(len(availability), -1)
     trainer.current_epoch = 0
     return trainer
 
@@ -78,6 +93,8 @@ def take_steps(trainer: Any, rank: int, ranks: int) -> dict[str, Any]:
     discriminator = getattr(trainer, "discriminator", None)
     if discriminator is not None:
         state |= {f"discriminator.{key}": value.clone() for key, value in discriminator.state_dict().items()}
+    for key, value in trainer.extra_state().get("refiners", {}).items():
+        state[f"refiners.{key}"] = value.clone()
     return {"state": state, "terms": terms}
 
 

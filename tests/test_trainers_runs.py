@@ -94,10 +94,14 @@ class KilledError(Exception):
 
 
 @pytest.mark.parametrize(
-    "trainer", ["MSTKDTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer", "MedMAPTrainer", "MedMAPMSTKDTrainer"]
+    "trainer",
+    [
+        *("MSTKDTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer"),
+        *("MedMAPTrainer", "MedMAPMSTKDTrainer", "SMMLTrainer"),
+    ],
 )
 def test_an_interrupted_training_goes_on_to_the_same_weights_as_an_uninterrupted_one(models, monkeypatch, trainer):
-    configure(models, schedule__epochs=3)
+    configure(models, schedule__epochs=3, smml__prior="self")
     train(trainer)
     whole = read(models, trainer=trainer)
     folder = models.fold(trainer)

@@ -23,6 +23,7 @@ NO_TERMS: dict[str, dict[str, Any]] = {
     "distillation": {**dict.fromkeys(TERMS, 0), "where": "everywhere"},
     "adamm": {"consistency": 0, "content": 0, "style": 0, "adversarial": 0},
     "medmap": {"weight": 0},
+    "smml": {"pixel": 0, "feature": 0},
     "teacher": {"warm_start": False},
 }
 """Settings with which the distilling trainers need no teacher."""

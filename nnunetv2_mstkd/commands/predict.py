@@ -29,6 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-chk", metavar="FILE", default="checkpoint_final.pth", help="checkpoint file name (default: %(default)s)"
     )
     model.add_argument(
+        "--student", metavar="N", type=int, help="of a model of two students (SMML), predict with this one: 1 or 2"
+    )
+    model.add_argument(
         "--trust", action="store_true", help="let nnU-Net load the model: this executes whatever its files contain"
     )
     run = parser.add_argument_group("how, as in nnUNetv2_predict")
@@ -87,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_mstkd import modalities
     from nnunetv2_mstkd.inference.checks import Checker
     from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
-    from nnunetv2_mstkd.inference.model import load_predictor
+    from nnunetv2_mstkd.inference.model import load_predictor, set_student
     from nnunetv2_mstkd.inference.model_folder import find_model_folder, parse_folds
     from nnunetv2_mstkd.inference.prediction import is_written, predict_cases
     from nnunetv2_mstkd.inference.record import Record, record_name, write_json
@@ -113,6 +116,8 @@ def run(args: argparse.Namespace) -> int:
         verbose_preprocessing=args.verbose,
         allow_tqdm=False,  # one bar, over the cases
     )
+    if args.student is not None:
+        set_student(predictor, args.student)
     dataset_json, plans = predictor.dataset_json, predictor.plans_manager
     names = modalities.modality_names(dataset_json)
     try:
@@ -190,6 +195,7 @@ def _describe(
         "trainer": predictor.trainer_name,
         "checkpoint": args.chk,
         "folds": list(folds),
+        "student": args.student,
         "mirroring": not args.disable_tta,
         "step_size": args.step_size,
         "channels": list(names),

@@ -123,6 +123,22 @@ def set_availability(predictor: nnUNetPredictor, availability: Sequence[bool] | 
         network.availability = None if row is None else row.to(predictor.device)
 
 
+def set_student(predictor: nnUNetPredictor, number: int) -> None:
+    """Let one of a network's students predict instead of their mean; ``number`` counts from 1.
+
+    Raises
+    ------
+    ValueError
+        if the model has no students, or fewer.
+    """
+    network = plain_network(predictor)
+    students = len(getattr(network, "students", ()))
+    if not 1 <= number <= students:
+        has = f"students 1 to {students}" if students else "one network and no students"
+        raise ValueError(f"--student is {number}, but the model ({predictor.trainer_name}) has {has}")
+    network.only = number - 1
+
+
 def find_trainer(name: str) -> type[nnUNetTrainer]:
     """The trainer class of this name, as nnU-Net finds it.
 

@@ -38,23 +38,24 @@ class ModalityEncoders(nn.ModuleList):
 class StageFusion(nn.Module):
     """Fuses the modalities of every stage to the planned width; stands where the plans' encoder was.
 
-    Attributes
+    Parameters
     ----------
-    output_channels, strides:
-        of the stages, as encoders of dynamic_network_architectures have them.
+    encoder:
+        the plans' encoder; its sizes and kinds of layers are kept as attributes of the same names.
+    modality_widths:
+        channels per stage of one modality.
+    num_modalities:
+        C.
     """
+
+    LAYERS = ("conv_bias", "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
+    DESCRIPTION = ("output_channels", "strides", "kernel_sizes", "conv_op", *LAYERS)
 
     def __init__(self, encoder: nn.Module, modality_widths: Sequence[int], num_modalities: int) -> None:
         super().__init__()
-        self.output_channels, self.strides = encoder.output_channels, encoder.strides
-        common = {
-            "stride": 1,
-            "conv_bias": encoder.conv_bias,
-            "norm_op": encoder.norm_op,
-            "norm_op_kwargs": encoder.norm_op_kwargs,
-            "nonlin": encoder.nonlin,
-            "nonlin_kwargs": encoder.nonlin_kwargs,
-        }
+        for name in self.DESCRIPTION:
+            setattr(self, name, getattr(encoder, name))
+        common = {name: getattr(encoder, name) for name in self.LAYERS}
         self.stages = nn.ModuleList()
         for stage, (features, width) in enumerate(zip(encoder.output_channels, modality_widths, strict=True)):
             sizes = (num_modalities * width, features, features, features)
@@ -62,7 +63,7 @@ class StageFusion(nn.Module):
             self.stages.append(
                 nn.Sequential(
                     *(
-                        ConvDropoutNormReLU(encoder.conv_op, sizes[step], sizes[step + 1], kernels[step], **common)
+                        ConvDropoutNormReLU(encoder.conv_op, sizes[step], sizes[step + 1], kernels[step], 1, **common)
                         for step in range(3)
                     )
                 )

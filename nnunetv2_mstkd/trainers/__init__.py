@@ -5,6 +5,7 @@ from nnunetv2_mstkd.trainers.base import FullModalityTrainer
 from nnunetv2_mstkd.trainers.medmap import MedMAPMSTKDTrainer, MedMAPTrainer
 from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.trainers.mstkd import MSTKDTeacherTrainer, MSTKDTrainer
+from nnunetv2_mstkd.trainers.smml import SMMLTrainer
 
 __all__ = [
     "AdaMMTeacherTrainer",
@@ -15,4 +16,5 @@ __all__ = [
     "MedMAPMSTKDTrainer",
     "MedMAPTrainer",
     "ModalityDropoutTrainer",
+    "SMMLTrainer",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
@@ -12,30 +12,8 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.losses.dmld import teacher_advantage
 from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.settings import Settings
-from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer, StepLoss
+from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer, StepLoss, Target
 from nnunetv2_mstkd.trainers.teacher import Teacher, find_teacher, load_teacher
-
-
-class Target(NamedTuple):
-    """The label at full resolution, as the distillation terms read it.
-
-    Attributes
-    ----------
-    label:
-        (B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background.
-    foreground:
-        bool, (B, 1, *spatial): any region or label above 0.
-    valid:
-        bool, (B, 1, *spatial): not the ignore label; None where the data set has none.
-    weight:
-        float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike.
-    """
-
-    label: torch.Tensor
-    foreground: torch.Tensor
-    valid: torch.Tensor | None
-    weight: torch.Tensor | None = None
-
 
 Term = Callable[[Any, Any, Target], torch.Tensor]
 """``term(student, teacher, target) -> scalar``, with what the two networks returned."""
@@ -194,14 +172,3 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     def keep_for_update(self, student: Any, teacher: Any) -> None:
         """Hook: what a second optimiser's own step needs after the backward pass."""
-
-    def read_target(self, target: torch.Tensor) -> Target:
-        """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
-        labels = self.label_manager
-        if labels.has_regions:
-            valid = ~target[:, -1:].bool() if labels.has_ignore_label else None
-            label = target[:, :-1] if labels.has_ignore_label else target
-            return Target(label, label.bool().any(1, keepdim=True), valid)
-        valid = target != labels.ignore_label if labels.has_ignore_label else None
-        label = target if valid is None else torch.where(valid, target, 0)
-        return Target(label, label > 0, valid)

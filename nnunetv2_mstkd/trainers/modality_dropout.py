@@ -38,6 +38,27 @@ class StepLoss(NamedTuple):
     logits: torch.Tensor
 
 
+class Target(NamedTuple):
+    """The label at full resolution, as terms per voxel read it.
+
+    Attributes
+    ----------
+    label:
+        (B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background.
+    foreground:
+        bool, (B, 1, *spatial): any region or label above 0.
+    valid:
+        bool, (B, 1, *spatial): not the ignore label; None where the data set has none.
+    weight:
+        float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike.
+    """
+
+    label: torch.Tensor
+    foreground: torch.Tensor
+    valid: torch.Tensor | None
+    weight: torch.Tensor | None = None
+
+
 class ModalityDropoutTrainer(SettingsTrainer):
     """Each sample of a training batch keeps a random non-empty subset of its modalities; nothing else changes.
 
@@ -98,10 +119,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
             step = self.compute_loss(data, target, self.draw_availability(len(data)))
         names = list(step.terms)
         values = [step.total, *step.terms.values()]
-        if self.grad_scaler is None:
-            step.total.backward()
-        else:
-            self.grad_scaler.scale(step.total).backward()
+        self.backward(step.total)
+        if self.grad_scaler is not None:
             values.append(torch.isfinite(step.logits.detach()).all())
         # the one copy to the host in a step
         host = torch.stack([value.detach().float() for value in values]).cpu().numpy()
@@ -110,14 +129,26 @@ class ModalityDropoutTrainer(SettingsTrainer):
         self.after_update(batch)
         return {"loss": host[1 + names.index("segmentation")], "terms": host[1 : 1 + len(names)], "names": names}
 
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss, scaled where the training is in mixed precision."""
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def clipped_together(self) -> list[torch.nn.Module]:
+        """Modules whose gradients are clipped to a norm of 12 (nnU-Net's), each for itself."""
+        return [self.network]
+
+    def _clip(self) -> None:
+        for module in self.clipped_together():
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
+
     def _update(self) -> None:
         if self.grad_scaler is None:
-            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+            self._clip()
             self.optimizer.step()
             return
         before = self.grad_scaler.get_scale()
         self.grad_scaler.unscale_(self.optimizer)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 12)
+        self._clip()
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
         skipped = self.grad_scaler.get_scale() < before
@@ -150,6 +181,17 @@ class ModalityDropoutTrainer(SettingsTrainer):
                 f"{cases}). The step was not taken. Look at these cases for NaN or extreme voxels, or lower "
                 f"schedule.initial_lr; continue from the last checkpoint with --c"
             )
+
+    def read_target(self, target: torch.Tensor) -> Target:
+        """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
+        labels = self.label_manager
+        if labels.has_regions:
+            valid = ~target[:, -1:].bool() if labels.has_ignore_label else None
+            label = target[:, :-1] if labels.has_ignore_label else target
+            return Target(label, label.bool().any(1, keepdim=True), valid)
+        valid = target != labels.ignore_label if labels.has_ignore_label else None
+        label = target if valid is None else torch.where(valid, target, 0)
+        return Target(label, label > 0, valid)
 
     def _to_device(self, batch: dict) -> tuple[torch.Tensor, Any]:
         data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]

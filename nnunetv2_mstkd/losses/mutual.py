@@ -1,0 +1,214 @@
+"""What two students learn from one another, and one from its refinement network: the constraints of SMML.
+
+Paper: "Semantic-guided masked mutual learning" (SMML, AAAI 2025, arXiv 2507.07592). Where the terms act, what they read
+and that their weights are 1 is certain from its released code; the functions themselves are missing there, so that
+their formulas are reconstructions. Every term has a direction: the teacher side gets no gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.nn import functional
+
+MAX_EDGE = 8
+"""Bottleneck features are pooled to at most so many positions per axis before they are compared."""
+
+_EPSILON = 1e-6
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, regions: bool, tau: float) -> torch.Tensor:
+    """tau^2 KL(teacher || student) per voxel, (B, 1, *spatial), or per voxel and region, (B, R, *spatial)."""
+    student, teacher = student / tau, teacher / tau
+    if regions:
+        p = teacher.sigmoid()
+        inside = p * (functional.logsigmoid(teacher) - functional.logsigmoid(student))
+        outside = (1 - p) * (functional.logsigmoid(-teacher) - functional.logsigmoid(-student))
+        return tau**2 * (inside + outside)
+    student, teacher = student.log_softmax(1), teacher.log_softmax(1)
+    return tau**2 * (teacher.exp() * (teacher - student)).sum(1, keepdim=True)
+
+
+def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Against the label, shaped as :func:`_divergence`."""
+    if regions:
+        return functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
+    return -logits.log_softmax(1).gather(1, label.long())
+
+
+def _correct(logits: torch.Tensor, label: torch.Tensor, regions: bool) -> torch.Tensor:
+    return (logits > 0) == label.bool() if regions else logits.argmax(1, keepdim=True) == label
+
+
+def _classes(label: torch.Tensor, heads: int, regions: bool) -> Iterator[tuple[slice, torch.Tensor]]:
+    """For each class the channels of a divergence map and where in them the class is: inside and outside of a region
+    are two classes."""
+    for head in range(heads):
+        if regions:
+            inside = label[:, head : head + 1].bool()
+            yield slice(head, head + 1), inside
+            yield slice(head, head + 1), ~inside
+        else:
+            yield slice(0, 1), label == head
+
+
+def reliable_exchange(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    label: torch.Tensor,
+    *,
+    regions: bool,
+    valid: torch.Tensor | None = None,
+    tau: float = 1.0,
+    require_correct: bool = False,
+    balanced: bool = True,
+) -> torch.Tensor:
+    """Pixel-level constraint L_pc: divergence from the peer at the voxels where the peer is the more reliable one.
+
+    ``L = mean over classes k of mean over {v: y(v) = k, R(v) = 1} of tau^2 KL(p_t(v) || p_s(v))`` with
+    ``R(v) = 1[CE(p_t(v), y(v)) < CE(p_s(v), y(v))]`` and p softened by tau. Classes without a selected voxel do not
+    count. Between two students no voxel is passed on in both directions. For region heads KL and R are those of each
+    region's Bernoulli distribution, and inside and outside of a region are two classes.
+
+    Parameters
+    ----------
+    student, teacher : Tensor, shape (B, K, *spatial)
+        Logits of K classes (softmax) or K overlapping regions (sigmoid).
+    label : Tensor, shape (B, 1, *spatial) of whole numbers, or (B, K, *spatial) of 0/1 for regions
+    regions : bool
+        True for region heads.
+    valid : Tensor of bool, shape (B, 1, *spatial), optional
+        False at voxels to leave out (ignore label). None: all are valid.
+    tau : float
+        Temperature.
+    require_correct : bool
+        Select only where the peer's most probable class is the label's.
+    balanced : bool
+        False: one mean over all selected voxels.
+
+    Returns
+    -------
+    Tensor of float32, scalar, at least 0; 0 when no voxel is selected.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, teacher = student.float(), teacher.detach().float()
+        if valid is not None:  # whatever stands there: 0 * NaN is NaN
+            student, teacher = torch.where(valid, student, 0.0), torch.where(valid, teacher, 0.0)
+        with torch.no_grad():
+            selected = _cross_entropy(teacher, label, regions) < _cross_entropy(student, label, regions)
+            if require_correct:
+                selected &= _correct(teacher, label, regions)
+            if valid is not None:
+                selected &= valid
+        divergence = torch.where(selected, _divergence(student, teacher, regions, tau), 0.0)
+        if not balanced:
+            return divergence.sum() / selected.sum().clamp_min(1)
+        means, counts = [], []
+        for channels, members in _classes(label, student.shape[1], regions):
+            chosen = selected[:, channels] & members
+            counts.append(chosen.sum())
+            means.append(torch.where(chosen, divergence[:, channels], 0.0).sum() / counts[-1].clamp_min(1))
+        return torch.stack(means).sum() / (torch.stack(counts) > 0).sum().clamp_min(1)
+
+
+def _pool(x: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
+    return (functional.adaptive_avg_pool3d if len(grid) == 3 else functional.adaptive_avg_pool2d)(x, grid)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """(B, D, *grid) to (B * positions, D)."""
+    return x.flatten(2).transpose(1, 2).flatten(0, 1)
+
+
+def _relations(features: torch.Tensor, members: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the normalised Gram matrix (N, N), and similarities to the class prototypes (N, K)."""
+    unit = functional.normalize(features, dim=1, eps=_EPSILON)
+    gram = functional.normalize(unit @ unit.T, dim=1, eps=_EPSILON)
+    means = members.T @ features / members.sum(0).clamp_min(_EPSILON)[:, None]
+    return gram, unit @ functional.normalize(means, dim=1, eps=_EPSILON).T
+
+
+def relational_consistency(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    label: torch.Tensor,
+    *,
+    regions: bool,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Feature-level constraint L_fc: relations among positions, and of positions to class prototypes, as in the peer.
+
+    Every position of every sample is a row f_i of N, n_i its direction. With G the Gram matrix of the n_i, its rows
+    scaled to length 1, and c_k the direction of the mean of the rows of class k (each row counts as much as it belongs
+    to k),
+
+    ``L = sum_i w_i (|G^s_i - G^t_i|^2 + mean over classes k that occur of (n^s_i . c^s_k - n^t_i . c^t_k)^2)``,
+
+    w_i the entropy of the peer's prediction at i, normalised to sum 1. The first summand is the margin-aware
+    distillation of MMANet (CVPR 2023), whose name and guard against NaN SMML's code has; the second is this package's
+    reading of "inter-class relational knowledge". Zero for equal networks.
+
+    Parameters
+    ----------
+    student, teacher : Tensor, shape (B, D, *grid)
+        Features of the bottleneck; pooled to at most 8 positions per axis.
+    teacher_logits : Tensor, shape (B, K, *spatial)
+    label, regions, valid :
+        as for :func:`reliable_exchange`.
+
+    Returns
+    -------
+    Tensor of float32, scalar, at least 0.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        grid = tuple(min(MAX_EDGE, edge) for edge in student.shape[2:])
+        with torch.no_grad():
+            logits = teacher_logits.float()
+            share = torch.ones_like(logits[:, :1]) if valid is None else valid.float()
+            cell = _pool(share, grid)
+            p = torch.where(share > 0, logits.sigmoid() if regions else logits.softmax(1), 0.0)
+            p = _pool(p, grid) / cell.clamp_min(_EPSILON)
+            entropy = torch.special.entr(p).sum(1)
+            if regions:
+                entropy = entropy + torch.special.entr(1 - p).sum(1)
+                members = label.float()
+            else:
+                members = torch.cat([(label == head).float() for head in range(logits.shape[1])], 1)
+            weight = entropy.flatten() * cell.flatten()
+            weight = weight / weight.sum().clamp_min(_EPSILON)
+            members = _rows(_pool(members * share, grid))
+            occurs = (members.sum(0) > 0).float()
+            teacher_gram, teacher_similarity = _relations(_rows(_pool(teacher.float(), grid)), members)
+        gram, similarity = _relations(_rows(_pool(student.float(), grid)), members)
+        positions = (gram - teacher_gram).square().sum(1)
+        classes = (similarity - teacher_similarity).square() @ occurs / occurs.sum().clamp_min(1)
+        return (weight * (positions + classes)).sum()
+
+
+def refined_guidance(
+    student: torch.Tensor, refined: torch.Tensor, *, regions: bool, valid: torch.Tensor | None = None
+) -> torch.Tensor:
+    """L_refine: mean over valid voxels (and regions) of KL(refined || student).
+
+    Direction and stopped gradient of SMML's own term are unknown; here the refinement network is the teacher.
+
+    Parameters
+    ----------
+    student, refined : Tensor, shape (B, K, *spatial)
+        Logits of the student and of its refinement network.
+    regions, valid :
+        as for :func:`reliable_exchange`.
+
+    Returns
+    -------
+    Tensor of float32, scalar, at least 0; 0 when no voxel is valid.
+    """
+    with torch.autocast(student.device.type, enabled=False):
+        student, refined = student.float(), refined.detach().float()
+        if valid is None:
+            return _divergence(student, refined, regions, 1.0).mean()
+        student, refined = torch.where(valid, student, 0.0), torch.where(valid, refined, 0.0)
+        divergence = torch.where(valid, _divergence(student, refined, regions, 1.0), 0.0)
+        return divergence.sum() / (valid.sum() * divergence.shape[1]).clamp_min(1)
