@@ -189,8 +189,8 @@ def memory_of(trainer_name: str, plan: str, device_name: str, threads: int, queu
 
 def count(trainer, plan: str) -> dict[str, float]:
     """Parameters, and multiply-adds of one patch's forward pass in prediction; on tensors without content."""
+    trainer.set_deep_supervision_enabled(False)
     network = copy.deepcopy(trainer.plain_network).cpu().eval()
-    network.decoder.deep_supervision = False
     with FakeTensorMode(allow_non_fake_inputs=True), FlopCounterMode(display=False) as counter, torch.no_grad():
         network(torch.empty(1, 4, *PLANS[plan]["patch"]))
     return {
