@@ -110,6 +110,22 @@ def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
         return False
 
 
+def check_written(path: Path) -> None:
+    """Refuse an image that this process has just written and that is not whole.
+
+    On a full disk ITK writes what has room of a NIfTI file, and says nothing.
+
+    Raises
+    ------
+    OSError
+        naming the file.
+    """
+    try:
+        check_complete(path)
+    except ValueError as error:
+        raise OSError(f"{path} could not be written whole ({error}); is the disk full?") from error
+
+
 def count_not_finite(values: np.ndarray) -> int:
     """Return the number of NaN and infinite values."""
     return values.size - int(np.count_nonzero(np.isfinite(values)))

@@ -11,6 +11,7 @@ import SimpleITK as sitk
 
 from nnunetv2_mstkd.dataset_conversion.cases import Case
 from nnunetv2_mstkd.dataset_conversion.checks import Checked, label_values
+from nnunetv2_mstkd.dataset_conversion.completeness import check_written
 from nnunetv2_mstkd.dataset_conversion.description import FILE_ENDING, Description
 from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_image
 
@@ -104,4 +105,5 @@ def _write(image: sitk.Image, geometry: Geometry, target: Path) -> None:
     image.SetDirection(geometry.direction)
     unfinished = target.with_name(f".{target.name}")
     sitk.WriteImage(image, str(unfinished), useCompression=True, imageIO="NiftiImageIO")
+    check_written(unfinished)
     os.replace(unfinished, target)

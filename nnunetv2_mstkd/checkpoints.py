@@ -65,7 +65,13 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
 
 
 def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint so that ``path`` is at any moment absent, the old file or the whole new one."""
+    """Write a checkpoint so that ``path`` is at any moment absent, the old file or the whole new one.
+
+    Raises
+    ------
+    OSError
+        if it cannot be written: no room, no permission.
+    """
     path = Path(path)
     # the process number keeps two writers apart; tempfile would make the file readable for its owner only
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -75,9 +81,16 @@ def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except (OSError, RuntimeError) as error:
+        # PyTorch's writer hides the reason behind a RuntimeError of its own
+        hidden = error.__context__
+        reason = hidden if isinstance(hidden, OSError) else error
+        raise OSError(
+            f"checkpoint {path} could not be written ({' '.join(str(reason).split())}); what was there before is "
+            f"untouched. Make room, or the folder writable, and continue with --c"
+        ) from error
+    finally:
         temporary.unlink(missing_ok=True)
-        raise
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

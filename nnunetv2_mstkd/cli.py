@@ -7,11 +7,14 @@ A sub-command lives in ``nnunetv2_mstkd/commands/NAME.py`` (dashes become unders
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import nnunetv2_mstkd
 
@@ -35,6 +38,11 @@ USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a cluster's scheduler, ``kill`` or a shutdown asks this process to end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,18 +65,40 @@ def run_and_report(name: str, run: Callable[[argparse.Namespace], int | None], a
 
     Returns
     -------
-    The sub-command's own exit code, 2 for an error that the user can mend, or 130 after an interrupt.
+    The sub-command's own exit code, 2 for an error that the user can mend, 130 after an interrupt, or 143 after
+    SIGTERM, which ends a command as Ctrl-C does: what is finished stays, what is begun is cleared away.
     """
     try:
-        return run(args) or 0
+        with _terminable():
+            return run(args) or 0
     except USER_ERRORS as error:
         if getattr(args, "debug", False) or os.environ.get("MSTKD_DEBUG", "0") not in ("", "0"):
             traceback.print_exc()
         print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except Terminated:
+        print(f"{name}: terminated", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Terminated`; without it the process would end on the spot."""
+
+    def stop(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # signals are for the main thread only, and somebody else's handler stays
+        return
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

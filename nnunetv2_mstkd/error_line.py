@@ -9,7 +9,7 @@ from types import TracebackType
 
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
-USER_ERRORS = (ValueError, FileNotFoundError, FileExistsError, NotImplementedError, FloatingPointError)
+USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)
 """What this package raises for a mistake that the user can mend."""
 
 EXIT_USER_ERROR = 2

@@ -66,6 +66,7 @@ class CaseRecords:
         if self._forget and self.folder.is_dir():
             shutil.rmtree(self.folder)
         self._forget = False
+        self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run here, not later
 
     def load(self, fold: str, case: str) -> dict[str, SubsetScore]:
         """The results of a case by subset; empty if there are none yet.

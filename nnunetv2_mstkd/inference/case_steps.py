@@ -11,6 +11,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_mstkd.dataset_conversion.completeness import check_written
 from nnunetv2_mstkd.inference.input_folder import Case
 
 
@@ -62,7 +63,13 @@ def export_case(
     dataset_json: dict,
     save_probabilities: bool,
 ) -> None:
-    """Write a segmentation with nnU-Net's exporter, into a hidden folder first: it appears whole or not at all."""
+    """Write a segmentation with nnU-Net's exporter, into a hidden folder first: it appears whole or not at all.
+
+    Raises
+    ------
+    OSError
+        if the disk is full.
+    """
     scratch = output / f".{name}.part"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
@@ -71,6 +78,7 @@ def export_case(
             logits, properties, configuration, plans, dataset_json, str(scratch / name), save_probabilities
         )
         segmentation = name + dataset_json["file_ending"]
+        check_written(scratch / segmentation)
         # the segmentation last: it says that the case is done
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == segmentation):
             os.replace(file, output / file.name)

@@ -15,6 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunetv2_mstkd.dataset_conversion.completeness import check_written
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 
@@ -250,3 +251,4 @@ def _write_image(array: np.ndarray, case: Case, path: Path) -> None:
     x, y, z = case.origin
     image.SetOrigin((-x, -y, z))
     sitk.WriteImage(image, str(path), useCompression=True)
+    check_written(path)

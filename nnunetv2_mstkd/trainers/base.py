@@ -19,6 +19,10 @@ from nnunetv2_mstkd.settings import BLOCK, Settings, SettingsError, network_keys
 from nnunetv2_mstkd.trainers.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.trainers.progress import TermLog
 
+MAX_SKIPPED_STEPS = 20
+"""Steps in a row that the gradient scaler may skip before a mixed-precision training counts as diverged."""
+SKIPPED = f"gradients of {MAX_SKIPPED_STEPS} steps in a row"
+
 
 class SettingsTrainer(nnUNetTrainer):
     """nnU-Net's trainer, with the ``"mstkd"`` block of the plans as its settings.
@@ -27,6 +31,7 @@ class SettingsTrainer(nnUNetTrainer):
     the model folder's plans.json and, with it, prediction.
     """
 
+    _skipped_steps = 0
     network_sections: ClassVar[tuple[str, ...]] = ()
     """Sections of the settings that this trainer's network is built from: weights fit no other values of their
     :func:`~nnunetv2_mstkd.settings.network_keys`."""
@@ -236,8 +241,36 @@ class SettingsTrainer(nnUNetTrainer):
         super().on_train_epoch_end(train_outputs)
 
     def optimise(self, batch: dict) -> dict:
-        """One step of the optimiser; nnU-Net's own here. Returns what nnU-Net logs."""
-        return super().train_step(batch)
+        """One step of the optimiser; nnU-Net's own here. Returns what nnU-Net logs.
+
+        Raises
+        ------
+        FloatingPointError
+            naming step and cases, if the loss is not finite; with a gradient scaler, which skips such a step, after
+            20 of them in a row.
+        """
+        scale = None if self.grad_scaler is None else self.grad_scaler.get_scale()
+        result = super().train_step(batch)
+        if scale is not None:
+            self.count_skipped_steps(scale)
+        diverged = not np.isfinite(result["loss"]) if scale is None else self._skipped_steps >= MAX_SKIPPED_STEPS
+        if diverged:
+            raise self.diverged(["segmentation" if scale is None else SKIPPED], batch)
+        return result
+
+    def count_skipped_steps(self, scale_before: float) -> None:
+        """Count the steps in a row that the gradient scaler has skipped, which it shows by a smaller scale."""
+        skipped = self.grad_scaler.get_scale() < scale_before
+        self._skipped_steps = self._skipped_steps + 1 if skipped else 0
+
+    def diverged(self, bad: list[str], batch: dict) -> FloatingPointError:
+        """What stops a training whose terms ``bad`` are not finite; the last good checkpoint stays."""
+        cases = ", ".join(map(str, batch.get("keys", ["unknown"])))
+        return FloatingPointError(
+            f"not finite in epoch {self.current_epoch}, iteration {self._step_in_epoch}: {', '.join(bad)} (cases "
+            f"{cases}). Nothing was saved. Look at these cases for NaN or extreme voxels, or lower "
+            f"schedule.initial_lr; continue from the last checkpoint with --c"
+        )
 
     def on_epoch_end(self) -> None:
         if self.local_rank == 0:

@@ -14,10 +14,7 @@ from torch import distributed as dist
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.settings import Settings
-from nnunetv2_mstkd.trainers.base import SettingsTrainer, check_subsets
-
-MAX_SKIPPED_STEPS = 20
-"""Steps in a row that the gradient scaler may skip before a mixed-precision training counts as diverged."""
+from nnunetv2_mstkd.trainers.base import MAX_SKIPPED_STEPS, SKIPPED, SettingsTrainer, check_subsets
 
 
 class StepLoss(NamedTuple):
@@ -83,7 +80,6 @@ class ModalityDropoutTrainer(SettingsTrainer):
         )
         self._subset_generator = torch.Generator()
         self._subset_generator.seed()
-        self._skipped_steps = 0
 
     def _seed_everything(self, epoch: int) -> None:
         super()._seed_everything(epoch)
@@ -151,8 +147,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         self._clip()
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        skipped = self.grad_scaler.get_scale() < before
-        self._skipped_steps = self._skipped_steps + 1 if skipped else 0
+        self.count_skipped_steps(before)
 
     def after_update(self, batch: dict) -> None:
         """Hook for a second optimiser's own step."""
@@ -173,14 +168,9 @@ class ModalityDropoutTrainer(SettingsTrainer):
             overflow = not host[-1]
             if self._skipped_steps < MAX_SKIPPED_STEPS and (not bad or overflow):
                 return
-            bad = bad or [f"gradients of {MAX_SKIPPED_STEPS} steps in a row"]
+            bad = bad or [SKIPPED]
         if bad:
-            cases = ", ".join(map(str, batch.get("keys", ["unknown"])))
-            raise FloatingPointError(
-                f"not finite in epoch {self.current_epoch}, iteration {self._step_in_epoch}: {', '.join(bad)} (cases "
-                f"{cases}). The step was not taken. Look at these cases for NaN or extreme voxels, or lower "
-                f"schedule.initial_lr; continue from the last checkpoint with --c"
-            )
+            raise self.diverged(bad, batch)
 
     def read_target(self, target: torch.Tensor) -> Target:
         """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""

@@ -193,7 +193,7 @@ class PriorDataset:
     def load_case(self, identifier: str) -> tuple[Any, np.ndarray, Any, dict]:
         """nnU-Net's tuple of image, segmentation, previous segmentation and properties."""
         data, segmentation, previous, properties = self._cases.load_case(identifier)
-        maps = np.load(self._folder / f"{identifier}.npy", mmap_mode="r")
+        maps = np.load(self._folder / f"{identifier}.npy", mmap_mode="r", allow_pickle=False)
         return data, np.concatenate([np.asarray(segmentation[:]), maps]), previous, properties
 
 

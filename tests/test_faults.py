@@ -1,0 +1,301 @@
+"""Full disks, signals and NaN: what is finished stays, nothing is half written, a second call does the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from evaluate_inputs import CASES, evaluate, without_drawing, write_dataset
+from predict_inputs import files, predict, record, segmentations, set_up, write, write_model
+from tiny import NO_TERMS, batch, same, state
+
+from nnunetv2_mstkd import checkpoints, cli, error_line, trainers
+from nnunetv2_mstkd.dataset_conversion import conversion
+from nnunetv2_mstkd.dataset_conversion.completeness import check_written
+from nnunetv2_mstkd.evaluation import subsets as subsets_module
+from nnunetv2_mstkd.inference import case_steps, prediction
+from nnunetv2_mstkd.trainers.base import MAX_SKIPPED_STEPS
+
+FULL = [trainers.FullModalityTrainer, trainers.MSTKDTeacherTrainer, trainers.AdaMMTeacherTrainer]
+
+
+@contextlib.contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file of this process grows beyond ``room`` bytes: writing fails as it does where a disk is full."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return set_up(tmp_path, monkeypatch)
+
+
+def error_of(capsys: pytest.CaptureFixture) -> str:
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1 and "Traceback" not in text, text
+    return text
+
+
+# ---- full disks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [0, 700, 5000, 60_000])
+def test_a_checkpoint_that_has_no_room_leaves_the_old_one(tmp_path, room):
+    file = tmp_path / "checkpoint_latest.pth"
+    checkpoints.write({"network_weights": {"a": torch.zeros(3)}}, file)
+    before = file.read_bytes()
+    with full_disk(room), pytest.raises(OSError, match=r"could not be written \(.*File too large\); what was there"):
+        checkpoints.write({"network_weights": {"a": torch.randn(30_000)}}, file)
+    assert file.read_bytes() == before and os.listdir(tmp_path) == [file.name]
+    assert OSError in error_line.USER_ERRORS  # one line in nnU-Net's own commands too
+
+
+def test_itk_says_nothing_of_a_full_disk_and_we_do(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 99, (30, 30, 30)).astype(np.uint8)
+    with full_disk(5000):
+        write(tmp_path / "a.nii.gz", noise)  # no exception
+    assert (tmp_path / "a.nii.gz").stat().st_size == 5000
+    with pytest.raises(OSError, match=r"a\.nii\.gz could not be written whole .*; is the disk full"):
+        check_written(tmp_path / "a.nii.gz")
+
+
+def test_a_prediction_that_has_no_room_is_not_a_finished_case(folders, capsys, monkeypatch):
+    model = write_model(trainers.ModalityDropoutTrainer)
+    real = case_steps.export_prediction_from_logits
+
+    def export(*arguments):
+        with full_disk(60):
+            real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(case_steps, "export_prediction_from_logits", export)
+        assert predict(folders, model, "--disable_progress_bar") == 2
+    assert "could not be written whole" in error_of(capsys)
+    assert segmentations(folders / "out") == {} and record(folders / "out")["cases"] == {}
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert len(segmentations(folders / "out")) == 3
+
+
+def test_an_evaluation_whose_folder_cannot_be_written_ends_before_the_network_runs(folders, capsys, monkeypatch):
+    model = write_model(trainers.ModalityDropoutTrainer)
+    write_dataset(model)
+    (folders / "file").touch()
+    monkeypatch.setattr(subsets_module.SubsetPredictor, "logits", lambda *_: pytest.fail("the network ran"))
+    assert evaluate(model, "-f", "0", "--subsets", "T0", "-o", str(folders / "file" / "out")) == 2
+    assert "Not a directory" in error_of(capsys)
+
+
+def test_an_evaluation_without_room_keeps_the_finished_cases(folders, capsys, monkeypatch):
+    model = write_model(trainers.ModalityDropoutTrainer)
+    write_dataset(model)
+    without_drawing(monkeypatch)
+    options = ["-f", "0", "--subsets", "T0", "--metrics", "dice"]
+    real, saved = subsets_module.CaseRecords.save, []
+
+    def save(self, fold, case, *more):
+        with full_disk(10) if saved else contextlib.nullcontext():
+            real(self, fold, case, *more)
+        saved.append(case)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subsets_module.CaseRecords, "save", save)
+        assert evaluate(model, *options) == 2
+    assert "File too large" in error_of(capsys)
+    assert sorted(path.name for path in (model / "subsets" / "cases" / "fold_0").iterdir()) == [
+        f"{saved[0]}.json",
+        f"{saved[0]}.npz",
+    ]
+    assert evaluate(model, *options) == 0
+    assert "already evaluated: 1" in capsys.readouterr().out
+
+
+def make_source(folders: Path) -> list[str]:
+    for number in range(3):
+        folder = folders / "source" / f"case_{number}"
+        folder.mkdir(parents=True)
+        values = np.random.default_rng(number).integers(1, 99, (9, 9, 9)).astype(np.uint8)
+        write(folder / "t1.mha", values)  # has to be written anew
+        label = np.zeros_like(values)
+        label[2:5, 2:5, 2:5] = 1
+        write(folder / "seg.nii.gz", label)
+    description = {"modalities": {"T1": "t1.mha"}, "label": "seg.nii.gz", "labels": {"background": 0, "core": 1}}
+    (folders / "description.json").write_text(json.dumps(description))
+    where = [str(folders / "source"), "--description", str(folders / "description.json")]
+    return ["convert", "generic", *where, "-d", "7", "--name", "Toy", "--workers", "1", "--no-splits"]
+
+
+def test_a_conversion_without_room_is_no_data_set(folders, capsys):
+    command = make_source(folders)
+    with full_disk(250):
+        assert cli.main(command) == 2
+    error = error_of(capsys)
+    assert "could not be written whole" in error or "File too large" in error
+    assert not list((folders / "raw").glob("Dataset*"))
+    assert cli.main(command) == 0
+    assert len(list((folders / "raw" / "Dataset007_Toy" / "imagesTr").iterdir())) == 3
+
+
+# ---- SIGTERM -------------------------------------------------------------------------------------------------------
+
+
+def terminate(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_ends_a_prediction_cleanly_and_a_second_call_does_the_rest(folders, capsys, monkeypatch):
+    model = write_model(trainers.ModalityDropoutTrainer)
+    real, exported = case_steps.export_prediction_from_logits, []
+
+    def export(*arguments):
+        real(*arguments)
+        exported.append(arguments[5])
+        if len(exported) == 2:
+            terminate()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(case_steps, "export_prediction_from_logits", export)
+        assert predict(folders, model, "--disable_progress_bar") == cli.EXIT_TERMINATED
+    assert capsys.readouterr().err == "mstkd predict: terminated\n"
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    first = segmentations(folders / "out")
+    assert list(first) == ["complete.nii.gz"] and list(record(folders / "out")["cases"]) == ["complete"]
+    assert not [name for name in files(folders / "out") if ".part" in name]
+
+    again = []
+    real_step = case_steps.preprocess_case
+
+    def preprocess(case, *more):
+        again.append(case.name)
+        return real_step(case, *more)
+
+    monkeypatch.setattr(prediction, "preprocess_case", preprocess)
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert again == ["one", "two"]
+    assert segmentations(folders / "out")["complete.nii.gz"] == first["complete.nii.gz"]
+
+
+def test_sigterm_ends_an_evaluation_cleanly_and_a_second_call_does_the_rest(folders, capsys, monkeypatch):
+    model = write_model(trainers.ModalityDropoutTrainer)
+    write_dataset(model)
+    without_drawing(monkeypatch)
+    options = ["-f", "0", "--subsets", "T0", "--metrics", "dice"]
+    real, seen = subsets_module.prepare, []
+
+    def prepare(case, *more):
+        if seen:
+            terminate()
+        seen.append(case.name)
+        return real(case, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subsets_module, "prepare", prepare)
+        patch.setattr(subsets_module, "IMAGES_AHEAD", 0)
+        assert evaluate(model, *options) == cli.EXIT_TERMINATED
+    assert capsys.readouterr().err == "mstkd evaluate: terminated\n"
+    assert evaluate(model, *options) == 0
+    assert f"cases: {len(CASES[:2])}, already evaluated: 1" in capsys.readouterr().out
+
+
+def test_sigterm_ends_a_conversion_cleanly_and_a_second_call_does_the_rest(folders, capsys, monkeypatch):
+    command = make_source(folders)
+    real, written = conversion.write_case, []
+
+    def write_case(case, *more):
+        if len(written) == 1:
+            terminate()  # as it comes: while a thread works on a case
+        written.append(case.name)
+        return real(case, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_case", write_case)
+        assert cli.main(command) == cli.EXIT_TERMINATED
+    assert "mstkd convert: terminated" in capsys.readouterr().err
+    assert not list((folders / "raw").glob("Dataset*"))
+    assert cli.main(command) == 0
+    assert "from an interrupted run" in capsys.readouterr().out
+
+
+def test_a_command_in_a_thread_leaves_signals_alone(capsys):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["path"])))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+# ---- numbers that are none -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_voxel_that_is_none_stops_the_training_at_its_step(make_trainer, cls, value):
+    trainer = make_trainer(cls, block=NO_TERMS)
+    trainer.current_epoch = 4
+    trainer.on_train_epoch_start()
+    assert np.isfinite(trainer.train_step(batch(trainer))["loss"])
+    content = batch(trainer)
+    content["data"][1, 0, 3, 3, 3] = value
+    with pytest.raises(FloatingPointError) as stop:
+        trainer.train_step(content)
+    message = str(stop.value)
+    assert re.search(r"epoch 4, iteration 1: segmentation \(cases case_0, case_1\)\. Nothing was saved", message)
+    assert "\n" not in message and "--c" in message
+    assert not list(Path(trainer.output_folder).glob("checkpoint*"))
+
+
+class Scaler:
+    """A gradient scaler whose first ``overflows`` steps overflow, without a GPU."""
+
+    def __init__(self, overflows: int) -> None:
+        self.left, self.value = overflows, 2.0**16
+
+    def get_scale(self) -> float:
+        return self.value
+
+    def scale(self, loss):
+        return loss
+
+    def unscale_(self, optimizer) -> None:
+        pass
+
+    def step(self, optimizer) -> None:
+        if self.left <= 0:
+            optimizer.step()
+
+    def update(self) -> None:
+        if self.left > 0:
+            self.value /= 2
+        self.left -= 1
+
+
+@pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
+def test_in_mixed_precision_the_scaler_may_skip_nineteen_steps_but_not_twenty(make_trainer, cls):
+    trainer = make_trainer(cls, block=NO_TERMS)
+    trainer.on_train_epoch_start()
+    content = batch(trainer)
+    before = state(trainer.network)
+    trainer.grad_scaler = Scaler(MAX_SKIPPED_STEPS - 1)
+    for _ in range(MAX_SKIPPED_STEPS - 1):
+        trainer.train_step(content)
+    assert same(before, state(trainer.network))
+    trainer.train_step(content)  # a good one: the count starts anew
+    assert not same(before, state(trainer.network))
+    trainer.grad_scaler = Scaler(MAX_SKIPPED_STEPS)
+    with pytest.raises(FloatingPointError, match=f"gradients of {MAX_SKIPPED_STEPS} steps in a row"):
+        for _ in range(MAX_SKIPPED_STEPS):
+            trainer.train_step(content)
