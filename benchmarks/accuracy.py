@@ -1,0 +1,548 @@
+"""Does distillation help? Every trainer with one data set, one network and one budget, over several seeds.
+
+    python benchmarks/accuracy.py --preset cpu --out FOLDER --dry-run     # all steps and the estimated time
+    python benchmarks/accuracy.py --preset cpu --out FOLDER               # hours; a second call goes on
+    python benchmarks/accuracy.py --preset full --out FOLDER --jobs 4     # nnU-Net's own widths, CUDA
+    python benchmarks/accuracy.py --preset cpu --out FOLDER --only mstkd mstkd-zero dropout dropout-warm full --seeds 0
+    python benchmarks/accuracy.py --preset cpu --out FOLDER --report      # tables of what is finished, runs nothing
+
+What is trained stands in `accuracy_rows.py`, what is asked of the result in `accuracy_verdict.py`. A finished run is
+skipped, a stopped one goes on. JSON, tables and figure go to benchmarks/results (preset tiny: to FOLDER); all values by
+case and the comparison of `mstkd compare` to FOLDER.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from accuracy_rows import (
+    DATASET,
+    DATASET_NAME,
+    FLOOR,
+    FOLD,
+    PARENT,
+    PLANS,
+    PRESETS,
+    ROWS,
+    STUDENT,
+    Preset,
+    Row,
+    chosen_rows,
+    estimated_hours,
+    first_assignments,
+    first_stage,
+)
+from gradient_ratio import GRADIENTS
+from measured_training import read_cost
+
+from nnunetv2_mstkd.crossval.steps import CHECKPOINTS, Step, Train, Training
+from nnunetv2_mstkd.evaluation.files import RESULTS, SUMMARY
+
+HERE = Path(__file__).resolve().parent
+RECORD = "benchmark.json"
+
+
+# ---- steps ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class MeasuredTrain(Train):
+    """A training that notes its cost and, where ``keep``, leaves weights on the way for :class:`Gradients`."""
+
+    keep: bool = False
+
+    def command(self) -> list[str]:
+        keep = ["--keep"] if self.keep else []
+        return [sys.executable, str(HERE / "measured_training.py"), *keep, *super().command()]
+
+
+@dataclass(frozen=True)
+class EvaluateTestCases(Step):
+    """All subsets, or the one that a row is for, on the test cases."""
+
+    raw: Path = Path()
+    folder: Path = Path()
+    subset: str | None = None
+    options: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        return f"{self.model.folder.name}.test"
+
+    @property
+    def title(self) -> str:
+        return f"evaluate {self.model.trainer} ({self.model.configuration}), test cases"
+
+    def done(self) -> bool:
+        weights, table = self.model.folder / f"fold_{FOLD}" / CHECKPOINTS[0], self.folder / RESULTS
+        return weights.is_file() and table.is_file() and table.stat().st_mtime >= weights.stat().st_mtime
+
+    def progress(self) -> str:
+        number = len(list(self.folder.glob("cases/*/*.json")))
+        return f"case {number}" if number else ""
+
+    def command(self) -> list[str]:
+        words = ["mstkd", "evaluate", "-m", str(self.model.folder), "-f", str(FOLD), "-o", str(self.folder)]
+        words += ["-i", str(self.raw / "imagesTs"), "-l", str(self.raw / "labelsTs"), "-device", self.model.device]
+        words += ["--subsets", self.subset] if self.subset else []
+        return [*words, *self.options, "--disable_progress_bar"]
+
+
+@dataclass(frozen=True)
+class Gradients(Step):
+    """How strongly each term pulls, from the weights that the training left on its way."""
+
+    @property
+    def key(self) -> str:
+        return f"{self.model.folder.name}.gradients"
+
+    @property
+    def title(self) -> str:
+        return f"gradients of {self.model.trainer} ({self.model.configuration})"
+
+    @property
+    def output(self) -> Path:
+        return self.model.folder / f"fold_{FOLD}" / GRADIENTS
+
+    def done(self) -> bool:
+        weights = self.output.with_name(CHECKPOINTS[0])
+        return weights.is_file() and self.output.is_file() and self.output.stat().st_mtime >= weights.stat().st_mtime
+
+    def progress(self) -> str:
+        return ""
+
+    def command(self) -> list[str]:
+        words = [
+            sys.executable,
+            str(HERE / "gradient_ratio.py"),
+            self.model.dataset,
+            self.model.configuration,
+            str(FOLD),
+        ]
+        return [*words, "-tr", self.model.trainer, "-device", self.model.device]
+
+
+@dataclass
+class Benchmark:
+    """A preset in a folder, with nnU-Net's three folders inside.
+
+    Attributes
+    ----------
+    out:
+        the folder.
+    name:
+        of the preset.
+    device:
+        in place of the preset's; None: the preset's.
+    """
+
+    out: Path
+    name: str
+    device: str | None = None
+
+    @property
+    def preset(self) -> Preset:
+        return PRESETS[self.name]
+
+    @property
+    def dataset(self) -> str:
+        return f"Dataset{DATASET:03d}_{DATASET_NAME}"
+
+    @property
+    def raw(self) -> Path:
+        return self.out / "raw" / self.dataset
+
+    @property
+    def plans_file(self) -> Path:
+        return self.out / "preprocessed" / self.dataset / f"{PLANS}.json"
+
+    def training(self, trainer: str, configuration: str) -> Training:
+        device = self.device or self.preset.device
+        return Training(self.out / "results" / self.dataset, str(DATASET), configuration, trainer, PLANS, device)
+
+    def evaluation(self, row: Row, seed: int) -> Path:
+        return self.out / "evaluations" / row.configuration(seed)
+
+    def steps(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Step]:
+        """Steps such that each comes after those that it needs; all rows of a seed before the next seed."""
+        steps: dict[str, Step] = {}
+        for seed in seeds:
+            for row in rows:
+                needs: tuple[str, ...] = ()
+                if row.first:
+                    first = MeasuredTrain(self.training(row.first, first_stage(seed)), fold=FOLD)
+                    steps.setdefault(first.key, first)
+                    needs = (first.key,)
+                model = self.training(row.trainer, row.configuration(seed))
+                train = MeasuredTrain(model, needs, fold=FOLD, keep=row.terms)
+                folder, options = self.evaluation(row, seed), (*self.preset.evaluation, "--name", row.name)
+                own: list[Step] = [
+                    train,
+                    EvaluateTestCases(
+                        model, (train.key,), raw=self.raw, folder=folder, subset=row.subset, options=options
+                    ),
+                ]
+                own += [Gradients(model, (train.key,))] if row.terms else []
+                steps.update({step.key: step for step in own})
+        return list(steps.values())
+
+    # ---- data ------------------------------------------------------------------------------------------------------
+
+    def enter(self) -> None:
+        """Claim the folder and point nnU-Net's variables into it.
+
+        Raises
+        ------
+        ValueError
+            if it holds something else.
+        """
+        from nnunetv2_mstkd.demo.steps import environment
+
+        record = json.loads(json.dumps({"preset": self.name, **dataclasses.asdict(self.preset)}))
+        file = self.out / RECORD
+        if file.is_file():
+            there = json.loads(file.read_text(encoding="utf-8"))
+            different = [key for key in record if key not in _NOT_DATA and there.get(key) != record[key]]
+            if different:
+                listed = ", ".join(f"{key} {there.get(key)!r} (now {record[key]!r})" for key in different)
+                raise ValueError(f"{self.out} holds a benchmark with {listed}; choose another folder with --out")
+        elif self.out.is_dir() and any(self.out.iterdir()):
+            raise ValueError(f"{self.out} is not empty and holds no benchmark; choose another folder with --out")
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        variables = environment(self.out, threads_for_preprocessing=False, data_workers=None)
+        for name in ("nnUNet_def_n_proc", "nnUNet_n_proc_DA"):
+            os.environ.pop(name, None)
+        os.environ.update(variables)
+
+    def make_data(self) -> None:
+        """Cases, plans, preprocessed data and the split, as far as they are not there."""
+        from nnunetv2_mstkd.demo import steps
+        from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
+
+        preset = self.preset
+        write_dataset(
+            self.out / "raw", DATASET, name=DATASET_NAME, cases=preset.training_cases + preset.validation_cases,
+            test_cases=preset.test_cases, spacing=preset.spacing, recipe=preset.recipe, anatomy=preset.anatomy,
+            seed=preset.data_seed, progress=True,
+        )  # fmt: skip
+        splits = self.plans_file.with_name("splits_final.json")
+        if splits.is_file():  # the last thing that is written here
+            return
+        shutil.rmtree(self.plans_file.parent, ignore_errors=True)
+        workers = str(default_workers())
+        steps.run(
+            [*("nnUNetv2_plan_and_preprocess", "-d", str(DATASET), "-c", PARENT), *("-np", workers, "-npfp", workers)],
+            log=self.out / "logs" / "preprocessing.log",
+            variables=steps.environment(self.out, threads_for_preprocessing=True, data_workers=None),
+            title="plan and preprocess",
+            total=3,
+            tick=r"^(Fingerprint extraction|Experiment planning|Preprocessing\.\.\.)",
+        )
+        cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
+        split = {"train": cases[: preset.training_cases], "val": cases[preset.training_cases :]}
+        splits.write_text(json.dumps([split], indent=4), encoding="utf-8")
+
+    def configure(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
+        """A configuration per row and seed in the plans, as ``mstkd configure`` writes them.
+
+        Raises
+        ------
+        ValueError
+            if a row's settings have changed since it was begun in this folder.
+        """
+        from nnunetv2_mstkd import configuration
+
+        preset = self.preset
+        planned = configuration.read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
+        widths = preset.stages(len(planned["strides"]))
+        for seed in seeds:
+            plans = configuration.read_plans(self.plans_file)
+            entry = configuration.derive(
+                plans, PARENT, first_stage(seed), assignments=first_assignments(preset, seed), features=widths,
+                batch_size=preset.batch_size,
+            )  # fmt: skip
+            self._write(first_stage(seed), entry)
+            for row in rows:
+                plans = configuration.read_plans(self.plans_file)
+                changes = row.assignments(preset, seed)
+                entry = configuration.derive(plans, first_stage(seed), row.configuration(seed), assignments=changes)
+                self._write(row.configuration(seed), entry)
+
+    def _write(self, name: str, entry: dict[str, Any]) -> None:
+        from nnunetv2_mstkd import configuration
+        from nnunetv2_mstkd.settings import BLOCK, Settings
+
+        there = configuration.read_plans(self.plans_file)["configurations"].get(name)
+        if there is not None:
+            # settings that a later version has added have their defaults in both
+            both = [{**each, BLOCK: Settings.from_block(each[BLOCK]).to_block()} for each in (there, entry)]
+            if json.loads(json.dumps(both[0])) == json.loads(json.dumps(both[1])):
+                return
+            begun = [path for path in (self.out / "results" / self.dataset).glob(f"*__{name}/fold_*/checkpoint_*.pth")]
+            if begun:
+                raise ValueError(
+                    f"{begun[0].parent} was trained with other settings than the table now gives {name}; choose "
+                    f"another folder with --out, or remove that model"
+                )
+        configuration.write_configuration(self.plans_file, name, entry, overwrite=True)
+
+    # ---- results ---------------------------------------------------------------------------------------------------
+
+    def finished(self, rows: Sequence[Row], seeds: Sequence[int]) -> tuple[list[Row], list[str]]:
+        """Rows with all seeds evaluated, and the names of the others."""
+        done: dict[str, bool] = {}
+        for row in rows:
+            steps = [step for step in self.steps([row], seeds) if isinstance(step, EvaluateTestCases)]
+            done[row.name] = all(step.done() for step in steps)
+        return [row for row in rows if done[row.name]], [name for name, there in done.items() if not there]
+
+    def results(self, rows: Sequence[Row], seeds: Sequence[int]) -> Any:
+        """The values of all cases; the row as model, and the seed in the column ``fold``."""
+        import pandas as pd
+
+        from nnunetv2_mstkd.evaluation.results import FOLD as FOLD_COLUMN
+        from nnunetv2_mstkd.evaluation.results import MODEL, read_results, write_results
+
+        tables = []
+        for row in rows:
+            of_row = [
+                read_results(self.evaluation(row, seed) / RESULTS).assign(**{MODEL: row.name, FOLD_COLUMN: str(seed)})
+                for seed in seeds
+            ]
+            folder = self.out / "rows" / row.name
+            write_results(pd.concat(of_row, ignore_index=True), folder / RESULTS)
+            shutil.copyfile(self.evaluation(row, seeds[0]) / SUMMARY, folder / SUMMARY)
+            tables += of_row
+        return pd.concat(tables, ignore_index=True)
+
+    def cost(self, row: Row, seeds: Sequence[int]) -> dict[str, float] | None:
+        """Hours of all stages (means over the seeds), parameters, and the peak memory of the row's own training."""
+        own = [read_cost(self._fold(row.trainer, row.configuration(seed))) for seed in seeds]
+        first = [read_cost(self._fold(row.first, first_stage(seed))) for seed in seeds] if row.first else []
+        if not all([*own, *first]):
+            return None
+        hours = {
+            key: sum(epoch[f"{clock}_s"] for cost in [*own, *first] for epoch in cost["epochs"].values()) / 3600
+            for key, clock in (("hours", "wall"), ("cpu_hours", "cpu"))
+        }
+        return {
+            **{key: value / len(seeds) for key, value in hours.items()},
+            "parameters": own[0]["parameters"],
+            "memory_mib": max(cost["memory_mib"] for cost in own),
+        }
+
+    def gradients(self, row: Row, seeds: Sequence[int]) -> list[dict[str, Any]]:
+        """What :class:`Gradients` found, by seed."""
+        files = [self._fold(row.trainer, row.configuration(seed)) / GRADIENTS for seed in seeds]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+
+    def _fold(self, trainer: str, configuration: str) -> Path:
+        return self.training(trainer, configuration).folder / f"fold_{FOLD}"
+
+    def about(self, rows: Sequence[Row], seeds: Sequence[int], missing: Sequence[str]) -> dict[str, Any]:
+        """Machine, versions, data and budget."""
+        from importlib.metadata import version
+
+        import torch
+        from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+        import nnunetv2_mstkd
+
+        preset, cuda = self.preset, (self.device or self.preset.device) == "cuda"
+        plans = PlansManager(str(self.plans_file)).get_configuration(rows[0].configuration(seeds[0]))
+        widths = plans.network_arch_init_kwargs["features_per_stage"]
+        gpu = torch.cuda.get_device_name() if cuda and torch.cuda.is_available() else "CPU"
+        return {
+            "preset": self.name,
+            "seeds": list(seeds),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+            "date": date.today().isoformat(),
+            "versions": {
+                "nnunetv2_mstkd": nnunetv2_mstkd.__version__,
+                "nnunetv2": version("nnunetv2"),
+                "torch": torch.__version__,
+            },
+            "data": {
+                "recipe": preset.recipe,
+                "spacing": preset.spacing,
+                "training_cases": preset.training_cases,
+                "test_cases": preset.test_cases,
+                "seed": preset.data_seed,
+                "patch": list(plans.patch_size),
+                "batch": plans.batch_size,
+                "widths": list(widths),
+            },
+            "budget": {
+                "first": preset.first_epochs * preset.iterations,
+                "student": preset.student_epochs * preset.iterations,
+                "total": (preset.first_epochs + preset.student_epochs) * preset.iterations,
+            },
+            "not_measured": list(missing),
+        }
+
+    def report(self, rows: Sequence[Row], seeds: Sequence[int], folder: Path) -> None:
+        """Write and print what is finished.
+
+        Raises
+        ------
+        ValueError
+            if nothing is.
+        """
+        from accuracy_report import dedicated_numbers, figure, mean_gradients, page, row_numbers
+        from accuracy_verdict import best_of, subset_differences, verdict
+
+        from nnunetv2_mstkd.evaluation.figures import save_figure
+        from nnunetv2_mstkd.evaluation.results import write_text
+
+        finished, missing = self.finished(rows, seeds)
+        general = [row for row in finished if row.subset is None]
+        if not general:
+            raise ValueError(f"no row has been evaluated with all seeds ({', '.join(map(str, seeds))}) yet")
+        results = self.results(general, seeds)
+        controls = [row.name for row in ROWS if row.kind == "control"]
+        best = best_of(results, controls)
+        numbers = row_numbers(results, general, best)
+        for row in general:
+            facts = {"title": row.title, "kind": row.kind, "trainer": row.trainer, "steps": row.iterations(self.preset)}
+            numbers[row.name] = {**facts, **numbers[row.name], "cost": self.cost(row, seeds)}
+        findings = verdict(
+            results, student=STUDENT, controls=controls, floor=FLOOR, training_cases=self.preset.training_cases
+        )
+        dedicated = [row for row in finished if row.subset is not None]
+        comparable = STUDENT in numbers and best is not None
+        content = {
+            "about": self.about(rows, seeds, missing),
+            "student": STUDENT,
+            "best_control": best,
+            "rows": numbers,
+            "verdict": [{"claim": line.claim, "found": line.found, "result": line.word} for line in findings],
+            "subsets": subset_differences(results, STUDENT, best).to_dict("records") if comparable else [],
+            "dedicated": dedicated_numbers(
+                results, self.results(dedicated, seeds), dedicated, [STUDENT, *([best] if best else []), FLOOR]
+            )
+            if dedicated
+            else [],
+            "gradients": mean_gradients({row.name: self.gradients(row, seeds) for row in general if row.terms}),
+        }
+        name = f"accuracy_{self.name}"
+        write_text(json.dumps(content, indent=1) + "\n", folder / f"{name}.json")
+        text = page(content, findings, general)
+        write_text(text, folder / f"{name}.md")
+        save_figure(figure(content, general), folder / f"{name}.png")
+        self._compare(general)
+        print(text)
+        print(
+            f"written to {folder / name}.json, .md and .png; values by case and all pairs in {self.out / 'rows'} and "
+        )
+        print(f"{self.out / 'comparison'}")
+
+    def _compare(self, rows: Sequence[Row]) -> None:
+        """What `mstkd compare` says of the same values, the student (or the first row) against all others."""
+        from nnunetv2_mstkd.evaluation.comparison import Comparison, read_evaluations
+        from nnunetv2_mstkd.evaluation.comparison_report import write_comparison
+
+        if len(rows) > 1:
+            names = [row.name for row in rows]
+            read = read_evaluations([f"{name}={self.out / 'rows' / name}" for name in names])
+            write_comparison(
+                Comparison(read, baseline=STUDENT if STUDENT in names else names[0]), self.out / "comparison"
+            )
+
+
+_NOT_DATA = ("seconds_per_step", "where", "device", "evaluation")
+"""Of a preset: what the results do not depend on, or what `mstkd evaluate` checks itself."""
+
+
+# ---- command line --------------------------------------------------------------------------------------------------
+
+
+def show(benchmark: Benchmark, rows: Sequence[Row], seeds: Sequence[int]) -> None:
+    """Every step with its command, and the estimated time."""
+    steps = benchmark.steps(rows, seeds)
+    for step in steps:
+        print(f"{'done   ' if step.done() else 'to do  '} {step.title}\n        {shlex.join(step.command())}")
+    preset = benchmark.preset
+    print(
+        f"\nbudget of every model: {(preset.first_epochs + preset.student_epochs) * preset.iterations} training steps"
+    )
+    hours = estimated_hours(rows, preset, seeds)
+    for name, value in hours.items():
+        print(f"{value:9.2f} h  {name}")
+    print(
+        f"{sum(hours.values()):9.2f} h  in all, {len(seeds)} seeds, without data and preprocessing; estimated for "
+        f"{preset.where}"
+    )
+    print(f"{len(steps)} steps, {sum(step.done() for step in steps)} of them done")
+
+
+def main() -> int:
+    """Run, or show, or report; exit code 1 if a step failed, 2 for a mistake of the user."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=tuple(PRESETS), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="folder for data, models and values")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of {', '.join(row.name for row in ROWS)}")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
+    parser.add_argument("--jobs", type=int, default=1, help="steps at once (default: 1)")
+    parser.add_argument("--gpus", help="0,1: share these GPUs out among the steps (default: each step sees all)")
+    parser.add_argument("--results", type=Path, help="folder of the tables (default: benchmarks/results; tiny: --out)")
+    parser.add_argument("--report", action="store_true", help="only write the tables of what is finished")
+    parser.add_argument("--dry-run", action="store_true", help="list the steps and the estimated time, do nothing")
+    args = parser.parse_args()
+    try:
+        return run(args)
+    except ValueError as error:
+        print(f"accuracy.py: {error}", file=sys.stderr)
+        return 2
+
+
+def run(args: argparse.Namespace) -> int:
+    """What the command line asks for."""
+    rows, seeds = chosen_rows(args.only), list(dict.fromkeys(args.seeds))
+    benchmark = Benchmark(args.out.resolve(), args.preset, args.device)
+    if args.dry_run:
+        show(benchmark, rows, seeds)
+        return 0
+    benchmark.enter()
+    left = 0
+    if not args.report:
+        from nnunetv2_mstkd.crossval.local import run_steps
+
+        signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: stop what runs
+        benchmark.make_data()
+        with contextlib.redirect_stdout(io.StringIO()):
+            benchmark.configure(rows, seeds)
+        gpus = [text for text in (args.gpus or "").split(",") if text]
+        outcome = run_steps(
+            benchmark.steps(rows, seeds), jobs=args.jobs, gpus=gpus, report=lambda line: print(line, flush=True)
+        )
+        for key, reason in outcome.left.items():
+            print(f"not run {key}: {reason}")
+        left = len(outcome.failed) + len(outcome.left)
+    benchmark.report(rows, seeds, args.results or (benchmark.out if args.preset == "tiny" else HERE / "results"))
+    return 1 if left else 0
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+"""What `accuracy.py` leaves behind: all numbers as JSON, tables in Markdown, and one figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from accuracy_rows import Row
+from accuracy_verdict import (
+    DICE,
+    SHORT,
+    Finding,
+    difference,
+    only_full,
+    regions_averaged,
+)
+from gradient_ratio import judgement
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nnunetv2_mstkd.evaluation.resampling import AVERAGE
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE, patients_of
+from nnunetv2_mstkd.evaluation.statistics import HIGH, LOW, mean_by_count, summary
+from nnunetv2_mstkd.phantom.dataset import DISCLAIMER
+
+KIND_COLORS = {"floor": "0.5", "control": "tab:orange", "method": "tab:blue", "ablation": "tab:cyan"}
+
+
+def row_numbers(results: pd.DataFrame, rows: Sequence[Row], best: str | None) -> dict[str, dict[str, Any]]:
+    """Accuracy of the rows that were evaluated on all subsets, in Dice percent.
+
+    Parameters
+    ----------
+    results:
+        of these rows; seeds as folds.
+    best:
+        the best control, against which all others are compared.
+    """
+    dice = results[results[METRIC] == DICE]
+    patients = patients_of(dice[CASE].unique())
+    averaged = regions_averaged(results)
+    overall = summary(averaged, patients=patients).set_index(MODEL)
+    counts = mean_by_count(averaged, patients=patients)
+    seeds = averaged.groupby([MODEL, FOLD])[VALUE].mean()
+    numbers = {}
+    for row in rows:
+        own, of_row = overall.loc[row.name], dice[dice[MODEL] == row.name]
+        by_count = counts[counts[MODEL] == row.name].set_index(MODALITIES)[VALUE]
+        numbers[row.name] = {
+            "mean": {name: 100 * float(own[name]) for name in (VALUE, LOW, HIGH)},
+            "worst_subset": {own["worst_subset"]: 100 * float(own["worst"])},
+            "by_modalities": {int(number): 100 * float(value) for number, value in by_count.items()},
+            "regions": _by_region(of_row),
+            "all_modalities": _by_region(only_full(of_row)),
+            "by_subset": _percent(averaged[averaged[MODEL] == row.name].groupby(SUBSET, sort=False)[VALUE].mean()),
+            "seeds": _percent(seeds[row.name]),
+        }
+        if best is not None and row.name != best:
+            numbers[row.name]["minus_best_control"] = difference(results, row.name, best)
+    return numbers
+
+
+def _by_region(table: pd.DataFrame) -> dict[str, float]:
+    means = table.groupby(REGION, sort=False)[VALUE].mean()
+    return {**{SHORT.get(name, name): value for name, value in _percent(means).items()}, AVERAGE: 100 * means.mean()}
+
+
+def _percent(values: pd.Series) -> dict[str, float]:
+    return {str(name): 100 * float(value) for name, value in values.items()}
+
+
+def dedicated_numbers(
+    results: pd.DataFrame, dedicated: pd.DataFrame, rows: Sequence[Row], others: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Networks of one subset against the models of all subsets, on that subset.
+
+    Parameters
+    ----------
+    results, dedicated:
+        of the models of all subsets, and of the networks of one subset each.
+    rows:
+        those of ``dedicated``.
+    others:
+        models of ``results`` to compare with.
+    """
+    numbers = []
+    for row in rows:
+        joined = pd.concat([dedicated[dedicated[MODEL] == row.name], results[results[SUBSET] == row.subset]])
+        own = regions_averaged(joined[joined[MODEL] == row.name])[VALUE].mean()
+        entry = {"row": row.name, "subset": row.subset, "dice": 100 * float(own)}
+        entry["minus"] = {name: difference(joined, row.name, name) for name in others if name in set(results[MODEL])}
+        numbers.append(entry)
+    return numbers
+
+
+def mean_gradients(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Gradient ratios by row, term and percent of the training, as means over the seeds."""
+    lines = []
+    for row, seeds in found.items():
+        terms = dict.fromkeys((percent, name) for seed in seeds for percent, of in seed.items() for name in of)
+        for percent, name in terms:
+            entries = [seed[percent][name] for seed in seeds if name in seed.get(percent, {})]
+            ratio, full = (float(np.mean([entry[key] for entry in entries])) for key in ("ratio", "full"))
+            note = judgement(ratio, full)
+            lines.append(
+                {"row": row, "term": name, "percent": int(percent), "ratio": ratio, "full": full, "note": note}
+            )
+    return sorted(lines, key=lambda line: (list(found).index(line["row"]), line["term"], line["percent"]))
+
+
+# ---- Markdown ------------------------------------------------------------------------------------------------------
+
+
+def page(content: Mapping[str, Any], findings: Sequence[Finding], rows: Sequence[Row]) -> str:
+    """All tables."""
+    about, numbers = content["about"], content["rows"]
+    best = content["best_control"]
+    counts = sorted({int(count) for entry in numbers.values() for count in entry.get("by_modalities", {})})
+    regions = list(dict.fromkeys(name for entry in numbers.values() for name in entry.get("regions", {})))
+    regions = [name for name in regions if name != AVERAGE]
+    head = ["model", "steps", "mean [95 %]", *(f"{count} mod." for count in counts), *regions]
+    head += [f"all: {name}" for name in regions]
+    head += [f"minus {best}" if best else "difference", "p", "hours", "parameters", "memory"]
+    body = []
+    for row in rows:
+        entry = numbers.get(row.name)
+        if entry is None or "mean" not in entry:
+            continue
+        mean = entry["mean"]
+        cells = [row.title, str(entry["steps"]), f"{mean[VALUE]:.1f} [{mean[LOW]:.1f}, {mean[HIGH]:.1f}]"]
+        cells += [f"{entry['by_modalities'][count]:.1f}" for count in counts]
+        cells += [f"{entry[key][name]:.1f}" for key in ("regions", "all_modalities") for name in regions]
+        less = entry.get("minus_best_control")
+        cells += (
+            [f"{less['difference']:+.2f} [{less['low']:+.2f}, {less['high']:+.2f}]", f"{less['p']:.2g}"]
+            if less
+            else ["", ""]
+        )
+        body.append([*cells, *_cost(entry["cost"])])
+    lines = ["# Accuracy under equal budgets", "", *_facts(about), "", *_table(head, body), ""]
+    lines += [
+        "Dice in percent, mean over cases; `mean` over subsets and regions with a bootstrap interval over cases, "
+        "`all:` the input with all modalities. Steps: training steps of both stages together. p: two-sided Wilcoxon "
+        "test on one value per case, uncorrected. Hours: of all stages, mean over seeds; memory: peak of the training "
+        "process.",
+        "",
+        "## Verdict",
+        "",
+        *(f"* {finding.word}: {finding.claim}: {finding.found}" for finding in findings),
+    ]
+    if content["subsets"]:
+        lines += ["", f"## {content['student']} minus {best}, subset by subset", ""]
+        lines += _table(
+            ["subset", "difference", "corrected interval", "p, corrected"],
+            [
+                [
+                    line[SUBSET],
+                    f"{line['difference']:+.2f}",
+                    f"[{line['low']:+.2f}, {line['high']:+.2f}]",
+                    f"{line['p_corrected']:.2g}",
+                ]
+                for line in content["subsets"]
+            ],
+        )
+    if content["dedicated"]:
+        lines += ["", "## A network for one subset alone", ""]
+        others = list(content["dedicated"][0]["minus"])
+        lines += _table(
+            ["subset", "Dice", *(f"minus {name}" for name in others)],
+            [
+                [
+                    entry["subset"],
+                    f"{entry['dice']:.1f}",
+                    *(f"{entry['minus'][name]['difference']:+.2f}" for name in others),
+                ]
+                for entry in content["dedicated"]
+            ],
+        )
+    if content["gradients"]:
+        lines += ["", "## Gradient of each term over that of the segmentation loss", ""]
+        lines += _table(
+            ["model", "term", "training", "as weighted then", "at full weight", ""],
+            [
+                [
+                    line["row"],
+                    line["term"],
+                    f"{line['percent']} %",
+                    f"{line['ratio']:.1e}",
+                    f"{line['full']:.1e}",
+                    line["note"],
+                ]
+                for line in content["gradients"]
+            ],
+        )
+    if about["not_measured"]:
+        lines += ["", f"Not measured: {', '.join(about['not_measured'])}."]
+    return "\n".join([*lines, "", f"The data are synthetic: {DISCLAIMER}.", ""])
+
+
+def _facts(about: Mapping[str, Any]) -> list[str]:
+    data, budget = about["data"], about["budget"]
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return [
+        f"Preset {about['preset']}, seeds {', '.join(map(str, about['seeds']))}; {about['machine']}; {about['date']}; "
+        f"{versions}.",
+        f"Phantom, recipe {data['recipe']}, {data['spacing']} mm, {data['training_cases']} training and "
+        f"{data['test_cases']} test cases; patch {data['patch']}, batch {data['batch']}, widths {data['widths']}; "
+        f"{budget['first']} steps for teachers and other models to start from, {budget['student']} for what follows, "
+        f"{budget['total']} for models without a first stage.",
+    ]
+
+
+def _cost(cost: Mapping[str, Any] | None) -> list[str]:
+    if not cost:
+        return ["", "", ""]
+    return [f"{cost['hours']:.2g}", f"{cost['parameters'] / 1e6:.2f} M", f"{cost['memory_mib']:.0f} MiB"]
+
+
+def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(cells) + " |" for cells in (head, *body)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+# ---- figure --------------------------------------------------------------------------------------------------------
+
+
+def figure(content: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
+    """Left the mean Dice by number of modalities, right the difference to the best control with its interval."""
+    numbers = content["rows"]
+    shown = [row for row in rows if "mean" in numbers.get(row.name, {})]
+    drawing = Figure(figsize=(11, 1.6 + 0.4 * len(shown)), layout="constrained")
+    FigureCanvasAgg(drawing)
+    left, right = drawing.subplots(1, 2, sharey=True, width_ratios=(1.1, 1))
+    places = np.arange(len(shown))
+    counts = sorted({count for row in shown for count in numbers[row.name]["by_modalities"]})
+    for place, row in zip(places, shown, strict=True):
+        color, entry = KIND_COLORS[row.kind], numbers[row.name]
+        for number in counts:
+            value = entry["by_modalities"][number]
+            # a marker, unlike a text, widens the axis; above the mean, which may be equal
+            left.plot(value, place - 0.25, marker=f"${number}$", color="0.45", markersize=6, markeredgewidth=0.3)
+        left.plot(entry["mean"][VALUE], place, marker="D", color=color, markersize=6, markeredgecolor="white")
+        less = entry.get("minus_best_control")
+        middle = less["difference"] if less else 0.0
+        ends = [[middle - less["low"]], [less["high"] - middle]] if less else None
+        right.errorbar(middle, place, xerr=ends, marker="D", color=color, markersize=6, capsize=3)
+    left.set_yticks(places, [row.title for row in shown], fontsize=9)
+    left.set_ylim(len(shown) - 0.4, -0.6)
+    left.set_xlabel("Dice (%): mean over subsets, and with 1, 2 ... modalities")
+    right.axvline(0, color="0.3", linewidth=0.8)
+    right.set_xlabel(f"difference to {content['best_control'] or 'the best control'} (points, 95 %)")
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="0.9")
+        axis.set_axisbelow(True)
+    kinds = [kind for kind in KIND_COLORS if any(row.kind == kind for row in shown)]
+    handles = [
+        left.plot([], [], marker="D", linestyle="none", color=KIND_COLORS[kind], label=kind)[0] for kind in kinds
+    ]
+    drawing.legend(handles=handles, loc="outside lower center", ncols=len(kinds), frameon=False, fontsize=9)
+    return drawing

@@ -1,0 +1,292 @@
+"""The pure parts of benchmarks/accuracy.py: budgets, settings, the verdict and gradient ratios. Nothing is trained."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import accuracy
+import accuracy_rows as table
+from accuracy_verdict import best_of, difference, subset_differences, verdict
+from gradient_ratio import gradient_norms, judgement, ratios
+from measured_training import kept_epochs
+
+from nnunetv2_mstkd import configuration, trainers
+from nnunetv2_mstkd.settings import BLOCK, TERMS, Settings
+from nnunetv2_mstkd.trainers.distillation import DistillationTrainer
+from nnunetv2_mstkd.trainers.modality_dropout import StepLoss
+
+NAMES = ("T1", "T1ce", "T2", "FLAIR")
+SUBSETS = ["+".join(chosen) for size in range(1, 5) for chosen in itertools.combinations(NAMES, size)]
+REGIONS = ("whole tumor", "tumor core", "enhancing tumor")
+
+
+# ---- rows ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", table.PRESETS.values(), ids=list(table.PRESETS))
+def test_every_row_gets_the_same_number_of_training_steps(preset):
+    wanted = (preset.first_epochs + preset.student_epochs) * preset.iterations
+    assert {row.name: row.iterations(preset) for row in table.ROWS} == {row.name: wanted for row in table.ROWS}
+
+
+def test_names_are_unique_and_work_in_folder_names():
+    names = [row.name for row in table.ROWS]
+    assert len(set(names)) == len(names)
+    assert not any("_" in name for name in names)
+
+
+def test_each_distilling_row_names_the_teacher_of_its_trainer():
+    for row in table.ROWS:
+        trainer = getattr(trainers, row.trainer)
+        if issubclass(trainer, DistillationTrainer):
+            assert row.first == trainer.teacher_trainer.__name__
+        else:
+            assert bool(row.first) == row.starts_from_first
+
+
+def settings_of(row: table.Row, preset: str = "cpu") -> Settings:
+    """The resolved block of a row, derived as the benchmark derives it."""
+    from step_cost import make_plans
+
+    plans, _ = make_plans("small")
+    chosen = table.PRESETS[preset]
+    for name, parent, changes in (
+        (table.first_stage(1), table.PARENT, table.first_assignments(chosen, 1)),
+        (row.configuration(1), table.first_stage(1), row.assignments(chosen, 1)),
+    ):
+        plans["configurations"][name] = configuration.derive(plans, parent, name, assignments=changes)
+    return Settings.from_block(plans["configurations"][row.configuration(1)][BLOCK])
+
+
+@pytest.mark.parametrize("row", table.ROWS, ids=[row.name for row in table.ROWS])
+def test_settings_of_every_row_are_valid(row):
+    settings = settings_of(row)
+    preset = table.PRESETS["cpu"]
+    assert settings.schedule.seed == 1
+    assert settings.schedule.epochs == row.epochs(preset)
+    assert settings.schedule.iterations == preset.iterations
+    if row.starts_from_first:
+        folder = f"{row.first}__nnUNetPlans__first_s1"
+        assert settings.schedule.init_from == f"Dataset903_Accuracy/{folder}/fold_0/checkpoint_final.pth"
+    elif row.first:
+        assert settings.teacher.configuration == "first_s1"
+    if row.subset:
+        assert settings.sampler.build(NAMES).subsets == (tuple(name in row.subset.split("+") for name in NAMES),)
+
+
+def test_ablations_take_away_what_they_say():
+    off = {
+        row.name: set(TERMS) - set(settings_of(row).distillation.weights)
+        for row in table.ROWS
+        if row.trainer == "MSTKDTrainer"
+    }
+    assert off == {
+        "mstkd": set(),
+        "mstkd-zero": set(TERMS),
+        "mstkd-paper": set(),
+        "mstkd-no-ms-tkd": {"evd", "maps"},
+        "mstkd-no-dmld": {"discrepancy", "kl"},
+        "mstkd-no-gsme": {"style", "adversarial"},
+        "mstkd-cold": set(),
+    }
+    assert not settings_of(table.chosen_rows(["mstkd-cold"])[0]).teacher.warm_start
+    paper = settings_of(table.chosen_rows(["mstkd-paper"])[0])
+    assert (paper.schedule.optimizer, paper.schedule.learning_rate) == ("adam", 1e-4)
+
+
+def test_an_unknown_row_is_refused_with_those_that_there_are():
+    with pytest.raises(ValueError, match="no row 'mstkdd'; there are full, dropout"):
+        table.chosen_rows(["mstkd", "mstkdd"])
+
+
+def test_first_stages_are_shared_within_a_seed_and_come_first(tmp_path):
+    rows = table.chosen_rows(["mstkd", "mstkd-zero", "dropout-warm"])
+    steps = accuracy.Benchmark(tmp_path, "tiny").steps(rows, [0, 1])
+    titles = [step.title for step in steps]
+    assert sum("MSTKDTeacherTrainer" in title for title in titles) == 2
+    assert sum(title.startswith("train FullModalityTrainer (first_s") for title in titles) == 2
+    assert sum(title.startswith("gradients") for title in titles) == 2  # of mstkd alone
+    before: set[str] = set()
+    for step in steps:
+        assert set(step.needs) <= before
+        before.add(step.key)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_counts_a_shared_teacher_once():
+    preset, seeds = table.PRESETS["cpu"], [0, 1, 2]
+    one = table.estimated_hours(table.chosen_rows(["mstkd"]), preset, seeds)
+    two = table.estimated_hours(table.chosen_rows(["mstkd", "mstkd-zero"]), preset, seeds)
+    assert one["MSTKDTeacherTrainer"] == two["MSTKDTeacherTrainer"] > 0
+    assert set(two) - set(one) == {"mstkd-zero"}
+
+
+def test_an_evaluation_older_than_the_weights_is_not_done(tmp_path):
+    step = accuracy.Benchmark(tmp_path, "tiny").steps(table.chosen_rows(["dropout"]), [0])[1]
+    weights = step.model.folder / "fold_0" / "checkpoint_final.pth"
+    for file in (weights, step.folder / "results.csv"):
+        file.parent.mkdir(parents=True)
+        file.touch()
+    os.utime(weights, (1000, 1000))
+    assert step.done()
+    os.utime(weights, (2e9, 2e9))
+    assert not step.done()
+
+
+# ---- verdict -------------------------------------------------------------------------------------------------------
+
+
+def results(models: dict[str, float], *, cases: int = 24, seeds: int = 3, base: float = 0.6) -> pd.DataFrame:
+    """A table in which each model lies a fixed number of Dice points above ``base``, with equal noise by case."""
+    noise = np.random.default_rng(0).normal(0, 0.02, (cases, len(SUBSETS), seeds))
+    rows = [
+        (model, "Any", str(seed), f"case_{case:02d}", subset, subset.count("+") + 1, region, "dice",
+         base + points / 100 + noise[case, number, seed] + 1e-4 * ((case + seed) % 3))
+        for model, points in models.items()
+        for case in range(cases)
+        for number, subset in enumerate(SUBSETS)
+        for seed in range(seeds)
+        for region in REGIONS
+    ]  # fmt: skip
+    columns = ["model", "trainer", "fold", "case", "subset", "modalities", "region", "metric", "value"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def judge(frame: pd.DataFrame, training_cases: int = 60) -> list[bool | None]:
+    findings = verdict(
+        frame, student="mstkd", controls=["dropout", "dropout-warm", "mstkd-zero"], floor="full",
+        training_cases=training_cases, samples=300,
+    )  # fmt: skip
+    return [finding.met for finding in findings]
+
+
+EQUAL = {"full": 0.0, "dropout": 0.0, "dropout-warm": 1.0, "mstkd-zero": 0.5}
+# seeds, cases, WT, ET, gain, p, subsets, full input
+
+
+def test_everything_met():
+    assert judge(results({**EQUAL, "mstkd": 2.6})) == [True] * 8
+
+
+def test_the_gain_is_over_the_best_control_not_over_any():
+    frame = results({**EQUAL, "mstkd": 2.4})  # 1.4 over the best, 2.4 over another
+    assert best_of(frame, ["dropout", "dropout-warm", "mstkd-zero"]) == "dropout-warm"
+    assert judge(frame) == [True, True, True, True, False, True, True, True]
+
+
+def test_no_difference_is_missed():
+    frame = results({**EQUAL, "mstkd": 1.0})
+    assert judge(frame)[4:6] == [False, False]
+
+
+def test_a_worse_subset_is_missed_and_named():
+    frame = results({**EQUAL, "mstkd": 3.0})
+    frame.loc[(frame["model"] == "mstkd") & (frame["subset"] == "T1+T2"), "value"] -= 0.04
+    findings = verdict(frame, student="mstkd", controls=["dropout-warm"], floor="full", training_cases=60, samples=300)
+    worse = next(finding for finding in findings if "no subset worse" in finding.claim)
+    assert worse.met is False
+    assert worse.found == "T1+T2 -2.0"
+
+
+def test_the_full_input_is_judged_on_its_own():
+    frame = results({**EQUAL, "mstkd": 3.0})
+    frame.loc[(frame["model"] == "mstkd") & (frame["modalities"] == 4), "value"] -= 0.034
+    assert judge(frame)[7] is False
+
+
+def test_few_cases_or_seeds_and_easy_data_are_missed():
+    frame = results({**EQUAL, "mstkd": 3.0}, cases=20, seeds=2, base=0.90)
+    assert judge(frame)[:4] == [False, False, True, False]
+    assert judge(results({**EQUAL, "mstkd": 3.0}), training_cases=59)[1] is False
+
+
+def test_a_significant_loss_is_no_success():
+    assert judge(results({**EQUAL, "mstkd": -2.0}))[4:7] == [False, False, False]
+
+
+def test_a_missing_control_leaves_open_what_it_could_change():
+    without = {name: value for name, value in EQUAL.items() if name != "dropout-warm"}
+    assert judge(results({**without, "mstkd": 3.0}))[4:7] == [None, None, None]
+    assert judge(results({**without, "mstkd": 0.6}))[4:7] == [False, None, None]
+    assert judge(results({"full": 0.0, "mstkd": 3.0}))[4:7] == [None, None, None]
+
+
+def test_without_the_student_nothing_is_claimed():
+    assert judge(results(EQUAL)) == [None]
+
+
+def test_the_unit_is_the_case_whatever_the_number_of_seeds_and_subsets():
+    frame = results({"a": 0.0, "b": 1.0}, cases=7)
+    found = difference(frame, "b", "a", samples=300)
+    assert found["cases"] == 7
+    assert found["difference"] == pytest.approx(1.0)
+    assert found["p"] == pytest.approx(2 / 2**7)  # all seven differences have one sign
+
+
+def test_subsets_are_corrected_together():
+    frame = results({"a": 0.0, "b": 1.0}, cases=8)
+    found = subset_differences(frame, "b", "a", samples=300)
+    assert len(found) == 15
+    assert found["p_corrected"].min() == pytest.approx(15 * 2 / 2**8)
+    assert found["level"].min() == pytest.approx(0.95)
+    assert found["level"].max() == pytest.approx(1 - 0.05 / 15)
+
+
+# ---- gradients -----------------------------------------------------------------------------------------------------
+
+
+def hand_made_step(weight: float) -> tuple[StepLoss, torch.Tensor]:
+    """Segmentation loss with the gradient (3, 4), a term with the gradient (0, 2), and one without any."""
+    parameter = torch.zeros(2, requires_grad=True)
+    terms = {
+        "segmentation": 3 * parameter[0] + 4 * parameter[1],
+        "kl": 2 * parameter[1],
+        "nowhere": torch.zeros(()),
+    }
+    total = terms["segmentation"] + weight * terms["kl"] + 0.5 * terms["nowhere"]
+    return StepLoss(total, terms, torch.zeros(1)), parameter
+
+
+def test_gradient_norms_of_a_hand_made_step():
+    step, parameter = hand_made_step(0.25)
+    found = gradient_norms(step, [parameter])
+    assert found["segmentation"] == (1.0, 5.0)
+    assert found["kl"] == (0.25, 2.0)
+    assert found["nowhere"][1] == 0.0
+
+
+def test_weights_are_taken_as_given_where_the_total_was_computed_from_other_scalars():
+    step, parameter = hand_made_step(0.25)
+    step = step._replace(terms={name: (value + value) / 2 for name, value in step.terms.items()})
+    assert gradient_norms(step, [parameter], {"kl": 0.7})["kl"] == (0.7, 2.0)
+    assert gradient_norms(step, [parameter])["segmentation"] == (1.0, 5.0)
+
+
+def test_ratios_use_the_weight_of_the_moment_and_the_full_one():
+    step, parameter = hand_made_step(0.25)
+    norms = gradient_norms(step, [parameter])
+    found = ratios([norms, norms], {"kl": 0.5})
+    assert found["kl"] == {"ratio": pytest.approx(0.25 * 2 / 5), "full": pytest.approx(0.5 * 2 / 5), "weight": 0.25}
+    assert found["nowhere"]["ratio"] == 0.0
+
+
+def test_a_dead_term_is_told_from_one_that_has_faded():
+    assert judgement(0.01, 0.01) == ""
+    assert judgement(9e-4, 9e-4) == "dead"
+    assert judgement(0.0, 0.0) == "no gradient at this moment"
+    assert judgement(0.0, 0.2) == "weight ramped or faded to nothing"
+
+
+def test_weights_are_kept_at_five_and_fifty_percent():
+    assert kept_epochs(100) == {5: 0.05, 50: 0.5}
+    assert kept_epochs(3) == {1: 0.05, 2: 0.5}
