@@ -115,7 +115,7 @@ class Description:
                 raise ValueError(
                     f"the modalities {' and '.join(names)} are both {sequence}, expected one channel of it"
                 )
-        if isinstance(self.test_cases, str) or not all(isinstance(name, str) for name in self.test_cases):
+        if not _is_list(self.test_cases) or not all(isinstance(name, str) for name in self.test_cases):
             raise ValueError(f"test_cases is {self.test_cases!r}, expected a list of names")
         if not isinstance(self.remap, Mapping) or not all(map(_is_integer, [*self.remap, *self.remap.values()])):
             raise ValueError(f"remap is {self.remap!r}, expected integer: integer")
@@ -223,6 +223,8 @@ class Description:
             raise ValueError(f"label '{IGNORE}' is {self.labels[IGNORE]}, expected the highest value, {found[-1]}")
 
     def _check_regions(self) -> None:
+        if not _is_list(self.regions_class_order) or not all(map(_is_integer, self.regions_class_order)):
+            raise ValueError(f"regions_class_order is {self.regions_class_order!r}, expected a list of integers")
         order = list(self.regions_class_order)
         if not any(len(_values(entry)) > 1 for entry in self.labels.values()):
             if order:
@@ -276,6 +278,10 @@ def alternatives(patterns: str | Sequence[str]) -> list[str]:
 def _values(entry: int | Sequence[int]) -> list[int]:
     """Return the values of one entry of ``labels``."""
     return list(entry) if isinstance(entry, Sequence) and not isinstance(entry, str) else [cast(int, entry)]
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def _is_integer(value: object) -> bool:

@@ -128,12 +128,17 @@ def check_architecture(configuration: ConfigurationManager, source: str = "plans
     ValueError
         naming the entry.
     """
+    imported, kwargs = configuration.network_arch_init_kwargs_req_import, configuration.network_arch_init_kwargs
+    if not isinstance(kwargs, Mapping):
+        raise ValueError(f"arch_kwargs in {source} is no table")
+    if not isinstance(imported, (list, tuple)) or not all(isinstance(key, str) for key in imported):
+        raise ValueError(f"_kw_requires_import in {source} is {imported!r}, expected a list of names")
     names = [("network_class_name", configuration.network_arch_class_name, NETWORK_PACKAGES)]
-    for key in configuration.network_arch_init_kwargs_req_import:
-        if key not in configuration.network_arch_init_kwargs:
+    for key in imported:
+        if key not in kwargs:
             raise ValueError(f"{source} lists {key!r} in _kw_requires_import, but its arch_kwargs have no such key")
-        if configuration.network_arch_init_kwargs[key] is not None:
-            names.append((key, configuration.network_arch_init_kwargs[key], LAYER_PACKAGES))
+        if kwargs[key] is not None:
+            names.append((key, kwargs[key], LAYER_PACKAGES))
     for key, name, packages in names:
         _accept(
             _locate(name, packages),

@@ -61,8 +61,8 @@ class Record:
         if self.resumed:
             try:
                 before = json.loads(file.read_text(encoding="utf-8"))
-                self.cases = dict(before["cases"])
-            except (ValueError, KeyError, TypeError) as error:
+                self.cases = {str(name): _checked(entry) for name, entry in before["cases"].items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{file} is no record of predictions; leave out --continue_prediction") from error
             for key, value in self.run.items():
                 if before.get(key) != value:
@@ -101,6 +101,14 @@ class Record:
             expected = ", ".join(f"{region} {value:.3f}" for region, value in (dice or {}).items())
             lines.append(f"{subset}: {count}" + (f" (expected Dice: {expected})" if expected else ""))
         return lines
+
+
+def _checked(entry: Any) -> dict[str, Any]:
+    """A case's entry, if it has what :meth:`Record.by_subset` reads."""
+    dice = entry.get("expected_dice") or {}
+    if not isinstance(entry["subset"], str) or not all(isinstance(value, (int, float)) for value in dice.values()):
+        raise ValueError
+    return entry
 
 
 def write_json(file: Path, content: Any) -> None:
