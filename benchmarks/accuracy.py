@@ -100,6 +100,8 @@ class EvaluateTestCases(Step):
         words = ["mstkd", "evaluate", "-m", str(self.model.folder), "-f", str(FOLD), "-o", str(self.folder)]
         words += ["-i", str(self.raw / "imagesTs"), "-l", str(self.raw / "labelsTs"), "-device", self.model.device]
         words += ["--subsets", self.subset] if self.subset else []
+        # a table that is there but does not count is that of weights which were trained anew
+        words += ["--restart"] if (self.folder / RESULTS).is_file() and not self.done() else []
         return [*words, *self.options, "--disable_progress_bar"]
 
 
@@ -397,8 +399,8 @@ class Benchmark:
             "not_measured": list(missing),
         }
 
-    def report(self, rows: Sequence[Row], seeds: Sequence[int], folder: Path) -> None:
-        """Write and print what is finished.
+    def report(self, seeds: Sequence[int], folder: Path) -> None:
+        """Write and print all rows of the table that are finished with these seeds.
 
         Raises
         ------
@@ -411,7 +413,7 @@ class Benchmark:
         from nnunetv2_mstkd.evaluation.figures import save_figure
         from nnunetv2_mstkd.evaluation.results import write_text
 
-        finished, missing = self.finished(rows, seeds)
+        finished, missing = self.finished(ROWS, seeds)
         general = [row for row in finished if row.subset is None]
         if not general:
             raise ValueError(f"no row has been evaluated with all seeds ({', '.join(map(str, seeds))}) yet")
@@ -428,7 +430,7 @@ class Benchmark:
         dedicated = [row for row in finished if row.subset is not None]
         comparable = STUDENT in numbers and best is not None
         content = {
-            "about": self.about(rows, seeds, missing),
+            "about": self.about(general, seeds, missing),
             "student": STUDENT,
             "best_control": best,
             "rows": numbers,
@@ -493,7 +495,7 @@ def show(benchmark: Benchmark, rows: Sequence[Row], seeds: Sequence[int]) -> Non
 
 
 def main() -> int:
-    """Run, or show, or report; exit code 1 if a step failed, 2 for a mistake of the user."""
+    """Run, or show, or report; exit code 1 if a step failed, 2 for a mistake of the user, 130 if stopped."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, models and values")
@@ -511,6 +513,9 @@ def main() -> int:
     except ValueError as error:
         print(f"accuracy.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("accuracy.py: stopped; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def run(args: argparse.Namespace) -> int:
@@ -536,7 +541,7 @@ def run(args: argparse.Namespace) -> int:
         for key, reason in outcome.left.items():
             print(f"not run {key}: {reason}")
         left = len(outcome.failed) + len(outcome.left)
-    benchmark.report(rows, seeds, args.results or (benchmark.out if args.preset == "tiny" else HERE / "results"))
+    benchmark.report(seeds, args.results or (benchmark.out if args.preset == "tiny" else HERE / "results"))
     return 1 if left else 0
 
 

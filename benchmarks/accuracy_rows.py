@@ -249,8 +249,7 @@ STEP_COST: Mapping[str, float] = {
     "SMMLTrainer": 2.1,
     "MSTKDTeacherTrainer": 1.07,
 }
-"""A training step over FullModalityTrainer's, from README's table; for the estimate only.
-Others: 1."""
+"""A training step over FullModalityTrainer's, from README's table; for the estimate only. Others: 1."""
 
 
 def chosen_rows(names: Iterable[str] | None) -> list[Row]:

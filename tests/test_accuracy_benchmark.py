@@ -139,8 +139,10 @@ def test_an_evaluation_older_than_the_weights_is_not_done(tmp_path):
         file.touch()
     os.utime(weights, (1000, 1000))
     assert step.done()
+    assert "--restart" not in step.command()
     os.utime(weights, (2e9, 2e9))
     assert not step.done()
+    assert "--restart" in step.command()  # mstkd evaluate would refuse to mix two trainings
 
 
 # ---- verdict -------------------------------------------------------------------------------------------------------
