@@ -182,7 +182,7 @@ class Demo:
         features = [*FEATURES, *[FEATURES[-1]] * stages][:stages]
         entry = configuration.derive(plans, "3d_fullres", CONFIGURATION, assignments=assignments, features=features)
         configuration.write_configuration(plans_file, CONFIGURATION, entry, overwrite=True)
-        ablations = {
+        ablations: dict[str, list[tuple[str, str, Any]]] = {
             NO_DISTILLATION: [("distillation", name, 0.0) for name in TERMS],
             EQUAL_BUDGET: [("schedule", "epochs", self.epochs(CONTROLS[0]))],
         }

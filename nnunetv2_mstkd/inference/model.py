@@ -117,7 +117,7 @@ def set_availability(predictor: nnUNetPredictor, availability: Sequence[bool] | 
 
     A network asks by having an attribute ``availability``; it gets a tensor of bool, shape (1, C), on the device.
     """
-    network = plain_network(predictor)
+    network: Any = plain_network(predictor)
     if hasattr(network, "availability"):
         row = None if availability is None else torch.tensor([list(availability)], dtype=torch.bool)
         network.availability = None if row is None else row.to(predictor.device)
@@ -131,7 +131,7 @@ def set_student(predictor: nnUNetPredictor, number: int) -> None:
     ValueError
         if the model has no students, or fewer.
     """
-    network = plain_network(predictor)
+    network: Any = plain_network(predictor)
     students = len(getattr(network, "students", ()))
     if not 1 <= number <= students:
         has = f"students 1 to {students}" if students else "one network and no students"

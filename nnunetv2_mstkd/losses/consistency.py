@@ -58,7 +58,7 @@ def probability_consistency(
         size = ours.square() + theirs.square()
         if voxel_weight is not None:
             difference = difference * voxel_weight.detach()
-        count = float(ours[0].numel())
+        count: float | torch.Tensor = float(ours[0].numel())
         if valid is not None:
             difference, size = torch.where(valid, difference, 0.0), torch.where(valid, size, 0.0)
             count = valid.flatten(1).sum(1).clamp_min(1) * ours.shape[1]

@@ -7,7 +7,7 @@ their formulas are reconstructions. Every term has a direction: the teacher side
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
@@ -113,7 +113,8 @@ def reliable_exchange(
 
 
 def _pool(x: torch.Tensor, grid: tuple[int, ...]) -> torch.Tensor:
-    return (functional.adaptive_avg_pool3d if len(grid) == 3 else functional.adaptive_avg_pool2d)(x, grid)
+    pool: Callable = functional.adaptive_avg_pool3d if len(grid) == 3 else functional.adaptive_avg_pool2d
+    return pool(x, grid)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

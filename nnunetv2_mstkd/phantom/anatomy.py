@@ -153,15 +153,15 @@ def _procedural(grid: Grid, rng: np.random.Generator, z, y, x):
     for center, radii in (((12, -18, 8), (9, 14, 9)), ((25, 4, 2), (7, 17, 11)), ((14, 16, 9), (6, 11, 10))):
         cortex = np.maximum(cortex, _inside(_ellipsoid(z, y, ax, center, radii), h))
     ventricle_size = rng.uniform(0.8, 1.25)
-    for center, radii in (
+    for center, full in (
         ((9, -2, 20), (5, 30, 7)),
         ((20, -36, 14), (6, 12, 10)),
         ((31, -22, -12), (4, 15, 4)),
         ((0, -12, 2), (2.5, 12, 8)),
         ((0, -44, -32), (6, 6, 9)),
     ):
-        radii = tuple(ventricle_size * radius for radius in radii)
-        csf = np.maximum(csf, _inside(_ellipsoid(z, y, ax, center, radii), h))
+        scaled = tuple(ventricle_size * radius for radius in full)
+        csf = np.maximum(csf, _inside(_ellipsoid(z, y, ax, center, scaled), h))
 
     # below the tentorium: fine folia around white matter
     folia = _folds(rng, grid, 7.0)

@@ -20,7 +20,8 @@ class Grid:
     @cached_property
     def axes(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Coordinates of the voxel centers along z, y and x, in mm, float32."""
-        return tuple(self._axis(*limits) for limits in reversed(FIELD_OF_VIEW_MM))
+        z, y, x = (self._axis(*limits) for limits in reversed(FIELD_OF_VIEW_MM))
+        return z, y, x
 
     def _axis(self, low: float, high: float) -> np.ndarray:
         count = int(np.floor((high - low) / self.spacing))
@@ -30,7 +31,8 @@ class Grid:
     @property
     def shape(self) -> tuple[int, int, int]:
         """Number of voxels along (z, y, x)."""
-        return tuple(len(axis) for axis in self.axes)
+        z, y, x = self.axes
+        return len(z), len(y), len(x)
 
     @property
     def origin(self) -> tuple[float, float, float]:

@@ -92,7 +92,8 @@ def _seed_voxel(anatomy: Anatomy, rng: np.random.Generator) -> tuple[int, int, i
     indices = np.rint(np.stack(anatomy.grid.to_index(*points.T), axis=1)).astype(int)
     hits = np.flatnonzero(allowed[tuple(indices.T)])
     chosen = indices[hits[0]] if len(hits) else np.argwhere(allowed)[0]
-    return tuple(int(i) for i in chosen)
+    z, y, x = (int(i) for i in chosen)
+    return z, y, x
 
 
 def _whole_tumor(anatomy: Anatomy, seed, volume_ml: float, rng) -> tuple[np.ndarray, np.ndarray]:

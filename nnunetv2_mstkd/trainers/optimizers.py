@@ -27,7 +27,7 @@ class JointOptimizer(torch.optim.Optimizer):
         super().__init__([group for member in members for group in member.param_groups], {})
         self.param_groups = [group for member in members for group in member.param_groups]
 
-    def step(self, closure: Callable | None = None) -> torch.Tensor | None:
+    def step(self, closure: Callable | None = None) -> Any:
         # the closure once, not once per member: it would see half of the parameters moved
         loss = None
         if closure is not None:

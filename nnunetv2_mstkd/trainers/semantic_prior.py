@@ -274,8 +274,8 @@ def _preprocess(
             f"{path} has {labels.shape[1:]} voxels of {list(own['spacing'])} mm, the images of its case have "
             f"{tuple(properties['shape_before_cropping'])} of {list(properties['spacing'])} mm"
         )
-    box = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
-    labels = labels[(slice(None), *box)]
+    box = (slice(None), *(slice(low, high) for low, high in properties["bbox_used_for_cropping"]))
+    labels = labels[box]
     new_spacing = list(configuration.spacing)
     if len(new_spacing) < len(spacing):  # 2d: nnU-Net does not change the distance of slices
         new_spacing = [spacing[0], *new_spacing]

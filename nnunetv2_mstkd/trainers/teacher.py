@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -133,7 +134,7 @@ def load_teacher(
     path: Path,
     *,
     results_root: Path,
-    trainer: type,
+    trainer: type[nnUNetTrainer],
     student_configuration: ConfigurationManager,
     student_plans: PlansManager,
     dataset_json: Mapping,
