@@ -255,6 +255,8 @@ def read_description(path: Path) -> dict[str, Any]:
     ValueError
         If it is of another type, not well-formed, or no mapping.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"no description {path}: there is no such file")
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":

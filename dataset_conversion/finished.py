@@ -30,7 +30,9 @@ def check_finished(
     was, records, skipped = known
     changed = [name for name in settings if was.get(name) != settings[name]]
     if changed:
-        raise FileExistsError(f"{target} is already there with another {changed[0]}; --overwrite replaces it")
+        before, now = was.get(changed[0]), settings[changed[0]]
+        values = f" ({before} there, {now} asked for)" if isinstance(now, (str, int, float)) else ""
+        raise FileExistsError(f"{target} is already there with another {changed[0]}{values}; --overwrite replaces it")
     names = {case.name for case in found.cases} | set(found.problems)
     gone, new = sorted(set(records) - names), sorted(names - set(records) - set(skipped))
     if gone or new:

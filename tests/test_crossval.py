@@ -400,6 +400,14 @@ def test_bad_input_is_one_line(phantom, capsys, words, line):
     assert list(phantom.results.iterdir()) == []
 
 
+def test_without_folds_it_takes_those_of_the_data_set(phantom, capsys):
+    splits = phantom.preprocessed / phantom.dataset / "splits_final.json"
+    splits.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]))
+    assert command("--dry-run", "--trainer", "nnUNetTrainer") == 0
+    printed = capsys.readouterr().out
+    assert "fold 1" in printed and "fold 2" not in printed
+
+
 def test_an_unknown_configuration_names_those_there_are(phantom, capsys):
     assert cli.main(["status", str(PHANTOM), "4d"]) == cli.EXIT_USER_ERROR
     assert "has no configuration '4d'; it has" in capsys.readouterr().err
@@ -433,14 +441,17 @@ def test_sigterm_ends_it_like_ctrl_c(tmp_path):
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_crossval import Script, Training\n"
         "from pathlib import Path\n"
+        "from nnunetv2_mstkd import cli\n"
         "from nnunetv2_mstkd.commands.crossval import _run_here\n"
         f"model = Training(Path({str(tmp_path)!r}), '1', 'c', 'T')\n"
-        "_run_here([Script(model, name='long', code='time.sleep(600)')], 1, [])\n"
+        "step = Script(model, name='long', code='time.sleep(600)')\n"
+        "sys.exit(cli.run_and_report('mstkd crossval', lambda args: _run_here([step], 1, []), None))\n"
     )
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as call:
         assert call.stdout.readline() == "begin   the long\n"
         call.send_signal(signal.SIGTERM)
-        assert "KeyboardInterrupt" in call.communicate(timeout=60)[1]
+        assert call.communicate(timeout=60)[1] == "mstkd crossval: terminated\n"
+    assert call.returncode == cli.EXIT_TERMINATED
     assert not list(tmp_path.glob("crossval/*.running"))
 
 

@@ -31,8 +31,12 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"one or several, nnU-Net's own too: several are compared in the end (default: {DEFAULT_TRAINER})",
     )  # fmt: skip
     parser.add_argument(
-        *("--folds", "-f"), metavar="FOLD", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="default: 0 1 2 3 4"
-    )
+        *("--folds", "-f"),
+        metavar="FOLD",
+        type=int,
+        nargs="+",
+        help="default: all that splits_final.json has, or nnU-Net's 0 1 2 3 4",
+    )  # fmt: skip
     parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     parser.add_argument("--no-evaluation", action="store_true", help="train only")
 
@@ -103,18 +107,19 @@ def steps_of(args: argparse.Namespace, device: str, gpus: int, evaluation_option
     FileNotFoundError, ValueError
         if the data set, plans, configuration, a fold or a trainer does not exist.
     """
-    from nnunetv2_mstkd.crossval.plan import check_request, make_steps
+    from nnunetv2_mstkd.crossval.plan import check_request, make_steps, number_of_folds
     from nnunetv2_mstkd.crossval.steps import Training
     from nnunetv2_mstkd.inference.model_folder import find_dataset_folder
     from nnunetv2_mstkd.nnunet_folders import nnunet_folder
 
-    for what, values in (("--trainer", args.trainer), ("--folds", args.folds)):
+    preprocessed = find_dataset_folder("nnUNet_preprocessed", args.dataset)
+    folds = list(range(number_of_folds(preprocessed))) if args.folds is None else args.folds
+    for what, values in (("--trainer", args.trainer), ("--folds", folds)):
         twice = [value for value in values if values.count(value) > 1]
         if twice:
             raise ValueError(f"{what} names {twice[0]} twice")
-    if min(args.folds) < 0:
-        raise ValueError(f"--folds {min(args.folds)}: folds are numbers from 0")
-    preprocessed = find_dataset_folder("nnUNet_preprocessed", args.dataset)
+    if min(folds) < 0:
+        raise ValueError(f"--folds {min(folds)}: folds are numbers from 0")
     results = nnunet_folder("nnUNet_results") / preprocessed.name
     number = preprocessed.name[len("Dataset") :].split("_")[0]
     models = [
@@ -123,11 +128,11 @@ def steps_of(args: argparse.Namespace, device: str, gpus: int, evaluation_option
     ]
     plans: dict[str, Any] = {}
     for model in models:
-        plans = check_request(preprocessed, model, args.folds)
+        plans = check_request(preprocessed, model, folds)
     return make_steps(
         preprocessed,
         models,
-        sorted(args.folds),
+        sorted(folds),
         plans,
         evaluation_options=evaluation_options,
         evaluation=not args.no_evaluation,
@@ -168,15 +173,9 @@ def _gpus(args: argparse.Namespace) -> list[str]:
 
 
 def _run_here(steps: Sequence, jobs: int, gpus: Sequence[str]) -> int:
-    import signal
-
     from nnunetv2_mstkd.crossval.local import run_steps
 
-    before = signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: stop what runs, remove the marks
-    try:
-        outcome = run_steps(steps, jobs=jobs, gpus=gpus, report=lambda line: print(line, flush=True))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    outcome = run_steps(steps, jobs=jobs, gpus=gpus, report=lambda line: print(line, flush=True))
     titles = {step.key: step.title for step in steps}
     for key, reason in outcome.left.items():
         print(f"not run {titles[key]}: {reason.replace('it needs ', 'it needs: ')}")
@@ -185,7 +184,3 @@ def _run_here(steps: Sequence, jobs: int, gpus: Sequence[str]) -> int:
     left = len(outcome.failed) + len(outcome.left)
     print(f"{len(steps) - left} of {len(steps)} steps are done")
     return 1 if left else 0
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

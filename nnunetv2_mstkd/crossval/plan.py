@@ -35,7 +35,7 @@ def check_request(preprocessed: Path, model: Training, folds: Sequence[int]) -> 
     configurations = plans["configurations"]
     if model.configuration not in configurations:
         raise ValueError(f"{file} has no configuration {model.configuration!r}; it has {', '.join(configurations)}")
-    number = _number_of_folds(preprocessed)
+    number = number_of_folds(preprocessed)
     wrong = [fold for fold in folds if fold >= number]
     if wrong:
         where = "splits_final.json has" if (preprocessed / "splits_final.json").is_file() else "nnU-Net makes"
@@ -153,7 +153,8 @@ def find_trainer(name: str) -> type:
     return found
 
 
-def _number_of_folds(preprocessed: Path) -> int:
+def number_of_folds(preprocessed: Path) -> int:
+    """How many folds a data set has: those of its ``splits_final.json``, or those that nnU-Net will make."""
     splits = preprocessed / "splits_final.json"
     if not splits.is_file():
         return STANDARD_FOLDS
