@@ -47,6 +47,7 @@ from nnunetv2_mstkd.demo.pipeline import CONFIGURATION
 from nnunetv2_mstkd.evaluation.cases import LabelledCase, folder_cases, prepare
 from nnunetv2_mstkd.evaluation.scoring import Rules, rules_of
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
+from nnunetv2_mstkd.evaluation.subsets import choose_subsets
 from nnunetv2_mstkd.inference.model import load_predictor
 
 METRIC_PROCESSES = 3
@@ -111,12 +112,12 @@ def score_file(prediction: Path, label: Path, rules: Rules) -> dict:
     return rules.score(*arrays, tuple(reversed(image.GetSpacing())))
 
 
-def lower_bound(model: Path, cases: Sequence[LabelledCase], device: torch.device, options: dict) -> dict[str, float]:
+def lower_bound(
+    model: Path, cases: Sequence[LabelledCase], subsets: torch.Tensor, device: torch.device, options: dict
+) -> dict[str, float]:
     """Seconds of all forward passes at the default stack and of all preprocessing, without anything beside them."""
     with contextlib.redirect_stdout(io.StringIO()):
         predictor = load_predictor(model, (0,), "checkpoint_final.pth", device=device, **options)
-    names = modalities.modality_names(predictor.dataset_json)
-    subsets = modalities.all_subsets(len(names))
     parts = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
     stack = default_stack(predictor.configuration_manager.batch_size, len(subsets), device)
     stacked = SubsetPredictor(predictor, stack)
@@ -149,10 +150,10 @@ def separately(
     return {"predict": predicting, "metrics": time.perf_counter() - begin, "files": len(files)}
 
 
-def subset_folders(images: Path, folder: Path, names: Sequence[str]) -> None:
+def subset_folders(images: Path, folder: Path, names: Sequence[str], subsets: torch.Tensor) -> None:
     """A folder of inputs for each subset, absent channels as zero images."""
     flat = folder.with_name("flat")
-    for identifier in write_subset_inputs(images, flat, names, modalities.all_subsets(len(names))):
+    for identifier in write_subset_inputs(images, flat, names, subsets):
         for path in flat.glob(f"{identifier}_[0-9][0-9][0-9][0-9].nii.gz"):
             target = folder / identifier.split(JOIN)[1]
             target.mkdir(parents=True, exist_ok=True)
@@ -169,6 +170,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     dataset_json = json.loads((model / "dataset.json").read_text(encoding="utf-8"))
     names = modalities.modality_names(dataset_json)
     cases = folder_cases(images, labels, "0", dataset_json, names, range(len(names)))
+    subsets = choose_subsets(names, subsets=args.subsets)
     tta = [] if args.mirroring else ["--disable_tta"]
     log = folder / "log.txt"
 
@@ -201,12 +203,13 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         found["start"].append(measure([sys.executable, "-c", START, model, device], log))
         command = [script("mstkd"), "predict", "-m", model, "-f", "0", "-i", one, "-o", folder / f"one_out_{turn}"]
         found["one case"].append(measure([*command, "-device", device, *tta], log))
-        bounds.append(lower_bound(model, cases, device, {"use_mirroring": args.mirroring, "allow_tqdm": False}))
+        options = {"use_mirroring": args.mirroring, "allow_tqdm": False}
+        bounds.append(lower_bound(model, cases, subsets, device, options))
 
     with contextlib.redirect_stdout(io.StringIO()):
         predictor = load_predictor(model, (0,), "checkpoint_final.pth", device=torch.device("cpu"))
     rules = rules_of(dataset_json, predictor.label_manager, metrics=("dice", "hd95"))
-    subset_folders(images, folder / "inputs", names)
+    subset_folders(images, folder / "inputs", names, subsets)
     apart = separately(model, folder / "inputs", folder / "outputs", labels, rules, args.device, tta, log)
 
     seconds = {name: statistics.median(each[0] for each in values) for name, values in found.items()}
@@ -214,7 +217,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     bound = {name: statistics.median(each[name] for each in bounds) for name in bounds[0]}
     return {
         "cases": len(cases),
-        "subsets": 2 ** len(names) - 1,
+        "subsets": len(subsets),
         "image": list(sitk.ReadImage(str(cases[0].label)).GetSize()),
         "seconds": {**seconds, **bound, "predict per subset": apart["predict"], "their metrics": apart["metrics"]},
         "memory_mib": memory,
@@ -250,6 +253,7 @@ def main() -> int:
     parser.add_argument("--trainer", default="MSTKDTrainer", help="of the demo's model (default: %(default)s)")
     parser.add_argument("--cases", type=int, default=2, help="random cases (default: %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, help="voxels of a random case (default: by the plan)")
+    parser.add_argument("--subsets", nargs="+", default=(), help="only these, for example T1 T1+FLAIR (default: all)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=1, help="repetitions of all but the calls per subset")
     parser.add_argument("--mirroring", action="store_true")
