@@ -87,18 +87,32 @@ def run_and_report(name: str, run: Callable[[argparse.Namespace], int | None], a
 @contextlib.contextmanager
 def _terminable() -> Iterator[None]:
     """Let SIGTERM raise :class:`Terminated`; without it the process would end on the spot."""
-
-    def stop(*_: object) -> None:
-        raise Terminated
-
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield  # signals are for the main thread only, and somebody else's handler stays
         return
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, _stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(*_: object) -> None:
+    raise Terminated
+
+
+def _forget_handler() -> None:
+    """A forked child, such as those of nnU-Net's pools, ends on the spot.
+
+    A pool ends its processes by SIGTERM. One that begins to wait at that moment would never get to a handler of ours,
+    and the pool would wait for it for ever.
+    """
+    if signal.getsignal(signal.SIGTERM) is _stop:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_forget_handler)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,3 +159,19 @@ def test_path_imports_neither_torch_nor_numpy():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_ends_on_the_spot_and_this_process_does_not():
+    """A pool ends its processes by SIGTERM, and one that waits would never get to a handler written in Python."""
+    found = {}
+
+    def fork(_) -> None:
+        found["here"] = signal.getsignal(signal.SIGTERM)
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            found["child"] = pool.apply(signal.getsignal, (signal.SIGTERM,))
+
+    assert cli.run_and_report("mstkd", fork, argparse.Namespace()) == 0
+    assert callable(found["here"])
+    assert found["child"] == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
