@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import time
@@ -130,6 +132,16 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
                 except subprocess.TimeoutExpired:
                     daemon.kill()
                     daemon.wait()
+            end_all_of(configuration)
+
+
+def end_all_of(configuration: Path) -> None:
+    """Kill what jobs leave behind when their daemons are gone: all that have this SLURM in their environment."""
+    mark = f"SLURM_CONF={configuration}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # gone meanwhile
+            if int(folder.name) != os.getpid() and mark in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 @pytest.fixture
