@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mstkd.whole_files import scratch_file
+
 FRACTIONS = (0.05, 0.5)
 COST = "cost.json"
 
@@ -66,9 +68,8 @@ class Meter:
             fraction = kept_epochs(trainer.num_epochs).get(trainer.current_epoch + 1)
             if fraction is not None:
                 trainer.save_checkpoint(str(folder / kept_name(fraction)))
-        temporary = folder / f".{COST}.{os.getpid()}.part"
-        temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        temporary.replace(folder / COST)
+        with scratch_file(folder / COST) as scratch:
+            scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
 def read_cost(folder: Path) -> dict[str, Any] | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
+
+from nnunetv2_mstkd.whole_files import scratch_file
 
 MAX_FOLDS = 5
 SEED = 12345
@@ -198,9 +199,8 @@ def without(splits: Splits, skipped: Iterable[str]) -> Splits:
 def write_splits(splits: Splits, path: Path) -> None:
     """Write ``splits_final.json`` in one step, making its folder where it is absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with scratch_file(path) as scratch:
+        scratch.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
 
 
 def read_splits(path: Path) -> Splits | None:

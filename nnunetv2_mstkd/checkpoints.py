@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_mstkd.whole_files import scratch_file
+
 
 def _allowed_types() -> list[Any]:
     """The types besides tensors and plain Python that nnU-Net's checkpoints hold: NumPy scalars in its log."""
@@ -73,14 +75,11 @@ def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
         if it cannot be written: no room, no permission.
     """
     path = Path(path)
-    # the process number keeps two writers apart; tempfile would make the file readable for its owner only
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
+        with scratch_file(path) as scratch, scratch.open("wb") as file:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
         # PyTorch's writer hides the reason behind a RuntimeError of its own
         hidden = error.__context__
@@ -89,8 +88,6 @@ def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
             f"checkpoint {path} could not be written ({' '.join(str(reason).split())}); what was there before is "
             f"untouched. Make room, or the folder writable, and continue with --c"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd.settings import BLOCK, SECTIONS, Settings, SettingsError
+from nnunetv2_mstkd.whole_files import scratch_file
 
 STANDARD_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """nnU-Net's own; a re-plan overwrites them, so settings never go there."""
@@ -163,13 +163,8 @@ def write_configuration(plans_file: Path, name: str, entry: Mapping[str, Any], *
             f"configuration {name} exists in {plans_file} with other content; choose another name or pass --overwrite"
         )
     plans["configurations"][name] = entry
-    temporary = plans_file.with_name(f".{plans_file.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(json.dumps(plans, indent=4), encoding="utf-8")
-        os.replace(temporary, plans_file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with scratch_file(plans_file) as scratch:
+        scratch.write_text(json.dumps(plans, indent=4), encoding="utf-8")
 
 
 def read_plans(plans_file: Path) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.crossval.steps import Step
+from nnunetv2_mstkd.whole_files import scratch_file
 
 UNKNOWN_TO_SLURM = ("invalid job id",)
 
@@ -84,9 +85,8 @@ class Mark:
         """Say that another process of this machine, or a job of SLURM, runs the step that this process has marked."""
         content = {"host": socket.gethostname(), "since": _now()}
         content |= {"job": job} if job is not None else _process(int(pid or os.getpid()))
-        temporary = self.file.with_suffix(".part")
-        temporary.write_text(json.dumps(content), encoding="utf-8")
-        temporary.replace(self.file)
+        with scratch_file(self.file) as scratch:
+            scratch.write_text(json.dumps(content), encoding="utf-8")
 
     def remove(self) -> None:
         self.file.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunetv2_mstkd.console_scripts import command_path
+from nnunetv2_mstkd.whole_files import scratch_file
 
 BAR = "{desc:<26}{percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
@@ -54,9 +55,8 @@ class State:
         self.save()
 
     def save(self) -> None:
-        temporary = self.file.with_suffix(".part")
-        temporary.write_text(json.dumps(self.content, indent=2))
-        temporary.replace(self.file)
+        with scratch_file(self.file) as scratch:
+            scratch.write_text(json.dumps(self.content, indent=2))
 
     def done(self, step: str) -> bool:
         return step in self.content["seconds"]

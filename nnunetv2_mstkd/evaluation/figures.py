@@ -21,6 +21,7 @@ from nnunetv2_mstkd.evaluation.resampling import cube, mean
 from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.evaluation.shapley import MODALITY
 from nnunetv2_mstkd.evaluation.statistics import AGAINST, DIFFERENCE
+from nnunetv2_mstkd.whole_files import scratch_file
 
 COLORS = "colorblind"
 
@@ -215,12 +216,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150)
     if ending not in formats:
         raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; expected .png, .pdf or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with scratch_file(path) as scratch:
         figure.savefig(scratch, format=ending, dpi=dpi)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def _figure(width: float, height: float) -> Figure:

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.evaluation.conventions import METRICS, metric_named
+from nnunetv2_mstkd.whole_files import scratch_file
 
 MODEL = "model"
 TRAINER = "trainer"
@@ -134,13 +135,8 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
     """Write a text file in UTF-8, whole or not at all; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # in the same folder, because a file cannot be renamed into another file system
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with scratch_file(path) as scratch:
         scratch.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def modality_order(subsets: Iterable[str]) -> tuple[str, ...]:

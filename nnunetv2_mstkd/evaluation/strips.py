@@ -7,7 +7,6 @@ segmentation that it has just measured, and nothing is predicted twice for a pic
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from nnunetv2_mstkd.whole_files import scratch_file
 
 LONGEST = 256
 """Pixels of a picture at most; larger slices are thinned out."""
@@ -167,20 +168,15 @@ class CaseStrip:
 def write_strip(strip: CaseStrip, file: Path) -> None:
     """Write a strip, whole or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    scratch = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        with scratch.open("wb") as stream:
-            np.savez_compressed(
-                stream,
-                place=np.array([strip.axis, strip.index, strip.depth]),
-                images=strip.images,
-                reference=strip.reference,
-                subsets=np.array(list(strip.segmentations), dtype=str),
-                segmentations=np.stack(list(strip.segmentations.values())),
-            )
-        os.replace(scratch, file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with scratch_file(file) as scratch, scratch.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            place=np.array([strip.axis, strip.index, strip.depth]),
+            images=strip.images,
+            reference=strip.reference,
+            subsets=np.array(list(strip.segmentations), dtype=str),
+            segmentations=np.stack(list(strip.segmentations.values())),
+        )
 
 
 def read_strip(file: Path) -> CaseStrip | None:

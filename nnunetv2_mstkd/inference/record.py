@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.inference.input_folder import Case
+from nnunetv2_mstkd.whole_files import scratch_file
 
 SAVE_INTERVAL = 2.0
 """Seconds between two versions of the file: thousands of cases would otherwise write it thousands of times."""
@@ -113,10 +113,5 @@ def _checked(entry: Any) -> dict[str, Any]:
 
 def write_json(file: Path, content: Any) -> None:
     """Write a JSON file so that it is at any moment absent, the old or the whole new one."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    with scratch_file(file) as scratch:
+        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

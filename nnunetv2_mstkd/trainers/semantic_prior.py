@@ -21,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.whole_files import scratch_file
 
 
 def probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
@@ -246,9 +247,8 @@ def prepare_label_maps(
         properties = load_pickle(os.path.join(cases.source_folder, f"{case}.pkl"))
         shape = tuple(cases.load_case(case)[0].shape[1:])
         maps = [_preprocess(path, reader, properties, shape, allowed, plans, configuration) for path in paths]
-        temporary = target / f".{case}.{os.getpid()}.npy"
-        np.save(temporary, np.concatenate(maps).astype(np.int8 if max(allowed) < 128 else np.int16))
-        os.replace(temporary, maps_file)
+        with scratch_file(maps_file) as scratch, scratch.open("wb") as stream:
+            np.save(stream, np.concatenate(maps).astype(np.int8 if max(allowed) < 128 else np.int16))
         stamp_file.write_text(stamp, encoding="utf-8")
 
 
