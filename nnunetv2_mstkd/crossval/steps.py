@@ -9,8 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS
@@ -217,7 +216,7 @@ class Evaluate(Step):
 class Compare(Step):
     """The comparison of all models, from their pooled evaluations."""
 
-    models: tuple[Training, ...] = field(default=())
+    models: tuple[Training, ...] = ()
 
     @property
     def key(self) -> str:
@@ -282,17 +281,3 @@ def _total_epochs(folder: Path) -> int | None:
 def _folds_in(table: Path) -> set[int]:
     with table.open(encoding="utf-8", newline="") as stream:
         return {int(row["fold"]) for row in csv.DictReader(stream) if row["fold"].isdigit()}
-
-
-def in_order(steps: Sequence[Step]) -> list[Step]:
-    """The steps such that each comes after those that it needs, else as given."""
-    ordered: list[Step] = []
-    placed: set[str] = set()
-    open_steps = list(steps)
-    keys = {step.key for step in steps}
-    while open_steps:
-        ready = next(step for step in open_steps if all(need in placed or need not in keys for need in step.needs))
-        ordered.append(ready)
-        placed.add(ready.key)
-        open_steps.remove(ready)
-    return ordered
