@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -16,14 +17,14 @@ import pytest
 import torch
 from evaluate_inputs import CASES, evaluate, without_drawing, write_dataset
 from predict_inputs import files, predict, record, segmentations, set_up, write, write_model
-from tiny import NO_TERMS, batch, same, state
+from tiny import NO_TERMS, batch, memory, same, state
 
 from nnunetv2_mstkd import checkpoints, cli, error_line, trainers
 from nnunetv2_mstkd.dataset_conversion import conversion
 from nnunetv2_mstkd.dataset_conversion.completeness import check_written
 from nnunetv2_mstkd.evaluation import subsets as subsets_module
 from nnunetv2_mstkd.inference import case_steps, prediction
-from nnunetv2_mstkd.trainers.base import MAX_SKIPPED_STEPS
+from nnunetv2_mstkd.trainers.step import MAX_SKIPPED_STEPS
 
 FULL = [trainers.FullModalityTrainer, trainers.MSTKDTeacherTrainer, trainers.AdaMMTeacherTrainer]
 
@@ -248,13 +249,15 @@ def test_a_voxel_that_is_none_stops_the_training_at_its_step(make_trainer, cls, 
     trainer.current_epoch = 4
     trainer.on_train_epoch_start()
     assert np.isfinite(trainer.train_step(batch(trainer))["loss"])
+    before = [state(trainer.network), copy.deepcopy(memory(trainer))]
     content = batch(trainer)
     content["data"][1, 0, 3, 3, 3] = value
     with pytest.raises(FloatingPointError) as stop:
         trainer.train_step(content)
     message = str(stop.value)
-    assert re.search(r"epoch 4, iteration 1: segmentation \(cases case_0, case_1\)\. Nothing was saved", message)
+    assert re.search(r"epoch 4, iteration 1: total, segmentation \(cases case_0, case_1\)\. Nothing was saved", message)
     assert "\n" not in message and "--c" in message
+    assert same(before, [trainer.network.state_dict(), memory(trainer)])
     assert not list(Path(trainer.output_folder).glob("checkpoint*"))
 
 
@@ -284,7 +287,7 @@ class Scaler:
 
 
 @pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
-def test_in_mixed_precision_the_scaler_may_skip_nineteen_steps_but_not_twenty(make_trainer, cls):
+def test_in_mixed_precision_twenty_skipped_steps_in_a_row_stop_the_training(make_trainer, cls):
     trainer = make_trainer(cls, block=NO_TERMS)
     trainer.on_train_epoch_start()
     content = batch(trainer)
@@ -294,8 +297,20 @@ def test_in_mixed_precision_the_scaler_may_skip_nineteen_steps_but_not_twenty(ma
         trainer.train_step(content)
     assert same(before, state(trainer.network))
     trainer.train_step(content)  # a good one: the count starts anew
-    assert not same(before, state(trainer.network))
-    trainer.grad_scaler = Scaler(MAX_SKIPPED_STEPS)
+    before = state(trainer.network)
+    trainer.grad_scaler = Scaler(2 * MAX_SKIPPED_STEPS)
+    for _ in range(MAX_SKIPPED_STEPS):
+        trainer.train_step(content)
     with pytest.raises(FloatingPointError, match=f"gradients of {MAX_SKIPPED_STEPS} steps in a row"):
-        for _ in range(MAX_SKIPPED_STEPS):
-            trainer.train_step(content)
+        trainer.train_step(content)
+    assert same(before, state(trainer.network))
+
+
+@pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
+def test_in_mixed_precision_a_loss_that_is_not_finite_though_the_logits_are_stops_at_once(make_trainer, cls):
+    trainer = make_trainer(cls, block=NO_TERMS)
+    trainer.on_train_epoch_start()
+    trainer.grad_scaler = Scaler(1)
+    trainer.loss = lambda output, target: output[0].sum() * float("nan")
+    with pytest.raises(FloatingPointError, match="iteration 0: total, segmentation"):
+        trainer.train_step(batch(trainer))

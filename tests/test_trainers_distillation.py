@@ -15,6 +15,7 @@ from tiny import (
     REGIONS_WITH_IGNORE,
     batch,
     give_teacher,
+    memory,
     same,
     state,
     wake,
@@ -24,7 +25,7 @@ from nnunetv2_mstkd import checkpoints
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator
 from nnunetv2_mstkd.settings import TERMS
 from nnunetv2_mstkd.trainers import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
-from nnunetv2_mstkd.trainers.modality_dropout import MAX_SKIPPED_STEPS
+from nnunetv2_mstkd.trainers.step import MAX_SKIPPED_STEPS
 
 
 def only(**weights):
@@ -245,12 +246,6 @@ def overflow(student):
     """A student in mixed precision whose gradients overflow until the returned handle is removed."""
     student.grad_scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
     return next(student.network.parameters()).register_hook(lambda gradient: gradient * float("inf"))
-
-
-def memory(trainer) -> list:
-    """What the optimiser remembers of past gradients."""
-    content = trainer.optimizer.state_dict()
-    return [member["state"] for member in content.get("members", [content])]
 
 
 @pytest.mark.parametrize("cls", [ModalityDropoutTrainer, *METHODS], ids=lambda cls: cls.__name__)

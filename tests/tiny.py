@@ -201,6 +201,12 @@ def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in module.state_dict().items()}
 
 
+def memory(trainer: Any) -> list[Any]:
+    """What the optimiser remembers of past gradients."""
+    content = trainer.optimizer.state_dict()
+    return [member["state"] for member in content.get("members", [content])]
+
+
 def same(first: Any, second: Any) -> bool:
     """Whether two contents of a checkpoint are equal, tensors bit for bit; NaN equals NaN."""
     if isinstance(first, torch.Tensor):

@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
@@ -18,20 +17,16 @@ from nnunetv2_mstkd import checkpoints, modalities
 from nnunetv2_mstkd.settings import BLOCK, Settings, SettingsError, network_keys
 from nnunetv2_mstkd.trainers.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.trainers.progress import TermLog
-
-MAX_SKIPPED_STEPS = 20
-"""Steps in a row that the gradient scaler may skip before a mixed-precision training counts as diverged."""
-SKIPPED = f"gradients of {MAX_SKIPPED_STEPS} steps in a row"
+from nnunetv2_mstkd.trainers.step import CheckedStepTrainer
 
 
-class SettingsTrainer(nnUNetTrainer):
+class SettingsTrainer(CheckedStepTrainer):
     """nnU-Net's trainer, with the ``"mstkd"`` block of the plans as its settings.
 
     The block is completed and written back into the plans before anything is built, so that it reaches the checkpoint,
     the model folder's plans.json and, with it, prediction.
     """
 
-    _skipped_steps = 0
     network_sections: ClassVar[tuple[str, ...]] = ()
     """Sections of the settings that this trainer's network is built from: weights fit no other values of their
     :func:`~nnunetv2_mstkd.settings.network_keys`."""
@@ -238,39 +233,7 @@ class SettingsTrainer(nnUNetTrainer):
                 f"NaN or extreme voxels in the training cases, or lower schedule.initial_lr; continue from the last "
                 f"checkpoint with --c"
             )
-        super().on_train_epoch_end(train_outputs)
-
-    def optimise(self, batch: dict) -> dict:
-        """One step of the optimiser; nnU-Net's own here. Returns what nnU-Net logs.
-
-        Raises
-        ------
-        FloatingPointError
-            naming step and cases, if the loss is not finite; with a gradient scaler, which skips such a step, after
-            20 of them in a row.
-        """
-        scale = None if self.grad_scaler is None else self.grad_scaler.get_scale()
-        result = super().train_step(batch)
-        if scale is not None:
-            self.count_skipped_steps(scale)
-        diverged = not np.isfinite(result["loss"]) if scale is None else self._skipped_steps >= MAX_SKIPPED_STEPS
-        if diverged:
-            raise self.diverged(["segmentation" if scale is None else SKIPPED], batch)
-        return result
-
-    def count_skipped_steps(self, scale_before: float) -> None:
-        """Count the steps in a row that the gradient scaler has skipped, which it shows by a smaller scale."""
-        skipped = self.grad_scaler.get_scale() < scale_before
-        self._skipped_steps = self._skipped_steps + 1 if skipped else 0
-
-    def diverged(self, bad: list[str], batch: dict) -> FloatingPointError:
-        """What stops a training whose terms ``bad`` are not finite; the last good checkpoint stays."""
-        cases = ", ".join(map(str, batch.get("keys", ["unknown"])))
-        return FloatingPointError(
-            f"not finite in epoch {self.current_epoch}, iteration {self._step_in_epoch}: {', '.join(bad)} (cases "
-            f"{cases}). Nothing was saved. Look at these cases for NaN or extreme voxels, or lower "
-            f"schedule.initial_lr; continue from the last checkpoint with --c"
-        )
+        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
 
     def on_epoch_end(self) -> None:
         if self.local_rank == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any, NamedTuple
 
@@ -14,25 +13,8 @@ from torch import distributed as dist
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.settings import Settings
-from nnunetv2_mstkd.trainers.base import MAX_SKIPPED_STEPS, SKIPPED, SettingsTrainer, check_subsets
-
-
-class StepLoss(NamedTuple):
-    """What one forward pass of a training step yields.
-
-    Attributes
-    ----------
-    total:
-        scalar to differentiate.
-    terms:
-        unweighted scalars by name; ``segmentation`` is always among them.
-    logits:
-        finest student logits (B, K, *spatial).
-    """
-
-    total: torch.Tensor
-    terms: dict[str, torch.Tensor]
-    logits: torch.Tensor
+from nnunetv2_mstkd.trainers.base import SettingsTrainer, check_subsets
+from nnunetv2_mstkd.trainers.step import StepLoss
 
 
 class Target(NamedTuple):
@@ -104,73 +86,10 @@ class ModalityDropoutTrainer(SettingsTrainer):
         availability:
             bool, (B, C).
         """
-        output = self.network(modalities.mask_modalities(data, availability))
-        loss = self.loss(output, target)
-        return StepLoss(loss, {"segmentation": loss}, output[0] if isinstance(output, (list, tuple)) else output)
+        return super().step_loss(modalities.mask_modalities(data, availability), target)
 
-    def optimise(self, batch: dict) -> dict:
-        data, target = self._to_device(batch)
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            step = self.compute_loss(data, target, self.draw_availability(len(data)))
-        names = list(step.terms)
-        values = [step.total, *step.terms.values()]
-        self.backward(step.total)
-        if self.grad_scaler is not None:
-            values.append(torch.isfinite(step.logits.detach()).all())
-        # the one copy to the host in a step
-        host = torch.stack([value.detach().float() for value in values]).cpu().numpy()
-        self._refuse_nan(dict(zip(["total", *names], host, strict=False)), host, batch)
-        self._update()
-        self.after_update(batch)
-        return {"loss": host[1 + names.index("segmentation")], "terms": host[1 : 1 + len(names)], "names": names}
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradients of a loss, scaled where the training is in mixed precision."""
-        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
-
-    def clipped_together(self) -> list[torch.nn.Module]:
-        """Modules whose gradients are clipped to a norm of 12 (nnU-Net's), each for itself."""
-        return [self.network]
-
-    def _clip(self) -> None:
-        for module in self.clipped_together():
-            torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
-
-    def _update(self) -> None:
-        if self.grad_scaler is None:
-            self._clip()
-            self.optimizer.step()
-            return
-        before = self.grad_scaler.get_scale()
-        self.grad_scaler.unscale_(self.optimizer)
-        self._clip()
-        self.grad_scaler.step(self.optimizer)
-        self.grad_scaler.update()
-        self.count_skipped_steps(before)
-
-    def after_update(self, batch: dict) -> None:
-        """Hook for a second optimiser's own step."""
-
-    def _refuse_nan(self, values: dict[str, float], host: np.ndarray, batch: dict) -> None:
-        """Stop before the optimiser's step, so that the last checkpoint stays good.
-
-        Under mixed precision an overflow is normal, and the scaler skips the step; there the training stops at a
-        non-finite term with finite logits, or after 20 skipped steps in a row.
-
-        Raises
-        ------
-        FloatingPointError
-            naming step, terms and cases.
-        """
-        bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if self.grad_scaler is not None:
-            overflow = not host[-1]
-            if self._skipped_steps < MAX_SKIPPED_STEPS and (not bad or overflow):
-                return
-            bad = bad or [SKIPPED]
-        if bad:
-            raise self.diverged(bad, batch)
+    def step_loss(self, data: torch.Tensor, target: Any) -> StepLoss:
+        return self.compute_loss(data, target, self.draw_availability(len(data)))
 
     def read_target(self, target: torch.Tensor) -> Target:
         """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
@@ -183,18 +102,6 @@ class ModalityDropoutTrainer(SettingsTrainer):
         label = target if valid is None else torch.where(valid, target, 0)
         return Target(label, label > 0, valid)
 
-    def _to_device(self, batch: dict) -> tuple[torch.Tensor, Any]:
-        data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
-        if isinstance(target, list):
-            return data, [level.to(self.device, non_blocking=True) for level in target]
-        return data, target.to(self.device, non_blocking=True)
-
-    def _autocast(self):
-        # nnU-Net's rule: only CUDA gains from autocast
-        if self.device.type == "cuda":
-            return torch.autocast("cuda", enabled=True)
-        return contextlib.nullcontext()
-
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         names = train_outputs[0]["names"]
         means = np.mean([output["terms"] for output in train_outputs], 0)
@@ -202,7 +109,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, means)
             means = np.mean(everyone, 0)
-        super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        super().on_train_epoch_end(train_outputs)
         self.log_terms(dict(zip(names, means.tolist(), strict=True)))
 
     def log_terms(self, values: dict[str, float]) -> None:

@@ -1,0 +1,135 @@
+"""One step of training: the loss is read before the optimiser moves, so that NaN never reaches the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+MAX_SKIPPED_STEPS = 20
+"""Steps in a row that the gradient scaler may skip before a mixed-precision training counts as diverged."""
+SKIPPED = f"gradients of {MAX_SKIPPED_STEPS} steps in a row"
+
+
+class StepLoss(NamedTuple):
+    """What one forward pass of a training step yields.
+
+    Attributes
+    ----------
+    total:
+        scalar to differentiate.
+    terms:
+        unweighted scalars by name; ``segmentation`` is always among them.
+    logits:
+        finest student logits (B, K, *spatial).
+    """
+
+    total: torch.Tensor
+    terms: dict[str, torch.Tensor]
+    logits: torch.Tensor
+
+
+class CheckedStepTrainer(nnUNetTrainer):
+    """nnU-Net's training step, cut where others hook in: loss, backward pass, look at the loss, optimiser."""
+
+    _skipped_steps = 0
+    _step_in_epoch = 0
+
+    def optimise(self, batch: dict) -> dict:
+        """One step of the optimiser. Returns ``loss`` as nnU-Net logs it, and the terms with their names.
+
+        Raises
+        ------
+        FloatingPointError
+            naming step, terms and cases, if the loss is not finite: before the optimiser's step, so that weights and
+            last checkpoint stay good. With a gradient scaler, which skips such a step, at a non-finite term with finite
+            logits, or after 20 skipped steps in a row.
+        """
+        data, target = self._to_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            step = self.step_loss(data, target)
+        names = list(step.terms)
+        values = [step.total, *step.terms.values()]
+        self.backward(step.total)
+        if self.grad_scaler is not None:
+            values.append(torch.isfinite(step.logits.detach()).all())
+        # the one copy to the host in a step
+        host = torch.stack([value.detach().float() for value in values]).cpu().numpy()
+        self._refuse_nan(dict(zip(["total", *names], host, strict=False)), host, batch)
+        self._update()
+        self.after_update(batch)
+        return {"loss": host[1 + names.index("segmentation")], "terms": host[1 : 1 + len(names)], "names": names}
+
+    def step_loss(self, data: torch.Tensor, target: Any) -> StepLoss:
+        """Forward pass and loss of one step, under autocast; nnU-Net's own here.
+
+        Parameters
+        ----------
+        data:
+            complete batch (B, C, *spatial) on the device.
+        target:
+            tensor, or a list of tensors under deep supervision.
+        """
+        output = self.network(data)
+        loss = self.loss(output, target)
+        return StepLoss(loss, {"segmentation": loss}, output[0] if isinstance(output, (list, tuple)) else output)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss, scaled where the training is in mixed precision."""
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def clipped_together(self) -> list[torch.nn.Module]:
+        """Modules whose gradients are clipped to a norm of 12 (nnU-Net's), each for itself."""
+        return [self.network]
+
+    def after_update(self, batch: dict) -> None:
+        """Hook for a second optimiser's own step."""
+
+    def _clip(self) -> None:
+        for module in self.clipped_together():
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
+
+    def _update(self) -> None:
+        if self.grad_scaler is None:
+            self._clip()
+            self.optimizer.step()
+            return
+        before = self.grad_scaler.get_scale()
+        self.grad_scaler.unscale_(self.optimizer)
+        self._clip()
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
+        # it shows by a smaller scale that it has skipped the step
+        self._skipped_steps = self._skipped_steps + 1 if self.grad_scaler.get_scale() < before else 0
+
+    def _refuse_nan(self, values: dict[str, float], host: np.ndarray, batch: dict) -> None:
+        bad = [name for name, value in values.items() if not np.isfinite(value)]
+        if self.grad_scaler is not None:  # under mixed precision an overflow is normal
+            overflow = not host[-1]
+            if self._skipped_steps < MAX_SKIPPED_STEPS and (not bad or overflow):
+                return
+            bad = bad or [SKIPPED]
+        if not bad:
+            return
+        cases = ", ".join(map(str, batch.get("keys", ["unknown"])))
+        raise FloatingPointError(
+            f"not finite in epoch {self.current_epoch}, iteration {self._step_in_epoch}: {', '.join(bad)} (cases "
+            f"{cases}). Nothing was saved. Look at these cases for NaN or extreme voxels, or lower "
+            f"schedule.initial_lr; continue from the last checkpoint with --c"
+        )
+
+    def _to_device(self, batch: dict) -> tuple[torch.Tensor, Any]:
+        data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
+        if isinstance(target, list):
+            return data, [level.to(self.device, non_blocking=True) for level in target]
+        return data, target.to(self.device, non_blocking=True)
+
+    def _autocast(self):
+        # nnU-Net's rule: only CUDA gains from autocast
+        if self.device.type == "cuda":
+            return torch.autocast("cuda", enabled=True)
+        return contextlib.nullcontext()
