@@ -101,18 +101,34 @@ def _stop(*_: object) -> None:
     raise Terminated
 
 
-def _forget_handler() -> None:
-    """A forked child, such as those of nnU-Net's pools, ends on the spot.
+class _Fork(threading.local):
+    """A forked child, such as those of nnU-Net's pools, ends on the spot at SIGTERM.
 
-    A pool ends its processes by SIGTERM. One that begins to wait at that moment would never get to a handler of ours,
-    and the pool would wait for it for ever.
+    A pool ends its processes by that signal. One that begins to wait at that moment would never get to a handler of
+    ours, and one that has not yet run would lose the signal, because Python clears in a new child what the handler has
+    noted; the pool would wait for either for ever. So the signal is held back until the child has the default again.
     """
-    if signal.getsignal(signal.SIGTERM) is _stop:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    holds = False
+
+    def before(self) -> None:
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            self.holds = signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def in_parent(self) -> None:
+        if self.holds:
+            self.holds = False
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def in_child(self) -> None:
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.in_parent()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_forget_handler)
+    _fork = _Fork()
+    os.register_at_fork(before=_fork.before, after_in_parent=_fork.in_parent, after_in_child=_fork.in_child)
 
 
 def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:

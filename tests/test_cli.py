@@ -175,3 +175,20 @@ def test_a_forked_child_ends_on_the_spot_and_this_process_does_not():
     assert callable(found["here"])
     assert found["child"] == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_that_is_ended_before_it_runs_does_not_miss_it():
+    """Python clears what signals it has noted in a new child, and a pool may end a process that has not yet run."""
+
+    def fork_and_end(_) -> None:
+        for _ in range(100):
+            child = os.fork()
+            if child == 0:
+                signal.sigtimedwait([], 5)
+                os._exit(3)
+            os.kill(child, signal.SIGTERM)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+    assert cli.run_and_report("mstkd", fork_and_end, argparse.Namespace()) == 0
