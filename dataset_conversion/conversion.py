@@ -104,6 +104,8 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
         report.splits_file = splits_file
     elif not options.write_splits:
         _refuse_stale_splits(dataset, training)
+    elif training:
+        report.notes["no folds were written, because one patient leaves nobody to validate with: train fold all"] = []
     return report
 
 

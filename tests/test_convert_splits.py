@@ -220,6 +220,15 @@ def test_folds_of_another_origin_are_kept_unless_asked(release, capsys):
     assert len(json.loads(file.read_text())) == 2
 
 
+def test_folds_that_cannot_be_made_are_missed_aloud(release, tmp_path, capsys):
+    for case in (B, C, D):
+        shutil.rmtree(tmp_path / "source" / case)
+    code, file = release()
+    assert code == 0
+    assert not file.exists()
+    assert "note: no folds were written, because one patient leaves nobody to validate with" in capsys.readouterr().out
+
+
 def test_folds_without_a_data_set_are_kept_unless_asked(release, tmp_path, capsys):
     release()
     shutil.rmtree(tmp_path / "raw" / "Dataset007_Toy")

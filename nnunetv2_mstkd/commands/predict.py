@@ -168,7 +168,8 @@ def run(args: argparse.Namespace) -> int:
     finally:
         record.save()
     kept = f", {selection.done} were already there" if selection.done else ""
-    print(f"{len(selection.cases)} cases predicted{kept}: {args.o} (what from: {record_file.name})")
+    number = len(selection.cases)
+    print(f"{number} case{'' if number == 1 else 's'} predicted{kept}: {args.o} (what from: {record_file.name})")
     for line in record.by_subset():
         print(f"  {line}")
     return selection.report()
