@@ -65,10 +65,12 @@ class MeasuredTrain(Train):
     """A training that notes its cost and, where ``keep``, leaves weights on the way for :class:`Gradients`."""
 
     keep: bool = False
+    bfloat16: bool = False
 
     def command(self) -> list[str]:
-        keep = ["--keep"] if self.keep else []
-        return [sys.executable, str(HERE / "measured_training.py"), *keep, *super().command()]
+        options = ["--keep"] if self.keep else []
+        options += ["--bfloat16"] if self.bfloat16 else []
+        return [sys.executable, str(HERE / "measured_training.py"), *options, *super().command()]
 
 
 @dataclass(frozen=True)
@@ -187,11 +189,13 @@ class Benchmark:
             for row in rows:
                 needs: tuple[str, ...] = ()
                 if row.first:
-                    first = MeasuredTrain(self.training(row.first, first_stage(seed)), fold=FOLD)
+                    first = MeasuredTrain(
+                        self.training(row.first, first_stage(seed)), fold=FOLD, bfloat16=self.preset.bfloat16
+                    )
                     steps.setdefault(first.key, first)
                     needs = (first.key,)
                 model = self.training(row.trainer, row.configuration(seed))
-                train = MeasuredTrain(model, needs, fold=FOLD, keep=row.terms)
+                train = MeasuredTrain(model, needs, fold=FOLD, keep=row.terms, bfloat16=self.preset.bfloat16)
                 folder, options = self.evaluation(row, seed), (*self.preset.evaluation, "--name", row.name)
                 own: list[Step] = [
                     train,

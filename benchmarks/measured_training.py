@@ -1,23 +1,29 @@
 """`nnUNetv2_train` with its cost noted in `cost.json` of the fold, for `accuracy.py`.
 
-    python benchmarks/measured_training.py [--keep] nnUNetv2_train 226 3d_fullres 0 -tr MSTKDTrainer -device cpu
+    python benchmarks/measured_training.py [--keep] [--bfloat16] nnUNetv2_train 226 3d_fullres 0 -tr MSTKDTrainer
 
 Time is that of the epochs, each counted once however often the training was stopped; memory the peak of the training
 process (resident set on a CPU, torch's allocator on CUDA). `--keep` leaves the weights at 5 and 50 % of the training
-beside nnU-Net's own checkpoints, for `gradient_ratio.py`.
+beside nnU-Net's own checkpoints, for `gradient_ratio.py`. `--bfloat16` runs networks under autocast on a CPU too, where
+nnU-Net only does so on CUDA, and keeps weights channels-last: half the time on processors with bfloat16 instructions.
+Outputs are float32 again before any loss.
 """
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import resource
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nnunetv2_mstkd.whole_files import scratch_file
+
+if TYPE_CHECKING:
+    import torch
 
 FRACTIONS = (0.05, 0.5)
 COST = "cost.json"
@@ -100,19 +106,69 @@ def install(meter: Meter) -> None:
     SettingsTrainer.on_epoch_start, SettingsTrainer.on_epoch_end = on_epoch_start, on_epoch_end  # type: ignore[method-assign]
 
 
+def autocast_on_cpu() -> None:
+    """Let every trainer of this package run its networks, the teacher too, in bfloat16 on a CPU, in this process."""
+    from nnunetv2_mstkd.trainers import distillation
+    from nnunetv2_mstkd.trainers.base import SettingsTrainer
+
+    initialize, load_teacher = SettingsTrainer.initialize, distillation.load_teacher
+
+    def initialized(self) -> None:
+        initialize(self)
+        lower(self.network)
+
+    def lowered_teacher(*arguments: Any, **options: Any) -> Any:
+        teacher = load_teacher(*arguments, **options)
+        lower(teacher.network)
+        return teacher
+
+    SettingsTrainer.initialize = initialized  # type: ignore[method-assign]
+    distillation.load_teacher = lowered_teacher
+
+
+def lower(network: torch.nn.Module) -> None:
+    """Let a network compute in bfloat16, with weights channels-last, and answer in float32."""
+    import torch
+
+    forward = network.forward
+
+    def in_bfloat16(*inputs: Any, **options: Any) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = forward(*inputs, **options)
+        return as_float32(output)
+
+    network.to(memory_format=torch.channels_last_3d)
+    network.forward = in_bfloat16  # type: ignore[method-assign]
+
+
+def as_float32(output: Any) -> Any:
+    """A network's output with its floating-point tensors in float32; its lists and (named) tuples stay so."""
+    if isinstance(output, (list, tuple)):
+        entries = [as_float32(entry) for entry in output]
+        return type(output)(*entries) if hasattr(output, "_fields") else type(output)(entries)
+    return output.float() if hasattr(output, "is_floating_point") and output.is_floating_point() else output
+
+
 def main() -> None:
     """Run the training that the command line names."""
     words = sys.argv[1:]
-    keep = words[:1] == ["--keep"]
-    words = words[1:] if keep else words
+    options = set()
+    while words and words[0] in ("--keep", "--bfloat16"):
+        options.add(words.pop(0))
+    keep = "--keep" in options
     if words[:1] != ["nnUNetv2_train"]:
-        raise SystemExit("expected: measured_training.py [--keep] nnUNetv2_train ...")
+        raise SystemExit("expected: measured_training.py [--keep] [--bfloat16] nnUNetv2_train ...")
     if "cpu" in words:
         # nnU-Net reads them when it is imported; without workers a seed repeats a training exactly
         os.environ.update(nnUNet_n_proc_DA="0", nnUNet_def_n_proc="1")
+    if hasattr(os, "sched_getaffinity"):
+        # nnU-Net takes a thread per core of the machine; of those that this process may not use it only waits for
+        multiprocessing.cpu_count = lambda: len(os.sched_getaffinity(0))  # type: ignore[method-assign]
     from nnunetv2.run.run_training import run_training_entry
 
     install(Meter(keep))
+    if "--bfloat16" in options:
+        autocast_on_cpu()
     sys.argv = words
     run_training_entry()
 

@@ -6,6 +6,7 @@ import itertools
 import os
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,7 @@ import accuracy
 import accuracy_rows as table
 from accuracy_verdict import best_of, difference, subset_differences, verdict
 from gradient_ratio import gradient_norms, judgement, ratios
-from measured_training import kept_epochs
+from measured_training import as_float32, kept_epochs, lower
 
 from nnunetv2_mstkd import configuration, trainers
 from nnunetv2_mstkd.settings import BLOCK, TERMS, Settings
@@ -292,3 +293,44 @@ def test_a_dead_term_is_told_from_one_that_has_faded():
 def test_weights_are_kept_at_five_and_fifty_percent():
     assert kept_epochs(100) == {5: 0.05, 50: 0.5}
     assert kept_epochs(3) == {1: 0.05, 2: 0.5}
+
+
+class Output(NamedTuple):
+    logits: torch.Tensor
+    positions: torch.Tensor
+
+
+class TwoLevels(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = torch.nn.Conv3d(2, 3, 3, padding=1)
+
+    def forward(self, x, *, named=False):
+        self.seen = self.convolution(x)
+        return Output(self.seen, torch.arange(3)) if named else [self.seen, x]
+
+
+def test_a_network_runs_in_bfloat16_and_answers_in_float32():
+    network, x = TwoLevels(), torch.randn(1, 2, 4, 4, 4)
+    names, expected = list(network.state_dict()), network(x)[0]
+    lower(network)
+    fine, untouched = network(x)
+    assert network.seen.dtype == torch.bfloat16
+    assert (fine.dtype, untouched.dtype) == (torch.float32, torch.float32)
+    assert 0 < (fine - expected).abs().max() < 0.05
+    assert list(network.state_dict()) == names
+    fine.sum().backward()
+    assert network.convolution.weight.grad.dtype == torch.float32
+    named = network(x, named=True)
+    assert isinstance(named, Output) and named.logits.dtype == torch.float32 and named.positions.dtype == torch.int64
+
+
+def test_outputs_without_floats_stay_what_they_are():
+    assert as_float32((None, "text", [torch.ones(1, dtype=torch.bool)])) == (None, "text", [torch.tensor([True])])
+
+
+@pytest.mark.parametrize("preset", table.PRESETS)
+def test_all_trainings_of_a_preset_have_its_precision(tmp_path, preset):
+    steps = accuracy.Benchmark(tmp_path, preset).steps(table.chosen_rows(["mstkd"]), [0])
+    lowered = ["--bfloat16" in step.command() for step in steps if isinstance(step, accuracy.MeasuredTrain)]
+    assert lowered == [table.PRESETS[preset].bfloat16] * 2
