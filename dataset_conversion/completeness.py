@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_mstkd.dataset_conversion.geometry import read_geometry
+from nnunetv2_mstkd.dataset_conversion.geometry import read_geometry, read_image
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 GIPL_HEADER_BYTES = 256
@@ -110,10 +112,12 @@ def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
         return False
 
 
-def check_written(path: Path) -> None:
-    """Refuse an image that this process has just written and that is not whole.
+@contextmanager
+def written_whole(path: Path) -> Iterator[None]:
+    """Refuse an image that the block has written if it is not whole.
 
-    On a full disk ITK writes what has room of a NIfTI file, and says nothing.
+    On a full disk ITK writes what has room of a NIfTI or small NRRD file, and says nothing; for MHA it tells at length.
+    The readers of formats other than NIfTI notice what is missing.
 
     Raises
     ------
@@ -121,9 +125,21 @@ def check_written(path: Path) -> None:
         naming the file.
     """
     try:
+        yield
+    except RuntimeError as error:
+        if not re.search("itk(::)? ?error", str(error), re.IGNORECASE):
+            raise
+        raise _not_whole(path, last_line(error)) from error
+    try:
         check_complete(path)
+        if not path.name.lower().endswith(NIFTI_ENDINGS):
+            read_image(path)
     except ValueError as error:
-        raise OSError(f"{path} could not be written whole ({error}); is the disk full?") from error
+        raise _not_whole(path, str(error)) from error
+
+
+def _not_whole(path: Path, reason: str) -> OSError:
+    return OSError(f"{path} could not be written whole ({reason}); is the disk full?")
 
 
 def count_not_finite(values: np.ndarray) -> int:

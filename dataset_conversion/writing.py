@@ -11,7 +11,7 @@ import SimpleITK as sitk
 
 from nnunetv2_mstkd.dataset_conversion.cases import Case
 from nnunetv2_mstkd.dataset_conversion.checks import Checked, label_values
-from nnunetv2_mstkd.dataset_conversion.completeness import check_written
+from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
 from nnunetv2_mstkd.dataset_conversion.description import FILE_ENDING, Description
 from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_image
 
@@ -104,6 +104,6 @@ def _write(image: sitk.Image, geometry: Geometry, target: Path) -> None:
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
     unfinished = target.with_name(f".{target.name}")
-    sitk.WriteImage(image, str(unfinished), useCompression=True, imageIO="NiftiImageIO")
-    check_written(unfinished)
+    with written_whole(unfinished):
+        sitk.WriteImage(image, str(unfinished), useCompression=True, imageIO="NiftiImageIO")
     os.replace(unfinished, target)

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 import torch
 from evaluate_inputs import CASES, evaluate, without_drawing, write_dataset
-from predict_inputs import files, predict, record, segmentations, set_up, write, write_model
+from predict_inputs import files, predict, read, record, segmentations, set_up, write, write_model
 from tiny import NO_TERMS, batch, memory, same, state
 
 from nnunetv2_mstkd import checkpoints, cli, error_line, trainers
 from nnunetv2_mstkd.dataset_conversion import conversion
-from nnunetv2_mstkd.dataset_conversion.completeness import check_written
+from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
 from nnunetv2_mstkd.evaluation import subsets as subsets_module
 from nnunetv2_mstkd.inference import case_steps, prediction
 from nnunetv2_mstkd.trainers.step import MAX_SKIPPED_STEPS
@@ -71,12 +71,35 @@ def test_itk_says_nothing_of_a_full_disk_and_we_do(tmp_path):
     with full_disk(5000):
         write(tmp_path / "a.nii.gz", noise)  # no exception
     assert (tmp_path / "a.nii.gz").stat().st_size == 5000
-    with pytest.raises(OSError, match=r"a\.nii\.gz could not be written whole .*; is the disk full"):
-        check_written(tmp_path / "a.nii.gz")
+    with pytest.raises(OSError, match=r"a\.nii\.gz could not be written whole .*; is the disk full"):  # noqa: SIM117
+        with written_whole(tmp_path / "a.nii.gz"):
+            pass
 
 
-def test_a_prediction_that_has_no_room_is_not_a_finished_case(folders, capsys, monkeypatch):
-    model = write_model(trainers.ModalityDropoutTrainer)
+@pytest.mark.parametrize("ending", [".mha", ".nrrd", ".nii", ".nii.gz"])
+def test_a_full_disk_is_one_line_in_every_format(tmp_path, ending):
+    noise = np.random.default_rng(0).integers(0, 99, (30, 30, 30)).astype(np.uint8)
+    file = tmp_path / f"a{ending}"
+    with pytest.raises(OSError) as stop, full_disk(5000), written_whole(file):
+        write(file, noise)
+    assert re.fullmatch(
+        rf"{re.escape(str(file))} could not be written whole \(.+\); is the disk full\?", str(stop.value)
+    )
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("a defect")])
+def test_other_errors_while_an_image_is_written_are_no_full_disk(tmp_path, error):
+    with pytest.raises(type(error), match=str(error)), written_whole(tmp_path / "a.mha"):
+        raise error
+
+
+@pytest.mark.parametrize("ending", [".nii.gz", ".mha", ".nrrd"])
+def test_a_prediction_that_has_no_room_is_not_a_finished_case(folders, capsys, monkeypatch, ending):
+    model = write_model(trainers.ModalityDropoutTrainer, file_ending=ending)
+    for path in list((folders / "in").iterdir()):
+        write(path.with_name(path.name.replace(".nii.gz", ending)), read(path))
+        if ending != ".nii.gz":
+            path.unlink()
     real = case_steps.export_prediction_from_logits
 
     def export(*arguments):
@@ -87,9 +110,10 @@ def test_a_prediction_that_has_no_room_is_not_a_finished_case(folders, capsys, m
         patch.setattr(case_steps, "export_prediction_from_logits", export)
         assert predict(folders, model, "--disable_progress_bar") == 2
     assert "could not be written whole" in error_of(capsys)
-    assert segmentations(folders / "out") == {} and record(folders / "out")["cases"] == {}
+    assert record(folders / "out")["cases"] == {}
+    assert not [name for name in files(folders / "out") if name.endswith(ending)]
     assert predict(folders, model, "--continue_prediction") == 0
-    assert len(segmentations(folders / "out")) == 3
+    assert len([name for name in files(folders / "out") if name.endswith(ending)]) == 3
 
 
 def test_an_evaluation_whose_folder_cannot_be_written_ends_before_the_network_runs(folders, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_mstkd.dataset_conversion.completeness import check_written
+from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
 from nnunetv2_mstkd.inference.input_folder import Case
 
 
@@ -74,11 +74,11 @@ def export_case(
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was killed
     scratch.mkdir()
     try:
-        export_prediction_from_logits(
-            logits, properties, configuration, plans, dataset_json, str(scratch / name), save_probabilities
-        )
         segmentation = name + dataset_json["file_ending"]
-        check_written(scratch / segmentation)
+        with written_whole(scratch / segmentation):
+            export_prediction_from_logits(
+                logits, properties, configuration, plans, dataset_json, str(scratch / name), save_probabilities
+            )
         # the segmentation last: it says that the case is done
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == segmentation):
             os.replace(file, output / file.name)

@@ -13,7 +13,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
-from nnunetv2_mstkd.dataset_conversion.completeness import check_written
+from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
 from nnunetv2_mstkd.dataset_conversion.geometry import read_image
 from nnunetv2_mstkd.inference.image_files import read_checked, read_grid
 from nnunetv2_mstkd.inference.input_folder import Case
@@ -89,8 +89,8 @@ def _fill_case(case: Case, folder: Path, reader: type[BaseReaderWriter], file_en
     if absent:
         with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # the TIFF writer leaves a sidecar of its own
             zero = Path(scratch, f"zero{file_ending}")
-            reader().write_seg(np.zeros(reference.image.shape, np.uint8), str(zero), reference.properties)
-            check_written(zero)
+            with written_whole(zero):
+                reader().write_seg(np.zeros(reference.image.shape, np.uint8), str(zero), reference.properties)
             for target in absent:
                 shutil.copyfile(zero, target)
     return len(absent)
@@ -99,5 +99,5 @@ def _fill_case(case: Case, folder: Path, reader: type[BaseReaderWriter], file_en
 def _write_on_grid_of(reference: Path, path: Path, target: Path) -> None:
     image = read_image(path)
     image.CopyInformation(read_image(reference))
-    sitk.WriteImage(image, os.fspath(target), useCompression=True)
-    check_written(target)
+    with written_whole(target):
+        sitk.WriteImage(image, os.fspath(target), useCompression=True)

@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunetv2_mstkd.dataset_conversion.completeness import check_written
+from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 
@@ -250,5 +250,5 @@ def _write_image(array: np.ndarray, case: Case, path: Path) -> None:
     image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
     x, y, z = case.origin
     image.SetOrigin((-x, -y, z))
-    sitk.WriteImage(image, str(path), useCompression=True)
-    check_written(path)
+    with written_whole(path):
+        sitk.WriteImage(image, str(path), useCompression=True)
