@@ -30,7 +30,7 @@ def install() -> None:
 
     def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
         message = " ".join(str(error).split())
-        if not message or not _is_own(error, traceback) or _wants_traceback():
+        if not message or not _is_own(error, traceback) or wants_traceback():
             previous(kind, error, traceback)
             return
         sys.stdout.flush()
@@ -54,6 +54,7 @@ def _is_own(error: BaseException, traceback: TracebackType | None) -> bool:
     return dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
 
 
-def _wants_traceback() -> bool:
+def wants_traceback() -> bool:
+    """Whether somebody looks for a defect."""
     interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
     return interactive or os.environ.get("MSTKD_DEBUG", "0") not in ("", "0")

@@ -21,3 +21,9 @@ def scratch_file(target: Path) -> Iterator[Path]:
         os.replace(scratch, target)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+def clear_scratch(folder: Path, names: str) -> None:
+    """Remove what processes that were killed left of files whose name matches the pattern ``names``."""
+    for leftover in folder.glob(f".{names}.*.part"):
+        leftover.unlink(missing_ok=True)

@@ -153,6 +153,39 @@ def test_the_best_score_is_taken_from_the_log_which_is_ahead_of_the_checkpoint(m
     assert trainer._best_ema == 0.75
 
 
+@pytest.mark.parametrize(
+    ("scores", "best", "saved"),
+    [
+        ([0.25, 0.75], None, True),  # killed between the first latest and best
+        ([0.25, 0.75], 1, True),  # best is of the epoch before
+        ([0.25, 0.75], 2, False),
+        ([0.75, 0.25], 1, False),  # the last epoch was not the best one
+    ],
+)
+def test_a_best_checkpoint_that_a_kill_has_prevented_is_saved_when_the_training_goes_on(models, scores, best, saved):
+    folder = models.fold("MSTKDTrainer")
+    content = read(models)
+    content["logging"]["ema_fg_dice"] = scores
+    (folder / "checkpoint_final.pth").unlink()
+    (folder / "checkpoint_best.pth").unlink()
+    (folder / ".checkpoint_latest.pth.1.part").write_bytes(b"half")
+    checkpoints.write(content, folder / "checkpoint_latest.pth")
+    if best is not None:
+        checkpoints.write({**content, "network_weights": {}, "current_epoch": best}, folder / "checkpoint_best.pth")
+    configure(models, schedule__epochs=3)
+    trainer = build()
+    trainer.load_checkpoint(str(folder / "checkpoint_latest.pth"))
+    assert trainer.current_epoch == 2
+    trainer.num_epochs = 3  # the checkpoint's own settings say 2
+    trainer.on_train_start()
+    assert trainer.current_epoch == 2 and not list(folder.glob(".*"))
+    if saved:
+        found = read(models, "checkpoint_best.pth")
+        assert found["current_epoch"] == 2 and same(found["network_weights"], content["network_weights"])
+    elif best is not None:
+        assert read(models, "checkpoint_best.pth")["network_weights"] == {}
+
+
 def test_a_finished_student_that_goes_on_needs_no_teacher(models):
     """nnU-Net's users repeat an aborted validation with --c."""
     before = read(models)["network_weights"]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import distributed as dist
@@ -15,9 +17,11 @@ from torch._dynamo import OptimizedModule
 
 from nnunetv2_mstkd import checkpoints, modalities
 from nnunetv2_mstkd.settings import BLOCK, Settings, SettingsError, network_keys
+from nnunetv2_mstkd.trainers.loader_processes import one_line_for_dead_processes, started_by
 from nnunetv2_mstkd.trainers.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.trainers.progress import TermLog
 from nnunetv2_mstkd.trainers.step import CheckedStepTrainer
+from nnunetv2_mstkd.whole_files import clear_scratch
 
 
 class SettingsTrainer(CheckedStepTrainer):
@@ -54,6 +58,7 @@ class SettingsTrainer(CheckedStepTrainer):
         self._resumed = False
         self._split: dict[str, list[str]] | None = None
         self._initial_sum: float | None = None
+        self._loader_processes: list[BaseProcess] = []
         self.terms = TermLog(self.logger, self.output_folder)
         self.adopt(settings)
 
@@ -174,6 +179,20 @@ class SettingsTrainer(CheckedStepTrainer):
         self._split = {"train": sorted(map(str, train)), "val": sorted(map(str, validation))}
         self.prepare_training()
         super().on_train_start()
+        if self.local_rank == 0:
+            clear_scratch(Path(self.output_folder), "checkpoint_*.pth")
+            self._save_missing_best()
+
+    def _save_missing_best(self) -> None:
+        """nnU-Net saves latest, then best; here goes on what was killed in between."""
+        scores = self.logger.get_value("ema_fg_dice", step=None)
+        if not self._resumed or self.current_epoch >= self.num_epochs or not scores[-1] > max(scores[:-1], default=-1):
+            return
+        best = Path(self.output_folder, "checkpoint_best.pth")
+        if not best.is_file() or checkpoints.read(best)["current_epoch"] < self.current_epoch:
+            self.current_epoch -= 1
+            self.save_checkpoint(str(best))
+            self.current_epoch += 1
 
     def prepare_training(self) -> None:
         """Called once before the first epoch, before nnU-Net writes anything: weights to start from."""
@@ -203,6 +222,34 @@ class SettingsTrainer(CheckedStepTrainer):
     def _weight_sum(self) -> float:
         """Tells whether somebody loaded weights after the network was built."""
         return float(sum(parameter.detach().double().abs().sum().cpu() for parameter in self.network.parameters()))
+
+    def get_dataloaders(self):
+        loaders, self._loader_processes = started_by(super().get_dataloaders)
+        return loaders
+
+    def run_training(self) -> None:
+        """nnU-Net's loop.
+
+        Raises
+        ------
+        ChildProcessError
+            if a process of a data loader died.
+        """
+        with one_line_for_dead_processes(self._moment, lambda: self._loader_processes):
+            try:
+                super().run_training()
+            except RuntimeError:  # as after the last epoch: nobody else ends the processes that are left
+                for loader in (self.dataloader_train, self.dataloader_val):
+                    if isinstance(loader, NonDetMultiThreadedAugmenter):
+                        loader._finish()
+                raise
+
+    def _moment(self) -> str:
+        if self.dataloader_train is None:
+            return "before the first iteration"
+        if self._step_in_epoch == self.num_iterations_per_epoch:
+            return f"in the online validation of epoch {self.current_epoch}"
+        return f"in epoch {self.current_epoch}, iteration {self._step_in_epoch},"
 
     def on_epoch_start(self) -> None:
         self._seed_everything(self.current_epoch)

@@ -1,0 +1,60 @@
+"""What test_killed_training.py runs: ``nnUNetv2_train`` whose data loader loses its processes.
+
+``python train_and_kill_a_worker.py MOMENT [ARGUMENTS of nnUNetv2_train]``; moment: ``start``, ``training`` or
+``validation``.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+
+import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from nnunetv2.run.run_training import run_training_entry
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer
+from nnunetv2_mstkd.trainers.step import CheckedStepTrainer
+
+
+def kill_workers() -> None:
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGKILL)
+
+
+def kill_before(cls: type, name: str) -> None:
+    """In epoch 1."""
+    real = getattr(cls, name)
+
+    def call(self, *arguments):
+        if self.current_epoch == 1:
+            kill_workers()
+        return real(self, *arguments)
+
+    setattr(cls, name, call)
+
+
+def kill_at_start() -> None:
+    real = NonDetMultiThreadedAugmenter._start
+
+    def start(self) -> None:
+        real(self)
+        kill_workers()
+
+    NonDetMultiThreadedAugmenter._start = start
+
+
+if __name__ == "__main__":
+    moment = sys.argv.pop(1)
+    nnUNetTrainer.plot_network_architecture = lambda self: None
+    torch.set_num_threads(1)
+    if moment == "start":
+        kill_at_start()
+    if moment == "training":
+        kill_before(CheckedStepTrainer, "optimise")
+    if moment == "validation":
+        kill_before(ModalityDropoutTrainer, "on_validation_epoch_start")
+    run_training_entry()
