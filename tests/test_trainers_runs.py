@@ -243,6 +243,14 @@ def test_weights_given_on_the_command_line_are_kept(models):
     assert "weights were already loaded (-pretrained_weights)" in log_text(models.fold("MSTKDTrainer"))
 
 
+def test_a_sum_added_up_in_another_order_is_no_sign_of_other_weights(models):
+    trainer = build()
+    trainer.initialize()
+    trainer._initial_sum *= 1 + 1e-14
+    trainer.on_train_start()
+    assert same(trainer.network.state_dict(), read(models, trainer="MSTKDTeacherTrainer")["network_weights"])
+
+
 def test_modality_dropout_may_start_from_the_teachers_matching_weights(models):
     configure(models, schedule__init_from="MSTKDTeacherTrainer")
     trainer = build("ModalityDropoutTrainer")

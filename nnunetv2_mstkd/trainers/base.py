@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -57,7 +58,7 @@ class SettingsTrainer(CheckedStepTrainer):
         }
         self._resumed = False
         self._split: dict[str, list[str]] | None = None
-        self._initial_sum: float | None = None
+        self._initial_sum = 0.0
         self._loader_processes: list[BaseProcess] = []
         self.terms = TermLog(self.logger, self.output_folder)
         self.adopt(settings)
@@ -209,7 +210,8 @@ class SettingsTrainer(CheckedStepTrainer):
         return Path(self.output_folder_base).parent / name / f"fold_{self.fold}" / "checkpoint_final.pth"
 
     def _start_from(self, weights: dict[str, torch.Tensor], source: str) -> None:
-        if self._weight_sum() != self._initial_sum:
+        # another memory format or number of threads adds up in another order
+        if not math.isclose(self._weight_sum(), self._initial_sum, rel_tol=1e-9):
             self.print_to_log_file(f"weights were already loaded (-pretrained_weights); not starting from {source}")
             return
         loaded, kept = checkpoints.load_matching(self.plain_network, weights)
