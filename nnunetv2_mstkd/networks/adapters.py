@@ -48,6 +48,10 @@ class SubsetIndex(nn.Module):
         whether the other subsets are composed of one adapter per modality.
     """
 
+    table: torch.Tensor
+    bits: torch.Tensor
+    channels: torch.Tensor
+
     def __init__(self, num_modalities: int, subsets: Sequence[int], *, factorised: bool) -> None:
         super().__init__()
         self.factorised, self.num_rows = factorised, len(subsets)
@@ -117,7 +121,8 @@ class AdapterBank(nn.Module):
         return torch.baddbmm(flat + up_bias.to(flat.dtype), up, hidden).view_as(x)
 
     def _weights(self, selection: Selection) -> tuple[torch.Tensor, ...]:
-        own = parts = None
+        own: tuple[torch.Tensor, ...] = ()
+        parts: tuple[torch.Tensor, ...] = ()
         if self.num_rows:
             own = tuple(stack[selection.row] for stack in (self.down, self.down_bias, self.up, self.up_bias))
         if self.factorised:
@@ -128,9 +133,9 @@ class AdapterBank(nn.Module):
                 self.part_up[chosen].transpose(1, 2).flatten(2),
                 self.part_up_bias[chosen].sum(1),
             )
-        if own is None or parts is None:
-            return own or parts
         listed = selection.listed
+        if not own or not parts or listed is None:
+            return own or parts
         return tuple(
             torch.where(listed.reshape(-1, *[1] * (one.ndim - 1)), one, other)
             for one, other in zip(own, parts, strict=True)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.networks.adapters import MIN_HIDDEN, AdapterBank, SubsetIndex
 from nnunetv2_mstkd.networks.graph_refinement import GraphRefinement
-from nnunetv2_mstkd.networks.plans_unet import Geometry, build_unet
+from nnunetv2_mstkd.networks.plans_unet import Geometry, Halves, build_unet
 
 MIN_POSITIONS = 512
 """Distillation and graph work on the deepest encoder stage with at least so many positions (8^3)."""
@@ -126,7 +126,7 @@ class AdaptiveUNet(nn.Module):
     """
 
     def __init__(
-        self, unet: nn.Module, geometry: Geometry, adamm: dict[str, Any], num_modalities: int, num_outputs: int
+        self, unet: Halves, geometry: Geometry, adamm: dict[str, Any], num_modalities: int, num_outputs: int
     ) -> None:
         super().__init__()
         self.encoder, self.decoder = unet.encoder, unet.decoder
@@ -202,7 +202,7 @@ class AdaptiveUNet(nn.Module):
             skips.append(y)
         if self.refinement is not None:
             skips[self.stage] = self.refinement(skips[self.stage], shared[self.stage], partial)
-        record = self.presence_seen is not None and not return_features
+        seen = None if return_features else self.presence_seen
         presence, outputs = None, []
         low, last = skips[-1], len(self.decoder.stages) - 1
         for stage in range(len(self.decoder.stages)):
@@ -210,13 +210,13 @@ class AdaptiveUNet(nn.Module):
             low = self.decoder.stages[stage](low)
             if self.decoder_adapters is not None:
                 low = self.decoder_adapters[stage](low, selection)
-            if self.presence is not None and stage == self.presence_stage and (return_features or record):
+            if self.presence is not None and stage == self.presence_stage and (return_features or seen is not None):
                 presence = self.presence(low)
             if self.decoder.deep_supervision or stage == last:
                 outputs.append(self.decoder.seg_layers[stage](low))
         logits = outputs[::-1] if self.decoder.deep_supervision else outputs[0]
-        if record and presence is not None:
-            self.presence_seen = torch.maximum(self.presence_seen, presence)
+        if seen is not None and presence is not None:
+            self.presence_seen = torch.maximum(seen, presence)
         if not return_features:
             return logits
         return Features(logits, shared[self.stage], self._style(shared) if return_style else (), presence)

@@ -55,10 +55,10 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = []
         width = input_channels
         for index, next_width in enumerate(features):
-            layers.append(convolution(width, next_width, kernel_size=3, stride=2 if index == 0 else 1, padding=1))
-            nn.init.kaiming_normal_(layers[-1].weight, a=_NEGATIVE_SLOPE)
-            nn.init.zeros_(layers[-1].bias)
-            layers.append(nn.LeakyReLU(_NEGATIVE_SLOPE))
+            layer = convolution(width, next_width, kernel_size=3, stride=2 if index == 0 else 1, padding=1)
+            nn.init.kaiming_normal_(layer.weight, a=_NEGATIVE_SLOPE)
+            nn.init.zeros_(layer.get_parameter("bias"))
+            layers += [layer, nn.LeakyReLU(_NEGATIVE_SLOPE)]
             width = next_width
         self.hidden = nn.Sequential(*layers)
         self.head = convolution(width, 1, kernel_size=3, padding=1)

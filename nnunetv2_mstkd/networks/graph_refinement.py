@@ -79,8 +79,8 @@ class GraphRefinement(nn.Module):
         self.mix = convolution(width, width, 1)
         self.norm = norm(width, affine=True)
         self.update = convolution(width, width, 1)
-        nn.init.zeros_(self.update.weight)
-        nn.init.zeros_(self.update.bias)
+        for parameter in self.update.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, specific: torch.Tensor, general: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
         """The refined map.

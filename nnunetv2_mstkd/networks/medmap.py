@@ -61,6 +61,8 @@ class ModalityAnchor(nn.Module):
         standardised features the other two would be constant.
     """
 
+    fixed: torch.Tensor
+
     def __init__(
         self,
         num_modalities: int,
@@ -134,7 +136,7 @@ class AlignedStem(nn.Module):
         arguments of :class:`ModalityAnchor`.
     """
 
-    def __init__(self, encoder: nn.Module, num_modalities: int, features: int, anchor: Mapping[str, Any]) -> None:
+    def __init__(self, encoder: Any, num_modalities: int, features: int, anchor: Mapping[str, Any]) -> None:
         super().__init__()
         convolution, kernel = encoder.conv_op, encoder.kernel_sizes[0]
         dimensions = 2 if issubclass(convolution, nn.Conv2d) else 3
@@ -201,7 +203,8 @@ class AlignedEncoders(nn.Module):
         return fused, aligned
 
     def alignment(self, features: Sequence[torch.Tensor], present: torch.Tensor) -> torch.Tensor:
-        losses = [anchor.alignment(z, present) for anchor, z in zip(self.anchors.values(), features, strict=True)]
+        anchors: list[Any] = list(self.anchors.values())
+        losses = [anchor.alignment(z, present) for anchor, z in zip(anchors, features, strict=True)]
         return torch.stack(losses).mean()
 
 
@@ -233,7 +236,7 @@ class MedMAPUNet(_AlignedInput):
         in the state dict.
     """
 
-    def __init__(self, front: nn.Module, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, front: AlignedStem | AlignedEncoders, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.front, self.encoder, self.decoder = front, encoder, decoder
 
@@ -261,7 +264,12 @@ class MedMAPTransformerUNet(MultiScaleTransformerUNet, _AlignedInput):
     """MST-KDNet's network behind an aligning front; parameters as for the two classes it combines."""
 
     def __init__(
-        self, front: nn.Module, encoder: nn.Module, decoder: nn.Module, geometry: Geometry, network: dict[str, Any]
+        self,
+        front: AlignedStem | AlignedEncoders,
+        encoder: nn.Module,
+        decoder: nn.Module,
+        geometry: Geometry,
+        network: dict[str, Any],
     ) -> None:
         super().__init__(_Halves(encoder, decoder), geometry, network)
         self.front = front
@@ -269,7 +277,7 @@ class MedMAPTransformerUNet(MultiScaleTransformerUNet, _AlignedInput):
     def forward(self, x: torch.Tensor, *, complete: torch.Tensor | None = None, **options: bool):
         """As :class:`MultiScaleTransformerUNet`; features with ``complete`` also have the ``alignment``."""
         y, alignment = self.enter(x, complete)
-        output = super().forward(y, **options)
+        output: Any = super().forward(y, **options)
         return output if alignment is None else output._replace(alignment=alignment)
 
 
@@ -311,8 +319,8 @@ def build(
     """
     anchor = {key: medmap[key] for key in ("anchor", "fixed_channel", "normalize", "detach_anchor")}
     plans = (architecture_class, architecture_kwargs, requires_import)
-    front: nn.Module
-    encoder: nn.Module
+    front: AlignedStem | AlignedEncoders
+    encoder: Any
     if medmap["placement"] == "stem":
         width = num_modalities * medmap["features"]
         unet = build_unet(*plans, width, num_output_channels, deep_supervision)
@@ -322,7 +330,8 @@ def build(
         encoders, encoder, decoder = build_modality_encoders(
             *plans, num_modalities, num_output_channels, deep_supervision, medmap["width"]
         )
-        front = AlignedEncoders(encoders, encoders[0].output_channels, medmap["stages"], anchor)
+        first: Any = encoders[0]
+        front = AlignedEncoders(encoders, first.output_channels, medmap["stages"], anchor)
     if network is None:
         return MedMAPUNet(front, encoder, decoder)
     return MedMAPTransformerUNet(front, encoder, decoder, Geometry.of(architecture_kwargs, patch_size), network)

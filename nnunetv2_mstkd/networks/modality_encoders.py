@@ -14,7 +14,7 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
-from nnunetv2_mstkd.networks.plans_unet import build_unet
+from nnunetv2_mstkd.networks.plans_unet import Halves, build_unet
 
 MIN_WIDTH = 4
 """Channels that a stage of a one-modality encoder keeps at least."""
@@ -51,7 +51,7 @@ class StageFusion(nn.Module):
     LAYERS = ("conv_bias", "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
     DESCRIPTION = ("output_channels", "strides", "kernel_sizes", "conv_op", *LAYERS)
 
-    def __init__(self, encoder: nn.Module, modality_widths: Sequence[int], num_modalities: int) -> None:
+    def __init__(self, encoder: Any, modality_widths: Sequence[int], num_modalities: int) -> None:
         super().__init__()
         for name in self.DESCRIPTION:
             setattr(self, name, getattr(encoder, name))
@@ -101,7 +101,7 @@ def build_modality_encoders(
         if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
     """
 
-    def build(channels: int, **changes: Any) -> nn.Module:
+    def build(channels: int, **changes: Any) -> Halves:
         kwargs = {**architecture_kwargs, **changes}
         return build_unet(architecture_class, kwargs, requires_import, channels, num_output_channels, deep_supervision)
 

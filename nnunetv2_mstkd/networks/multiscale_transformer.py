@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional
 
 from nnunetv2_mstkd.networks.attention import TransformerBlock
-from nnunetv2_mstkd.networks.plans_unet import Geometry, build_unet
+from nnunetv2_mstkd.networks.plans_unet import Geometry, Halves, build_unet
 
 MIN_STYLE_POSITIONS = 512
 """Style is matched on the deepest decoder stage with at least this many positions (8^3)."""
@@ -219,8 +219,8 @@ class MultiScaleTransformer(nn.Module):
     ) -> None:
         super().__init__()
         width, dimensions = geometry.widths[-1], len(geometry.grids[-1])
-        convolution = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
-        transposed = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
+        convolution: type[Any] = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+        transposed: type[Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
         self.patch = tuple(patch)
         self.tapped = tuple(depth // taps * (index + 1) - 1 for index in range(taps))
         tokens = [math.ceil(edge / step) for edge, step in zip(geometry.grids[-1], self.patch, strict=True)]
@@ -243,9 +243,8 @@ class MultiScaleTransformer(nn.Module):
                 incoming = outgoing
             self.pyramids.append(nn.Sequential(*layers))
             self.projections.append(convolution(incoming, incoming, 1))
-        for projection in self.projections:
-            nn.init.zeros_(projection.weight)
-            nn.init.zeros_(projection.bias)
+        for parameter in self.projections.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(
         self, bottleneck: torch.Tensor, *, return_attention: bool
@@ -312,7 +311,7 @@ class MultiScaleTransformerUNet(nn.Module):
         sizes and resolved settings.
     """
 
-    def __init__(self, unet: nn.Module, geometry: Geometry, network: dict[str, Any]) -> None:
+    def __init__(self, unet: Halves, geometry: Geometry, network: dict[str, Any]) -> None:
         super().__init__()
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.transformer = MultiScaleTransformer(
@@ -352,10 +351,11 @@ class MultiScaleTransformerUNet(nn.Module):
         """
         skips = list(self.encoder(x))
         additions, maps, attention = self.transformer(skips[-1], return_attention=return_attention)
-        f_enc = self._encoder_feature(skips, pool_encoder) if return_features else None
+        f_enc: Any = self._encoder_feature(skips, pool_encoder) if return_features else None
         for level, addition in enumerate(additions):
             skips[-1 - level] = skips[-1 - level] + addition
-        f_dec, outputs = None, []
+        f_dec: Any = None
+        outputs = []
         low, last = skips[-1], len(self.decoder.stages) - 1
         for stage in range(len(self.decoder.stages)):
             low = torch.cat((self.decoder.transpconvs[stage](low), skips[-(stage + 2)]), 1)

@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+
+class Halves(Protocol):
+    """What a U-Net is made of; both of dynamic_network_architectures, whose modules have no types."""
+
+    @property
+    def encoder(self) -> Any: ...
+
+    @property
+    def decoder(self) -> Any: ...
 
 
 class Geometry(NamedTuple):
@@ -49,8 +57,8 @@ def build_unet(
     num_input_channels: int,
     num_output_channels: int,
     deep_supervision: bool,
-) -> nn.Module:
-    """The plans' own network, with modules ``encoder`` and ``decoder``.
+) -> Halves:
+    """The plans' own network.
 
     Raises
     ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet
@@ -65,7 +66,7 @@ class RefinementNet(nn.Module):
         channels over the planned ones.
     """
 
-    def __init__(self, encoder: nn.Module, num_modalities: int, heads: int, width: float) -> None:
+    def __init__(self, encoder: Any, num_modalities: int, heads: int, width: float) -> None:
         super().__init__()
         stages = min(MAX_STAGES, len(encoder.output_channels))
         self.weighting = PriorWeighting(num_modalities, heads)

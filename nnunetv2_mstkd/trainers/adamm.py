@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -108,7 +108,7 @@ class AdaMMTrainer(AdaptiveUNetTrainer, AdversarialTrainer):
         adamm = resolve(settings.to_block()["adamm"], num_input_channels)
         return _build(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision, adamm)
 
-    def added_modules(self, network: torch.nn.Module) -> list[torch.nn.Module]:
+    def added_modules(self, network: Any) -> list[torch.nn.Module]:
         return network.added_modules()
 
     def distillation_weights(self) -> Mapping[str, float]:
@@ -142,7 +142,7 @@ class AdaMMTrainer(AdaptiveUNetTrainer, AdversarialTrainer):
             "reliability": self._reliability,
         }
 
-    def _consistency(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
+    def _consistency(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
         return probability_consistency(
             student.logits,
             teacher.logits,
@@ -151,18 +151,18 @@ class AdaMMTrainer(AdaptiveUNetTrainer, AdversarialTrainer):
             voxel_weight=target.weight,
         )
 
-    def _foreground_presence(self, student: Features) -> torch.Tensor:
+    def _foreground_presence(self, student: Any) -> torch.Tensor:
         return student.presence if self.label_manager.has_regions else student.presence[:, 1:]
 
-    def _presence_of(self, student: Features, target: Target) -> tuple[torch.Tensor, Presence]:
+    def _presence_of(self, student: Any, target: Target) -> tuple[torch.Tensor, Presence]:
         logits = self._foreground_presence(student)
         regions = self.label_manager.has_regions
         return logits, presence_target(target.label, logits.shape[1], regions=regions, valid=target.valid)
 
-    def _presence_term(self, student: Features, teacher: Features | None, target: Target) -> torch.Tensor:
+    def _presence_term(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
         return presence_loss(*self._presence_of(student, target))
 
-    def _reliability(self, student: Features, teacher: Features | None, target: Target) -> torch.Tensor:
+    def _reliability(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
         return reliability_dice(
             student.logits,
             target.label,

@@ -18,6 +18,11 @@ DISCRIMINATOR_BETAS = (0.9, 0.99)
 class AdversarialTrainer(DistillationTrainer):
     """Distillation whose term ``adversarial`` asks a discriminator of features; without that term it builds none."""
 
+    discriminator: Any = None
+    discriminator_optimizer: Any = None
+    """With its optimiser; None without the term."""
+    _discriminator_input: torch.Tensor | None = None
+
     def discriminator_channels(self) -> int:
         """Channels of :meth:`style_of`."""
         raise NotImplementedError

@@ -142,7 +142,7 @@ class SettingsTrainer(CheckedStepTrainer):
     # ---- training ----------------------------------------------------------------------------------------------
 
     @property
-    def plain_network(self) -> torch.nn.Module:
+    def plain_network(self) -> Any:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network.module if self.is_ddp else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
@@ -162,7 +162,7 @@ class SettingsTrainer(CheckedStepTrainer):
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
 
-    def added_modules(self, network: torch.nn.Module) -> list[torch.nn.Module]:
+    def added_modules(self, network: Any) -> list[torch.nn.Module]:
         """Hook: what the network has beyond the plans' U-Net, trained with AdamW at ``schedule.transformer_lr``."""
         return []
 

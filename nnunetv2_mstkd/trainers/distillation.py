@@ -30,7 +30,8 @@ class DistillationTrainer(ModalityDropoutTrainer):
     teacher_trainer: ClassVar[type]
     own_terms: ClassVar[tuple[str, ...]] = ()
     """Terms that read the student alone: they need no teacher, and neither ramp nor fade touches their weights."""
-    teacher: torch.nn.Module | None = None
+    teacher: Any = None
+    """The frozen network, compiled where the student is; None where no term needs it."""
     _teacher_identity: dict[str, str] | None = None
 
     def distillation_weights(self) -> Mapping[str, float]:
@@ -91,7 +92,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
             student_configuration=self.configuration_manager,
             student_plans=self.plans_manager,
             dataset_json=self.dataset_json,
-            split=self._split,
+            split=self._split or {},
             device=self.device,
         )
         stored = self._teacher_identity
@@ -111,7 +112,8 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     def check_same_encoder(self, teacher: Teacher, active: list[str]) -> None:
         """Refuse a teacher whose encoder has other widths or strides, if there are ``active`` terms on features."""
-        encoder, other = self.plain_network.encoder, teacher.network.encoder
+        encoder: Any = self.plain_network.encoder
+        other: Any = teacher.network.encoder
         for name, here, there in (
             ("channels per stage", list(encoder.output_channels), list(other.output_channels)),
             ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),

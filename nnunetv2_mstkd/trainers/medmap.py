@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.networks.medmap import MedMAPTransformerUNet, MedMAPUNet, build, resolve
+from nnunetv2_mstkd.networks.medmap import build, resolve
 from nnunetv2_mstkd.networks.multiscale_transformer import Features
 from nnunetv2_mstkd.networks.plans_unet import check_architecture
 from nnunetv2_mstkd.settings import BLOCK, Settings, SettingsError
@@ -49,7 +49,7 @@ class AligningTrainer(SettingsTrainer):
         num_input_channels: int,
         num_output_channels: int,
         enable_deep_supervision: bool = True,
-    ) -> MedMAPUNet | MedMAPTransformerUNet:
+    ) -> Any:
         """The network as its plans describe it; called by training and, on the class, by prediction."""
         settings = Settings.from_block(configuration_manager.configuration.get(BLOCK))
         block = cls.resolve(settings, configuration_manager).to_block()
@@ -102,7 +102,7 @@ class MedMAPMSTKDTrainer(AligningTrainer, MSTKDTrainer):
         return {**super().distillation_terms(), "alignment": self._alignment}
 
     @staticmethod
-    def _alignment(student: Features, teacher: Features | None, target: Target) -> torch.Tensor:
+    def _alignment(student: Any, teacher: Any, target: Target) -> torch.Tensor:
         return student.alignment
 
     def compute_loss(self, data: torch.Tensor, target: Any, availability: torch.Tensor) -> StepLoss:

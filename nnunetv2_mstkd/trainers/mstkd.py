@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -69,7 +69,7 @@ class TransformerTrainer(SettingsTrainer):
             enable_deep_supervision,
         )
 
-    def added_modules(self, network: torch.nn.Module) -> list[torch.nn.Module]:
+    def added_modules(self, network: Any) -> list[torch.nn.Module]:
         return [network.transformer]
 
 
@@ -145,7 +145,7 @@ class MSTKDTrainer(TransformerTrainer, AdversarialTrainer):
             "adversarial": self.adversarial_term,
         }
 
-    def _discrepancy(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
+    def _discrepancy(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
         return dmld.logit_discrepancy(
             student.logits,
             teacher.logits,
@@ -154,7 +154,7 @@ class MSTKDTrainer(TransformerTrainer, AdversarialTrainer):
             voxel_weight=target.weight,
         )
 
-    def _kl(self, student: Features, teacher: Features, target: Target) -> torch.Tensor:
+    def _kl(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
         return dmld.standardized_kl(
             student.logits,
             teacher.logits,

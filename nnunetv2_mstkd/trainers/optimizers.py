@@ -109,12 +109,8 @@ def build_optimizer(
         optimizer = _unet_optimizer(network.parameters(), schedule, weight_decay)
         return optimizer, PolyLRScheduler(optimizer, schedule.learning_rate, epochs)
     unet = [parameter for parameter in network.parameters() if id(parameter) not in added]
-    decayed = {
-        id(layer.weight)
-        for module in added_modules
-        for layer in module.modules()
-        if isinstance(getattr(layer, "weight", None), torch.nn.Parameter) and layer.weight.ndim > 1
-    }
+    weights = [getattr(layer, "weight", None) for module in added_modules for layer in module.modules()]
+    decayed = {id(weight) for weight in weights if isinstance(weight, torch.nn.Parameter) and weight.ndim > 1}
     groups = [
         {
             "params": [parameter for key, parameter in added.items() if (key in decayed) == decays],

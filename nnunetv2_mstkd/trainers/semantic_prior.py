@@ -43,6 +43,8 @@ class MovingAverage(torch.nn.Module):
         how much of the average stays in each step; less in the first steps, (1 + t) / (10 + t).
     """
 
+    steps: torch.Tensor
+
     def __init__(self, network: torch.nn.Module, decay: float) -> None:
         super().__init__()
         self.network = copy.deepcopy(network).eval().requires_grad_(False)
@@ -57,8 +59,8 @@ class MovingAverage(torch.nn.Module):
         # not the state dict: nnU-Net's decoder lists the encoder's tensors once more
         for own, other in zip(self.network.parameters(), network.parameters(), strict=True):
             own.lerp_(other, 1 - decay)
-        for own, other in zip(self.network.buffers(), network.buffers(), strict=True):
-            own.copy_(other)
+        for kept, new in zip(self.network.buffers(), network.buffers(), strict=True):
+            kept.copy_(new)
         self._taken += 1
         self.steps.fill_(self._taken)
 

@@ -94,8 +94,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 "smml.sequential runs one student at a time, which training on several GPUs does not support; set it "
                 "to false"
             )
-        self.refine = None if self.refiners is None else list(self.refiners)
-        if self.refine is not None and self.is_ddp:
+        self.refine: list[torch.nn.Module] = list(self.refiners or ())
+        if self.is_ddp:
             device_ids = [self.local_rank] if self.device.type == "cuda" else None
             self.refine = [DistributedDataParallel(refiner, device_ids=device_ids) for refiner in self.refine]
 
@@ -112,7 +112,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
         prior = self.settings.smml.prior
         if prior == "checkpoint":
             self._file_network = semantic_prior.FileNetwork(
-                Path(self.settings.smml.prior_path).expanduser(),
+                self._prior_path,
                 heads=self.label_manager.num_segmentation_heads,
                 patch_size=self.configuration_manager.patch_size,
                 device=self.device,
@@ -128,13 +128,16 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 dataset_json=self.dataset_json,
             )
 
+    @property
+    def _prior_path(self) -> Path:
+        """Of the priors that have one; the settings refuse those without."""
+        return Path(self.settings.smml.prior_path or "").expanduser()
+
     def _prior_source(self) -> Path:
         from nnunetv2.paths import nnUNet_raw
 
-        path = Path(self.settings.smml.prior_path).expanduser()
-        if path.is_absolute():
-            return path
-        return Path(os.fspath(nnUNet_raw)) / self.plans_manager.dataset_name / path
+        # an absolute path stays as it is
+        return Path(os.fspath(nnUNet_raw)) / self.plans_manager.dataset_name / self._prior_path
 
     def _prior_folder(self) -> Path:
         return Path(f"{self.preprocessed_dataset_folder}_prior")
@@ -182,7 +185,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
         subsets = (availability, self.draw_partner(availability))
         inputs = [modalities.mask_modalities(data, subset) for subset in subsets]
         label = self.read_target(target[0] if isinstance(target, (list, tuple)) else target)
-        priors = [None, None]
+        priors: list[torch.Tensor | None] = [None, None]
         if self.refiners is not None:
             maps = self._prior_maps(data, labels, (subsets[0] | subsets[1]).any(0).cpu())
             priors = [modalities.mask_modalities(maps, subset) for subset in subsets]

@@ -196,7 +196,7 @@ def _facts(plans: PlansManager, configuration: ConfigurationManager, dataset_jso
         "normalisation": list(configuration.normalization_schemes),
         "use of a mask for normalisation": list(configuration.use_mask_for_norm),
         "axis order (transpose_forward)": list(plans.transpose_forward),
-        "channels": list((dataset_json.get("channel_names") or dataset_json.get("modality")).values()),
+        "channels": list((dataset_json.get("channel_names") or dataset_json["modality"]).values()),
         "labels": {name: value for name, value in dataset_json["labels"].items()},
         "region order": dataset_json.get("regions_class_order"),
         "training cases of the fold": (split or {}).get("train"),
