@@ -132,29 +132,24 @@ INSTALL_AND_PREDICT = """
 import sys
 import torch
 from pathlib import Path
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.predict_from_raw_data import predict_entry_point
 from nnunetv2.model_sharing.model_import import install_model_from_zip_file
-from nnunetv2.utilities.file_path_utilities import get_output_folder
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     archives, images, output = map(Path, sys.argv[1:])
     for archive in sorted(archives.glob("*.zip")):
         install_model_from_zip_file(str(archive))
-        predictor = nnUNetPredictor(use_mirroring=False, device=torch.device("cpu"), allow_tqdm=False)
-        folder = get_output_folder("Dataset901_Tiny", archive.stem, "nnUNetPlans", "tiny")
-        predictor.initialize_from_trained_model_folder(folder, (0,))
-        (output / archive.stem).mkdir()
-        data, properties = predictor.plans_manager.image_reader_writer_class().read_images(
-            [str(path) for path in sorted(images.iterdir())]
-        )
-        predictor.predict_single_npy_array(data, properties, None, str(output / archive.stem / "complete"), False)
+        where = ["-i", images, "-o", output / archive.stem, "-d", "901", "-c", "tiny", "-f", "0", "-tr", archive.stem]
+        options = ["-npp", "0", "-nps", "0", "--disable_tta", "--disable_progress_bar", "-device", "cpu"]
+        sys.argv = ["nnUNetv2_predict", *map(str, where), *options]
+        predict_entry_point()
     assert not [name for name in sys.modules if name.startswith("nnunetv2_mstkd.commands")]
 """
 
 
 def test_every_model_is_exported_imported_and_predicted_by_nnunet_in_another_process(tmp_path, monkeypatch):
-    """nnU-Net's own archive and loader, on a machine that has the results folder and nothing else."""
+    """nnU-Net's archive, installation and ``nnUNetv2_predict``, where there is a results folder and nothing else."""
     from nnunetv2.model_sharing.model_export import export_pretrained_model
 
     folders = set_up(tmp_path, monkeypatch)
