@@ -73,6 +73,12 @@ class MeasuredTrain(Train):
         return [sys.executable, str(HERE / "measured_training.py"), *options, *super().command()]
 
 
+def _follows_training(model: Training, file: Path) -> bool:
+    """Whether a file is there that was made of the model's final weights, not of those that they have replaced."""
+    weights = model.folder / f"fold_{FOLD}" / CHECKPOINTS[0]
+    return weights.is_file() and file.is_file() and file.stat().st_mtime >= weights.stat().st_mtime
+
+
 @dataclass(frozen=True)
 class EvaluateTestCases(Step):
     """All subsets, or the one that a row is for, on the test cases."""
@@ -91,8 +97,7 @@ class EvaluateTestCases(Step):
         return f"evaluate {self.model.trainer} ({self.model.configuration}), test cases"
 
     def done(self) -> bool:
-        weights, table = self.model.folder / f"fold_{FOLD}" / CHECKPOINTS[0], self.folder / RESULTS
-        return weights.is_file() and table.is_file() and table.stat().st_mtime >= weights.stat().st_mtime
+        return _follows_training(self.model, self.folder / RESULTS)
 
     def progress(self) -> str:
         number = len(list(self.folder.glob("cases/*/*.json")))
@@ -119,13 +124,8 @@ class Gradients(Step):
     def title(self) -> str:
         return f"gradients of {self.model.trainer} ({self.model.configuration})"
 
-    @property
-    def output(self) -> Path:
-        return self.model.folder / f"fold_{FOLD}" / GRADIENTS
-
     def done(self) -> bool:
-        weights = self.output.with_name(CHECKPOINTS[0])
-        return weights.is_file() and self.output.is_file() and self.output.stat().st_mtime >= weights.stat().st_mtime
+        return _follows_training(self.model, self.model.folder / f"fold_{FOLD}" / GRADIENTS)
 
     def progress(self) -> str:
         return ""
@@ -239,6 +239,7 @@ class Benchmark:
 
     def make_data(self) -> None:
         """Cases, plans, preprocessed data and the split, as far as they are not there."""
+        from nnunetv2_mstkd.dataset_conversion.splits import write_splits
         from nnunetv2_mstkd.demo import steps
         from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
 
@@ -263,7 +264,7 @@ class Benchmark:
         )
         cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
         split = {"train": cases[: preset.training_cases], "val": cases[preset.training_cases :]}
-        splits.write_text(json.dumps([split], indent=4), encoding="utf-8")
+        write_splits([split], splits)
 
     def configure(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
         """A configuration per row and seed in the plans, as ``mstkd configure`` writes them.

@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         start_server()
     # after the checks: these import torch
     from nnunetv2_mstkd import modalities
+    from nnunetv2_mstkd.dataset_conversion.job import count
     from nnunetv2_mstkd.inference.checks import Checker
     from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
     from nnunetv2_mstkd.inference.model import load_predictor, set_student
@@ -168,8 +169,7 @@ def run(args: argparse.Namespace) -> int:
     finally:
         record.save()
     kept = f", {selection.done} were already there" if selection.done else ""
-    number = len(selection.cases)
-    print(f"{number} case{'' if number == 1 else 's'} predicted{kept}: {args.o} (what from: {record_file.name})")
+    print(f"{count(selection.cases, 'case')} predicted{kept}: {args.o} (what from: {record_file.name})")
     for line in record.by_subset():
         print(f"  {line}")
     return selection.report()
