@@ -59,6 +59,13 @@ class Folders:
             patch.setenv(name, value)
 
 
+@pytest.fixture(autouse=True)
+def threads_are_given_back() -> Iterator[None]:
+    """A command for the CPU takes all cores; with another number of threads sums differ in the last bit."""
+    yield
+    torch.set_num_threads(1)
+
+
 @contextmanager
 def in_this_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let nnU-Net's process pools be pools of threads: each new process would import PyTorch again."""
