@@ -135,6 +135,8 @@ def prepare(
     with contextlib.redirect_stdout(io.StringIO()):
         trainer = getattr(trainers, trainer_name)(plans, "3d_fullres", 0, dataset_json, device)
         on_construction(trainer)
+        if os.environ.get("nnUNet_compile") == "t":
+            trainer._do_i_compile = lambda: True  # nnU-Net takes that variable for no on a CPU
         trainer.initialize()
     if hasattr(trainer, "teacher_trainer") and trainer.weights:
         network = trainer.teacher_trainer.build_network_architecture(
@@ -267,7 +269,9 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS))
-    parser.add_argument("--compile", action="store_true", help="with torch.compile, as nnU-Net does by default on CUDA")
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile, as nnU-Net on CUDA; here on a CPU too"
+    )
     parser.add_argument("--count-only", action="store_true", help="parameters and multiply-adds, nothing is timed")
     parser.add_argument("--cpu-time", action="store_true", help="of the process, for a CPU that does other work too")
     parser.add_argument("--json", type=Path, help="write the result there")

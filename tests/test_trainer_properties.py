@@ -116,6 +116,26 @@ def test_losses_are_finite_at_the_ends_of_float16(make_trainer, cls, scale):
 
 
 @every(EVERY)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_mixed_precision_changes_neither_losses_nor_the_direction_of_the_step(make_trainer, monkeypatch, cls, dtype):
+    """Networks in half precision, terms in float32: what CUDA's autocast does, as far as a CPU can show it."""
+    losses, gradients = [], []
+    for lowered in (False, True):
+        trainer = make(make_trainer, cls, block={"schedule": {"seed": 0}})
+        trainer.on_epoch_start()
+        if lowered:
+            monkeypatch.setattr(trainer, "_autocast", lambda: torch.autocast("cpu", dtype=dtype))
+        result = trainer.train_step(batch(trainer))
+        losses.append(np.atleast_1d(result.get("terms", result["loss"])))
+        gradients.append(
+            torch.cat([each.grad.flatten() for each in trainer.network.parameters() if each.grad is not None])
+        )
+    assert not np.array_equal(losses[0], losses[1])
+    np.testing.assert_allclose(losses[1], losses[0], rtol=0.02, atol=1e-3)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.99
+
+
+@every(EVERY)
 def test_a_seed_makes_steps_repeat_bit_for_bit(make_trainer, cls):
     results = []
     for seed in (5, 5, 6):
