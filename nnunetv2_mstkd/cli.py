@@ -37,6 +37,7 @@ USER_ERRORS = (ValueError, OSError, NotImplementedError, ImportError)
 """Raised for what the user can mend: printed as one line. Anything else is a defect and keeps its traceback."""
 
 EXIT_USER_ERROR = 2
+EXIT_DEFECT = 3
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
 
@@ -65,8 +66,9 @@ def run_and_report(name: str, run: Callable[[argparse.Namespace], int | None], a
 
     Returns
     -------
-    The sub-command's own exit code, 2 for an error that the user can mend, 130 after an interrupt, or 143 after
-    SIGTERM, which ends a command as Ctrl-C does: what is finished stays, what is begun is cleared away.
+    The sub-command's own exit code (1: something was left out, the rest is done), 2 for an error that the user can
+    mend, 3 for any other, 130 after an interrupt, or 143 after SIGTERM, which ends a command as Ctrl-C does: what is
+    finished stays, what is begun is cleared away.
     """
     try:
         with _terminable():
@@ -82,6 +84,14 @@ def run_and_report(name: str, run: Callable[[argparse.Namespace], int | None], a
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import it
+            first = str(error).partition("\n")[0]
+            print(f"{name}: {first} End what else runs on that GPU, or use -device cpu", file=sys.stderr)
+            return EXIT_USER_ERROR
+        traceback.print_exc()
+        print(f"{name}: an error that it should have foreseen; please report it with the lines above", file=sys.stderr)
+        return EXIT_DEFECT
 
 
 @contextlib.contextmanager

@@ -95,8 +95,9 @@ class ScheduleSettings:
     transformer_lr: float = 3e-4
     """AdamW rate of what a network has beyond the plans' U-Net: transformer and pyramids, adapters and graph."""
     init_from: str | None = None
-    """Weights to start from: a checkpoint file (absolute or below nnUNet_results), or the name of a trainer whose
-    final checkpoint of the same fold is taken. Matching tensors are loaded, the rest is listed."""
+    """Weights to start from: the name of a trainer whose final checkpoint of the same configuration and fold is taken
+    (that trainer itself starts at random), or a checkpoint file (absolute or below nnUNet_results; it is of one fold,
+    whose training cases another fold validates on). Matching tensors are loaded, the rest is listed."""
 
     LEARNING_RATES = types.MappingProxyType({"sgd": 1e-2, "adamw": 1e-3, "adam": 1e-4})
 

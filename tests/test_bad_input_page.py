@@ -37,7 +37,7 @@ HEAD = """# Bad input, and what the commands answer
 For each kind of bad input the exact line, or lines where all problems of a folder are listed together. `/data` stands
 for the folders of the example, `…` for long lists; the model has the channels T0, T1, T2, T3 and the configuration
 `tiny`. Every command ends with exit code 2, or 1 where some cases were skipped and the others done. `MSTKD_DEBUG=1`
-adds the traceback.
+adds the traceback. An error that is none of these has a traceback and exit code 3.
 
 This page is written and checked by `tests/test_bad_input_page.py`: each entry is a test.
 """

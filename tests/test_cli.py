@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd import cli
@@ -73,10 +74,20 @@ def test_an_error_without_text_is_named(command, capsys):
     assert capsys.readouterr().err == "mstkd fake: NotImplementedError\n"
 
 
-def test_a_defect_keeps_its_traceback(command):
+def test_a_defect_keeps_its_traceback_and_has_an_exit_code_of_its_own(command, capsys):
     command(raising(KeyError("spacing")))
-    with pytest.raises(KeyError, match="spacing"):
-        cli.main(["fake"])
+    assert cli.main(["fake"]) == cli.EXIT_DEFECT == 3
+    err = capsys.readouterr().err
+    assert err.startswith("Traceback") and "KeyError: 'spacing'\nmstkd fake: an error that it should" in err
+
+
+def test_a_gpu_without_room_is_one_line(command, capsys):
+    command(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee documentation")))
+    assert cli.main(["fake"]) == 2
+    assert capsys.readouterr().err == (
+        "mstkd fake: CUDA out of memory. Tried to allocate 2.00 GiB. End what else runs on that GPU, or use -device "
+        "cpu\n"
+    )
 
 
 def test_an_interrupt_gives_130(command, capsys):

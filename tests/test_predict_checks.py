@@ -260,5 +260,16 @@ def test_all_problems_of_all_cases_come_together_and_in_order(folder):
 def test_a_done_case_is_counted_and_not_read(folder):
     write_case(folder, "a", [0])
     touch(folder, "b_0000.nii.gz")
-    selection = select(folder, ".nii.gz", CHECKER, is_done=lambda name: name == "b", verb="used")
+    selection = select(folder, ".nii.gz", CHECKER, is_done=lambda case: case.name == "b", verb="used")
     assert ([case.name for case in selection.cases], selection.done) == (["a"], 1)
+
+
+def test_a_bad_case_beside_done_ones_is_left_out_and_none_of_all_is_refused(folder):
+    write_case(folder, "a", [0])
+    touch(folder, "b_0000.nii.gz")
+    options = {"skip_bad": True, "verb": "used"}
+    selection = select(folder, ".nii.gz", CHECKER, is_done=lambda case: case.name == "a", **options)
+    assert (selection.cases, selection.done, selection.report()) == ([], 1, 1)
+    (folder / "a_0000.nii.gz").unlink()
+    with pytest.raises(ValueError, match="nothing was used"):
+        select(folder, ".nii.gz", CHECKER, **options)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from predict_inputs import (
+    SHAPE,
     files,
     predict,
     read,
@@ -19,6 +21,7 @@ from predict_inputs import (
     segmentations,
     set_up,
     trainer_class,
+    write,
     write_model,
 )
 
@@ -72,7 +75,7 @@ def test_a_stopped_run_is_continued_without_repeating_a_case(folders, model, exp
     assert exported == ["one", "two"]
     assert segmentations(folders / "out") == segmentations(folders / "whole")
     assert record(folders / "out") == record(folders / "whole")
-    assert "2 cases predicted, 1 were already there" in capsys.readouterr().out
+    assert "2 cases predicted, 1 already there" in capsys.readouterr().out
     assert not [name for name in files(folders / "out") if ".part" in name]
 
 
@@ -105,6 +108,36 @@ def test_a_continued_run_needs_the_probabilities_too(folders, model, export):
     export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
     assert predict(folders, model, "--continue_prediction", "--save_probabilities") == 0
     assert exported == ["complete", "one", "two"]
+
+
+def test_a_case_whose_images_have_become_more_or_fewer_is_predicted_again(folders, model, export):
+    """The sequence that was missing at night is there in the morning."""
+    assert predict(folders, model) == 0
+    late = folders / "in" / "one_0003.nii.gz"
+    assert not late.exists()
+    shutil.copy(folders / "in" / "complete_0003.nii.gz", late)
+    exported = []
+    export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["one"]
+    assert "T3" in record(folders / "out")["cases"]["one"]["modalities"]
+    late.unlink()
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["one", "one"]
+    assert "T3" in record(folders / "out")["cases"]["one"]["absent"]
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["one", "one"]
+
+
+def test_a_channel_of_zeros_and_a_dropped_one_are_no_change(folders, model, export):
+    write(folders / "in" / "one_0003.nii.gz", np.zeros(SHAPE))
+    exported = []
+    export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
+    assert predict(folders, model, "--drop", "T0") == 0
+    assert record(folders / "out")["cases"]["one"]["all_zero"] == ["T3"]
+    exported.clear()
+    assert predict(folders, model, "--drop", "T0", "--continue_prediction") == 0
+    assert exported == []
 
 
 def test_stock_predictions_are_kept_by_a_continued_run(folders, model, export):

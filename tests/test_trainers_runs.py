@@ -223,13 +223,23 @@ def test_an_ablation_without_terms_starts_warm_but_keeps_no_teacher(models):
     assert trainer.teacher is None
 
 
-@pytest.mark.parametrize("source", ["MSTKDTrainer", "file"])
+@pytest.mark.parametrize("source", ["MSTKDTeacherTrainer", "file"])
 def test_a_training_can_start_from_another_one(models, source):
+    name, by = ("checkpoint_final.pth", source) if source != "file" else ("checkpoint_best.pth", "MSTKDTrainer")
     if source == "file":
         source = str((models.fold("MSTKDTrainer") / "checkpoint_best.pth").relative_to(models.results))
-    trainer = started(models, schedule__init_from=source)
-    name = "checkpoint_final.pth" if source == "MSTKDTrainer" else "checkpoint_best.pth"
-    assert same(trainer.network.state_dict(), read(models, name)["network_weights"])
+    trainer = started(models, schedule__init_from=source, teacher__warm_start=False)
+    assert same(trainer.network.state_dict(), read(models, name, trainer=by)["network_weights"])
+
+
+def test_the_trainer_that_others_start_from_starts_at_random(models):
+    configure(models, schedule__init_from="MSTKDTeacherTrainer")
+    finished = read(models, trainer="MSTKDTeacherTrainer")["network_weights"]
+    trainer = build("MSTKDTeacherTrainer")
+    trainer.on_train_start()
+    assert not same(trainer.network.state_dict(), finished)
+    shutil.rmtree(models.fold("MSTKDTeacherTrainer"))
+    build("MSTKDTeacherTrainer").on_train_start()
 
 
 def test_weights_given_on_the_command_line_are_kept(models):

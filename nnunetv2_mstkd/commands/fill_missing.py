@@ -12,7 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd fill-missing`."""
     parser.description = (
         "Copy an input folder and write a zero image, with the geometry of one that is there, for every absent "
-        "CASE_000k file. nnUNetv2_predict on the result gives what mstkd predict gives on the input."
+        "CASE_000k file. nnUNetv2_predict on the result gives what mstkd predict gives on the input, but for the "
+        "exceptions in documentation/prediction.md."
     )
     add_input(parser)
     parser.add_argument("-o", metavar="OUT", type=Path, required=True, help="new folder; appears when it is complete")

@@ -38,7 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("-step_size", metavar="S", type=float, default=0.5, help="of the window (default: %(default)s)")
     run.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     run.add_argument("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
-    run.add_argument("--continue_prediction", action="store_true", help="keep the cases that are already there")
+    run.add_argument(
+        "--continue_prediction", action="store_true", help="keep the cases that are there, made of the same modalities"
+    )
     run.add_argument(
         "-npp",
         metavar="N",
@@ -91,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_mstkd.dataset_conversion.job import count
     from nnunetv2_mstkd.inference.checks import Checker
     from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
+    from nnunetv2_mstkd.inference.input_folder import Case
     from nnunetv2_mstkd.inference.model import load_predictor, set_student
     from nnunetv2_mstkd.inference.model_folder import find_model_folder, parse_folds
     from nnunetv2_mstkd.inference.prediction import is_written, predict_cases
@@ -133,9 +136,11 @@ def run(args: argparse.Namespace) -> int:
         record_file, _describe(args, folder, folds, predictor, names), names, expected, resume=args.continue_prediction
     )
 
-    def is_done(name: str) -> bool:
-        known = name in record.cases or not record.resumed
-        return args.continue_prediction and known and is_written(name, args.o, file_ending, args.save_probabilities)
+    def is_done(case: Case) -> bool:
+        known = record.is_of(case) or not record.resumed
+        return (
+            args.continue_prediction and known and is_written(case.name, args.o, file_ending, args.save_probabilities)
+        )
 
     schemes = predictor.configuration_manager.normalization_schemes
     checker = Checker(names, plans.image_reader_writer_class, schemes)
@@ -168,7 +173,7 @@ def run(args: argparse.Namespace) -> int:
         )
     finally:
         record.save()
-    kept = f", {selection.done} were already there" if selection.done else ""
+    kept = f", {selection.done} already there" if selection.done else ""
     print(f"{count(selection.cases, 'case')} predicted{kept}: {args.o} (what from: {record_file.name})")
     for line in record.by_subset():
         print(f"  {line}")

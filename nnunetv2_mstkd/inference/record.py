@@ -71,6 +71,14 @@ class Record:
                         f"with the same options, or leave out --continue_prediction"
                     )
 
+    def is_of(self, case: Case) -> bool:
+        """Whether the case was predicted from images of the modalities that it has now; one may have come later."""
+        entry = self.cases.get(case.name)
+        if entry is None:
+            return False
+        files = {*entry["modalities"], *entry.get("all_zero", ())}
+        return files == {name for name, there in zip(self.names, case.availability, strict=True) if there}
+
     def add(self, case: Case) -> None:
         """Note that a case's segmentation is written."""
         availability = case.availability
@@ -104,9 +112,11 @@ class Record:
 
 
 def _checked(entry: Any) -> dict[str, Any]:
-    """A case's entry, if it has what :meth:`Record.by_subset` reads."""
+    """A case's entry, if it has what :class:`Record` reads."""
     dice = entry.get("expected_dice") or {}
-    if not isinstance(entry["subset"], str) or not all(isinstance(value, (int, float)) for value in dice.values()):
+    texts = [entry["subset"], *entry["modalities"], *entry.get("all_zero", [])]
+    numbers = all(isinstance(value, (int, float)) for value in dice.values())
+    if not numbers or not all(isinstance(text, str) for text in texts):
         raise ValueError
     return entry
 

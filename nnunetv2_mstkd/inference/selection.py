@@ -45,7 +45,7 @@ def select(
     *,
     drop: str | None = None,
     part: slice = slice(None),
-    is_done: Callable[[str], bool] = lambda name: False,
+    is_done: Callable[[Case], bool] = lambda case: False,
     skip_bad: bool = False,
     threads: int = 1,
     progress: bool = False,
@@ -64,7 +64,7 @@ def select(
     part:
         of the sorted cases; the others are neither read nor reported.
     is_done:
-        tells by its name that a case needs no more work; it is not read.
+        tells by its name and files that a case, without what is dropped, needs no more work; it is not read.
     skip_bad:
         leave bad cases out instead of refusing all.
     threads, progress:
@@ -77,7 +77,7 @@ def select(
     FileNotFoundError
         if there is no input.
     ValueError
-        with all problems of all cases, unless ``skip_bad`` and some case is good.
+        with all problems of all cases, unless ``skip_bad`` and some case is good or done.
     """
     names = checker.names
     dropped: Sequence[int] = ()
@@ -91,14 +91,16 @@ def select(
     others -= {case.name for case in cases}
     # a file that belongs to no case at all, such as one of another format, is nobody else's to report
     problems = [problem for problem in problems if problem.case not in others]
-    open_cases = [case.without(dropped) for case in cases if not is_done(case.name)]
+    cases = [case.without(dropped) for case in cases]
+    open_cases = [case for case in cases if not is_done(case)]
     checked, found = checker.check_all(open_cases, threads=threads, progress=progress)
     problems += found
     good = split_good(checked, problems)
-    if problems and not (skip_bad and good):
+    done = len(cases) - len(open_cases)
+    if problems and not (skip_bad and (good or done)):
         hint = f" (--skip-bad: go on with the other {len(good)})" if good else ""
         raise ValueError(f"{_count(problems)}, nothing was {verb}{hint}:{listed(problems)}")
-    return Selection(good, len(cases) - len(open_cases), problems)
+    return Selection(good, done, problems)
 
 
 def _count(problems: Sequence[Problem]) -> str:

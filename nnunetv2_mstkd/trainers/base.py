@@ -197,10 +197,16 @@ class SettingsTrainer(CheckedStepTrainer):
 
     def prepare_training(self) -> None:
         """Called once before the first epoch, before nnU-Net writes anything: weights to start from."""
-        if self._resumed or self.settings.schedule.init_from is None:
+        if self._resumed or self.initial_source is None:
             return
-        path = self._initial_checkpoint(self.settings.schedule.init_from)
+        path = self._initial_checkpoint(self.initial_source)
         self._start_from(checkpoints.read(path)["network_weights"], str(path))
+
+    @property
+    def initial_source(self) -> str | None:
+        """``schedule.init_from``; None for the trainer that it names, from which others of the configuration start."""
+        source = self.settings.schedule.init_from
+        return None if source == type(self).__name__ else source
 
     def _initial_checkpoint(self, source: str) -> Path:
         results = Path(self.output_folder_base).parents[1]

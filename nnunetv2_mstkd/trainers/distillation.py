@@ -64,7 +64,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
         super().prepare_training()
         if self.current_epoch >= self.num_epochs:
             return  # --c on a finished training only repeats the validation
-        warm_start = self.settings.teacher.warm_start and self.settings.schedule.init_from is None and not self._resumed
+        warm_start = self.settings.teacher.warm_start and self.initial_source is None and not self._resumed
         if not self.needs_teacher and not warm_start:
             return
         teacher = self._load_teacher()
