@@ -69,7 +69,8 @@ class MeasuredTrain(Train):
 
     def command(self) -> list[str]:
         options = ["--keep"] if self.keep else []
-        options += ["--bfloat16"] if self.bfloat16 else []
+        # on CUDA nnU-Net's own mixed precision holds
+        options += ["--bfloat16"] if self.bfloat16 and self.model.device == "cpu" else []
         return [sys.executable, str(HERE / "measured_training.py"), *options, *super().command()]
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
-from step_cost import PLANS, make_batch, prepare
+from step_cost import PLANS, as_nnunet_does_on, make_batch, prepare
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,7 +43,6 @@ def work(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
     if cuda:
         torch.cuda.set_device(rank)
     else:
-        torch.set_num_threads(1)
         nnunet_module.DDP = OnCpu
     if ranks > 1:
         store = f"file://{folder}/store_{ranks}"
@@ -53,7 +52,7 @@ def work(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
         options = {} if cuda else {"on_construction": put_on_cpu}
         size = ranks * PLANS[args.plan]["batch"]
         trainer = prepare(args.trainer, args.plan, device, folder, batch_size=size, **options)
-    batch = make_batch(args.plan)
+    batch = as_nnunet_does_on(device, make_batch(args.plan), 1)
     seconds = []
     for turn in range(args.steps + args.warm_up):
         if ranks > 1:

@@ -133,6 +133,7 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
             target = [level.to(device) for level in target] if isinstance(target, list) else target.to(device)
             step = trainer.compute_loss(data, target, trainer.sampler.sample(len(data), generator=drawn))
             norms.append(gradient_norms(step, trainer.network.parameters(), full))
+            del step  # its graph, before there is the next one
         found[str(percent)] = ratios(norms, full)
     return folder, found
 

@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from queue import Empty
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -160,6 +161,16 @@ def make_batch(plan: str) -> dict:
     return {"data": data, "target": target, "keys": ["random"] * size["batch"]}
 
 
+def as_nnunet_does_on(device: torch.device, batch: dict, threads: int) -> dict:
+    """The batch in pinned memory beside a GPU, where nnU-Net also lets cuDNN choose its algorithms."""
+    torch.set_num_threads(threads)
+    if device.type != "cuda":
+        return batch
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
+    target = [level.pin_memory() for level in batch["target"]]
+    return {**batch, "data": batch["data"].pin_memory(), "target": target}
+
+
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -175,10 +186,9 @@ def timed(function, device: torch.device, clock: Callable[[], float]) -> float:
 
 def memory_of(trainer_name: str, plan: str, device_name: str, threads: int, queue) -> None:
     """Peak memory of two steps above that of the imported libraries, in MiB; runs in a process of its own."""
-    torch.set_num_threads(threads)
     device = torch.device(device_name)
     with tempfile.TemporaryDirectory() as folder:
-        batch = make_batch(plan)
+        batch = as_nnunet_does_on(device, make_batch(plan), threads)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         trainer = prepare(trainer_name, plan, device, folder)
         for _ in range(2):
@@ -220,10 +230,10 @@ def measure(
         queue = context.Queue()
         process = context.Process(target=memory_of, args=(name, plan, device.type, threads, queue))
         process.start()
-        rows[name]["memory_mib"] = queue.get()
+        rows[name]["memory_mib"] = _answer(process, queue, name)
         process.join()
     with tempfile.TemporaryDirectory() as folder:
-        batch = make_batch(plan)
+        batch = as_nnunet_does_on(device, make_batch(plan), threads)
         prepared = {name: prepare(name, plan, device, folder) for name in trainer_names}
         for trainer in prepared.values():
             for _ in range(3 if device.type == "cuda" else 1):
@@ -258,6 +268,16 @@ def measure(
     return rows
 
 
+def _answer(process: multiprocessing.Process, queue, name: str) -> float:
+    while process.is_alive():
+        with contextlib.suppress(Empty):
+            return queue.get(timeout=1)
+    try:
+        return queue.get(timeout=1)
+    except Empty:
+        raise SystemExit(f"{name}: the process that measures memory ended with {process.exitcode}") from None
+
+
 def cast(device: torch.device):
     return torch.autocast("cuda") if device.type == "cuda" else contextlib.nullcontext()
 
@@ -267,7 +287,7 @@ def main() -> None:
     parser.add_argument("--plan", choices=sorted(PLANS), default="small")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--repetitions", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, help="default: all cores on a CPU, 1 beside a GPU, as nnU-Net does")
     parser.add_argument("--trainers", nargs="+", default=list(TRAINERS))
     parser.add_argument(
         "--compile", action="store_true", help="with torch.compile, as nnU-Net on CUDA; here on a CPU too"
@@ -277,7 +297,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the result there")
     args = parser.parse_args()
     os.environ["nnUNet_compile"] = "t" if args.compile else "f"
-    torch.set_num_threads(args.threads)
+    args.threads = args.threads or (1 if args.device == "cuda" else os.cpu_count() or 1)
     names = [BASELINE, *[name for name in args.trainers if name != BASELINE]]
     device = torch.device(args.device)
     clock = time.process_time if args.cpu_time else time.perf_counter

@@ -51,6 +51,10 @@ class Script(Step):
         return [sys.executable, "-c", f"import os, sys, time; output = {str(self.output)!r}; {self.code}"]
 
 
+class OnTwo(Script):
+    gpus = 2
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Training:
     return Training(tmp_path, "1", "3d_fullres", "Any")
@@ -123,11 +127,16 @@ def test_as_many_steps_at_once_as_there_are_jobs(model, jobs, most):
 
 def test_gpus_are_shared_out(model):
     code = "time.sleep(0.3); open(output, 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
-    two = dataclasses.replace(model, gpus=2)
-    steps = [Script(two, name=f"s{number}", code=code) for number in range(3)]
+    steps = [OnTwo(model, name=f"s{number}", code=code) for number in range(3)]
     run(steps, jobs=3, gpus=["4", "5", "6"])
     given = [step.output.read_text().split(",") for step in steps]
     assert all(len(each) == 2 and set(each) < {"4", "5", "6"} for each in given)
+
+
+def test_a_training_takes_all_its_gpus_an_evaluation_one_and_a_comparison_none(model):
+    two = dataclasses.replace(model, gpus=2)
+    assert [Train(two).gpus, Evaluate(two).gpus, Compare(two).gpus] == [2, 1, 0]
+    assert Train(dataclasses.replace(two, device="cpu")).gpus == 0
 
 
 def test_an_interrupt_ends_the_steps_and_their_children_and_leaves_no_mark(model):

@@ -150,7 +150,10 @@ def test_a_network_that_asks_is_told_the_subsets_of_its_batch(student, nnunet_fo
     assert not hasattr(predictor_of(student).network, "availability")
 
 
-def test_without_enough_memory_the_stack_is_halved(student, nnunet_folders):
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("too large"), RuntimeError("cuDNN error: no engine")], ids=["PyTorch", "cuDNN"]
+)
+def test_without_enough_memory_the_stack_is_halved(student, nnunet_folders, error):
     image = image_of(student, nnunet_folders)
     predictor = predictor_of(student)
     sizes = []
@@ -158,7 +161,7 @@ def test_without_enough_memory_the_stack_is_halved(student, nnunet_folders):
     def refuse(module, given):
         sizes.append(len(given[0]))
         if len(given[0]) > 5:
-            raise torch.OutOfMemoryError("too large")
+            raise error
 
     predictor.network.register_forward_pre_hook(refuse)
     subsets = SubsetPredictor(predictor, 15)

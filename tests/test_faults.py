@@ -291,11 +291,8 @@ class Scaler:
     def __init__(self, overflows: int) -> None:
         self.left, self.value = overflows, 2.0**16
 
-    def get_scale(self) -> float:
-        return self.value
-
-    def scale(self, loss):
-        return loss
+    def scale(self, value):
+        return value * self.value
 
     def unscale_(self, optimizer) -> None:
         pass
@@ -331,10 +328,27 @@ def test_in_mixed_precision_twenty_skipped_steps_in_a_row_stop_the_training(make
 
 
 @pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
-def test_in_mixed_precision_a_loss_that_is_not_finite_though_the_logits_are_stops_at_once(make_trainer, cls):
+def test_in_mixed_precision_a_loss_that_is_not_finite_is_skipped_told_and_the_end_after_twenty(
+    make_trainer, monkeypatch, cls
+):
     trainer = make_trainer(cls, block=NO_TERMS)
     trainer.on_train_epoch_start()
-    trainer.grad_scaler = Scaler(1)
-    trainer.loss = lambda output, target: output[0].sum() * float("nan")
-    with pytest.raises(FloatingPointError, match="iteration 0: total, segmentation"):
+    told = []
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda text, **_: told.append(text))
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    real, trainer.loss = trainer.loss, lambda output, target: output[0].sum() * float("nan")
+    before = state(trainer.network)
+    trainer.train_step(batch(trainer))
+    assert told == [
+        "not finite in epoch 0, iteration 0: total, segmentation (cases case_0, case_1); the step is skipped"
+    ]
+    assert same(before, state(trainer.network))
+    broken, trainer.loss = trainer.loss, real
+    trainer.train_step(batch(trainer))
+    assert not same(before, state(trainer.network))
+    trainer.loss, before = broken, state(trainer.network)
+    for _ in range(MAX_SKIPPED_STEPS):
         trainer.train_step(batch(trainer))
+    with pytest.raises(FloatingPointError, match=r"iteration 22: total, segmentation .*Nothing was saved"):
+        trainer.train_step(batch(trainer))
+    assert same(before, state(trainer.network))

@@ -308,6 +308,16 @@ def test_modalities_are_weighted_per_class_between_0_and_1():
     assert torch.isfinite(weighting(prior, p)).all()
 
 
+def test_a_prior_much_larger_than_what_the_student_sees_fits_half_precision(make_trainer):
+    """The share of volumes that the weighting reads is 200 000 here, and float16 ends at 65504."""
+    trainer = make_trainer(SMMLTrainer, dimensions=2, features=(16, 24, 32), edge=32)
+    refiner = RefinementNet(trainer.network.students[0].encoder, 4, 3, 0.5)
+    prior, logits = torch.full((1, 4, 3, 512, 512), 0.8), torch.full((1, 3, 512, 512), -15.0)
+    with torch.autocast("cpu", dtype=torch.float16), torch.no_grad():
+        refined = refiner(prior.half(), logits.half(), regions=True)
+    assert torch.isfinite(refined).all()
+
+
 @pytest.mark.parametrize("regions", [True, False])
 def test_the_refinement_network_follows_the_plans(make_trainer, regions):
     trainer = make_trainer(SMMLTrainer, dimensions=2, features=(16, 24, 32, 40, 48), edge=32)

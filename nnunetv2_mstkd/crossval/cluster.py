@@ -133,8 +133,8 @@ def _parameters(step: Step, options: Mapping[str, Any], after: Sequence[str]) ->
     more: dict[str, Any] = {"kill_on_invalid_dep": "yes"}
     if after:
         more["dependency"] = f"afterok:{':'.join(after)}"
-    if step.uses_gpus and not {"gres", "gpus", "gpus_per_node", "gpus_per_task"} & set(given):
-        more["gpus_per_node"] = step.model.gpus
+    if step.gpus and not {"gres", "gpus", "gpus_per_node", "gpus_per_task"} & set(given):
+        more["gpus_per_node"] = step.gpus
     # submitit must know the time itself: it asks for a new place in the queue when it is up
     return {"slurm_time": minutes, "slurm_job_name": step.key, "slurm_additional_parameters": {**more, **given}}
 

@@ -96,7 +96,7 @@ def run_steps(
                     outcome.left[step.key] = f"it needs {lost[0]}"
                     marks[step.key].remove()
                 elif not missing and len(running) < jobs:
-                    wanted = step.model.gpus if gpus and step.uses_gpus else 0
+                    wanted = step.gpus if gpus else 0
                     if wanted <= len(free):
                         waiting.remove(step)
                         given, free = tuple(free[:wanted]), free[wanted:]

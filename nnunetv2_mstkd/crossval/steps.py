@@ -80,8 +80,9 @@ class Step:
         raise NotImplementedError
 
     @property
-    def uses_gpus(self) -> bool:
-        return self.model.device == "cuda"
+    def gpus(self) -> int:
+        """How many it takes: one, if it runs on a GPU at all."""
+        return 1 if self.model.device == "cuda" else 0
 
     def done(self) -> bool:
         """Whether its output is complete."""
@@ -117,6 +118,10 @@ class Train(Step):
     @property
     def output(self) -> Path:
         return self.model.folder / f"fold_{self.fold}"
+
+    @property
+    def gpus(self) -> int:
+        return self.model.gpus * super().gpus
 
     def done(self) -> bool:
         return (self.output / CHECKPOINTS[0]).is_file() and (self.output / "validation" / "summary.json").is_file()
@@ -227,8 +232,8 @@ class Compare(Step):
         return f"compare {', '.join(model.trainer for model in self.models)}"
 
     @property
-    def uses_gpus(self) -> bool:
-        return False
+    def gpus(self) -> int:
+        return 0
 
     @property
     def output(self) -> Path:

@@ -115,7 +115,7 @@ class SubsetPredictor:
             size = math.ceil(left / math.ceil(left / self.stack))
             try:
                 stacked = self._predict(data, subsets[done : done + size])
-            except torch.OutOfMemoryError:
+            except RuntimeError:  # of memory; some of cuDNN's do not say so
                 if size == 1:
                     raise
                 self.stack = size // 2
@@ -146,7 +146,8 @@ class SubsetPredictor:
                 network.availability = None
 
     def close(self) -> None:
-        """Free what nnU-Net keeps between images."""
+        """Free what nnU-Net keeps between images, and the device's memory of the network."""
+        self._network.cpu()
         compute_gaussian.cache_clear()
         empty_cache(self._predictor.device)
 

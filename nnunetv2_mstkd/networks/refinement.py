@@ -104,6 +104,8 @@ class RefinementNet(nn.Module):
             True for sigmoid heads.
         """
         logits = logits.detach()
-        probabilities = (logits.float().sigmoid() if regions else logits.float().softmax(1)).to(logits.dtype)
-        weighted = self.weighting(prior.to(logits.dtype), probabilities)
-        return self.unet(torch.cat([weighted.flatten(1, 2), logits], 1))
+        probabilities = logits.float().sigmoid() if regions else logits.float().softmax(1)
+        with torch.autocast(logits.device.type, enabled=False):
+            # a prior's volume over one of a few voxels is beyond half precision
+            weighted = self.weighting(prior.float(), probabilities)
+        return self.unet(torch.cat([weighted.flatten(1, 2).to(logits.dtype), logits], 1))

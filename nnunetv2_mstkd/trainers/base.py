@@ -229,7 +229,7 @@ class SettingsTrainer(CheckedStepTrainer):
 
     def _weight_sum(self) -> float:
         """Tells whether somebody loaded weights after the network was built."""
-        return float(sum(parameter.detach().double().abs().sum().cpu() for parameter in self.network.parameters()))
+        return float(sum(parameter.detach().cpu().double().abs().sum() for parameter in self.network.parameters()))
 
     def get_dataloaders(self):
         loaders, self._loader_processes = started_by(super().get_dataloaders)

@@ -193,6 +193,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
         if self.settings.smml.sequential:
             with torch.no_grad():
                 peer = self.network(inputs[1], student=1)
+            # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
+            torch.clear_autocast_cache()
             first = self.network(inputs[0], student=0)
             loss, terms = self._student_loss(0, first, peer, target, label, priors[0])
             with torch.autocast(self.device.type, enabled=False):

@@ -36,6 +36,9 @@ class CheckedStepTrainer(nnUNetTrainer):
     """nnU-Net's training step, cut where others hook in: loss, backward pass, look at the loss, optimiser."""
 
     _skipped_steps = 0
+    """Steps in a row, up to the last one, that the gradient scaler has skipped."""
+    _scale: float | None = None
+    """The gradient scaler's, at the last step."""
     _step_in_epoch = 0
 
     def optimise(self, batch: dict) -> dict:
@@ -45,8 +48,8 @@ class CheckedStepTrainer(nnUNetTrainer):
         ------
         FloatingPointError
             naming step, terms and cases, if the loss is not finite: before the optimiser's step, so that weights and
-            last checkpoint stay good. With a gradient scaler, which skips such a step, at a non-finite term with finite
-            logits, or after 20 skipped steps in a row.
+            last checkpoint stay good. A gradient scaler skips such a step, and the log tells of it; with one, 20
+            skipped steps in a row are the end.
         """
         data, target = self._to_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
@@ -56,10 +59,12 @@ class CheckedStepTrainer(nnUNetTrainer):
         values = [step.total, *step.terms.values()]
         self.backward(step.total)
         if self.grad_scaler is not None:
-            values.append(torch.isfinite(step.logits.detach()).all())
-        # the one copy to the host in a step
+            values.append(self.grad_scaler.scale(torch.ones_like(step.total)))
+        # the one copy to the host; a second synchronisation is the scaler's own, in its step
         host = torch.stack([value.detach().float() for value in values]).cpu().numpy()
-        self._refuse_nan(dict(zip(["total", *names], host, strict=False)), host, batch)
+        if self.grad_scaler is not None:
+            self._count_skipped(float(host[-1]))
+        self._refuse_nan(dict(zip(["total", *names], host, strict=False)), batch)
         self._update()
         self.after_update(batch)
         return {"loss": host[1 + names.index("segmentation")], "terms": host[1 : 1 + len(names)], "names": names}
@@ -98,27 +103,34 @@ class CheckedStepTrainer(nnUNetTrainer):
             self._clip()
             self.optimizer.step()
             return
-        before = self.grad_scaler.get_scale()
         self.grad_scaler.unscale_(self.optimizer)
         self._clip()
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
-        # it shows by a smaller scale that it has skipped the step
-        self._skipped_steps = self._skipped_steps + 1 if self.grad_scaler.get_scale() < before else 0
 
-    def _refuse_nan(self, values: dict[str, float], host: np.ndarray, batch: dict) -> None:
+    def _count_skipped(self, scale: float) -> None:
+        # the scaler shows by a smaller scale that it has skipped the step before
+        skipped = self._scale is not None and scale < self._scale
+        self._skipped_steps = self._skipped_steps + 1 if skipped else 0
+        self._scale = scale
+
+    def _refuse_nan(self, values: dict[str, float], batch: dict) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]
-        if self.grad_scaler is not None:  # under mixed precision an overflow is normal
-            overflow = not host[-1]
-            if self._skipped_steps < MAX_SKIPPED_STEPS and (not bad or overflow):
-                return
+        last = self.grad_scaler is None or self._skipped_steps >= MAX_SKIPPED_STEPS
+        if last and self.grad_scaler is not None:
             bad = bad or [SKIPPED]
         if not bad:
             return
         cases = ", ".join(map(str, batch.get("keys", ["unknown"])))
-        raise FloatingPointError(
+        where = (
             f"not finite in epoch {self.current_epoch}, iteration {self._step_in_epoch}: {', '.join(bad)} (cases "
-            f"{cases}). Nothing was saved. Look at these cases for NaN or extreme voxels, or lower "
+            f"{cases})"
+        )
+        if not last:  # in half precision an overflow is normal: another scale may do
+            self.print_to_log_file(f"{where}; the step is skipped")
+            return
+        raise FloatingPointError(
+            f"{where}. Nothing was saved. Look at these cases for NaN or extreme voxels, or lower "
             f"schedule.initial_lr; continue from the last checkpoint with --c"
         )
 
