@@ -397,8 +397,9 @@ class SMMLSettings:
     """Students that are the plans' network on zeroed channels; false: one encoder per modality in each student."""
     width: float = 0.5
     """Without ``light``: channels of a one-modality encoder over the planned ones."""
-    pixel: float = 1.0
-    """Weight of the pixel-level constraint: divergence from the other student at voxels where it is more reliable."""
+    pixel: float = 0.1
+    """Weight of the pixel-level constraint: divergence from the other student at voxels where it is more reliable. The
+    released code has 1, for a form of it that is not known; at 1 this one outweighs the segmentation loss."""
     feature: float = 1.0
     """Weight of the feature-level constraint: relations between positions and to class prototypes at the bottleneck."""
     guidance: float = 1.0
