@@ -381,6 +381,8 @@ class Benchmark:
             "preset": self.name,
             "seeds": list(seeds),
             "machine": f"{platform.machine()}, {os.cpu_count()} cores, {gpu}",
+            # without a GPU other work on the machine changes the time of the wall, and not that of the process
+            "clock": "hours" if cuda else "cpu_hours",
             "date": date.today().isoformat(),
             "versions": {
                 "nnunetv2_mstkd": nnunetv2_mstkd.__version__,

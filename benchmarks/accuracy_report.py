@@ -122,9 +122,8 @@ def page(content: Mapping[str, Any], findings: Sequence[Finding], rows: Sequence
     regions = [name for name in regions if name != AVERAGE]
     head = ["model", "steps", "mean [95 %]", *(f"{count} mod." for count in counts), *regions]
     head += [f"all: {name}" for name in regions]
-    # without a GPU other work on the machine changes the time of the wall, and not that of the process
-    clock = "CPU hours" if about["machine"].endswith("CPU") else "hours"
-    head += [f"minus {best}" if best else "difference", "p", clock, "parameters", "memory"]
+    hours = about["clock"].replace("cpu_", "CPU ")
+    head += [f"minus {best}" if best else "difference", "p", hours, "parameters", "memory"]
     body = []
     for row in rows:
         entry = numbers.get(row.name)
@@ -140,12 +139,12 @@ def page(content: Mapping[str, Any], findings: Sequence[Finding], rows: Sequence
             if less
             else ["", ""]
         )
-        body.append([*cells, *_cost(entry["cost"], clock)])
+        body.append([*cells, *_cost(entry["cost"], about["clock"])])
     lines = ["# Accuracy under equal budgets", "", *_facts(about), "", *_table(head, body), ""]
     lines += [
         "Dice in percent, mean over cases; `mean` over subsets and regions with a bootstrap interval over cases, "
         "`all:` the input with all modalities. Steps: training steps of both stages together. p: two-sided Wilcoxon "
-        f"test on one value per case, uncorrected. {clock[0].upper()}{clock[1:]}: of all stages, mean over seeds; "
+        f"test on one value per case, uncorrected. {hours[0].upper()}{hours[1:]}: of all stages, mean over seeds; "
         "memory: peak of the training process.",
         "",
         "## Verdict",
@@ -217,8 +216,7 @@ def _facts(about: Mapping[str, Any]) -> list[str]:
 def _cost(cost: Mapping[str, Any] | None, clock: str) -> list[str]:
     if not cost:
         return ["", "", ""]
-    hours = cost["hours" if clock == "hours" else "cpu_hours"]
-    return [f"{hours:.2g}", f"{cost['parameters'] / 1e6:.2f} M", f"{cost['memory_mib']:.0f} MiB"]
+    return [f"{cost[clock]:.2g}", f"{cost['parameters'] / 1e6:.2f} M", f"{cost['memory_mib']:.0f} MiB"]
 
 
 def _table(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:

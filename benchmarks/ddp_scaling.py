@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
-from step_cost import PLANS, as_nnunet_does_on, make_batch, prepare
+from step_cost import PLANS, make_batch, prepare, set_up
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,6 +40,7 @@ class OnCpu(DistributedDataParallel):
 def work(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
     """One process: steps of the trainer; the first writes the seconds of each."""
     cuda = args.device == "cuda"
+    set_up(threads=1)
     if cuda:
         torch.cuda.set_device(rank)
     else:
@@ -52,7 +53,7 @@ def work(rank: int, ranks: int, args: argparse.Namespace, folder: str) -> None:
         options = {} if cuda else {"on_construction": put_on_cpu}
         size = ranks * PLANS[args.plan]["batch"]
         trainer = prepare(args.trainer, args.plan, device, folder, batch_size=size, **options)
-    batch = as_nnunet_does_on(device, make_batch(args.plan), 1)
+    batch = make_batch(args.plan, device)
     seconds = []
     for turn in range(args.steps + args.warm_up):
         if ranks > 1:

@@ -150,7 +150,8 @@ def prepare(
     return trainer
 
 
-def make_batch(plan: str) -> dict:
+def make_batch(plan: str, device: torch.device) -> dict:
+    """Random data and targets; in pinned memory beside a GPU, as nnU-Net's loaders give them."""
     size = PLANS[plan]
     generator = torch.Generator().manual_seed(0)
     data = torch.randn(size["batch"], 4, *size["patch"], generator=generator)
@@ -158,17 +159,15 @@ def make_batch(plan: str) -> dict:
     for _ in range(len(size["features"]) - 1):
         target.append((torch.rand(size["batch"], 3, *shape, generator=generator) > 0.9).float())
         shape = [edge // 2 for edge in shape]
+    if device.type == "cuda":
+        data, target = data.pin_memory(), [level.pin_memory() for level in target]
     return {"data": data, "target": target, "keys": ["random"] * size["batch"]}
 
 
-def as_nnunet_does_on(device: torch.device, batch: dict, threads: int) -> dict:
-    """The batch in pinned memory beside a GPU, where nnU-Net also lets cuDNN choose its algorithms."""
+def set_up(threads: int) -> None:
+    """What nnUNetv2_train sets for its process."""
     torch.set_num_threads(threads)
-    if device.type != "cuda":
-        return batch
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = False, True
-    target = [level.pin_memory() for level in batch["target"]]
-    return {**batch, "data": batch["data"].pin_memory(), "target": target}
 
 
 def synchronize(device: torch.device) -> None:
@@ -186,9 +185,10 @@ def timed(function, device: torch.device, clock: Callable[[], float]) -> float:
 
 def memory_of(trainer_name: str, plan: str, device_name: str, threads: int, queue) -> None:
     """Peak memory of two steps above that of the imported libraries, in MiB; runs in a process of its own."""
+    set_up(threads)
     device = torch.device(device_name)
     with tempfile.TemporaryDirectory() as folder:
-        batch = as_nnunet_does_on(device, make_batch(plan), threads)
+        batch = make_batch(plan, device)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         trainer = prepare(trainer_name, plan, device, folder)
         for _ in range(2):
@@ -233,7 +233,7 @@ def measure(
         rows[name]["memory_mib"] = _answer(process, queue, name)
         process.join()
     with tempfile.TemporaryDirectory() as folder:
-        batch = as_nnunet_does_on(device, make_batch(plan), threads)
+        batch = make_batch(plan, device)
         prepared = {name: prepare(name, plan, device, folder) for name in trainer_names}
         for trainer in prepared.values():
             for _ in range(3 if device.type == "cuda" else 1):
@@ -298,6 +298,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["nnUNet_compile"] = "t" if args.compile else "f"
     args.threads = args.threads or (1 if args.device == "cuda" else os.cpu_count() or 1)
+    set_up(args.threads)
     names = [BASELINE, *[name for name in args.trainers if name != BASELINE]]
     device = torch.device(args.device)
     clock = time.process_time if args.cpu_time else time.perf_counter

@@ -76,15 +76,17 @@ class Record:
         entry = self.cases.get(case.name)
         if entry is None:
             return False
-        files = {*entry["modalities"], *entry.get("all_zero", ())}
-        return files == {name for name, there in zip(self.names, case.availability, strict=True) if there}
+        return {*entry["modalities"], *entry.get("all_zero", ())} == set(self._available(case))
+
+    def _available(self, case: Case) -> list[str]:
+        return [name for name, available in zip(self.names, case.availability, strict=True) if available]
 
     def add(self, case: Case) -> None:
         """Note that a case's segmentation is written."""
         availability = case.availability
         entry: dict[str, Any] = {
             "subset": modalities.subset_name(availability, self.names),
-            "modalities": [name for name, available in zip(self.names, availability, strict=True) if available],
+            "modalities": self._available(case),
             "absent": [name for name, available in zip(self.names, availability, strict=True) if not available],
         }
         if case.all_zero:

@@ -163,7 +163,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
                 values[name] = terms[name](student, teacher, label)
                 total = total + (1.0 if name in self.own_terms else factor) * weight * values[name]
         self.keep_for_update(student, teacher)
-        return StepLoss(total, values, student.logits)
+        return StepLoss(total, values)
 
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """1 where the teacher is more right than the student, if the settings ask to distil only there."""

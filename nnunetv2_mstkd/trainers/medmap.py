@@ -83,8 +83,7 @@ class MedMAPTrainer(AligningTrainer, ModalityDropoutTrainer):
         output = self.network(modalities.mask_modalities(data, availability), complete=data)
         segmentation = self.loss(output.logits, target)
         total = segmentation + self.settings.medmap.weight * output.alignment
-        logits = output.logits[0] if isinstance(output.logits, (list, tuple)) else output.logits
-        return StepLoss(total, {"segmentation": segmentation, "alignment": output.alignment}, logits)
+        return StepLoss(total, {"segmentation": segmentation, "alignment": output.alignment})
 
 
 class MedMAPMSTKDTrainer(AligningTrainer, MSTKDTrainer):

@@ -209,7 +209,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss + other_loss
         means = {name: (value + other_terms[name]) / 2 for name, value in terms.items()}
-        return StepLoss(total, means, (_finest(first) + _finest(second)) / 2)
+        return StepLoss(total, means)
 
     def _student_loss(
         self,

@@ -23,13 +23,10 @@ class StepLoss(NamedTuple):
         scalar to differentiate.
     terms:
         unweighted scalars by name; ``segmentation`` is always among them.
-    logits:
-        finest student logits (B, K, *spatial).
     """
 
     total: torch.Tensor
     terms: dict[str, torch.Tensor]
-    logits: torch.Tensor
 
 
 class CheckedStepTrainer(nnUNetTrainer):
@@ -63,11 +60,12 @@ class CheckedStepTrainer(nnUNetTrainer):
         # the one copy to the host; a second synchronisation is the scaler's own, in its step
         host = torch.stack([value.detach().float() for value in values]).cpu().numpy()
         if self.grad_scaler is not None:
-            self._count_skipped(float(host[-1]))
-        self._refuse_nan(dict(zip(["total", *names], host, strict=False)), batch)
+            host, scale = host[:-1], float(host[-1])
+            self._count_skipped(scale)
+        self._refuse_nan(dict(zip(["total", *names], host, strict=True)), batch)
         self._update()
         self.after_update(batch)
-        return {"loss": host[1 + names.index("segmentation")], "terms": host[1 : 1 + len(names)], "names": names}
+        return {"loss": host[1 + names.index("segmentation")], "terms": host[1:], "names": names}
 
     def step_loss(self, data: torch.Tensor, target: Any) -> StepLoss:
         """Forward pass and loss of one step, under autocast; nnU-Net's own here.
@@ -79,9 +77,8 @@ class CheckedStepTrainer(nnUNetTrainer):
         target:
             tensor, or a list of tensors under deep supervision.
         """
-        output = self.network(data)
-        loss = self.loss(output, target)
-        return StepLoss(loss, {"segmentation": loss}, output[0] if isinstance(output, (list, tuple)) else output)
+        loss = self.loss(self.network(data), target)
+        return StepLoss(loss, {"segmentation": loss})
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a loss, scaled where the training is in mixed precision."""
@@ -116,8 +113,8 @@ class CheckedStepTrainer(nnUNetTrainer):
 
     def _refuse_nan(self, values: dict[str, float], batch: dict) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]
-        last = self.grad_scaler is None or self._skipped_steps >= MAX_SKIPPED_STEPS
-        if last and self.grad_scaler is not None:
+        too_many = self._skipped_steps >= MAX_SKIPPED_STEPS
+        if too_many:
             bad = bad or [SKIPPED]
         if not bad:
             return
@@ -126,7 +123,7 @@ class CheckedStepTrainer(nnUNetTrainer):
             f"not finite in epoch {self.current_epoch}, iteration {self._step_in_epoch}: {', '.join(bad)} (cases "
             f"{cases})"
         )
-        if not last:  # in half precision an overflow is normal: another scale may do
+        if self.grad_scaler is not None and not too_many:  # an overflow is normal: another scale may do
             self.print_to_log_file(f"{where}; the step is skipped")
             return
         raise FloatingPointError(
