@@ -33,6 +33,15 @@ def subsets_of(trainer) -> torch.Tensor:
     return modalities.all_subsets(trainer.num_input_channels)
 
 
+def finest(output) -> torch.Tensor:
+    """The full-resolution logits in what a network returns in training; of two students side by side, (B, 2K, ...)."""
+    if hasattr(output, "logits"):
+        return finest(output.logits)
+    if isinstance(output, torch.Tensor):
+        return output.detach()
+    return finest(output[0]) if isinstance(output[0], torch.Tensor) else torch.cat([finest(one) for one in output], 1)
+
+
 def observe(trainer, content: dict, monkeypatch) -> Observed:
     """Take a training step and a validation step of the trainer's own, from the same state each time."""
     before, optimizer, extra = state(trainer.network), trainer.optimizer.state_dict(), deepcopy(trainer.extra_state())
@@ -41,15 +50,9 @@ def observe(trainer, content: dict, monkeypatch) -> Observed:
         patch.setattr(trainer, "draw_availability", lambda size: subsets_of(trainer))
         if hasattr(trainer, "draw_partner"):  # the second student has the same subsets here: fewer would hide a leak
             patch.setattr(trainer, "draw_partner", lambda availability: availability)
-        compute = trainer.compute_loss
-
-        def compute_and_keep(*arguments):
-            step = compute(*arguments)
-            logits.append(step.logits.detach())
-            return step
-
-        patch.setattr(trainer, "compute_loss", compute_and_keep)
+        hook = trainer.network.register_forward_hook(lambda network, given, output: logits.append(finest(output)))
         training = trainer.train_step(content)
+        hook.remove()
     gradients = {
         name: parameter.grad.clone()
         for name, parameter in trainer.network.named_parameters()
@@ -64,7 +67,7 @@ def observe(trainer, content: dict, monkeypatch) -> Observed:
         validation = trainer.validation_step(content)
     trainer.network.train()
     counts = torch.cat([torch.as_tensor(validation["counts"]).flatten(), torch.as_tensor(validation["loss"])[None]])
-    return Observed(logits[0], float(training["loss"]), gradients, counts)
+    return Observed(torch.cat(logits, 1), float(training["loss"]), gradients, counts)
 
 
 def filled(content: dict, subsets: torch.Tensor, value: float) -> dict:
