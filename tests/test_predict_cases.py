@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,14 @@ def model(folders: Path) -> Path:
 def test_the_record_says_what_each_case_was_predicted_from(folders, model, capsys):
     assert predict(folders, model) == 0
     found = record(folders / "out")
+    for name, case in found["cases"].items():
+        images = case.pop("images")
+        assert list(images) == case["modalities"]
+        for channel, stamp in images.items():
+            status = (folders / "in" / f"{name}_000{channel[1]}.nii.gz").stat()
+            size, when = stamp.split(" bytes, ")
+            assert int(size) == status.st_size
+            assert datetime.fromisoformat(when).timestamp() == pytest.approx(status.st_mtime, abs=1e-5)
     assert found["cases"] == {
         "complete": {"subset": "T0+T1+T2+T3", "modalities": ["T0", "T1", "T2", "T3"], "absent": []},
         "one": {"subset": "T2", "modalities": ["T2"], "absent": ["T0", "T1", "T3"]},
@@ -108,7 +117,9 @@ def test_an_all_zero_image_is_an_absent_modality(folders, model):
     write(folders / "in" / "one_0000.nii.gz", np.zeros((3, 4, 5), np.float32), origin=(0.0, 0.0, 0.0))
     assert predict(folders, model, output="zero") == 0
     assert segmentations(folders / "zero") == segmentations(folders / "out")
-    assert record(folders / "zero")["cases"]["one"] == {
+    entry = record(folders / "zero")["cases"]["one"]
+    assert list(entry.pop("images")) == ["T0", "T2"]
+    assert entry == {
         "subset": "T2",
         "modalities": ["T2"],
         "absent": ["T0", "T1", "T3"],

@@ -129,6 +129,43 @@ def test_a_case_whose_images_have_become_more_or_fewer_is_predicted_again(folder
     assert exported == ["one", "one"]
 
 
+def test_a_case_whose_image_was_replaced_is_predicted_again(folders, model, export):
+    """A sequence that is sent a second time has the name of the first."""
+    assert predict(folders, model) == 0
+    before = (folders / "out" / "two.nii.gz").read_bytes()
+    write(folders / "in" / "two_0000.nii.gz", np.random.default_rng(5).normal(50, 20, SHAPE))
+    exported = []
+    export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["two"]
+    assert (folders / "out" / "two.nii.gz").read_bytes() != before
+    image = folders / "in" / "two_0000.nii.gz"
+    status = image.stat()
+    os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["two", "two"]
+    shutil.copytree(folders / "in", folders / "copy")
+    shutil.rmtree(folders / "in")
+    (folders / "copy").rename(folders / "in")
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["two", "two"]
+
+
+def test_an_image_that_is_replaced_while_its_case_is_predicted_is_not_taken_for_the_new_one(folders, model, export):
+    exported = []
+
+    def replace_meanwhile(real, *arguments):
+        exported.append(name_of(arguments))
+        if exported == ["complete"]:
+            write(folders / "in" / "complete_0000.nii.gz", np.random.default_rng(5).normal(50, 20, SHAPE))
+        real(*arguments)
+
+    export(replace_meanwhile)
+    assert predict(folders, model) == 0
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert exported == ["complete", "one", "two", "complete"]
+
+
 def test_a_channel_of_zeros_and_a_dropped_one_are_no_change(folders, model, export):
     write(folders / "in" / "one_0003.nii.gz", np.zeros(SHAPE))
     exported = []
@@ -136,6 +173,7 @@ def test_a_channel_of_zeros_and_a_dropped_one_are_no_change(folders, model, expo
     assert predict(folders, model, "--drop", "T0") == 0
     assert record(folders / "out")["cases"]["one"]["all_zero"] == ["T3"]
     exported.clear()
+    write(folders / "in" / "one_0000.nii.gz", np.random.default_rng(5).normal(50, 20, SHAPE))
     assert predict(folders, model, "--drop", "T0", "--continue_prediction") == 0
     assert exported == []
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,11 +31,15 @@ class Case:
         one entry per channel; None where the modality is absent.
     all_zero:
         channels that have a file, which is zero everywhere and so counts as absent.
+    stamps:
+        one entry per channel: size and time of the last change of the file that was found, None without one;
+        does not tell cases apart.
     """
 
     name: str
     files: tuple[Path | None, ...]
     all_zero: tuple[int, ...] = ()
+    stamps: tuple[str | None, ...] = field(default=(), compare=False)
 
     @property
     def availability(self) -> tuple[bool, ...]:
@@ -104,8 +109,20 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
             f"no input in {folder}: expected files such as CASE_0000{file_ending} with one number per channel "
             f"({', '.join(names)}){listed}"
         )
-    cases = [Case(name, tuple(found[name].get(c) for c in range(len(names)))) for name in sorted(found)]
+    cases = []
+    for name in sorted(found):
+        files = tuple(found[name].get(channel) for channel in range(len(names)))
+        cases.append(Case(name, files, stamps=tuple(None if path is None else _stamp(path) for path in files)))
     return cases, problems + _same_names(cases)
+
+
+def _stamp(path: Path) -> str:
+    """What tells a file from one that replaces it, without reading it."""
+    try:
+        status = path.stat()
+        return f"{status.st_size} bytes, {datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()}"
+    except (OSError, OverflowError, ValueError):
+        return ""  # reading it says why, unless only its time is beyond the calendar
 
 
 def _stray(path: Path, file_ending: str) -> list[Problem]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections import Counter
@@ -72,22 +73,23 @@ class Record:
                     )
 
     def is_of(self, case: Case) -> bool:
-        """Whether the case was predicted from images of the modalities that it has now; one may have come later."""
+        """Whether the case was predicted from the images that it has now; one may have come or been replaced later."""
         entry = self.cases.get(case.name)
-        if entry is None:
-            return False
-        return {*entry["modalities"], *entry.get("all_zero", ())} == set(self._available(case))
+        return entry is not None and entry.get("images") == self._images(case)
 
-    def _available(self, case: Case) -> list[str]:
-        return [name for name, available in zip(self.names, case.availability, strict=True) if available]
+    def _images(self, case: Case) -> dict[str, str | None]:
+        """Stamps by modality; those of dropped ones do not count."""
+        counting = [case.files[channel] is not None or channel in case.all_zero for channel in range(len(self.names))]
+        return dict(itertools.compress(zip(self.names, case.stamps, strict=True), counting))
 
     def add(self, case: Case) -> None:
         """Note that a case's segmentation is written."""
         availability = case.availability
         entry: dict[str, Any] = {
             "subset": modalities.subset_name(availability, self.names),
-            "modalities": self._available(case),
+            "modalities": [name for name, available in zip(self.names, availability, strict=True) if available],
             "absent": [name for name, available in zip(self.names, availability, strict=True) if not available],
+            "images": self._images(case),
         }
         if case.all_zero:
             entry["all_zero"] = [self.names[channel] for channel in case.all_zero]
@@ -116,9 +118,8 @@ class Record:
 def _checked(entry: Any) -> dict[str, Any]:
     """A case's entry, if it has what :class:`Record` reads."""
     dice = entry.get("expected_dice") or {}
-    texts = [entry["subset"], *entry["modalities"], *entry.get("all_zero", [])]
     numbers = all(isinstance(value, (int, float)) for value in dice.values())
-    if not numbers or not all(isinstance(text, str) for text in texts):
+    if not numbers or not isinstance(entry["subset"], str):
         raise ValueError
     return entry
 
