@@ -244,6 +244,13 @@ PRESETS: Mapping[str, Preset] = {
         evaluation=("--disable_tta",), seconds_per_step=0.18, where="one CPU core that knows bfloat16",
         bfloat16=True,
     ),
+    # twice the steps, and the teacher three times its own
+    "longer": Preset(
+        spacing=5.0, training_cases=60, validation_cases=2, test_cases=24, features=(12, 24, 48, 96), batch_size=2,
+        first_epochs=36, student_epochs=12, iterations=50, validation_iterations=4, settings=ADAMW, device="cpu",
+        evaluation=("--disable_tta",), seconds_per_step=0.18, where="one CPU core that knows bfloat16",
+        bfloat16=True,
+    ),
     "full": Preset(
         spacing=2.0, training_cases=60, validation_cases=4, test_cases=24, features=None, batch_size=None,
         first_epochs=100, student_epochs=100, iterations=250, validation_iterations=20, device="cuda",
