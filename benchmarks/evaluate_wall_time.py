@@ -188,6 +188,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "-device",
         device,
         *tta,
+        *(["--subsets", *args.subsets] if args.subsets else []),
     ]
     stacks = {"default stack": [], "stack 1": ["--stack", "1"]}
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in (*stacks, "start", "one case")}
