@@ -7,7 +7,7 @@ or a full-modality model to start from) spend part of it there, the others have 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nnunetv2_mstkd.settings import TERMS
@@ -224,6 +224,13 @@ class Preset:
 
 ADAMW: Mapping[str, Any] = {"schedule.optimizer": "adamw", "schedule.initial_lr": 1e-3}
 
+SHORT = Preset(
+    spacing=5.0, training_cases=60, validation_cases=2, test_cases=24, features=(12, 24, 48, 96), batch_size=2,
+    first_epochs=12, student_epochs=12, iterations=50, validation_iterations=4, settings=ADAMW, device="cpu",
+    evaluation=("--disable_tta",), seconds_per_step=0.18, where="one CPU core that knows bfloat16",
+    bfloat16=True,
+)  # fmt: skip
+
 PRESETS: Mapping[str, Preset] = {
     # for a test of the program: nothing converges
     "tiny": Preset(
@@ -238,19 +245,9 @@ PRESETS: Mapping[str, Preset] = {
         first_epochs=18, student_epochs=18, iterations=50, validation_iterations=8, settings=ADAMW, device="cpu",
         evaluation=("--disable_tta",), seconds_per_step=0.7, where="two CPU cores, as the demo's steps were measured",
     ),
-    "short": Preset(
-        spacing=5.0, training_cases=60, validation_cases=2, test_cases=24, features=(12, 24, 48, 96), batch_size=2,
-        first_epochs=12, student_epochs=12, iterations=50, validation_iterations=4, settings=ADAMW, device="cpu",
-        evaluation=("--disable_tta",), seconds_per_step=0.18, where="one CPU core that knows bfloat16",
-        bfloat16=True,
-    ),
+    "short": SHORT,
     # twice the steps, and the teacher three times its own
-    "longer": Preset(
-        spacing=5.0, training_cases=60, validation_cases=2, test_cases=24, features=(12, 24, 48, 96), batch_size=2,
-        first_epochs=36, student_epochs=12, iterations=50, validation_iterations=4, settings=ADAMW, device="cpu",
-        evaluation=("--disable_tta",), seconds_per_step=0.18, where="one CPU core that knows bfloat16",
-        bfloat16=True,
-    ),
+    "longer": replace(SHORT, first_epochs=3 * SHORT.first_epochs),
     "full": Preset(
         spacing=2.0, training_cases=60, validation_cases=4, test_cases=24, features=None, batch_size=None,
         first_epochs=100, student_epochs=100, iterations=250, validation_iterations=20, device="cuda",

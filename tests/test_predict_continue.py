@@ -133,13 +133,14 @@ def test_a_case_whose_image_was_replaced_is_predicted_again(folders, model, expo
     """A sequence that is sent a second time has the name of the first."""
     assert predict(folders, model) == 0
     before = (folders / "out" / "two.nii.gz").read_bytes()
-    write(folders / "in" / "two_0000.nii.gz", np.random.default_rng(5).normal(50, 20, SHAPE))
+    image = folders / "in" / "two_0001.nii.gz"
+    assert image.exists()
+    write(image, np.random.default_rng(5).normal(50, 20, SHAPE))
     exported = []
     export(lambda real, *arguments: (exported.append(name_of(arguments)), real(*arguments)))
     assert predict(folders, model, "--continue_prediction") == 0
     assert exported == ["two"]
     assert (folders / "out" / "two.nii.gz").read_bytes() != before
-    image = folders / "in" / "two_0000.nii.gz"
     status = image.stat()
     os.utime(image, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
     assert predict(folders, model, "--continue_prediction") == 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections import Counter
@@ -79,8 +78,11 @@ class Record:
 
     def _images(self, case: Case) -> dict[str, str | None]:
         """Stamps by modality; those of dropped ones do not count."""
-        counting = [case.files[channel] is not None or channel in case.all_zero for channel in range(len(self.names))]
-        return dict(itertools.compress(zip(self.names, case.stamps, strict=True), counting))
+        return {
+            name: stamp
+            for channel, (name, stamp) in enumerate(zip(self.names, case.stamps, strict=True))
+            if case.availability[channel] or channel in case.all_zero
+        }
 
     def add(self, case: Case) -> None:
         """Note that a case's segmentation is written."""
@@ -116,10 +118,11 @@ class Record:
 
 
 def _checked(entry: Any) -> dict[str, Any]:
-    """A case's entry, if it has what :class:`Record` reads."""
+    """A case's entry, if what it says of modalities and Dice is readable."""
     dice = entry.get("expected_dice") or {}
+    texts = [entry["subset"], *entry["modalities"], *entry.get("all_zero", [])]
     numbers = all(isinstance(value, (int, float)) for value in dice.values())
-    if not numbers or not isinstance(entry["subset"], str):
+    if not numbers or not all(isinstance(text, str) for text in texts):
         raise ValueError
     return entry
 
