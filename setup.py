@@ -1,8 +1,8 @@
 """What pyproject.toml cannot say: two source roots, and two files for site-packages.
 
 The two files make ``nnUNetv2_train -tr MSTKDTrainer`` work right after ``pip install``: Python runs them at start, and
-they call ``nnunetv2_mstkd._register.autoload``. Python 3.15 and later read the ``.start`` file (PEP 829) and skip the
-``import`` line of a ``.pth`` file of the same name; earlier ones know the ``.pth`` file only.
+they call ``nnunetv2_mstkd.nnunet.registration.autoload``. Python 3.15 and later read the ``.start`` file (PEP 829) and
+skip the ``import`` line of a ``.pth`` file of the same name; earlier ones know the ``.pth`` file only.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
 STARTUP_FILES = {
-    "nnunetv2_mstkd.pth": "import nnunetv2_mstkd._register; nnunetv2_mstkd._register.autoload()\n",
-    "nnunetv2_mstkd.start": "nnunetv2_mstkd._register:autoload\n",
+    "nnunetv2_mstkd.pth": "import nnunetv2_mstkd.nnunet.registration; nnunetv2_mstkd.nnunet.registration.autoload()\n",
+    "nnunetv2_mstkd.start": "nnunetv2_mstkd.nnunet.registration:autoload\n",
 }
 
 
@@ -31,13 +31,13 @@ class BuildWithStartupFiles(build_py):
 setup(
     packages=[
         *find_packages(include=["nnunetv2_mstkd", "nnunetv2_mstkd.*"]),
-        "nnunetv2_mstkd._trainer_path",  # no package, so that nnU-Net finds nothing in it but its one module
+        "nnunetv2_mstkd.nnunet._trainer_path",  # no package, so that nnU-Net finds nothing in it but its one module
         "nnunetv2_mstkd.dataset_conversion",
     ],
     package_dir={
         "nnunetv2_mstkd": "nnunetv2_mstkd",
         "nnunetv2_mstkd.dataset_conversion": "dataset_conversion",
     },
-    package_data={"nnunetv2_mstkd": ["py.typed"], "nnunetv2_mstkd.evaluation": ["templates/*"]},
+    package_data={"nnunetv2_mstkd": ["py.typed"], "nnunetv2_mstkd.reporting": ["templates/*"]},
     cmdclass={"build_py": BuildWithStartupFiles},
 )

@@ -275,7 +275,7 @@ class Benchmark:
         ValueError
             if a row's settings have changed since it was begun in this folder.
         """
-        from nnunetv2_mstkd import configuration
+        from nnunetv2_mstkd.nnunet import configuration
 
         preset = self.preset
         planned = configuration.read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
@@ -294,8 +294,8 @@ class Benchmark:
                 self._write(row.configuration(seed), entry)
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
-        from nnunetv2_mstkd import configuration
-        from nnunetv2_mstkd.settings import BLOCK, Settings
+        from nnunetv2_mstkd.nnunet import configuration
+        from nnunetv2_mstkd.training.settings import BLOCK, Settings
 
         there = configuration.read_plans(self.plans_file)["configurations"].get(name)
         if there is not None:
@@ -418,8 +418,8 @@ class Benchmark:
         from accuracy_report import dedicated_numbers, figure, mean_gradients, page, row_numbers
         from accuracy_verdict import best_of, subset_differences, verdict
 
-        from nnunetv2_mstkd.evaluation.figures import save_figure
         from nnunetv2_mstkd.evaluation.results import write_text
+        from nnunetv2_mstkd.reporting.figures import save_figure
 
         finished, missing = self.finished(ROWS, seeds)
         general = [row for row in finished if row.subset is None]
@@ -465,8 +465,8 @@ class Benchmark:
 
     def _compare(self, rows: Sequence[Row]) -> None:
         """What `mstkd compare` says of the same values, the student (or the first row) against all others."""
-        from nnunetv2_mstkd.evaluation.comparison import Comparison, read_evaluations
-        from nnunetv2_mstkd.evaluation.comparison_report import write_comparison
+        from nnunetv2_mstkd.reporting.comparison_report import write_comparison
+        from nnunetv2_mstkd.statistics.comparison import Comparison, read_evaluations
 
         if len(rows) > 1:
             names = [row.name for row in rows]

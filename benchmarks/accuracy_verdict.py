@@ -12,7 +12,6 @@ from typing import Any
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.resampling import AVERAGE, SAMPLES
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
     FOLD,
@@ -25,7 +24,8 @@ from nnunetv2_mstkd.evaluation.results import (
     VALUE,
     patients_of,
 )
-from nnunetv2_mstkd.evaluation.statistics import DIFFERENCE, HIGH, LOW, P, compare, compare_subsets
+from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, SAMPLES
+from nnunetv2_mstkd.statistics.tests import DIFFERENCE, HIGH, LOW, P, compare, compare_subsets
 
 DICE = "dice"
 

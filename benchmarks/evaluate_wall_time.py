@@ -48,10 +48,10 @@ from nnunetv2_mstkd.evaluation.cases import LabelledCase, folder_cases, prepare
 from nnunetv2_mstkd.evaluation.scoring import Rules, rules_of
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import choose_subsets
-from nnunetv2_mstkd.inference.model import load_predictor
+from nnunetv2_mstkd.nnunet.model import load_predictor
 
 METRIC_PROCESSES = 3
-START = "from nnunetv2_mstkd.inference.model import load_predictor as f; import torch, sys; "
+START = "from nnunetv2_mstkd.nnunet.model import load_predictor as f; import torch, sys; "
 START += "f(__import__('pathlib').Path(sys.argv[1]), (0,), 'checkpoint_final.pth', device=torch.device(sys.argv[2]))"
 
 

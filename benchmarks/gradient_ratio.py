@@ -101,7 +101,7 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     from measured_training import FRACTIONS, kept_name
     from nnunetv2.run.run_training import get_trainer_from_args
 
-    from nnunetv2_mstkd._register import register
+    from nnunetv2_mstkd.nnunet.registration import register
 
     register()
     device = torch.device(args.device)
@@ -140,8 +140,8 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
 
 def full_weights(trainer: Any) -> dict[str, float]:
     """Weights of a trainer's terms without ramp and fade, where they cannot be read off its total."""
-    from nnunetv2_mstkd.trainers.distillation import DistillationTrainer
-    from nnunetv2_mstkd.trainers.smml import SMMLTrainer
+    from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
+    from nnunetv2_mstkd.training.distillation import DistillationTrainer
 
     if isinstance(trainer, DistillationTrainer):
         return dict(trainer.weights)

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_mstkd.whole_files import scratch_file
+from nnunetv2_mstkd.images.atomic import scratch_file
 
 if TYPE_CHECKING:
     import torch
@@ -91,7 +91,7 @@ def _resident_mib() -> float:
 
 def install(meter: Meter) -> None:
     """Let every trainer of this package report its epochs, in this process."""
-    from nnunetv2_mstkd.trainers.base import SettingsTrainer
+    from nnunetv2_mstkd.training.base import SettingsTrainer
 
     begin, end = SettingsTrainer.on_epoch_start, SettingsTrainer.on_epoch_end
 
@@ -108,8 +108,8 @@ def install(meter: Meter) -> None:
 
 def autocast_on_cpu() -> None:
     """Let every trainer of this package run its networks, the teacher too, in bfloat16 on a CPU, in this process."""
-    from nnunetv2_mstkd.trainers import distillation
-    from nnunetv2_mstkd.trainers.base import SettingsTrainer
+    from nnunetv2_mstkd.training import distillation
+    from nnunetv2_mstkd.training.base import SettingsTrainer
 
     initialize, load_teacher = SettingsTrainer.initialize, distillation.load_teacher
 

@@ -19,9 +19,9 @@ import medpy.metric.binary
 import numpy as np
 from scipy import ndimage
 
-from nnunetv2_mstkd.evaluation.lesionwise import lesionwise
-from nnunetv2_mstkd.evaluation.metrics import score
-from nnunetv2_mstkd.evaluation.surface import hd95
+from nnunetv2_mstkd.metrics.lesionwise import lesionwise
+from nnunetv2_mstkd.metrics.overlap import score
+from nnunetv2_mstkd.metrics.surface import hd95
 
 SHAPE = (240, 240, 155)
 RADII = (32.0, 40.0, 29.0)

@@ -127,7 +127,7 @@ def prepare(
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module
 
-    from nnunetv2_mstkd import trainers
+    from nnunetv2_mstkd import methods as trainers
 
     module.infer_dataset_class = lambda folder: nnUNetDatasetBlosc2
     plans, dataset_json = make_plans(plan)

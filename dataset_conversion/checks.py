@@ -13,22 +13,10 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mstkd.dataset_conversion.cases import LABEL, Case
-from nnunetv2_mstkd.dataset_conversion.completeness import (
-    GZIP,
-    NIFTI_ENDINGS,
-    check_complete,
-    count_not_finite,
-    is_proven_whole,
-)
 from nnunetv2_mstkd.dataset_conversion.description import FILE_ENDING, Description
-from nnunetv2_mstkd.dataset_conversion.geometry import (
-    TOLERANCE,
-    Geometry,
-    geometry_of,
-    image_reader,
-    read_image,
-)
 from nnunetv2_mstkd.dataset_conversion.releases import meaning_of_value
+from nnunetv2_mstkd.images.completeness import GZIP, NIFTI_ENDINGS, check_complete, count_not_finite, is_proven_whole
+from nnunetv2_mstkd.images.geometry import TOLERANCE, Geometry, geometry_of, image_reader, read_image
 
 FULL, HEADER = "full", "header"
 LEVELS = (FULL, HEADER)

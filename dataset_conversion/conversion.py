@@ -18,15 +18,9 @@ from nnunetv2_mstkd.dataset_conversion.checks import FULL, Headers, check_case
 from nnunetv2_mstkd.dataset_conversion.description import Description
 from nnunetv2_mstkd.dataset_conversion.finished import check_finished
 from nnunetv2_mstkd.dataset_conversion.job import Options, Report, count, for_each, part_of, problem_lines
-from nnunetv2_mstkd.dataset_conversion.progress import (
-    CaseRecord,
-    Progress,
-    file_state,
-    fingerprint,
-    write_record,
-)
+from nnunetv2_mstkd.dataset_conversion.progress import CaseRecord, Progress, file_state, fingerprint, write_record
 from nnunetv2_mstkd.dataset_conversion.writing import COPY, REFERENCE, write_case
-from nnunetv2_mstkd.nnunet_folders import nnunet_folder
+from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 
 
 def convert(source: Path, description: Description, dataset: str, options: Options | None = None) -> Report:

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_mstkd.dataset_conversion.completeness import check_complete
 from nnunetv2_mstkd.dataset_conversion.description import HIGHEST_LABEL, RECORD_KEY
-from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, geometry_of, read_image
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
-from nnunetv2_mstkd.file_names import check_file_name
+from nnunetv2_mstkd.images.completeness import check_complete
+from nnunetv2_mstkd.images.geometry import Geometry, geometry_of, read_image
+from nnunetv2_mstkd.nnunet.file_names import check_file_name
 
 ET = "ET"
 

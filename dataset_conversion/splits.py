@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from nnunetv2_mstkd.whole_files import scratch_file
+from nnunetv2_mstkd.images.atomic import scratch_file
 
 MAX_FOLDS = 5
 SEED = 12345

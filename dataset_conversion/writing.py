@@ -11,9 +11,9 @@ import SimpleITK as sitk
 
 from nnunetv2_mstkd.dataset_conversion.cases import Case
 from nnunetv2_mstkd.dataset_conversion.checks import Checked, label_values
-from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
 from nnunetv2_mstkd.dataset_conversion.description import FILE_ENDING, Description
-from nnunetv2_mstkd.dataset_conversion.geometry import Geometry, read_image
+from nnunetv2_mstkd.images.completeness import written_whole
+from nnunetv2_mstkd.images.geometry import Geometry, read_image
 
 COPY, LINK, REFERENCE = "copy", "link", "reference"
 

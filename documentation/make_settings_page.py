@@ -10,7 +10,7 @@ import inspect
 import json
 from pathlib import Path
 
-from nnunetv2_mstkd import settings
+from nnunetv2_mstkd.training import settings
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings: the `"mstkd"` block of a plans configuration

@@ -35,7 +35,7 @@ class Folders:
 
     def variables(self) -> dict[str, str]:
         """What nnU-Net's commands and API read, for quick runs on a CPU."""
-        from nnunetv2_mstkd._register import TRAINER_PATH
+        from nnunetv2_mstkd.nnunet.registration import TRAINER_PATH
 
         return {
             "nnUNet_raw": str(self.raw),
@@ -123,7 +123,7 @@ def plan_and_preprocess(
 
 def add_configuration(plans_file: Path, name: str, parent: str = "3d_fullres", **options) -> None:
     """``mstkd configure``: ``settings={"schedule.epochs": 2}`` and the options of ``configuration.derive``."""
-    from nnunetv2_mstkd import configuration
+    from nnunetv2_mstkd.nnunet import configuration
 
     settings = options.pop("settings", {})
     assignments = [(*key.split("."), value) for key, value in settings.items()]

@@ -26,7 +26,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_mstkd import modalities, trainers
+from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd import modalities
 
 RANKS = 2
 STEPS = 3

@@ -32,7 +32,7 @@ def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures empty: drawing takes longer than all else in a small evaluation."""
-    from nnunetv2_mstkd.evaluation import figures
+    from nnunetv2_mstkd.reporting import figures
 
     for name in ("heat_map", "curve_by_count", "shapley_bars"):
         monkeypatch.setattr(figures, name, lambda *args, **kwargs: None)

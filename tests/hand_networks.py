@@ -8,8 +8,8 @@ import hand_plans
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunetv2_mstkd.networks.multiscale_transformer import Geometry, MultiScaleTransformerUNet, build, resolve
-from nnunetv2_mstkd.settings import Settings
+from nnunetv2_mstkd.methods.mstkd.network import Geometry, MultiScaleTransformerUNet, build, resolve
+from nnunetv2_mstkd.training.settings import Settings
 
 DEFAULTS = Settings().to_block()["network"]
 

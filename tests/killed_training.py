@@ -21,8 +21,8 @@ import torch
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.trainers.step import CheckedStepTrainer
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.step import CheckedStepTrainer
 
 
 def kill() -> None:

@@ -105,7 +105,7 @@ def set_up(top: Path, patch: pytest.MonkeyPatch) -> Path:
 def trainer_class(name: str) -> type:
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-    from nnunetv2_mstkd import trainers
+    from nnunetv2_mstkd import methods as trainers
 
     return nnUNetTrainer if name == "nnUNetTrainer" else getattr(trainers, name)
 

@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
-from nnunetv2_mstkd.evaluation.findings import Findings
-from nnunetv2_mstkd.evaluation.report import FIGURE_TITLES, Strips, html_report
 from nnunetv2_mstkd.evaluation.results import COLUMNS, check_results
 from nnunetv2_mstkd.evaluation.scoring import Rules
 from nnunetv2_mstkd.evaluation.strips import CaseStrip
+from nnunetv2_mstkd.reporting.findings import Findings
+from nnunetv2_mstkd.reporting.report import FIGURE_TITLES, Strips, html_report
 
 EVIL = "<script>alert(1)</script>"
 CASES = ("middling", EVIL, "fine")

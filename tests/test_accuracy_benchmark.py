@@ -21,10 +21,11 @@ from accuracy_verdict import best_of, difference, subset_differences, verdict
 from gradient_ratio import gradient_norms, judgement, ratios
 from measured_training import as_float32, kept_epochs, lower
 
-from nnunetv2_mstkd import configuration, trainers
-from nnunetv2_mstkd.settings import BLOCK, TERMS, Settings
-from nnunetv2_mstkd.trainers.distillation import DistillationTrainer
-from nnunetv2_mstkd.trainers.modality_dropout import StepLoss
+from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd.nnunet import configuration
+from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.modality_dropout import StepLoss
+from nnunetv2_mstkd.training.settings import BLOCK, TERMS, Settings
 
 NAMES = ("T1", "T1ce", "T2", "FLAIR")
 SUBSETS = ["+".join(chosen) for size in range(1, 5) for chosen in itertools.combinations(NAMES, size)]

@@ -14,10 +14,10 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.networks.adaptive_unet import AdaptiveUNet
-from nnunetv2_mstkd.settings import SettingsError
-from nnunetv2_mstkd.trainers.base import SettingsTrainer
+from nnunetv2_mstkd.methods.adamm.network import AdaptiveUNet
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.settings import SettingsError
 
 TERMS = ["segmentation", "consistency", "content", "style", "adversarial", "presence", "reliability"]
 

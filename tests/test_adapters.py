@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.networks.adapters import AdapterBank, SubsetIndex
+from nnunetv2_mstkd.methods.adamm.adapters import AdapterBank, SubsetIndex
 
 WIDTH, HIDDEN = 6, 8
 

@@ -10,7 +10,7 @@ import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.networks.adaptive_unet import (
+from nnunetv2_mstkd.methods.adamm.network import (
     PARTS_OFF,
     AdaptiveUNet,
     PresenceHead,

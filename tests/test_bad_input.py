@@ -14,14 +14,9 @@ from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, snapshot, 
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import NO_TERMS, plans, same
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.settings import TERMS, SettingsError
-from nnunetv2_mstkd.trainers import (
-    FullModalityTrainer,
-    ModalityDropoutTrainer,
-    MSTKDTeacherTrainer,
-    MSTKDTrainer,
-)
+from nnunetv2_mstkd.methods import FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.settings import TERMS, SettingsError
 
 EVERY = [FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer]
 WITH_SUBSETS = [ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer]
@@ -259,7 +254,7 @@ def test_a_teacher_that_does_not_fit_is_refused_with_both_values(models, change,
 
 
 def test_a_difference_in_a_long_list_of_cases_is_shown_and_not_cut_off():
-    from nnunetv2_mstkd.trainers.teacher import _short
+    from nnunetv2_mstkd.training.teacher import _short
 
     many = [f"case_{number:04d}" for number in range(200)]
     assert _short([*many, "a"], [*many, "b"]) == "a list of 201 that alone has ['a']"

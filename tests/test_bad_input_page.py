@@ -28,7 +28,9 @@ import torch
 from evaluate_inputs import label_image
 from predict_inputs import noise, set_up, write, write_case, write_model
 
-from nnunetv2_mstkd import cli, error_line, trainers
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import errors as error_line
+from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.evaluation.results import COLUMNS
 
 PAGE = Path(__file__).parents[1] / "documentation" / "bad_input.md"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.nnunet import checkpoints
 
 
 def weights(seed: int = 0) -> dict[str, torch.Tensor]:

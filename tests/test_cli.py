@@ -16,7 +16,7 @@ import torch
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd._register import TRAINER_PATH
+from nnunetv2_mstkd.nnunet.registration import TRAINER_PATH
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.configuration import derive, describe, read_plans, write_configuration
-from nnunetv2_mstkd.settings import RECIPES, SECTIONS, Settings
+from nnunetv2_mstkd.nnunet.configuration import derive, describe, read_plans, write_configuration
+from nnunetv2_mstkd.training.settings import RECIPES, SECTIONS, Settings
 
 NAME = "3d_fullres_short"
 

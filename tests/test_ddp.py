@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import Folders
 
-from nnunetv2_mstkd import checkpoints, trainers
+from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd.nnunet import checkpoints
 
 NAMES = sorted(trainers.__all__)
 BY_GROUPS = {"MSTKDTrainer", "MedMAPMSTKDTrainer"}

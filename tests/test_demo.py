@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import Folders, plan_and_preprocess
 
-from nnunetv2_mstkd import checkpoints, cli
+from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.demo import pipeline, steps
 from nnunetv2_mstkd.demo.pipeline import CONTROLS, STUDENT, TEACHER, Demo, Options, budget
+from nnunetv2_mstkd.nnunet import checkpoints
 
 SMALLEST = ["--epochs", "1", "--cases", "6", "--test-cases", "1", "--spacing", "6", "--device", "cpu"]
 

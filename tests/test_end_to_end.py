@@ -23,7 +23,8 @@ from conftest import (
     train,
 )
 
-from nnunetv2_mstkd import checkpoints, cli
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.nnunet import checkpoints
 
 COMMANDS = Path(sys.executable).parent
 ABSENT = {"phantom_test_000": (1, 3), "phantom_test_001": (0, 1, 2)}

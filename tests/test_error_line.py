@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mstkd import error_line
+from nnunetv2_mstkd import errors as error_line
 
 ROOT = Path(__file__).parents[1]
 REFUSAL = "raise ValueError('found 3,\\n  expected 4')"
@@ -89,7 +89,7 @@ def test_installing_twice_changes_nothing(passed_on):
 
 
 def test_the_process_ends_with_code_2_when_nnunet_has_imported_the_trainers():
-    shim = ROOT / "nnunetv2_mstkd" / "_trainer_path" / "mstkd_trainers.py"
+    shim = ROOT / "nnunetv2_mstkd" / "nnunet" / "_trainer_path" / "mstkd_trainers.py"
     code = (
         f"import runpy\nprint('MSTKDTrainer' in runpy.run_path({str(shim)!r}))\n"
         "from nnunetv2_mstkd.modalities import parse_subset\nparse_subset('T9', ['T1', 'T2'])"

@@ -29,10 +29,10 @@ from predict_inputs import CHANNELS, files, read, trainer_class, write, write_ca
 
 from nnunetv2_mstkd import cli, modalities
 from nnunetv2_mstkd.evaluation import subsets as subsets_module
-from nnunetv2_mstkd.evaluation.shapley import shapley_values
 from nnunetv2_mstkd.evaluation.strips import CaseStrip, choose_view, read_strip
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
-from nnunetv2_mstkd.inference.model import load_predictor
+from nnunetv2_mstkd.nnunet.model import load_predictor
+from nnunetv2_mstkd.statistics.shapley import shapley_values
 
 NAMES = ("T0", "T1", "T2", "T3")
 FEW = ("T0", "T1+T3", "all")

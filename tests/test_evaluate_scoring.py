@@ -9,8 +9,8 @@ import pytest
 import tiny
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
-from nnunetv2_mstkd.evaluation.conventions import METRICS
 from nnunetv2_mstkd.evaluation.scoring import Rules, rules_of
+from nnunetv2_mstkd.metrics.conventions import METRICS
 
 REGIONS = {"whole": (1, 2), "core": (1,)}
 

@@ -15,7 +15,7 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.evaluation.cases import LabelledCase, prepare
 from nnunetv2_mstkd.evaluation.scoring import NEAR, near_decision
 from nnunetv2_mstkd.evaluation.stacking import StackedNetwork, SubsetPredictor, default_stack
-from nnunetv2_mstkd.inference.model import load_predictor
+from nnunetv2_mstkd.nnunet.model import load_predictor
 
 SUBSETS = modalities.all_subsets(CHANNELS)
 FEW = SUBSETS[[0, 3, 6, 11, 14]]

@@ -19,12 +19,15 @@ from evaluate_inputs import CASES, evaluate, without_drawing, write_dataset
 from predict_inputs import files, predict, read, record, segmentations, set_up, write, write_model
 from tiny import NO_TERMS, batch, memory, same, state
 
-from nnunetv2_mstkd import checkpoints, cli, error_line, trainers
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import errors as error_line
+from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion import conversion
-from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
 from nnunetv2_mstkd.evaluation import subsets as subsets_module
-from nnunetv2_mstkd.inference import case_steps, prediction
-from nnunetv2_mstkd.trainers.step import MAX_SKIPPED_STEPS
+from nnunetv2_mstkd.images.completeness import written_whole
+from nnunetv2_mstkd.inference import prediction
+from nnunetv2_mstkd.nnunet import case_steps, checkpoints
+from nnunetv2_mstkd.training.step import MAX_SKIPPED_STEPS
 
 FULL = [trainers.FullModalityTrainer, trainers.MSTKDTeacherTrainer, trainers.AdaMMTeacherTrainer]
 

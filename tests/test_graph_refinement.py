@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_mstkd.networks.graph_refinement import GraphRefinement, NodeProjection
+from nnunetv2_mstkd.methods.adamm.graph_refinement import GraphRefinement, NodeProjection
 
 WIDTH, NODES = 16, 5
 

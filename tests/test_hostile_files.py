@@ -17,15 +17,16 @@ from predict_inputs import files, predict, set_up, write, write_case, write_mode
 from tiny import NO_TERMS, dataset_json, plans
 
 import nnunetv2_mstkd
-from nnunetv2_mstkd import cli, trainers
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion.restoring import restoration
 from nnunetv2_mstkd.evaluation.case_records import CaseRecords
 from nnunetv2_mstkd.evaluation.strips import CaseStrip
-from nnunetv2_mstkd.file_names import check_file_name
-from nnunetv2_mstkd.inference.model import load_predictor
-from nnunetv2_mstkd.inference.model_folder import find_format
-from nnunetv2_mstkd.safe_plans import check_architecture, open_plans
-from nnunetv2_mstkd.trainers.teacher import load_teacher
+from nnunetv2_mstkd.nnunet.file_names import check_file_name
+from nnunetv2_mstkd.nnunet.model import load_predictor
+from nnunetv2_mstkd.nnunet.model_folder import find_format
+from nnunetv2_mstkd.nnunet.safe_plans import check_architecture, open_plans
+from nnunetv2_mstkd.training.teacher import load_teacher
 
 CPU = torch.device("cpu")
 PACKAGE = Path(nnunetv2_mstkd.__file__).parent
@@ -240,7 +241,7 @@ def test_plans_cannot_name_a_folder_elsewhere(folders, key, name):
         # a real layer of PyTorch, but not of the packages that networks are made of
         "dynamic_network_architectures.architectures.unet.torch.jit.ScriptModule",
         "dynamic_network_architectures.architectures.unet.nn.Sequential",
-        "nnunetv2_mstkd.networks.medmap.nn.Identity",
+        "nnunetv2_mstkd.methods.medmap.network.nn.Identity",
     ],
 )
 def test_a_network_counts_by_the_module_that_defines_it(name):

@@ -17,9 +17,9 @@ import pytest
 from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
 from tiny import same
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.error_line import EXIT_USER_ERROR
-from nnunetv2_mstkd.trainers.loader_processes import cause_of_death, one_line_for_dead_processes
+from nnunetv2_mstkd.errors import EXIT_USER_ERROR
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.loader_processes import cause_of_death, one_line_for_dead_processes
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is neither fork nor SIGKILL")
 

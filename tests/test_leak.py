@@ -9,8 +9,9 @@ import pytest
 import torch
 from tiny import LABELS, NO_TERMS, REGIONS, batch, give_teacher, state, wake
 
-from nnunetv2_mstkd import modalities, trainers
-from nnunetv2_mstkd.trainers import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.methods import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
 
 CHANNELS = 4
 STUDENTS = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.alignment import gaussian_alignment, mixture_alignment, renormalized_weights
+from nnunetv2_mstkd.methods.medmap.losses import gaussian_alignment, mixture_alignment, renormalized_weights
 
 GRIDS = {"2d": (6, 5), "3d": (4, 3, 5)}
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

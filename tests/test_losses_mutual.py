@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.mutual import refined_guidance, relational_consistency, reliable_exchange
+from nnunetv2_mstkd.methods.smml.losses import refined_guidance, relational_consistency, reliable_exchange
 
 GRIDS = {"2d": (6, 5), "3d": (4, 3, 5)}
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)

@@ -7,8 +7,14 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.consistency import probability_consistency
-from nnunetv2_mstkd.losses.presence import Presence, presence_gap, presence_loss, presence_target, reliability_dice
+from nnunetv2_mstkd.methods.adamm.consistency import probability_consistency
+from nnunetv2_mstkd.methods.adamm.presence import (
+    Presence,
+    presence_gap,
+    presence_loss,
+    presence_target,
+    reliability_dice,
+)
 
 
 def logits(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -7,9 +7,9 @@ import torch
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS_WITH_IGNORE, batch, give_teacher, plans, same, wake
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.networks.medmap import ModalityAnchor
-from nnunetv2_mstkd.settings import Settings, SettingsError
-from nnunetv2_mstkd.trainers import MedMAPMSTKDTrainer, MedMAPTrainer, MSTKDTeacherTrainer
+from nnunetv2_mstkd.methods import MedMAPMSTKDTrainer, MedMAPTrainer, MSTKDTeacherTrainer
+from nnunetv2_mstkd.methods.medmap.network import ModalityAnchor
+from nnunetv2_mstkd.training.settings import Settings, SettingsError
 
 SUBSETS = modalities.all_subsets(4)
 FRONTS = {

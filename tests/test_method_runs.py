@@ -11,7 +11,8 @@ import SimpleITK as sitk
 import torch
 from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, in_this_process, train
 
-from nnunetv2_mstkd import checkpoints, cli
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.nnunet import checkpoints
 
 METHODS = {
     "MedMAP": ("MedMAPTrainer", {}),

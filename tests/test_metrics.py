@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from nnunetv2_mstkd.evaluation import conventions
-from nnunetv2_mstkd.evaluation.metrics import (
+from nnunetv2_mstkd.metrics import conventions
+from nnunetv2_mstkd.metrics.overlap import (
     dice,
     hd95,
     normalized_surface_dice,

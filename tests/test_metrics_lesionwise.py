@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from nnunetv2_mstkd.evaluation.conventions import LESION_CONVENTIONS
-from nnunetv2_mstkd.evaluation.lesionwise import lesionwise, lesionwise_regions
-from nnunetv2_mstkd.evaluation.surface import hd95
+from nnunetv2_mstkd.metrics.conventions import LESION_CONVENTIONS
+from nnunetv2_mstkd.metrics.lesionwise import lesionwise, lesionwise_regions
+from nnunetv2_mstkd.metrics.surface import hd95
 
 UNIT = (1.0, 1.0, 1.0)
 

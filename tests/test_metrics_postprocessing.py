@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nnunetv2_mstkd.evaluation.postprocessing import drop_small_region, relabel_small_region
+from nnunetv2_mstkd.metrics.postprocessing import drop_small_region, relabel_small_region
 
 # label 2: four voxels
 SEGMENTATION = np.array([[0, 1, 1, 2], [2, 2, 2, 3]], dtype=np.uint8)

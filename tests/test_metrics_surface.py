@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from scipy import ndimage
 
-from nnunetv2_mstkd.evaluation.metrics import hd95, normalized_surface_dice
-from nnunetv2_mstkd.evaluation.surface import hd95_of, normalized_surface_dice_of, surface, surface_distances
+from nnunetv2_mstkd.metrics.overlap import hd95, normalized_surface_dice
+from nnunetv2_mstkd.metrics.surface import hd95_of, normalized_surface_dice_of, surface, surface_distances
 
 UNIT = (1.0, 1.0, 1.0)
 SPACINGS = [UNIT, (3.0, 1.0, 1.0), (0.9375, 1.2, 5.5)]

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.console_scripts import command_path
 from nnunetv2_mstkd.crossval import cluster, marks
-from nnunetv2_mstkd.nnunet_folders import nnunet_folder
+from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+from nnunetv2_mstkd.processes import command_path
 
 
 def test_a_variable_of_nnunet_that_is_not_set_is_named(monkeypatch, capsys):

@@ -7,13 +7,7 @@ import pytest
 import torch
 from hand_networks import Case
 
-from nnunetv2_mstkd.networks.multiscale_transformer import (
-    Features,
-    Geometry,
-    MultiScaleTransformer,
-    style_level,
-    token_patch,
-)
+from nnunetv2_mstkd.methods.mstkd.network import Features, Geometry, MultiScaleTransformer, style_level, token_patch
 
 ANISOTROPIC = [[1, 1, 1], [2, 2, 1], [2, 2, 1], [2, 2, 2]]
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 from conftest import PHANTOM, read_plans, train
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.inference.model import load_predictor, set_availability
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet.model import load_predictor, set_availability
 
 ARCHIVE = Path(__file__).with_name("fixtures") / "models_0_1.tar.xz"
 CONFIGURATION = "old"

@@ -7,14 +7,14 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
-from nnunetv2_mstkd.networks.attention import TransformerBlock
-from nnunetv2_mstkd.settings import ScheduleSettings
-from nnunetv2_mstkd.trainers.optimizers import (
+from nnunetv2_mstkd.methods.mstkd.attention import TransformerBlock
+from nnunetv2_mstkd.training.optimizers import (
     TRANSFORMER_WEIGHT_DECAY,
     JointOptimizer,
     WarmupPolyScheduler,
     build_optimizer,
 )
+from nnunetv2_mstkd.training.settings import ScheduleSettings
 
 WEIGHT_DECAY = 3e-5
 

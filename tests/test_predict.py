@@ -187,7 +187,7 @@ def test_two_dimensional_images_are_predicted(folders):
 
 def test_commands_in_processes_of_their_own_agree(folders, model):
     """nnUNetv2_predict and mstkd predict as they are called; the latter with background processes."""
-    from nnunetv2_mstkd._register import TRAINER_PATH
+    from nnunetv2_mstkd.nnunet.registration import TRAINER_PATH
 
     variables = {
         **os.environ,

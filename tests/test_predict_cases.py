@@ -148,7 +148,7 @@ def test_a_network_that_asks_is_told_the_availability_of_each_case(folders, mode
 
 
 def test_a_network_that_does_not_ask_is_left_alone(folders, model):
-    from nnunetv2_mstkd.inference.model import load_predictor, set_availability
+    from nnunetv2_mstkd.nnunet.model import load_predictor, set_availability
 
     predictor = load_predictor(model, (0,), device=torch.device("cpu"))
     set_availability(predictor, (True, False, True, False))

@@ -11,7 +11,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from predict_inputs import SHAPE, noise, write, write_case
 
-from nnunetv2_mstkd.dataset_conversion.completeness import check_complete
+from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.input_folder import Case, find_cases
 from nnunetv2_mstkd.inference.selection import select

@@ -41,7 +41,7 @@ def model(folders: Path) -> Path:
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Replace nnU-Net's exporter by a function of the real one's arguments, which gets the real one first."""
-    from nnunetv2_mstkd.inference import case_steps
+    from nnunetv2_mstkd.nnunet import case_steps
 
     real = case_steps.export_prediction_from_logits
 

@@ -126,7 +126,7 @@ def test_the_plans_say_which_reader(folders):
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-    from nnunetv2_mstkd.inference.model_folder import find_format
+    from nnunetv2_mstkd.nnunet.model_folder import find_format
 
     assert find_format("901", None)[1] is SimpleITKIO  # by the ending
     preprocessed = folders / "preprocessed" / tiny.DATASET

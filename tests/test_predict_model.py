@@ -12,10 +12,11 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from predict_inputs import write_model
 
-from nnunetv2_mstkd import cli, trainers
-from nnunetv2_mstkd.inference.model import find_trainer, load_predictor
-from nnunetv2_mstkd.inference.model_folder import find_checkpoints, find_model_folder, parse_folds
-from nnunetv2_mstkd.safe_plans import check_architecture
+from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd.nnunet.model import find_trainer, load_predictor
+from nnunetv2_mstkd.nnunet.model_folder import find_checkpoints, find_model_folder, parse_folds
+from nnunetv2_mstkd.nnunet.safe_plans import check_architecture
 
 CPU = torch.device("cpu")
 
@@ -287,7 +288,7 @@ def test_a_trainer_of_the_old_signature_is_left_to_nnunet(monkeypatch):
         def build_network_architecture(architecture_class_name, arch_init_kwargs, *others):
             raise AssertionError
 
-    from nnunetv2_mstkd.inference import model as module
+    from nnunetv2_mstkd.nnunet import model as module
 
     monkeypatch.setattr(module, "recursive_find_trainer_class_by_name", lambda name: Old)
     with pytest.raises(ValueError, match=r"signature of nnU-Net before 2\.7; --trust"):

@@ -10,7 +10,7 @@ import torch
 from predict_inputs import CHANNELS, PRESENT, predict, read, segmentations, set_up, write_model
 
 from nnunetv2_mstkd.inference.presence_gate import PresenceGate
-from nnunetv2_mstkd.trainers import AdaMMTrainer
+from nnunetv2_mstkd.methods import AdaMMTrainer
 
 CPU = torch.device("cpu")
 LABELS = SimpleNamespace(has_regions=False, num_segmentation_heads=3)
@@ -105,7 +105,7 @@ def test_a_case_without_a_label_is_predicted_without_it(folders, monkeypatch):
 
 def test_evaluate_gates_each_subset_by_itself(folders, monkeypatch):
     from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor
-    from nnunetv2_mstkd.inference.model import load_predictor
+    from nnunetv2_mstkd.nnunet.model import load_predictor
 
     model = write_model(AdaMMTrainer, block={"adamm": {"gate": 0.5}})
     predictor = load_predictor(model, (0,), device=CPU, allow_tqdm=False, use_mirroring=False)

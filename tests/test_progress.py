@@ -8,8 +8,8 @@ import pytest
 import torch
 from nnunetv2.training.logging.nnunet_logger import MetaLogger
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.trainers.progress import PREFIX, TermLog
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.progress import PREFIX, TermLog
 
 
 @pytest.fixture

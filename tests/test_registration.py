@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mstkd import _register
+from nnunetv2_mstkd.nnunet import registration as _register
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("nnunetv2_mstkd", "dataset_conversion")
@@ -40,7 +40,7 @@ if __name__ == "__main__":
     trainer = look_up("MSTKDTrainer")
     import torch
     import nnunetv2_mstkd, nnunetv2_mstkd.dataset_conversion.generic
-    from nnunetv2_mstkd import trainers
+    from nnunetv2_mstkd import methods as trainers
     facts["module"] = trainer.__module__
     facts["still_imported"] = trainer.__module__ in sys.modules
     facts["class_pickles"] = pickle.loads(pickle.dumps(trainer)) is trainer
@@ -147,7 +147,7 @@ def facts(environment: Environment) -> dict:
 
 
 def test_nnunet_finds_every_trainer_without_a_variable_set_by_the_user(facts):
-    assert facts["module"].startswith("nnunetv2_mstkd.trainers.")
+    assert facts["module"].startswith("nnunetv2_mstkd.methods.")
     assert facts["all_found"]
 
 
@@ -166,7 +166,7 @@ def test_starting_python_imports_nothing_heavy(facts):
 def test_the_installation_under_test_is_the_one_that_answered(facts, environment, checkout):
     roots = {environment.site_packages.resolve(), checkout.resolve()}
     assert Path(facts["package"]).resolve().parents[1] in roots
-    assert facts["variable"] == str(Path(facts["package"]).parent / "_trainer_path")
+    assert facts["variable"] == str(Path(facts["package"]).parent / "nnunet" / "_trainer_path")
 
 
 def test_mstkd_path_prints_the_registered_folder(environment):
@@ -187,7 +187,7 @@ def test_the_users_own_trainers_stay_first(wheel_environment, tmp_path):
         "print([find(name).__module__ for name in ('UsersTrainer', 'MSTKDTrainer')])"
     )
     found = wheel_environment.run("-c", code, nnUNet_extTrainer=str(tmp_path)).splitlines()[-1]
-    assert found == "['users_trainer', 'nnunetv2_mstkd.trainers.mstkd']"
+    assert found == "['users_trainer', 'nnunetv2_mstkd.methods.mstkd.trainer']"
 
 
 def test_a_child_process_does_not_register_twice(environment):

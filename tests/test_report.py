@@ -14,8 +14,8 @@ from PIL import Image
 from report_inputs import CASES, EVIL, MODALITIES, RUN, report, results, strip, subsets
 
 import nnunetv2_mstkd
-from nnunetv2_mstkd.evaluation import pictures
 from nnunetv2_mstkd.evaluation.strips import LONGEST, CaseStrip, background, choose_view, read_strip, write_strip
+from nnunetv2_mstkd.reporting import pictures
 
 # ---- which slice ---------------------------------------------------------------------------------------------------
 

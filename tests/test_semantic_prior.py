@@ -14,15 +14,15 @@ from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import REGIONS, REGIONS_WITH_IGNORE, batch
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.trainers import SMMLTrainer
-from nnunetv2_mstkd.trainers.semantic_prior import (
+from nnunetv2_mstkd.methods import SMMLTrainer
+from nnunetv2_mstkd.methods.smml.semantic_prior import (
     FileNetwork,
     MovePriorToImage,
     MovingAverage,
     PriorDataset,
     one_hot_maps,
 )
+from nnunetv2_mstkd.nnunet import checkpoints
 
 CPU = torch.device("cpu")
 

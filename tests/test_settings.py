@@ -7,7 +7,7 @@ import math
 import pytest
 
 from nnunetv2_mstkd.modalities import SubsetSampler
-from nnunetv2_mstkd.settings import (
+from nnunetv2_mstkd.training.settings import (
     RECIPES,
     SECTIONS,
     DistillationSettings,

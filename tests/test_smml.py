@@ -9,9 +9,9 @@ import torch
 from tiny import LABELS_WITH_IGNORE, REGIONS, REGIONS_WITH_IGNORE, batch, plans, same, state
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.networks.refinement import PriorWeighting, RefinementNet
-from nnunetv2_mstkd.settings import Settings, SettingsError
-from nnunetv2_mstkd.trainers import SMMLTrainer
+from nnunetv2_mstkd.methods import SMMLTrainer
+from nnunetv2_mstkd.methods.smml.refinement import PriorWeighting, RefinementNet
+from nnunetv2_mstkd.training.settings import Settings, SettingsError
 
 WARM = {"warmup": 0.0}
 each_kind = pytest.mark.parametrize("light", [True, False], ids=["light", "encoders"])

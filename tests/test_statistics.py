@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nnunetv2_mstkd.evaluation import statistics as s
-from nnunetv2_mstkd.evaluation.plausibility import plausibility_warnings
-from nnunetv2_mstkd.evaluation.resampling import bootstrap_means, cube, interval, patient_numbers
 from nnunetv2_mstkd.evaluation.results import COLUMNS
-from nnunetv2_mstkd.evaluation.shapley import shapley, shapley_matrix, shapley_values
+from nnunetv2_mstkd.statistics import tests as s
+from nnunetv2_mstkd.statistics.bootstrap import bootstrap_means, cube, interval, patient_numbers
+from nnunetv2_mstkd.statistics.plausibility import plausibility_warnings
+from nnunetv2_mstkd.statistics.shapley import shapley, shapley_matrix, shapley_values
 
 NAN = math.nan
 QUICK = {"samples": 200}

@@ -7,10 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from nnunetv2_mstkd.evaluation import figures, tables
 from nnunetv2_mstkd.evaluation.results import COLUMNS
-from nnunetv2_mstkd.evaluation.shapley import shapley
-from nnunetv2_mstkd.evaluation.statistics import mean_by_count
+from nnunetv2_mstkd.reporting import figures, tables
+from nnunetv2_mstkd.statistics.shapley import shapley
+from nnunetv2_mstkd.statistics.tests import mean_by_count
 
 SUBSETS = ("T1", "T1ce", "T1+T1ce")
 

@@ -17,9 +17,10 @@ from predict_inputs import files, predict, segmentations, set_up, write_case, wr
 from tiny import batch, give_teacher, same, state, wake
 
 import nnunetv2_mstkd
-from nnunetv2_mstkd import modalities, trainers
-from nnunetv2_mstkd.trainers.distillation import DistillationTrainer
-from nnunetv2_mstkd.trainers.modality_dropout import ModalityDropoutTrainer
+from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 
 EVERY = [getattr(trainers, name) for name in trainers.__all__]
 DROPPING = [cls for cls in EVERY if issubclass(cls, ModalityDropoutTrainer)]
@@ -192,7 +193,7 @@ def test_every_model_is_exported_imported_and_predicted_by_nnunet_in_another_pro
     variables = {**os.environ, "nnUNet_results": str(other)}
     for name in ("raw", "preprocessed"):
         variables[f"nnUNet_{name}"] = str(folders / "none")
-    variables["nnUNet_extTrainer"] = str(Path(nnunetv2_mstkd.__file__).parent / "_trainer_path")
+    variables["nnUNet_extTrainer"] = str(Path(nnunetv2_mstkd.__file__).parent / "nnunet" / "_trainer_path")
     script = folders / "install_and_predict.py"
     script.write_text(INSTALL_AND_PREDICT)
     command = [sys.executable, script, archives, images[0].parent, stock]

@@ -8,11 +8,11 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, plans, state, wake
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.losses.presence import presence_target
-from nnunetv2_mstkd.settings import ADAMM_TERMS, Settings, SettingsError
-from nnunetv2_mstkd.trainers import AdaMMTeacherTrainer, AdaMMTrainer
-from nnunetv2_mstkd.trainers.teacher import Teacher
+from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, AdaMMTrainer
+from nnunetv2_mstkd.methods.adamm.presence import presence_target
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.settings import ADAMM_TERMS, Settings, SettingsError
+from nnunetv2_mstkd.training.teacher import Teacher
 
 BBDM = ("consistency", "content", "style", "adversarial")
 
@@ -94,7 +94,7 @@ def test_presence_is_about_the_foreground_heads(make_trainer, labels):
 
 @pytest.mark.parametrize("batch_dice", [True, False])
 def test_reliability_weighs_the_dice_that_the_plans_ask_for(make_trainer, monkeypatch, batch_dice):
-    from nnunetv2_mstkd.trainers import adamm as module
+    from nnunetv2_mstkd.methods.adamm import trainer as module
 
     real, asked = module.reliability_dice, []
     monkeypatch.setattr(module, "reliability_dice", lambda *a, **o: asked.append(o["batch_dice"]) or real(*a, **o))

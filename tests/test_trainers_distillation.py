@@ -21,11 +21,11 @@ from tiny import (
     wake,
 )
 
-from nnunetv2_mstkd import checkpoints
+from nnunetv2_mstkd.methods import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator
-from nnunetv2_mstkd.settings import TERMS
-from nnunetv2_mstkd.trainers import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
-from nnunetv2_mstkd.trainers.step import MAX_SKIPPED_STEPS
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.settings import TERMS
+from nnunetv2_mstkd.training.step import MAX_SKIPPED_STEPS
 
 
 def only(**weights):
@@ -179,7 +179,7 @@ def test_without_any_term_a_step_is_modality_dropout_on_the_same_network(make_tr
     ids=str,
 )
 def test_the_comparison_of_voxels_is_made_only_where_a_term_reads_it(make_trainer, monkeypatch, distillation, computed):
-    from nnunetv2_mstkd.trainers import distillation as module
+    from nnunetv2_mstkd.training import distillation as module
 
     calls = []
     real = module.teacher_advantage

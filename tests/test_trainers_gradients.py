@@ -7,8 +7,8 @@ import pytest
 import torch
 from tiny import REGIONS, batch
 
-from nnunetv2_mstkd.settings import ADAMM_TERMS, TERMS
-from nnunetv2_mstkd.trainers import AdaMMTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods import AdaMMTrainer, MSTKDTrainer
+from nnunetv2_mstkd.training.settings import ADAMM_TERMS, TERMS
 
 TEACHER_STEPS = 40
 STUDENT_STEPS = 15

@@ -13,9 +13,9 @@ from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same, state
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.settings import TERMS
-from nnunetv2_mstkd.trainers.base import SettingsTrainer
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.settings import TERMS
 
 
 def configure(folders, **settings):

@@ -11,9 +11,9 @@ from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, read_plans
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 
-from nnunetv2_mstkd import checkpoints
-from nnunetv2_mstkd.networks.multiscale_transformer import MultiScaleTransformerUNet
-from nnunetv2_mstkd.settings import SettingsError
+from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.training.settings import SettingsError
 
 
 def configure(folders, **settings):

@@ -10,10 +10,10 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, same, state
 
-from nnunetv2_mstkd import trainers
-from nnunetv2_mstkd.settings import TERMS
-from nnunetv2_mstkd.trainers import AdaMMTeacherTrainer, FullModalityTrainer, ModalityDropoutTrainer, MSTKDTrainer
-from nnunetv2_mstkd.trainers.distillation import DistillationTrainer
+from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, FullModalityTrainer, ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.settings import TERMS
 
 TRAINERS = [getattr(trainers, name) for name in trainers.__all__]
 STUDENTS = [cls for cls in TRAINERS if issubclass(cls, ModalityDropoutTrainer)]

@@ -8,7 +8,8 @@ import torch
 from tiny import LABELS, LABELS_WITH_IGNORE, REGIONS_WITH_IGNORE, batch
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.trainers import ModalityDropoutTrainer, modality_dropout
+from nnunetv2_mstkd.methods import ModalityDropoutTrainer
+from nnunetv2_mstkd.training import modality_dropout
 
 
 def result(counts, rows, loss=1.0):

@@ -8,7 +8,7 @@ from hand_networks import DEFAULTS, Case
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch.utils.flop_counter import FlopCounterMode
 
-from nnunetv2_mstkd.networks.multiscale_transformer import (
+from nnunetv2_mstkd.methods.mstkd.network import (
     FLOPS_SHARE,
     PARAMETER_SHARE,
     Geometry,

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mstkd.whole_files import scratch_file
+from nnunetv2_mstkd.images.atomic import scratch_file
 
 
 def test_the_target_appears_when_the_block_ends_and_nothing_else_stays(tmp_path: Path):

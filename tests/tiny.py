@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunetv2_mstkd.settings import BLOCK, TERMS
+from nnunetv2_mstkd.training.settings import BLOCK, TERMS
 
 DATASET = "Dataset901_Tiny"
 LABELS = {"background": 0, "core": 1, "edema": 2}

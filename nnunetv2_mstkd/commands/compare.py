@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> None:
     if args.output.exists() and not args.output.is_dir():
         raise FileExistsError(f"the output folder {args.output} is a file")
     # after the checks: these import pandas and scipy
-    from nnunetv2_mstkd.evaluation.comparison import Comparison, read_evaluations
-    from nnunetv2_mstkd.evaluation.comparison_report import write_comparison
+    from nnunetv2_mstkd.reporting.comparison_report import write_comparison
+    from nnunetv2_mstkd.statistics.comparison import Comparison, read_evaluations
 
     comparison = Comparison(
         read_evaluations(args.models),

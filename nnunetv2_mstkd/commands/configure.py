@@ -38,8 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the configuration and print what differs from the defaults."""
-    from nnunetv2_mstkd import configuration
-    from nnunetv2_mstkd.settings import BLOCK, read_assignment
+    from nnunetv2_mstkd.nnunet import configuration
+    from nnunetv2_mstkd.training.settings import BLOCK, read_assignment
 
     assignments = [read_assignment(text) for text in args.set]
     for option in ("epochs", "iterations", "seed"):
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 def check_subsets(block: Mapping, dataset_json: Path) -> None:
     """Refuse subsets of modalities that the data set does not have; ValueError names the known ones."""
     from nnunetv2_mstkd.modalities import modality_names
-    from nnunetv2_mstkd.settings import Settings
+    from nnunetv2_mstkd.training.settings import Settings
 
     settings = Settings.from_block(block)
     if dataset_json.is_file() and (settings.sampler.subsets or settings.sampler.weights or settings.adamm.subsets):

@@ -109,8 +109,8 @@ def steps_of(args: argparse.Namespace, device: str, gpus: int, evaluation_option
     """
     from nnunetv2_mstkd.crossval.plan import check_request, make_steps, number_of_folds
     from nnunetv2_mstkd.crossval.steps import Training
-    from nnunetv2_mstkd.inference.model_folder import find_dataset_folder
-    from nnunetv2_mstkd.nnunet_folders import nnunet_folder
+    from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+    from nnunetv2_mstkd.nnunet.model_folder import find_dataset_folder
 
     preprocessed = find_dataset_folder("nnUNet_preprocessed", args.dataset)
     folds = list(range(number_of_folds(preprocessed))) if args.folds is None else args.folds

@@ -81,14 +81,15 @@ def run(args: argparse.Namespace) -> None:
     # after the checks: these import torch
     from tqdm import tqdm
 
-    from nnunetv2_mstkd import checkpoints, modalities
+    from nnunetv2_mstkd import modalities
     from nnunetv2_mstkd.evaluation.case_records import CaseRecords, table
     from nnunetv2_mstkd.evaluation.cases import check_cases
-    from nnunetv2_mstkd.evaluation.report import Strips
     from nnunetv2_mstkd.evaluation.stacking import default_stack
-    from nnunetv2_mstkd.evaluation.subset_report import write_report
     from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets, evaluate_cases
-    from nnunetv2_mstkd.inference.model_folder import find_model_folder
+    from nnunetv2_mstkd.nnunet import checkpoints
+    from nnunetv2_mstkd.nnunet.model_folder import find_model_folder
+    from nnunetv2_mstkd.reporting.report import Strips
+    from nnunetv2_mstkd.reporting.subset_report import write_report
 
     device = torch_device(args.device)
     folder = args.m or find_model_folder(args.d, args.tr, args.p, args.c)
@@ -161,7 +162,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _load(args: argparse.Namespace, folder: Path, groups: dict[str, tuple], device: Any) -> dict[str, Any]:
     """A predictor for each group of folds, on the CPU until it is used."""
-    from nnunetv2_mstkd.inference.model import load_predictor
+    from nnunetv2_mstkd.nnunet.model import load_predictor
 
     return {
         text: load_predictor(
@@ -248,7 +249,7 @@ def _settings(
 
 def _fold_groups(folder: Path, args: argparse.Namespace) -> dict[str, tuple[int | str, ...]]:
     """The folds whose weights work together, by their text: each alone, or all of them on a folder of images."""
-    from nnunetv2_mstkd.inference.model_folder import find_checkpoints, parse_folds
+    from nnunetv2_mstkd.nnunet.model_folder import find_checkpoints, parse_folds
 
     if args.folds is None:
         texts = [path.parent.name.removeprefix("fold_") for path in sorted(folder.glob(f"fold_*/{args.chk}"))]
@@ -267,8 +268,8 @@ def _fold_groups(folder: Path, args: argparse.Namespace) -> dict[str, tuple[int 
 
 def _split(checkpoint: Path, trust: bool) -> dict[str, Sequence[str]] | None:
     """The split that a trainer of this package has noted in its checkpoint."""
-    from nnunetv2_mstkd import checkpoints
-    from nnunetv2_mstkd.settings import BLOCK
+    from nnunetv2_mstkd.nnunet import checkpoints
+    from nnunetv2_mstkd.training.settings import BLOCK
 
     try:
         noted: Any = checkpoints.read(checkpoint).get(BLOCK)

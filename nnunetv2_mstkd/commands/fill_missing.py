@@ -26,9 +26,9 @@ def run(args: argparse.Namespace) -> int:
     """Check all cases and write the good ones; exit code 1 if some were skipped."""
     from nnunetv2_mstkd import modalities
     from nnunetv2_mstkd.inference.checks import Checker
-    from nnunetv2_mstkd.inference.model_folder import find_format
     from nnunetv2_mstkd.inference.selection import select
     from nnunetv2_mstkd.inference.zero_filling import fill_folder
+    from nnunetv2_mstkd.nnunet.model_folder import find_format
 
     refuse_same_folder(args.o, args.i, "input folder")
     dataset_json, reader = find_format(args.d, args.m)

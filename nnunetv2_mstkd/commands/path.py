@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from nnunetv2_mstkd._register import TRAINER_PATH
+from nnunetv2_mstkd.nnunet.registration import TRAINER_PATH
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -94,11 +94,11 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_mstkd.inference.checks import Checker
     from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
     from nnunetv2_mstkd.inference.input_folder import Case
-    from nnunetv2_mstkd.inference.model import load_predictor, set_student
-    from nnunetv2_mstkd.inference.model_folder import find_model_folder, parse_folds
     from nnunetv2_mstkd.inference.prediction import is_written, predict_cases
     from nnunetv2_mstkd.inference.record import Record, record_name, write_json
     from nnunetv2_mstkd.inference.selection import select
+    from nnunetv2_mstkd.nnunet.model import load_predictor, set_student
+    from nnunetv2_mstkd.nnunet.model_folder import find_model_folder, parse_folds
 
     device = torch_device(args.device)
     folder = args.m or find_model_folder(args.d, args.tr, args.p, args.c)

@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Restore all predictions; exit code 1 if some could not be, which are listed."""
     from nnunetv2_mstkd.commands.predict import refuse_same_folder
     from nnunetv2_mstkd.dataset_conversion.restoring import restoration, restore_file
-    from nnunetv2_mstkd.inference.model_folder import check_description, find_dataset_folder, read_json
+    from nnunetv2_mstkd.nnunet.model_folder import check_description, find_dataset_folder, read_json
 
     if not args.i.is_dir():
         raise FileNotFoundError(f"no folder {args.i}")
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
 def _post_processing(how: Restoration, min_et: int | None) -> Callable[[np.ndarray], np.ndarray] | None:
     if min_et is None:
         return None
-    from nnunetv2_mstkd.evaluation.postprocessing import relabel_small_region
+    from nnunetv2_mstkd.metrics.postprocessing import relabel_small_region
 
     if how.enhancing is None or how.small_et_becomes is None:
         raise ValueError("--min-et: the data set has no class ET, or its table names none to take its place")

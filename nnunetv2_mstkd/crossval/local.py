@@ -11,9 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunetv2_mstkd.console_scripts import command_path
 from nnunetv2_mstkd.crossval.marks import Mark
 from nnunetv2_mstkd.crossval.steps import Step
+from nnunetv2_mstkd.processes import command_path
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 20.0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.crossval.steps import Step
-from nnunetv2_mstkd.whole_files import scratch_file
+from nnunetv2_mstkd.images.atomic import scratch_file
 
 UNKNOWN_TO_SLURM = ("invalid job id",)
 

@@ -110,9 +110,9 @@ def teacher_of(model: Training, plans: dict, fold: int) -> Training | None:
     ValueError
         if nnU-Net finds no trainer of that name.
     """
-    from nnunetv2_mstkd.settings import BLOCK, Settings
-    from nnunetv2_mstkd.trainers.distillation import DistillationTrainer
-    from nnunetv2_mstkd.trainers.teacher import teacher_configuration
+    from nnunetv2_mstkd.training.distillation import DistillationTrainer
+    from nnunetv2_mstkd.training.settings import BLOCK, Settings
+    from nnunetv2_mstkd.training.teacher import teacher_configuration
 
     trainer = find_trainer(model.trainer)
     if not issubclass(trainer, DistillationTrainer):
@@ -136,7 +136,8 @@ def find_trainer(name: str) -> type:
     """
     from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-    from nnunetv2_mstkd import _register, trainers
+    from nnunetv2_mstkd import methods as trainers
+    from nnunetv2_mstkd.nnunet import registration as _register
 
     if name in trainers.__all__:
         return getattr(trainers, name)

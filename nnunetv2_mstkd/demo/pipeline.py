@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd import configuration, modalities
+from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.demo import inputs, steps
+from nnunetv2_mstkd.nnunet import configuration
 from nnunetv2_mstkd.phantom.dataset import write_dataset
-from nnunetv2_mstkd.settings import TERMS
+from nnunetv2_mstkd.training.settings import TERMS
 
 DATASET = 901
 NAME = "Demo"
@@ -239,7 +240,7 @@ class Demo:
 
 
 def _finished_epochs(fold: Path) -> int:
-    from nnunetv2_mstkd import checkpoints
+    from nnunetv2_mstkd.nnunet import checkpoints
 
     for name in ("checkpoint_final.pth", "checkpoint_latest.pth"):
         if (fold / name).is_file():

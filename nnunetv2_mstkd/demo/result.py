@@ -11,7 +11,7 @@ import pandas as pd
 import SimpleITK as sitk
 
 from nnunetv2_mstkd.demo.inputs import JOIN
-from nnunetv2_mstkd.evaluation.metrics import dice
+from nnunetv2_mstkd.metrics.overlap import dice
 
 SHORT = {"whole tumor": "WT", "tumor core": "TC", "enhancing tumor": "ET"}
 

@@ -14,8 +14,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mstkd.console_scripts import command_path
-from nnunetv2_mstkd.whole_files import scratch_file
+from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.processes import command_path
 
 BAR = "{desc:<26}{percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
@@ -68,7 +68,7 @@ class State:
 
 def environment(folder: Path, *, threads_for_preprocessing: bool, data_workers: int | None) -> dict[str, str]:
     """Environment of nnU-Net's commands: all paths inside ``folder``, our trainers found, a small machine."""
-    from nnunetv2_mstkd._register import EXTERNAL_TRAINERS, TRAINER_PATH
+    from nnunetv2_mstkd.nnunet.registration import EXTERNAL_TRAINERS, TRAINER_PATH
 
     variables = dict(os.environ)
     for name, sub in (("nnUNet_raw", "raw"), ("nnUNet_preprocessed", "preprocessed"), ("nnUNet_results", "results")):

@@ -14,9 +14,9 @@ import pandas as pd
 from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, TRAINER, VALUE
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.evaluation.strips import CaseStrip, read_strip, write_strip
-from nnunetv2_mstkd.file_names import check_file_name
 from nnunetv2_mstkd.inference.record import write_json
 from nnunetv2_mstkd.modalities import SEPARATOR
+from nnunetv2_mstkd.nnunet.file_names import check_file_name
 
 FOLDER = "cases"
 RUN = "run.json"

@@ -17,15 +17,15 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
-from nnunetv2_mstkd.dataset_conversion.geometry import TOLERANCE
 from nnunetv2_mstkd.evaluation.scoring import Rules, read_label
 from nnunetv2_mstkd.evaluation.strips import View, choose_view
-from nnunetv2_mstkd.inference.case_steps import preprocess_case
+from nnunetv2_mstkd.images.geometry import TOLERANCE
 from nnunetv2_mstkd.inference.checks import Checker, listed
 from nnunetv2_mstkd.inference.input_folder import Case, find_cases
-from nnunetv2_mstkd.inference.model_folder import read_json
 from nnunetv2_mstkd.modalities import modality_names
-from nnunetv2_mstkd.nnunet_folders import nnunet_folder
+from nnunetv2_mstkd.nnunet.case_steps import preprocess_case
+from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+from nnunetv2_mstkd.nnunet.model_folder import read_json
 
 DATA_KEYS = (
     "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data",

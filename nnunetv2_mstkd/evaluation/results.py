@@ -14,8 +14,8 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.conventions import METRICS, metric_named
-from nnunetv2_mstkd.whole_files import scratch_file
+from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.metrics.conventions import METRICS, metric_named
 
 MODEL = "model"
 TRAINER = "trainer"

@@ -14,9 +14,10 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_mstkd.dataset_conversion.completeness import check_complete
-from nnunetv2_mstkd.evaluation import metrics
-from nnunetv2_mstkd.evaluation.conventions import (
+from nnunetv2_mstkd.evaluation.strips import View
+from nnunetv2_mstkd.images.completeness import check_complete
+from nnunetv2_mstkd.metrics import overlap as metrics
+from nnunetv2_mstkd.metrics.conventions import (
     BRATS,
     DICE,
     HD95,
@@ -31,8 +32,7 @@ from nnunetv2_mstkd.evaluation.conventions import (
     empty_rules_text,
     lesion_convention_named,
 )
-from nnunetv2_mstkd.evaluation.lesionwise import lesionwise_regions
-from nnunetv2_mstkd.evaluation.strips import View
+from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 
 NEAR = 0.05
 """Logit. Another size of the stack moves logits by rounding, far less than this; farther voxels keep their label."""
@@ -56,7 +56,7 @@ class Rules:
     labels:
         all values that a label image may have, the ignore label among them.
     metrics:
-        names from :data:`~nnunetv2_mstkd.evaluation.conventions.METRICS`.
+        names from :data:`~nnunetv2_mstkd.metrics.conventions.METRICS`.
     ignore_label:
         voxels with it count neither as predicted nor as reference; None: there is no such label.
     convention, lesion_convention:

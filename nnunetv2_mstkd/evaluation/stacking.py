@@ -78,7 +78,7 @@ class SubsetPredictor:
     Parameters
     ----------
     predictor:
-        from :func:`~nnunetv2_mstkd.inference.model.load_predictor`; it is used up, predict with this object only.
+        from :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`; it is used up, predict with this object only.
     stack:
         the largest number of subsets in one forward pass; 1 gives the logits of nnU-Net's predictor bit for bit. It
         is halved where the device's memory does not suffice.

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_mstkd.whole_files import scratch_file
+from nnunetv2_mstkd.images.atomic import scratch_file
 
 LONGEST = 256
 """Pixels of a picture at most; larger slices are thinned out."""

@@ -118,7 +118,7 @@ def evaluate_cases(
     Parameters
     ----------
     predictor:
-        from :func:`~nnunetv2_mstkd.inference.model.load_predictor`; it is used up.
+        from :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`; it is used up.
     cases:
         checked, all of them for the weights of ``predictor``.
     subsets:

@@ -10,9 +10,9 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.dataset_conversion.geometry import Geometry
-from nnunetv2_mstkd.inference.image_files import read_checked
+from nnunetv2_mstkd.images.geometry import Geometry
 from nnunetv2_mstkd.inference.input_folder import Case, Problem
+from nnunetv2_mstkd.nnunet.reading import read_checked
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.inference.case_steps import export_case, preprocess_case
 from nnunetv2_mstkd.inference.input_folder import Case
-from nnunetv2_mstkd.inference.model import plain_network, set_availability
 from nnunetv2_mstkd.inference.presence_gate import PresenceGate
 from nnunetv2_mstkd.inference.workers import ahead, workers
+from nnunetv2_mstkd.nnunet.case_steps import export_case, preprocess_case
+from nnunetv2_mstkd.nnunet.model import plain_network, set_availability
 
 
 def is_written(name: str, output: Path, file_ending: str, save_probabilities: bool) -> bool:
@@ -43,7 +43,7 @@ def predict_cases(
     Parameters
     ----------
     predictor:
-        from :func:`~nnunetv2_mstkd.inference.model.load_predictor`.
+        from :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`.
     cases:
         checked, with at least one image each.
     output:

@@ -1,6 +1,6 @@
 """Deleting labels and regions of which a network says, after a whole case, that there is nothing (AdaMM's LGRM).
 
-Only a network with an attribute ``gate`` above 0 takes part; see :class:`nnunetv2_mstkd.networks.adaptive_unet`.
+Only a network with an attribute ``gate`` above 0 takes part; see :class:`nnunetv2_mstkd.methods.adamm.network`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.images.atomic import scratch_file
 from nnunetv2_mstkd.inference.input_folder import Case
-from nnunetv2_mstkd.whole_files import scratch_file
 
 SAVE_INTERVAL = 2.0
 """Seconds between two versions of the file: thousands of cases would otherwise write it thousands of times."""

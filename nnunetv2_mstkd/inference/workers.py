@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
-PRELOADED = "nnunetv2_mstkd.inference.case_steps"
+PRELOADED = "nnunetv2_mstkd.nnunet.case_steps"
 """Brings torch and nnU-Net, whose import takes seconds."""
 
 

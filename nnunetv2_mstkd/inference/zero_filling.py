@@ -13,10 +13,10 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
-from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
-from nnunetv2_mstkd.dataset_conversion.geometry import read_image
-from nnunetv2_mstkd.inference.image_files import read_checked, read_grid
+from nnunetv2_mstkd.images.completeness import written_whole
+from nnunetv2_mstkd.images.geometry import read_image
 from nnunetv2_mstkd.inference.input_folder import Case
+from nnunetv2_mstkd.nnunet.reading import read_checked, read_grid
 
 
 def fill_folder(

@@ -15,7 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunetv2_mstkd.dataset_conversion.completeness import written_whole
+from nnunetv2_mstkd.images.completeness import written_whole
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 

@@ -1,7 +1,0 @@
-"""Where nnU-Net finds the trainers of nnunetv2_mstkd by name; they are defined in the installed package."""
-
-from nnunetv2_mstkd import error_line
-from nnunetv2_mstkd.trainers import *  # noqa: F403  (everything in nnunetv2_mstkd.trainers.__all__)
-
-# the only module of this package that nnU-Net's commands import
-error_line.install()

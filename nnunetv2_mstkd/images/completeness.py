@@ -1,0 +1,153 @@
+"""Whether an image file is all there: ITK reads a truncated or damaged NIfTI file as zeros, without a word."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import SimpleITK as sitk
+
+from nnunetv2_mstkd.images.geometry import read_geometry, read_image
+
+NIFTI_ENDINGS = (".nii", ".nii.gz")
+GIPL_HEADER_BYTES = 256
+VOXELS_AT_A_TIME = 1 << 20
+GZIP = 31
+"""zlib's window size for a gzip stream."""
+
+
+def check_complete(path: Path) -> int:
+    """Refuse a truncated NIfTI or GIPL file: ITK reads zeros or leftovers for the missing rest, without a word.
+
+    Other formats are left to their readers, which notice.
+
+    Returns
+    -------
+    Number of NaN and infinite voxels of a NIfTI file, which ITK hides too; 0 for other formats.
+
+    Raises
+    ------
+    ValueError
+        if bytes are missing, a compressed file fails its checksum, or the header cannot be read.
+    """
+    name = path.name.lower()
+    if name.endswith(NIFTI_ENDINGS):
+        return _check_nifti(path, gzip.open if name.endswith(".gz") else open)
+    if name.endswith(".gipl"):
+        voxels = math.prod(read_geometry(path).size)
+        reader = sitk.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.ReadImageInformation()
+        expected = GIPL_HEADER_BYTES + voxels * sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+        _refuse_truncated(path.stat().st_size, expected)
+    return 0
+
+
+def _check_nifti(path: Path, opened: Callable) -> int:
+    try:
+        header: Any = nibabel.load(path)
+        start, dtype, voxels = header.dataobj.offset, header.dataobj.dtype, math.prod(header.shape)
+    except Exception as error:  # nibabel has errors of many kinds for a damaged header
+        raise ValueError(f"cannot be read: {last_line(error)}") from error
+    expected = start + voxels * dtype.itemsize
+    found = not_finite = 0
+    try:
+        with opened(path, "rb") as file:
+            found = len(file.read(start))
+            while chunk := file.read(VOXELS_AT_A_TIME * dtype.itemsize):
+                if np.issubdtype(dtype, np.floating):
+                    left = max(0, expected - found) // dtype.itemsize
+                    there = min(left, len(chunk) // dtype.itemsize)
+                    not_finite += count_not_finite(np.frombuffer(chunk, dtype, there))
+                found += len(chunk)
+    except EOFError as error:
+        raise ValueError(f"is truncated: its compressed data end after {found} bytes of the image") from error
+    except (OSError, zlib.error) as error:
+        raise ValueError(f"is damaged or cannot be read: {last_line(error)}") from error
+    _refuse_truncated(found, expected)
+    return not_finite
+
+
+def _refuse_truncated(found: int, expected: int) -> None:
+    if found < expected:
+        raise ValueError(f"is truncated: it has {found} of {expected} bytes")
+
+
+def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
+    """Whether the checksum in a ``.nii.gz`` file is that of its header and of `voxels`.
+
+    It costs a tenth of decompressing the file, which another library has done to get `voxels`. True means that the file
+    is complete and that nothing was changed on the way, not even NaN. False means nothing: the file may be of another
+    format, be damaged, be scaled by its header, or be compressed in several parts; :func:`check_complete` finds out.
+
+    Parameters
+    ----------
+    path
+        The file.
+    voxels
+        What was read from it, in the order and type of the file.
+    """
+    if not path.name.lower().endswith(".nii.gz"):
+        return False
+    try:
+        with path.open("rb") as file:
+            start = file.read(1 << 16)
+            file.seek(-8, 2)
+            checksum, length = (int(value) for value in np.frombuffer(file.read(8), "<u4"))
+        header = zlib.decompressobj(GZIP).decompress(start, nibabel.Nifti1Header.single_vox_offset)
+        offset = int(nibabel.Nifti1Header(header[: nibabel.Nifti1Header.sizeof_hdr], check=False)["vox_offset"])
+        header = zlib.decompressobj(GZIP).decompress(start, offset) if offset > 0 else b""
+        if len(header) != offset or length != (offset + voxels.nbytes) % (1 << 32):
+            return False
+        return zlib.crc32(np.ascontiguousarray(voxels), zlib.crc32(header)) == checksum
+    except (OSError, ValueError, zlib.error, nibabel.spatialimages.HeaderDataError):
+        return False
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[None]:
+    """Refuse an image that the block has written if it is not whole.
+
+    On a full disk ITK writes what has room of a NIfTI or small NRRD file, and says nothing; for MHA it tells at length.
+    The readers of formats other than NIfTI notice what is missing.
+
+    Raises
+    ------
+    OSError
+        naming the file.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("itk(::)? ?error", str(error), re.IGNORECASE):
+            raise
+        raise _not_whole(path, last_line(error)) from error
+    try:
+        check_complete(path)
+        if not path.name.lower().endswith(NIFTI_ENDINGS):
+            read_image(path)
+    except ValueError as error:
+        raise _not_whole(path, str(error)) from error
+
+
+def _not_whole(path: Path, reason: str) -> OSError:
+    return OSError(f"{path} could not be written whole ({reason}); is the disk full?")
+
+
+def count_not_finite(values: np.ndarray) -> int:
+    """Return the number of NaN and infinite values."""
+    return values.size - int(np.count_nonzero(np.isfinite(values)))
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error: ITK's first ones say where in ITK."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,20 @@
+"""The trainers that ``-tr`` finds."""
+
+from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTeacherTrainer, AdaMMTrainer
+from nnunetv2_mstkd.methods.medmap.trainer import MedMAPMSTKDTrainer, MedMAPTrainer
+from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
+from nnunetv2_mstkd.training.base import FullModalityTrainer
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
+
+__all__ = [
+    "AdaMMTeacherTrainer",
+    "AdaMMTrainer",
+    "FullModalityTrainer",
+    "MSTKDTeacherTrainer",
+    "MSTKDTrainer",
+    "MedMAPMSTKDTrainer",
+    "MedMAPTrainer",
+    "ModalityDropoutTrainer",
+    "SMMLTrainer",
+]

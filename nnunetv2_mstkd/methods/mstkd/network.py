@@ -1,0 +1,422 @@
+"""The plans' U-Net with a multi-scale transformer between encoder and decoder.
+
+MST-KDNet (MICCAI 2025) puts transformer blocks on the 1/32 grid of a fixed 160 x 192 x 128 crop and merges hidden
+states of several depths into the decoder, as UNETR does. Here encoder and decoder are those that nnU-Net planned, of
+any dimension, width and number of stages, and every addition starts as an exact identity: the projections that lead
+back into the U-Net are zero-initialised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from nnunetv2_mstkd.methods.mstkd.attention import TransformerBlock
+from nnunetv2_mstkd.networks.plans_unet import Geometry, Halves, build_unet
+
+MIN_STYLE_POSITIONS = 512
+"""Style is matched on the deepest decoder stage with at least this many positions (8^3)."""
+
+FLOPS_SHARE = 0.05
+PARAMETER_SHARE = 0.5
+"""Blocks and pyramids together cost at most these shares of the U-Net's own; depth is reduced from 12 to fit."""
+
+MAX_DEPTH = 12
+"""Transformer blocks in the paper."""
+
+
+class Features(NamedTuple):
+    """What a training step reads from one forward pass; nothing of it is computed in prediction.
+
+    Attributes
+    ----------
+    logits:
+        what the plans' network returns: (B, K, *spatial), or a list of these, finest first, under deep supervision.
+    attention:
+        maps of the tapped blocks, shallow to deep, each (B, heads, N, N); empty unless asked for.
+    maps:
+        multi-scale maps z of MS-TKD, deep to shallow, each (B, width of the stage, *grid of the stage).
+    f_enc, f_t, f_dec:
+        encoder stage, transformer pyramid and decoder stage on the style grid (GSME), each (B, channels, *grid).
+    alignment:
+        scalar alignment loss of a network that aligns its modalities (MedMAP); None for others.
+    """
+
+    logits: torch.Tensor | list[torch.Tensor]
+    attention: tuple[torch.Tensor, ...]
+    maps: tuple[torch.Tensor, ...]
+    f_enc: torch.Tensor
+    f_t: torch.Tensor
+    f_dec: torch.Tensor
+    alignment: torch.Tensor | None = None
+
+
+def token_patch(grid: Sequence[int], max_tokens: int) -> tuple[int, ...]:
+    """Smallest patch edge P (the paper's P) that cuts ``grid`` into at most ``max_tokens`` tokens; 1 if none is needed.
+
+    An axis shorter than P is cut by its own length only.
+    """
+    for edge in range(1, max(grid) + 1):
+        patch = tuple(min(edge, size) for size in grid)
+        if math.prod(math.ceil(size / step) for size, step in zip(grid, patch, strict=True)) <= max_tokens:
+            return patch
+    return tuple(grid)
+
+
+def resolve(network: dict[str, Any], architecture_kwargs: dict, patch_size: Sequence[int]) -> dict[str, Any]:
+    """Fill the nulls of the ``network`` settings from the plans.
+
+    Parameters
+    ----------
+    network:
+        section ``network`` of the settings as a plain dict.
+    architecture_kwargs, patch_size:
+        of the plans configuration.
+
+    Returns
+    -------
+    The section with every key set. Depth starts at 12 (the paper's) and falls by ``taps`` until blocks and pyramids
+    cost at most 5 % of the U-Net's multiply-adds and 50 % of its parameters, but not below 4 blocks.
+
+    Raises
+    ------
+    ValueError
+        if a given number does not fit the network (heads that do not divide the width, more taps than stages).
+    """
+    geometry = Geometry.of(architecture_kwargs, patch_size)
+    width, grid = geometry.widths[-1], geometry.grids[-1]
+    stages = len(geometry.widths)
+    if stages < 2:
+        raise ValueError(f"the plans' network has {stages} stage; the multi-scale transformer needs at least 2")
+    resolved = dict(network)
+    resolved["taps"] = min(4, stages) if network["taps"] is None else network["taps"]
+    if resolved["taps"] > stages:
+        raise ValueError(
+            f"setting network.taps is {resolved['taps']}, expected at most the {stages} stages of the plans"
+        )
+    resolved["heads"] = default_heads(width) if network["heads"] is None else network["heads"]
+    if width % resolved["heads"]:
+        raise ValueError(
+            f"setting network.heads is {resolved['heads']}, expected a divisor of the bottleneck width {width}"
+        )
+    patch = token_patch(grid, network["max_tokens"]) if network["patch"] is None else tuple(network["patch"])
+    if len(patch) != len(grid) or any(edge > size for edge, size in zip(patch, grid, strict=True)):
+        raise ValueError(
+            f"setting network.patch is {list(patch)}, expected {len(grid)} edges of at most those of the bottleneck "
+            f"grid, {list(grid)}"
+        )
+    resolved["patch"] = list(patch)
+    if network["depth"] is None:
+        resolved["depth"] = _affordable_depth(geometry, architecture_kwargs, resolved)
+    elif network["depth"] % resolved["taps"]:
+        raise ValueError(
+            f"setting network.depth is {network['depth']}, expected a multiple of taps ({resolved['taps']})"
+        )
+    return resolved
+
+
+def default_heads(width: int) -> int:
+    """Number of heads of 32 ... 64 channels, as near to 48 as can be; where no divisor gives that, the nearest one."""
+    divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
+    return min(divisors, key=lambda h: (not 32 <= width // h <= 64, abs(math.log2(width / h / 48)), h))
+
+
+def _affordable_depth(geometry: Geometry, architecture_kwargs: dict, resolved: dict[str, Any]) -> int:
+    unet_parameters, unet_flops = _unet_cost(geometry, architecture_kwargs)
+    width, taps = geometry.widths[-1], resolved["taps"]
+    tokens = math.prod(math.ceil(e / p) for e, p in zip(geometry.grids[-1], resolved["patch"], strict=True))
+    pyramid_parameters, pyramid_flops = _pyramid_cost(geometry, taps)
+    patching = width**2 * math.prod(resolved["patch"])  # of the convolution into tokens, and of the one back
+    pyramid_parameters += 2 * patching
+    pyramid_flops += (1 + taps) * patching * tokens
+    block_parameters = (4 + 2 * resolved["mlp_ratio"]) * width**2
+    block_flops = block_parameters * tokens + 2 * tokens**2 * width
+    floor = taps * math.ceil(4 / taps)
+    for depth in range(taps * (MAX_DEPTH // taps), floor, -taps):
+        parameters = pyramid_parameters + depth * block_parameters
+        flops = pyramid_flops + depth * block_flops
+        if parameters <= PARAMETER_SHARE * unet_parameters and flops <= FLOPS_SHARE * unet_flops:
+            return depth
+    return floor
+
+
+def _convolutions(architecture_kwargs: dict, stage: int, stages: int, decoder: bool) -> int:
+    key = "n_conv_per_stage_decoder" if decoder else "n_conv_per_stage"
+    count = architecture_kwargs.get(key)
+    if count is None:  # residual blocks of two convolutions each
+        blocks = architecture_kwargs["n_blocks_per_stage"]
+        return 2 * (blocks if isinstance(blocks, int) else blocks[stage])
+    if isinstance(count, int):
+        return count
+    return count[stages - 2 - stage] if decoder else count[stage]
+
+
+def _unet_cost(geometry: Geometry, architecture_kwargs: dict) -> tuple[float, float]:
+    """Parameters and multiply-adds of one forward pass of the plans' U-Net.
+
+    What depends on the numbers of modalities and labels is left out, so the shares taken of them are safe.
+    """
+    stages = len(geometry.widths)
+    parameters = flops = 0.0
+    # the stem before residual blocks already gives the first width; a plain encoder's first convolution is left out
+    below = 0 if "n_conv_per_stage" in architecture_kwargs else geometry.widths[0]
+    for stage, (width, grid) in enumerate(zip(geometry.widths, geometry.grids, strict=True)):
+        kernel = architecture_kwargs["kernel_sizes"][stage]
+        taps = math.prod(kernel) if isinstance(kernel, (list, tuple)) else kernel ** len(grid)
+        count = _convolutions(architecture_kwargs, stage, stages, decoder=False)
+        weights = taps * (below * width + (count - 1) * width**2)
+        if stage < stages - 1:
+            deeper = geometry.widths[stage + 1] * width * math.prod(geometry.strides[stage + 1])
+            decoder = taps * width**2 * (1 + _convolutions(architecture_kwargs, stage, stages, decoder=True))
+            flops += deeper * math.prod(geometry.grids[stage + 1])
+            parameters += deeper
+            weights += decoder
+        parameters += weights
+        flops += weights * math.prod(grid)
+        below = width
+    return parameters, flops
+
+
+def _pyramid_cost(geometry: Geometry, taps: int) -> tuple[float, float]:
+    """The same for the transposed convolutions and the projections back into the U-Net."""
+    parameters = float(geometry.widths[-1] ** 2)
+    flops = parameters * math.prod(geometry.grids[-1])
+    for level in range(1, taps):
+        incoming = geometry.widths[-1]
+        for step in range(1, level + 1):
+            width = geometry.widths[-1 - step]
+            weights = incoming * width * math.prod(geometry.strides[-step])
+            parameters += weights
+            flops += weights * math.prod(geometry.grids[-step])
+            incoming = width
+        parameters += incoming**2
+        flops += incoming**2 * math.prod(geometry.grids[-1 - level])
+    return parameters, flops
+
+
+class MultiScaleTransformer(nn.Module):
+    """Bottleneck tokens through transformer blocks, hidden states back at several scales (MST-KDNet, Fig. 1).
+
+    Hidden state i of ``taps``, counted from the last block, is brought to the i-th stage above the bottleneck by
+    repeated transposed convolutions with the plans' own strides and widths; that map is z_i of eq. (4). A
+    zero-initialised 1x1 projection adds it to the skip connection.
+
+    Parameters
+    ----------
+    geometry:
+        sizes of the U-Net.
+    depth, heads, taps, patch, mlp_ratio:
+        resolved ``network`` settings, see :func:`resolve`.
+    """
+
+    def __init__(
+        self, geometry: Geometry, *, depth: int, heads: int, taps: int, patch: Sequence[int], mlp_ratio: float
+    ) -> None:
+        super().__init__()
+        width, dimensions = geometry.widths[-1], len(geometry.grids[-1])
+        convolution: type[Any] = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
+        transposed: type[Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
+        self.patch = tuple(patch)
+        self.tapped = tuple(depth // taps * (index + 1) - 1 for index in range(taps))
+        tokens = [math.ceil(edge / step) for edge, step in zip(geometry.grids[-1], self.patch, strict=True)]
+        self.embed = convolution(width, width, self.patch, self.patch)
+        self.position = nn.Parameter(torch.zeros(1, width, *tokens))
+        nn.init.trunc_normal_(self.position, std=0.02)
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(taps))
+        self.unpatch = transposed(width, width, self.patch, self.patch)
+        self.pyramids = nn.ModuleList()
+        self.projections = nn.ModuleList([convolution(width, width, 1)])
+        for level in range(1, taps):
+            layers: list[nn.Module] = []
+            incoming = width
+            for step in range(1, level + 1):
+                stride, outgoing = geometry.strides[-step], geometry.widths[-1 - step]
+                if step > 1:
+                    layers.append(nn.LeakyReLU(inplace=True))
+                layers.append(transposed(incoming, outgoing, stride, stride))
+                incoming = outgoing
+            self.pyramids.append(nn.Sequential(*layers))
+            self.projections.append(convolution(incoming, incoming, 1))
+        for parameter in self.projections.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self, bottleneck: torch.Tensor, *, return_attention: bool
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
+        """Return (additions to the skips, multi-scale maps, attention maps).
+
+        The first two are ordered deep to shallow (level 0 is the bottleneck itself), the attention maps shallow to
+        deep; they are empty unless ``return_attention``.
+        """
+        grid = bottleneck.shape[2:]
+        x = self._pad(bottleneck)
+        x = self.embed(x)
+        token_grid = x.shape[2:]
+        x = (x + self._position_on(token_grid)).flatten(2).transpose(1, 2)
+        hidden, attention = [], []
+        for index, block in enumerate(self.blocks):
+            tapped = index in self.tapped
+            x, scores = block(x, return_attention=return_attention and tapped)
+            if tapped:
+                hidden.append(x)
+                if scores is not None:
+                    attention.append(scores)
+        maps, additions = [], []
+        for level, state in enumerate(reversed(hidden)):
+            state = self.norms[level](state).transpose(1, 2).unflatten(2, token_grid)
+            state = self._crop(self.unpatch(state), grid)
+            if level > 0:
+                state = self.pyramids[level - 1](state)
+            maps.append(state)
+            additions.append(self.projections[level](state))
+        return additions, maps, attention
+
+    def _pad(self, x: torch.Tensor) -> torch.Tensor:
+        """Zero-pad at the far end of each axis to a multiple of the token patch."""
+        missing = [-size % step for size, step in zip(x.shape[2:], self.patch, strict=True)]
+        if not any(missing):
+            return x
+        return functional.pad(x, [edge for size in reversed(missing) for edge in (0, size)])
+
+    @staticmethod
+    def _crop(x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
+        for axis, size in enumerate(grid):
+            x = x.narrow(axis + 2, 0, size)
+        return x
+
+    def _position_on(self, grid: Sequence[int]) -> torch.Tensor:
+        if tuple(grid) == tuple(self.position.shape[2:]):
+            return self.position
+        mode = "trilinear" if len(grid) == 3 else "bilinear"
+        return functional.interpolate(self.position, size=tuple(grid), mode=mode, align_corners=False)
+
+
+class MultiScaleTransformerUNet(nn.Module):
+    """The plans' network with :class:`MultiScaleTransformer` in between.
+
+    ``encoder`` and ``decoder`` are the modules of PlainConvUNet or ResidualEncoderUNet and keep their names in the
+    state dict, so that weights of the plain network load and nnU-Net finds ``decoder.deep_supervision``.
+
+    Parameters
+    ----------
+    unet:
+        a network with ``encoder`` and ``decoder`` of dynamic_network_architectures.
+    geometry, network:
+        sizes and resolved settings.
+    """
+
+    def __init__(self, unet: Halves, geometry: Geometry, network: dict[str, Any]) -> None:
+        super().__init__()
+        self.encoder, self.decoder = unet.encoder, unet.decoder
+        self.transformer = MultiScaleTransformer(
+            geometry,
+            depth=network["depth"],
+            heads=network["heads"],
+            taps=network["taps"],
+            patch=network["patch"],
+            mlp_ratio=network["mlp_ratio"],
+        )
+        self.style_level = style_level(geometry, network["taps"])
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        return_features: bool = False,
+        return_attention: bool = False,
+        pool_encoder: bool = False,
+    ) -> torch.Tensor | list[torch.Tensor] | Features:
+        """Segment a batch.
+
+        Parameters
+        ----------
+        x:
+            shape (B, C, *spatial); absent modalities are zero.
+        return_features:
+            also return what the distillation terms read.
+        return_attention:
+            compute the attention maps explicitly (needs ``return_features``).
+        pool_encoder:
+            f_enc as in the paper: max-pooled from the encoder stage above the style grid.
+
+        Returns
+        -------
+        Exactly what the plans' network returns (a tensor, or a list under deep supervision), or :class:`Features`.
+        """
+        skips = list(self.encoder(x))
+        additions, maps, attention = self.transformer(skips[-1], return_attention=return_attention)
+        f_enc: Any = self._encoder_feature(skips, pool_encoder) if return_features else None
+        for level, addition in enumerate(additions):
+            skips[-1 - level] = skips[-1 - level] + addition
+        f_dec: Any = None
+        outputs = []
+        low, last = skips[-1], len(self.decoder.stages) - 1
+        for stage in range(len(self.decoder.stages)):
+            low = torch.cat((self.decoder.transpconvs[stage](low), skips[-(stage + 2)]), 1)
+            low = self.decoder.stages[stage](low)
+            if stage + 1 == self.style_level:
+                f_dec = low
+            if self.decoder.deep_supervision or stage == last:
+                outputs.append(self.decoder.seg_layers[stage](low))
+        logits = outputs[::-1] if self.decoder.deep_supervision else outputs[0]
+        if not return_features:
+            return logits
+        return Features(logits, tuple(attention), tuple(maps), f_enc, maps[self.style_level], f_dec)
+
+    def _encoder_feature(self, skips: list[torch.Tensor], pool: bool) -> torch.Tensor:
+        own = skips[-1 - self.style_level]
+        if not pool or self.style_level + 2 > len(skips):
+            return own
+        above = skips[-2 - self.style_level]
+        stride = [a // b for a, b in zip(above.shape[2:], own.shape[2:], strict=True)]
+        pooling = functional.max_pool3d if own.ndim == 5 else functional.max_pool2d
+        return pooling(above, stride, stride)
+
+    def transformer_parameters(self) -> list[nn.Parameter]:
+        """Parameters that the plain U-Net does not have."""
+        return list(self.transformer.parameters())
+
+
+def style_level(geometry: Geometry, taps: int) -> int:
+    """Stages above the bottleneck at which style is matched; never the bottleneck itself.
+
+    The deepest decoder stage of at least 512 positions that has a pyramid level, else the largest that has one.
+    """
+    for level in range(1, taps):
+        if math.prod(geometry.grids[-1 - level]) >= MIN_STYLE_POSITIONS:
+            return level
+    return taps - 1
+
+
+def build(
+    architecture_class: str,
+    architecture_kwargs: dict,
+    requires_import: Sequence[str],
+    patch_size: Sequence[int],
+    network: dict[str, Any],
+    num_input_channels: int,
+    num_output_channels: int,
+    deep_supervision: bool,
+) -> MultiScaleTransformerUNet:
+    """Build the network from the plans; ``network`` is the resolved section (see :func:`resolve`).
+
+    Raises
+    ------
+    ValueError
+        if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
+    """
+    unet = build_unet(
+        architecture_class,
+        architecture_kwargs,
+        requires_import,
+        num_input_channels,
+        num_output_channels,
+        deep_supervision,
+    )
+    return MultiScaleTransformerUNet(unet, Geometry.of(architecture_kwargs, patch_size), network)

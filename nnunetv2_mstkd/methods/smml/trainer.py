@@ -1,0 +1,286 @@
+"""SMML on nnU-Net: two students under two subsets that teach one another, guided by a semantic prior."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.methods.smml import losses as mutual
+from nnunetv2_mstkd.methods.smml import semantic_prior
+from nnunetv2_mstkd.methods.smml.network import MutualNet, StudentOutput, build
+from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
+from nnunetv2_mstkd.networks.plans_unet import check_architecture
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, StepLoss, Target
+from nnunetv2_mstkd.training.optimizers import build_optimizer
+from nnunetv2_mstkd.training.settings import BLOCK, Settings, SettingsError
+
+
+class SMMLTrainer(ModalityDropoutTrainer):
+    """SMML: "Semantic-guided masked mutual learning" (AAAI 2025, arXiv 2507.07592).
+
+    Both students see the same patch under two different subsets. Each has its own segmentation loss, the pixel-level
+    and the feature-level constraint with the other as teacher, and, with a prior, the guidance of its refinement
+    network. The other's side of a constraint is detached, so that one backward pass serves both. Refinement networks
+    and prior stay outside the network: a trained model predicts without them.
+    """
+
+    network_sections: ClassVar[tuple[str, ...]] = ("smml",)
+    refiners: torch.nn.ModuleList | None = None
+    average: semantic_prior.MovingAverage | None = None
+    _file_network: semantic_prior.FileNetwork | None = None
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        check_architecture(configuration_manager.network_arch_class_name)
+        sampler = settings.sampler
+        if sampler.kind in ("fixed", "weighted") and len(sampler.subsets or sampler.weights) < 2:
+            raise SettingsError(
+                "the sampler has one subset; the two students need two different ones. Name at least two in "
+                "sampler.subsets or sampler.weights"
+            )
+
+    @staticmethod
+    def build_network_architecture(
+        plans_manager,
+        configuration_manager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> MutualNet:
+        """The network as its plans describe it; called by training and, on the class, by prediction."""
+        return build(
+            configuration_manager.network_arch_class_name,
+            configuration_manager.network_arch_init_kwargs,
+            configuration_manager.network_arch_init_kwargs_req_import,
+            Settings.from_block(configuration_manager.configuration.get(BLOCK)).to_block()["smml"],
+            num_input_channels,
+            num_output_channels,
+            enable_deep_supervision,
+        )
+
+    def set_deep_supervision_enabled(self, enabled: bool) -> None:
+        for student in self.plain_network.students:
+            student.decoder.deep_supervision = enabled
+
+    # ---- refinement networks and prior -------------------------------------------------------------------------
+
+    def configure_optimizers(self):
+        """One optimiser over the students and their refinement networks, which are made here."""
+        smml = self.settings.smml
+        network = getattr(self.network, "_orig_mod", self.network)  # compiled, but not yet wrapped for DDP
+        trained = [network]
+        self.refiners = self.average = None
+        if smml.prior != "none":
+            heads = self.label_manager.num_segmentation_heads
+            self.refiners = torch.nn.ModuleList(
+                RefinementNet(student.encoder, self._num_modalities, heads, smml.refinement_width)
+                for student in network.students
+            ).to(self.device)
+            trained.append(self.refiners)
+        if smml.prior == "self":
+            self.average = semantic_prior.MovingAverage(network.students[0], smml.ema)
+        return build_optimizer(torch.nn.ModuleList(trained), self.settings.schedule, self.num_epochs, self.weight_decay)
+
+    def initialize(self) -> None:
+        super().initialize()
+        if self.is_ddp and self.settings.smml.sequential:
+            raise NotImplementedError(
+                "smml.sequential runs one student at a time, which training on several GPUs does not support; set it "
+                "to false"
+            )
+        self.refine: list[torch.nn.Module] = list(self.refiners or ())
+        if self.is_ddp:
+            device_ids = [self.local_rank] if self.device.type == "cuda" else None
+            self.refine = [DistributedDataParallel(refiner, device_ids=device_ids) for refiner in self.refine]
+
+    @property
+    def _num_modalities(self) -> int:
+        return len(modalities.modality_names(self.dataset_json))
+
+    def prepare_training(self) -> None:
+        super().prepare_training()
+        if self.current_epoch >= self.num_epochs:
+            return  # --c on a finished training only repeats the validation
+        if self.average is not None and not self._resumed:
+            self.average.restart(self.plain_network.students[0])
+        prior = self.settings.smml.prior
+        if prior == "checkpoint":
+            self._file_network = semantic_prior.FileNetwork(
+                self._prior_path,
+                heads=self.label_manager.num_segmentation_heads,
+                patch_size=self.configuration_manager.patch_size,
+                device=self.device,
+            )
+        if prior == "precomputed":
+            self.print_to_log_file(f"semantic prior: label maps of {self._prior_source()}")
+            semantic_prior.prepare_label_maps(
+                self._prior_source(),
+                self._prior_folder(),
+                super().get_tr_and_val_datasets()[0],
+                plans=self.plans_manager,
+                configuration=self.configuration_manager,
+                dataset_json=self.dataset_json,
+            )
+
+    @property
+    def _prior_path(self) -> Path:
+        """Of the priors that have one; the settings refuse those without."""
+        return Path(self.settings.smml.prior_path or "").expanduser()
+
+    def _prior_source(self) -> Path:
+        from nnunetv2.paths import nnUNet_raw
+
+        # an absolute path stays as it is
+        return Path(os.fspath(nnUNet_raw)) / self.plans_manager.dataset_name / self._prior_path
+
+    def _prior_folder(self) -> Path:
+        return Path(f"{self.preprocessed_dataset_folder}_prior")
+
+    def get_tr_and_val_datasets(self):
+        train, validation = super().get_tr_and_val_datasets()
+        if self.settings.smml.prior == "precomputed":
+            train = semantic_prior.PriorDataset(train, self._prior_folder())
+        return train, validation
+
+    def get_training_transforms(self, *args: Any, **kwargs: Any):
+        """nnU-Net's, with the label maps of the prior handed over once image and segmentation are in place."""
+        pipeline = super().get_training_transforms(*args, **kwargs)
+        if self.settings.smml.prior == "precomputed":
+            names = [type(transform).__name__ for transform in pipeline.transforms]
+            ends = [names.index(name) for name in semantic_prior.TARGET_TRANSFORMS if name in names]
+            pipeline.transforms.insert(min(ends, default=len(names)), semantic_prior.MovePriorToImage())
+        return pipeline
+
+    def _prior_maps(self, data: torch.Tensor, labels: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
+        """What each modality says about each class, (B, C, K, *spatial)."""
+        regions = self.label_manager.has_regions
+        if self.average is not None:
+            return self.average.maps(data, needed, regions)
+        if self._file_network is not None:
+            return self._file_network.maps(data, regions)
+        return semantic_prior.one_hot_maps(labels, self.label_manager)
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    def draw_partner(self, availability: torch.Tensor) -> torch.Tensor:
+        """The second student's subsets, each different from the first's: bool, (B, C), on the CPU."""
+        return self.sampler.sample_other(availability, generator=self._subset_generator)
+
+    def clipped_together(self) -> list[torch.nn.Module]:
+        return [*self.plain_network.students, *(self.refiners or ())]
+
+    @property
+    def warm(self) -> bool:
+        """Whether the pixel-level constraint and the guidance have begun."""
+        return self.iteration >= self.settings.smml.warmup * self.total_iterations
+
+    def compute_loss(self, data: torch.Tensor, target: Any, availability: torch.Tensor) -> StepLoss:
+        data, labels = data[:, : self._num_modalities], data[:, self._num_modalities :]
+        subsets = (availability, self.draw_partner(availability))
+        inputs = [modalities.mask_modalities(data, subset) for subset in subsets]
+        label = self.read_target(target[0] if isinstance(target, (list, tuple)) else target)
+        priors: list[torch.Tensor | None] = [None, None]
+        if self.refiners is not None:
+            maps = self._prior_maps(data, labels, (subsets[0] | subsets[1]).any(0).cpu())
+            priors = [modalities.mask_modalities(maps, subset) for subset in subsets]
+
+        if self.settings.smml.sequential:
+            with torch.no_grad():
+                peer = self.network(inputs[1], student=1)
+            # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
+            torch.clear_autocast_cache()
+            first = self.network(inputs[0], student=0)
+            loss, terms = self._student_loss(0, first, peer, target, label, priors[0])
+            with torch.autocast(self.device.type, enabled=False):
+                self.backward(loss)
+            first = _detached(first)
+            second = self.network(inputs[1], student=1)
+            other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
+            total = loss.detach() + other_loss
+        else:
+            first, second = self.network(inputs[0], other=inputs[1])
+            loss, terms = self._student_loss(0, first, second, target, label, priors[0])
+            other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
+            total = loss + other_loss
+        means = {name: (value + other_terms[name]) / 2 for name, value in terms.items()}
+        return StepLoss(total, means)
+
+    def _student_loss(
+        self,
+        number: int,
+        own: StudentOutput,
+        peer: StudentOutput,
+        target: Any,
+        label: Target,
+        prior: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of one student and its refinement network, and the terms without their weights."""
+        smml = self.settings.smml
+        heads = {"regions": self.label_manager.has_regions, "valid": label.valid}
+        logits, zero = _finest(own), _finest(own).new_zeros((), dtype=torch.float32)
+        terms = {"segmentation": self.loss(own.logits, target)}
+        total = terms["segmentation"]
+        if smml.pixel:
+            terms["pixel"] = zero
+            if self.warm:
+                terms["pixel"] = mutual.reliable_exchange(
+                    logits,
+                    _finest(peer),
+                    label.label,
+                    tau=smml.tau,
+                    require_correct=smml.require_correct,
+                    balanced=smml.balanced,
+                    **heads,
+                )
+            total = total + smml.pixel * terms["pixel"]
+        if smml.feature:
+            terms["feature"] = mutual.relational_consistency(
+                own.bottleneck, peer.bottleneck.detach(), _finest(peer).detach(), label.label, **heads
+            )
+            total = total + smml.feature * terms["feature"]
+        if prior is not None:
+            refined = self.refine[number](prior, logits, regions=self.label_manager.has_regions)
+            deep = isinstance(own.logits, (list, tuple))
+            terms["refinement"] = (self.loss.loss if deep else self.loss)(refined, target[0] if deep else target)
+            total = total + terms["refinement"]
+            if smml.guidance:
+                terms["guidance"] = mutual.refined_guidance(logits, refined, **heads) if self.warm else zero
+                total = total + smml.guidance * terms["guidance"]
+        return total, terms
+
+    def after_update(self, batch: dict) -> None:
+        super().after_update(batch)
+        if self.average is not None:
+            self.average.update(self.plain_network.students[0])
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        state = super().extra_state()
+        if self.refiners is not None:
+            state["refiners"] = self.refiners.state_dict()
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        if self.refiners is not None and "refiners" in state:
+            self.refiners.load_state_dict(state["refiners"])
+        if self.average is not None and "average" in state:
+            self.average.load_state_dict(state["average"])
+
+
+def _finest(output: StudentOutput) -> torch.Tensor:
+    return output.logits[0] if isinstance(output.logits, (list, tuple)) else output.logits
+
+
+def _detached(output: StudentOutput) -> StudentOutput:
+    """Without the graph, so that its memory is free."""
+    return StudentOutput(_finest(output).detach(), output.bottleneck.detach())

@@ -1,0 +1,1 @@
+"""Segmentation metrics and the conventions for empty masks."""

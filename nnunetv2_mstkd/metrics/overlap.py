@@ -1,0 +1,178 @@
+"""Metrics of a pair of masks: overlap and volume here, surfaces and lesions in their own modules.
+
+:func:`score` computes all of them in one go. Masks are boolean arrays; make one from a segmentation with ``np.isin``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from nnunetv2_mstkd.metrics.conventions import (
+    BRATS,
+    DICE,
+    HD95,
+    NSD,
+    PRECISION,
+    RELATIVE_VOLUME_ERROR,
+    SENSITIVITY,
+    VOLUME_ERROR,
+    empty_value,
+)
+from nnunetv2_mstkd.metrics.masks import MM3_PER_ML, check_masks, check_spacing, image_diagonal
+from nnunetv2_mstkd.metrics.surface import (
+    check_hd95_variant,
+    check_tolerance,
+    hd95,
+    hd95_of,
+    normalized_surface_dice,
+    normalized_surface_dice_of,
+    surface_distances,
+)
+
+__all__ = [
+    "dice",
+    "hd95",
+    "normalized_surface_dice",
+    "precision",
+    "relative_volume_error",
+    "score",
+    "sensitivity",
+    "volume_error_ml",
+]
+
+
+def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
+    """Dice coefficient 2 |P and R| / (|P| + |R|) of two masks.
+
+    Parameters
+    ----------
+    prediction, reference:
+        bool, equal shape.
+    convention:
+        the rule for empty masks: ``"brats"`` (both empty: 1) or ``"nnunet"`` (both empty: NaN, left out of the mean).
+
+    Raises
+    ------
+    ValueError
+        for wrong masks or an unknown convention.
+    """
+    return _overlap(DICE, prediction, reference, convention)
+
+
+def sensitivity(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
+    """Share of the reference that was found, |P and R| / |R|. Parameters and errors as for :func:`dice`."""
+    return _overlap(SENSITIVITY, prediction, reference, convention)
+
+
+def precision(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
+    """Share of the prediction that is right, |P and R| / |P|. Parameters and errors as for :func:`dice`."""
+    return _overlap(PRECISION, prediction, reference, convention)
+
+
+def relative_volume_error(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
+    """Signed error of the volume, (|P| - |R|) / |R|; -1 where everything was missed. Parameters as for :func:`dice`."""
+    return _overlap(RELATIVE_VOLUME_ERROR, prediction, reference, convention)
+
+
+def volume_error_ml(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
+    """Signed error of the volume in millilitres; positive where the prediction is too large.
+
+    Parameters
+    ----------
+    prediction, reference:
+        bool, equal shape.
+    spacing:
+        millimetres, in the order of the array's axes.
+    """
+    check_masks(prediction, reference)
+    steps = check_spacing(spacing, prediction.ndim)
+    return _volume_error(int(prediction.sum()), int(reference.sum()), steps)
+
+
+def score(
+    prediction: np.ndarray,
+    reference: np.ndarray,
+    spacing: Sequence[float],
+    *,
+    convention: str = BRATS,
+    tolerance: float = 1.0,
+    hd95_variant: str = "pooled",
+) -> dict[str, float]:
+    """All metrics of a pair of masks, by name, with each voxel counted and each surface found once.
+
+    Parameters
+    ----------
+    prediction, reference:
+        bool, equal shape.
+    spacing:
+        millimetres, in the order of the array's axes.
+    convention:
+        the rule for empty masks.
+    tolerance:
+        of the normalised surface Dice, millimetres.
+    hd95_variant:
+        see :func:`~nnunetv2_mstkd.metrics.surface.hd95`.
+
+    Returns
+    -------
+    dict with the keys dice, hd95, nsd, sensitivity, precision, volume_error_ml and relative_volume_error.
+
+    Raises
+    ------
+    ValueError
+        for wrong masks, spacing, tolerance, variant or convention.
+    """
+    check_masks(prediction, reference)
+    check_tolerance(tolerance)
+    check_hd95_variant(hd95_variant)
+    steps = check_spacing(spacing, prediction.ndim)
+    counts = _counts(prediction, reference)
+    scores = {name: _from_counts(name, counts, convention) for name in (DICE, SENSITIVITY, PRECISION)}
+    scores[VOLUME_ERROR] = _volume_error(counts[1], counts[2], steps)
+    scores[RELATIVE_VOLUME_ERROR] = _from_counts(RELATIVE_VOLUME_ERROR, counts, convention)
+    empty = {"prediction_empty": counts[1] == 0, "reference_empty": counts[2] == 0}
+    if any(empty.values()):
+        diagonal = image_diagonal(prediction.shape, steps)
+        for name in (HD95, NSD):
+            value = empty_value(name, convention, diagonal=diagonal, **empty)
+            assert value is not None, "no formula exists for a distance to nothing"
+            scores[name] = value
+    else:
+        distances = surface_distances(prediction, reference, steps)
+        scores[HD95] = hd95_of(distances, variant=hd95_variant)
+        scores[NSD] = normalized_surface_dice_of(distances, tolerance)
+    return scores
+
+
+def _counts(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int, int]:
+    """Voxels of the overlap, of the prediction and of the reference."""
+    return (
+        int(np.count_nonzero(prediction & reference)),
+        int(np.count_nonzero(prediction)),
+        int(np.count_nonzero(reference)),
+    )
+
+
+def _overlap(metric: str, prediction: np.ndarray, reference: np.ndarray, convention: str) -> float:
+    check_masks(prediction, reference)
+    return _from_counts(metric, _counts(prediction, reference), convention)
+
+
+def _from_counts(metric: str, counts: tuple[int, int, int], convention: str) -> float:
+    both, predicted, wanted = counts
+    value = empty_value(metric, convention, prediction_empty=predicted == 0, reference_empty=wanted == 0)
+    if value is not None:
+        return value
+    if metric == DICE:
+        return 2 * both / (predicted + wanted)
+    if metric == SENSITIVITY:
+        return both / wanted
+    if metric == PRECISION:
+        return both / predicted
+    return (predicted - wanted) / wanted
+
+
+def _volume_error(predicted: int, wanted: int, spacing: tuple[float, ...]) -> float:
+    return (predicted - wanted) * float(np.prod(spacing)) / MM3_PER_ML

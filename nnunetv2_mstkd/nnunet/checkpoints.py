@@ -1,0 +1,125 @@
+"""Reading, writing and identifying checkpoint files of nnU-Net and of this package."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunetv2_mstkd.images.atomic import scratch_file
+
+
+def _allowed_types() -> list[Any]:
+    """The types besides tensors and plain Python that nnU-Net's checkpoints hold: NumPy scalars in its log."""
+    scalar = np.float64(0).__reduce__()[0]
+    dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
+    return [
+        (scalar, "numpy.core.multiarray.scalar"),
+        (scalar, "numpy._core.multiarray.scalar"),
+        np.dtype,
+        *sorted(dtypes, key=lambda dtype: dtype.__name__),
+    ]
+
+
+def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Read a checkpoint without executing anything in it (``weights_only``).
+
+    Raises
+    ------
+    FileNotFoundError
+        if there is no such file.
+    ValueError
+        if the file is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist")
+    with path.open("rb") as file:  # here, so that a file without read permission is not called damaged
+        try:
+            with torch.serialization.safe_globals(_allowed_types()):
+                content = torch.load(file, map_location=device, weights_only=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # damaged bytes can make an unpickler raise anything
+            foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+            if foreign:
+                raise ValueError(
+                    f"checkpoint {path} is refused: it asks to import {foreign[1]}, which no nnU-Net checkpoint needs; "
+                    f"nothing of it was executed"
+                ) from error
+            raise ValueError(
+                f"checkpoint {path} is damaged, truncated or no checkpoint ({type(error).__name__}, "
+                f"{path.stat().st_size} bytes); train or copy it again"
+            ) from error
+    if not isinstance(content, Mapping) or "network_weights" not in content:
+        raise ValueError(f"{path} is no nnU-Net checkpoint: it has no network_weights")
+    weights = content["network_weights"]
+    if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
+        raise ValueError(f"{path} is no nnU-Net checkpoint: its network_weights are not a table of tensors")
+    return dict(content)
+
+
+def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
+    """Write a checkpoint so that ``path`` is at any moment absent, the old file or the whole new one.
+
+    Raises
+    ------
+    OSError
+        if it cannot be written: no room, no permission.
+    """
+    path = Path(path)
+    try:
+        with scratch_file(path) as scratch, scratch.open("wb") as file:
+            torch.save(dict(content), file)
+            file.flush()
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:
+        # PyTorch's writer hides the reason behind a RuntimeError of its own
+        hidden = error.__context__
+        reason = hidden if isinstance(hidden, OSError) else error
+        raise OSError(
+            f"checkpoint {path} could not be written ({' '.join(str(reason).split())}); what was there before is "
+            f"untouched. Make room, or the folder writable, and continue with --c"
+        ) from error
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """SHA-256 over the sorted tensor names and the tensors' bytes.
+
+    Not over the file: the archive inside a checkpoint changes with the file's name.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        digest.update(f"{name}|{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()
+
+
+def load_matching(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """Copy the tensors of equal name and shape into ``network``.
+
+    Returns
+    -------
+    Names loaded, and names of the network that kept their own values. A tensor with two names (nnU-Net's decoder
+    holds the encoder once more) is loaded if it is found under one of them.
+
+    Raises
+    ------
+    ValueError
+        if nothing matches.
+    """
+    own = network.state_dict()
+    fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
+    if not fitting:
+        raise ValueError("no tensor of the checkpoint has the name and shape of one of the network; is it another one?")
+    network.load_state_dict({**own, **fitting})
+    loaded = {own[name].data_ptr() for name in fitting}
+    return sorted(fitting), sorted(name for name in own if name not in fitting and own[name].data_ptr() not in loaded)

@@ -1,0 +1,255 @@
+"""Figures of an evaluation (heat map, curve over the number of modalities, Shapley bars) and of a comparison.
+
+They are drawn without pyplot, so that no window system is asked for and nothing global is kept.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
+from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.metrics.conventions import metric_named
+from nnunetv2_mstkd.statistics.bootstrap import cube, mean
+from nnunetv2_mstkd.statistics.shapley import MODALITY
+from nnunetv2_mstkd.statistics.tests import AGAINST, DIFFERENCE
+
+COLORS = "colorblind"
+
+
+def heat_map(results: pd.DataFrame, *, metric: str = "dice", models: Sequence[str] | None = None) -> Figure:
+    """Mean of every subset (rows) and region (columns), a panel per model, all on one scale.
+
+    Parameters
+    ----------
+    results:
+        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    metric, models:
+        which values; default Dice of all models.
+    """
+    data = cube(results, metric, models=models)
+    factor, label = _scale(metric)
+    means = mean(data.values, axis=1) * factor
+    panels = len(data.models)
+    width = 1.6 + 0.09 * max(map(len, data.subsets)) + panels * max(1.9, 0.6 * len(data.regions))
+    figure = _figure(width, 1.4 + 0.26 * len(data.subsets))
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    finite = means[np.isfinite(means)]
+    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    better = metric_named(metric).better
+    colors = "viridis" if better > 0 else "viridis_r"
+    for axis, model, values in zip(axes, data.models, means, strict=True):
+        sns.heatmap(
+            values,
+            ax=axis,
+            vmin=low,
+            vmax=high,
+            cmap=colors,
+            annot=True,
+            fmt=".1f",
+            annot_kws={"size": 8},
+            cbar=False,
+            xticklabels=data.regions,
+            yticklabels=data.subsets,
+        )
+        axis.set_title(model, fontsize=10)
+        axis.tick_params(axis="x", rotation=0, labelsize=9, length=0)
+        axis.tick_params(axis="y", rotation=0, labelsize=8, length=0)
+    figure.colorbar(axes[-1].collections[0], ax=axes.tolist(), label=label, fraction=0.05, pad=0.02)
+    return figure
+
+
+def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice", region: str | None = None) -> Figure:
+    """Mean against the number of available modalities with its interval, a line per model and a panel per region.
+
+    Parameters
+    ----------
+    counts:
+        from :func:`~nnunetv2_mstkd.statistics.tests.mean_by_count`.
+    metric:
+        the one that it was made of, for the labels.
+    region:
+        the only one to draw; default all.
+    """
+    regions = list(dict.fromkeys(counts[REGION])) if region is None else [region]
+    models = list(dict.fromkeys(counts[MODEL]))
+    _refuse_empty(counts[counts[REGION].isin(regions)], "the table of means by number of modalities")
+    factor, label = _scale(metric)
+    figure = _figure(1.2 + 2.6 * len(regions), 3.2 if len(models) == 1 else 3.6)
+    axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
+    colors = sns.color_palette(COLORS, len(models))
+    for axis, name in zip(axes, regions, strict=True):
+        for number, (model, color) in enumerate(zip(models, colors, strict=True)):
+            part = counts[(counts[REGION] == name) & (counts[MODEL] == model)].sort_values(MODALITIES)
+            # a little apart, or the intervals of different models hide each other
+            shift = 0.08 * (number - (len(models) - 1) / 2)
+            values = part[VALUE].to_numpy() * factor
+            distances = _distances(part, factor)
+            places = part[MODALITIES].to_numpy() + shift
+            axis.errorbar(places, values, distances, label=model, color=color, marker="o", markersize=4, capsize=2)
+        axis.set_title(name, fontsize=10)
+        axis.set_xlabel("available modalities")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _tidy(axis)
+    axes[0].set_ylabel(label)
+    _legend(figure, axes[0], len(models))
+    return figure
+
+
+def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
+    """Shapley value of each modality with its interval, a group of bars per modality and a panel per region.
+
+    Parameters
+    ----------
+    values:
+        from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
+    metric:
+        the one that it was made of, for the labels.
+    """
+    _refuse_empty(values, "the table of Shapley values")
+    regions, models, names = (list(dict.fromkeys(values[column])) for column in (REGION, MODEL, MODALITY))
+    factor, label = _scale(metric)
+    figure = _figure(1.2 + len(regions) * max(2.4, 0.5 * len(names)), 3.2 if len(models) == 1 else 3.6)
+    axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
+    colors = sns.color_palette(COLORS, len(models))
+    width = 0.8 / len(models)
+    for axis, region in zip(axes, regions, strict=True):
+        for number, (model, color) in enumerate(zip(models, colors, strict=True)):
+            part = values[(values[REGION] == region) & (values[MODEL] == model)].set_index(MODALITY).loc[names]
+            heights = part[VALUE].to_numpy() * factor
+            distances = _distances(part, factor)
+            places = np.arange(len(names)) + width * (number - (len(models) - 1) / 2)
+            axis.bar(places, heights, 0.9 * width, yerr=distances, label=model, color=color, ecolor="0.3", capsize=2)
+        axis.set_title(region, fontsize=10)
+        axis.set_xticks(np.arange(len(names)), names)
+        axis.axhline(0, color="0.3", linewidth=0.8)
+        _tidy(axis)
+    axes[0].set_ylabel(f"Shapley value, {label}")
+    _legend(figure, axes[0], len(models))
+    return figure
+
+
+def differences_plot(
+    overall: pd.DataFrame, by_count: pd.DataFrame, by_subset: pd.DataFrame, *, metric: str = "dice"
+) -> Figure:
+    """Paired differences of models with their intervals: over all subsets, by number of modalities, and by subset.
+
+    Parameters
+    ----------
+    overall:
+        from :func:`~nnunetv2_mstkd.statistics.tests.compare`.
+    by_count, by_subset:
+        from ``compare_by_count`` and ``compare_subsets`` of each pair, with the columns model and against.
+    metric:
+        the one that they were made of, for the labels.
+
+    Returns
+    -------
+    A panel per region, a row per subset or group of subsets and a colour per pair of models.
+    """
+    _refuse_empty(by_subset, "the table of differences by subset")
+    regions = list(dict.fromkeys(by_subset[REGION]))
+    counts = {
+        number: f"{number} modalit{'y' if number == 1 else 'ies'}" for number in dict.fromkeys(by_count[MODALITIES])
+    }
+    rows = ["all subsets", *counts.values(), *dict.fromkeys(by_subset[SUBSET])]
+    table = pd.concat(
+        [
+            overall.assign(row=rows[0]),
+            by_count.assign(row=by_count[MODALITIES].map(counts)),
+            by_subset.assign(row=by_subset[SUBSET]),
+        ],
+        ignore_index=True,
+    )
+    pairs = list(dict.fromkeys(zip(overall[MODEL], overall[AGAINST], strict=True)))
+    factor, label = _scale(metric)
+    width = 1.2 + 0.07 * max(map(len, rows)) + 2.6 * len(regions)
+    figure = _figure(width, 1.6 + (0.2 + 0.07 * len(pairs)) * len(rows))
+    axes = figure.subplots(1, len(regions), sharey=True, sharex=True, squeeze=False)[0]
+    places = {name: place for place, name in enumerate(rows)}
+    colors = sns.color_palette(COLORS, len(pairs))
+    for axis, region in zip(axes, regions, strict=True):
+        axis.axvline(0, color="0.3", linewidth=0.8)
+        for number, (model, against) in enumerate(pairs):
+            of_pair = (table[MODEL] == model) & (table[AGAINST] == against)
+            part = table[of_pair & (table[REGION] == region)].rename(columns={DIFFERENCE: VALUE})
+            shift = 0.6 * (number - (len(pairs) - 1) / 2) / len(pairs)
+            heights = part["row"].map(places).to_numpy() + shift
+            axis.errorbar(
+                part[VALUE].to_numpy() * factor,
+                heights,
+                xerr=_distances(part, factor),
+                label=f"{model} - {against}",
+                color=colors[number],
+                linestyle="none",
+                marker="o",
+                markersize=4,
+                capsize=2,
+            )
+        axis.axhline(len(counts) + 0.5, color="0.8", linewidth=0.8)
+        axis.set_title(region, fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="x", color="0.9")
+        axis.set_axisbelow(True)
+    axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
+    axes[0].set_ylim(len(rows) - 0.4, -0.6)
+    figure.supxlabel(f"difference of {label.replace('(%)', '(points)')}", fontsize=10)
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(len(pairs), 2), frameon=False, fontsize=9)
+    return figure
+
+
+def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
+    """Write a figure, whole or not at all; the ending of the name (png, pdf, svg) is the format."""
+    path = Path(path)
+    formats = figure.canvas.get_supported_filetypes()
+    ending = path.suffix.removeprefix(".").lower()
+    if ending not in formats:
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; expected .png, .pdf or .svg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with scratch_file(path) as scratch:
+        figure.savefig(scratch, format=ending, dpi=dpi)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _scale(metric: str) -> tuple[float, str]:
+    """Factor and label of an axis."""
+    kind = metric_named(metric)
+    return (100.0 if kind.unit == "%" else 1.0), f"{kind.label} ({kind.unit})"
+
+
+def _distances(table: pd.DataFrame, factor: float) -> np.ndarray:
+    """What error bars are made of: how far the limits lie below and above the value, shape (2, rows)."""
+    value, low, high = (table[column].to_numpy() * factor for column in (VALUE, "low", "high"))
+    return np.stack([value - low, high - value]).clip(0)
+
+
+def _tidy(axis) -> None:
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.grid(axis="y", color="0.9")
+    axis.set_axisbelow(True)
+
+
+def _legend(figure: Figure, axis, num_models: int) -> None:
+    if num_models > 1:
+        handles, labels = axis.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(num_models, 4), frameon=False)
+
+
+def _refuse_empty(table: pd.DataFrame, what: str) -> None:
+    if len(table) == 0:
+        raise ValueError(f"{what} has no rows to draw")

@@ -1,0 +1,1 @@
+"""Intervals, tests, Shapley values and comparisons of evaluated models."""

@@ -1,0 +1,483 @@
+"""Summaries and comparisons of models over all subsets of modalities.
+
+All functions take the long table of :mod:`~nnunetv2_mstkd.evaluation.results` and give a table back. Intervals come
+from resampled patients: pass ``patients`` where a patient has several cases. Shapley values are in
+:mod:`~nnunetv2_mstkd.statistics.shapley`, warnings about implausible results in
+:mod:`~nnunetv2_mstkd.statistics.plausibility`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from nnunetv2_mstkd.evaluation.results import CASE, MODALITIES, MODEL, REGION, SUBSET, VALUE
+from nnunetv2_mstkd.metrics.conventions import metric_named
+from nnunetv2_mstkd.statistics.bootstrap import (
+    AVERAGE,
+    SAMPLES,
+    Cube,
+    bootstrap_means,
+    cube,
+    interval,
+    mean,
+    patient_numbers,
+)
+
+LOW = "low"
+HIGH = "high"
+DIFFERENCE = "difference"
+AGAINST = "against"
+P = "p"
+P_CORRECTED = "p_corrected"
+
+CORRECTIONS = ("holm", "bonferroni")
+
+
+# ---- one model -----------------------------------------------------------------------------------------------------
+
+
+def summary(
+    results: pd.DataFrame,
+    *,
+    metric: str = "dice",
+    patients: Mapping[str, str] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Mean over all subsets with its interval, and the worst subset.
+
+    Returns
+    -------
+    Table with the columns model, region (each one and their ``average``), value, low, high, worst_subset, worst.
+    """
+    data = cube(results, metric)
+    everything, regions = _with_average(data.values, data.regions)
+    values, low, high = _estimates(mean(everything, axis=2), _Resampling(data.cases, patients, samples, seed), level)
+    by_subset = mean(everything, axis=1)
+    badness = _badness(by_subset, metric)
+    rows = []
+    for m, model in enumerate(data.models):
+        for r, region in enumerate(regions):
+            subset = _worst(badness[m, :, r])
+            worst = data.subsets[subset], by_subset[m, subset, r]
+            rows.append((model, region, values[m, r], low[m, r], high[m, r], *worst))
+    return pd.DataFrame(rows, columns=[MODEL, REGION, VALUE, LOW, HIGH, "worst_subset", "worst"])
+
+
+def mean_by_count(
+    results: pd.DataFrame,
+    *,
+    metric: str = "dice",
+    patients: Mapping[str, str] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Mean by number of available modalities, over all subsets of that size.
+
+    Returns
+    -------
+    Table with the columns model, region (each one and their ``average``), modalities, value, low, high.
+    """
+    data = cube(results, metric)
+    everything, regions = _with_average(data.values, data.regions)
+    sizes = np.unique(data.sizes)
+    per_case = np.stack([mean(everything[:, :, data.sizes == size], axis=2) for size in sizes], axis=2)
+    values, low, high = _estimates(per_case, _Resampling(data.cases, patients, samples, seed), level)
+    rows = [
+        (model, region, int(size), values[m, k, r], low[m, k, r], high[m, k, r])
+        for m, model in enumerate(data.models)
+        for r, region in enumerate(regions)
+        for k, size in enumerate(sizes)
+    ]
+    return pd.DataFrame(rows, columns=[MODEL, REGION, MODALITIES, VALUE, LOW, HIGH])
+
+
+def gap_to_full(
+    results: pd.DataFrame,
+    *,
+    metric: str = "dice",
+    patients: Mapping[str, str] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """How much each subset loses against the full input, case by case.
+
+    Returns
+    -------
+    Table with the columns model, region (each one and their ``average``), subset, modalities, value, low, high. A
+    positive value is a loss, whichever direction of the metric is better.
+    """
+    data = cube(results, metric)
+    badness = _badness(data.values, metric)
+    gaps, regions = _with_average(badness - badness[:, :, [data.full]], data.regions)
+    values, low, high = _estimates(gaps, _Resampling(data.cases, patients, samples, seed), level)
+    rows = [
+        (model, region, subset, int(data.sizes[k]), values[m, k, r], low[m, k, r], high[m, k, r])
+        for m, model in enumerate(data.models)
+        for r, region in enumerate(regions)
+        for k, subset in enumerate(data.subsets)
+        if k != data.full
+    ]
+    return pd.DataFrame(rows, columns=[MODEL, REGION, SUBSET, MODALITIES, VALUE, LOW, HIGH])
+
+
+# ---- several models ------------------------------------------------------------------------------------------------
+
+
+def compare(
+    results: pd.DataFrame,
+    *,
+    metric: str = "dice",
+    models: Sequence[str] | None = None,
+    baseline: str | None = None,
+    patients: Mapping[str, str] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Paired comparison of models; the value of a case is its mean over the subsets.
+
+    Difference and interval are over cases, resampled by patient. The two-sided Wilcoxon signed-rank test sees one
+    difference per patient, for it takes them as independent. Its p-values are corrected by Holm (1979) over all rows.
+
+    Parameters
+    ----------
+    results:
+        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    models:
+        two or more; default all.
+    baseline:
+        the model that all others are compared with; default each one with each other.
+    patients:
+        patient by case; None: every case is a patient.
+
+    Returns
+    -------
+    Table with the columns model, against, region (each one and their ``average``), difference (model - against), low,
+    high, p, p_corrected, cases, patients. Values that one of the two lacks (NaN) are left out of both. Errors of volume
+    are compared by their size.
+    """
+    data = cube(results, metric, models=models)
+    pairs = _pairs(data.models, baseline)
+    per_case, regions = _differences(data, metric, pairs)
+    resampling = _Resampling(data.cases, patients, samples, seed)
+    values, low, high = _estimates(per_case, resampling, level)
+    rows = []
+    for k, (first, second) in enumerate(pairs):
+        for r, region in enumerate(regions):
+            used = ~np.isnan(per_case[k, :, r])
+            numbers = int(used.sum()), len(np.unique(resampling.groups[used]))
+            estimate = values[k, r], low[k, r], high[k, r], wilcoxon(per_case[k, :, r], resampling.groups)
+            rows.append((data.models[first], data.models[second], region, *estimate, *numbers))
+    table = pd.DataFrame(rows, columns=[MODEL, AGAINST, REGION, DIFFERENCE, LOW, HIGH, P, "cases", "patients"])
+    table.insert(table.columns.get_loc(P) + 1, P_CORRECTED, corrected(table[P].to_numpy())[0])
+    return table
+
+
+def paired_differences(
+    results: pd.DataFrame, *, metric: str = "dice", models: Sequence[str] | None = None, baseline: str | None = None
+) -> pd.DataFrame:
+    """What :func:`compare` is about, case by case: differences of the means over all subsets.
+
+    Returns
+    -------
+    Table with the columns model, against, case, region (each one and their ``average``), difference (model - against).
+    """
+    data = cube(results, metric, models=models)
+    pairs = _pairs(data.models, baseline)
+    per_case, regions = _differences(data, metric, pairs)
+    rows = [
+        (data.models[first], data.models[second], case, region, per_case[k, c, r])
+        for k, (first, second) in enumerate(pairs)
+        for c, case in enumerate(data.cases)
+        for r, region in enumerate(regions)
+    ]
+    return pd.DataFrame(rows, columns=[MODEL, AGAINST, CASE, REGION, DIFFERENCE])
+
+
+def compare_subsets(
+    results: pd.DataFrame,
+    model: str,
+    against: str,
+    *,
+    metric: str = "dice",
+    patients: Mapping[str, str] | None = None,
+    correction: str = "holm",
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Paired comparison of two models subset by subset, with corrected tests and intervals.
+
+    There are m = subsets x regions comparisons. With Holm's correction the interval of the k-th smallest p-value has
+    the level 1 - (1 - level) / (m - k + 1), the one at which Holm's step-down procedure looks at it, so that intervals
+    and tests tell the same story; that all intervals hold together with probability ``level`` is only true for
+    ``"bonferroni"``, which gives each the level 1 - (1 - level) / m.
+
+    Returns
+    -------
+    Table with the columns subset, modalities, region, difference (model - against), low, high, level, p, p_corrected.
+    """
+    data = cube(results, metric, models=[model, against])
+    unsigned = _unsigned(data.values, metric)
+    differences = unsigned[0] - unsigned[1]
+    tested = _tested(differences, _Resampling(data.cases, patients, samples, seed), level, correction)
+    rows = [
+        (subset, int(data.sizes[k]), region, *(part[k, r] for part in tested))
+        for k, subset in enumerate(data.subsets)
+        for r, region in enumerate(data.regions)
+    ]
+    return pd.DataFrame(rows, columns=[SUBSET, MODALITIES, REGION, *_TESTED])
+
+
+def compare_by_count(
+    results: pd.DataFrame,
+    model: str,
+    against: str,
+    *,
+    metric: str = "dice",
+    patients: Mapping[str, str] | None = None,
+    correction: str = "holm",
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Paired comparison of two models by number of available modalities; see :func:`compare_subsets`.
+
+    The value of a case is its mean over the subsets of that size. Tests and intervals are corrected for the number of
+    sizes x regions.
+
+    Returns
+    -------
+    Table with the columns modalities, region (each one and their ``average``), difference (model - against), low, high,
+    level, p, p_corrected.
+    """
+    data = cube(results, metric, models=[model, against])
+    unsigned = _unsigned(data.values, metric)
+    differences, regions = _with_average(unsigned[0] - unsigned[1], data.regions)
+    sizes = np.unique(data.sizes)
+    per_case = np.stack([mean(differences[:, data.sizes == size], axis=1) for size in sizes], axis=1)
+    tested = _tested(per_case, _Resampling(data.cases, patients, samples, seed), level, correction)
+    rows = [
+        (int(size), region, *(part[k, r] for part in tested))
+        for k, size in enumerate(sizes)
+        for r, region in enumerate(regions)
+    ]
+    return pd.DataFrame(rows, columns=[MODALITIES, REGION, *_TESTED])
+
+
+def rank_table(
+    results: pd.DataFrame,
+    *,
+    metrics: Sequence[str] = ("dice",),
+    models: Sequence[str] | None = None,
+    patients: Mapping[str, str] | None = None,
+    samples: int = SAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
+) -> pd.DataFrame:
+    """Rank models as BraTS does, and tell how stable the ranking is.
+
+    Models are ranked within each case, subset, region and metric, ties sharing their mean rank; the mean of these ranks
+    decides. Stability as in Wiesenfarth et al., Sci. Rep. 11:2369 (2021): the ranking is repeated on resampled
+    patients.
+
+    Returns
+    -------
+    Table, best model first, with the columns model, rank, mean_rank, low, high (interval of the rank), first (share of
+    resamples in which the model, alone or tied, is best).
+
+    Raises
+    ------
+    ValueError
+        with fewer than two models, for values that are NaN, which have no rank (use the convention "brats"), and where
+        metrics were evaluated on different cases.
+    """
+    ranks: list[np.ndarray] = []
+    names: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()
+    for metric in metrics:
+        data = cube(results, metric, models=models)
+        if np.isnan(data.values).any():
+            raise ValueError(
+                f"the results have {metric} values that are left out (nan), and these have no rank; evaluate with the "
+                f"convention brats"
+            )
+        if names and (names, cases) != (data.models, data.cases):
+            raise ValueError(f"{metrics[0]} and {metric} were not evaluated for the same models and cases")
+        names, cases = data.models, data.cases
+        # (models, cases): the rank among models, averaged over subsets and regions
+        ranks.append(stats.rankdata(_badness(data.values, metric), axis=0).mean(axis=(2, 3)))
+    if len(names) < 2:
+        raise ValueError(f"a ranking needs at least two models, found {', '.join(names) or 'no metric'}")
+    per_case = np.mean(ranks, axis=0)
+    resampling = _Resampling(cases, patients, samples, seed)
+    means = per_case.mean(axis=1)
+    # rounded: means of the same ranks in another order must tie
+    resampled = stats.rankdata(resampling.means(per_case.T).round(9), axis=1, method="min").astype(float)
+    low, high = interval(resampled, resampling.groups, level)
+    first = (resampled == 1).mean(axis=0)
+    places = stats.rankdata(means.round(9), method="min").astype(int)
+    rows = zip(names, places, means, low, high, first, strict=True)
+    table = pd.DataFrame(rows, columns=[MODEL, "rank", "mean_rank", LOW, HIGH, "first"])
+    return table.sort_values("mean_rank", kind="stable", ignore_index=True)
+
+
+# ---- tests and corrections -----------------------------------------------------------------------------------------
+
+
+def wilcoxon(differences: np.ndarray, patients: np.ndarray) -> float:
+    """Two-sided p-value of the Wilcoxon signed-rank test on the patients' mean differences.
+
+    Parameters
+    ----------
+    differences:
+        shape (cases,); NaN are left out, zeros are dropped as Wilcoxon did.
+    patients:
+        shape (cases,), a number per patient.
+
+    Returns
+    -------
+    The p-value; 1 where all differences are zero, NaN where there are none.
+    """
+    used = ~np.isnan(differences)
+    if not used.any():
+        return float("nan")
+    numbers = patients[used]
+    means = np.bincount(numbers, differences[used])[np.unique(numbers)] / np.bincount(numbers)[np.unique(numbers)]
+    return float(stats.wilcoxon(means).pvalue) if means.any() else 1.0
+
+
+def corrected(p_values: np.ndarray, level: float = 0.95, correction: str = "holm") -> tuple[np.ndarray, np.ndarray]:
+    """Correct p-values for their number (Holm 1979, or Bonferroni).
+
+    Parameters
+    ----------
+    p_values:
+        shape (m,); NaN are no tests and stay NaN.
+    level:
+        of an interval without correction.
+
+    Returns
+    -------
+    Corrected p-values and the corrected levels of the matching intervals, shape (m,) each.
+    """
+    if correction not in CORRECTIONS:
+        raise ValueError(f"unknown correction {correction!r}; known are {', '.join(CORRECTIONS)}")
+    adjusted = np.full(len(p_values), np.nan)
+    tested = np.flatnonzero(~np.isnan(p_values))
+    factors = np.full(len(p_values), max(1, len(tested)), dtype=float)
+    if correction == "holm":
+        order = tested[np.argsort(p_values[tested], kind="stable")]
+        factors[order] = len(tested) - np.arange(len(tested))
+        adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * factors[order]))
+    else:
+        adjusted[tested] = np.minimum(1, p_values[tested] * factors[tested])
+    return adjusted, 1 - (1 - level) / factors
+
+
+class _Resampling:
+    """Who is resampled, how often, and from which seed."""
+
+    def __init__(self, cases: Sequence[str], patients: Mapping[str, str] | None, samples: int, seed: int) -> None:
+        self.groups = patient_numbers(cases, patients)
+        self.samples = samples
+        self.seed = seed
+
+    def means(self, values: np.ndarray) -> np.ndarray:
+        """Resampled means, shape (samples, K), of values of shape (cases, K)."""
+        return bootstrap_means(values, self.groups, self.samples, self.seed)
+
+
+def _estimates(
+    values: np.ndarray, resampling: _Resampling, level: float | np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Means over the cases with lower and upper limits.
+
+    Parameters
+    ----------
+    values:
+        shape (N, cases, ...).
+    level:
+        of the intervals: one for all, or shape (N, ...).
+
+    Returns
+    -------
+    Three arrays of shape (N, ...).
+    """
+    by_case = np.moveaxis(values, 1, 0)
+    shape = by_case.shape[1:]
+    levels = np.broadcast_to(level, shape).ravel()
+    low, high = interval(resampling.means(by_case.reshape(len(by_case), -1)), resampling.groups, levels)
+    return mean(by_case, axis=0), low.reshape(shape), high.reshape(shape)
+
+
+def _tested(differences: np.ndarray, resampling: _Resampling, level: float, correction: str) -> tuple[np.ndarray, ...]:
+    """Means of paired differences with corrected intervals and tests.
+
+    Parameters
+    ----------
+    differences:
+        shape (cases, K, regions).
+
+    Returns
+    -------
+    Arrays of shape (K, regions), one per entry of ``_TESTED``.
+    """
+    shape = differences.shape[1:]
+    columns = differences.reshape(len(differences), -1).T
+    p_values = np.array([wilcoxon(column, resampling.groups) for column in columns])
+    adjusted, levels = corrected(p_values, level, correction)
+    values, low, high = (part[0] for part in _estimates(differences[None], resampling, levels.reshape(1, *shape)))
+    return values, low, high, levels.reshape(shape), p_values.reshape(shape), adjusted.reshape(shape)
+
+
+_TESTED = (DIFFERENCE, LOW, HIGH, "level", P, P_CORRECTED)
+
+
+def _differences(data: Cube, metric: str, pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Differences of the means over all subsets, shape (pairs, cases, regions), and the names of the regions."""
+    values = _unsigned(data.values, metric)
+    differences, regions = _with_average(np.stack([values[a] - values[b] for a, b in pairs]), data.regions)
+    return mean(differences, axis=2), regions
+
+
+def _pairs(models: Sequence[str], baseline: str | None) -> list[tuple[int, int]]:
+    """Positions of the models of each comparison."""
+    if len(models) < 2:
+        raise ValueError(f"a comparison needs at least two models, found {', '.join(models)}")
+    if baseline is None:
+        return list(itertools.combinations(range(len(models)), 2))
+    if baseline not in models:
+        raise ValueError(f"the results have no model {baseline}; they have {', '.join(models)}")
+    return [(number, models.index(baseline)) for number, name in enumerate(models) if name != baseline]
+
+
+def _with_average(values: np.ndarray, regions: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Add the mean over the regions, the last axis, as one more where there are several and it is not there already."""
+    if len(regions) == 1 or AVERAGE in regions:
+        return values, regions
+    return np.concatenate([values, mean(values, axis=-1)[..., None]], axis=-1), (*regions, AVERAGE)
+
+
+def _unsigned(values: np.ndarray, metric: str) -> np.ndarray:
+    """Values of a metric whose sign says nothing about better or worse lose it."""
+    return np.abs(values) if metric_named(metric).better == 0 else values
+
+
+def _badness(values: np.ndarray, metric: str) -> np.ndarray:
+    """Values turned so that lower is better."""
+    return -values if metric_named(metric).better > 0 else _unsigned(values, metric)
+
+
+def _worst(badness: np.ndarray) -> int:
+    """Position of the worst value; the first one where all are NaN."""
+    return 0 if np.isnan(badness).all() else int(np.nanargmax(badness))

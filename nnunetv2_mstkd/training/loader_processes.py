@@ -1,0 +1,105 @@
+"""A data loader's process that dies is told in one line: nnU-Net's loaders show the tracebacks of three threads."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any
+
+from batchgenerators.dataloading import nondet_multi_threaded_augmenter
+from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
+
+from nnunetv2_mstkd.errors import wants_traceback
+
+DEAD = "background workers are no longer alive"
+"""What nnU-Net and batchgenerators say of dead processes, and of such that ended themselves after an error."""
+
+CAUSES = {
+    "SIGKILL": "the kernel does that where memory runs out",
+    "SIGBUS": "shared memory is full (/dev/shm; a container is given more with --shm-size)",
+}
+
+
+def started_by(make: Callable[[], Any]) -> tuple[Any, list[BaseProcess]]:
+    """The result of a call, and the processes that it has started."""
+    before = multiprocessing.active_children()
+    result = make()
+    return result, [process for process in multiprocessing.active_children() if process not in before]
+
+
+def cause_of_death(processes: Iterable[BaseProcess]) -> str:
+    """Why a data loader gave up, as far as its processes' exit codes tell.
+
+    Those that are ended from here get SIGTERM, and one that fails by itself prints why.
+    """
+    for process in processes:
+        code = process.exitcode
+        if code is not None and code < 0 and code != -signal.SIGTERM:
+            name = signal.Signals(-code).name
+            return f"was ended by {name}" + (f": {CAUSES[name]}" if name in CAUSES else "")
+    return "died; its own error, if it had one, stands above, and without one memory most likely ran out"
+
+
+@contextmanager
+def one_line_for_dead_processes(
+    where: Callable[[], str], processes: Callable[[], Iterable[BaseProcess]]
+) -> Iterator[None]:
+    """Turn what nnU-Net raises for a dead process of a data loader into one line.
+
+    Parameters
+    ----------
+    where:
+        says when it happened, for the message.
+    processes:
+        those of the data loaders.
+
+    Raises
+    ------
+    ChildProcessError
+        what happened, when, and what helps.
+    """
+    with _without_their_threads():
+        try:
+            yield
+        except RuntimeError as error:
+            if DEAD not in str(error):
+                raise
+            number = get_allowed_n_proc_DA()
+            raise ChildProcessError(
+                f"{where()} a process of the data loader {cause_of_death(processes())}. The last checkpoint is "
+                f"untouched: ask for more memory or use fewer processes (nnUNet_n_proc_DA={number // 2}, here "
+                f"{number}), and continue with --c"
+            ) from error
+
+
+@contextmanager
+def _without_their_threads() -> Iterator[None]:
+    """Keep the threads that collect batches from printing what the main thread is told anyway: of a dead process."""
+    previous = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        error = arguments.exc_value
+        # a handle whose process is gone cannot be opened
+        dead = isinstance(error, (OSError, EOFError)) or DEAD in str(error)
+        if not (dead and _is_collecting(arguments.exc_traceback)) or wants_traceback():
+            previous(arguments)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = previous
+
+
+def _is_collecting(traceback: TracebackType | None) -> bool:
+    code = nondet_multi_threaded_augmenter.results_loop.__code__
+    while traceback is not None:
+        if traceback.tb_frame.f_code is code:
+            return True
+        traceback = traceback.tb_next
+    return False

@@ -1,0 +1,125 @@
+"""Optimisers: nnU-Net's for the U-Net, AdamW for what a transformer adds, one object for both."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
+
+from nnunetv2_mstkd.training.settings import ScheduleSettings
+
+TRANSFORMER_WEIGHT_DECAY = 0.05
+WARMUP = 0.02
+"""Fraction of a training over which the transformer's rate rises from zero."""
+
+
+class JointOptimizer(torch.optim.Optimizer):
+    """Several optimisers behind the interface of one, so that nnU-Net saves, scales and steps them together.
+
+    ``param_groups`` lists the groups of all members, the first member's first; they are the members' own, so a rate
+    that is written there holds.
+    """
+
+    def __init__(self, *members: torch.optim.Optimizer) -> None:
+        self.members = members
+        super().__init__([group for member in members for group in member.param_groups], {})
+        self.param_groups = [group for member in members for group in member.param_groups]
+
+    def step(self, closure: Callable | None = None) -> Any:
+        # the closure once, not once per member: it would see half of the parameters moved
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for member in self.members:
+            member.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for member in self.members:
+            member.zero_grad(set_to_none=set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"members": [member.state_dict() for member in self.members]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for member, state in zip(self.members, state_dict["members"], strict=True):
+            member.load_state_dict(state)
+        self.param_groups = [group for member in self.members for group in member.param_groups]
+
+
+class WarmupPolyScheduler:
+    """Poly schedule (1 - epoch / epochs)^0.9 per group, nnU-Net's; groups with ``warmup`` rise linearly first.
+
+    nnU-Net's PolyLRScheduler writes one rate into every group; here each keeps its own ``initial_lr``. Within an
+    epoch only the warm-up moves, so the U-Net's rate is exactly nnU-Net's.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_steps: int, exponent: float = 0.9) -> None:
+        self.optimizer, self.max_steps, self.exponent = optimizer, max_steps, exponent
+
+    def step(self, current_step: float | None = None) -> None:
+        """Set the rates for ``current_step`` in epochs; a fraction counts within the epoch."""
+        progress = float(current_step or 0.0)
+        poly = (1 - int(progress) / self.max_steps) ** self.exponent
+        for group in self.optimizer.param_groups:
+            rise = min(1.0, (progress + 1e-3) / (WARMUP * self.max_steps)) if group.get("warmup") else 1.0
+            group["lr"] = group["initial_lr"] * poly * rise
+
+
+def _unet_optimizer(
+    parameters: Iterable[torch.nn.Parameter], schedule: ScheduleSettings, weight_decay: float
+) -> torch.optim.Optimizer:
+    groups = [{"params": list(parameters), "initial_lr": schedule.learning_rate}]
+    if schedule.optimizer == "sgd":
+        return torch.optim.SGD(groups, schedule.learning_rate, weight_decay=weight_decay, momentum=0.99, nesterov=True)
+    if schedule.optimizer == "adam":
+        return torch.optim.Adam(groups, schedule.learning_rate, betas=(0.9, 0.99))
+    return torch.optim.AdamW(groups, schedule.learning_rate, weight_decay=0.01)
+
+
+def build_optimizer(
+    network: torch.nn.Module,
+    schedule: ScheduleSettings,
+    epochs: int,
+    weight_decay: float,
+    added_modules: Iterable[torch.nn.Module] = (),
+) -> tuple[torch.optim.Optimizer, PolyLRScheduler | WarmupPolyScheduler]:
+    """Optimiser and scheduler of a network.
+
+    Parameters
+    ----------
+    network:
+        possibly compiled.
+    schedule:
+        names the optimiser of the U-Net and the rates.
+    epochs:
+        length of the poly schedule.
+    weight_decay:
+        nnU-Net's, for SGD.
+    added_modules:
+        what is trained with AdamW at ``transformer_lr`` (weight decay 0.05, none on norms, biases and positions)
+        unless the schedule names ``adam``, the published recipe's optimiser for everything.
+    """
+    added_modules = list(added_modules)
+    added = {id(parameter): parameter for module in added_modules for parameter in module.parameters()}
+    if not added or schedule.optimizer == "adam":
+        optimizer = _unet_optimizer(network.parameters(), schedule, weight_decay)
+        return optimizer, PolyLRScheduler(optimizer, schedule.learning_rate, epochs)
+    unet = [parameter for parameter in network.parameters() if id(parameter) not in added]
+    weights = [getattr(layer, "weight", None) for module in added_modules for layer in module.modules()]
+    decayed = {id(weight) for weight in weights if isinstance(weight, torch.nn.Parameter) and weight.ndim > 1}
+    groups = [
+        {
+            "params": [parameter for key, parameter in added.items() if (key in decayed) == decays],
+            "weight_decay": TRANSFORMER_WEIGHT_DECAY if decays else 0.0,
+            "initial_lr": schedule.transformer_lr,
+            "warmup": True,
+        }
+        for decays in (True, False)
+    ]
+    transformer = torch.optim.AdamW(groups, schedule.transformer_lr)
+    optimizer = JointOptimizer(_unet_optimizer(unet, schedule, weight_decay), transformer)
+    return optimizer, WarmupPolyScheduler(optimizer, epochs)
