@@ -15,6 +15,7 @@ from pathlib import Path
 from nnunetv2_mstkd.dataset_conversion.description import Description, alternatives
 from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES, releases_of_case
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 
 IMAGE_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 DEPTH = 5
@@ -97,7 +98,7 @@ def find_cases(
         files have another order.
     """
     if not source.is_dir():
-        raise FileNotFoundError(f"no folder {source}")
+        raise MissingFileError(f"no folder {source}")
     rules = _Rules(source, description, allow_missing, unlabelled_as_test, follow_links)
     if description.stack:
         found = _find_stacked(rules)
@@ -108,12 +109,12 @@ def find_cases(
     _refuse_clashes(source, found.names)
     for pattern in description.test_cases:
         if not any(fnmatchcase(name, pattern) for name in found.names):
-            raise ValueError(f"no case in {source} matches the test case {pattern!r}")
+            raise InputError(f"no case in {source} matches the test case {pattern!r}")
     if found.cases and all(case.is_test for case in found.cases):
-        raise ValueError(f"all {len(found.cases)} cases in {source} are test cases, expected at least one to train on")
+        raise InputError(f"all {len(found.cases)} cases in {source} are test cases, expected at least one to train on")
     unlabelled = [name for name, lines in found.problems.items() if any(line.startswith(LABEL) for line in lines)]
     if len(unlabelled) == len(found.names) > 1:
-        raise ValueError(
+        raise InputError(
             f"none of the {len(unlabelled)} cases in {source} has a label file "
             f"({' or '.join(alternatives(description.label))}): is it a validation set? There is nothing to train on"
         )
@@ -131,13 +132,13 @@ def _add(found: Found, name: str, result: tuple[Case, list[str]]) -> None:
 def _refuse_clashes(source: Path, names: list[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise ValueError(f"several cases in {source} are named {', '.join(twice)}, expected distinct names")
+        raise InputError(f"several cases in {source} are named {', '.join(twice)}, expected distinct names")
     by_folded = defaultdict(list)
     for name in names:
         by_folded[name.casefold()].append(name)
     for alike in by_folded.values():
         if len(alike) > 1:
-            raise ValueError(
+            raise InputError(
                 f"the cases {' and '.join(alike)} in {source} differ in upper and lower case only, and would "
                 "overwrite one another where file names do not tell these apart; rename one"
             )
@@ -154,7 +155,7 @@ def _folders(rules: _Rules) -> tuple[list[Path], Found]:
         key=lambda folder: folder.name,
     )
     if not folders:
-        raise ValueError(f"no folder in {source} matches {pattern!r}, expected one folder per case")
+        raise InputError(f"no folder in {source} matches {pattern!r}, expected one folder per case")
     _refuse_clashes(source, [folder.name for folder in folders])
     found, good = Found(), []
     for folder in folders:
@@ -182,12 +183,12 @@ def _release_folders(rules: _Rules) -> tuple[list[Path], Found]:
     example = RELEASES[description.release].example
     listed = "; ".join(f"{len(names)} of {key} such as {names[0]}" for key, names in others.items())
     if not ours:
-        raise ValueError(
+        raise InputError(
             f"no case folder of {description.release} in {source}, expected names such as {example}"
             + (f"; it holds cases of another release: {listed}" if others else "")
         )
     if others:
-        raise ValueError(f"{source} mixes {len(ours)} cases of {description.release} with {listed}; convert each apart")
+        raise InputError(f"{source} mixes {len(ours)} cases of {description.release} with {listed}; convert each apart")
     found = Found()
     for folder in strange:
         found.problems[str(folder.relative_to(source))] = [
@@ -290,7 +291,7 @@ def _find_stacked(rules: _Rules) -> Found:
     release = RELEASES[description.release]
     tops = [top for top in (source, *sorted(source.iterdir())) if (top / "imagesTr").is_dir()]
     if len(tops) != 1:
-        raise ValueError(
+        raise InputError(
             f"{len(tops)} folders imagesTr in {source}, expected one: give the folder that holds imagesTr and "
             f"labelsTr, as {description.release} unpacks"
         )
@@ -303,7 +304,7 @@ def _find_stacked(rules: _Rules) -> Found:
     _refuse_clashes(top, [path.name.removesuffix(".gz").removesuffix(".nii") for path in files])
     ours = [name for name in cases if re.fullmatch(release.case_names, name, re.ASCII)]
     if not ours:
-        raise ValueError(f"no case of {description.release} in {top / 'imagesTr'}, expected {release.example}.nii.gz")
+        raise InputError(f"no case of {description.release} in {top / 'imagesTr'}, expected {release.example}.nii.gz")
     for name in cases.keys() - set(ours):
         found.problems[name] = [f"its name is not as in {description.release} ({release.example}); rename or remove it"]
     for name in ours:
@@ -331,9 +332,9 @@ def _check_order(file: Path, description: Description) -> None:
         channels = content.get("modality", content.get("channel_names", {}))
         order = [canonical_modality(str(channels[key])) for key in sorted(channels, key=int)]
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"cannot read the order of the channels in {file}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read the order of the channels in {file}: {' '.join(str(error).split())}") from error
     if order and order != list(description.stack):
-        raise ValueError(
+        raise InputError(
             f"{file} says that the channels are {', '.join(order)}, but in {description.release} they are "
             f"{', '.join(description.stack)}"
         )

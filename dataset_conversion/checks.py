@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from nnunetv2_mstkd.dataset_conversion.cases import LABEL, Case
 from nnunetv2_mstkd.dataset_conversion.description import FILE_ENDING, Description
 from nnunetv2_mstkd.dataset_conversion.releases import meaning_of_value
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import GZIP, NIFTI_ENDINGS, check_complete, count_not_finite, is_proven_whole
 from nnunetv2_mstkd.images.geometry import TOLERANCE, Geometry, geometry_of, image_reader, read_image
 
@@ -268,7 +269,7 @@ def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> _Fil
     if not is_proven_whole(path, voxels):
         bad = max(check_complete(path), count_not_finite(voxels) if voxels.dtype.kind == "f" else 0)
         if bad:
-            raise ValueError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
+            raise InputError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
     checksum, header = _ends(path, headers, volumes)
     return _File(geometry, header.forms if header else None, _is_float(image), checksum, voxels, image)
 
@@ -311,7 +312,7 @@ def _ends(path: Path, headers: Headers, volumes: int) -> tuple[bytes, Header | N
                 _is_float(reader),
             )
     except (OSError, zlib.error, nibabel.spatialimages.HeaderDataError) as error:
-        raise ValueError(f"cannot be read: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot be read: {' '.join(str(error).split())}") from error
     found = headers[key]
     length = int.from_bytes(end[4:], "little") if compressed else size
     if (length != found.num_bytes % (1 << 32)) if compressed else (length < found.num_bytes):
@@ -346,7 +347,7 @@ def _label_values(voxels: np.ndarray, description: Description) -> tuple[np.ndar
     if values.dtype.kind == "f":
         whole = np.isfinite(values) & (values == np.rint(values))
         if not whole.all():
-            raise ValueError(f"holds {values[~whole][0]:g}, expected integers only")
+            raise InputError(f"holds {values[~whole][0]:g}, expected integers only")
     found = [int(value) for value in values]
     allowed: Mapping[int, int] = description.value_map
     wrong = [value for value in found if value not in allowed]
@@ -354,11 +355,11 @@ def _label_values(voxels: np.ndarray, description: Description) -> tuple[np.ndar
         of_release = f"{description.release} has" if description.release else "declared are"
         meanings = [meaning_of_value(value) for value in wrong] if description.release else []
         hint = "".join(f"; {meaning}" for meaning in meanings if meaning)
-        raise ValueError(f"holds the undeclared values {wrong}, {of_release} {sorted(allowed)}{hint}")
+        raise InputError(f"holds the undeclared values {wrong}, {of_release} {sorted(allowed)}{hint}")
     if foreground.size < flat.size:
         found = [0, *found]
     if 0 in found and 0 not in allowed:
-        raise ValueError(f"holds the undeclared value 0, declared are {sorted(allowed)}")
+        raise InputError(f"holds the undeclared value 0, declared are {sorted(allowed)}")
     return foreground, found
 
 

@@ -20,6 +20,7 @@ from nnunetv2_mstkd.dataset_conversion.finished import check_finished
 from nnunetv2_mstkd.dataset_conversion.job import Options, Report, count, for_each, part_of, problem_lines
 from nnunetv2_mstkd.dataset_conversion.progress import CaseRecord, Progress, file_state, fingerprint, write_record
 from nnunetv2_mstkd.dataset_conversion.writing import COPY, REFERENCE, write_case
+from nnunetv2_mstkd.errors import ExistingFileError, InputError
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 
 
@@ -52,11 +53,11 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     options = options or Options()
     source = Path(os.path.abspath(source))
     if options.mode == REFERENCE and "$" in str(source):
-        raise ValueError(
+        raise InputError(
             f"{source} has a $, at which nnU-Net would look for a variable; --reference needs another path"
         )
     if options.mode != COPY and description.stack:
-        raise ValueError(
+        raise InputError(
             f"{description.release} has all channels in one file, so its cases must be written: use --copy"
         )
     target = nnunet_folder("nnUNet_raw") / dataset
@@ -93,7 +94,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     if splits_file is not None and made is not None:
         present = folds.read_splits(splits_file)
         if present is not None and present != made and not options.overwrite:
-            raise FileExistsError(f"{splits_file} is already there with other folds; --overwrite replaces it")
+            raise ExistingFileError(f"{splits_file} is already there with other folds; --overwrite replaces it")
         folds.write_splits(made, splits_file)
         report.splits_file = splits_file
     elif not options.write_splits:
@@ -112,9 +113,9 @@ def dataset_name(dataset_id: int, name: str) -> str:
         If nnU-Net could not read it back.
     """
     if not 1 <= dataset_id <= 999:
-        raise ValueError(f"the data set's number is {dataset_id}, expected 1 to 999")
+        raise InputError(f"the data set's number is {dataset_id}, expected 1 to 999")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or "__" in name:
-        raise ValueError(
+        raise InputError(
             f"the data set's name is {name!r}, expected letters, digits, '.', '_' and '-', without a double "
             "underscore, at which nnU-Net splits the names of its results"
         )
@@ -126,7 +127,7 @@ def dataset_name(dataset_id: int, name: str) -> str:
 
 def _refuse(problems: Mapping[str, Sequence[str]]) -> None:
     lines = problem_lines(problems)
-    raise ValueError(f"{count(lines, 'problem')}, nothing was written:\n  " + "\n  ".join(lines))
+    raise InputError(f"{count(lines, 'problem')}, nothing was written:\n  " + "\n  ".join(lines))
 
 
 def _refuse_second_name(dataset: str) -> None:
@@ -138,7 +139,7 @@ def _refuse_second_name(dataset: str) -> None:
         number = dataset[: len("Dataset000")]
         others = [path.name for path in folder.glob(f"{number}*") if path.is_dir() and path.name != dataset]
         if others:
-            raise FileExistsError(
+            raise ExistingFileError(
                 f"{folder / others[0]} has the number of {dataset}, and nnU-Net finds data sets by number; "
                 "take another one"
             )
@@ -191,7 +192,7 @@ def _split_maker(
 
 def _refuse_other_splits(splits_file: Path | None, options: Options) -> None:
     if splits_file is not None and splits_file.exists() and not options.overwrite:
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{splits_file} is already there; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
         )
 
@@ -205,7 +206,7 @@ def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
         return
     gone = sorted({case for fold in present for part in fold.values() for case in part} - set(training))
     if gone:
-        raise ValueError(
+        raise InputError(
             f"the data set is written, but {file} names {count(gone, 'case')} that it does not have, such as "
             f"{gone[0]}; remove the file, or convert with --overwrite and without --no-splits"
         )
@@ -331,5 +332,5 @@ def locked(scratch: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise FileExistsError(f"another process is writing {scratch}; wait for it") from error
+            raise ExistingFileError(f"another process is writing {scratch}; wait for it") from error
         yield

@@ -13,6 +13,7 @@ from typing import Any, cast
 import yaml
 
 from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 
 FILE_ENDING = ".nii.gz"
 RECORD_KEY = "mstkd_conversion"
@@ -102,7 +103,7 @@ class Description:
 
     def __post_init__(self) -> None:
         if not isinstance(self.modalities, Mapping) or not self.modalities:
-            raise ValueError(f"modalities is {self.modalities!r}, expected name: pattern for each channel, in order")
+            raise InputError(f"modalities is {self.modalities!r}, expected name: pattern for each channel, in order")
         for name, patterns in {**self.modalities, "label": self.label}.items():
             for pattern in alternatives(patterns) or [None]:
                 _check_pattern(name, pattern)
@@ -112,13 +113,13 @@ class Description:
             by_sequence.setdefault(canonical_modality(name), []).append(name)
         for sequence, names in by_sequence.items():
             if len(names) > 1:
-                raise ValueError(
+                raise InputError(
                     f"the modalities {' and '.join(names)} are both {sequence}, expected one channel of it"
                 )
         if not _is_list(self.test_cases) or not all(isinstance(name, str) for name in self.test_cases):
-            raise ValueError(f"test_cases is {self.test_cases!r}, expected a list of names")
+            raise InputError(f"test_cases is {self.test_cases!r}, expected a list of names")
         if not isinstance(self.remap, Mapping) or not all(map(_is_integer, [*self.remap, *self.remap.values()])):
-            raise ValueError(f"remap is {self.remap!r}, expected integer: integer")
+            raise InputError(f"remap is {self.remap!r}, expected integer: integer")
         self._check_labels()
         self._check_regions()
         self._check_patient()
@@ -136,10 +137,10 @@ class Description:
         """
         unknown = [key for key in mapping if key not in FILE_KEYS]
         if unknown:
-            raise ValueError(f"unknown key {unknown[0]!r} in the description, known are: {', '.join(FILE_KEYS)}")
+            raise InputError(f"unknown key {unknown[0]!r} in the description, known are: {', '.join(FILE_KEYS)}")
         missing = [key for key in ("modalities", "label", "labels") if key not in mapping]
         if missing:
-            raise ValueError(f"the description lacks {', '.join(missing)}")
+            raise InputError(f"the description lacks {', '.join(missing)}")
         values = dict(mapping)
         if isinstance(values.get("remap"), Mapping):
             # JSON has no integers as keys
@@ -203,35 +204,35 @@ class Description:
 
     def _check_labels(self) -> None:
         if not isinstance(self.labels, Mapping) or self.labels.get(BACKGROUND) != 0:
-            raise ValueError(f"labels is {self.labels!r}, expected name: value with '{BACKGROUND}': 0")
+            raise InputError(f"labels is {self.labels!r}, expected name: value with '{BACKGROUND}': 0")
         for name, entry in self.labels.items():
             values = _values(entry)
             if not values or not all(map(_is_integer, values)):
-                raise ValueError(f"label {name!r} is {entry!r}, expected an integer or a list of integers")
+                raise InputError(f"label {name!r} is {entry!r}, expected an integer or a list of integers")
         if IGNORE in self.labels and not _is_integer(self.labels[IGNORE]):
-            raise ValueError(f"label '{IGNORE}' is {self.labels[IGNORE]!r}, expected one integer")
+            raise InputError(f"label '{IGNORE}' is {self.labels[IGNORE]!r}, expected one integer")
         strange = sorted(set(self.remap.values()) - self.declared_values)
         if strange:
-            raise ValueError(f"remap writes {strange}, which labels does not declare")
+            raise InputError(f"remap writes {strange}, which labels does not declare")
         found = sorted(self.declared_values)
         if found != list(range(len(found))) or len(found) < 2 or found[-1] > HIGHEST_LABEL:
-            raise ValueError(
+            raise InputError(
                 f"the label values are {found}, expected consecutive ones from 0 to at least 1 and at most "
                 f"{HIGHEST_LABEL}, as nnU-Net needs them; 'remap' turns the files' own values into these"
             )
         if self.labels.get(IGNORE, found[-1]) != found[-1]:
-            raise ValueError(f"label '{IGNORE}' is {self.labels[IGNORE]}, expected the highest value, {found[-1]}")
+            raise InputError(f"label '{IGNORE}' is {self.labels[IGNORE]}, expected the highest value, {found[-1]}")
 
     def _check_regions(self) -> None:
         if not _is_list(self.regions_class_order) or not all(map(_is_integer, self.regions_class_order)):
-            raise ValueError(f"regions_class_order is {self.regions_class_order!r}, expected a list of integers")
+            raise InputError(f"regions_class_order is {self.regions_class_order!r}, expected a list of integers")
         order = list(self.regions_class_order)
         if not any(len(_values(entry)) > 1 for entry in self.labels.values()):
             if order:
-                raise ValueError(f"regions_class_order is {order}, but no label is a list of several values")
+                raise InputError(f"regions_class_order is {order}, but no label is a list of several values")
             return
         if len(order) != len(self.regions) or not set(order) <= self.declared_values - {0}:
-            raise ValueError(
+            raise InputError(
                 f"regions_class_order is {order}, expected one label value for each of the {len(self.regions)} regions "
                 f"{', '.join(self.regions)}: the value that the region writes, later ones over earlier ones"
             )
@@ -240,9 +241,9 @@ class Description:
         try:
             groups = re.compile(self.patient).groups if isinstance(self.patient, str) else 0
         except re.error as error:
-            raise ValueError(f"patient is {self.patient!r}, no regular expression: {error}") from error
+            raise InputError(f"patient is {self.patient!r}, no regular expression: {error}") from error
         if self.patient != "" and groups < 1:
-            raise ValueError(f"patient is {self.patient!r}, expected an expression with a group such as '(.*)-[0-9]+'")
+            raise InputError(f"patient is {self.patient!r}, expected an expression with a group such as '(.*)-[0-9]+'")
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -256,7 +257,7 @@ def read_description(path: Path) -> dict[str, Any]:
         If it is of another type, not well-formed, or no mapping.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no description {path}: there is no such file")
+        raise MissingFileError(f"no description {path}: there is no such file")
     text = path.read_text(encoding="utf-8")
     try:
         if path.suffix == ".json":
@@ -264,11 +265,11 @@ def read_description(path: Path) -> dict[str, Any]:
         elif path.suffix in (".yaml", ".yml"):
             content = yaml.safe_load(text)
         else:
-            raise ValueError(f"it ends in {path.suffix!r}, expected .json, .yaml or .yml")
+            raise InputError(f"it ends in {path.suffix!r}, expected .json, .yaml or .yml")
     except (ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read the description {path}: {' '.join(str(error).split())}") from error
+        raise InputError(f"cannot read the description {path}: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"the description {path} holds a {type(content).__name__}, expected keys and values")
+        raise InputError(f"the description {path} holds a {type(content).__name__}, expected keys and values")
     return content
 
 
@@ -292,4 +293,4 @@ def _is_integer(value: object) -> bool:
 
 def _check_pattern(name: str, pattern: object) -> None:
     if not isinstance(pattern, str) or not pattern.strip() or PurePath(pattern).is_absolute():
-        raise ValueError(f"the pattern of {name} is {pattern!r}, expected a relative one such as '*_{name}.nii.gz'")
+        raise InputError(f"the pattern of {name} is {pattern!r}, expected a relative one such as '*_{name}.nii.gz'")

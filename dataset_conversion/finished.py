@@ -12,6 +12,7 @@ from nnunetv2_mstkd.dataset_conversion.checks import HEADER, check_case
 from nnunetv2_mstkd.dataset_conversion.description import Description
 from nnunetv2_mstkd.dataset_conversion.job import Options, Report, for_each, part_of, problem_lines
 from nnunetv2_mstkd.dataset_conversion.progress import CaseRecord, file_state, fingerprint, read_record
+from nnunetv2_mstkd.errors import ExistingFileError
 
 
 def check_finished(
@@ -26,17 +27,17 @@ def check_finished(
     """Compare a finished data set with what this run would write, and verify its files."""
     known = read_record(target)
     if known is None:
-        raise FileExistsError(f"{target} is already there; --overwrite replaces it")
+        raise ExistingFileError(f"{target} is already there; --overwrite replaces it")
     was, records, skipped = known
     changed = [name for name in settings if was.get(name) != settings[name]]
     if changed:
         before, now = was.get(changed[0]), settings[changed[0]]
         values = f" ({before} there, {now} asked for)" if isinstance(now, (str, int, float)) else ""
-        raise FileExistsError(f"{target} is already there with another {changed[0]}{values}; --overwrite replaces it")
+        raise ExistingFileError(f"{target} is already there with another {changed[0]}{values}; --overwrite replaces it")
     names = {case.name for case in found.cases} | set(found.problems)
     gone, new = sorted(set(records) - names), sorted(names - set(records) - set(skipped))
     if gone or new:
-        raise FileExistsError(
+        raise ExistingFileError(
             f"{target} is already there with other cases ({len(new)} new, {len(gone)} gone, such as "
             f"{(new + gone)[0]}); --overwrite replaces it"
         )
@@ -65,7 +66,9 @@ def check_finished(
             bad[name] = ["it was left out, but is good now"]
     if bad:
         lines = problem_lines(bad)
-        raise FileExistsError(f"{target} is not as it should be; --overwrite makes it again:\n  " + "\n  ".join(lines))
+        raise ExistingFileError(
+            f"{target} is not as it should be; --overwrite makes it again:\n  " + "\n  ".join(lines)
+        )
     report.was_finished = True
     report.fill(finished, skipped)
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.cli import run_and_report
 from nnunetv2_mstkd.dataset_conversion.description import BACKGROUND, Description, read_description
 from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
 from nnunetv2_mstkd.dataset_conversion.options import add_common_arguments, run_conversion
+from nnunetv2_mstkd.errors import InputError, run_and_report
 
 EXAMPLE = """\
 example of a description:
@@ -93,7 +93,7 @@ def described(args: argparse.Namespace) -> dict[str, Any]:
         values = _label_values("--regions-class-order", args.regions_class_order)
         options["regions_class_order"] = values if isinstance(values, list) else [values]
     if not args.description and not any(value is not None for value in options.values()):
-        raise ValueError("nothing describes the data set; give --description FILE, or --modality, --label and --class")
+        raise InputError("nothing describes the data set; give --description FILE, or --modality, --label and --class")
     from_file = read_description(args.description) if args.description else {}
     return from_file | {key: value for key, value in options.items() if value is not None}
 
@@ -109,11 +109,11 @@ def _pairs(option: str, given: Sequence[str], form: str) -> list[tuple[str, str]
     pairs = [(name.strip(), value) for name, _, value in (item.partition("=") for item in given)]
     for item, (name, value) in zip(given, pairs, strict=True):
         if not name or not value:
-            raise ValueError(f"{option} is {item!r}, expected {form}")
+            raise InputError(f"{option} is {item!r}, expected {form}")
     names = [name for name, _ in pairs]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
-        raise ValueError(f"{option} names {twice[0]} twice")
+        raise InputError(f"{option} names {twice[0]} twice")
     return pairs
 
 
@@ -121,7 +121,7 @@ def _label_values(option: str, text: str) -> int | list[int]:
     try:
         values = [int(value) for value in text.split(",")]
     except ValueError as error:
-        raise ValueError(f"{option} has the value {text!r}, expected integers, separated by commas") from error
+        raise InputError(f"{option} has the value {text!r}, expected integers, separated by commas") from error
     return values if len(values) > 1 else values[0]
 
 

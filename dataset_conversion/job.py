@@ -16,6 +16,7 @@ from nnunetv2_mstkd.dataset_conversion.cases import Case
 from nnunetv2_mstkd.dataset_conversion.checks import MAX_OUTSIDE
 from nnunetv2_mstkd.dataset_conversion.progress import CaseRecord
 from nnunetv2_mstkd.dataset_conversion.writing import COPY
+from nnunetv2_mstkd.errors import InputError
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
@@ -79,14 +80,14 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.workers < 1:
-            raise ValueError(f"--workers is {self.workers}, expected at least 1")
+            raise InputError(f"--workers is {self.workers}, expected at least 1")
         if not 0 <= self.max_outside <= 1:
-            raise ValueError(f"--max-outside is {self.max_outside:g}, expected 0 to 1")
+            raise InputError(f"--max-outside is {self.max_outside:g}, expected 0 to 1")
         ways = [self.folds is not None, bool(self.val_cases), bool(self.split_lists), not self.write_splits]
         if sum(ways) > 1:
-            raise ValueError("found several of --folds, --val-cases, --splits and --no-splits, expected one of them")
+            raise InputError("found several of --folds, --val-cases, --splits and --no-splits, expected one of them")
         if self.split_lists and self.test_fraction:
-            raise ValueError("found --splits and --test-fraction, expected one of them: lists name their test cases")
+            raise InputError("found --splits and --test-fraction, expected one of them: lists name their test cases")
 
 
 @dataclass

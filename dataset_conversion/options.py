@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from nnunetv2_mstkd.cli import run_and_report
 from nnunetv2_mstkd.dataset_conversion import splits as folds
 from nnunetv2_mstkd.dataset_conversion.checks import LEVELS, MAX_OUTSIDE
 from nnunetv2_mstkd.dataset_conversion.conversion import convert, dataset_name
@@ -16,6 +15,7 @@ from nnunetv2_mstkd.dataset_conversion.description import Description
 from nnunetv2_mstkd.dataset_conversion.job import DEFAULT_WORKERS, Options, Report, count, problem_lines
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
 from nnunetv2_mstkd.dataset_conversion.writing import COPY, LINK, REFERENCE
+from nnunetv2_mstkd.errors import run_and_report
 
 EXIT_SKIPPED = 1
 """The data set was written without some cases."""

@@ -14,6 +14,7 @@ import SimpleITK as sitk
 
 from nnunetv2_mstkd.dataset_conversion.description import HIGHEST_LABEL, RECORD_KEY
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.images.geometry import Geometry, geometry_of, read_image
 from nnunetv2_mstkd.nnunet.file_names import check_file_name
@@ -59,7 +60,7 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
     """
     record = dataset_json.get(RECORD_KEY)
     if not isinstance(record, Mapping):
-        raise ValueError("dataset.json does not say how the labels were converted: it is not of mstkd convert")
+        raise InputError("dataset.json does not say how the labels were converted: it is not of mstkd convert")
     classes = _values(record.get("classes", {}), "classes")
     enhancing, small = classes.get(ET), record.get("small_et_becomes")
     if release is not None:
@@ -69,16 +70,16 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
             what = (
                 f"has no {', '.join(lacking)}" if lacking else "cannot be matched: the data set's classes have no names"
             )
-            raise ValueError(f"{release} {what}; its classes are {', '.join(target.classes)}")
+            raise InputError(f"{release} {what}; its classes are {', '.join(target.classes)}")
         values = {0: 0} | {value: target.classes[name] for name, value in classes.items()}
         return Restoration(values, target.label_file, enhancing, small)
     if "release_values" not in record:
-        raise ValueError("several values of the release became one in this data set, so there is no way back")
+        raise InputError("several values of the release became one in this data set, so there is no way back")
     values = {int(written): own for written, own in _values(record["release_values"], "release_values").items()}
     # the file may be a stranger's, and this is where the segmentations go
     label_file = check_file_name(record.get("label_file"), f"label_file in {RECORD_KEY} of dataset.json")
     if "{case}" not in label_file:
-        raise ValueError(f"label_file in {RECORD_KEY} of dataset.json is {label_file!r}, expected a name with {{case}}")
+        raise InputError(f"label_file in {RECORD_KEY} of dataset.json is {label_file!r}, expected a name with {{case}}")
     return Restoration(values, label_file, enhancing, small)
 
 
@@ -89,7 +90,7 @@ def _values(table: Any, name: str) -> dict[str, int]:
         for value in table.values()
     )
     if wrong or (name == "release_values" and any(not re.fullmatch(r"\d{1,3}", str(key)) for key in table)):
-        raise ValueError(
+        raise InputError(
             f"{name} in {RECORD_KEY} of dataset.json is {table!r}, expected labels from 0 to {HIGHEST_LABEL}"
         )
     return dict(table)
@@ -123,7 +124,7 @@ def restore_file(
     found = np.unique(stored)
     wrong = [f"{value:g}" for value in found.tolist() if value not in how.values]
     if wrong:
-        raise ValueError(f"holds {', '.join(wrong)}, expected the data set's values {sorted(how.values)}")
+        raise InputError(f"holds {', '.join(wrong)}, expected the data set's values {sorted(how.values)}")
     segmentation = stored.astype(np.uint8)
     if change is not None:
         segmentation = change(segmentation)
@@ -140,7 +141,7 @@ def restore_file(
             and np.array_equal(_mapped(values, back), segmentation)
             and not _grid(image).differences(_grid(again))
         ):
-            raise ValueError("is not the same when turned into the data set's values again")
+            raise InputError("is not the same when turned into the data set's values again")
         os.replace(unfinished, target)
     finally:
         unfinished.unlink(missing_ok=True)

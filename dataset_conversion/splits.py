@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import scratch_file
 
 MAX_FOLDS = 5
@@ -56,7 +57,7 @@ def cross_validation(
     if not 2 <= folds <= len(patients):
         things = "training cases" if len(patients) == len(cases) else f"patients ({len(cases)} training cases)"
         one = "case" if len(patients) == len(cases) else "patient"
-        raise ValueError(f"{folds} folds of {len(patients)} {things}, expected at least 2 and at most one per {one}")
+        raise InputError(f"{folds} folds of {len(patients)} {things}, expected at least 2 and at most one per {one}")
     # Imported here because it brings scikit-learn, which only this needs.
     from nnunetv2.utilities.crossval_split import generate_crossval_split
 
@@ -77,10 +78,10 @@ def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Cal
     """
     unknown = sorted(set(validation) - set(cases))
     if unknown:
-        raise ValueError(f"validation cases {', '.join(unknown)} are no training cases, which are {_some(cases)}")
+        raise InputError(f"validation cases {', '.join(unknown)} are no training cases, which are {_some(cases)}")
     train = sorted(set(cases) - set(validation))
     if not train or not validation:
-        raise ValueError(f"{len(validation)} of {len(cases)} training cases validate, expected some, but not all")
+        raise InputError(f"{len(validation)} of {len(cases)} training cases validate, expected some, but not all")
     splits = [{"train": train, "val": sorted(set(validation))}]
     refuse_shared_patients(splits, patient_of)
     return splits
@@ -97,11 +98,11 @@ def draw_test_cases(
         If the share is not between 0 and 1, or nothing would be left to train on.
     """
     if not 0 < fraction < 1:
-        raise ValueError(f"--test-fraction is {fraction:g}, expected more than 0 and less than 1")
+        raise InputError(f"--test-fraction is {fraction:g}, expected more than 0 and less than 1")
     by_patient = _by_patient(cases, patient_of)
     number = max(1, round(fraction * len(by_patient)))
     if number >= len(by_patient):
-        raise ValueError(f"--test-fraction {fraction:g} leaves none of {len(by_patient)} patients to train on")
+        raise InputError(f"--test-fraction {fraction:g} leaves none of {len(by_patient)} patients to train on")
     order = np.random.default_rng(seed).permutation(sorted(by_patient))
     return sorted(case for patient in order[:number] for case in by_patient[str(patient)])
 
@@ -111,7 +112,7 @@ def refuse_shared_patients(splits: Splits, patient_of: Callable[[str], str]) -> 
     for number, fold in enumerate(splits):
         both = sorted({patient_of(case) for case in fold["train"]} & {patient_of(case) for case in fold["val"]})
         if both:
-            raise ValueError(
+            raise InputError(
                 f"fold {number} trains and validates on {len(both)} patients, such as {both[0]}; put all cases of a "
                 "patient on one side"
             )
@@ -142,7 +143,7 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
     parts: dict[int, dict[str, list[str]]] = defaultdict(dict)
     for file in files:
         if not file.is_file():
-            raise FileNotFoundError(f"no file {file}")
+            raise MissingFileError(f"no file {file}")
         suffix = file.suffix.lower()
         if suffix == ".json":
             for number, fold in enumerate(_read_json(file)):
@@ -152,14 +153,14 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
         else:
             match = re.match(r"(train|val|test)[a-z]*[-_]?(\d*)", file.stem.lower())
             if match is None or suffix not in (".txt", ".csv"):
-                raise ValueError(
+                raise InputError(
                     f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt, a .csv table with the "
                     f"columns case and part, or nnU-Net's splits_final.json"
                 )
             names = [line.strip().strip(",") for line in file.read_text(encoding="utf-8").splitlines()]
             number, part = int(match[2] or 0), match[1]
             if part in parts[number]:
-                raise ValueError(f"{file} is a second list of {part} cases for one fold")
+                raise InputError(f"{file} is a second list of {part} cases for one fold")
             parts[number][part] = [PurePosixPath(name.replace("\\", "/")).name for name in names if name]
     folds, tests = [], []
     for number in sorted(parts):
@@ -168,14 +169,14 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
         if "val" not in fold and test:
             fold, test = {**fold, "val": test}, []
         if not fold.get("train") or not fold.get("val"):
-            raise ValueError(f"{', '.join(map(str, files))}: no train or no val cases, expected lists of both")
+            raise InputError(f"{', '.join(map(str, files))}: no train or no val cases, expected lists of both")
         shared = (set(fold["train"]) & set(fold["val"])) | (set(test) & {*fold["train"], *fold["val"]})
         if shared:
-            raise ValueError(f"{', '.join(map(str, files))}: {_some(sorted(shared))} in more than one part")
+            raise InputError(f"{', '.join(map(str, files))}: {_some(sorted(shared))} in more than one part")
         folds.append({"train": sorted(set(fold["train"])), "val": sorted(set(fold["val"]))})
         tests.append(sorted(set(test)))
     if any(test != tests[0] for test in tests):
-        raise ValueError(
+        raise InputError(
             f"the {len(folds)} splits have different test cases, of which a data set can have one set only; convert "
             "one data set per split"
         )
@@ -187,7 +188,7 @@ def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[st
     named = {*test, *(case for fold in splits for part in fold.values() for case in part)}
     unknown = sorted(named - set(cases))
     if unknown:
-        raise ValueError(f"the lists name {len(unknown)} of {len(named)} cases that are not there: {_some(unknown)}")
+        raise InputError(f"the lists name {len(unknown)} of {len(named)} cases that are not there: {_some(unknown)}")
 
 
 def without(splits: Splits, skipped: Iterable[str]) -> Splits:
@@ -216,7 +217,7 @@ def _read_json(file: Path) -> Splits:
         content = json.loads(file.read_text(encoding="utf-8"))
         return [{part: [str(case) for case in fold[part]] for part in PARTS if part in fold} for fold in content]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is not as nnU-Net's splits_final.json: {' '.join(str(error).split())}") from error
+        raise InputError(f"{file} is not as nnU-Net's splits_final.json: {' '.join(str(error).split())}") from error
 
 
 def _read_table(file: Path) -> Mapping[str, list[str]] | None:
@@ -232,7 +233,7 @@ def _read_table(file: Path) -> Mapping[str, list[str]] | None:
         for row in reader:
             match = re.match("train|val|test", (row[part] or "").strip().lower())
             if match is None:
-                raise ValueError(f"{file} puts {row[case]} into {row[part]!r}, expected train, val or test")
+                raise InputError(f"{file} puts {row[case]} into {row[part]!r}, expected train, val or test")
             found[match[0]].append(PurePosixPath(row[case].strip()).name)
     return found
 

@@ -1,37 +1,119 @@
-"""What the user can mend is one line on stderr, in nnU-Net's own commands too."""
+"""Errors that a user can fix, and the one place that prints them.
+
+Everything this package raises for a user's mistake is a :class:`UserError`. It also derives from the built-in exception
+that Python code would expect, so ``except ValueError`` works too.
+"""
 
 from __future__ import annotations
 
-import dis
 import os
 import sys
+import traceback
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
-PACKAGE = os.path.dirname(os.path.abspath(__file__))
-
-USER_ERRORS = (ValueError, OSError, NotImplementedError, FloatingPointError)
-"""What this package raises for a mistake that the user can mend."""
+from nnunetv2_mstkd.processes import Terminated, terminable
 
 EXIT_USER_ERROR = 2
+EXIT_INTERNAL_ERROR = 3
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 
-def install() -> None:
-    """Print this package's own refusals as one line and exit with code 2. Idempotent.
+class UserError(Exception):
+    """A mistake that the user can fix. The message says what was found, what was expected and what to do next."""
 
-    ``nnUNetv2_train`` and ``nnUNetv2_predict`` let an exception end the process, so the place to change what is printed
-    is ``sys.excepthook``. It is replaced by one that touches an exception only if it is of :data:`USER_ERRORS`, has a
-    message and was raised by a ``raise`` statement of this package; all others go to the hook that was there before.
-    ``MSTKD_DEBUG=1`` keeps every traceback, and so does an interactive interpreter, which must not end. Processes of a
-    multi-GPU training report to their parent and never get here.
+
+class InputError(UserError, ValueError):
+    """A value, option or file content that cannot be used."""
+
+
+class MissingFileError(UserError, FileNotFoundError):
+    """A file or folder that does not exist."""
+
+
+class ExistingFileError(UserError, FileExistsError):
+    """A file or folder that would be overwritten."""
+
+
+class UnsupportedError(UserError, NotImplementedError):
+    """Something that nnU-Net can do and this package cannot."""
+
+
+class DependencyError(UserError, ImportError):
+    """An optional package that is not installed."""
+
+
+class WriteError(UserError, OSError):
+    """A file that could not be written: no space, no permission."""
+
+
+class WorkerError(UserError, ChildProcessError):
+    """A background process that died."""
+
+
+class DivergenceError(UserError, FloatingPointError):
+    """A training whose loss is not finite."""
+
+
+def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> int:
+    """Call ``run(args)``, print its errors on stderr and return an exit code.
+
+    Parameters
+    ----------
+    name
+        Printed before the message, for example ``mstkd convert``.
+    run
+        A command; None counts as exit code 0.
+    args
+        Its arguments; with ``args.debug``, or ``MSTKD_DEBUG=1`` in the environment, the traceback is printed too.
+
+    Returns
+    -------
+    The command's own exit code (1: some cases were left out, the rest is done); 2 for a :class:`UserError`, an error of
+    the file system or a GPU without memory; 3 for an internal error; 130 after an interrupt; 143 after SIGTERM.
+    """
+    try:
+        with terminable():
+            return run(args) or 0
+    except (UserError, OSError) as error:
+        if getattr(args, "debug", False) or wants_traceback():
+            traceback.print_exc()
+        print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except Terminated:
+        print(f"{name}: terminated", file=sys.stderr)
+        return EXIT_TERMINATED
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import it
+            first = str(error).partition("\n")[0]
+            print(f"{name}: {first} Stop other programs on that GPU, or use -device cpu", file=sys.stderr)
+            return EXIT_USER_ERROR
+        traceback.print_exc()
+        print(f"{name}: internal error; please report it together with the traceback above", file=sys.stderr)
+        return EXIT_INTERNAL_ERROR
+
+
+def install_excepthook() -> None:
+    """Print a :class:`UserError` that ends one of nnU-Net's own commands as one line, and exit with code 2. Idempotent.
+
+    ``nnUNetv2_train`` and ``nnUNetv2_predict`` let an exception end the process, so this replaces ``sys.excepthook``.
+    All other exceptions go to the hook that was installed before. ``MSTKD_DEBUG=1`` keeps every traceback, and so does
+    an interactive interpreter, which must not exit. Processes of a multi-GPU training report to their parent and never
+    get here.
     """
     previous = sys.excepthook
     if getattr(previous, "_of_mstkd", False):
         return
 
-    def hook(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         message = " ".join(str(error).split())
-        if not message or not _is_own(error, traceback) or wants_traceback():
-            previous(kind, error, traceback)
+        if not message or not isinstance(error, UserError) or wants_traceback():
+            previous(kind, error, trace)
             return
         sys.stdout.flush()
         print(f"nnunetv2_mstkd: {message}", file=sys.stderr, flush=True)
@@ -42,19 +124,7 @@ def install() -> None:
     sys.excepthook = hook
 
 
-def _is_own(error: BaseException, traceback: TracebackType | None) -> bool:
-    if not isinstance(error, USER_ERRORS) or traceback is None:
-        return False
-    while traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    code = traceback.tb_frame.f_code
-    if not os.path.abspath(code.co_filename).startswith(PACKAGE + os.sep):
-        return False
-    # a function written in C has no frame: but for this, int("x") in our code, a defect, would look like a refusal
-    return dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"
-
-
 def wants_traceback() -> bool:
-    """Whether somebody looks for a defect."""
+    """Whether tracebacks are kept: ``MSTKD_DEBUG=1``, or an interactive interpreter."""
     interactive = hasattr(sys, "ps1") or bool(sys.flags.interactive)
     return interactive or os.environ.get("MSTKD_DEBUG", "0") not in ("", "0")

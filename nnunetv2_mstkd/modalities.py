@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from nnunetv2_mstkd.errors import InputError
+
 MIN_MODALITIES = 2
 MAX_MODALITIES = 16
 """2^16 - 1 subsets still fit a table that is built in a moment; no MRI protocol comes near it."""
@@ -34,12 +36,12 @@ ZERO_KEEPING_NORMALIZATIONS = (
 def check_count(num_modalities: int) -> None:
     """Raise ValueError unless ``num_modalities`` lies between 2 and 16."""
     if num_modalities < MIN_MODALITIES:
-        raise ValueError(
+        raise InputError(
             f"the data set has {num_modalities} input channel; a missing-modality trainer needs at least "
             f"{MIN_MODALITIES}. With one channel use nnUNetTrainer"
         )
     if num_modalities > MAX_MODALITIES:
-        raise ValueError(
+        raise InputError(
             f"the data set has {num_modalities} input channels; subsets are supported for at most {MAX_MODALITIES}"
         )
 
@@ -48,7 +50,7 @@ def check_normalization(schemes: Sequence[str]) -> None:
     """Raise ValueError where a channel's normalisation does not keep zero, because zero means missing."""
     for channel, scheme in enumerate(schemes):
         if scheme not in ZERO_KEEPING_NORMALIZATIONS:
-            raise ValueError(
+            raise InputError(
                 f"channel {channel} is normalised with {scheme}, which turns the zero image of a missing modality into "
                 f"another value; expected one of {', '.join(ZERO_KEEPING_NORMALIZATIONS)}. Plan the data set again "
                 f'with another channel name in dataset.json (for example "T1" instead of "CT")'
@@ -69,13 +71,13 @@ def modality_names(dataset_json: Mapping) -> tuple[str, ...]:
     """
     channels = dataset_json.get("channel_names", dataset_json.get("modality"))
     if not isinstance(channels, Mapping) or not channels:
-        raise ValueError(
+        raise InputError(
             f"dataset.json has the channel_names {channels!r}; expected a name for each input channel, for example "
             f'{{"0": "T1", "1": "FLAIR"}}'
         )
     by_number = {str(number): str(name) for number, name in channels.items()}
     if set(by_number) != {str(number) for number in range(len(channels))}:
-        raise ValueError(
+        raise InputError(
             f"channel_names in dataset.json has the keys {', '.join(map(str, channels))}, expected the numbers 0 ... "
             f"{len(channels) - 1} (number: name, not name: number)"
         )
@@ -112,7 +114,7 @@ def subset_name(subset: Iterable[bool], names: Sequence[str]) -> str:
     """``"T1ce+FLAIR"`` for the available channels of one subset, in channel order."""
     present = [name for name, available in zip(names, subset, strict=True) if bool(available)]
     if not present:
-        raise ValueError("a subset without any modality has no name; at least one modality must be available")
+        raise InputError("a subset without any modality has no name; at least one modality must be available")
     return SEPARATOR.join(present)
 
 
@@ -137,11 +139,11 @@ def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:
     for part in text.replace(",", SEPARATOR).split(SEPARATOR):
         key = part.strip().casefold()
         if not key:
-            raise ValueError(f"the subset {text!r} has an empty part; write for example {names[0]}+{names[-1]}")
+            raise InputError(f"the subset {text!r} has an empty part; write for example {names[0]}+{names[-1]}")
         if key not in known:
-            raise ValueError(f"unknown modality {part.strip()!r} in subset {text!r}; known are {', '.join(names)}")
+            raise InputError(f"unknown modality {part.strip()!r} in subset {text!r}; known are {', '.join(names)}")
         if subset[known[key]]:
-            raise ValueError(f"modality {part.strip()!r} stands twice in subset {text!r}")
+            raise InputError(f"modality {part.strip()!r} stands twice in subset {text!r}")
         subset[known[key]] = True
     return subset
 
@@ -150,11 +152,11 @@ def parse_subsets(texts: Iterable[str], names: Sequence[str]) -> torch.Tensor:
     """Several subsets, shape (S, C), in the order given; the same one twice is refused with ValueError."""
     rows = [parse_subset(text, names) for text in texts]
     if not rows:
-        raise ValueError(f"the list of subsets is empty; name at least one, for example {SEPARATOR.join(names)}")
+        raise InputError(f"the list of subsets is empty; name at least one, for example {SEPARATOR.join(names)}")
     codes = [subset_code(row) for row in rows]
     for index, code in enumerate(codes):
         if code in codes[:index]:
-            raise ValueError(f"the subset {subset_name(rows[index], names)} stands twice in the list")
+            raise InputError(f"the subset {subset_name(rows[index], names)} stands twice in the list")
     return torch.stack(rows)
 
 
@@ -192,22 +194,22 @@ class SubsetSampler:
     def __post_init__(self) -> None:
         check_count(self.num_modalities)
         if self.kind not in self.KINDS:
-            raise ValueError(f"unknown sampler kind {self.kind!r}; allowed are {', '.join(self.KINDS)}")
+            raise InputError(f"unknown sampler kind {self.kind!r}; allowed are {', '.join(self.KINDS)}")
         if self.kind in ("uniform", "by_size"):
             if self.subsets or self.weights:
-                raise ValueError(f"sampler kind {self.kind!r} takes neither subsets nor weights; use weighted or fixed")
+                raise InputError(f"sampler kind {self.kind!r} takes neither subsets nor weights; use weighted or fixed")
             return
         if not self.subsets:
-            raise ValueError(f"sampler kind {self.kind!r} needs at least one subset")
+            raise InputError(f"sampler kind {self.kind!r} needs at least one subset")
         if any(len(row) != self.num_modalities or not any(row) for row in self.subsets):
-            raise ValueError("every subset of a sampler must have one entry per modality and at least one available")
+            raise InputError("every subset of a sampler must have one entry per modality and at least one available")
         if self.kind == "fixed" and self.weights:
-            raise ValueError("sampler kind 'fixed' draws its subsets uniformly; use 'weighted' for weights")
+            raise InputError("sampler kind 'fixed' draws its subsets uniformly; use 'weighted' for weights")
         if self.kind == "weighted":
             if len(self.weights) != len(self.subsets):
-                raise ValueError(f"{len(self.subsets)} subsets but {len(self.weights)} weights")
+                raise InputError(f"{len(self.subsets)} subsets but {len(self.weights)} weights")
             if any(not 0 < weight < float("inf") for weight in self.weights):
-                raise ValueError(f"the weights of subsets must be positive and finite, found {list(self.weights)}")
+                raise InputError(f"the weights of subsets must be positive and finite, found {list(self.weights)}")
 
     def sample(self, batch_size: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw one subset per sample.
@@ -242,7 +244,7 @@ class SubsetSampler:
             if the sampler has one subset only.
         """
         if self.kind in ("weighted", "fixed") and len(set(self.subsets)) < 2:
-            raise ValueError("two different subsets cannot be drawn from one; name at least two in the sampler")
+            raise InputError("two different subsets cannot be drawn from one; name at least two in the sampler")
         second = first.clone()
         while bool((same := (second == first).all(1)).any()):
             second[same] = self.sample(int(same.sum()), generator=generator)

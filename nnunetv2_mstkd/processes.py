@@ -1,22 +1,78 @@
-"""The console commands of this very Python environment."""
+"""Processes: the commands of this environment, and a clean end after SIGTERM."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 
 def command_path(name: str) -> str:
-    """The path of a command that was installed with this package, before any other one on the PATH.
+    """The path of a command of this Python environment; one elsewhere on the PATH only if it has none.
 
     Raises
     ------
     FileNotFoundError
-        if there is none.
+        if it is not installed.
     """
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:
         raise FileNotFoundError(f"{name} is not installed; pip install nnunetv2 nnunetv2_mstkd")
     return found
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: a cluster's scheduler, ``kill`` or a shutdown asks this process to end."""
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Let SIGTERM raise :class:`Terminated`; without it the process would end on the spot."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield  # signals are for the main thread only, and a handler that is already installed stays
+        return
+    signal.signal(signal.SIGTERM, _stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _stop(*_: object) -> None:
+    raise Terminated
+
+
+class _Fork(threading.local):
+    """A forked child, such as those of nnU-Net's pools, ends on the spot at SIGTERM.
+
+    A pool ends its processes by that signal. A child that starts to wait at that moment would never run our handler,
+    and one that has not yet run would lose the signal, because Python clears pending signals in a new child; the pool
+    would then wait forever. So the signal is blocked until the child has the default handler again.
+    """
+
+    holds = False
+
+    def before(self) -> None:
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            self.holds = signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def in_parent(self) -> None:
+        if self.holds:
+            self.holds = False
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+    def in_child(self) -> None:
+        if signal.getsignal(signal.SIGTERM) is _stop:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        self.in_parent()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    _fork = _Fork()
+    os.register_at_fork(before=_fork.before, after_in_parent=_fork.in_parent, after_in_child=_fork.in_child)

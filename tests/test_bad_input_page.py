@@ -28,8 +28,7 @@ import torch
 from evaluate_inputs import label_image
 from predict_inputs import noise, set_up, write, write_case, write_model
 
-from nnunetv2_mstkd import cli
-from nnunetv2_mstkd import errors as error_line
+from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.evaluation.results import COLUMNS
 
@@ -774,7 +773,7 @@ def _refused_by_nnunets_command(call: Train) -> None:
     """What the end of a process with this exception prints."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "excepthook", sys.__excepthook__)
-        error_line.install()
+        errors.install_excepthook()
         with pytest.raises(Exception) as caught, contextlib.redirect_stderr(io.StringIO()):
             call()
         with pytest.raises(SystemExit) as ended:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import CONFIGURATION, PHANTOM, Folders
 
-from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd.crossval.cluster import minutes_of
 from nnunetv2_mstkd.crossval.local import run_steps
 from nnunetv2_mstkd.crossval.marks import Mark, RunningStepError
@@ -402,7 +402,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(phantom, capsys):
     ],
 )
 def test_bad_input_is_one_line(phantom, capsys, words, line):
-    assert command(*words) == cli.EXIT_USER_ERROR
+    assert command(*words) == errors.EXIT_USER_ERROR
     printed = capsys.readouterr()
     assert line in printed.err
     assert printed.err.count("\n") == 1
@@ -418,13 +418,13 @@ def test_without_folds_it_takes_those_of_the_data_set(phantom, capsys):
 
 
 def test_an_unknown_configuration_names_those_there_are(phantom, capsys):
-    assert cli.main(["status", str(PHANTOM), "4d"]) == cli.EXIT_USER_ERROR
+    assert cli.main(["status", str(PHANTOM), "4d"]) == errors.EXIT_USER_ERROR
     assert "has no configuration '4d'; it has" in capsys.readouterr().err
 
 
 def test_without_slurm_one_line_says_what_to_do(phantom, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert command("--executor", "slurm") == cli.EXIT_USER_ERROR
+    assert command("--executor", "slurm") == errors.EXIT_USER_ERROR
     assert "there is no command sbatch on this machine" in capsys.readouterr().err
 
 
@@ -439,7 +439,7 @@ def test_times_as_sbatch_writes_them(text, minutes):
 def test_two_calls_at_once_name_each_other(phantom, capsys):
     step = steps_for(phantom, "MSTKDTrainer", folds=(0,))["train MSTKDTrainer (tiny), fold 0"]
     Mark.of(step).take()
-    assert command("--folds", "0") == cli.EXIT_USER_ERROR
+    assert command("--folds", "0") == errors.EXIT_USER_ERROR
     assert f"is run by process {os.getpid()} on this machine" in capsys.readouterr().err
     assert [path.name for path in step.log.parent.iterdir()] == [Mark.of(step).file.name]
 
@@ -450,17 +450,17 @@ def test_sigterm_ends_it_like_ctrl_c(tmp_path):
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_crossval import Script, Training\n"
         "from pathlib import Path\n"
-        "from nnunetv2_mstkd import cli\n"
+        "from nnunetv2_mstkd import errors\n"
         "from nnunetv2_mstkd.commands.crossval import _run_here\n"
         f"model = Training(Path({str(tmp_path)!r}), '1', 'c', 'T')\n"
         "step = Script(model, name='long', code='time.sleep(600)')\n"
-        "sys.exit(cli.run_and_report('mstkd crossval', lambda args: _run_here([step], 1, []), None))\n"
+        "sys.exit(errors.run_and_report('mstkd crossval', lambda args: _run_here([step], 1, []), None))\n"
     )
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as call:
         assert call.stdout.readline() == "begin   the long\n"
         call.send_signal(signal.SIGTERM)
         assert call.communicate(timeout=60)[1] == "mstkd crossval: terminated\n"
-    assert call.returncode == cli.EXIT_TERMINATED
+    assert call.returncode == errors.EXIT_TERMINATED
     assert not list(tmp_path.glob("crossval/*.running"))
 
 

@@ -14,7 +14,7 @@ import torch
 from evaluate_inputs import CASES, empty_folders, evaluate, label_image, refused, without_drawing, write_dataset
 from predict_inputs import CHANNELS, TURNED, read, trainer_class, write, write_case, write_model
 
-from nnunetv2_mstkd import cli, modalities
+from nnunetv2_mstkd import errors, modalities
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 
@@ -232,7 +232,7 @@ def test_images_of_different_grids_and_zero_images(model, capsys, folder, nnunet
 def reaches_the_network(capsys, model: Path, *options: str) -> bool:
     """Whether nothing was refused: the network, which is not to run here, is an error that nobody foresaw."""
     capsys.readouterr()
-    return evaluate(model, *options) == cli.EXIT_DEFECT and "the network ran" in capsys.readouterr().err
+    return evaluate(model, *options) == errors.EXIT_INTERNAL_ERROR and "the network ran" in capsys.readouterr().err
 
 
 def refused_on_many_lines(capsys, model: Path, *options: str) -> str:

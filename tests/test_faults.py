@@ -19,10 +19,10 @@ from evaluate_inputs import CASES, evaluate, without_drawing, write_dataset
 from predict_inputs import files, predict, read, record, segmentations, set_up, write, write_model
 from tiny import NO_TERMS, batch, memory, same, state
 
-from nnunetv2_mstkd import cli
-from nnunetv2_mstkd import errors as error_line
+from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion import conversion
+from nnunetv2_mstkd.errors import UserError
 from nnunetv2_mstkd.evaluation import subsets as subsets_module
 from nnunetv2_mstkd.images.completeness import written_whole
 from nnunetv2_mstkd.inference import prediction
@@ -63,10 +63,9 @@ def test_a_checkpoint_that_has_no_room_leaves_the_old_one(tmp_path, room):
     file = tmp_path / "checkpoint_latest.pth"
     checkpoints.write({"network_weights": {"a": torch.zeros(3)}}, file)
     before = file.read_bytes()
-    with full_disk(room), pytest.raises(OSError, match=r"could not be written \(.*File too large\); what was there"):
+    with full_disk(room), pytest.raises(UserError, match=r"could not be written \(.*File too large\); what was there"):
         checkpoints.write({"network_weights": {"a": torch.randn(30_000)}}, file)
     assert file.read_bytes() == before and os.listdir(tmp_path) == [file.name]
-    assert OSError in error_line.USER_ERRORS  # one line in nnU-Net's own commands too
 
 
 def test_itk_says_nothing_of_a_full_disk_and_we_do(tmp_path):
@@ -197,7 +196,7 @@ def test_sigterm_ends_a_prediction_cleanly_and_a_second_call_does_the_rest(folde
 
     with monkeypatch.context() as patch:
         patch.setattr(case_steps, "export_prediction_from_logits", export)
-        assert predict(folders, model, "--disable_progress_bar") == cli.EXIT_TERMINATED
+        assert predict(folders, model, "--disable_progress_bar") == errors.EXIT_TERMINATED
     assert capsys.readouterr().err == "mstkd predict: terminated\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     first = segmentations(folders / "out")
@@ -233,7 +232,7 @@ def test_sigterm_ends_an_evaluation_cleanly_and_a_second_call_does_the_rest(fold
     with monkeypatch.context() as patch:
         patch.setattr(subsets_module, "prepare", prepare)
         patch.setattr(subsets_module, "IMAGES_AHEAD", 0)
-        assert evaluate(model, *options) == cli.EXIT_TERMINATED
+        assert evaluate(model, *options) == errors.EXIT_TERMINATED
     assert capsys.readouterr().err == "mstkd evaluate: terminated\n"
     assert evaluate(model, *options) == 0
     assert f"cases: {len(CASES[:2])}, already evaluated: 1" in capsys.readouterr().out
@@ -251,7 +250,7 @@ def test_sigterm_ends_a_conversion_cleanly_and_a_second_call_does_the_rest(folde
 
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "write_case", write_case)
-        assert cli.main(command) == cli.EXIT_TERMINATED
+        assert cli.main(command) == errors.EXIT_TERMINATED
     assert "mstkd convert: terminated" in capsys.readouterr().err
     assert not list((folders / "raw").glob("Dataset*"))
     assert cli.main(command) == 0

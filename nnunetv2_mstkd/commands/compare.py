@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunetv2_mstkd.errors import ExistingFileError
 from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS
 
 
@@ -41,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Compare, write and print."""
     if args.output.exists() and not args.output.is_dir():
-        raise FileExistsError(f"the output folder {args.output} is a file")
+        raise ExistingFileError(f"the output folder {args.output} is a file")
     # after the checks: these import pandas and scipy
     from nnunetv2_mstkd.reporting.comparison_report import write_comparison
     from nnunetv2_mstkd.statistics.comparison import Comparison, read_evaluations

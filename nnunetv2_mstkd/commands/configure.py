@@ -8,6 +8,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd configure`."""
@@ -80,11 +82,11 @@ def preprocessed_folder(dataset: str) -> Path:
     """The folder of a data set, given by number or name, below nnUNet_preprocessed."""
     root = os.environ.get("nnUNet_preprocessed")
     if not root:
-        raise ValueError("nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER")
+        raise InputError("nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER")
     if dataset.isdigit():
         found = sorted(path for path in Path(root).glob(f"Dataset{int(dataset):03d}_*") if path.is_dir())
         if len(found) != 1:
             names = ", ".join(path.name for path in found) or "none"
-            raise FileNotFoundError(f"expected one data set {int(dataset):03d} in {root}, found {names}")
+            raise MissingFileError(f"expected one data set {int(dataset):03d} in {root}, found {names}")
         return found[0]
     return Path(root) / dataset

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from nnunetv2_mstkd.errors import InputError
+
 DEFAULT_TRAINER = "MSTKDTrainer"
 SLURM_OPTIONS = {
     "partition": "NAME",
@@ -73,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check, print the plan, run or submit it; exit code 1 if a step failed."""
     if args.jobs < 1 or args.num_gpus < 1:
-        raise ValueError(f"--jobs {args.jobs} --num-gpus {args.num_gpus}: expected numbers from 1")
+        raise InputError(f"--jobs {args.jobs} --num-gpus {args.num_gpus}: expected numbers from 1")
     gpus = _gpus(args)
     options = slurm_options(args)
     if args.executor == "slurm" and not args.dry_run:
@@ -117,9 +119,9 @@ def steps_of(args: argparse.Namespace, device: str, gpus: int, evaluation_option
     for what, values in (("--trainer", args.trainer), ("--folds", folds)):
         twice = [value for value in values if values.count(value) > 1]
         if twice:
-            raise ValueError(f"{what} names {twice[0]} twice")
+            raise InputError(f"{what} names {twice[0]} twice")
     if min(folds) < 0:
-        raise ValueError(f"--folds {min(folds)}: folds are numbers from 0")
+        raise InputError(f"--folds {min(folds)}: folds are numbers from 0")
     results = nnunet_folder("nnUNet_results") / preprocessed.name
     number = preprocessed.name[len("Dataset") :].split("_")[0]
     models = [
@@ -152,10 +154,10 @@ def slurm_options(args: argparse.Namespace) -> dict[str, str]:
     for text in args.slurm_option:
         key, equals, value = text.partition("=")
         if not equals or not key.strip():
-            raise ValueError(f"--slurm-option {text}: expected KEY=VALUE")
+            raise InputError(f"--slurm-option {text}: expected KEY=VALUE")
         options[key.strip().lstrip("-")] = value
     if options and args.executor != "slurm":
-        raise ValueError(f"--slurm-{next(iter(options))} needs --executor slurm")
+        raise InputError(f"--slurm-{next(iter(options))} needs --executor slurm")
     if "time" in options:
         from nnunetv2_mstkd.crossval.cluster import minutes_of
 
@@ -166,9 +168,9 @@ def slurm_options(args: argparse.Namespace) -> dict[str, str]:
 def _gpus(args: argparse.Namespace) -> list[str]:
     gpus = [text.strip() for text in (args.gpus or "").split(",") if text.strip()]
     if gpus and (args.executor != "local" or args.device != "cuda"):
-        raise ValueError("--gpus shares out GPUs of this machine: it needs --executor local and -device cuda")
+        raise InputError("--gpus shares out GPUs of this machine: it needs --executor local and -device cuda")
     if gpus and len(gpus) < args.num_gpus:
-        raise ValueError(f"--gpus names {len(gpus)} GPUs, a training takes {args.num_gpus} (--num-gpus)")
+        raise InputError(f"--gpus names {len(gpus)} GPUs, a training takes {args.num_gpus} (--num-gpus)")
     return gpus
 
 

@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 from pathlib import Path
 
+from nnunetv2_mstkd.errors import InputError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd demo`."""
@@ -88,15 +90,15 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.cases < 6:
-        raise ValueError(f"--cases is {args.cases}, expected at least 6 (2 of them are for validation)")
+        raise InputError(f"--cases is {args.cases}, expected at least 6 (2 of them are for validation)")
     if args.test_cases < 1:
-        raise ValueError(f"--test-cases is {args.test_cases}, expected at least 1")
+        raise InputError(f"--test-cases is {args.test_cases}, expected at least 1")
     if not 2 <= args.spacing <= 6:
-        raise ValueError(f"--spacing is {args.spacing}, expected 2 to 6 mm")
+        raise InputError(f"--spacing is {args.spacing}, expected 2 to 6 mm")
     if args.epochs is not None and args.epochs < 1:
-        raise ValueError(f"--epochs is {args.epochs}, expected at least 1")
+        raise InputError(f"--epochs is {args.epochs}, expected at least 1")
     if not 0 <= args.seed < 2**31:
-        raise ValueError(f"--seed is {args.seed}, expected 0 to 2^31 - 1")
+        raise InputError(f"--seed is {args.seed}, expected 0 to 2^31 - 1")
 
 
 def _device(asked: str) -> str:
@@ -104,7 +106,7 @@ def _device(asked: str) -> str:
 
     available = torch.cuda.is_available()
     if asked == "cuda" and not available:
-        raise ValueError("--device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or leave it out")
+        raise InputError("--device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or leave it out")
     return "cuda" if available and asked != "cpu" else "cpu"
 
 

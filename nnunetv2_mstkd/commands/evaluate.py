@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd.commands.predict import add_model, refuse_same_folder, torch_device, whole_number_from_environment
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.files import FOLDER, REPORT
 
 DEFAULT_METRICS = ("dice", "hd95")
@@ -257,7 +258,7 @@ def _fold_groups(folder: Path, args: argparse.Namespace) -> dict[str, tuple[int 
         folds: tuple[int | str, ...] = tuple(sorted(int(text) for text in texts if text.isdigit()))
         if not folds:
             hint = "fold_all is: -f all" if "all" in texts else "train one, or take another checkpoint with -chk"
-            raise FileNotFoundError(f"no fold of {folder} is finished (no fold_*/{args.chk}); {hint}")
+            raise MissingFileError(f"no fold of {folder} is finished (no fold_*/{args.chk}); {hint}")
     else:
         folds = parse_folds(list(dict.fromkeys(args.folds)))
         find_checkpoints(folder, folds, args.chk)
@@ -282,22 +283,22 @@ def _split(checkpoint: Path, trust: bool) -> dict[str, Sequence[str]] | None:
 
 def _check_options(args: argparse.Namespace) -> None:
     if args.d is not None and args.c is None:
-        raise ValueError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
+        raise InputError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
     if args.m is not None and not args.m.is_dir():
-        raise FileNotFoundError(f"no model folder {args.m}")
+        raise MissingFileError(f"no model folder {args.m}")
     if (args.i is None) != (args.l is None):
-        raise ValueError("-i IMAGES and -l LABELS belong together; without both the validation cases are evaluated")
+        raise InputError("-i IMAGES and -l LABELS belong together; without both the validation cases are evaluated")
     if args.i is not None and args.o is None:
-        raise ValueError("-i IMAGES needs an output folder: -o OUT")
+        raise InputError("-i IMAGES needs an output folder: -o OUT")
     if args.stack is not None and args.stack < 1:
-        raise ValueError(f"--stack is {args.stack}, expected at least 1")
+        raise InputError(f"--stack is {args.stack}, expected at least 1")
     if args.mask_first and (args.stack or 1) > 1:
-        raise ValueError(
+        raise InputError(
             f"--stack {args.stack} does not go with --mask-first: each subset then has an image of its own size"
         )
     if not 0 < args.step_size <= 1:
-        raise ValueError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
+        raise InputError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
     if args.strips < 0:
-        raise ValueError(f"--strips is {args.strips}, expected a number of cases, or 0 for no pictures")
+        raise InputError(f"--strips is {args.strips}, expected a number of cases, or 0 for no pictures")
     if min(args.npp, args.nps) < 0:
-        raise ValueError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")
+        raise InputError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")

@@ -7,6 +7,7 @@ import os
 import statistics
 from pathlib import Path
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.phantom.anatomy import ANATOMIES
 from nnunetv2_mstkd.phantom.dataset import DISCLAIMER, read_record, write_dataset
 from nnunetv2_mstkd.phantom.recipe import RECIPES, REGIONS
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Write the data set and report it, one line per fact."""
     raw = args.raw or os.environ.get("nnUNet_raw")
     if not raw:
-        raise ValueError("nnUNet_raw is not set: export nnUNet_raw=FOLDER, or pass --raw FOLDER")
+        raise InputError("nnUNet_raw is not set: export nnUNet_raw=FOLDER, or pass --raw FOLDER")
     folder, new = write_dataset(
         raw,
         args.dataset_id,

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError
+
 DEVICES = ("cuda", "cpu", "mps")
 
 
@@ -183,9 +185,9 @@ def run(args: argparse.Namespace) -> int:
 def refuse_same_folder(output: Path, other: Path, what: str) -> None:
     """Raise ValueError if ``output`` is another folder that must stay as it is, or FileExistsError if it is a file."""
     if output.exists() and not output.is_dir():
-        raise FileExistsError(f"the output folder {output} is a file; choose another one")
+        raise ExistingFileError(f"the output folder {output} is a file; choose another one")
     if output.resolve() == other.resolve() or (output.exists() and other.exists() and output.samefile(other)):
-        raise ValueError(f"the output folder {output} is the {what}; choose another one")
+        raise InputError(f"the output folder {output} is the {what}; choose another one")
 
 
 def _describe(
@@ -211,17 +213,17 @@ def _describe(
 
 def _check_options(args: argparse.Namespace) -> None:
     if args.d is not None and args.c is None:
-        raise ValueError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
+        raise InputError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
     if not 0 < args.step_size <= 1:
-        raise ValueError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
+        raise InputError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
     if min(args.npp, args.nps) < 0:
-        raise ValueError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")
+        raise InputError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")
     if not 0 <= args.part_id < args.num_parts:
-        raise ValueError(
+        raise InputError(
             f"-part_id is {args.part_id}, expected 0 to {args.num_parts - 1} with -num_parts {args.num_parts}"
         )
     if args.m is not None and not args.m.is_dir():
-        raise FileNotFoundError(f"no model folder {args.m}")
+        raise MissingFileError(f"no model folder {args.m}")
 
 
 def torch_device(name: str) -> Any:
@@ -229,9 +231,9 @@ def torch_device(name: str) -> Any:
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("-device is cuda (the default), but torch finds no CUDA GPU; use -device cpu")
+        raise InputError("-device is cuda (the default), but torch finds no CUDA GPU; use -device cpu")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("-device is mps, but torch finds no Apple GPU; use -device cpu")
+        raise InputError("-device is mps, but torch finds no Apple GPU; use -device cpu")
     if name != "cpu":
         torch.set_num_threads(1)
     elif "OMP_NUM_THREADS" not in os.environ:

@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -49,13 +51,13 @@ def run(args: argparse.Namespace) -> int:
     from nnunetv2_mstkd.nnunet.model_folder import check_description, find_dataset_folder, read_json
 
     if not args.i.is_dir():
-        raise FileNotFoundError(f"no folder {args.i}")
+        raise MissingFileError(f"no folder {args.i}")
     refuse_same_folder(args.o, args.i, "folder of predictions")
     file = args.i / "dataset.json"
     if args.d is not None:
         file = find_dataset_folder("nnUNet_raw", args.d) / "dataset.json"
     elif not file.is_file():
-        raise FileNotFoundError(f"{args.i} has no dataset.json; name the data set: -d ID")
+        raise MissingFileError(f"{args.i} has no dataset.json; name the data set: -d ID")
     dataset_json = read_json(file)
     how = restoration(dataset_json, args.release)
     check_description(dataset_json, str(file))
@@ -63,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     ending = dataset_json["file_ending"]
     predictions = [path for path in sorted(args.i.glob(f"*{ending}")) if not path.name.startswith(".")]
     if not predictions:
-        raise FileNotFoundError(f"no segmentation *{ending} in {args.i}")
+        raise MissingFileError(f"no segmentation *{ending} in {args.i}")
     args.o.mkdir(parents=True, exist_ok=True)
     problems = []
     for path in predictions:
@@ -86,5 +88,5 @@ def _post_processing(how: Restoration, min_et: int | None) -> Callable[[np.ndarr
     from nnunetv2_mstkd.metrics.postprocessing import relabel_small_region
 
     if how.enhancing is None or how.small_et_becomes is None:
-        raise ValueError("--min-et: the data set has no class ET, or its table names none to take its place")
+        raise InputError("--min-et: the data set has no class ET, or its table names none to take its place")
     return partial(relabel_small_region, labels=how.enhancing, replacement=how.small_et_becomes, min_voxels=min_et)

@@ -12,6 +12,7 @@ from typing import Any
 from nnunetv2_mstkd.crossval.local import last_line, open_log
 from nnunetv2_mstkd.crossval.marks import Mark
 from nnunetv2_mstkd.crossval.steps import Step
+from nnunetv2_mstkd.errors import DependencyError, InputError
 
 JOB_MINUTES = 24 * 60
 """Time limit of a job where none is given; a job that reaches it is put into the queue again and goes on."""
@@ -56,14 +57,14 @@ def check_cluster() -> None:
     ValueError, ImportError
     """
     if shutil.which("sbatch") is None:
-        raise ValueError(
+        raise InputError(
             "--executor slurm: there is no command sbatch on this machine; run it on a login node of the cluster, or "
             "use --executor local"
         )
     try:
         import submitit  # noqa: F401
     except ImportError as error:
-        raise ImportError("--executor slurm needs submitit: pip install 'nnunetv2_mstkd[cluster]'") from error
+        raise DependencyError("--executor slurm needs submitit: pip install 'nnunetv2_mstkd[cluster]'") from error
 
 
 def submit_steps(
@@ -114,7 +115,7 @@ def submit_steps(
             except FailedJobError as error:
                 before = f"; {len(jobs)} jobs are in the queue already" if jobs else ""
                 answer = " ".join(str(error).split())
-                raise ValueError(f"sbatch refuses the job to {step.title}: {answer}{before}") from error
+                raise InputError(f"sbatch refuses the job to {step.title}: {answer}{before}") from error
             jobs[step.key] = job.job_id
             marks[step.key].hand_to(job=job.job_id)
             report(f"job {job.job_id}  {step.title}")
@@ -155,7 +156,7 @@ def minutes_of(time: str | int) -> int:
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time))
     if match is None:
-        raise ValueError(f"--slurm-time {time}: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
+        raise InputError(f"--slurm-time {time}: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
     days, *rest = match.groups()
     first, second, third = (int(text or 0) for text in rest)
     if days is not None or rest[2] is not None:  # the first of the rest are hours

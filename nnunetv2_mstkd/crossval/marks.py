@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.crossval.steps import Step
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import scratch_file
 
 UNKNOWN_TO_SLURM = ("invalid job id",)
 
 
-class RunningStepError(ValueError):
+class RunningStepError(InputError):
     """Somebody else runs a step; the message says who, and which file to remove if that is not so."""
 
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 
 STANDARD_FOLDS = 5
 """nnU-Net makes so many where there is no splits_final.json."""
@@ -30,19 +31,19 @@ def check_request(preprocessed: Path, model: Training, folds: Sequence[int]) -> 
     """
     file = preprocessed / f"{model.plans}.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; make it: nnUNetv2_plan_and_preprocess -d {model.dataset}")
+        raise MissingFileError(f"{file} does not exist; make it: nnUNetv2_plan_and_preprocess -d {model.dataset}")
     plans = json.loads(file.read_text(encoding="utf-8"))
     configurations = plans["configurations"]
     if model.configuration not in configurations:
-        raise ValueError(f"{file} has no configuration {model.configuration!r}; it has {', '.join(configurations)}")
+        raise InputError(f"{file} has no configuration {model.configuration!r}; it has {', '.join(configurations)}")
     number = number_of_folds(preprocessed)
     wrong = [fold for fold in folds if fold >= number]
     if wrong:
         where = "splits_final.json has" if (preprocessed / "splits_final.json").is_file() else "nnU-Net makes"
-        raise ValueError(f"fold {wrong[0]} does not exist: {where} the folds 0 to {number - 1}")
+        raise InputError(f"fold {wrong[0]} does not exist: {where} the folds 0 to {number - 1}")
     batch = _inherited(configurations, model.configuration, "batch_size")
     if batch is not None and model.gpus > int(batch):
-        raise ValueError(
+        raise InputError(
             f"--num-gpus {model.gpus}: a batch of {model.configuration} has {batch} samples, and each GPU needs one; "
             f"take at most {batch} GPUs"
         )
@@ -148,7 +149,7 @@ def find_trainer(name: str) -> type:
     except (ImportError, RuntimeError):
         found = None
     if found is None:
-        raise ValueError(
+        raise InputError(
             f"no trainer {name!r}: neither nnU-Net nor this package has it ({', '.join(trainers.__all__)})"
         )
     return found

@@ -14,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import scratch_file
 from nnunetv2_mstkd.processes import command_path
 
@@ -45,13 +46,13 @@ class State:
             different = [key for key in options if stored["options"].get(key) != options[key]]
             if different:
                 listed = ", ".join(f"{key} {stored['options'].get(key)} (now {options[key]})" for key in different)
-                raise ValueError(
+                raise InputError(
                     f"{folder} holds a demo with other options: {listed}. Repeat those options to continue it, or "
                     f"choose another folder with --out"
                 )
             self.content = stored
         elif any(folder.iterdir()):
-            raise ValueError(f"{folder} is not empty and holds no demo; choose another folder with --out")
+            raise InputError(f"{folder} is not empty and holds no demo; choose another folder with --out")
         self.save()
 
     def save(self) -> None:
@@ -136,7 +137,7 @@ def run(
         if code == 0:
             bar.update(total - bar.n)
     if code != 0:
-        raise ValueError(f"{arguments[0]} stopped with exit code {code}: {last} (whole output in {log})")
+        raise InputError(f"{arguments[0]} stopped with exit code {code}: {last} (whole output in {log})")
 
 
 class Clock:

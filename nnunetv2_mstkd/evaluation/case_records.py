@@ -11,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, TRAINER, VALUE
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.evaluation.strips import CaseStrip, read_strip, write_strip
@@ -51,7 +52,7 @@ class CaseRecords:
             before = _read(self.folder / RUN)
             for key, value in self._run.items():
                 if before.get(key) != value:
-                    raise ValueError(
+                    raise InputError(
                         f"{output} was evaluated with {key} {before.get(key)!r}, now it is {value!r}; take the same "
                         f"options, another folder (-o), or --restart"
                     )
@@ -82,7 +83,7 @@ class CaseRecords:
         content = _read(file)
         try:
             if content["weights"] != self._weights[fold]:
-                raise ValueError(
+                raise InputError(
                     f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
                     f"evaluate again with --restart"
                 )
@@ -91,7 +92,7 @@ class CaseRecords:
                 for subset, entry in content["subsets"].items()
             }
         except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{file} is no record of an evaluation ({error!r}); evaluate again with --restart"
             ) from error
 
@@ -155,9 +156,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); evaluate again with --restart") from error
+        raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is no record of an evaluation; evaluate again with --restart")
+        raise InputError(f"{file} is no record of an evaluation; evaluate again with --restart")
     return content
 
 

@@ -17,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from tqdm import tqdm
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.scoring import Rules, read_label
 from nnunetv2_mstkd.evaluation.strips import View, choose_view
 from nnunetv2_mstkd.images.geometry import TOLERANCE
@@ -118,22 +119,22 @@ def validation_cases(
     data = folder / configuration.data_identifier
     names = _validation_names(model_folder, folder, data, fold, split)
     if not names:
-        raise ValueError(f"fold {fold} of {model_folder} has no validation cases")
+        raise InputError(f"fold {fold} of {model_folder} has no validation cases")
     ending = dataset_json["file_ending"]
     labels = {name: folder / "gt_segmentations" / f"{name}{ending}" for name in names}
     if from_images:
         images = _raw_images(plans.dataset_name, dataset_json)
         missing = [name for name in names if name not in images]
         if missing:
-            raise FileNotFoundError(f"no images of the validation case {missing[0]} in nnUNet_raw/{plans.dataset_name}")
+            raise MissingFileError(f"no images of the validation case {missing[0]} in nnUNet_raw/{plans.dataset_name}")
         return [LabelledCase(name, str(fold), labels[name], images=images[name]) for name in names]
     if not data.is_dir():
-        raise FileNotFoundError(f"no preprocessed data in {data}; {_preprocess(plans, configuration)}")
+        raise MissingFileError(f"no preprocessed data in {data}; {_preprocess(plans, configuration)}")
     _check_plans(folder / f"{plans.plans_name}.json", plans, configuration)
     there = set(_identifiers(data))
     missing = [name for name in names if name not in there]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no preprocessed data of the validation case {missing[0]} in {data} ({len(missing)} of {len(names)} "
             f"missing); {_preprocess(plans, configuration)}"
         )
@@ -149,10 +150,10 @@ def _validation_names(
         return sorted(_identifiers(data))
     splits_file = folder / "splits_final.json"
     if not splits_file.is_file():
-        raise FileNotFoundError(f"no validation cases of {model_folder}: {splits_file} does not exist")
+        raise MissingFileError(f"no validation cases of {model_folder}: {splits_file} does not exist")
     splits = _read_splits(splits_file)
     if int(fold) >= len(splits):
-        raise ValueError(f"no validation cases of fold {fold}: {splits_file} has the folds 0 to {len(splits) - 1}")
+        raise InputError(f"no validation cases of fold {fold}: {splits_file} has the folds 0 to {len(splits) - 1}")
     return sorted(splits[int(fold)]["val"])
 
 
@@ -161,14 +162,14 @@ def _read_splits(file: Path) -> list[dict[str, list[str]]]:
         splits = json.loads(file.read_text(encoding="utf-8"))
         return [{"val": [str(name) for name in split["val"]]} for split in splits]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no list of splits of nnU-Net ({type(error).__name__}: {error})") from error
+        raise InputError(f"{file} is no list of splits of nnU-Net ({type(error).__name__}: {error})") from error
 
 
 def _identifiers(data: Path) -> list[str]:
     try:
         return list(infer_dataset_class(str(data)).get_identifiers(str(data)))
     except (AssertionError, OSError, KeyError) as error:
-        raise FileNotFoundError(f"{data} holds no preprocessed data of nnU-Net") from error
+        raise MissingFileError(f"{data} holds no preprocessed data of nnU-Net") from error
 
 
 def _check_plans(file: Path, plans: PlansManager, configuration: ConfigurationManager) -> None:
@@ -189,7 +190,7 @@ def _check_plans(file: Path, plans: PlansManager, configuration: ConfigurationMa
             return
         changed += keys
     if changed:
-        raise ValueError(
+        raise InputError(
             f"{file} has another {changed[0]} than the plans that the model was trained with, so the preprocessed data "
             f"may not be the model's. Evaluate from the images: --mask-first, or -i IMAGES -l LABELS -o OUT"
         )
@@ -212,7 +213,7 @@ def _raw_images(dataset: str, dataset_json: dict) -> dict[str, Case]:
         images = tuple(Path(path) for path in entry["images"])
         absent = next((path for path in images if not path.is_file()), None)
         if len(images) != channels or absent is not None:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{raw}: case {name} has {len(images)} images, expected {channels}"
                 if absent is None
                 else f"the image {absent} of case {name} does not exist"
@@ -246,22 +247,22 @@ def folder_cases(
         with all problems: no images, absent modalities, absent labels.
     """
     if not labels.is_dir():
-        raise FileNotFoundError(f"no folder of labels {labels}")
+        raise MissingFileError(f"no folder of labels {labels}")
     ending = dataset_json["file_ending"]
     cases, problems = find_cases(images, ending, names)
     if problems:
-        raise ValueError(f"the images in {images} are not as expected:{listed(problems)}")
+        raise InputError(f"the images in {images} are not as expected:{listed(problems)}")
     others = [channel for channel in range(len(names)) if channel not in available]
     for case in cases:
         absent = [names[channel] for channel in available if case.files[channel] is None]
         if absent:
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"{images} has no {' and no '.join(absent)} of case {case.name}; evaluate only what is there: "
                 f"--available {','.join(names[channel] for channel in available if case.files[channel] is not None)}"
             )
     missing = [case.name for case in cases if not (labels / f"{case.name}{ending}").is_file()]
     if missing:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{labels} has no label {missing[0]}{ending} ({len(missing)} of {len(cases)} cases have none)"
         )
     return [
@@ -309,9 +310,9 @@ def _check_case(case: LabelledCase, plans: PlansManager, rules: Rules, checker: 
     if case.images is not None:
         checked, problems = checker.check(case.images)
         if problems:
-            raise ValueError(f"the images of {case.name} cannot be evaluated:{listed(problems)}")
+            raise InputError(f"the images of {case.name} cannot be evaluated:{listed(problems)}")
         if checked.all_zero:
-            raise ValueError(
+            raise InputError(
                 f"{', '.join(checker.names[channel] for channel in checked.all_zero)} of case {case.name} is zero "
                 f"everywhere, so it is absent; leave the case out, or evaluate only what is there with --available"
             )
@@ -330,7 +331,7 @@ def _check_case(case: LabelledCase, plans: PlansManager, rules: Rules, checker: 
             if len(mine) != len(theirs) or not np.allclose(mine, theirs, rtol=0, atol=TOLERANCE):
                 differences.append(f"{key} {_short(mine)}, the image {_short(theirs)}")
     if differences:
-        raise ValueError(f"the label {case.label} does not lie where its image lies: it has {'; '.join(differences)}")
+        raise InputError(f"the label {case.label} does not lie where its image lies: it has {'; '.join(differences)}")
     return choose_view(label, properties["spacing"], rules.ignore_label)
 
 

@@ -14,6 +14,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import scratch_file
 from nnunetv2_mstkd.metrics.conventions import METRICS, metric_named
 
@@ -69,12 +70,12 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
     """
     missing = [name for name in COLUMNS if name not in results.columns]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"the results have no column {', '.join(missing)}; expected are {', '.join(COLUMNS)}, found "
             f"{', '.join(map(str, results.columns)) or 'none'}"
         )
     if len(results) == 0:
-        raise ValueError("the results have no rows; evaluate at least one case")
+        raise InputError("the results have no rows; evaluate at least one case")
     others = [name for name in results.columns if name not in COLUMNS]
     table = results[[*COLUMNS, *others]].reset_index(drop=True)
     for name in KEY:
@@ -111,16 +112,16 @@ def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist; expected a table of results as mstkd evaluate writes it")
+        raise MissingFileError(f"{path} does not exist; expected a table of results as mstkd evaluate writes it")
     try:
         # as text: a case 00012 keeps its zeros, and a region may be called NA
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no table of comma-separated values: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is no table of comma-separated values: {' '.join(str(error).split())}") from error
     try:
         return check_results(table)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_results(results: pd.DataFrame, path: str | os.PathLike[str]) -> None:
@@ -177,10 +178,10 @@ def _check_subsets(table: pd.DataFrame) -> None:
     for subset in table[SUBSET].unique():
         parts = subset.split(SEPARATOR)
         if any(part.strip() != part or not part for part in parts) or len(set(parts)) < len(parts):
-            raise ValueError(f"the subset {subset!r} is not a list of different modalities such as T1ce+FLAIR")
+            raise InputError(f"the subset {subset!r} is not a list of different modalities such as T1ce+FLAIR")
         first = spellings.setdefault(frozenset(parts), subset)
         if first != subset:
-            raise ValueError(f"the subset {first!r} is also written {subset!r}; write it in one order")
+            raise InputError(f"the subset {first!r} is also written {subset!r}; write it in one order")
         sizes[subset] = len(parts)
     counts = table[SUBSET].map(sizes)
     _refuse(table[MODALITIES] != counts, table, "has a number of modalities other than its subset")
@@ -193,4 +194,4 @@ def _refuse(wrong: pd.Series, table: pd.DataFrame, what: str) -> None:
     position = int(np.flatnonzero(wrong)[0])
     row = ", ".join(f"{name}={table[name].iloc[position]}" for name in COLUMNS)
     more = int(wrong.sum()) - 1
-    raise ValueError(f"row {position + 1} {what} ({row}){f' and {more} more' if more else ''}")
+    raise InputError(f"row {position + 1} {what} ({row}){f' and {more} more' if more else ''}")

@@ -14,6 +14,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.strips import View
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.metrics import overlap as metrics
@@ -82,7 +83,7 @@ class Rules:
             for region, partners in settings.partners.items():
                 missing = [name for name in partners if name not in self.regions]
                 if region in self.regions and missing:
-                    raise ValueError(
+                    raise InputError(
                         f"{self.lesion_convention} joins the lesions of {region} by those of {', '.join(partners)}, "
                         f"and dataset.json has no label {', '.join(missing)}; take another --lesion-convention"
                     )
@@ -178,7 +179,7 @@ def read_label(path: Path, reader: type[BaseReaderWriter], labels: Sequence[int]
         if it cannot be read, is truncated, or has other values than ``labels``; the message names the file.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"the label {path} does not exist")
+        raise MissingFileError(f"the label {path} does not exist")
     try:
         check_complete(path)
         values, properties = reader().read_seg(str(path))
@@ -186,13 +187,13 @@ def read_label(path: Path, reader: type[BaseReaderWriter], labels: Sequence[int]
         raise
     except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
         line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise ValueError(f"the label {path} cannot be read ({line})") from error
+        raise InputError(f"the label {path} cannot be read ({line})") from error
     if values.shape[0] != 1:
-        raise ValueError(f"the label {path} holds {values.shape[0]} images, expected one")
+        raise InputError(f"the label {path} holds {values.shape[0]} images, expected one")
     found = np.unique(values)
     wrong = found[~np.isin(found, labels)]
     if len(wrong):
-        raise ValueError(
+        raise InputError(
             f"the label {path} has the value {wrong[0]:g}; dataset.json has the labels {', '.join(map(str, labels))}"
         )
     return values[0].astype(np.uint8 if max(labels) < 256 else np.int32), properties
@@ -260,7 +261,7 @@ def score_prediction(
     )
     reference = _reference(label, plans.image_reader_writer_class, rules.labels)
     if segmentation.shape != reference.shape:
-        raise ValueError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
+        raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
     kept = None if view is None else view.cut(segmentation).astype(view.reference.dtype)
     return SubsetScore(values, counting.near, segmentation.size, kept)

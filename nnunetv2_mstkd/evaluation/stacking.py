@@ -18,6 +18,7 @@ from nnunetv2.utilities.helpers import empty_cache
 from torch import nn
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.presence_gate import PresenceGate
 
 TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
@@ -86,7 +87,7 @@ class SubsetPredictor:
 
     def __init__(self, predictor: nnUNetPredictor, stack: int) -> None:
         if stack < 1:
-            raise ValueError(f"a stack has at least one subset, found {stack}")
+            raise InputError(f"a stack has at least one subset, found {stack}")
         self.stack = stack
         self._predictor = predictor
         self._labels = predictor.label_manager
@@ -105,7 +106,7 @@ class SubsetPredictor:
             bool, shape (S, C), S at least 1; no row is all False.
         """
         if subsets.ndim != 2 or subsets.shape[1] != len(data) or not bool(subsets.any(1).all()):
-            raise ValueError(
+            raise InputError(
                 f"the subsets {tuple(subsets.shape)} do not fit an image of {len(data)} modalities, or one is empty"
             )
         done = 0

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import scratch_file
 
 LONGEST = 256
@@ -195,4 +196,4 @@ def read_strip(file: Path) -> CaseStrip | None:
             segmentations = dict(zip(content["subsets"].tolist(), content["segmentations"], strict=True))
             return CaseStrip(axis, index, depth, content["images"], content["reference"], segmentations)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged ({error}); evaluate again with --restart") from error
+        raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error

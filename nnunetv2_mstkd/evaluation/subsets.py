@@ -17,6 +17,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.case_records import CaseRecords
 from nnunetv2_mstkd.evaluation.cases import LabelledCase, prepare
 from nnunetv2_mstkd.evaluation.scoring import Rules, score_prediction
@@ -55,14 +56,14 @@ def choose_subsets(names: Sequence[str], *, subsets: Sequence[str] = (), availab
         chosen = modalities.parse_subsets(subsets, names)
         beyond = chosen[(chosen & ~there).any(1)]
         if len(beyond):
-            raise ValueError(
+            raise InputError(
                 f"the subset {modalities.subset_name(beyond[0].tolist(), names)} is not within --available {available}"
             )
         order = sorted(range(len(chosen)), key=lambda row: (int(chosen[row].sum()), *(~chosen[row]).tolist()))
         return chosen[order]
     number = int(there.sum())
     if number > modalities.ENUMERATION_LIMIT:
-        raise ValueError(
+        raise InputError(
             f"{number} modalities have {2**number - 1} subsets; name those to evaluate with --subsets, for example "
             f"--subsets all {names[0]}, or at most {modalities.ENUMERATION_LIMIT} modalities with --available"
         )
@@ -83,7 +84,7 @@ def check_zero_is_missing(subsets: torch.Tensor, names: Sequence[str], schemes: 
     """
     for channel, (name, scheme) in enumerate(zip(names, schemes, strict=True)):
         if not bool(subsets[:, channel].all()) and scheme not in modalities.ZERO_KEEPING_NORMALIZATIONS:
-            raise ValueError(
+            raise InputError(
                 f"{name} is absent from a subset, but {scheme} turns the zero image of an absent modality into another "
                 f"value; evaluate only subsets with it, for example --subsets all"
             )

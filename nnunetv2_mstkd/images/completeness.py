@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.geometry import read_geometry, read_image
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
@@ -56,7 +57,7 @@ def _check_nifti(path: Path, opened: Callable) -> int:
         header: Any = nibabel.load(path)
         start, dtype, voxels = header.dataobj.offset, header.dataobj.dtype, math.prod(header.shape)
     except Exception as error:  # nibabel has errors of many kinds for a damaged header
-        raise ValueError(f"cannot be read: {last_line(error)}") from error
+        raise InputError(f"cannot be read: {last_line(error)}") from error
     expected = start + voxels * dtype.itemsize
     found = not_finite = 0
     try:
@@ -69,16 +70,16 @@ def _check_nifti(path: Path, opened: Callable) -> int:
                     not_finite += count_not_finite(np.frombuffer(chunk, dtype, there))
                 found += len(chunk)
     except EOFError as error:
-        raise ValueError(f"is truncated: its compressed data end after {found} bytes of the image") from error
+        raise InputError(f"is truncated: its compressed data end after {found} bytes of the image") from error
     except (OSError, zlib.error) as error:
-        raise ValueError(f"is damaged or cannot be read: {last_line(error)}") from error
+        raise InputError(f"is damaged or cannot be read: {last_line(error)}") from error
     _refuse_truncated(found, expected)
     return not_finite
 
 
 def _refuse_truncated(found: int, expected: int) -> None:
     if found < expected:
-        raise ValueError(f"is truncated: it has {found} of {expected} bytes")
+        raise InputError(f"is truncated: it has {found} of {expected} bytes")
 
 
 def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
@@ -107,7 +108,7 @@ def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
         header = zlib.decompressobj(GZIP).decompress(start, offset) if offset > 0 else b""
         if len(header) != offset or length != (offset + voxels.nbytes) % (1 << 32):
             return False
-        return zlib.crc32(np.ascontiguousarray(voxels), zlib.crc32(header)) == checksum
+        return zlib.crc32(np.ascontiguousarray(voxels).data, zlib.crc32(header)) == checksum
     except (OSError, ValueError, zlib.error, nibabel.spatialimages.HeaderDataError):
         return False
 

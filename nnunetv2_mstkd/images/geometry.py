@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import SimpleITK as sitk
 
+from nnunetv2_mstkd.errors import InputError
+
 TOLERANCE = 1e-3
 """How far spacing and origin (mm) and direction cosines of one case's files may be apart: rounding in their headers."""
 
@@ -57,7 +59,7 @@ def image_reader(path: Path) -> sitk.ImageFileReader:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise ValueError(f"cannot be read: {reason(error)}") from error
+        raise InputError(f"cannot be read: {reason(error)}") from error
     return reader
 
 
@@ -85,11 +87,11 @@ def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -
     direction = image.GetDirection()
     if volumes:
         if dimension != 4 or size[3] != volumes or components != 1:
-            raise ValueError(f"has the size {_short(size)}, expected {volumes} volumes of 3 dimensions in one file")
+            raise InputError(f"has the size {_short(size)}, expected {volumes} volumes of 3 dimensions in one file")
         kept = tuple(direction[row * 4 + column] for row in range(3) for column in range(3))
         return Geometry(size[:3], spacing[:3], origin[:3], kept)
     if dimension not in (2, 3) or components != 1:
-        raise ValueError(
+        raise InputError(
             f"has {dimension} dimensions and {components} components, expected one scalar image of 2 or 3 dimensions"
         )
     return Geometry(size, spacing, origin, direction)
@@ -106,7 +108,7 @@ def read_image(path: Path) -> sitk.Image:
     try:
         return sitk.ReadImage(str(path))
     except RuntimeError as error:
-        raise ValueError(f"cannot be read: {reason(error)}") from error
+        raise InputError(f"cannot be read: {reason(error)}") from error
 
 
 def reason(error: RuntimeError) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 
 SUMMARY = Path("subsets", "summary.json")
 """Where an evaluation of all subsets stands in a model folder:
@@ -46,7 +47,7 @@ def read_expected_dice(model_folder: Path, names: Sequence[str]) -> dict[int, di
                 region: float(dice) for region, dice in values.items() if dice is not None and math.isfinite(dice)
             }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
+        raise InputError(
             f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
         ) from error
     return expected

@@ -10,6 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import NamedTuple
 
+from nnunetv2_mstkd.errors import MissingFileError
+
 CHANNEL_DIGITS = 4
 
 IMAGE_ENDINGS = (
@@ -80,7 +82,7 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
         if there is no such folder or no input in it.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"no input folder {folder}")
+        raise MissingFileError(f"no input folder {folder}")
     pattern = re.compile(rf"(.+)_(\d{{{CHANNEL_DIGITS}}}){re.escape(file_ending)}", re.DOTALL)
     found: dict[str, dict[int, Path]] = defaultdict(dict)
     problems = []
@@ -105,7 +107,7 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
             )
     if not found:
         listed = "".join(f"\n  {problem.text}" for problem in problems)
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no input in {folder}: expected files such as CASE_0000{file_ending} with one number per channel "
             f"({', '.join(names)}){listed}"
         )

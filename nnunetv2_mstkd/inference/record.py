@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import scratch_file
 from nnunetv2_mstkd.inference.input_folder import Case
 
@@ -63,10 +64,10 @@ class Record:
                 before = json.loads(file.read_text(encoding="utf-8"))
                 self.cases = {str(name): _checked(entry) for name, entry in before["cases"].items()}
             except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{file} is no record of predictions; leave out --continue_prediction") from error
+                raise InputError(f"{file} is no record of predictions; leave out --continue_prediction") from error
             for key, value in self.run.items():
                 if before.get(key) != value:
-                    raise ValueError(
+                    raise InputError(
                         f"{file.parent} was predicted with {key} {before.get(key)!r}, now it is {value!r}; continue "
                         f"with the same options, or leave out --continue_prediction"
                     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.checks import Checker, listed, split_good
 from nnunetv2_mstkd.inference.input_folder import Case, Problem, find_cases
 
@@ -84,7 +85,7 @@ def select(
     if drop is not None:
         dropped = [channel for channel, chosen in enumerate(modalities.parse_subset(drop, names).tolist()) if chosen]
         if len(dropped) == len(names):
-            raise ValueError(f"--drop {drop} leaves no modality")
+            raise InputError(f"--drop {drop} leaves no modality")
     cases, problems = find_cases(folder, file_ending, names)
     others = {case.name for case in cases}
     cases = cases[part]
@@ -99,7 +100,7 @@ def select(
     done = len(cases) - len(open_cases)
     if problems and not (skip_bad and (good or done)):
         hint = f" (--skip-bad: go on with the other {len(good)})" if good else ""
-        raise ValueError(f"{_count(problems)}, nothing was {verb}{hint}:{listed(problems)}")
+        raise InputError(f"{_count(problems)}, nothing was {verb}{hint}:{listed(problems)}")
     return Selection(good, done, problems)
 
 

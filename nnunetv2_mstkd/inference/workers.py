@@ -14,6 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
 
+from nnunetv2_mstkd.errors import WorkerError
+
 PRELOADED = "nnunetv2_mstkd.nnunet.case_steps"
 """Brings torch and nnU-Net, whose import takes seconds."""
 
@@ -61,7 +63,7 @@ def workers(processes: int, tasks: int) -> Iterator[Executor]:
     try:
         yield pool
     except BrokenProcessPool as error:
-        raise ChildProcessError(
+        raise WorkerError(
             "a background process died, most likely for lack of memory; use fewer: -npp 1 -nps 1, or 0 for none"
         ) from error
     finally:

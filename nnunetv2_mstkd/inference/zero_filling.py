@@ -13,6 +13,7 @@ import SimpleITK as sitk
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
+from nnunetv2_mstkd.errors import ExistingFileError
 from nnunetv2_mstkd.images.completeness import written_whole
 from nnunetv2_mstkd.images.geometry import read_image
 from nnunetv2_mstkd.inference.input_folder import Case
@@ -53,7 +54,9 @@ def fill_folder(
         if the folder holds anything: nnU-Net takes every file in it for a channel.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty, and nnU-Net would predict what else is in it; take a new folder")
+        raise ExistingFileError(
+            f"{output} is not empty, and nnU-Net would predict everything in it; choose a new folder"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
+from nnunetv2_mstkd.errors import InputError
+
 DICE = "dice"
 HD95 = "hd95"
 NSD = "nsd"
@@ -63,7 +65,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 def metric_named(name: str) -> Metric:
     """Look a metric up; ValueError names the known ones."""
     if name not in METRICS:
-        raise ValueError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
+        raise InputError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
     return METRICS[name]
 
 
@@ -204,7 +206,7 @@ def empty_rules_text(
     lesionwise = [name for name in metrics if name in LESION_RULES]
     if lesionwise:
         if lesion_convention is None:
-            raise ValueError(
+            raise InputError(
                 f"{lesionwise[0]} needs the name of its lesion-wise convention; known are "
                 f"{', '.join(LESION_CONVENTIONS)}"
             )
@@ -231,7 +233,7 @@ def _word(value: float | str) -> str:
 
 def _convention(name: str) -> Convention:
     if name not in CONVENTIONS:
-        raise ValueError(f"unknown convention {name!r} for empty masks; known are {', '.join(CONVENTIONS)}")
+        raise InputError(f"unknown convention {name!r} for empty masks; known are {', '.join(CONVENTIONS)}")
     return CONVENTIONS[name]
 
 
@@ -239,7 +241,7 @@ def _rule(metric: str, convention: str) -> EmptyRule:
     rules = _convention(convention).rules
     if metric not in rules:
         metric_named(metric)
-        raise ValueError(f"the convention {convention!r} has no rule for {metric}; it has {', '.join(rules)}")
+        raise InputError(f"the convention {convention!r} has no rule for {metric}; it has {', '.join(rules)}")
     return rules[metric]
 
 
@@ -345,5 +347,5 @@ LESION_CONVENTIONS: Mapping[str, LesionConvention] = MappingProxyType(
 def lesion_convention_named(name: str) -> LesionConvention:
     """Look a lesion-wise convention up; ValueError names the known ones."""
     if name not in LESION_CONVENTIONS:
-        raise ValueError(f"unknown lesion-wise convention {name!r}; known are {', '.join(LESION_CONVENTIONS)}")
+        raise InputError(f"unknown lesion-wise convention {name!r}; known are {', '.join(LESION_CONVENTIONS)}")
     return LESION_CONVENTIONS[name]

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.metrics.masks import MM3_PER_ML, check_masks, check_spacing
 
 
@@ -76,12 +77,12 @@ def relabel_small_region(
     """
     if not isinstance(segmentation, np.ndarray) or not np.issubdtype(segmentation.dtype, np.integer):
         found = getattr(segmentation, "dtype", type(segmentation).__name__)
-        raise ValueError(f"the segmentation has type {found}, expected an array of integer labels")
+        raise InputError(f"the segmentation has type {found}, expected an array of integer labels")
     wanted = np.unique(np.asarray([labels] if isinstance(labels, int) else list(labels)))
     if replacement in wanted:
-        raise ValueError(f"the replacement {replacement} is one of the labels to replace, {wanted.tolist()}")
+        raise InputError(f"the replacement {replacement} is one of the labels to replace, {wanted.tolist()}")
     if not np.can_cast(np.min_scalar_type(replacement), segmentation.dtype):
-        raise ValueError(f"the replacement {replacement} does not fit the segmentation's type {segmentation.dtype}")
+        raise InputError(f"the replacement {replacement} does not fit the segmentation's type {segmentation.dtype}")
     threshold = _threshold(segmentation.ndim, min_voxels, min_ml, spacing)
     small = np.isin(segmentation, wanted)
     result = segmentation.copy()
@@ -93,14 +94,14 @@ def relabel_small_region(
 def _threshold(num_axes: int, min_voxels: int | None, min_ml: float | None, spacing: Sequence[float] | None) -> float:
     """The threshold in voxels."""
     if (min_voxels is None) == (min_ml is None):
-        raise ValueError("give the threshold once: either min_voxels or min_ml")
+        raise InputError("give the threshold once: either min_voxels or min_ml")
     if min_voxels is not None:
         threshold = float(min_voxels)
     else:
         if spacing is None:
-            raise ValueError("a threshold in millilitres needs the spacing, in millimetres per axis")
+            raise InputError("a threshold in millilitres needs the spacing, in millimetres per axis")
         # a hair less: a volume of exactly the threshold is kept, whatever the rounding of the spacing
         threshold = float(min_ml or 0) * MM3_PER_ML / float(np.prod(check_spacing(spacing, num_axes))) * (1 - 1e-9)
     if not 0 < threshold < np.inf:
-        raise ValueError(f"the threshold {min_voxels if min_ml is None else min_ml!r} is not positive and finite")
+        raise InputError(f"the threshold {min_voxels if min_ml is None else min_ml!r} is not positive and finite")
     return threshold

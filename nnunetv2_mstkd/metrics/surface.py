@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.spatial import cKDTree
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.metrics.conventions import BRATS, HD95, NSD, empty_value
 from nnunetv2_mstkd.metrics.masks import bounding_box, check_masks, check_spacing, image_diagonal
 
@@ -164,7 +165,7 @@ def normalized_surface_dice_of(distances: SurfaceDistances, tolerance: float, *,
 def check_tolerance(tolerance: float) -> None:
     """Refuse a tolerance that is not a number of millimetres."""
     if not 0 <= tolerance < np.inf:
-        raise ValueError(f"the tolerance {tolerance!r} is not a number of millimetres; expected 0 or more")
+        raise InputError(f"the tolerance {tolerance!r} is not a number of millimetres; expected 0 or more")
 
 
 def check_hd95_variant(variant: str) -> None:

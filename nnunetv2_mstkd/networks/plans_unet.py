@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
+from nnunetv2_mstkd.errors import InputError
+
 
 class Halves(Protocol):
     """What a U-Net is made of; both of dynamic_network_architectures, whose modules have no types."""
@@ -44,7 +46,7 @@ def check_architecture(architecture_class: str) -> None:
     """Raise ValueError if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet."""
     family = architecture_class.rsplit(".", 1)[-1]
     if family not in ("PlainConvUNet", "ResidualEncoderUNet"):
-        raise ValueError(
+        raise InputError(
             f"the plans ask for the network {family}; this trainer's network is built on PlainConvUNet "
             f"or ResidualEncoderUNet. Plan with nnU-Net's default or a ResEnc planner"
         )

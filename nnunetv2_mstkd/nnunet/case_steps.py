@@ -11,6 +11,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import written_whole
 from nnunetv2_mstkd.inference.input_folder import Case
 
@@ -39,7 +40,7 @@ def read_case(case: Case, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, d
             data, first = np.zeros((len(case.files), *image.shape[1:]), np.float32), properties
         data[channel] = image[0]
     if data is None:
-        raise ValueError(f"{case.name} has no modality")
+        raise InputError(f"{case.name} has no modality")
     return data, first
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError, WriteError
 from nnunetv2_mstkd.images.atomic import scratch_file
 
 
@@ -40,7 +41,7 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist")
+        raise MissingFileError(f"checkpoint {path} does not exist")
     with path.open("rb") as file:  # here, so that a file without read permission is not called damaged
         try:
             with torch.serialization.safe_globals(_allowed_types()):
@@ -50,19 +51,19 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
         except Exception as error:  # damaged bytes can make an unpickler raise anything
             foreign = re.search(r"GLOBAL (\S+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
             if foreign:
-                raise ValueError(
+                raise InputError(
                     f"checkpoint {path} is refused: it asks to import {foreign[1]}, which no nnU-Net checkpoint needs; "
                     f"nothing of it was executed"
                 ) from error
-            raise ValueError(
+            raise InputError(
                 f"checkpoint {path} is damaged, truncated or no checkpoint ({type(error).__name__}, "
                 f"{path.stat().st_size} bytes); train or copy it again"
             ) from error
     if not isinstance(content, Mapping) or "network_weights" not in content:
-        raise ValueError(f"{path} is no nnU-Net checkpoint: it has no network_weights")
+        raise InputError(f"{path} is no nnU-Net checkpoint: it has no network_weights")
     weights = content["network_weights"]
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise ValueError(f"{path} is no nnU-Net checkpoint: its network_weights are not a table of tensors")
+        raise InputError(f"{path} is no nnU-Net checkpoint: its network_weights are not a table of tensors")
     return dict(content)
 
 
@@ -84,7 +85,7 @@ def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
         # PyTorch's writer hides the reason behind a RuntimeError of its own
         hidden = error.__context__
         reason = hidden if isinstance(hidden, OSError) else error
-        raise OSError(
+        raise WriteError(
             f"checkpoint {path} could not be written ({' '.join(str(reason).split())}); what was there before is "
             f"untouched. Make room, or the folder writable, and continue with --c"
         ) from error
@@ -119,7 +120,7 @@ def load_matching(network: torch.nn.Module, weights: Mapping[str, torch.Tensor])
     own = network.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}
     if not fitting:
-        raise ValueError("no tensor of the checkpoint has the name and shape of one of the network; is it another one?")
+        raise InputError("no tensor of the checkpoint has the name and shape of one of the network; is it another one?")
     network.load_state_dict({**own, **fitting})
     loaded = {own[name].data_ptr() for name in fitting}
     return sorted(fitting), sorted(name for name in own if name not in fitting and own[name].data_ptr() not in loaded)

@@ -10,6 +10,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import scratch_file
 from nnunetv2_mstkd.training.settings import BLOCK, SECTIONS, Settings, SettingsError
 
@@ -59,12 +60,12 @@ def derive(
 
     known = list(plans["configurations"])
     if parent not in known:
-        raise ValueError(f"the plans have no configuration {parent!r}; there are {', '.join(known)}")
+        raise InputError(f"the plans have no configuration {parent!r}; there are {', '.join(known)}")
     if name in STANDARD_CONFIGURATIONS:
-        raise ValueError(f"{name} is nnU-Net's own configuration, a re-plan would lose the settings; choose a new name")
+        raise InputError(f"{name} is nnU-Net's own configuration, a re-plan would lose the settings; choose a new name")
     # nnU-Net joins trainer, plans and configuration with "__" and splits folder names there
     if not re.fullmatch(r"[A-Za-z0-9]+([_-][A-Za-z0-9]+)*", name):
-        raise ValueError(
+        raise InputError(
             f"configuration name {name!r} does not work as a part of a folder name; expected letters and digits, "
             f"joined by single '-' or '_', for example {parent}_short"
         )
@@ -72,12 +73,12 @@ def derive(
     ancestor: str | None = parent
     while ancestor is not None:
         if ancestor == name:
-            raise ValueError(
+            raise InputError(
                 f"{name} cannot inherit from {parent}: that is itself or inherits from it; choose a new name"
             )
         ancestor = plans["configurations"][ancestor].get("inherits_from")
     if resolved.get("previous_stage") is not None:
-        raise ValueError(
+        raise InputError(
             f"{parent} is the second stage of a cascade, which the trainers of this package do not support; start from "
             f"2d, 3d_fullres or 3d_lowres"
         )
@@ -92,7 +93,7 @@ def derive(
     entry: dict[str, Any] = {"inherits_from": parent, BLOCK: Settings.from_block(block).to_block()}
     if batch_size is not None:
         if batch_size < 1:
-            raise ValueError(f"batch size is {batch_size}, expected at least 1")
+            raise InputError(f"batch size is {batch_size}, expected at least 1")
         entry["batch_size"] = batch_size
     if features is not None or patch_size is not None:
         entry["patch_size"], entry["architecture"] = _architecture(resolved, features, patch_size)
@@ -112,18 +113,18 @@ def _architecture(
     dimensions = len(configuration["patch_size"])
     patch = [int(edge) for edge in (configuration["patch_size"] if patch_size is None else patch_size)]
     if len(patch) != dimensions:
-        raise ValueError(f"patch {patch} has {len(patch)} edges, expected {dimensions}")
+        raise InputError(f"patch {patch} has {len(patch)} edges, expected {dimensions}")
     if min(patch) < 1:
-        raise ValueError(f"patch {patch} has an edge below 1 voxel")
+        raise InputError(f"patch {patch} has an edge below 1 voxel")
     wanted = len(features) if features is not None else None
     if features is not None and (len(features) < 2 or min(features) < 4):
-        raise ValueError(f"features {list(features)}: expected at least 2 stages of at least 4 channels")
+        raise InputError(f"features {list(features)}: expected at least 2 stages of at least 4 channels")
     strides, kernels = kwargs["strides"], kwargs["kernel_sizes"]
     if patch_size is not None or wanted not in (None, kwargs["n_stages"]):
         spacing = list(configuration["spacing"])[-dimensions:]
         _, strides, kernels, _, _ = get_pool_and_conv_props(spacing, patch, MIN_BOTTLENECK_EDGE, 999999)
         if len(strides) < max(2, wanted or 0):
-            raise ValueError(
+            raise InputError(
                 f"{wanted or 2} stages do not fit a patch of {patch}: nnU-Net's rule allows {len(strides)} (no axis "
                 f"below {MIN_BOTTLENECK_EDGE} voxels). Give fewer widths or a larger patch"
             )
@@ -159,7 +160,7 @@ def write_configuration(plans_file: Path, name: str, entry: Mapping[str, Any], *
     if there == entry:
         return
     if there is not None and not overwrite:
-        raise FileExistsError(
+        raise ExistingFileError(
             f"configuration {name} exists in {plans_file} with other content; choose another name or pass --overwrite"
         )
     plans["configurations"][name] = entry
@@ -176,15 +177,13 @@ def read_plans(plans_file: Path) -> dict[str, Any]:
         if there is none or it is not one.
     """
     if not plans_file.is_file():
-        raise FileNotFoundError(
-            f"{plans_file} does not exist; run nnUNetv2_plan_and_preprocess for this data set first"
-        )
+        raise MissingFileError(f"{plans_file} does not exist; run nnUNetv2_plan_and_preprocess for this data set first")
     try:
         plans = json.loads(plans_file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{plans_file} is not valid JSON ({error})") from error
+        raise InputError(f"{plans_file} is not valid JSON ({error})") from error
     if not isinstance(plans, dict) or "configurations" not in plans:
-        raise ValueError(f"{plans_file} is no nnU-Net plans file: it has no configurations")
+        raise InputError(f"{plans_file} is no nnU-Net plans file: it has no configurations")
     return plans
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from nnunetv2_mstkd.errors import InputError
+
 
 def check_file_name(name: Any, what: str) -> str:
     """Return ``name`` if it is the name of one file or folder and leads nowhere else.
@@ -21,5 +23,5 @@ def check_file_name(name: Any, what: str) -> str:
         if it is no text, is empty, or would leave the folder that it is put into.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
-        raise ValueError(f"{what} is {name!r}, expected the name of one file or folder, without / and \\")
+        raise InputError(f"{what} is {name!r}, expected the name of one file or folder, without / and \\")
     return name

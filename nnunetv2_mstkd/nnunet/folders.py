@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from nnunetv2_mstkd.errors import MissingFileError
+
 
 def nnunet_folder(variable: str) -> Path:
     """Return the folder that an environment variable of nnU-Net names.
@@ -16,7 +18,7 @@ def nnunet_folder(variable: str) -> Path:
     """
     folder = os.environ.get(variable)
     if not folder:
-        raise FileNotFoundError(f"{variable} is not set; nnU-Net needs it too: export {variable}=FOLDER")
+        raise MissingFileError(f"{variable} is not set; nnU-Net needs it too: export {variable}=FOLDER")
     if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{variable} is {folder}, which is no folder; make it, or set another one")
+        raise MissingFileError(f"{variable} is {folder}, which is no folder; make it, or set another one")
     return Path(folder)

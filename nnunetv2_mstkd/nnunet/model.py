@@ -16,6 +16,7 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from nnunetv2_mstkd.errors import InputError, UnsupportedError
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.nnunet import registration as _register
 from nnunetv2_mstkd.nnunet.model_folder import check_description, find_checkpoints, read_json
@@ -70,7 +71,7 @@ def load_predictor(
     name, configuration = _common(contents, files, "trainer_name"), _common(contents, files, "configuration")
     source = str(folder / "plans.json")
     if configuration not in plans.get("configurations", {}):
-        raise ValueError(
+        raise InputError(
             f"{files[0]} was trained with the configuration {configuration!r}, which {source} does not have: the files "
             f"are of different models"
         )
@@ -90,20 +91,20 @@ def load_predictor(
         raise
     except Exception as error:  # the layers get whatever numbers the file has, and each complains in its own way
         text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise ValueError(f"{source} describes no network that {name} can build ({text})") from error
+        raise InputError(f"{source} describes no network that {name} can build ({text})") from error
     weights = [content["network_weights"] for content in contents]
     # each one fits before the first case is predicted; the first fold's stay in, as in nnU-Net's own loader
     for file, tensors in reversed(list(zip(files, weights, strict=True))):
         try:
             network.load_state_dict(tensors)
         except RuntimeError as error:
-            raise ValueError(
+            raise InputError(
                 f"the weights in {file} do not fit the network of {folder / 'plans.json'} "
                 f"({str(error).splitlines()[0]}): the files are of different models"
             ) from error
     axes = contents[0].get("inference_allowed_mirroring_axes")
     if axes is not None and not set(axes) <= set(range(len(settings.patch_size))):
-        raise ValueError(f"inference_allowed_mirroring_axes in {files[0]} is {axes!r}, expected axes of the patch")
+        raise InputError(f"inference_allowed_mirroring_axes in {files[0]} is {axes!r}, expected axes of the patch")
     predictor.manual_initialization(network, manager, settings, weights, dataset_json, name, axes)
     return predictor
 
@@ -136,7 +137,7 @@ def set_student(predictor: nnUNetPredictor, number: int) -> None:
     students = len(getattr(network, "students", ()))
     if not 1 <= number <= students:
         has = f"students 1 to {students}" if students else "one network and no students"
-        raise ValueError(f"--student is {number}, but the model ({predictor.trainer_name}) has {has}")
+        raise InputError(f"--student is {number}, but the model ({predictor.trainer_name}) has {has}")
     network.only = number - 1
 
 
@@ -154,12 +155,12 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         with _quiet():
             trainer = recursive_find_trainer_class_by_name(name)
     except (RuntimeError, AssertionError, TypeError) as error:
-        raise ValueError(
+        raise InputError(
             f"the trainer {name!r} of the checkpoint was not found; install the package that has it, or set "
             f"{_register.EXTERNAL_TRAINERS} to its folder"
         ) from error
     if "plans_manager" not in inspect.signature(trainer.build_network_architecture).parameters:
-        raise ValueError(
+        raise InputError(
             f"the trainer {name} builds its network with the signature of nnU-Net before 2.7; --trust leaves the "
             f"loading to nnU-Net"
         )
@@ -172,12 +173,12 @@ def _read_checkpoint(file: Path) -> dict[str, Any]:
     except ValueError as error:
         if "is refused" not in str(error):
             raise
-        raise ValueError(f"{error}{TRUST}") from error
+        raise InputError(f"{error}{TRUST}") from error
     try:
         content["configuration"] = content["init_args"]["configuration"]
         content["trainer_name"]
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no checkpoint of nnU-Net v2: it has no {error}") from error
+        raise InputError(f"{file} is no checkpoint of nnU-Net v2: it has no {error}") from error
     return content
 
 
@@ -185,7 +186,7 @@ def _common(contents: Sequence[dict], files: Sequence[Path], key: str) -> str:
     """The value that all folds must share."""
     for content, file in zip(contents, files, strict=True):
         if content[key] != contents[0][key]:
-            raise ValueError(
+            raise InputError(
                 f"the folds are of different models: {key.replace('_', ' ')} is {contents[0][key]} in {files[0]} and "
                 f"{content[key]} in {file}"
             )
@@ -194,7 +195,7 @@ def _common(contents: Sequence[dict], files: Sequence[Path], key: str) -> str:
 
 def _refuse_cascade(configuration: ConfigurationManager) -> None:
     if configuration.previous_stage_name is not None:
-        raise NotImplementedError(
+        raise UnsupportedError(
             f"this model is the second stage of a cascade (after {configuration.previous_stage_name}), which mstkd "
             f"does not support; write the absent channels with mstkd fill-missing and use nnUNetv2_predict"
         )

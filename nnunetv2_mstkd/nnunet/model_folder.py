@@ -13,6 +13,7 @@ from typing import Any
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.nnunet.safe_plans import find_class
@@ -34,12 +35,12 @@ def find_dataset_folder(variable: str, dataset: str) -> Path:
         wanted = f"Dataset{int(dataset):03d}_*"
         folders = sorted(path for path in root.glob(wanted) if path.is_dir())
     else:
-        raise ValueError(f"data set {dataset!r} is neither a number nor a name such as Dataset226_BraTS")
+        raise InputError(f"data set {dataset!r} is neither a number nor a name such as Dataset226_BraTS")
     if not folders:
-        raise FileNotFoundError(f"no folder {wanted} in {root} ({variable})")
+        raise MissingFileError(f"no folder {wanted} in {root} ({variable})")
     if len(folders) > 1:
         listed = ", ".join(path.name for path in folders)
-        raise ValueError(f"data set {dataset} is ambiguous in {root}: {listed}; give the full name")
+        raise InputError(f"data set {dataset} is ambiguous in {root}: {listed}; give the full name")
     return folders[0]
 
 
@@ -55,7 +56,7 @@ def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str
     folder = results / f"{trainer}__{plans}__{configuration}"
     if not folder.is_dir():
         there = ", ".join(path.name for path in sorted(results.glob("*__*__*")) if path.is_dir()) or "none"
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"no trained model {folder}; models of {results.name} (-tr TRAINER -p PLANS -c CONFIGURATION) are: {there}"
         )
     return folder
@@ -64,13 +65,13 @@ def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON file of a model or data set; FileNotFoundError or ValueError names it."""
     if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist, so {file.parent} is no complete model or data set folder")
+        raise MissingFileError(f"{file} does not exist, so {file.parent} is no complete model or data set folder")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error})") from error
+        raise InputError(f"{file} is not valid JSON ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no table, expected nnU-Net's {file.name}")
+        raise InputError(f"{file} holds no table, expected nnU-Net's {file.name}")
     return content
 
 
@@ -78,7 +79,7 @@ def parse_folds(texts: Sequence[str | int]) -> tuple[int | str, ...]:
     """Folds as given after ``-f``: numbers, or ``all``."""
     wrong = [str(text) for text in texts if str(text) != "all" and not str(text).isdigit()]
     if wrong:
-        raise ValueError(f"-f {' '.join(wrong)}: expected fold numbers such as 0 1 2, or all")
+        raise InputError(f"-f {' '.join(wrong)}: expected fold numbers such as 0 1 2, or all")
     return tuple(text if text == "all" else int(text) for text in texts)
 
 
@@ -103,7 +104,7 @@ def find_checkpoints(folder: Path, folds: Sequence[int | str], checkpoint: str) 
         hint = f"the training is not finished; there are {', '.join(others)}. Take one with -chk NAME -f FOLD"
     else:
         hint = "the folder holds no checkpoint at all"
-    raise FileNotFoundError(f"{listed} not found in {folder}; {hint}")
+    raise MissingFileError(f"{listed} not found in {folder}; {hint}")
 
 
 def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any], type[BaseReaderWriter]]:
@@ -136,7 +137,7 @@ def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any]
     described = [folder for folder in folders if (folder / "dataset.json").is_file()]
     if not described:
         where = "; ".join(problems) if not folders else f"none in {', '.join(map(str, folders))}"
-        raise FileNotFoundError(f"no dataset.json of data set {dataset}: {where}")
+        raise MissingFileError(f"no dataset.json of data set {dataset}: {where}")
     description = described[0] / "dataset.json"
     dataset_json = check_description(read_json(description), str(description))
     for folder in folders:  # the planner looked into the images to choose a reader; their ending alone says less
@@ -153,7 +154,7 @@ def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any]
             return dataset_json, determine_reader_writer_from_file_ending(dataset_json["file_ending"], verbose=False)
     except RuntimeError as error:
         ending = dataset_json["file_ending"]
-        raise ValueError(f"nnU-Net has no image reader for {ending!r}, the file_ending in {description}") from error
+        raise InputError(f"nnU-Net has no image reader for {ending!r}, the file_ending in {description}") from error
 
 
 def _reader(name: Any, source: str) -> type[BaseReaderWriter]:
@@ -170,11 +171,11 @@ def check_description(dataset_json: dict[str, Any], source: str) -> dict[str, An
     """
     for key in ("labels", "file_ending"):
         if key not in dataset_json:
-            raise ValueError(f"{source} has no {key}, so it is no complete dataset.json of nnU-Net v2")
+            raise InputError(f"{source} has no {key}, so it is no complete dataset.json of nnU-Net v2")
     ending = dataset_json["file_ending"]
     if not isinstance(ending, str) or not re.fullmatch(r"(\.[A-Za-z0-9]+)+", ending):
-        raise ValueError(f"file_ending in {source} is {ending!r}, expected an ending such as .nii.gz")
+        raise InputError(f"file_ending in {source} is {ending!r}, expected an ending such as .nii.gz")
     if not isinstance(dataset_json["labels"], dict):
-        raise ValueError(f"labels in {source} is no table of names and values")
+        raise InputError(f"labels in {source} is no table of names and values")
     modality_names(dataset_json)
     return dataset_json

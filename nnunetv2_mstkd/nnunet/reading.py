@@ -12,6 +12,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import check_complete, count_not_finite, last_line
 from nnunetv2_mstkd.images.geometry import Geometry, read_geometry
 
@@ -56,7 +57,7 @@ def read_checked(path: Path, reader: type[BaseReaderWriter]) -> Channel:
     grid = read_grid(path, reader)
     image, properties = _read(path, reader)
     if image.shape[0] != 1:
-        raise ValueError(f"holds {image.shape[0]} images, expected one file per channel")
+        raise InputError(f"holds {image.shape[0]} images, expected one file per channel")
     if grid is None:  # formats without a place in space
         grid = Geometry(tuple(image.shape[1:]), tuple(properties["spacing"]), (), ())
     return Channel(grid, image[0], properties, max(in_file, count_not_finite(image)))
@@ -77,7 +78,7 @@ def read_grid(path: Path, reader: type[BaseReaderWriter]) -> Geometry | None:
     # ITK refuses sheared axes, which are a reason to use this reader
     image: Any = nibabel.load(path)
     if len(image.shape) != 3:
-        raise ValueError(f"has {len(image.shape)} dimensions, expected one scalar image of 3 dimensions")
+        raise InputError(f"has {len(image.shape)} dimensions, expected one scalar image of 3 dimensions")
     spacing = voxel_sizes(image.affine)
     direction = image.affine[:3, :3] / spacing
     return Geometry(image.shape, tuple(spacing), tuple(image.affine[:3, 3]), tuple(direction.ravel()))
@@ -89,4 +90,4 @@ def _read(path: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]
     except MemoryError:
         raise
     except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
-        raise ValueError(f"cannot be read or is truncated: {last_line(error)}") from error
+        raise InputError(f"cannot be read or is truncated: {last_line(error)}") from error

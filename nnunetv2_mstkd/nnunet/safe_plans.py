@@ -25,6 +25,7 @@ from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet.file_names import check_file_name
 
 NETWORK_PACKAGES = ("dynamic_network_architectures.architectures", "nnunetv2_mstkd.networks")
@@ -82,10 +83,10 @@ def open_plans(
             for key in keys:
                 table[key]
     except KeyError as error:
-        raise ValueError(f"{source} has no {error}, so it holds no complete plans of nnU-Net v2") from error
+        raise InputError(f"{source} has no {error}, so it holds no complete plans of nnU-Net v2") from error
     except (TypeError, AttributeError, RuntimeError, RecursionError) as error:
         text = " ".join(str(error).split())
-        raise ValueError(f"{source} holds no plans of nnU-Net v2 ({type(error).__name__}: {text})") from error
+        raise InputError(f"{source} holds no plans of nnU-Net v2 ({type(error).__name__}: {text})") from error
     check_file_name(manager.dataset_name, f"dataset_name in {source}")
     check_file_name(manager.plans_name, f"plans_name in {source}")
     check_file_name(configuration.data_identifier, f"data_identifier in {source}")
@@ -130,13 +131,13 @@ def check_architecture(configuration: ConfigurationManager, source: str = "plans
     """
     imported, kwargs = configuration.network_arch_init_kwargs_req_import, configuration.network_arch_init_kwargs
     if not isinstance(kwargs, Mapping):
-        raise ValueError(f"arch_kwargs in {source} is no table")
+        raise InputError(f"arch_kwargs in {source} is no table")
     if not isinstance(imported, (list, tuple)) or not all(isinstance(key, str) for key in imported):
-        raise ValueError(f"_kw_requires_import in {source} is {imported!r}, expected a list of names")
+        raise InputError(f"_kw_requires_import in {source} is {imported!r}, expected a list of names")
     names = [("network_class_name", configuration.network_arch_class_name, NETWORK_PACKAGES)]
     for key in imported:
         if key not in kwargs:
-            raise ValueError(f"{source} lists {key!r} in _kw_requires_import, but its arch_kwargs have no such key")
+            raise InputError(f"{source} lists {key!r} in _kw_requires_import, but its arch_kwargs have no such key")
         if kwargs[key] is not None:
             names.append((key, kwargs[key], LAYER_PACKAGES))
     for key, name, packages in names:
@@ -153,7 +154,7 @@ def _accept(found: Any, is_wanted: Callable[[Any], bool], packages: Sequence[str
     """Judge what a name leads to, not the name: modules hold what they import, torch.nn leads to os.system."""
     module = str(getattr(found, "__module__", ""))
     if not is_wanted(found) or not any(f"{module}.".startswith(f"{package}.") for package in packages):
-        raise ValueError(f"{refusal}; nothing was built{hint}")
+        raise InputError(f"{refusal}; nothing was built{hint}")
     return found
 
 
@@ -165,9 +166,9 @@ def _check_grid(configuration: ConfigurationManager, source: str) -> None:
             for value in values
         )
         if wrong or not 2 <= len(values) <= 3:
-            raise ValueError(f"{key} in {source} is {values!r}, expected 2 or 3 positive numbers")
+            raise InputError(f"{key} in {source} is {values!r}, expected 2 or 3 positive numbers")
     if not isinstance(configuration.normalization_schemes, (list, tuple)):
-        raise ValueError(f"normalization_schemes in {source} is no list")
+        raise InputError(f"normalization_schemes in {source} is no list")
 
 
 def _check_resampling(key: str, name: Any, source: str, hint: str) -> None:

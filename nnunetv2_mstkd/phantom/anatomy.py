@@ -8,6 +8,7 @@ from functools import lru_cache
 import numpy as np
 from scipy import ndimage
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.phantom.fields import Grid, smooth_noise
 
 ANATOMIES = ("procedural", "mni")
@@ -58,7 +59,7 @@ def make_anatomy(kind: str, grid: Grid, rng: np.random.Generator) -> Anatomy:
         If `kind` is unknown, or if it is ``"mni"`` and nilearn is not installed.
     """
     if kind not in ANATOMIES:
-        raise ValueError(f"unknown phantom anatomy {kind!r}; known anatomies: {', '.join(ANATOMIES)}")
+        raise InputError(f"unknown phantom anatomy {kind!r}; known anatomies: {', '.join(ANATOMIES)}")
     # the MNI152 average is larger than a brain usually is
     z, y, x = _pose(grid, rng, 1.03 if kind == "procedural" else 1.08)
     wm, gm, csf, brain, supratentorial = (_procedural if kind == "procedural" else _atlas)(grid, rng, z, y, x)
@@ -186,7 +187,7 @@ def _load_atlas(spacing: float) -> tuple[list[np.ndarray], np.ndarray]:
     try:
         from nilearn import datasets
     except ImportError as error:
-        raise ValueError(
+        raise InputError(
             "anatomy 'mni' needs nilearn, which is not installed. Install it (pip install nnunetv2_mstkd[demo]) "
             "or use anatomy 'procedural'"
         ) from error

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.phantom.anatomy import ANATOMIES, make_anatomy
 from nnunetv2_mstkd.phantom.fields import Grid
 from nnunetv2_mstkd.phantom.intensities import render
@@ -74,9 +75,9 @@ def check_arguments(*, spacing: float, recipe: str, anatomy: str, seed: int) -> 
     """Raise a one-line ValueError if an argument of `make_case` is out of its range."""
     low, high = SPACING_RANGE_MM
     if not low <= spacing <= high:
-        raise ValueError(f"spacing must be between {low:g} and {high:g} mm, found {spacing:g}")
+        raise InputError(f"spacing must be between {low:g} and {high:g} mm, found {spacing:g}")
     get_recipe(recipe)
     if anatomy not in ANATOMIES:
-        raise ValueError(f"unknown phantom anatomy {anatomy!r}; known anatomies: {', '.join(ANATOMIES)}")
+        raise InputError(f"unknown phantom anatomy {anatomy!r}; known anatomies: {', '.join(ANATOMIES)}")
     if seed < 0:
-        raise ValueError(f"seed must not be negative, found {seed}")
+        raise InputError(f"seed must not be negative, found {seed}")

@@ -15,6 +15,7 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.completeness import written_whole
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
@@ -90,15 +91,15 @@ def write_dataset(
     """
     check_arguments(spacing=spacing, recipe=recipe, anatomy=anatomy, seed=seed)
     if not 1 <= dataset_id <= 999:
-        raise ValueError(f"dataset id must be between 1 and 999, found {dataset_id}")
+        raise InputError(f"dataset id must be between 1 and 999, found {dataset_id}")
     if not name or not name.replace("_", "").replace("-", "").isalnum():
-        raise ValueError(f"data set name must consist of letters, digits, '_' and '-', found {name!r}")
+        raise InputError(f"data set name must consist of letters, digits, '_' and '-', found {name!r}")
     if cases < 1:
-        raise ValueError(f"cases must be at least 1, found {cases}")
+        raise InputError(f"cases must be at least 1, found {cases}")
     if test_cases < 0:
-        raise ValueError(f"test cases must be at least 0, found {test_cases}")
+        raise InputError(f"test cases must be at least 0, found {test_cases}")
     if workers is not None and workers < 1:
-        raise ValueError(f"workers must be at least 1, found {workers}")
+        raise InputError(f"workers must be at least 1, found {workers}")
 
     folder_raw = Path(folder_raw)
     folder = folder_raw / f"Dataset{dataset_id:03d}_{name}"
@@ -113,13 +114,13 @@ def write_dataset(
         "recipe": json.loads(json.dumps(asdict(get_recipe(recipe)))),
     }
     if folder.exists() and not (folder / RECORD).is_file():
-        raise ValueError(f"{folder} exists and was not written by mstkd phantom: choose another id with -d")
+        raise InputError(f"{folder} exists and was not written by mstkd phantom: choose another id with -d")
     if folder.exists() and not overwrite:
         _require_same(folder, parameters)
         return Written(folder, False)
     others = [p.name for p in folder_raw.glob(f"Dataset{dataset_id:03d}_*") if p != folder and p.is_dir()]
     if others:
-        raise ValueError(
+        raise InputError(
             f"data set id {dataset_id} is taken by {others[0]} in {folder_raw}, and nnU-Net wants ids to be unique: "
             "choose another id with -d"
         )
@@ -152,7 +153,7 @@ def read_record(folder: Path | str) -> dict:
     """
     path = Path(folder) / RECORD
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: {folder} was not written by mstkd phantom")
+        raise MissingFileError(f"{path} does not exist: {folder} was not written by mstkd phantom")
     return json.loads(path.read_text())
 
 
@@ -177,13 +178,13 @@ def _require_same(folder: Path, parameters: dict) -> None:
             if key == "recipe":
                 found, wanted = found["name"], wanted["name"]
                 if found == wanted:
-                    raise ValueError(f"{folder} exists with other numbers in its recipe {found!r}: {hint}")
-            raise ValueError(f"{folder} exists with {key} {found!r}, asked for {wanted!r}: {hint}")
+                    raise InputError(f"{folder} exists with other numbers in its recipe {found!r}: {hint}")
+            raise InputError(f"{folder} exists with {key} {found!r}, asked for {wanted!r}: {hint}")
     for split, suffix in (("cases", "Tr"), ("test_cases", "Ts")):
         images = len(list((folder / f"images{suffix}").glob(f"*{FILE_ENDING}")))
         labels = len(list((folder / f"labels{suffix}").glob(f"*{FILE_ENDING}")))
         if images != parameters[split] * len(MODALITIES) or labels != parameters[split]:
-            raise ValueError(
+            raise InputError(
                 f"{folder} should hold {parameters[split]} {split} and has {images} images and {labels} labels: {hint}"
             )
 

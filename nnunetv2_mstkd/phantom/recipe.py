@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+from nnunetv2_mstkd.errors import InputError
+
 MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
 """Channel order of every phantom image and of its dataset.json."""
 
@@ -116,5 +118,5 @@ def get_recipe(name: str) -> Recipe:
         If there is no such recipe; the message names the known ones.
     """
     if name not in RECIPES:
-        raise ValueError(f"unknown phantom recipe {name!r}; known recipes: {', '.join(RECIPES)}")
+        raise InputError(f"unknown phantom recipe {name!r}; known recipes: {', '.join(RECIPES)}")
     return RECIPES[name]

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.images.atomic import scratch_file
 from nnunetv2_mstkd.metrics.conventions import metric_named
@@ -214,7 +215,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150)
     formats = figure.canvas.get_supported_filetypes()
     ending = path.suffix.removeprefix(".").lower()
     if ending not in formats:
-        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; expected .png, .pdf or .svg")
+        raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .png, .pdf or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     with scratch_file(path) as scratch:
         figure.savefig(scratch, format=ending, dpi=dpi)
@@ -252,4 +253,4 @@ def _legend(figure: Figure, axis, num_models: int) -> None:
 
 def _refuse_empty(table: pd.DataFrame, what: str) -> None:
     if len(table) == 0:
-        raise ValueError(f"{what} has no rows to draw")
+        raise InputError(f"{what} has no rows to draw")

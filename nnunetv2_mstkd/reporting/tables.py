@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import SEPARATOR
 from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
 from nnunetv2_mstkd.statistics.bootstrap import Cube, cube, mean
@@ -189,7 +190,7 @@ def escaped(text: str, fmt: str) -> str:
 
 def _check_format(fmt: str) -> None:
     if fmt not in FORMATS:
-        raise ValueError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
+        raise InputError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
 
 
 def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.ndarray]:

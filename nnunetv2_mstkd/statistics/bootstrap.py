@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
     METRIC,
@@ -59,7 +60,7 @@ class Cube:
     def full(self) -> int:
         """Position of the subset with all modalities; ValueError where it was not evaluated."""
         if self.sizes[-1] < len(self.modalities):
-            raise ValueError(
+            raise InputError(
                 f"the results have no values of the full input {SEPARATOR.join(self.modalities)}; evaluate it too"
             )
         return len(self.subsets) - 1
@@ -90,7 +91,7 @@ def cube(
     table = results[results[METRIC] == metric]
     if len(table) == 0:
         found = ", ".join(map(str, results[METRIC].unique())) or "none"
-        raise ValueError(f"the results have no values of {metric}; they have {found}")
+        raise InputError(f"the results have no values of {metric}; they have {found}")
     table = check_results(table)
     models = _chosen(table, MODEL, models)
     regions = _chosen(table, REGION, regions)
@@ -106,7 +107,7 @@ def cube(
     if len(missing):
         model, case, subset, region = missing[0]
         more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ValueError(
+        raise InputError(
             f"the results have no {metric} of model {model}, case {case}, subset {subset}, region {region}{more}; "
             f"models are compared on the same cases, subsets and regions"
         )
@@ -122,7 +123,7 @@ def _chosen(table: pd.DataFrame, column: str, wanted: Sequence[str] | None) -> l
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
         problem = f"no {column} {', '.join(unknown)}" if unknown else f"no use for the list of {column}s {list(wanted)}"
-        raise ValueError(f"the results have {problem}; they have {', '.join(known)}")
+        raise InputError(f"the results have {problem}; they have {', '.join(known)}")
     return list(wanted)
 
 
@@ -154,7 +155,7 @@ def patient_numbers(cases: Sequence[str], patients: Mapping[str, str] | None) ->
         return np.arange(len(cases))
     missing = [case for case in cases if case not in patients]
     if missing:
-        raise ValueError(f"no patient is given for case {missing[0]}{' and others' if len(missing) > 1 else ''}")
+        raise InputError(f"no patient is given for case {missing[0]}{' and others' if len(missing) > 1 else ''}")
     return np.unique([patients[case] for case in cases], return_inverse=True)[1].ravel()
 
 
@@ -175,7 +176,7 @@ def bootstrap_means(values: np.ndarray, patients: np.ndarray, samples: int, seed
     Array of shape (samples, K). The same ``seed`` draws the same patients, whatever the values.
     """
     if samples < 1:
-        raise ValueError(f"{samples} resamples; expected at least 1")
+        raise InputError(f"{samples} resamples; expected at least 1")
     number = int(patients.max()) + 1
     generator = np.random.default_rng(seed)
     valid = ~np.isnan(values)
@@ -207,7 +208,7 @@ def interval(resampled: np.ndarray, patients: np.ndarray, level: float | np.ndar
     """
     levels = np.broadcast_to(np.asarray(level, dtype=float), resampled.shape[1:])
     if np.any((levels <= 0) | (levels >= 1)):
-        raise ValueError(f"the level {level} of an interval does not lie between 0 and 1")
+        raise InputError(f"the level {level} of an interval does not lie between 0 and 1")
     limits = np.full((2, *resampled.shape[1:]), np.nan)
     if patients.max() > 0:
         for column, coverage in enumerate(levels):

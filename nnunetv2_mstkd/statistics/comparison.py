@@ -15,6 +15,7 @@ from typing import Any
 
 import pandas as pd
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS, SUMMARY
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
@@ -110,11 +111,11 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
         file = _results_file(path)
         before = files.setdefault(file.resolve(), argument)
         if before is not argument:
-            raise ValueError(f"{before} and {argument} are the same file {file}; name two different evaluations")
+            raise InputError(f"{before} and {argument} are the same file {file}; name two different evaluations")
         results = read_results(file)
         models = list(dict.fromkeys(results[MODEL]))
         if name is not None and len(models) > 1:
-            raise ValueError(f"{file} holds the models {', '.join(models)}; leave out the name {name}=")
+            raise InputError(f"{file} holds the models {', '.join(models)}; leave out the name {name}=")
         settings = _settings(file.with_name(SUMMARY))
         for model in models:
             part = results[results[MODEL] == model].reset_index(drop=True)
@@ -122,12 +123,12 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
             found.append(Evaluation(name or model, file, part, settings))
     for first, second in itertools.combinations(found, 2):
         if first.name == second.name:
-            raise ValueError(
+            raise InputError(
                 f"{first.file} and {second.file} both hold a model {first.name!r}; name them: "
                 f"mstkd compare A={first.file} B={second.file}"
             )
     if len(found) < 2:
-        raise ValueError(f"{found[0].file} holds one model, {found[0].name}; a comparison needs at least two")
+        raise InputError(f"{found[0].file} holds one model, {found[0].name}; a comparison needs at least two")
     return found
 
 
@@ -137,7 +138,7 @@ def _name_and_path(argument: str) -> tuple[str | None, Path]:
     if not separator or Path(argument).exists():
         return None, Path(argument)
     if not name.strip() or not rest:
-        raise ValueError(f"{argument!r} is neither a path nor NAME=PATH")
+        raise InputError(f"{argument!r} is neither a path nor NAME=PATH")
     return name.strip(), Path(rest)
 
 
@@ -145,13 +146,13 @@ def _results_file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path} does not exist; expected a model folder, or the results.csv of one")
+        raise MissingFileError(f"{path} does not exist; expected a model folder, or the results.csv of one")
     for file in (path / FOLDER / RESULTS, path / RESULTS):
         if file.is_file():
             return file
     if (path / "plans.json").is_file():
-        raise FileNotFoundError(f"the model in {path} was not evaluated yet; evaluate it: mstkd evaluate -m {path}")
-    raise FileNotFoundError(
+        raise MissingFileError(f"the model in {path} was not evaluated yet; evaluate it: mstkd evaluate -m {path}")
+    raise MissingFileError(
         f"{path} is no model folder and has no {RESULTS}; results are made by mstkd evaluate -m MODEL_FOLDER"
     )
 
@@ -162,9 +163,9 @@ def _settings(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{file} is damaged ({error}); evaluate again") from error
+        raise InputError(f"{file} is damaged ({error}); evaluate again") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{file} is no summary of an evaluation; evaluate again")
+        raise InputError(f"{file} is no summary of an evaluation; evaluate again")
     return content
 
 
@@ -185,7 +186,7 @@ def check_comparable(evaluations: Sequence[Evaluation], metrics: Sequence[str]) 
         for evaluation in evaluations:
             known = evaluation.distinct(METRIC)
             if metric not in known:
-                raise ValueError(
+                raise InputError(
                     f"{evaluation.name} has no values of {metric}, it has {', '.join(known)}; evaluate it with "
                     f"--metrics {' '.join(dict.fromkeys([*known, metric]))}"
                 )
@@ -201,7 +202,7 @@ def check_comparable(evaluations: Sequence[Evaluation], metrics: Sequence[str]) 
             keys["tolerance"] = "tolerance of the normalised surface Dice"
         for key, words in keys.items():
             if key in first.settings and key in other.settings and first.settings[key] != other.settings[key]:
-                raise ValueError(
+                raise InputError(
                     f"{first.name} and {other.name} were measured with another {words}: {first.settings[key]} and "
                     f"{other.settings[key]}; evaluate one of them again"
                 )
@@ -212,7 +213,7 @@ def _check_modalities(first: Evaluation, other: Evaluation) -> None:
     if mine == theirs:
         return
     problem = "the same modalities in another order" if set(mine) == set(theirs) else "other modalities"
-    raise ValueError(
+    raise InputError(
         f"{first.name} and {other.name} have {problem}: {', '.join(mine)} and {', '.join(theirs)}; only models of the "
         f"same channels can be compared"
     )
@@ -228,7 +229,7 @@ def _check_same(first: Evaluation, other: Evaluation, column: str, option: str |
         if values
     ]
     hint = f"; evaluate both with the same {option}" if option else ""
-    raise ValueError(f"{first.name} and {other.name} have different {column}s ({'; '.join(parts)}){hint}")
+    raise InputError(f"{first.name} and {other.name} have different {column}s ({'; '.join(parts)}){hint}")
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ class Comparison:
         shared = set.intersection(*of_model.values())
         if not shared:
             counts = ", ".join(f"{name} has {len(cases)} (such as {min(cases)})" for name, cases in of_model.items())
-            raise ValueError(f"no case was evaluated with all models: {counts}; evaluate them on the same cases")
+            raise InputError(f"no case was evaluated with all models: {counts}; evaluate them on the same cases")
         self.cases = sorted(shared)
         self.patients = patients_of(self.cases)
         self.not_compared = {name: sorted(cases - shared) for name, cases in of_model.items()}

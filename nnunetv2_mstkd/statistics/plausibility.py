@@ -12,6 +12,7 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import SEPARATOR
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.statistics.bootstrap import Cube, cube, mean
@@ -57,7 +58,7 @@ def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice") -> lis
     A sentence per finding; an empty list where nothing is strange. Rules without the subsets they need are skipped.
     """
     if metric_named(metric).better <= 0:
-        raise ValueError(f"the rules are about metrics of which higher is better, not {metric}")
+        raise InputError(f"the rules are about metrics of which higher is better, not {metric}")
     data = cube(results, metric)
     # (models, subsets, regions)
     means = mean(data.values, axis=1)

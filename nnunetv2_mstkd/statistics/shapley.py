@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SEPARATOR, VALUE
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.statistics.bootstrap import SAMPLES, Cube, bootstrap_means, cube, interval, mean, patient_numbers
@@ -50,11 +51,11 @@ def shapley_values(
     for members, value in game.items():
         code = _code(tuple(members), players)
         if given[code] or code == 0:
-            raise ValueError(f"the set {tuple(members)} is {'empty' if code == 0 else 'given twice'}")
+            raise InputError(f"the set {tuple(members)} is {'empty' if code == 0 else 'given twice'}")
         given[code], values[code] = True, value
     values[0], given[0] = empty_value, True
     if not given.all():
-        raise ValueError(f"the game has no value of {_names(int(np.flatnonzero(~given)[0]), players)}")
+        raise InputError(f"the game has no value of {_names(int(np.flatnonzero(~given)[0]), players)}")
     return dict(zip(players, (shapley_matrix(len(players)) @ values).tolist(), strict=True))
 
 
@@ -117,7 +118,7 @@ def shapley(
     """
     if empty_value is None:
         if metric_named(metric).better <= 0:
-            raise ValueError(f"{metric} without any input has no natural value; give it as empty_value")
+            raise InputError(f"{metric} without any input has no natural value; give it as empty_value")
         empty_value = 0.0
     data = cube(results, metric, models=models, regions=regions)
     order = subset_columns(data)
@@ -147,7 +148,7 @@ def subset_columns(data: Cube) -> np.ndarray:
     if missing:
         names = ", ".join(_names(code, data.modalities) for code in missing[:3])
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise ValueError(f"Shapley values need all {len(wanted)} subsets; the results lack {names}{more}")
+        raise InputError(f"Shapley values need all {len(wanted)} subsets; the results lack {names}{more}")
     return np.array([codes.index(code) for code in wanted])
 
 
@@ -158,18 +159,18 @@ def _apply(matrix: np.ndarray, values: np.ndarray, empty_value: float) -> np.nda
 
 def _check_players(players: Sequence[str]) -> None:
     if not 1 <= len(players) <= MAX_PLAYERS:
-        raise ValueError(
+        raise InputError(
             f"exact Shapley values are defined here for 1 to {MAX_PLAYERS} modalities ({2**MAX_PLAYERS - 1} subsets), "
             f"found {len(players)}"
         )
     if len(set(players)) < len(players):
-        raise ValueError(f"a player stands twice in {', '.join(players)}")
+        raise InputError(f"a player stands twice in {', '.join(players)}")
 
 
 def _code(members: Sequence[str], players: Sequence[str]) -> int:
     unknown = [name for name in members if name not in players]
     if unknown:
-        raise ValueError(f"unknown player {unknown[0]!r}; known are {', '.join(players)}")
+        raise InputError(f"unknown player {unknown[0]!r}; known are {', '.join(players)}")
     return sum(1 << players.index(name) for name in set(members))
 
 

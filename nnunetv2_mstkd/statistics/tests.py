@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import CASE, MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.statistics.bootstrap import (
@@ -307,17 +308,17 @@ def rank_table(
     for metric in metrics:
         data = cube(results, metric, models=models)
         if np.isnan(data.values).any():
-            raise ValueError(
+            raise InputError(
                 f"the results have {metric} values that are left out (nan), and these have no rank; evaluate with the "
                 f"convention brats"
             )
         if names and (names, cases) != (data.models, data.cases):
-            raise ValueError(f"{metrics[0]} and {metric} were not evaluated for the same models and cases")
+            raise InputError(f"{metrics[0]} and {metric} were not evaluated for the same models and cases")
         names, cases = data.models, data.cases
         # (models, cases): the rank among models, averaged over subsets and regions
         ranks.append(stats.rankdata(_badness(data.values, metric), axis=0).mean(axis=(2, 3)))
     if len(names) < 2:
-        raise ValueError(f"a ranking needs at least two models, found {', '.join(names) or 'no metric'}")
+        raise InputError(f"a ranking needs at least two models, found {', '.join(names) or 'no metric'}")
     per_case = np.mean(ranks, axis=0)
     resampling = _Resampling(cases, patients, samples, seed)
     means = per_case.mean(axis=1)
@@ -371,7 +372,7 @@ def corrected(p_values: np.ndarray, level: float = 0.95, correction: str = "holm
     Corrected p-values and the corrected levels of the matching intervals, shape (m,) each.
     """
     if correction not in CORRECTIONS:
-        raise ValueError(f"unknown correction {correction!r}; known are {', '.join(CORRECTIONS)}")
+        raise InputError(f"unknown correction {correction!r}; known are {', '.join(CORRECTIONS)}")
     adjusted = np.full(len(p_values), np.nan)
     tested = np.flatnonzero(~np.isnan(p_values))
     factors = np.full(len(p_values), max(1, len(tested)), dtype=float)
@@ -453,11 +454,11 @@ def _differences(data: Cube, metric: str, pairs: Sequence[tuple[int, int]]) -> t
 def _pairs(models: Sequence[str], baseline: str | None) -> list[tuple[int, int]]:
     """Positions of the models of each comparison."""
     if len(models) < 2:
-        raise ValueError(f"a comparison needs at least two models, found {', '.join(models)}")
+        raise InputError(f"a comparison needs at least two models, found {', '.join(models)}")
     if baseline is None:
         return list(itertools.combinations(range(len(models)), 2))
     if baseline not in models:
-        raise ValueError(f"the results have no model {baseline}; they have {', '.join(models)}")
+        raise InputError(f"the results have no model {baseline}; they have {', '.join(models)}")
     return [(number, models.index(baseline)) for number, name in enumerate(models) if name != baseline]
 
 

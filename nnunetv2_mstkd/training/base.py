@@ -17,6 +17,7 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import DivergenceError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import clear_scratch
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.training.loader_processes import one_line_for_dead_processes, started_by
@@ -76,7 +77,7 @@ class SettingsTrainer(CheckedStepTrainer):
             for the second stage of a cascade.
         """
         if configuration_manager.previous_stage_name is not None:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 f"{cls.__name__} does not support the cascade (the configuration continues "
                 f"{configuration_manager.previous_stage_name}); train 2d, 3d_fullres or 3d_lowres"
             )
@@ -284,7 +285,7 @@ class SettingsTrainer(CheckedStepTrainer):
             if no step of the epoch had a finite loss.
         """
         if not np.isfinite([output["loss"] for output in train_outputs]).any():
-            raise FloatingPointError(
+            raise DivergenceError(
                 f"the loss of every iteration of epoch {self.current_epoch} is not finite; nothing was saved. Look for "
                 f"NaN or extreme voxels in the training cases, or lower schedule.initial_lr; continue from the last "
                 f"checkpoint with --c"

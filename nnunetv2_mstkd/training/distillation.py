@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.dmld import teacher_advantage
 from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, StepLoss, Target
@@ -97,7 +98,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
         )
         stored = self._teacher_identity
         if self._resumed and stored is not None and stored["sha256"] != teacher.identity["sha256"]:
-            raise ValueError(
+            raise InputError(
                 f"the teacher was replaced since this training started: {teacher.identity['path']} has weights "
                 f"{teacher.identity['sha256'][:12]}, the checkpoint was trained with {stored['path']} "
                 f"{stored['sha256'][:12]}. Put the old teacher back, or start this training anew without --c"
@@ -119,7 +120,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
             ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),
         ):
             if active and here != there:
-                raise ValueError(
+                raise InputError(
                     f"teacher {teacher.identity['path']} has the {name} {there}, the student {here}; the terms "
                     f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
                 )

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 
 BLOCK = "mstkd"
 """Key of our settings in a plans configuration and in a checkpoint."""
 
 
-class SettingsError(ValueError):
+class SettingsError(InputError):
     """A setting that is unknown or impossible. The message names it, the allowed ones and what was found."""
 
 

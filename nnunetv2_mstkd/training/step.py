@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_mstkd.errors import DivergenceError
+
 MAX_SKIPPED_STEPS = 20
 """Steps in a row that the gradient scaler may skip before a mixed-precision training counts as diverged."""
 SKIPPED = f"gradients of {MAX_SKIPPED_STEPS} steps in a row"
@@ -126,7 +128,7 @@ class CheckedStepTrainer(nnUNetTrainer):
         if self.grad_scaler is not None and not too_many:  # an overflow is normal: another scale may do
             self.print_to_log_file(f"{where}; the step is skipped")
             return
-        raise FloatingPointError(
+        raise DivergenceError(
             f"{where}. Nothing was saved. Look at these cases for NaN or extreme voxels, or lower "
             f"schedule.initial_lr; continue from the last checkpoint with --c"
         )

@@ -11,6 +11,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
 from nnunetv2_mstkd.training.settings import BLOCK
@@ -116,12 +117,10 @@ def find_teacher(
     if plans["plans_name"] != "nnUNetPlans":
         command += f" -p {plans['plans_name']}"
     if any(folder.glob("checkpoint_*.pth")):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"the teacher of fold {fold} is not finished: {folder} has no {FINISHED}. Continue it first: {command} --c"
         )
-    raise FileNotFoundError(
-        f"no teacher for fold {fold}: {folder / FINISHED} does not exist. Train it first: {command}"
-    )
+    raise MissingFileError(f"no teacher for fold {fold}: {folder / FINISHED} does not exist. Train it first: {command}")
 
 
 def _same_network(plans: Mapping, first: str, second: str) -> bool:
@@ -153,9 +152,9 @@ def load_teacher(
         found, arguments = content["trainer_name"], content["init_args"]
         given_plans, name, teacher_json = (arguments[key] for key in ("plans", "configuration", "dataset_json"))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"teacher {path} is no checkpoint of nnU-Net v2: it has no {error}") from error
+        raise InputError(f"teacher {path} is no checkpoint of nnU-Net v2: it has no {error}") from error
     if found != trainer.__name__:
-        raise ValueError(f"teacher {path} was trained with {found}, expected {trainer.__name__}")
+        raise InputError(f"teacher {path} was trained with {found}, expected {trainer.__name__}")
     # a teacher may come from elsewhere: what its plans name is looked at before anything is built from them
     plans, configuration = open_plans(given_plans, name, f"teacher {path}")
     _compare(
@@ -174,7 +173,7 @@ def load_teacher(
     try:
         network.load_state_dict(weights)
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"the weights in teacher {path} do not fit the network of its own plans ({str(error).splitlines()[0]}); "
             f"train the teacher again"
         ) from error
@@ -207,7 +206,7 @@ def _facts(plans: PlansManager, configuration: ConfigurationManager, dataset_jso
 def _compare(path: Path, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
     for name, found in teacher.items():
         if found != student[name]:
-            raise ValueError(
+            raise InputError(
                 f"teacher {path} does not fit the student: {name} is {_short(found, student[name])} for the teacher "
                 f"and {_short(student[name], found)} for the student. Train the teacher again with the student's "
                 f"plans and splits"

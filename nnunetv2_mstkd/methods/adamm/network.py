@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods.adamm.adapters import MIN_HIDDEN, AdapterBank, SubsetIndex
 from nnunetv2_mstkd.methods.adamm.graph_refinement import GraphRefinement
 from nnunetv2_mstkd.networks.plans_unet import Geometry, Halves, build_unet
@@ -66,7 +67,7 @@ def resolve(adamm: dict[str, Any], num_modalities: int) -> dict[str, Any]:
         listed = bool(adamm["subsets"])
         bank = "full" if num_modalities <= MAX_FULL_BANK and not listed else "factorised"
     if bank == "full" and num_modalities > LIMIT_FULL_BANK:
-        raise ValueError(
+        raise InputError(
             f"setting adamm.bank is 'full' for {num_modalities} modalities, which would be {2**num_modalities - 2} "
             f"adapters per stage; expected at most {LIMIT_FULL_BANK} modalities. Use 'factorised', and name frequent "
             f"subsets in adamm.subsets"

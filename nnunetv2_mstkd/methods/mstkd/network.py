@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods.mstkd.attention import TransformerBlock
 from nnunetv2_mstkd.networks.plans_unet import Geometry, Halves, build_unet
 
@@ -92,21 +93,21 @@ def resolve(network: dict[str, Any], architecture_kwargs: dict, patch_size: Sequ
     width, grid = geometry.widths[-1], geometry.grids[-1]
     stages = len(geometry.widths)
     if stages < 2:
-        raise ValueError(f"the plans' network has {stages} stage; the multi-scale transformer needs at least 2")
+        raise InputError(f"the plans' network has {stages} stage; the multi-scale transformer needs at least 2")
     resolved = dict(network)
     resolved["taps"] = min(4, stages) if network["taps"] is None else network["taps"]
     if resolved["taps"] > stages:
-        raise ValueError(
+        raise InputError(
             f"setting network.taps is {resolved['taps']}, expected at most the {stages} stages of the plans"
         )
     resolved["heads"] = default_heads(width) if network["heads"] is None else network["heads"]
     if width % resolved["heads"]:
-        raise ValueError(
+        raise InputError(
             f"setting network.heads is {resolved['heads']}, expected a divisor of the bottleneck width {width}"
         )
     patch = token_patch(grid, network["max_tokens"]) if network["patch"] is None else tuple(network["patch"])
     if len(patch) != len(grid) or any(edge > size for edge, size in zip(patch, grid, strict=True)):
-        raise ValueError(
+        raise InputError(
             f"setting network.patch is {list(patch)}, expected {len(grid)} edges of at most those of the bottleneck "
             f"grid, {list(grid)}"
         )
@@ -114,7 +115,7 @@ def resolve(network: dict[str, Any], architecture_kwargs: dict, patch_size: Sequ
     if network["depth"] is None:
         resolved["depth"] = _affordable_depth(geometry, architecture_kwargs, resolved)
     elif network["depth"] % resolved["taps"]:
-        raise ValueError(
+        raise InputError(
             f"setting network.depth is {network['depth']}, expected a multiple of taps ({resolved['taps']})"
         )
     return resolved

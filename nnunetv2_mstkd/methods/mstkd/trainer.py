@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses import dmld, gsme
 from nnunetv2_mstkd.methods.mstkd import ms_tkd
 from nnunetv2_mstkd.methods.mstkd.network import Features, MultiScaleTransformerUNet, build, resolve
@@ -108,7 +109,7 @@ class MSTKDTrainer(TransformerTrainer, AdversarialTrainer):
         for key in ("taps", "patch") + (("heads",) if "evd" in active else ()):
             found = teacher.network_settings.get(key)
             if active and found != own[key]:
-                raise ValueError(
+                raise InputError(
                     f"teacher {teacher.identity['path']} has network.{key} = {found}, the student {own[key]}; the "
                     f"terms {', '.join(active)} compare features of equal shape. Set their weights to 0 or train the "
                     f"teacher with the same network settings"

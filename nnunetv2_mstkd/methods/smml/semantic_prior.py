@@ -21,6 +21,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import scratch_file
 
 
@@ -123,25 +124,25 @@ class FileNetwork:
 
     def __init__(self, file: Path, *, heads: int, patch_size: Sequence[int], device: torch.device) -> None:
         if not file.is_file():
-            raise FileNotFoundError(
+            raise MissingFileError(
                 f"setting smml.prior_path: {file} does not exist; expected a TorchScript file (torch.jit.save)"
             )
         try:
             self.network = torch.jit.load(str(file), map_location=device).eval()
         except RuntimeError as error:
-            raise ValueError(f"{file} is no TorchScript file ({str(error).strip().splitlines()[0]})") from error
+            raise InputError(f"{file} is no TorchScript file ({str(error).strip().splitlines()[0]})") from error
         expected = (1, heads, *patch_size)
         try:
             with torch.no_grad():
                 found = self.network(torch.zeros(1, 1, *patch_size, device=device))
         except RuntimeError as error:
-            raise ValueError(
+            raise InputError(
                 f"the network in {file} does not take a batch of shape {(1, 1, *patch_size)}: "
                 f"{str(error).strip().splitlines()[-1]}"
             ) from error
         if not isinstance(found, torch.Tensor) or tuple(found.shape) != expected:
             shape = tuple(found.shape) if isinstance(found, torch.Tensor) else type(found).__name__
-            raise ValueError(f"the network in {file} gives {shape}, expected logits of shape {expected}")
+            raise InputError(f"the network in {file} gives {shape}, expected logits of shape {expected}")
 
     @torch.no_grad()
     def maps(self, data: torch.Tensor, regions: bool) -> torch.Tensor:
@@ -236,7 +237,7 @@ def prepare_label_maps(
     }
     absent = [file for paths in files.values() for file in paths if not file.is_file()]
     if absent:
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"setting smml.prior_path: {absent[0]} does not exist ({len(absent)} of {len(files) * len(names)} label "
             f"maps are absent); expected one for each modality of each training case"
         )
@@ -266,13 +267,13 @@ def _preprocess(
     labels, own = reader.read_seg(str(path))
     found = sorted(set(np.unique(labels).astype(int).tolist()) - set(allowed))
     if found or not np.array_equal(labels, np.round(labels)):
-        raise ValueError(f"{path} has values such as {found[:1] or 'fractions'}, expected the labels {list(allowed)}")
+        raise InputError(f"{path} has values such as {found[:1] or 'fractions'}, expected the labels {list(allowed)}")
     spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
     labels = labels.transpose([0, *[axis + 1 for axis in plans.transpose_forward]])
     if labels.shape[1:] != tuple(properties["shape_before_cropping"]) or not np.allclose(
         own["spacing"], properties["spacing"], rtol=1e-3
     ):
-        raise ValueError(
+        raise InputError(
             f"{path} has {labels.shape[1:]} voxels of {list(own['spacing'])} mm, the images of its case have "
             f"{tuple(properties['shape_before_cropping'])} of {list(properties['spacing'])} mm"
         )

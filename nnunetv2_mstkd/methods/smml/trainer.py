@@ -10,6 +10,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import UnsupportedError
 from nnunetv2_mstkd.methods.smml import losses as mutual
 from nnunetv2_mstkd.methods.smml import semantic_prior
 from nnunetv2_mstkd.methods.smml.network import MutualNet, StudentOutput, build
@@ -90,7 +91,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
     def initialize(self) -> None:
         super().initialize()
         if self.is_ddp and self.settings.smml.sequential:
-            raise NotImplementedError(
+            raise UnsupportedError(
                 "smml.sequential runs one student at a time, which training on several GPUs does not support; set it "
                 "to false"
             )
