@@ -9,7 +9,7 @@ import pytest
 import torch
 from predict_inputs import CHANNELS, PRESENT, predict, read, segmentations, set_up, write_model
 
-from nnunetv2_mstkd.inference.presence_gate import PresenceGate
+from nnunetv2_mstkd.inference.conditioning import PresenceGate
 from nnunetv2_mstkd.methods import AdaMMTrainer
 
 CPU = torch.device("cpu")
@@ -27,7 +27,7 @@ def applied(labels, presence: list[float], *, threshold: float = 0.5, shape=(4, 
     return gate.apply(logits)[0]
 
 
-def test_a_label_that_is_not_there_wins_nowhere_and_the_others_stay():
+def test_absent_label_wins_nowhere():
     before, after = applied(LABELS, [9, 9, 9]), applied(LABELS, [9, 9, -3])
     assert np.isfinite(after).all()
     assert (before.argmax(0) == 2).any() and not (after.argmax(0) == 2).any()
