@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunetv2_mstkd.training.settings import BLOCK, TERMS
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
+from nnunetv2_mstkd.nnunet.plans import BLOCK
 
 DATASET = "Dataset901_Tiny"
 LABELS = {"background": 0, "core": 1, "edema": 2}
@@ -20,7 +21,8 @@ REGIONS = {"background": 0, "whole": [1, 2], "core": [1]}
 REGIONS_WITH_IGNORE = {**REGIONS, "ignore": 3}
 
 NO_TERMS: dict[str, dict[str, Any]] = {
-    "distillation": {**dict.fromkeys(TERMS, 0), "where": "everywhere"},
+    "mstkd": dict.fromkeys(TERMS, 0),
+    "distillation": {"where": "everywhere"},
     "adamm": {"consistency": 0, "content": 0, "style": 0, "adversarial": 0},
     "medmap": {"weight": 0},
     "smml": {"pixel": 0, "feature": 0},

@@ -1,19 +1,25 @@
-"""Files that are at any moment absent, the old or the whole new one."""
+"""Atomic writes: readers see the old file or the complete new one, never part of it."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from nnunetv2_mstkd.errors import ExistingFileError, WriteError
 
 
 @contextmanager
-def scratch_file(target: Path) -> Iterator[Path]:
-    """Give a path to write to, which takes the place of ``target`` when the block ends; after an error it is removed.
+def atomic_write(target: Path) -> Iterator[Path]:
+    """Yield a path to write to, which replaces ``target`` when the block ends; after an error it is removed.
 
-    It lies in the same folder, because a file cannot be renamed into another file system, and its name has the number
-    of the process, which keeps two writers apart. A file of ``tempfile`` would be readable for its owner only.
+    It is in the same folder, because a file cannot be renamed into another file system, and its name contains the
+    number of the process, which keeps two writers apart. A file of ``tempfile`` would be readable by its owner only.
     """
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
@@ -24,6 +30,92 @@ def scratch_file(target: Path) -> Iterator[Path]:
 
 
 def clear_scratch(folder: Path, names: str) -> None:
-    """Remove what processes that were killed left of files whose name matches the pattern ``names``."""
+    """Remove what killed processes left of files whose name matches the pattern ``names``."""
     for leftover in folder.glob(f".{names}.*.part"):
         leftover.unlink(missing_ok=True)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file atomically, as UTF-8."""
+    with atomic_write(file) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+def write_json(file: Path, content: Any, *, indent: int = 2) -> None:
+    """Write a JSON file atomically."""
+    write_text(file, json.dumps(content, indent=indent) + "\n")
+
+
+@contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """Yield a new hidden folder beside ``target``, which is removed when the block ends.
+
+    A folder that a killed process left is emptied first.
+    """
+    scratch = target.with_name(f".{target.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Yield a folder to write to, which becomes ``target`` when the block ends; after an error it is removed.
+
+    Raises
+    ------
+    ExistingFileError
+        If ``target`` is a file or a folder that is not empty.
+    """
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ExistingFileError(f"{target} is not empty; choose a new folder")
+    with scratch_folder(target) as scratch:
+        yield scratch
+        if target.exists():
+            target.rmdir()
+        scratch.rename(target)
+
+
+@contextmanager
+def complete_image(path: Path) -> Iterator[None]:
+    """Refuse an image that the block has written if part of it is missing.
+
+    On a full disk ITK silently writes what fits of a NIfTI or small NRRD file. The readers of formats other than NIfTI
+    notice what is missing.
+
+    Parameters
+    ----------
+    path
+        The file that the block writes: put it into a scratch folder, or rename it after the block.
+
+    Raises
+    ------
+    WriteError
+        If the image is incomplete.
+    """
+    # these bring SimpleITK, which most users of this module do not need
+    from nnunetv2_mstkd.images.completeness import NIFTI_ENDINGS, check_complete
+    from nnunetv2_mstkd.images.geometry import last_line, read_image
+
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("itk(::)? ?error", str(error), re.IGNORECASE):
+            raise
+        raise _incomplete(path, last_line(error)) from error
+    try:
+        check_complete(path)
+        if not path.name.lower().endswith(NIFTI_ENDINGS):
+            read_image(path)
+    except ValueError as error:
+        raise _incomplete(path, str(error)) from error
+
+
+def _incomplete(path: Path, reason: str) -> WriteError:
+    return WriteError(f"{path} could not be written completely ({reason}); is the disk full?")
+
+
+scratch_file = atomic_write

@@ -1,11 +1,21 @@
-"""The folders that nnU-Net's environment variables name."""
+"""nnU-Net's folders and the names in them: data sets, models, folds and checkpoints."""
 
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from nnunetv2_mstkd.errors import MissingFileError
+from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError
+
+FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+CHECKPOINTS = (FINAL, LATEST, BEST)
+"""File names of checkpoints, in the order in which nnU-Net's ``--c`` looks for one to continue from."""
+
+
+# ---- folders -------------------------------------------------------------------------------------------------------
 
 
 def nnunet_folder(variable: str) -> Path:
@@ -13,8 +23,8 @@ def nnunet_folder(variable: str) -> Path:
 
     Raises
     ------
-    FileNotFoundError
-        If the variable is not set or the folder is not there.
+    MissingFileError
+        If the variable is not set or the folder does not exist.
     """
     folder = os.environ.get(variable)
     if not folder:
@@ -22,3 +32,161 @@ def nnunet_folder(variable: str) -> Path:
     if not Path(folder).is_dir():
         raise MissingFileError(f"{variable} is {folder}, which is no folder; make it, or set another one")
     return Path(folder)
+
+
+def find_dataset_folder(variable: str, dataset: str) -> Path:
+    """Find the folder of a data set.
+
+    Parameters
+    ----------
+    variable
+        Environment variable of the folder to search, for example ``nnUNet_raw``.
+    dataset
+        Number or full name of the data set.
+
+    Raises
+    ------
+    MissingFileError, InputError
+        If there is no such folder, or several; the message names what was looked for and where.
+    """
+    root = nnunet_folder(variable)
+    if dataset.isdigit():
+        wanted = f"Dataset{int(dataset):03d}_*"
+        folders = sorted(path for path in root.glob(wanted) if path.is_dir())
+    elif dataset.startswith("Dataset"):
+        wanted = check_file_name(dataset, "the data set")
+        folders = [root / dataset] if (root / dataset).is_dir() else []
+    else:
+        raise InputError(f"data set {dataset!r} is neither a number nor a name such as Dataset226_BraTS")
+    if not folders:
+        raise MissingFileError(f"no folder {wanted} in {root} ({variable})")
+    if len(folders) > 1:
+        found = ", ".join(path.name for path in folders)
+        raise InputError(f"data set {dataset} is ambiguous in {root}: {found}; give the full name")
+    return folders[0]
+
+
+def dataset_number(name: str) -> int:
+    """Return 226 for ``Dataset226_BraTS``."""
+    match = re.match(r"Dataset(\d+)_", name)
+    if match is None:
+        raise InputError(f"{name!r} is no name of a data set, expected one such as Dataset226_BraTS")
+    return int(match[1])
+
+
+def model_folder_name(trainer: str, plans: str, configuration: str) -> str:
+    """Return nnU-Net's name for the results of a trainer, plans and a configuration."""
+    return f"{trainer}__{plans}__{configuration}"
+
+
+def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
+    """Find a trained model below nnUNet_results.
+
+    Raises
+    ------
+    MissingFileError
+        If it does not exist; the message lists the models that do.
+    """
+    results = find_dataset_folder("nnUNet_results", dataset)
+    folder = results / model_folder_name(trainer, plans, configuration)
+    if not folder.is_dir():
+        found = ", ".join(path.name for path in sorted(results.glob("*__*__*")) if path.is_dir()) or "none"
+        raise MissingFileError(
+            f"no trained model {folder}; models of {results.name} (-tr TRAINER -p PLANS -c CONFIGURATION) are: {found}"
+        )
+    return folder
+
+
+def refuse_same_folder(output: Path, other: Path, what: str) -> None:
+    """Refuse an output folder that is a file, or another folder that must not change.
+
+    Parameters
+    ----------
+    output
+        Folder to write to; it need not exist.
+    other
+        Folder that must not change.
+    what
+        What ``other`` is, for the message: ``"input folder"``.
+    """
+    if output.exists() and not output.is_dir():
+        raise ExistingFileError(f"the output folder {output} is a file; choose another one")
+    if output.resolve() == other.resolve() or (output.exists() and other.exists() and output.samefile(other)):
+        raise InputError(f"the output folder {output} is the {what}; choose another one")
+
+
+# ---- folds and checkpoints -----------------------------------------------------------------------------------------
+
+
+def parse_folds(texts: Sequence[str | int]) -> tuple[int | str, ...]:
+    """Read folds as given after ``-f``: numbers, or ``all``."""
+    wrong = [str(text) for text in texts if str(text) != "all" and not str(text).isdigit()]
+    if wrong:
+        raise InputError(f"-f {' '.join(wrong)}: expected fold numbers such as 0 1 2, or all")
+    return tuple(text if text == "all" else int(text) for text in texts)
+
+
+def trained_folds(folder: Path, checkpoint: str = FINAL) -> tuple[int | str, ...]:
+    """Return the numbers of all folds of a model that have a checkpoint of this name.
+
+    Fold ``all`` is not among them: it has seen every case, so it is only used where it is asked for.
+
+    Raises
+    ------
+    MissingFileError
+        If there is none.
+    """
+    names = [path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")]
+    folds = sorted(int(name) for name in names if name.isdigit())
+    if not folds:
+        hint = "fold_all is: -f all" if "all" in names else "train one, or take another checkpoint with -chk"
+        raise MissingFileError(f"no fold of {folder} is finished (no fold_*/{checkpoint}); {hint}")
+    return tuple(folds)
+
+
+def find_checkpoints(folder: Path, folds: Sequence[int | str], checkpoint: str = FINAL) -> list[Path]:
+    """Return the checkpoint file of each fold.
+
+    Raises
+    ------
+    MissingFileError
+        If one does not exist; the message says what does.
+    """
+    files = [folder / f"fold_{fold}" / checkpoint for fold in folds]
+    missing = [file for file in files if not file.is_file()]
+    if not missing:
+        return files
+    found = [file.parent.name.removeprefix("fold_") for file in sorted(folder.glob(f"fold_*/{checkpoint}"))]
+    others = [str(file.relative_to(folder)) for file in sorted(folder.glob("fold_*/checkpoint_*.pth"))]
+    if found:
+        hint = f"that checkpoint is there for: -f {' '.join(found)}"
+    elif others:
+        hint = f"the training is not finished; there are {', '.join(others)}. Take one with -chk NAME -f FOLD"
+    else:
+        hint = "the folder holds no checkpoint at all"
+    raise MissingFileError(
+        f"{', '.join(str(file.relative_to(folder)) for file in missing)} not found in {folder}; {hint}"
+    )
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def check_file_name(name: Any, what: str) -> str:
+    """Return ``name`` if it names one file or folder, so that it can safely become part of a path.
+
+    Parameters
+    ----------
+    name
+        A value from a file.
+    what
+        What it is and where it was found, for the message: ``"data_identifier in plans.json"``.
+
+    Raises
+    ------
+    InputError
+        If it is not a string, is empty, or leads out of the folder that it is put into.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
+        raise InputError(f"{what} is {name!r}, expected the name of one file or folder, without / and \\")
+    return name

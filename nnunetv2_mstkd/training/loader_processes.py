@@ -1,4 +1,4 @@
-"""A data loader's process that dies is told in one line: nnU-Net's loaders show the tracebacks of three threads."""
+"""Report a dead data-loader worker in one line: nnU-Net's loaders show the tracebacks of three threads."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ CAUSES = {
 }
 
 
-def started_by(make: Callable[[], Any]) -> tuple[Any, list[BaseProcess]]:
-    """The result of a call, and the processes that it has started."""
+def start_workers(make: Callable[[], Any]) -> tuple[Any, list[BaseProcess]]:
+    """Return the result of a call, and the processes that it has started."""
     before = multiprocessing.active_children()
     result = make()
     return result, [process for process in multiprocessing.active_children() if process not in before]
@@ -46,9 +46,7 @@ def cause_of_death(processes: Iterable[BaseProcess]) -> str:
 
 
 @contextmanager
-def one_line_for_dead_processes(
-    where: Callable[[], str], processes: Callable[[], Iterable[BaseProcess]]
-) -> Iterator[None]:
+def report_dead_workers(where: Callable[[], str], processes: Callable[[], Iterable[BaseProcess]]) -> Iterator[None]:
     """Turn what nnU-Net raises for a dead process of a data loader into one line.
 
     Parameters

@@ -1,47 +1,132 @@
-"""Dual-mode logit distillation (DMLD) of MST-KDNet, equations (5)-(8), and where to apply it.
+"""Distillation terms of MST-KDNet that no other method uses: MS-TKD, equations (2)-(4), and DMLD, equations (5)-(8).
 
 Paper: "Bridging the Gap in Missing Modalities: Leveraging Knowledge Distillation and Style Matching for Brain Tumor
-Segmentation", MICCAI 2025. Logit standardisation: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR
-2024. All functions take the highest-resolution logits only.
+Segmentation", MICCAI 2025. The two summands of equation (4) are two functions, so that each has its own weight. Logit
+standardisation: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024. Style matching (GSME),
+equations (9)-(11), is in :mod:`nnunetv2_mstkd.losses.style`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch.nn import functional
 
+from nnunetv2_mstkd.losses.logits import check_logits, check_map, valid_map, weigh
+from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums, standardize_channels
 
-def _check_logits(student: torch.Tensor, teacher: torch.Tensor, regions: bool) -> None:
-    if student.shape != teacher.shape or student.ndim < 3:
+# A standardised map of fewer positions is almost fixed by the standardisation itself and carries no pattern to match.
+_FEWEST_POSITIONS = 8
+
+
+def _check_pairs(student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> None:
+    if len(student_maps) == 0 or len(student_maps) != len(teacher_maps):
         raise ValueError(
-            f"found student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)}, expected equal "
-            "shapes (B, K, *spatial)"
+            f"found {len(student_maps)} student and {len(teacher_maps)} teacher maps, expected equal numbers, "
+            "at least 1 each"
         )
-    if not regions and student.shape[1] < 2:
-        raise ValueError("found one softmax channel, expected at least two; one overlapping region needs regions=True")
+    for index, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"map {index} has shape {tuple(student.shape)} in the student and {tuple(teacher.shape)} in the "
+                "teacher, expected equal shapes"
+            )
 
 
-def _check_map(name: str, voxel_map: torch.Tensor, logits: torch.Tensor, *, boolean: bool) -> None:
-    expected = (logits.shape[0], 1, *logits.shape[2:])
-    if tuple(voxel_map.shape) != expected or (boolean and voxel_map.dtype != torch.bool):
-        raise ValueError(
-            f"{name} has shape {tuple(voxel_map.shape)} and type {voxel_map.dtype}, expected {expected}"
-            + (" and torch.bool" if boolean else "")
-        )
+def _extreme_values(maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    # Times N the mean entry is 1 for any N. The ratio ignores a common factor; without it the products, about N^-2,
+    # would sink below the 1e-6 that guards the division.
+    attention = torch.stack([attention_map.float() * attention_map.shape[-1] for attention_map in maps], dim=1)
+    return attention, tuple(
+        extreme.unsqueeze(1) for extreme in (attention.amax(1), attention.amin(1), attention.mean(1))
+    )
 
 
-def _valid_map(valid: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
-    if valid is None:
-        return torch.ones_like(logits[:, :1], dtype=torch.bool)
-    _check_map("valid", valid, logits, boolean=True)
-    return valid
+def extreme_value_distillation(
+    student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Extreme-value distillation of attention maps, the first summand of MS-TKD.
+
+    With A_max, A_min and A_mean the element-wise maximum, minimum and mean over the L extracted attention maps
+    (equation 2), ``EV_1 = A_max * A``, ``EV_2 = A_min * A``, ``EV_3 = A_mean * A`` for each extracted A (equation 3),
+    and
+
+    ``loss = mean over samples of sum((EV^f - EV^m)^2) / (sum((EV^f)^2) + sum((EV^m)^2) + 1e-6)``
+
+    (first half of equation 4, changed) where both sums run over the three EVs, the L maps, heads, rows and columns.
+
+    Changed against MST-KDNet (MICCAI 2025): equation (4) is a mean squared error. Rows of A sum to 1 over N tokens, so
+    an EV is about N^-2 and the error about N^-4, which is why the released code multiplies by 1e8. The ratio has no
+    such factor: it is between 0 and 1 for any N. The relative weight of layers and EVs is that of the paper. The
+    teacher gets no gradient.
+
+    Parameters
+    ----------
+    student_maps, teacher_maps : sequence of L tensors, shape (B, heads, N, N)
+        Row-stochastic attention maps (after the softmax) of the tapped layers, in the same order.
+
+    Returns
+    -------
+    Tensor of float32, scalar in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the numbers of maps or their shapes differ, or the list is empty.
+    """
+    _check_pairs(student_maps, teacher_maps)
+    with torch.autocast(device_type=student_maps[0].device.type, enabled=False):
+        student, student_extremes = _extreme_values(student_maps)
+        teacher, teacher_extremes = _extreme_values([teacher_map.detach() for teacher_map in teacher_maps])
+        sums = [
+            squared_sums(student_extreme * student, teacher_extreme * teacher)
+            for student_extreme, teacher_extreme in zip(student_extremes, teacher_extremes, strict=True)
+        ]
+        difference, size = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        return ratio_of_sums(difference, size)
 
 
-def _weighted(values: torch.Tensor, voxel_weight: torch.Tensor | None) -> torch.Tensor:
-    if voxel_weight is None:
-        return values
-    _check_map("voxel_weight", voxel_weight, values, boolean=False)
-    return values * voxel_weight.detach().float()
+def multiscale_map_matching(student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matching of the transformer's multi-scale maps, the second summand of MS-TKD.
+
+    ``loss = mean over levels of rel(S(z^m), S(z^f))``   (second half of equation 4, changed)
+
+    with S the standardisation of every channel over space, (z - mean) / sqrt(var + 1e-5), and rel the relative
+    difference of :func:`nnunetv2_mstkd.losses.relative.relative_difference`. Levels of fewer than 8 positions are left
+    out.
+
+    Changed against MST-KDNet (MICCAI 2025): the paper's mean squared error of raw maps depends on the scale that each
+    level happens to have and asks the student to copy it; here where a feature is active is matched, not how strongly
+    the network scales it, and every level counts the same. The teacher gets no gradient.
+
+    Parameters
+    ----------
+    student_maps, teacher_maps : sequence of tensors, shape (B, channels, *spatial)
+        One map per level, in the same order; levels may differ in channels and grid.
+
+    Returns
+    -------
+    Tensor of float32, scalar in [0, 2]; zero without a graph when no level has 8 positions.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of maps or their shapes differ, or the list is empty.
+    """
+    _check_pairs(student_maps, teacher_maps)
+    levels = [
+        relative_difference(standardize_channels(student), standardize_channels(teacher.detach()))
+        for student, teacher in zip(student_maps, teacher_maps, strict=True)
+        if math.prod(student.shape[2:]) >= _FEWEST_POSITIONS
+    ]
+    if not levels:
+        return torch.zeros((), dtype=torch.float32, device=student_maps[0].device)
+    return torch.stack(levels).mean()
+
+
+# ---- DMLD: the highest-resolution logits -----------------------------------------------------------------------------
 
 
 def logit_discrepancy(
@@ -82,8 +167,8 @@ def logit_discrepancy(
     ValueError
         If shapes or types do not fit.
     """
-    _check_logits(student, teacher, regions)
-    valid = _valid_map(valid, student)
+    check_logits(student, teacher, regions)
+    valid = valid_map(valid, student)
     with torch.autocast(device_type=student.device.type, enabled=False):
         # Zeros come in before any arithmetic: 0 * NaN is NaN, in the gradient too.
         student = torch.where(valid, student.float(), 0.0)
@@ -92,7 +177,7 @@ def logit_discrepancy(
             student = student - student.mean(1, keepdim=True)
             teacher = teacher - teacher.mean(1, keepdim=True)
         squared = (student - teacher).square().sum(1, keepdim=True)
-        difference = torch.where(valid, _weighted(squared, voxel_weight), 0.0).sum()
+        difference = torch.where(valid, weigh(squared, voxel_weight), 0.0).sum()
         elements = valid.sum().float() * student.shape[1]
         # The numerator is 0 without a valid voxel; the 1 only avoids 0 / 0 there.
         return difference / torch.maximum(teacher.square().sum(), elements).clamp_min(1.0)
@@ -168,11 +253,11 @@ def standardized_kl(
     ValueError
         If shapes or types do not fit or tau is not positive.
     """
-    _check_logits(student, teacher, regions)
-    _check_map("target_foreground", target_foreground, student, boolean=True)
+    check_logits(student, teacher, regions)
+    check_map("target_foreground", target_foreground, student, boolean=True)
     if tau <= 0:
         raise ValueError(f"found temperature tau = {tau}, expected a number greater than 0")
-    valid = _valid_map(valid, student)
+    valid = valid_map(valid, student)
     with torch.autocast(device_type=student.device.type, enabled=False):
         student = torch.where(valid, student.float(), 0.0)
         teacher = torch.where(valid, teacher.detach().float(), 0.0)
@@ -184,61 +269,7 @@ def standardized_kl(
         student_log = _log_probabilities(student, regions, tau)
         teacher_log = _log_probabilities(teacher, regions, tau)
         divergence = (teacher_log.exp() * (teacher_log - student_log)).sum(1, keepdim=True)
-        divergence = _weighted(divergence, voxel_weight)
+        divergence = weigh(divergence, voxel_weight)
         inside, has_inside = _group_mean(divergence, valid & foreground)
         rest, has_rest = _group_mean(divergence, valid & ~foreground)
         return tau**2 * (inside + rest) / (has_inside + has_rest).clamp_min(1.0)
-
-
-@torch.no_grad()
-def teacher_advantage(
-    student: torch.Tensor,
-    teacher: torch.Tensor,
-    target: torch.Tensor,
-    *,
-    regions: bool,
-    valid: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Where the teacher is more right than the student: a ``voxel_weight`` for the functions of this module.
-
-    1 where the teacher's cross-entropy against the label (binary cross-entropy summed over regions, or softmax
-    cross-entropy) is strictly lower than the student's, else 0. Not part of MST-KDNet (MICCAI 2025), which copies the
-    teacher everywhere: a teacher that is itself undertrained then holds the student back.
-
-    Parameters
-    ----------
-    student, teacher : Tensor, shape (B, K, *spatial)
-        Logits of K overlapping regions (sigmoid) or K classes (softmax).
-    target : Tensor
-        Shape (B, K, *spatial) of 0 and 1 for regions, (B, 1, *spatial) of class numbers otherwise, of any type. Voxels
-        that are not valid may hold anything.
-    regions : bool
-        True for region heads, False for softmax classes.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out (ignore label); they get 0. None: all are valid.
-
-    Returns
-    -------
-    Tensor of float32, shape (B, 1, *spatial), entries 0 or 1, without a graph.
-
-    Raises
-    ------
-    ValueError
-        If shapes or types do not fit.
-    """
-    _check_logits(student, teacher, regions)
-    expected = tuple(student.shape) if regions else (student.shape[0], 1, *student.shape[2:])
-    if tuple(target.shape) != expected:
-        raise ValueError(f"target has shape {tuple(target.shape)}, expected {expected} with regions={regions}")
-    valid = _valid_map(valid, student)
-    with torch.autocast(device_type=student.device.type, enabled=False):
-        target = torch.where(valid, target, torch.zeros_like(target))
-
-        def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
-            logits = torch.where(valid, logits.float(), 0.0)
-            if regions:
-                loss = functional.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-                return loss.sum(1, keepdim=True)
-            return functional.cross_entropy(logits, target[:, 0].long(), reduction="none").unsqueeze(1)
-
-        return (valid & (cross_entropy(teacher) < cross_entropy(student))).float()

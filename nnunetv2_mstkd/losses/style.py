@@ -11,15 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.relative import relative_difference, standardize_channels
-
-__all__ = [
-    "adversarial_student_term",
-    "cross_correlation",
-    "discriminator_loss",
-    "standardize_channels",
-    "style_matching",
-]
+from nnunetv2_mstkd.losses.relative import relative_difference
 
 _VARIANCE_FLOOR = 1e-5
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional
+
+
+def default_heads(width: int) -> int:
+    """Number of heads of 32 ... 64 channels, as near to 48 as can be; where no divisor gives that, the nearest one."""
+    divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
+    return min(divisors, key=lambda h: (not 32 <= width // h <= 64, abs(math.log2(width / h / 48)), h))
 
 
 class Attention(nn.Module):
