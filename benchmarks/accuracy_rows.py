@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nnunetv2_mstkd.training.settings import TERMS
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 
 DATASET = 903
 DATASET_NAME = "Accuracy"

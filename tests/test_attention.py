@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.methods.mstkd.attention import Attention, TransformerBlock
+from nnunetv2_mstkd.networks.attention import Attention, TransformerBlock
 
 
 def attention(width: int = 12, heads: int = 3) -> Attention:

@@ -83,7 +83,7 @@ def test_a_hint_is_only_given_where_something_is_close():
         ("schedule", "optimizer", "lion"),
         ("schedule", "initial_lr", 0),
         ("schedule", "initial_lr", 1.5),
-        ("schedule", "transformer_lr", -1e-4),
+        ("schedule", "added_lr", -1e-4),
         ("sampler", "kind", "random"),
         ("sampler", "kind", "fixed"),
         ("sampler", "kind", "weighted"),

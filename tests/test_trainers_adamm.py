@@ -9,7 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, plans, state, wake
 
 from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, AdaMMTrainer
-from nnunetv2_mstkd.methods.adamm.presence import presence_target
+from nnunetv2_mstkd.methods.adamm.losses import presence_target
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.training.settings import ADAMM_TERMS, Settings, SettingsError
 from nnunetv2_mstkd.training.teacher import Teacher
@@ -172,7 +172,7 @@ def test_every_parameter_takes_part_in_a_step(make_trainer, adamm):
 
 
 def test_adapters_and_graph_are_trained_with_adamw_and_banks_do_not_decay(make_trainer):
-    trainer = make_trainer(AdaMMTrainer, block={"schedule": {"transformer_lr": 2e-3}})
+    trainer = make_trainer(AdaMMTrainer, block={"schedule": {"added_lr": 2e-3}})
     decay, rate, kind = {}, {}, {}
     names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
     for member in trainer.optimizer.members:

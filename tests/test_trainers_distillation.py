@@ -24,7 +24,7 @@ from tiny import (
 from nnunetv2_mstkd.methods import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.settings import TERMS
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.training.step import MAX_SKIPPED_STEPS
 
 

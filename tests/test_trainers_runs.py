@@ -15,7 +15,7 @@ from tiny import same, state
 
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.training.base import SettingsTrainer
-from nnunetv2_mstkd.training.settings import TERMS
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 
 
 def configure(folders, **settings):

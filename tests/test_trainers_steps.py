@@ -13,7 +13,7 @@ from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, bat
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, FullModalityTrainer, ModalityDropoutTrainer, MSTKDTrainer
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
-from nnunetv2_mstkd.training.settings import TERMS
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 
 TRAINERS = [getattr(trainers, name) for name in trainers.__all__]
 STUDENTS = [cls for cls in TRAINERS if issubclass(cls, ModalityDropoutTrainer)]

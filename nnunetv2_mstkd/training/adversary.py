@@ -67,7 +67,8 @@ class Adversary:
         discriminator_loss(real, fake).backward()
         for parameter in self.discriminator.parameters():
             # an overflow in mixed precision costs the student a skipped step; Adam would keep the NaN forever
-            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
         self.optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:

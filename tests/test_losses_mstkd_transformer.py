@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_mstkd.methods.mstkd.ms_tkd import extreme_value_distillation, multiscale_map_matching
+from nnunetv2_mstkd.methods.mstkd.losses import extreme_value_distillation, multiscale_map_matching
 
 
 def attention_maps(seed: int, *, layers: int = 3, batch: int = 2, heads: int = 2, tokens: int = 8, spread: float = 1.0):

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.gsme import (
+from nnunetv2_mstkd.losses.relative import standardize_channels
+from nnunetv2_mstkd.losses.style import (
     adversarial_student_term,
     cross_correlation,
     discriminator_loss,
-    standardize_channels,
     style_matching,
 )
 

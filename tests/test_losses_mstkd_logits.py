@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.dmld import logit_discrepancy, standardized_kl, teacher_advantage
+from nnunetv2_mstkd.losses.advantage import teacher_advantage
+from nnunetv2_mstkd.methods.mstkd.losses import logit_discrepancy, standardized_kl
 
 SPATIAL = {2: (5, 6), 3: (3, 4, 5)}
 HEADS = [

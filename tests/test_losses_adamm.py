@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.methods.adamm.consistency import probability_consistency
-from nnunetv2_mstkd.methods.adamm.presence import (
+from nnunetv2_mstkd.methods.adamm.losses import probability_consistency
+from nnunetv2_mstkd.methods.adamm.losses import (
     Presence,
     presence_gap,
     presence_loss,
