@@ -154,7 +154,7 @@ def test_with_distillation_what_the_student_gets_of_an_absent_channel_comes_from
     block = {"adamm": {"adversarial": 0.01}}
     trainer = give_teacher(make_trainer(student, batch_size=2**CHANNELS - 1, block=block))
     wake(trainer.network)
-    assert len(trainer.weights) == 6
+    assert len(trainer.terms) == 6
     fixed = trainer.forward_teacher(batch(trainer)["data"])
     monkeypatch.setattr(trainer, "forward_teacher", lambda data: fixed)
     assert_no_leak(trainer, monkeypatch)

@@ -54,7 +54,7 @@ if __name__ == "__main__":
     if moment == "start":
         kill_at_start()
     if moment == "training":
-        kill_before(SettingsTrainer, "optimise")
+        kill_before(SettingsTrainer, "train_step")
     if moment == "validation":
         kill_before(ModalityDropoutTrainer, "on_validation_epoch_start")
     run_training_entry()

@@ -66,7 +66,7 @@ class SettingsTrainer(nnUNetTrainer):
         self._initial_sum = 0.0
         self._loader_processes: list[BaseProcess] = []
         self._step_in_epoch = 0
-        self.monitor = LossMonitor(self.print_to_log_file)
+        self.monitor = LossMonitor(lambda line: self.print_to_log_file(line))
         self.term_log = TermLog(self.logger, self.output_folder)
         self.apply_settings(settings)
 

@@ -14,7 +14,7 @@ from typing import Any
 from batchgenerators.dataloading import nondet_multi_threaded_augmenter
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from nnunetv2_mstkd.errors import wants_traceback
+from nnunetv2_mstkd.errors import WorkerError, wants_traceback
 
 DEAD = "background workers are no longer alive"
 """What nnU-Net and batchgenerators say of dead processes, and of such that ended themselves after an error."""
@@ -58,7 +58,7 @@ def report_dead_workers(where: Callable[[], str], processes: Callable[[], Iterab
 
     Raises
     ------
-    ChildProcessError
+    WorkerError
         what happened, when, and what helps.
     """
     with _without_their_threads():
@@ -68,7 +68,7 @@ def report_dead_workers(where: Callable[[], str], processes: Callable[[], Iterab
             if DEAD not in str(error):
                 raise
             number = get_allowed_n_proc_DA()
-            raise ChildProcessError(
+            raise WorkerError(
                 f"{where()} a process of the data loader {cause_of_death(processes())}. The last checkpoint is "
                 f"untouched: ask for more memory or use fewer processes (nnUNet_n_proc_DA={number // 2}, here "
                 f"{number}), and continue with --c"

@@ -84,10 +84,9 @@ class MSTKDSettings(Section):
     @classmethod
     def forget(cls, block: dict[str, dict[str, Any]], key: str) -> None:
         if key == "recipe":
-            for preset in cls.PRESETS.values():
-                for name, values in preset.items():
-                    for implied in values:
-                        block.get(name, {}).pop(implied, None)
+            for name in (cls.NAME, "distillation"):
+                block.pop(name, None)
+            block.get("schedule", {}).pop("optimizer", None)
 
     @classmethod
     def imply(cls, block: dict[str, dict[str, Any]]) -> None:
