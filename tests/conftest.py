@@ -202,12 +202,12 @@ def models(trained: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Builds tiny trainers on hand-made plans; see :class:`tiny.TrainerFactory`."""
-    from tiny import TrainerFactory
+    """Builds tiny trainers on hand-made plans; see :func:`nnunetv2_mstkd.testing.make_trainer`."""
+    from tiny import make_trainer
 
     folders = Folders(tmp_path / "raw", tmp_path / "preprocessed", tmp_path / "results")
     folders.use(monkeypatch)
-    return TrainerFactory()
+    return make_trainer
 
 
 def read_plans(folders: Folders) -> dict:

@@ -113,7 +113,7 @@ def run_steps(rank: int, folder: Path, names: list[str]) -> None:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[variable] = str(folder / variable)
     if rank == 0:
-        tiny.TrainerFactory()
+        tiny.write_empty_data()
     begin(rank, folder, "store")
     found: dict[str, Any] = {}
     for name in names:

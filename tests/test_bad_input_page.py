@@ -106,7 +106,7 @@ class World:
 
     def train(self, trainer: str, content: dict | None = None, **options: Any) -> Train:
         cls = getattr(trainers, trainer)
-        return lambda: tiny.TrainerFactory()(cls, content, **options)
+        return lambda: tiny.make_trainer(cls, content, **options)
 
     def results(self, name: str, change: Callable[[pd.DataFrame], object] = lambda table: None) -> str:
         rows = [

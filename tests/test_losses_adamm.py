@@ -7,12 +7,12 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.methods.adamm.losses import probability_consistency
 from nnunetv2_mstkd.methods.adamm.losses import (
     Presence,
     presence_gap,
     presence_loss,
     presence_target,
+    probability_consistency,
     reliability_dice,
 )
 

@@ -33,13 +33,12 @@ def norm(loss: torch.Tensor, network: torch.nn.Module) -> float:
 def ratios(request, tmp_path_factory):
     """By term: norm of its gradient, weight included, in units of the segmentation loss's, for several batches."""
     from conftest import Folders
-    from tiny import TrainerFactory
+    from tiny import make_trainer
 
     method, labels = METHODS[request.param]
     top = tmp_path_factory.mktemp("gradients")
     with pytest.MonkeyPatch.context() as patch:
         Folders(top / "raw", top / "preprocessed", top / "results").use(patch)
-        make_trainer = TrainerFactory()
         options = {"labels": labels, "block": SCHEDULE}
         teacher = make_trainer(method.teacher_trainer, **options)
         for seed in range(TEACHER_STEPS):

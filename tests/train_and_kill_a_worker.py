@@ -16,8 +16,8 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from nnunetv2.run.run_training import run_training_entry
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 
 
 def kill_workers() -> None:
