@@ -275,32 +275,33 @@ class Benchmark:
         ValueError
             if a row's settings have changed since it was begun in this folder.
         """
-        from nnunetv2_mstkd.nnunet import configuration
+        from nnunetv2_mstkd.methods.configuration import configure
+        from nnunetv2_mstkd.nnunet.plans import read_plans
 
         preset = self.preset
-        planned = configuration.read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
+        planned = read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
         widths = preset.stages(len(planned["strides"]))
         for seed in seeds:
-            plans = configuration.read_plans(self.plans_file)
-            entry = configuration.derive(
+            plans = read_plans(self.plans_file)
+            entry = configure(
                 plans, PARENT, first_stage(seed), assignments=first_assignments(preset, seed), features=widths,
                 batch_size=preset.batch_size,
             )  # fmt: skip
             self._write(first_stage(seed), entry)
             for row in rows:
-                plans = configuration.read_plans(self.plans_file)
+                plans = read_plans(self.plans_file)
                 changes = row.assignments(preset, seed)
-                entry = configuration.derive(plans, first_stage(seed), row.configuration(seed), assignments=changes)
+                entry = configure(plans, first_stage(seed), row.configuration(seed), assignments=changes)
                 self._write(row.configuration(seed), entry)
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
-        from nnunetv2_mstkd.nnunet import configuration
-        from nnunetv2_mstkd.training.settings import BLOCK, Settings
+        from nnunetv2_mstkd.methods.configuration import complete_block
+        from nnunetv2_mstkd.nnunet.plans import BLOCK, read_plans, write_configuration
 
-        there = configuration.read_plans(self.plans_file)["configurations"].get(name)
+        there = read_plans(self.plans_file)["configurations"].get(name)
         if there is not None:
             # settings that a later version has added have their defaults in both
-            both = [{**each, BLOCK: Settings.from_block(each[BLOCK]).to_block()} for each in (there, entry)]
+            both = [{**each, BLOCK: complete_block(each[BLOCK])} for each in (there, entry)]
             if json.loads(json.dumps(both[0])) == json.loads(json.dumps(both[1])):
                 return
             begun = [path for path in (self.out / "results" / self.dataset).glob(f"*__{name}/fold_*/checkpoint_*.pth")]
@@ -309,7 +310,7 @@ class Benchmark:
                     f"{begun[0].parent} was trained with other settings than the table now gives {name}; choose "
                     f"another folder with --out, or remove that model"
                 )
-        configuration.write_configuration(self.plans_file, name, entry, overwrite=True)
+        write_configuration(self.plans_file, name, entry, overwrite=True)
 
     # ---- results ---------------------------------------------------------------------------------------------------
 

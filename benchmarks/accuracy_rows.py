@@ -18,7 +18,7 @@ PARENT = "3d_fullres"
 PLANS = "nnUNetPlans"
 FOLD = 0
 
-PAPER: Mapping[str, Any] = {"distillation.recipe": "paper", "schedule.initial_lr": None}
+PAPER: Mapping[str, Any] = {"mstkd.recipe": "paper", "schedule.initial_lr": None}
 """With the recipe's own optimiser, Adam, goes its own rate."""
 
 
@@ -119,7 +119,7 @@ def _dedicated(subset: str) -> Row:
 
 
 def _without(*terms: str) -> dict[str, float]:
-    return {f"distillation.{name}": 0.0 for name in terms}
+    return {f"mstkd.{name}": 0.0 for name in terms}
 
 
 def _mstkd(name: str, title: str, kind: str, settings: Mapping[str, Any], *, terms: bool = True) -> Row:

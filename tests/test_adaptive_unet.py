@@ -356,10 +356,12 @@ def test_a_switched_off_part_has_no_parameters():
     assert parts(Case(presence=False).full()) == {"encoder_adapters", "decoder_adapters", "refinement"}
 
 
-def test_the_network_compiles_into_one_graph():
+def test_network_compiles_into_one_graph():
     """Nothing of the choice of weights branches on the data."""
     case = Case(dimensions=2, gate=0.5)
     network = case.full(awake=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     x = case.batch(modalities.all_subsets(4))
     with torch.no_grad():

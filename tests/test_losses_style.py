@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.relative import standardize_channels
 from nnunetv2_mstkd.losses.style import (
     adversarial_student_term,
     cross_correlation,
     discriminator_loss,
     style_matching,
 )
+from nnunetv2_mstkd.networks.standardization import standardize_channels
 
 
 def features(seed: int, *, dimensions: int = 3, batch: int = 2) -> list[torch.Tensor]:

@@ -83,6 +83,12 @@ def configure(
     return entry
 
 
+def complete_block(block: Mapping | None) -> dict[str, Any]:
+    """Return a block with every key of every known section, for comparing blocks of two versions."""
+    trainers()
+    return Settings.read(block, known_sections().values()).to_block()
+
+
 def describe(entry: Mapping[str, Any]) -> list[str]:
     """Return the settings of a configuration that differ from the defaults, one line each."""
     known = known_sections()

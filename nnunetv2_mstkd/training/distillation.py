@@ -137,13 +137,15 @@ class DistillationTrainer(ModalityDropoutTrainer):
             Naming the difference and the terms.
         """
         active = self.active(self.feature_terms)
+        if not active:
+            return
         encoder: Any = self.plain_network.encoder
         other: Any = teacher.network.encoder
         for name, here, there in (
             ("channels per stage", list(encoder.output_channels), list(other.output_channels)),
             ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),
         ):
-            if active and here != there:
+            if here != there:
                 raise InputError(
                     f"teacher {teacher.identity['path']} has the {name} {there}, the student {here}; the terms "
                     f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"

@@ -15,7 +15,8 @@ import torch
 from torch.nn import functional
 
 from nnunetv2_mstkd.losses.logits import check_logits, check_map, valid_map, weigh
-from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums, standardize_channels
+from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums
+from nnunetv2_mstkd.networks.standardization import standardize_channels
 
 # A standardised map of fewer positions is almost fixed by the standardisation itself and carries no pattern to match.
 _FEWEST_POSITIONS = 8
