@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "documentation").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+    *sorted((ROOT / "documentation").rglob("*.md")),
+    *sorted((ROOT / "nnunetv2_mstkd").rglob("*.md")),
+]
 
 
 def test_settings_page_is_made_from_the_settings():
@@ -18,17 +22,31 @@ def test_settings_page_is_made_from_the_settings():
     assert module.page() == module.PAGE.read_text(encoding="utf-8"), "run python documentation/make_settings_page.py"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def _anchors(page: Path) -> set[str]:
+    """What a code host makes of the headings of a page."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_links_within_the_project_lead_somewhere(page):
-    targets = re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8"))
-    missing = [t for t in targets if not t.startswith("http") and not (page.parent / t).exists()]
-    assert not missing
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)|src=\"([^\"]+)", text):
+        link = "".join(target)
+        if link.startswith("http"):
+            continue
+        name, _, anchor = link.partition("#")
+        file = page.parent / name if name else page
+        assert file.exists(), link
+        assert not anchor or anchor in _anchors(file), link
 
 
-def test_commands_named_in_the_readme_exist():
+def test_commands_named_in_the_documentation_exist():
     from nnunetv2_mstkd.cli import COMMANDS
 
-    named = set(re.findall(r"\bmstkd ([a-z][a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+    named = set(re.findall(r"(?:^|`|&& )mstkd ([a-z][a-z-]+)", text, flags=re.MULTILINE))
     assert named and named <= set(COMMANDS)
 
 
