@@ -17,7 +17,7 @@ ERROR = errors.InputError("found 3,\n  expected 4")
 
 @pytest.fixture
 def passed_on(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
-    """The exceptions that our hook passes on to the one before it."""
+    """Exceptions that our hook leaves to the previous one."""
     seen: list[BaseException] = []
     monkeypatch.delenv("MSTKD_DEBUG", raising=False)
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: seen.append(error))
@@ -67,7 +67,7 @@ def test_installing_twice_changes_nothing(passed_on):
     assert sys.excepthook is hook
 
 
-def test_nnunet_process_exits_with_2_once_it_has_imported_the_trainers():
+def test_nnunet_process_exits_with_2():
     shim = ROOT / "nnunetv2_mstkd" / "nnunet" / "_trainer_path" / "mstkd_trainers.py"
     code = (
         f"import runpy\nprint('MSTKDTrainer' in runpy.run_path({str(shim)!r}))\n"
