@@ -49,6 +49,11 @@ def test_other_errors_keep_their_traceback(passed_on, error):
     assert passed_on == [error]
 
 
+def test_did_you_mean_hints_at_close_words_only():
+    assert errors.did_you_mean("epoch", ["seed", "epochs"]) == " (did you mean 'epochs'?)"
+    assert errors.did_you_mean("epoch", ["seed"]) == ""
+
+
 def test_debugging_keeps_the_traceback(passed_on, monkeypatch):
     monkeypatch.setenv("MSTKD_DEBUG", "1")
     end_with(ERROR)
