@@ -35,16 +35,16 @@ COMMANDS = {
 class Parser(argparse.ArgumentParser):
     """Parser of a command and of its sub-commands: errors are one line, and options are never guessed.
 
-    Options follow nnU-Net where it has them (``-device``, ``--disable_tta``) and the usual ``--dry-run`` elsewhere. So
-    that nobody has to remember which is which, the number of dashes in front and ``-`` or ``_`` within a name do not
-    matter: ``--device`` and ``--disable-tta`` work too. Help shows one spelling. Abbreviations are errors.
+    Options are spelled as in nnU-Net where it has them (``-device``, ``--disable_tta``) and in the usual way elsewhere
+    (``--dry-run``). Both styles work for every option: ``--device`` and ``--disable-tta`` too. Help shows one spelling.
+    Abbreviations are errors.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parse `args`; unlike argparse's, this reports what it does not know, under the name of the sub-command."""
+        """Parse `args`. Unknown arguments are errors of the sub-command, where argparse names the outer parser."""
         spelled = self._spelled_as_declared(sys.argv[1:] if args is None else args)
         known, rest = super().parse_known_args(spelled, namespace)
         if rest:
@@ -68,7 +68,7 @@ class Parser(argparse.ArgumentParser):
             if name in self._option_string_actions or not _is_option(name):
                 continue
             same = [option for option in self._option_string_actions if _spelling(option) == _spelling(name)]
-            if len(same) == 1:
+            if same:
                 args[place] = same[0] + equals + value
                 continue
             hint = did_you_mean(name, [option for option in self._option_string_actions if len(option) > 2])
@@ -81,7 +81,7 @@ class Parser(argparse.ArgumentParser):
         return args
 
     def _usage_hint(self) -> str:
-        """Remind of the arguments without a dash, which are easily given as options."""
+        """Return the usage of a command with positional arguments, which are easily mistaken for options."""
         names = [str(action.metavar or action.dest) for action in self._get_positional_actions()]
         return f"; usage: {self.prog} {' '.join(names)} [options]" if names and self._subparsers is None else ""
 
@@ -133,7 +133,7 @@ def _is_option(name: str) -> bool:
 
 
 def _spelling(option: str) -> str:
-    """What all spellings of an option have in common; one letter keeps its dash."""
+    """Return the part that all spellings of an option share; one-letter options keep their dash."""
     return option.lstrip("-").replace("_", "-") if len(option) > 2 else option
 
 
