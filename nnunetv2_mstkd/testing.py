@@ -128,7 +128,7 @@ def plans(
         "batch_dice": batch_dice,
     }
     if block is not None:
-        configuration[BLOCK] = copy.deepcopy(dict(block))
+        configuration[BLOCK] = copy.deepcopy(block)
     return {
         "dataset_name": DATASET,
         "plans_name": "nnUNetPlans",

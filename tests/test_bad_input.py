@@ -15,8 +15,9 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import NO_TERMS, plans, same
 
 from nnunetv2_mstkd.methods import FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.settings import TERMS, SettingsError
+from nnunetv2_mstkd.training.settings import SettingsError
 
 EVERY = [FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer]
 WITH_SUBSETS = [ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer]
@@ -48,7 +49,7 @@ def refuse(make_trainer, cls, kind=ValueError, **options) -> str:
         ({"schedule": {"epoch": 3}}, ("'epoch'", "did you mean 'epochs'", "initial_lr")),
         ({"schedule": {"epochs": 0}}, ("schedule.epochs is 0", "at least 1")),
         ({"schedule": {"epochs": "3"}}, ("schedule.epochs is '3'",)),
-        ({"distillation": {"kl": -1}}, ("distillation.kl is -1", "at least 0")),
+        ({"mstkd": {"kl": -1}}, ("mstkd.kl is -1", "at least 0")),
         ({"distillation": []}, ("distillation is []",)),
         (["schedule"], ("['schedule']",)),
     ],

@@ -18,11 +18,18 @@ from nnunetv2_mstkd.training.settings import (
     Settings,
     TeacherSettings,
     known_sections,
+    read_assignment,
     translate,
 )
 
 SHARED = (ScheduleSettings, SamplerSettings, TeacherSettings, DistillationSettings)
 """Sections that every derived configuration spells out; a method's own only where something in it was set."""
+
+
+def read_assignments(texts: Iterable[str]) -> list[tuple[str, str, Any]]:
+    """Split texts such as ``schedule.epochs=100``; a setting that no installed trainer has is refused."""
+    trainers()
+    return [read_assignment(text) for text in texts]
 
 
 def configure(

@@ -27,8 +27,8 @@ class Adversary:
         standardises the channels itself.
     device
         Device of the discriminator.
-    device_ids
-        For DistributedDataParallel in a multi-GPU training; None: a single process.
+    distributed
+        Average its gradients over the processes of a multi-GPU training.
     """
 
     def __init__(

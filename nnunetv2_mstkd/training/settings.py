@@ -328,7 +328,7 @@ class Settings:
         sections
             Section classes to read. Sections of other trainers stay as they are.
         strict
-            Refuse sections that no trainer has.
+            Refuse sections that no trainer has, and check those of other trainers too.
 
         Raises
         ------
@@ -337,12 +337,15 @@ class Settings:
         """
         sections = tuple(dict.fromkeys(sections))
         content = translate(block)
-        if strict:
-            _known(BLOCK, content, known_sections())
         for section in sections:
             section.imply(content)
         names = {section.NAME for section in sections}
         others = {name: value for name, value in content.items() if name not in names}
+        if strict:
+            known = known_sections()
+            _known(BLOCK, content, known)
+            for name, value in others.items():
+                known[name].read(value)
         return cls([section.read(content.get(section.NAME, {})) for section in sections], others)
 
     def __getitem__(self, section: type[S]) -> S:

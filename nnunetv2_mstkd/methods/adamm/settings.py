@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.training.settings import Positive, Range, Section, Weight
+from nnunetv2_mstkd.training.settings import Range, Section, Weight
 
 TERMS = ("consistency", "content", "style", "adversarial", "presence", "reliability")
 """Terms of AdaMM: the first four compare with the teacher (BBDM), the others read the student alone (LGRM)."""
@@ -48,8 +48,8 @@ class AdaMMSettings(Section):
     """Weight of cross-correlation style matching (BBDM), the function that MST-KDNet's ``style`` uses."""
     adversarial: Weight = 0.0
     """Weight of the adversarial style term (BBDM); 0 builds no discriminator."""
-    presence_weight: Positive = 0.1
-    """Weight of the cross-entropy of the presence head; ``presence = false`` builds no head."""
+    presence_weight: Weight = 0.1
+    """Weight of the cross-entropy of the presence head, above 0; ``presence = false`` builds no head."""
     reliability: Weight = 0.5
     """How much a wrong presence adds to the weight of the Dice loss at full resolution; 0: nothing."""
     gate: Annotated[float, Range(0, 1, below=True)] = 0.0
@@ -62,6 +62,7 @@ class AdaMMSettings(Section):
             "subsets",
             "none with bank 'full', in which every subset has its own adapters",
         )
+        self.require(self.presence_weight > 0, "presence_weight", "a number above 0; presence = false builds no head")
         self.require(self.presence or self.gate == 0, "gate", "0 without the presence head (presence = false)")
 
     def channel_numbers(self, names: Sequence[str]) -> tuple[str, ...]:
