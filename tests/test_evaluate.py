@@ -28,11 +28,11 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from predict_inputs import CHANNELS, files, read, trainer_class, write, write_case, write_model
 
 from nnunetv2_mstkd import cli, modalities
-from nnunetv2_mstkd.evaluation import subsets as subsets_module
-from nnunetv2_mstkd.evaluation.strips import CaseStrip, choose_view, read_strip
+from nnunetv2_mstkd.evaluation import run as run_module
+from nnunetv2_mstkd.evaluation.montage import Montage, choose_view, read_montage
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.nnunet.model import load_predictor
-from nnunetv2_mstkd.statistics.shapley import shapley_values
+from nnunetv2_mstkd.statistics.shapley import shapley_matrix
 
 NAMES = ("T0", "T1", "T2", "T3")
 FEW = ("T0", "T1+T3", "all")
@@ -156,8 +156,9 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
     means = dice.groupby(["region", "subset"])["value"].mean()
     assert (summary["cases"], summary["patients"], summary["folds"]) == (3, 2, ["0", "1"])
     for region in ("whole", "core"):
-        game = {tuple(subset.split("+")): means[region, subset] for subset in every}
-        for name, expected in shapley_values(game, NAMES).items():
+        codes = [modalities.subset_code(modalities.parse_subset(subset, NAMES)) for subset in every]
+        game = shapley_matrix(CHANNELS)[:, codes] @ [means[region, subset] for subset in every]
+        for name, expected in zip(NAMES, game, strict=True):
             found = summary["shapley"][region][name]
             assert math.isclose(found["dice"], expected) and found["low"] <= found["dice"] <= found["high"]
         assert summary["worst_subset"][region]["subset"] == means[region].idxmin()
@@ -251,8 +252,8 @@ def test_mask_first_is_what_predict_gives_without_the_files(student, nnunet_fold
 # ---- pictures of the report ----------------------------------------------------------------------------------------
 
 
-def stored(model: Path, fold: int, case: str) -> CaseStrip:
-    found = read_strip(model / "subsets" / "cases" / f"fold_{fold}" / f"{case}.npz")
+def stored(model: Path, fold: int, case: str) -> Montage:
+    found = read_montage(model / "subsets" / "cases" / f"fold_{fold}" / f"{case}.npz")
     assert found is not None
     return found
 
@@ -299,7 +300,7 @@ def test_with_mask_first_the_pictures_show_all_images(student):
 def test_an_evaluation_without_pictures_still_has_its_page(student, capsys):
     options = ("--subsets", "T0", "-f", "0", "--metrics", "dice")
     assert evaluate(student, *options, "--strips", "0") == 0
-    assert 'id="strips"' not in (student / "subsets" / "report.html").read_text()
+    assert 'id="montages"' not in (student / "subsets" / "report.html").read_text()
     files_of_pictures = list((student / "subsets" / "cases").rglob("*.npz"))
     assert len(files_of_pictures) == 2
     files_of_pictures[0].unlink()
@@ -376,20 +377,20 @@ def test_more_metrics_are_measured_on_request(student):
 
 def count_predictions(monkeypatch) -> list:
     seen = []
-    real = subsets_module.SubsetPredictor.logits
+    real = run_module.SubsetPredictor.logits
 
     def logits(self, data, rows):
         seen.append(len(rows))
         return real(self, data, rows)
 
-    monkeypatch.setattr(subsets_module.SubsetPredictor, "logits", logits)
+    monkeypatch.setattr(run_module.SubsetPredictor, "logits", logits)
     return seen
 
 
 def test_a_stopped_run_goes_on_with_the_case_where_it_was(student, monkeypatch):
     options = ("--subsets", *FEW, "--metrics", "dice")
     assert evaluate(student, *options, "-o", str(student.parent / "whole")) == 0
-    seen, real = [], subsets_module.prepare
+    seen, real = [], run_module.prepare
 
     def stop_at_the_third(case, *arguments):
         if len(seen) == 2:
@@ -398,8 +399,8 @@ def test_a_stopped_run_goes_on_with_the_case_where_it_was(student, monkeypatch):
         return real(case, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(subsets_module, "IMAGES_AHEAD", 0)
-        patch.setattr(subsets_module, "prepare", stop_at_the_third)
+        patch.setattr(run_module, "IMAGES_AHEAD", 0)
+        patch.setattr(run_module, "prepare", stop_at_the_third)
         assert evaluate(student, *options) == 130
     assert not (student / "subsets" / "results.csv").exists()
     predicted = count_predictions(monkeypatch)

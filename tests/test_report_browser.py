@@ -73,7 +73,7 @@ def test_the_script_of_a_name_did_not_run_and_the_name_is_read_as_text(browser):
     with pytest.raises(NoAlertPresentException):
         _ = browser.switch_to.alert.text
     assert browser.title == "a <b>model</b>: MSTKDTrainer, fold 0"
-    assert EVIL in browser.find_element("css selector", ".strip summary").text
+    assert EVIL in browser.find_element("css selector", ".montage summary").text
     assert browser.execute_script("return document.querySelectorAll('script').length") == 1
 
 

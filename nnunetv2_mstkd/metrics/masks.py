@@ -36,8 +36,8 @@ def check_spacing(spacing: Sequence[float], num_axes: int) -> tuple[float, ...]:
     ----------
     spacing:
         Millimetres per axis, in the order of the array's axes. nnU-Net's ``properties["spacing"]`` has this order, and
-        so have nibabel's zooms for an array from nibabel; SimpleITK's ``GetSpacing()`` (x, y, z) must be reversed for an
-        array from ``GetArrayFromImage`` (z, y, x).
+        so have nibabel's zooms for an array from nibabel; SimpleITK's ``GetSpacing()`` (x, y, z) must be reversed for
+        an array from ``GetArrayFromImage`` (z, y, x).
 
     Raises
     ------
