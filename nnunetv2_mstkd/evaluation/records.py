@@ -18,7 +18,7 @@ from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.inference.record import write_json
 from nnunetv2_mstkd.nnunet.file_names import check_file_name
 
-FOLDER = "cases"
+CASES = "cases"
 RUN = "run.json"
 
 
@@ -44,7 +44,7 @@ class CaseRecords:
     """
 
     def __init__(self, output: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
-        self.folder = output / FOLDER
+        self.folder = output / CASES
         self._run = json.loads(json.dumps(run))
         self._discard = restart
         if not restart and (self.folder / RUN).is_file():

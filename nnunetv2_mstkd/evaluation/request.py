@@ -50,6 +50,9 @@ class Request:
     report: Callable[[str], None]
 
     def __post_init__(self) -> None:
+        for name in ("model_folder", "images", "labels", "output"):
+            path = getattr(self, name)
+            object.__setattr__(self, name, None if path is None else Path(path))
         if not self.model_folder.is_dir():
             raise MissingFileError(f"no model folder {self.model_folder}")
         if (self.images is None) != (self.labels is None):

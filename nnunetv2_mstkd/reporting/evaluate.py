@@ -105,35 +105,11 @@ def evaluate(
     InputError, MissingFileError
         For options, models or cases that cannot be used; nothing has been predicted then.
     """
+    options = locals().copy()  # all arguments
+    del options["pictures"]
+    request = Request(**options)
     if pictures < 0:
         raise InputError(f"--strips is {pictures}, expected a number of cases, or 0 for no pictures")
-    request = Request(
-        model_folder=Path(model_folder),
-        folds=folds,
-        checkpoint=checkpoint,
-        trust=trust,
-        name=name,
-        images=None if images is None else Path(images),
-        labels=None if labels is None else Path(labels),
-        output=None if output is None else Path(output),
-        subsets=subsets,
-        available=available,
-        mask_first=mask_first,
-        metrics=metrics,
-        convention=convention,
-        lesion_convention=lesion_convention,
-        tolerance=tolerance,
-        stack=stack,
-        restart=restart,
-        step_size=step_size,
-        mirroring=mirroring,
-        device=device,
-        on_device=on_device,
-        preprocessing_processes=preprocessing_processes,
-        scoring_processes=scoring_processes,
-        progress=progress,
-        report=report,
-    )
     if preprocessing_processes or scoring_processes:
         start_server()  # imports torch at the same time as this process
     from nnunetv2_mstkd.evaluation.run import run

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -138,6 +138,20 @@ def mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     count = valid.sum(axis=axis)
     total = np.where(valid, values, 0.0).sum(axis=axis)
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
+
+
+def long_table(axes: Mapping[str, Iterable], **columns: np.ndarray) -> pd.DataFrame:
+    """A table with a row per element of arrays.
+
+    Parameters
+    ----------
+    axes:
+        Column name of each axis, in the order of the axes, and the labels along it.
+    columns:
+        Arrays whose shape is the numbers of labels, by column name.
+    """
+    index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+    return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index=index).reset_index()
 
 
 # ---- bootstrap -----------------------------------------------------------------------------------------------------

@@ -14,10 +14,10 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SEPARATOR, VALUE
+from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SEPARATOR
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, Cube, cube, mean
-from nnunetv2_mstkd.statistics.tests import DEFAULT, HIGH, LOW
+from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, Cube, cube, long_table, mean
+from nnunetv2_mstkd.statistics.tests import DEFAULT
 
 MAX_MODALITIES = 6
 """63 subsets; nobody evaluates more."""
@@ -83,13 +83,8 @@ def shapley(
     groups = bootstrap.groups(data.cases)
     exact = _apply(matrix, mean(values, axis=0), empty_value)
     low, high = bootstrap.limits(_apply(matrix, bootstrap.means(values, groups), empty_value), groups)
-    rows = [
-        (model, region, name, exact[m, r, i], low[m, r, i], high[m, r, i])
-        for m, model in enumerate(data.models)
-        for r, region in enumerate(data.regions)
-        for i, name in enumerate(data.modalities)
-    ]
-    return pd.DataFrame(rows, columns=[MODEL, REGION, MODALITY, VALUE, LOW, HIGH])
+    axes = {MODEL: data.models, REGION: data.regions, MODALITY: data.modalities}
+    return long_table(axes, value=exact, low=low, high=high)
 
 
 def subset_columns(data: Cube) -> np.ndarray:

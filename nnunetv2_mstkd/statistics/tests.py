@@ -15,9 +15,9 @@ import pandas as pd
 from scipy import stats
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import CASE, MODALITIES, MODEL, REGION, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.results import CASE, MODALITIES, MODEL, REGION, SEPARATOR, SUBSET
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, Bootstrap, Cube, cube, mean
+from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, Bootstrap, Cube, cube, long_table, mean
 
 LOW = "low"
 HIGH = "high"
@@ -27,8 +27,6 @@ P = "p"
 P_CORRECTED = "p_corrected"
 
 DEFAULT = Bootstrap()
-
-_TESTED = (DIFFERENCE, LOW, HIGH, "level", P, P_CORRECTED)
 
 
 # ---- one model -----------------------------------------------------------------------------------------------------
@@ -43,16 +41,14 @@ def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap
     """
     data = cube(results, metric)
     everything, regions = _with_average(data.values, data.regions)
-    values, low, high = _estimates(mean(everything, axis=2), data.cases, bootstrap)
+    value, low, high = _estimates(mean(everything, axis=2), data.cases, bootstrap)
     by_subset = mean(everything, axis=1)
-    badness = _badness(by_subset, metric)
-    rows = []
-    for m, model in enumerate(data.models):
-        for r, region in enumerate(regions):
-            subset = _worst(badness[m, :, r])
-            worst = data.subsets[subset], by_subset[m, subset, r]
-            rows.append((model, region, values[m, r], low[m, r], high[m, r], *worst))
-    return pd.DataFrame(rows, columns=[MODEL, REGION, VALUE, LOW, HIGH, "worst_subset", "worst"])
+    # NaN is never the worst; if there is nothing else, the first subset is
+    places = np.nan_to_num(_badness(by_subset, metric), nan=-np.inf).argmax(axis=1)
+    worst = np.take_along_axis(by_subset, places[:, None], axis=1)
+    names = np.array(data.subsets)[places]
+    axes = {MODEL: data.models, REGION: regions}
+    return long_table(axes, value=value, low=low, high=high, worst_subset=names, worst=worst)
 
 
 def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
@@ -66,14 +62,9 @@ def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Boo
     everything, regions = _with_average(data.values, data.regions)
     sizes = np.unique(data.sizes)
     per_case = np.stack([mean(everything[:, :, data.sizes == size], axis=2) for size in sizes], axis=2)
-    values, low, high = _estimates(per_case, data.cases, bootstrap)
-    rows = [
-        (model, region, int(size), values[m, k, r], low[m, k, r], high[m, k, r])
-        for m, model in enumerate(data.models)
-        for r, region in enumerate(regions)
-        for k, size in enumerate(sizes)
-    ]
-    return pd.DataFrame(rows, columns=[MODEL, REGION, MODALITIES, VALUE, LOW, HIGH])
+    value, low, high = (part.swapaxes(1, 2) for part in _estimates(per_case, data.cases, bootstrap))
+    axes = {MODEL: data.models, REGION: regions, MODALITIES: sizes}
+    return long_table(axes, value=value, low=low, high=high)
 
 
 def gap_to_full(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
@@ -86,16 +77,11 @@ def gap_to_full(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Boots
     """
     data = cube(results, metric)
     badness = _badness(data.values, metric)
-    gaps, regions = _with_average(badness - badness[:, :, [data.full]], data.regions)
-    values, low, high = _estimates(gaps, data.cases, bootstrap)
-    rows = [
-        (model, region, subset, int(data.sizes[k]), values[m, k, r], low[m, k, r], high[m, k, r])
-        for m, model in enumerate(data.models)
-        for r, region in enumerate(regions)
-        for k, subset in enumerate(data.subsets)
-        if k != data.full
-    ]
-    return pd.DataFrame(rows, columns=[MODEL, REGION, SUBSET, MODALITIES, VALUE, LOW, HIGH])
+    # the full input is the last subset
+    gaps, regions = _with_average(badness[:, :, : data.full] - badness[:, :, [data.full]], data.regions)
+    value, low, high = (part.swapaxes(1, 2) for part in _estimates(gaps, data.cases, bootstrap))
+    axes = {MODEL: data.models, REGION: regions, SUBSET: data.subsets[: data.full]}
+    return _with_sizes(long_table(axes, value=value, low=low, high=high))
 
 
 # ---- several models ------------------------------------------------------------------------------------------------
@@ -161,13 +147,13 @@ def paired_differences(
     data = cube(results, metric, models=models)
     pairs = _pairs(data.models, baseline)
     per_case, regions = _differences(data, metric, pairs)
-    rows = [
-        (data.models[first], data.models[second], case, region, per_case[k, c, r])
-        for k, (first, second) in enumerate(pairs)
-        for c, case in enumerate(data.cases)
-        for r, region in enumerate(regions)
-    ]
-    return pd.DataFrame(rows, columns=[MODEL, AGAINST, CASE, REGION, DIFFERENCE])
+    tables = []
+    for (first, second), differences in zip(pairs, per_case, strict=True):
+        table = long_table({CASE: data.cases, REGION: regions}, difference=differences)
+        table.insert(0, MODEL, data.models[first])
+        table.insert(1, AGAINST, data.models[second])
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def compare_subsets(
@@ -186,12 +172,7 @@ def compare_subsets(
     data = cube(results, metric, models=[model, against])
     unsigned = _unsigned(data.values, metric)
     tested = _tested(unsigned[0] - unsigned[1], data.cases, bootstrap)
-    rows = [
-        (subset, int(data.sizes[k]), region, *(part[k, r] for part in tested))
-        for k, subset in enumerate(data.subsets)
-        for r, region in enumerate(data.regions)
-    ]
-    return pd.DataFrame(rows, columns=[SUBSET, MODALITIES, REGION, *_TESTED])
+    return _with_sizes(long_table({SUBSET: data.subsets, REGION: data.regions}, **tested))
 
 
 def compare_by_count(
@@ -212,13 +193,7 @@ def compare_by_count(
     differences, regions = _with_average(unsigned[0] - unsigned[1], data.regions)
     sizes = np.unique(data.sizes)
     per_case = np.stack([mean(differences[:, data.sizes == size], axis=1) for size in sizes], axis=1)
-    tested = _tested(per_case, data.cases, bootstrap)
-    rows = [
-        (int(size), region, *(part[k, r] for part in tested))
-        for k, size in enumerate(sizes)
-        for r, region in enumerate(regions)
-    ]
-    return pd.DataFrame(rows, columns=[MODALITIES, REGION, *_TESTED])
+    return long_table({MODALITIES: sizes, REGION: regions}, **_tested(per_case, data.cases, bootstrap))
 
 
 def rank_table(
@@ -344,19 +319,27 @@ def _estimates(
     return mean(by_case, axis=0), *bootstrap.limits(bootstrap.means(by_case, groups), groups, level)
 
 
-def _tested(differences: np.ndarray, cases: Sequence[str], bootstrap: Bootstrap) -> tuple[np.ndarray, ...]:
+def _tested(differences: np.ndarray, cases: Sequence[str], bootstrap: Bootstrap) -> dict[str, np.ndarray]:
     """Means of paired differences, shape (cases, K, regions), with corrected intervals and tests.
 
     Returns
     -------
-    Arrays of shape (K, regions), one per entry of ``_TESTED``.
+    Arrays of shape (K, regions) by the columns of a table.
     """
     shape = differences.shape[1:]
     groups = bootstrap.groups(cases)
     p_values = np.array([wilcoxon(column, groups) for column in differences.reshape(len(differences), -1).T])
     adjusted, levels = (part.reshape(shape) for part in holm(p_values, bootstrap.level))
-    values, low, high = (part[0] for part in _estimates(differences[None], cases, bootstrap, levels[None]))
-    return values, low, high, levels, p_values.reshape(shape), adjusted
+    value, low, high = (part[0] for part in _estimates(differences[None], cases, bootstrap, levels[None]))
+    intervals = {DIFFERENCE: value, LOW: low, HIGH: high, "level": levels}
+    return {**intervals, P: p_values.reshape(shape), P_CORRECTED: adjusted}
+
+
+def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
+    """Insert the number of modalities behind each subset."""
+    sizes = [subset.count(SEPARATOR) + 1 for subset in table[SUBSET]]
+    table.insert(table.columns.get_loc(SUBSET) + 1, MODALITIES, sizes)
+    return table
 
 
 def _differences(data: Cube, metric: str, pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -392,8 +375,3 @@ def _unsigned(values: np.ndarray, metric: str) -> np.ndarray:
 def _badness(values: np.ndarray, metric: str) -> np.ndarray:
     """Values turned so that lower is better."""
     return -values if metric_named(metric).better > 0 else _unsigned(values, metric)
-
-
-def _worst(badness: np.ndarray) -> int:
-    """Position of the worst value; the first one if all are NaN."""
-    return 0 if np.isnan(badness).all() else int(np.nanargmax(badness))
