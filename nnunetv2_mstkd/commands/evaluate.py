@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_mstkd.commands.predict import add_model, whole_number_from_environment
+from nnunetv2_mstkd.commands.predict import add_model, torch_device, whole_number_from_environment
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.request import DEFAULT_LESIONS
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER, REPORT
+from nnunetv2_mstkd.inference.workers import start_server
 
 SAME_NAME = (
     "trust", "name", "subsets", "available", "mask_first", "metrics", "convention", "lesion_convention", "tolerance",
@@ -62,6 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
+    if args.npp or args.nps:
+        start_server()  # imports torch at the same time as this process
     from nnunetv2_mstkd.reporting.evaluate import evaluate
 
     evaluation = evaluate(
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
         pictures=args.strips,
         step_size=args.step_size,
         mirroring=not args.disable_tta,
-        device=args.device,
+        device=torch_device(args.device),
         on_device=not args.not_on_device,
         preprocessing_processes=args.npp,
         scoring_processes=args.nps,

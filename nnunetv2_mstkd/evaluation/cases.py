@@ -24,7 +24,8 @@ from nnunetv2_mstkd.nnunet.evaluation_support import (
     identifiers,
     preprocess_command,
     read_preprocessed,
-    training_images,
+    read_properties,
+    training_cases,
     validation_cases,
 )
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
@@ -76,8 +77,7 @@ def prepare(
     if case.images is not None:
         return preprocess_case(case.images.without(absent), plans, configuration, dataset_json, False)
     assert case.preprocessed is not None
-    data, properties = read_preprocessed(case.preprocessed, case.name)
-    return np.asarray(data[:], dtype=np.float32), properties
+    return read_preprocessed(case.preprocessed, case.name)
 
 
 # ---- finding -------------------------------------------------------------------------------------------------------
@@ -115,7 +115,11 @@ def fold_cases(
     names = validation_cases(folder, data, fold, split)
     labels = {name: folder / "gt_segmentations" / f"{name}{dataset_json['file_ending']}" for name in names}
     if from_images:
-        images = _raw_images(names, plans.dataset_name, len(modality_names(dataset_json)))
+        raw = nnunet_folder("nnUNet_raw") / plans.dataset_name
+        images = training_cases(raw, len(modality_names(dataset_json)))
+        missing = [name for name in names if name not in images]
+        if missing:
+            raise MissingFileError(f"no images of the validation case {missing[0]} in nnUNet_raw/{raw.name}")
         return [LabelledCase(name, str(fold), labels[name], images=images[name]) for name in names]
     if not data.is_dir():
         raise MissingFileError(f"no preprocessed data in {data}; make them: {preprocess_command(plans, configuration)}")
@@ -127,21 +131,6 @@ def fold_cases(
             f"missing); make them: {preprocess_command(plans, configuration)}"
         )
     return [LabelledCase(name, str(fold), labels[name], preprocessed=data) for name in names]
-
-
-def _raw_images(names: Sequence[str], dataset: str, channels: int) -> dict[str, Case]:
-    """The images of cases in nnUNet_raw, all of which must exist."""
-    raw = nnunet_folder("nnUNet_raw") / dataset
-    files = training_images(raw)
-    for name in names:
-        if name not in files:
-            raise MissingFileError(f"no images of the validation case {name} in nnUNet_raw/{dataset}")
-        if len(files[name]) != channels:
-            raise MissingFileError(f"{raw}: case {name} has {len(files[name])} images, expected {channels}")
-        for file in files[name]:
-            if not file.is_file():
-                raise MissingFileError(f"the image {file} of case {name} does not exist")
-    return {name: Case(name, files[name]) for name in names}
 
 
 def folder_cases(
@@ -230,7 +219,7 @@ def _check_case(case: LabelledCase, plans: Any, rules: Rules, checker: Checker) 
     label, properties = read_label(case.label, plans.image_reader_writer_class, rules.labels)
     if case.images is None:
         assert case.preprocessed is not None
-        _, image = read_preprocessed(case.preprocessed, case.name)
+        image = read_properties(case.preprocessed, case.name)
         shape = tuple(int(image["shape_before_cropping"][axis]) for axis in plans.transpose_backward)
     else:
         _check_images(case.images, checker)

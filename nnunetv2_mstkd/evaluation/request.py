@@ -1,10 +1,11 @@
-"""What an evaluation is asked to do. Light to import, so that impossible options are refused at once."""
+"""What an evaluation is asked to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER
@@ -42,7 +43,7 @@ class Request:
     restart: bool
     step_size: float
     mirroring: bool
-    device: str
+    device: Any
     on_device: bool
     preprocessing_processes: int
     scoring_processes: int

@@ -32,7 +32,7 @@ from nnunetv2_mstkd.metrics.conventions import (
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
-from nnunetv2_mstkd.nnunet.evaluation_support import segmentation_from_logits
+from nnunetv2_mstkd.nnunet.evaluation_support import segment
 
 NEAR = 0.05
 """Logit. Another stack size changes logits by rounding, far less than this; voxels farther away keep their label."""
@@ -268,7 +268,7 @@ def score_prediction(
         If image and label differ in shape.
     """
     counting = _CountingLabels(plans.get_label_manager(dataset_json))
-    segmentation = segmentation_from_logits(logits, properties, plans, configuration, counting)
+    segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
     reference = _reference(label, plans.image_reader_writer_class, rules.labels)
     if segmentation.shape != reference.shape:
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError
+from nnunetv2_mstkd.inference.input_folder import Case
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.nnunet.configuration import BLOCK
 from nnunetv2_mstkd.nnunet.model_folder import read_json
@@ -110,11 +110,16 @@ def identifiers(data: Path) -> list[str]:
         raise MissingFileError(f"{data} holds no preprocessed data of nnU-Net") from error
 
 
-def read_preprocessed(data: Path, name: str) -> tuple[np.ndarray, dict]:
-    """A preprocessed case: the lazily read image, shape (C, *spatial), and the properties for nnU-Net's exporter."""
-    image, _, _, properties = infer_dataset_class(str(data))(str(data), [name]).load_case(name)
-    # the exporter needs no list of foreground voxels, which is large
-    return image, {key: value for key, value in properties.items() if key != "class_locations"}
+def read_preprocessed(folder: Path, name: str) -> tuple[np.ndarray, dict]:
+    """A preprocessed case: float32 of shape (C, *spatial), and the properties for nnU-Net's exporter."""
+    data, _, _, properties = infer_dataset_class(str(folder))(str(folder), [name]).load_case(name)
+    properties.pop("class_locations", None)  # a large list of foreground voxels, for training only
+    return np.asarray(data[:], dtype=np.float32), properties
+
+
+def read_properties(folder: Path, name: str) -> dict:
+    """The properties of a preprocessed case, without its voxels."""
+    return infer_dataset_class(str(folder))(str(folder), [name]).load_case(name)[-1]
 
 
 def check_preprocessed_with(file: Path, plans: PlansManager, configuration: ConfigurationManager) -> None:
@@ -155,49 +160,61 @@ def preprocess_command(plans: PlansManager, configuration: ConfigurationManager)
     return f"nnUNetv2_preprocess -d {number} -plans_name {plans.plans_name} -c {name}"
 
 
-def training_images(raw: Path) -> dict[str, tuple[Path, ...]]:
-    """The image files of each training case of a folder below nnUNet_raw, by name of the case."""
+def training_cases(raw: Path, channels: int) -> dict[str, Case]:
+    """The training cases of a folder below nnUNet_raw, by name; MissingFileError if an image does not exist."""
     with contextlib.redirect_stdout(io.StringIO()):
-        files = get_filenames_of_train_images_and_targets(str(raw), read_json(raw / "dataset.json"))
-    return {str(name): tuple(Path(path) for path in entry["images"]) for name, entry in files.items()}
+        found = get_filenames_of_train_images_and_targets(str(raw), read_json(raw / "dataset.json"))
+    cases = {}
+    for name, entry in found.items():
+        images = tuple(Path(path) for path in entry["images"])
+        absent = next((path for path in images if not path.is_file()), None)
+        if len(images) != channels:
+            raise MissingFileError(f"{raw}: case {name} has {len(images)} images, expected {channels}")
+        if absent is not None:
+            raise MissingFileError(f"the image {absent} of case {name} does not exist")
+        cases[name] = Case(str(name), images)
+    return cases
 
 
 # ---- prediction ----------------------------------------------------------------------------------------------------
 
 
-def torch_device(name: str) -> torch.device:
-    """The torch device; as in nnUNetv2_predict, with one CPU thread beside a GPU and all cores without."""
-    if name == "cuda" and not torch.cuda.is_available():
+def find_device(device: str | torch.device) -> torch.device:
+    """A torch device, if this machine has it."""
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("-device is cuda (the default), but torch finds no CUDA GPU; use -device cpu")
-    if name == "mps" and not torch.backends.mps.is_available():
+    if kind == "mps" and not torch.backends.mps.is_available():
         raise InputError("-device is mps, but torch finds no Apple GPU; use -device cpu")
-    if name != "cpu":
-        torch.set_num_threads(1)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(os.cpu_count() or 1)
-    return torch.device(name)
+    return torch.device(device)
 
 
-def segmentation_from_logits(
+def segment(
     logits: np.ndarray,
     properties: dict,
     plans: PlansManager,
     configuration: ConfigurationManager,
-    label_manager: Any,
+    labels: Any,
+    *,
+    threads: int = 1,
 ) -> np.ndarray:
-    """nnU-Net's export without the file: the label image in the case's original geometry.
+    """Turn logits of the preprocessed image into labels of the original one, as nnU-Net's exporter does.
 
     Parameters
     ----------
     logits:
-        Shape (K, *spatial), in the geometry of the preprocessed image.
+        Shape (K, *spatial).
     properties:
-        Properties from nnU-Net's preprocessor.
-    label_manager:
+        From nnU-Net's preprocessor.
+    plans, configuration:
+        Those of the model.
+    labels:
         nnU-Net's label manager, or one that delegates to it.
+    threads:
+        Threads for torch.
     """
     return convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, plans, configuration, label_manager, properties, num_threads_torch=1
+        logits, plans, configuration, labels, properties, num_threads_torch=threads
     )
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.request import Request
-from nnunetv2_mstkd.inference.workers import start_server
-
-if TYPE_CHECKING:
-    from nnunetv2_mstkd.reporting.report import Evaluation
+from nnunetv2_mstkd.evaluation.run import Evaluator
+from nnunetv2_mstkd.reporting.report import Evaluation, write_report
 
 
 def evaluate(
@@ -36,7 +35,7 @@ def evaluate(
     restart: bool = False,
     step_size: float = 0.5,
     mirroring: bool = True,
-    device: str = "cuda",
+    device: str | torch.device = "cuda",
     on_device: bool = True,
     preprocessing_processes: int = 3,
     scoring_processes: int = 3,
@@ -86,7 +85,7 @@ def evaluate(
     step_size, mirroring:
         Step of the sliding window, relative to the patch, and test-time mirroring.
     device:
-        ``"cuda"``, ``"cpu"`` or ``"mps"``.
+        The device of the network.
     on_device:
         Collect the logits on the device; False for huge images.
     preprocessing_processes, scoring_processes:
@@ -110,9 +109,4 @@ def evaluate(
     request = Request(**options)
     if pictures < 0:
         raise InputError(f"--strips is {pictures}, expected a number of cases, or 0 for no pictures")
-    if preprocessing_processes or scoring_processes:
-        start_server()  # imports torch at the same time as this process
-    from nnunetv2_mstkd.evaluation.run import run
-    from nnunetv2_mstkd.reporting.report import write_report
-
-    return write_report(run(request), request.output_folder, pictures)
+    return write_report(Evaluator(request).run(), request.output_folder, pictures)

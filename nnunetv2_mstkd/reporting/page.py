@@ -38,7 +38,7 @@ WIDE = 16
 FIGURE_TITLES = {
     "heat_map.png": "Dice of every subset and region",
     "curve.png": "Dice against the number of modalities",
-    "shapley.png": "What each modality is worth: exact Shapley values of the Dice",
+    "shapley.png": "Contribution of each modality: exact Shapley values of the Dice",
 }
 
 
@@ -158,7 +158,7 @@ def _summaries(findings: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
     if findings.gap is not None:
         yield "Points lost against the full input", spread_table(findings.gap, SUBSET)
     if findings.shapley is not None:
-        yield "What each modality is worth: exact Shapley values, points", spread_table(findings.shapley, MODALITY)
+        yield "Contribution of each modality: exact Shapley values, points", spread_table(findings.shapley, MODALITY)
 
 
 def _figure(name: str, file: Path) -> dict[str, str]:
