@@ -135,7 +135,7 @@ def test_intervals_and_tests_count_patients_not_cases():
     assert found["metrics"]["dice"]["overall"][0]["p"] == pytest.approx(2 / 2**6)
 
 
-def test_three_models_with_a_baseline_and_a_metric_of_which_lower_is_better(capsys):
+def test_three_models_with_a_baseline_by_hd95(capsys):
     for name, gain in (("a", 0.0), ("b", 0.01), ("c", 0.02)):
         model(name, gain, metrics=("dice", "hd95"))
     assert cli.main(["compare", "a", "b", "c", "--baseline", "a", "--metrics", "hd95", "dice", "-o", "out"]) == 0
@@ -188,7 +188,7 @@ def test_names_are_printed_as_they_are(capsys):
 # ---- which models --------------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_given_by_its_folder_its_evaluation_or_the_file():
+def test_forms_of_a_path():
     model("old")
     model("new", 0.01)
     for first in ("new", "new/subsets", "new/subsets/results.csv"):

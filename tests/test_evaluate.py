@@ -106,7 +106,7 @@ def segmentation_of(model: Path, fold: int, case: str, subset: str, folder: Path
     ],
     ids=["stock trainer", "regions and mirroring", "2d and ignore label"],
 )
-def test_dice_is_that_of_nnunets_segmentation_of_each_subset_alone(nnunet_folders, trainer, options):
+def test_dice_equals_nnunets_for_each_subset_alone(nnunet_folders, trainer, options):
     model = write_model(trainer_class(trainer), **options)
     ignore = 3 if "ignore" in options.get("labels", {}) else None
     write_dataset(model, ignore=ignore)
@@ -188,7 +188,7 @@ def test_background_processes_give_the_same_results(student):
     assert files(student.parent / "other")["results.csv"] == files(student / "subsets")["results.csv"]
 
 
-def test_images_of_a_folder_are_evaluated_like_the_preprocessed_ones(student, nnunet_folders):
+def test_images_give_the_results_of_preprocessed_data(student, nnunet_folders):
     raw, out = nnunet_folders / "raw" / tiny.DATASET, nnunet_folders / "out"
     options = ("--subsets", *FEW, "-f", "0")
     assert evaluate(student, *options) == 0
@@ -258,7 +258,7 @@ def stored(model: Path, fold: int, case: str) -> Montage:
     return found
 
 
-def test_the_pictured_slice_is_that_of_nnunets_segmentation_of_each_subset(student, nnunet_folders):
+def test_pictured_slices_equal_nnunets_segmentations(student, nnunet_folders):
     assert evaluate(student, "--subsets", *FEW, "-f", "0", "--stack", "1", "--metrics", "dice") == 0
     for number, case in enumerate(CASES[:2]):
         strip, label = stored(student, 0, case), label_image(number)
@@ -338,7 +338,7 @@ def test_pooling_folds_takes_each_folds_own_cases_and_weights(student):
     pd.testing.assert_frame_equal(pooled.query("fold == '1'").reset_index(drop=True), one)
 
 
-def test_the_split_that_a_checkpoint_notes_wins_over_a_changed_splits_file(student):
+def test_the_checkpoints_split_overrides_the_file(student):
     checkpoint = student / "fold_0" / "checkpoint_final.pth"
     content = torch.load(checkpoint, weights_only=False)
     content["mstkd"]["split"] = {"train": [CASES[0]], "val": [CASES[3]]}

@@ -40,7 +40,7 @@ def test_the_slice_with_most_labelled_voxels_is_shown():
     assert choose_view(label, (1, 1, 1)).index == 4
 
 
-def test_thick_slices_are_shown_as_they_were_acquired_with_square_pixels():
+def test_thick_slices_have_square_pixels():
     label = np.zeros((8, 5, 6), np.uint8)
     label[:, 2, :] = 1
     view = choose_view(label, (1.0, 4.0, 2.0))
@@ -50,7 +50,7 @@ def test_thick_slices_are_shown_as_they_were_acquired_with_square_pixels():
     assert view.columns.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
-def test_an_empty_label_shows_the_middle_and_a_single_slice_itself():
+def test_the_slice_of_empty_and_flat_labels():
     assert choose_view(np.zeros((9, 4, 4), np.uint8), (1, 1, 1)).index == 4
     assert choose_view(np.zeros((4, 1, 4), np.uint8), (5, 1, 1)).axis == 1
 
@@ -62,7 +62,7 @@ def test_a_large_slice_is_thinned_out():
 
 
 @pytest.mark.parametrize("transpose", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_the_image_lies_under_the_label_whatever_preprocessing_did(transpose):
+def test_the_image_lies_under_the_label(transpose):
     """Transposed, cropped, and resampled to twice the resolution of each axis."""
     original = np.random.default_rng(0).normal(5, 1, (2, 6, 8, 10)).astype(np.float32)
     box = [(1, 5), (2, 7), (0, 9)]  # of the original axes
@@ -115,7 +115,7 @@ def test_a_damaged_montage_is_refused(tmp_path, content):
         read_montage(file)
 
 
-def test_subsets_of_an_earlier_run_are_kept_unless_the_label_changed():
+def test_earlier_subsets_are_kept_unless_the_label_changed():
     old, new = montage("0", "fine"), montage("0", "fine")
     first, second = subsets()[:2]
     new = Montage(*(getattr(new, name) for name in ("axis", "index", "depth", "images", "reference")), {})
@@ -137,7 +137,7 @@ def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_an_overlay_has_the_labels_colours_and_is_transparent_elsewhere():
+def test_overlay_colours():
     labels = np.zeros((200, 250), np.uint8)
     labels[5, 6], labels[7, 8], labels[9, 9] = 1, 4, 2
     outline = np.zeros(labels.shape, bool)
@@ -205,7 +205,7 @@ def page(tmp_path: Path) -> Page:
     return Page(report(tmp_path))
 
 
-def test_the_title_says_what_was_evaluated_when_and_by_which_version(page):
+def test_title_and_date(page):
     assert page.texts[0] == "a <b>model</b>: MSTKDTrainer, fold 0"
     about = next(text for text in page.texts if "Written on" in text)
     assert f"Written on 2026-03-04 by nnunetv2_mstkd {nnunetv2_mstkd.__version__}" in about
@@ -234,7 +234,7 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path, page):
     assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
 
 
-def test_tables_have_the_layout_of_the_literature_or_rows_where_there_are_many_subsets(tmp_path):
+def test_layouts_of_subset_tables(tmp_path):
     content = report(tmp_path)
     # 7 subsets of 3 modalities: 12 available, 9 missing
     first = content[content.index("<table") : content.index("</table>")]

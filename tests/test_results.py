@@ -151,7 +151,7 @@ def test_a_subset_written_in_another_order_has_the_same_place():
     assert r.subset_order(["B+C", "C+A", "B+A"], "ABC") == ("B+A", "C+A", "B+C")
 
 
-def test_the_order_of_modalities_is_found_without_the_full_subset():
+def test_modality_order_without_the_full_subset():
     assert r.modality_order(["C", "A+B", "B+C"]) == ("A", "B", "C")
 
 

@@ -88,7 +88,7 @@ def test_shapley_values_are_the_mean_gain_over_all_orders(drawn):
     assert sum(found.values()) == pytest.approx(values[-1] - values[0], abs=1e-9)
 
 
-def test_symmetric_players_share_and_a_dummy_gets_only_what_it_has_alone():
+def test_symmetric_and_dummy_players():
     # A and B can replace each other; C adds 0.1 to everything
     strength = {"": 0.0, "A": 0.5, "B": 0.5, "AB": 0.7}
     found = shapley_of("ABC", strength | {f"{members}C": value + 0.1 for members, value in strength.items()})
@@ -122,7 +122,7 @@ def test_shapley_values_of_results_are_those_of_the_mean():
     assert found["low"].tolist() == pytest.approx([0.2, 0.6]) and found["high"].tolist() == pytest.approx([0.3, 0.7])
 
 
-def test_shapley_values_of_results_need_all_subsets_and_a_value_of_nothing():
+def test_shapley_needs_all_subsets_and_an_empty_value():
     lacking = {key: value for key, value in TWO.items() if key[1] != "T1"}
     with pytest.raises(ValueError, match="need all 3 subsets; the results lack T1"):
         shapley(table(lacking))
@@ -225,7 +225,7 @@ def test_an_incomplete_table_is_refused_with_what_is_missing():
 # ---- one model -----------------------------------------------------------------------------------------------------
 
 
-def test_summary_has_the_mean_the_worst_subset_and_the_average_region():
+def test_summary_of_a_worked_example():
     frame = table(TWO | {("M", subset, "WT"): [1.0, 0.8] for subset in ("T1", "T1ce", "T1+T1ce")})
     found = s.summary(frame, **QUICK)
     assert found["region"].tolist() == ["ET", "WT", "average"]
@@ -237,7 +237,7 @@ def test_summary_has_the_mean_the_worst_subset_and_the_average_region():
     assert row(found, region="average")["value"] == pytest.approx((1.9 / 3 + 0.9) / 2)
 
 
-def test_worst_is_the_largest_distance_and_the_largest_error_of_volume():
+def test_the_worst_subset_by_metric():
     values = {("M", "T1", "ET"): [3.0], ("M", "T1ce", "ET"): [-9.0], ("M", "T1+T1ce", "ET"): [1.0]}
     assert s.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
     values[("M", "T1ce", "ET")] = [9.0]
@@ -252,7 +252,7 @@ def test_mean_by_count_is_over_all_subsets_of_a_size():
     assert found["value"].tolist() == pytest.approx([(0.2 + 0.6 + 0.4 + 0.8) / 4, 0.9])
 
 
-def test_gap_to_the_full_input_is_positive_for_a_loss_in_either_direction():
+def test_a_positive_gap_is_a_loss():
     found = s.gap_to_full(table(TWO), **QUICK)
     assert found["subset"].tolist() == ["T1", "T1ce"]
     assert found["value"].tolist() == pytest.approx([0.6, 0.2])
@@ -288,7 +288,7 @@ def test_models_are_compared_by_the_cases_means_over_subsets():
     assert (found["cases"], found["patients"]) == (5, 5)
 
 
-def test_all_pairs_are_compared_without_a_baseline_and_corrected_together():
+def test_all_pairs_are_compared_without_a_baseline():
     frame = pd.concat([two_models(), two_models(-GAINS).replace({"model": {"new": "newer"}})])
     frame = frame.drop_duplicates(["model", "case", "subset"])
     found = s.compare(frame, **QUICK)
@@ -328,7 +328,7 @@ def test_equal_models_do_not_differ():
     assert (found["difference"], found["low"], found["high"], found["p"]) == (0, 0, 0, 1)
 
 
-def test_subsets_are_compared_with_intervals_at_the_level_of_their_test():
+def test_intervals_of_subsets_have_the_level_of_their_test():
     found = s.compare_subsets(two_models(), "new", "old", **QUICK)
     changed, same = row(found, subset="T1"), row(found, subset="T2")
     assert changed["difference"] == pytest.approx(2 * GAINS.mean()) and same["difference"] == 0
@@ -341,7 +341,7 @@ def test_subsets_are_compared_with_intervals_at_the_level_of_their_test():
     assert wide["low"][0] < narrow["low"][0] < narrow["high"][0] < wide["high"][0]
 
 
-def test_numbers_of_modalities_are_compared_by_the_cases_means_over_subsets_of_a_size():
+def test_comparison_by_number_of_modalities():
     frame = two_models()
     both = frame[frame["subset"] == "T1"].assign(subset="T1+T2", modalities=2)
     found = s.compare_by_count(pd.concat([frame, both]), "new", "old", **QUICK)
@@ -351,7 +351,7 @@ def test_numbers_of_modalities_are_compared_by_the_cases_means_over_subsets_of_a
     assert found["level"].tolist() == pytest.approx([0.975, 0.95])
 
 
-def test_the_differences_of_the_cases_average_to_that_of_the_models():
+def test_paired_differences():
     found = s.paired_differences(two_models(), baseline="old")
     assert found["case"].tolist() == [f"case{number}" for number in range(5)]
     assert found["difference"].tolist() == pytest.approx(GAINS.tolist())
@@ -378,7 +378,7 @@ def test_holm_of_a_worked_example():
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm_lies_between_the_p_value_and_bonferroni_and_keeps_their_order(values):
+def test_holm_is_bounded_by_bonferroni_and_keeps_the_order(values):
     p_values = np.array(values)
     adjusted = s.holm(p_values)[0]
     assert (p_values <= adjusted).all()
@@ -484,7 +484,7 @@ def test_swapped_channels_are_noticed():
     assert warning.startswith("M, ET: FLAIR adds more") and "than T1ce" in warning and "swapped?" in warning
 
 
-def test_enhancement_that_gets_worse_with_contrast_agent_is_noticed():
+def test_contrast_that_does_not_help_is_noticed():
     frame = believable({"ET": SHOWS["ET"]})
     with_it = frame["subset"].str.contains("T1ce")
     frame.loc[with_it, "value"] = 0.2
@@ -505,7 +505,7 @@ def test_a_subset_clearly_better_than_everything_is_noticed():
     assert len(found) == 1 and "is better" in found[0] and "than the full input (80.0)" in found[0]
 
 
-def test_a_few_patients_or_an_uncertain_difference_raise_no_alarm():
+def test_weak_evidence_raises_no_warning():
     def lowered(patients: int, spread: float) -> list[str]:
         """The full input is 11 points worse than three modalities on average, more or less from case to case."""
         frame = believable({"WT": SHOWS["WT"]}, patients=patients)

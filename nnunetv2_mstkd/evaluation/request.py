@@ -64,7 +64,7 @@ class Request:
             raise InputError(f"--stack is {self.stack}, expected at least 1")
         if self.mask_first and (self.stack or 1) > 1:
             raise InputError(
-                f"--stack {self.stack} does not go with --mask-first: each subset then has an image of its own size"
+                f"--stack {self.stack} does not go with --mask-first: then images of different subsets differ in size"
             )
         if not 0 < self.step_size <= 1:
             raise InputError(f"-step_size is {self.step_size}, expected above 0 and at most 1")

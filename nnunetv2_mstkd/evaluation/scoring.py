@@ -23,10 +23,6 @@ from nnunetv2_mstkd.metrics.conventions import (
     LESION_HD95,
     LESION_RULES,
     NSD,
-    PRECISION,
-    RELATIVE_VOLUME_ERROR,
-    SENSITIVITY,
-    VOLUME_ERROR,
     empty_rules_text,
     lesion_convention_named,
 )
@@ -36,13 +32,6 @@ from nnunetv2_mstkd.nnunet.evaluation_support import segment
 
 NEAR = 0.05
 """Logit. Another stack size changes logits by rounding, far less than this; voxels farther away keep their label."""
-
-_OVERLAP = {
-    DICE: overlap.dice,
-    SENSITIVITY: overlap.sensitivity,
-    PRECISION: overlap.precision,
-    RELATIVE_VOLUME_ERROR: overlap.relative_volume_error,
-}
 
 
 @dataclass(frozen=True)
@@ -130,16 +119,15 @@ class Rules:
     def _score_region(
         self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
     ) -> dict[str, float]:
-        wanted = [name for name in self.metrics if name not in LESION_RULES]
-        if HD95 in wanted or NSD in wanted:
-            scores = overlap.score(prediction, reference, spacing, convention=self.convention, tolerance=self.tolerance)
-            return {name: scores[name] for name in wanted}
-        return {
-            name: overlap.volume_error_ml(prediction, reference, spacing)
-            if name == VOLUME_ERROR
-            else _OVERLAP[name](prediction, reference, convention=self.convention)
-            for name in wanted
-        }
+        scores = overlap.score(
+            prediction,
+            reference,
+            spacing,
+            convention=self.convention,
+            tolerance=self.tolerance,
+            surfaces=HD95 in self.metrics or NSD in self.metrics,
+        )
+        return {name: scores[name] for name in self.metrics if name not in LESION_RULES}
 
 
 def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Rules:

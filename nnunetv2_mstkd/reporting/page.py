@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -17,7 +17,7 @@ import pandas as pd
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import Montage
-from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, REGION, SEPARATOR, SUBSET, VALUE
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
 from nnunetv2_mstkd.reporting.pictures import (
@@ -28,9 +28,8 @@ from nnunetv2_mstkd.reporting.pictures import (
     label_colors,
     overlay_uri,
 )
-from nnunetv2_mstkd.reporting.tables import overall_table, points, spread_table, subset_content
+from nnunetv2_mstkd.reporting.tables import finding_tables, points, subset_content
 from nnunetv2_mstkd.statistics.findings import Findings
-from nnunetv2_mstkd.statistics.shapley import MODALITY
 
 WIDE = 16
 """From this number of subsets on, a table has a row per subset instead of a column, and only one case is unfolded."""
@@ -106,7 +105,7 @@ def html_report(
         script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
-        summaries=list(_summaries(findings)),
+        summaries=list(finding_tables(findings)),
         figures=[_figure(name, figures[name]) for name in FIGURE_TITLES if name in figures],
         montages=[
             _montage(number, place, findings, rules, pictures) for number, place in enumerate(_places(cases, pictures))
@@ -148,17 +147,6 @@ def _subset_table(findings: Findings, rules: Rules, metric: str) -> dict[str, An
         "notes": content.notes,
         "long": len(content.data.subsets) >= WIDE,
     }
-
-
-def _summaries(findings: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Title and table, one after the other."""
-    yield "Over all evaluated subsets, and the worst one", overall_table(findings.summary)
-    if findings.by_count[MODALITIES].nunique() > 1:
-        yield "By number of modalities", spread_table(findings.by_count, MODALITIES)
-    if findings.gap is not None:
-        yield "Points lost against the full input", spread_table(findings.gap, SUBSET)
-    if findings.shapley is not None:
-        yield "Contribution of each modality: exact Shapley values, points", spread_table(findings.shapley, MODALITY)
 
 
 def _figure(name: str, file: Path) -> dict[str, str]:

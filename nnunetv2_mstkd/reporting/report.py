@@ -17,14 +17,7 @@ from nnunetv2_mstkd.inference.record import write_json
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.page import FIGURE_TITLES, Pictures, html_report
-from nnunetv2_mstkd.reporting.tables import (
-    MARKDOWN,
-    TEXT,
-    frame_table,
-    overall_table,
-    spread_table,
-    subset_table,
-)
+from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
 from nnunetv2_mstkd.statistics.tests import HIGH, LOW
@@ -161,15 +154,7 @@ def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str
     parts = [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name, TEXT)}" for name in rules.metrics]
     patients = findings.num_patients
     interval = f"95 % interval over {patients} patients" if patients > 1 else "one patient, no interval"
-    tables = {f"Dice over all evaluated subsets ({interval}), and the worst subset": overall_table(findings.summary)}
-    if findings.by_count[MODALITIES].nunique() > 1:
-        tables[f"Dice by number of modalities ({interval})"] = spread_table(findings.by_count, MODALITIES)
-    if findings.gap is not None:
-        tables[f"Points of Dice lost against the full input ({interval})"] = spread_table(findings.gap, SUBSET)
-    if findings.shapley is not None:
-        title = f"Contribution of each modality: exact Shapley values, points of Dice ({interval})"
-        tables[title] = spread_table(findings.shapley, MODALITY)
-    parts += [f"{title}\n\n{frame_table(table, fmt=TEXT)}" for title, table in tables.items()]
+    parts += [f"{title} ({interval})\n\n{frame_table(table, fmt=TEXT)}" for title, table in finding_tables(findings)]
     if near is not None:
         parts.append(
             f"{near[0]} of {near[1]} voxels ({near[0] / max(near[1], 1):.2g} of all) lie within {NEAR:g} logit of the "

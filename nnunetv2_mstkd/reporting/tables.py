@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import REGION, SEPARATOR, VALUE
+from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
 from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
 from nnunetv2_mstkd.statistics.bootstrap import Cube, cube, mean
+from nnunetv2_mstkd.statistics.findings import Findings
+from nnunetv2_mstkd.statistics.shapley import MODALITY
 from nnunetv2_mstkd.statistics.tests import HIGH, LOW
 
 TEXT = "text"
@@ -164,6 +166,18 @@ def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) ->
 
 
 # ---- the findings of one model -------------------------------------------------------------------------------------
+
+
+def finding_tables(findings: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The tables of an evaluation as text, each with its title."""
+    yield "Dice over all evaluated subsets, and the worst one", overall_table(findings.summary)
+    if findings.by_count[MODALITIES].nunique() > 1:
+        yield "Dice by number of modalities", spread_table(findings.by_count, MODALITIES)
+    if findings.gap is not None:
+        yield "Points of Dice lost against the full input", spread_table(findings.gap, SUBSET)
+    if findings.shapley is not None:
+        title = "Contribution of each modality: exact Shapley values, points of Dice"
+        yield title, spread_table(findings.shapley, MODALITY)
 
 
 def overall_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -20,7 +20,7 @@ from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, Cube, cube, long_tabl
 from nnunetv2_mstkd.statistics.tests import DEFAULT
 
 MAX_MODALITIES = 6
-"""63 subsets; nobody evaluates more."""
+"""63 subsets, the most that are evaluated by default."""
 
 MODALITY = "modality"
 
