@@ -51,7 +51,7 @@ from gradient_ratio import GRADIENTS
 from measured_training import read_cost
 
 from nnunetv2_mstkd.crossval.steps import CHECKPOINTS, Step, Train, Training
-from nnunetv2_mstkd.evaluation.files import RESULTS, SUMMARY
+from nnunetv2_mstkd.inference.evaluation_files import RESULTS, SUMMARY
 
 HERE = Path(__file__).resolve().parent
 RECORD = "benchmark.json"
@@ -466,15 +466,12 @@ class Benchmark:
 
     def _compare(self, rows: Sequence[Row]) -> None:
         """What `mstkd compare` says of the same values, the student (or the first row) against all others."""
-        from nnunetv2_mstkd.reporting.comparison_report import write_comparison
-        from nnunetv2_mstkd.statistics.comparison import Comparison, read_evaluations
+        from nnunetv2_mstkd.reporting.compare import compare
 
         if len(rows) > 1:
-            names = [row.name for row in rows]
-            read = read_evaluations([f"{name}={self.out / 'rows' / name}" for name in names])
-            write_comparison(
-                Comparison(read, baseline=STUDENT if STUDENT in names else names[0]), self.out / "comparison"
-            )
+            models = {row.name: self.out / "rows" / row.name for row in rows}
+            baseline = STUDENT if STUDENT in models else rows[0].name
+            compare(models, baseline=baseline, output=self.out / "comparison")
 
 
 _NOT_DATA = ("seconds_per_step", "where", "device", "evaluation")

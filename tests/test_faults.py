@@ -23,7 +23,7 @@ from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion import conversion
 from nnunetv2_mstkd.errors import UserError
-from nnunetv2_mstkd.evaluation import subsets as subsets_module
+from nnunetv2_mstkd.evaluation import run as run_module
 from nnunetv2_mstkd.images.completeness import written_whole
 from nnunetv2_mstkd.inference import prediction
 from nnunetv2_mstkd.nnunet import case_steps, checkpoints
@@ -122,7 +122,7 @@ def test_an_evaluation_whose_folder_cannot_be_written_ends_before_the_network_ru
     model = write_model(trainers.ModalityDropoutTrainer)
     write_dataset(model)
     (folders / "file").touch()
-    monkeypatch.setattr(subsets_module.SubsetPredictor, "logits", lambda *_: pytest.fail("the network ran"))
+    monkeypatch.setattr(run_module.SubsetPredictor, "logits", lambda *_: pytest.fail("the network ran"))
     assert evaluate(model, "-f", "0", "--subsets", "T0", "-o", str(folders / "file" / "out")) == 2
     assert "Not a directory" in error_of(capsys)
 
@@ -132,7 +132,7 @@ def test_an_evaluation_without_room_keeps_the_finished_cases(folders, capsys, mo
     write_dataset(model)
     without_drawing(monkeypatch)
     options = ["-f", "0", "--subsets", "T0", "--metrics", "dice"]
-    real, saved = subsets_module.CaseRecords.save, []
+    real, saved = run_module.CaseRecords.save, []
 
     def save(self, fold, case, *more):
         with full_disk(10) if saved else contextlib.nullcontext():
@@ -140,7 +140,7 @@ def test_an_evaluation_without_room_keeps_the_finished_cases(folders, capsys, mo
         saved.append(case)
 
     with monkeypatch.context() as patch:
-        patch.setattr(subsets_module.CaseRecords, "save", save)
+        patch.setattr(run_module.CaseRecords, "save", save)
         assert evaluate(model, *options) == 2
     assert "File too large" in error_of(capsys)
     assert sorted(path.name for path in (model / "subsets" / "cases" / "fold_0").iterdir()) == [
@@ -221,7 +221,7 @@ def test_sigterm_ends_an_evaluation_cleanly_and_a_second_call_does_the_rest(fold
     write_dataset(model)
     without_drawing(monkeypatch)
     options = ["-f", "0", "--subsets", "T0", "--metrics", "dice"]
-    real, seen = subsets_module.prepare, []
+    real, seen = run_module.prepare, []
 
     def prepare(case, *more):
         if seen:
@@ -230,8 +230,8 @@ def test_sigterm_ends_an_evaluation_cleanly_and_a_second_call_does_the_rest(fold
         return real(case, *more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(subsets_module, "prepare", prepare)
-        patch.setattr(subsets_module, "IMAGES_AHEAD", 0)
+        patch.setattr(run_module, "prepare", prepare)
+        patch.setattr(run_module, "IMAGES_AHEAD", 0)
         assert evaluate(model, *options) == errors.EXIT_TERMINATED
     assert capsys.readouterr().err == "mstkd evaluate: terminated\n"
     assert evaluate(model, *options) == 0

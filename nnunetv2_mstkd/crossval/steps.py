@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS
+from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS
 
 CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
 """What nnU-Net's ``--c`` continues from, in its order."""

@@ -1,7 +1,7 @@
-"""One slice of a case segmented from every subset, kept beside the case's results for the pictures of the report.
+"""One slice of a case segmented from every subset, stored beside the case's results for the report.
 
 The slice is chosen from the label before the network runs, so that each background process cuts it out of the
-segmentation that it has just measured, and nothing is predicted twice for a picture.
+segmentation that it has just measured: no picture costs a prediction.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +19,23 @@ from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import scratch_file
 
 LONGEST = 256
-"""Pixels of a picture at most; larger slices are thinned out."""
+"""Maximum edge of a picture in pixels; larger slices are subsampled."""
 
 _ZERO = 1e-6
 
 
 @dataclass(frozen=True)
-class View:
-    """A slice of an image in its original geometry, as square pixels.
+class SliceView:
+    """A slice of an image in its original geometry, sampled as square pixels.
 
     Attributes
     ----------
-    axis, index:
-        which slice, of ``depth`` ones.
+    axis, index, depth:
+        The axis across which the slice lies, its index, and the number of slices.
     rows, columns:
-        voxels along the two other axes, one per pixel.
+        Voxel indices along the two other axes, one per pixel.
     reference:
-        the label there, shape (rows, columns).
+        The label in the slice, shape (rows, columns).
     """
 
     axis: int
@@ -46,25 +46,23 @@ class View:
     reference: np.ndarray
 
     def cut(self, volume: np.ndarray) -> np.ndarray:
-        """The pixels of an image of the label's shape."""
+        """The pixels of a volume of the label's shape."""
         return np.take(volume, self.index, axis=self.axis)[np.ix_(self.rows, self.columns)]
 
 
-def choose_view(label: np.ndarray, spacing: Sequence[float], ignore_label: int | None = None) -> View:
-    """The slice with the most labelled voxels, across the axis with the thickest slices.
+def choose_view(label: np.ndarray, spacing: Sequence[float], ignore_label: int | None = None) -> SliceView:
+    """Choose the slice with the most labelled voxels, across the axis with the thickest slices.
+
+    Where nothing is labelled it is the middle slice. Of equal axes the first is taken: the axial one, as nnU-Net reads.
 
     Parameters
     ----------
     label:
-        integers, three axes.
+        Integer labels, three axes.
     spacing:
-        millimetres, in the order of the axes.
+        Millimetres per axis, in the order of the axes.
     ignore_label:
-        counts as background.
-
-    Returns
-    -------
-    A view; the middle slice where nothing is labelled. Of axes alike the first is cut: the axial one, as nnU-Net reads.
+        A label that counts as background.
     """
     single = [axis for axis, size in enumerate(label.shape) if size == 1]
     axis = single[0] if single else int(np.argmax(np.round(spacing, 3)))
@@ -78,30 +76,32 @@ def choose_view(label: np.ndarray, spacing: Sequence[float], ignore_label: int |
     edges = [float(spacing[other]) for other in others]
     pixel = max(min(edges), max(size * edge for size, edge in zip(sizes, edges, strict=True)) / LONGEST)
     rows, columns = (
-        _places(size, max(1, math.floor(size * edge / pixel + 0.5))) for size, edge in zip(sizes, edges, strict=True)
+        _voxels(size, max(1, math.floor(size * edge / pixel + 0.5))) for size, edge in zip(sizes, edges, strict=True)
     )
     reference = np.take(label, index, axis=axis)[np.ix_(rows, columns)]
-    return View(axis, index, label.shape[axis], rows, columns, reference)
+    return SliceView(axis, index, label.shape[axis], rows, columns, reference)
 
 
-def _places(size: int, pixels: int) -> np.ndarray:
-    """The voxels that lie under the centres of pixels."""
+def _voxels(size: int, pixels: int) -> np.ndarray:
+    """The voxels under the centres of pixels."""
     return ((np.arange(pixels) + 0.5) * size / pixels).astype(int)
 
 
-def background(data: np.ndarray, properties: Mapping[str, Any], view: View, transpose: Sequence[int]) -> np.ndarray:
-    """The images under a view, from what nnU-Net's preprocessing made of them.
+def slice_images(
+    data: np.ndarray, properties: Mapping[str, Any], view: SliceView, transpose: Sequence[int]
+) -> np.ndarray:
+    """The images in a slice, from the output of nnU-Net's preprocessor.
 
     Parameters
     ----------
     data:
-        shape (C, *spatial): transposed, cropped and resampled.
+        Preprocessed image, shape (C, *spatial): transposed, cropped and resampled.
     properties:
-        of the preprocessor.
+        Properties from the preprocessor.
     view:
-        in the original geometry.
+        The slice, in the original geometry.
     transpose:
-        the plans' ``transpose_forward``.
+        ``transpose_forward`` of the plans.
 
     Returns
     -------
@@ -119,13 +119,13 @@ def background(data: np.ndarray, properties: Mapping[str, Any], view: View, tran
     mask = inside[0][:, None, None] & inside[1][None, :, None] & inside[2][None, None, :]
     window = (slice(None), *np.ix_(*places))
     images = data[window] * mask
-    # back to the order of the original axes, then without the one that was cut
+    # back to the original order of axes, then without the one across which the slice lies
     back = [list(transpose).index(axis) for axis in range(3)]
     images = images.transpose(0, *(1 + axis for axis in back)).squeeze(1 + view.axis)
-    return np.stack([_window(image) for image in images])
+    return np.stack([_windowed(image) for image in images])
 
 
-def _window(image: np.ndarray) -> np.ndarray:
+def _windowed(image: np.ndarray) -> np.ndarray:
     """Grey values from 1, the darkest percent, to 255; exact zeros, which are air or an absent image, stay 0."""
     there = np.abs(image) > _ZERO
     if not there.any():
@@ -136,19 +136,19 @@ def _window(image: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class CaseStrip:
+class Montage:
     """The pictures of a case.
 
     Attributes
     ----------
     axis, index, depth:
-        which slice; see :class:`View`.
+        The slice; see :class:`SliceView`.
     images:
         uint8, shape (C, rows, columns).
     reference:
-        label values, shape (rows, columns).
+        Label values, shape (rows, columns).
     segmentations:
-        the same by subset.
+        Label values by subset, each of shape (rows, columns).
     """
 
     axis: int
@@ -158,42 +158,35 @@ class CaseStrip:
     reference: np.ndarray
     segmentations: dict[str, np.ndarray]
 
-    def with_older(self, older: CaseStrip | None) -> CaseStrip:
-        """Also the subsets of an earlier run, if it shows the same slice of the same label."""
+    def with_older(self, older: Montage | None) -> Montage:
+        """Add the subsets of an earlier run if it shows the same slice of the same label."""
         if older is None or older.index != self.index or not np.array_equal(older.reference, self.reference):
             return self
-        both = {**older.segmentations, **self.segmentations}
-        return CaseStrip(self.axis, self.index, self.depth, self.images, self.reference, both)
+        return replace(self, segmentations={**older.segmentations, **self.segmentations})
 
 
-def write_strip(strip: CaseStrip, file: Path) -> None:
-    """Write a strip, whole or not at all."""
+def write_montage(montage: Montage, file: Path) -> None:
+    """Write the pictures of a case atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with scratch_file(file) as scratch, scratch.open("wb") as stream:
         np.savez_compressed(
             stream,
-            place=np.array([strip.axis, strip.index, strip.depth]),
-            images=strip.images,
-            reference=strip.reference,
-            subsets=np.array(list(strip.segmentations), dtype=str),
-            segmentations=np.stack(list(strip.segmentations.values())),
+            place=np.array([montage.axis, montage.index, montage.depth]),
+            images=montage.images,
+            reference=montage.reference,
+            subsets=np.array(list(montage.segmentations), dtype=str),
+            segmentations=np.stack(list(montage.segmentations.values())),
         )
 
 
-def read_strip(file: Path) -> CaseStrip | None:
-    """Read a strip; None if there is none.
-
-    Raises
-    ------
-    ValueError
-        if the file is damaged.
-    """
+def read_montage(file: Path) -> Montage | None:
+    """Read the pictures of a case; None if there are none, InputError if the file is damaged."""
     if not file.is_file():
         return None
     try:
         with np.load(file, allow_pickle=False) as content:
             axis, index, depth = content["place"].tolist()
             segmentations = dict(zip(content["subsets"].tolist(), content["segmentations"], strict=True))
-            return CaseStrip(axis, index, depth, content["images"], content["reference"], segmentations)
+            return Montage(axis, index, depth, content["images"], content["reference"], segmentations)
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error
