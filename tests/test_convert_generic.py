@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.dataset_conversion import conversion, generic, writing
 from nnunetv2_mstkd.dataset_conversion.checks import label_values
-from nnunetv2_mstkd.dataset_conversion.description import Description
+from nnunetv2_mstkd.dataset_conversion.description import Description, read_description
 
 SHAPE = (4, 5, 6)  # z, y, x
 T1, T2 = 10, 20  # what fills the images of the two modalities, but for a corner
@@ -197,7 +197,7 @@ def test_yaml_says_the_same_as_json(nnunet, source):
     file.write_text(
         "modalities: {T2: t2.nii.gz, T1: t1.nii.gz}\nlabel: seg.nii.gz\nlabels: {background: 0, edema: 1, core: 2}\n"
     )
-    assert generic.read_description(file) == DESCRIPTION
+    assert read_description(file) == DESCRIPTION
 
 
 def test_the_module_runs_as_a_script_too(nnunet, source):
@@ -481,7 +481,7 @@ def test_a_description_without_an_essential_key_is_refused(key):
 def test_an_unreadable_description_is_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        generic.read_description(tmp_path / name)
+        read_description(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 

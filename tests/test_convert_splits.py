@@ -226,7 +226,7 @@ def test_folds_that_cannot_be_made_are_missed_aloud(release, tmp_path, capsys):
     code, file = release()
     assert code == 0
     assert not file.exists()
-    assert "note: no folds were written, because one patient leaves nobody to validate with" in capsys.readouterr().out
+    assert "note: no folds were written, because a single patient cannot be split" in capsys.readouterr().out
 
 
 def test_folds_without_a_data_set_are_kept_unless_asked(release, tmp_path, capsys):
