@@ -16,10 +16,10 @@ from conftest import CONFIGURATION, PHANTOM, Folders
 from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd.crossval.cluster import minutes_of
 from nnunetv2_mstkd.crossval.local import run_steps
-from nnunetv2_mstkd.crossval.marks import Mark, RunningStepError
+from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
 from nnunetv2_mstkd.crossval.plan import make_steps, teacher_of
-from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training, finished_epochs
+from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Progress, Step, Train, Training, finished_epochs
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,6 @@ class Script(Step):
 
     def done(self) -> bool:
         return self.output.is_file()
-
-    def progress(self) -> str:
-        return ""
 
     def command(self) -> list[str]:
         return [sys.executable, "-c", f"import os, sys, time; output = {str(self.output)!r}; {self.code}"]
@@ -176,12 +173,12 @@ def _alive(pid: int) -> bool:
 def test_nobody_runs_a_step_that_another_call_runs(model):
     steps = [Script(model, name="free"), Script(model, name="taken")]
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
-        Mark.of(steps[1]).take()
-        Mark.of(steps[1]).hand_to(pid=other.pid)
+        steps[1].lock.acquire()
+        steps[1].lock.pass_to(pid=other.pid)
         with pytest.raises(RunningStepError, match=rf"taken is run by process {other.pid} on this machine"):
             run(steps)
         assert not steps[0].done()
-        assert not Mark.of(steps[0]).file.exists()
+        assert not steps[0].lock.file.exists()
         assert state_of(steps[1])[0] == "running"
         other.kill()
         other.wait()
@@ -189,29 +186,29 @@ def test_nobody_runs_a_step_that_another_call_runs(model):
 
 
 def test_the_mark_of_another_process_with_the_same_number_does_not_count(model):
-    mark = Mark.of(Script(model))
-    mark.take()
-    assert mark.holder().waits
+    lock = Script(model).lock
+    lock.acquire()
+    assert lock.owner().waits
     assert state_of(Script(model))[0] == "queued"
-    content = json.loads(mark.file.read_text())
-    mark.file.write_text(json.dumps({**content, "started": "1"}))
-    assert mark.holder() is None
+    content = json.loads(lock.file.read_text())
+    lock.file.write_text(json.dumps({**content, "started": "1"}))
+    assert lock.owner() is None
 
 
 def test_a_process_on_another_machine_counts_as_running(model):
-    mark = Mark.of(Script(model))
-    mark.take()
-    content = json.loads(mark.file.read_text())
-    mark.file.write_text(json.dumps({**content, "host": "elsewhere"}))
+    lock = Script(model).lock
+    lock.acquire()
+    content = json.loads(lock.file.read_text())
+    lock.file.write_text(json.dumps({**content, "host": "elsewhere"}))
     with pytest.raises(RunningStepError, match=r"on elsewhere.*remove .*step.running"):
-        mark.take()
+        lock.acquire()
 
 
 def test_a_half_written_mark_counts(model):
-    mark = Mark.of(Script(model))
-    mark.file.parent.mkdir()
-    mark.file.write_text("{")
-    assert mark.holder() is not None
+    lock = Script(model).lock
+    lock.file.parent.mkdir()
+    lock.file.write_text("{")
+    assert lock.owner() is not None
 
 
 # ---- what the files say --------------------------------------------------------------------------------------------
@@ -225,13 +222,13 @@ def test_a_training_begins_goes_on_is_validated_and_is_done(tmp_path):
     step = train_step(tmp_path, gpus=2)
     words = "nnUNetv2_train 7 3d_fullres 2 -tr Some -p nnUNetPlans -device cpu -num_gpus 2"
     assert step.command() == words.split()
-    assert (step.done(), step.progress()) == (False, "")
+    assert (step.done(), step.progress()) == (False, None)
     step.output.mkdir(parents=True)
     (step.output / "checkpoint_latest.pth").touch()
     assert step.command() == [*words.split(), "--c"]
     (step.output / "checkpoint_final.pth").touch()
     assert step.command() == [*words.split(), "--val"]
-    assert (step.done(), step.progress()) == (False, "validation")
+    assert (step.done(), step.progress()) == (False, Progress("validation"))
     (step.output / "validation").mkdir()
     (step.output / "validation" / "summary.json").touch()
     assert step.done()
@@ -272,7 +269,7 @@ def test_an_evaluation_is_done_with_all_cases(evaluated):
     assert one.done() and both.done()
     (one.output / "cases" / "fold_1" / "c.json").unlink()
     assert not one.done() and not both.done()
-    assert one.progress() == "case 1 of 2"
+    assert str(one.progress()) == "case 1 of 2"
 
 
 def test_the_pooled_evaluation_is_done_with_the_table_of_exactly_its_folds(evaluated):
@@ -394,7 +391,7 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(phantom, capsys):
         (["--trainer", "NoTrainer"], "no trainer 'NoTrainer'"),
         (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
         (["--jobs", "0"], "expected numbers from 1"),
-        (["-p", "Other"], "nnUNetv2_plan_and_preprocess -d 902"),
+        (["-p", "Other"], "nnUNetv2_plan_and_preprocess"),
         (["--gpus", "0"], "--gpus shares out GPUs of this machine"),
         (["--slurm-partition", "gpu"], "--slurm-partition needs --executor slurm"),
         (["--executor", "slurm", "--slurm-time", "soon"], "--slurm-time soon: expected"),
@@ -438,10 +435,10 @@ def test_times_as_sbatch_writes_them(text, minutes):
 
 def test_two_calls_at_once_name_each_other(phantom, capsys):
     step = steps_for(phantom, "MSTKDTrainer", folds=(0,))["train MSTKDTrainer (tiny), fold 0"]
-    Mark.of(step).take()
+    step.lock.acquire()
     assert command("--folds", "0") == errors.EXIT_USER_ERROR
     assert f"is run by process {os.getpid()} on this machine" in capsys.readouterr().err
-    assert [path.name for path in step.log.parent.iterdir()] == [Mark.of(step).file.name]
+    assert [path.name for path in step.log.parent.iterdir()] == [step.lock.file.name]
 
 
 def test_sigterm_ends_it_like_ctrl_c(tmp_path):
@@ -451,10 +448,11 @@ def test_sigterm_ends_it_like_ctrl_c(tmp_path):
         "from test_crossval import Script, Training\n"
         "from pathlib import Path\n"
         "from nnunetv2_mstkd import errors\n"
-        "from nnunetv2_mstkd.commands.crossval import _run_here\n"
+        "from nnunetv2_mstkd.crossval.local import run_steps\n"
+        "report = lambda line: print(line, flush=True)\n"
         f"model = Training(Path({str(tmp_path)!r}), '1', 'c', 'T')\n"
         "step = Script(model, name='long', code='time.sleep(600)')\n"
-        "sys.exit(errors.run_and_report('mstkd crossval', lambda args: _run_here([step], 1, []), None))\n"
+        "sys.exit(errors.run_and_report('mstkd crossval', lambda args: run_steps([step], report=report), None))\n"
     )
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as call:
         assert call.stdout.readline() == "begin   the long\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_crossval import Script
 
-from nnunetv2_mstkd.crossval.marks import Mark, RunningStepError, job_state
+from nnunetv2_mstkd.crossval.locks import RunningStepError, job_state
 from nnunetv2_mstkd.crossval.overview import state_of
 from nnunetv2_mstkd.crossval.steps import Training
 
@@ -193,7 +193,7 @@ def test_a_failed_job_leaves_its_log_and_cancels_what_needs_it(submit, model):
     assert wait(lambda: job_state(jobs["after"]) is None)
     assert state_of(bad) == ("stopped", f"last line of {bad.log}: no space left")
     assert not after.done()
-    assert Mark.of(after).holder() is None  # its job was cancelled, so nobody holds it and it may be submitted again
+    assert after.lock.owner() is None  # its job was cancelled, so nobody holds it and it may be submitted again
     again = submit(Script(model, name="bad"), after)
     assert wait(after.done), again
 
@@ -220,5 +220,5 @@ def test_an_option_that_sbatch_refuses_marks_nothing(submit, model):
     step = Script(model, name="step")
     with pytest.raises(ValueError, match=r"sbatch refuses the job to the step: .*invalid partition"):
         submit(step, partition="nowhere")
-    assert not Mark.of(step).file.exists()
+    assert not step.lock.file.exists()
     assert state_of(step) == ("waiting", "")
