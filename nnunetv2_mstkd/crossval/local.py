@@ -51,7 +51,7 @@ def run_steps(
     jobs: int = 1,
     gpus: Sequence[str] = (),
     report: Callable[[str], None] = print,
-    watch: Callable[[Step], None] | None = None,
+    watch: Callable[[Step], None] = lambda step: None,
 ) -> Outcome:
     """Run the steps that are not done; an interrupt stops the running ones and leaves the rest for the next call.
 
@@ -103,7 +103,7 @@ def run_steps(
                     running.append(_start(step, given, bool(gpus)))
                     step.lock.pass_to(pid=running[-1].process.pid)
                     report(f"begin   {step.title}")
-            for entry in running if watch is not None else ():
+            for entry in running:
                 watch(entry.step)
             time.sleep(POLL_SECONDS)
     finally:
