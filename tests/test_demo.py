@@ -63,7 +63,7 @@ def test_runs_through_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     assert cli.main(["demo", "--out", str(out), *SMALLEST]) == 0
     second = capsys.readouterr().out
     assert _table(second) == _table(first)
-    assert "about" in first and "everything is computed" in second and "about" not in second
+    assert "minutes in all" in first and "everything is computed" in second and "minutes in all" not in second
     assert cli.main(["demo", "--out", str(out), *SMALLEST, "--seed", "1"]) == 2
     assert "holds a demo with other options: seed 0 (now 1)" in capsys.readouterr().err
 
@@ -149,7 +149,7 @@ def test_truncated_predictions_are_made_again(tmp_path):
     assert not file.exists()
 
 
-def test_controls_get_the_budget_of_teacher_and_student_together(tmp_path):
+def test_controls_get_the_whole_budget(tmp_path):
     demo = Demo(tmp_path / "demo", options(controls=True))
     plain, no_distillation = CONTROLS
     assert demo.epochs(plain) == demo.epochs(TEACHER) + demo.epochs(STUDENT)
@@ -169,11 +169,11 @@ def test_changed_options_are_named(tmp_path):
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(None, 14), (9, 14), (1, 2), (90, 140)])
-def test_the_teachers_epochs_follow_the_students(student, teacher):
+def test_teacher_epochs_follow_the_students(student, teacher):
     assert options(epochs=student).teacher_epochs == teacher
 
 
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is not empty and holds no demo"):
         Demo(tmp_path, options())
