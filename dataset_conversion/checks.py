@@ -162,7 +162,7 @@ def check_case(
         if outside > max_outside:
             result.problems.append(
                 f"{LABEL} ({case.label.name}) lies to {100 * outside:.0f} % where every image is zero: it is shifted, "
-                f"or that of another case (--max-outside allows {100 * max_outside:.0f} %)"
+                f"or belongs to another case (--max-outside allows {100 * max_outside:.0f} %)"
             )
     return result
 
@@ -259,7 +259,9 @@ class _CaseCheck:
             self.result.problems += [f"{' and '.join(names)} hold the same image" for names in same]
         forms = [file.forms for file in self._files().values() if file.forms is not None]
         if any(each.sform is None and each.qform is not None for each in forms):
-            self.result.notes.append("sform_code 0: only the qform says where a file lies")
+            self.result.notes.append(
+                "sform_code 0: only the qform says where a file lies, as nnU-Net reads it; nothing to do"
+            )
         if any(each.differ for each in forms):
             self.result.notes.append("qform and sform of a file differ: programs may disagree on where it lies")
         if self.description.grid is not None:

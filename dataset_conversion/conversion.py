@@ -6,9 +6,9 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
@@ -73,9 +73,8 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     _draw_tests(found, job)
     if not found.cases:
         _refuse(found.problems)
-    make_splits = _SplitMaker(description, options, listed)
     # wrong options should not cost a whole conversion; cases that turn out bad are taken out later
-    make_splits([case.name for case in found.cases if not case.is_test], found.problems)
+    _make_splits(job, listed, [case.name for case in found.cases if not case.is_test], found.problems)
 
     report = Report(target, notes={note: [] for note in found.notes})
     if target.exists() and not options.overwrite:
@@ -83,15 +82,15 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     else:
         if splits_file is not None and splits_file.exists() and not options.overwrite:
             raise ExistingFileError(
-                f"{splits_file} is already there; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
+                f"{splits_file} already exists; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
             )
         _convert(job, found, report)
     training = [record.name for record in report.training]
-    made = make_splits(training, report.skipped)
+    made = _make_splits(job, listed, training, report.skipped)
     if splits_file is not None and made is not None:
         present = folds.present_splits(splits_file)
         if present is not None and present != made and not options.overwrite:
-            raise ExistingFileError(f"{splits_file} is already there with other folds; --overwrite replaces it")
+            raise ExistingFileError(f"{splits_file} already exists with other folds; --overwrite replaces it")
         folds.write_splits(made, splits_file)
         report.splits_file = splits_file
     elif not options.write_splits:
@@ -152,29 +151,23 @@ def _draw_tests(found: Found, job: Job) -> None:
     found.cases = [replace(case, is_test=case.is_test or case.name in drawn) for case in found.cases]
 
 
-@dataclass(frozen=True)
-class _SplitMaker:
-    """Makes the folds from the names of the training cases and of those that were left out."""
-
-    description: Description
-    options: Options
-    listed: folds.Splits
-
-    def __call__(self, training: Sequence[str], skipped: Mapping[str, object]) -> folds.Splits | None:
-        """The folds; None if nnU-Net makes them or a single patient cannot be split."""
-        options, patient_of = self.options, self.description.patient_of
-        if not options.write_splits:
-            return None
-        if self.listed:
-            made = folds.without(self.listed, skipped)
-            folds.refuse_shared_patients(made, patient_of)
-            return made
-        if options.val_cases:
-            validation = [case for case in options.val_cases if case not in skipped]
-            return folds.hold_out(training, validation, patient_of=patient_of)
-        if options.folds is None and len({patient_of(case) for case in training}) < 2:
-            return None
-        return folds.cross_validation(training, options.folds, options.seed, patient_of=patient_of)
+def _make_splits(
+    job: Job, listed: folds.Splits, training: Sequence[str], skipped: Collection[str]
+) -> folds.Splits | None:
+    """The folds of the training cases; None if nnU-Net makes them or a single patient cannot be split."""
+    options, patient_of = job.options, job.description.patient_of
+    if not options.write_splits:
+        return None
+    if listed:
+        made = folds.without(listed, skipped)
+        folds.refuse_shared_patients(made, patient_of)
+        return made
+    if options.val_cases:
+        validation = [case for case in options.val_cases if case not in skipped]
+        return folds.hold_out(training, validation, patient_of=patient_of)
+    if options.folds is None and len({patient_of(case) for case in training}) < 2:
+        return None
+    return folds.cross_validation(training, options.folds, options.seed, patient_of=patient_of)
 
 
 def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:

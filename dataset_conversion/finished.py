@@ -23,18 +23,18 @@ def check_finished(job: Job, found: Found, report: Report) -> None:
     target = job.target
     known = read_record(target)
     if known is None:
-        raise ExistingFileError(f"{target} is already there; --overwrite replaces it")
+        raise ExistingFileError(f"{target} already exists; --overwrite replaces it")
     settings, records, skipped = known
     changed = next((name for name in job.settings if settings.get(name) != job.settings[name]), None)
     if changed is not None:
         before, now = settings.get(changed), job.settings[changed]
-        values = f" ({before} there, {now} asked for)" if isinstance(now, (str, int, float)) else ""
-        raise ExistingFileError(f"{target} is already there with another {changed}{values}; --overwrite replaces it")
+        values = f" (found {before}, requested {now})" if isinstance(now, (str, int, float)) else ""
+        raise ExistingFileError(f"{target} already exists with another {changed}{values}; --overwrite replaces it")
     names = set(found.names)
     gone, new = sorted(set(records) - names), sorted(names - set(records) - set(skipped))
     if gone or new:
         raise ExistingFileError(
-            f"{target} is already there with other cases ({len(new)} new, {len(gone)} gone, such as "
+            f"{target} already exists with other cases ({len(new)} new, {len(gone)} gone, such as "
             f"{(new + gone)[0]}); --overwrite replaces it"
         )
 
@@ -50,10 +50,10 @@ def check_finished(job: Job, found: Found, report: Report) -> None:
     bad |= {record.name: record.problems for record in finished if record.problems}
     for name in sorted(set(skipped) & set(by_name)):
         if not job.check(by_name[name], FULL).problems:
-            bad[name] = ["it was left out, but is good now"]
+            bad[name] = ["it was left out, but has no problems now"]
     if bad:
         lines = "\n  ".join(problem_lines(bad))
-        raise ExistingFileError(f"{target} is not as it should be; --overwrite makes it again:\n  {lines}")
+        raise ExistingFileError(f"{target} is damaged or out of date; --overwrite converts it again:\n  {lines}")
     report.was_finished = True
     report.fill(finished, skipped)
 
@@ -64,10 +64,10 @@ def _verify_written(job: Job, record: CaseRecord) -> list[str]:
     paths = [job.target / name for name in record.written]  # an absolute path stays as it is
     lost = [path for path in paths if not path.is_file()]
     if lost:
-        return [f"{lost[0]} is gone"]
+        return [f"{lost[0]} no longer exists"]
     other = [path for path, state in zip(paths, record.states, strict=True) if file_state(path) != state]
     if other:
-        return [f"{other[0]} is not as it was written: its size, beginning or end has changed"]
+        return [f"{other[0]} has changed since it was written (size, beginning or end)"]
     if level == HEADER:
         return []
     images = tuple(

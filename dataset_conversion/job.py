@@ -28,40 +28,20 @@ DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert.
+    """How to convert: the options of ``mstkd convert`` of the same names.
 
     Attributes
     ----------
-    mode
-        ``"copy"``, ``"link"`` or ``"reference"``.
     verify
-        ``"full"`` or ``"header"``; None: full, but header for a data set that is already finished.
-    allow_missing
-        Keep cases that lack some modalities; zero images take their place.
-    strict
-        Write nothing if any case has a problem, instead of leaving that case out.
-    unlabelled_as_test
-        Make cases without a label test cases.
-    follow_links
-        Accept links to files outside the source.
-    max_outside
-        Share of a label's voxels that may lie where every image is zero.
-    test_fraction
-        Share of the patients to draw as test cases; 0 for none.
-    seed
-        Seed of test cases and folds.
+        None: full, but header for a data set that is already finished.
     folds
-        Number of folds; None for nnU-Net's five, or one per patient if there are fewer.
+        None: nnU-Net's five, or one per patient if there are fewer.
     val_cases
-        Make one fold that validates on these cases.
+        Cases of a single fold to validate on.
     split_lists
         Files of published splits, for :func:`.splits.read_lists`.
     write_splits
         False leaves the folds to nnU-Net.
-    overwrite
-        Replace an existing data set.
-    workers
-        Number of cases at a time.
     progress
         Show a bar if there is a terminal.
     """

@@ -134,7 +134,7 @@ def restore_folder(
     if min_enhancing is not None and min_enhancing < 1:
         raise InputError(f"--min-et is {min_enhancing}, expected at least 1")
     if min_enhancing is not None and (how.enhancing is None or how.small_et_becomes is None):
-        raise InputError("--min-et: the data set has no class ET, or its table names none to take its place")
+        raise InputError("--min-et: the data set has no class ET, or no class that replaces it")
     files = [path for path in sorted(predictions.glob(f"*{ending}")) if not path.name.startswith(".")]
     if not files:
         raise MissingFileError(f"no segmentation *{ending} in {predictions}")

@@ -181,7 +181,7 @@ def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[st
     named = {*test, *(case for fold in splits for part in fold.values() for case in part)}
     unknown = sorted(named - set(cases))
     if unknown:
-        raise InputError(f"the lists name {len(unknown)} of {len(named)} cases that are not there: {_some(unknown)}")
+        raise InputError(f"the lists name {len(unknown)} of {len(named)} cases that do not exist: {_some(unknown)}")
 
 
 def without(splits: Splits, skipped: Iterable[str]) -> Splits:

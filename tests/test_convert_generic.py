@@ -360,14 +360,14 @@ def test_changed_sources_are_refused(nnunet, source, capsys):
     write(source / "a" / "t1.nii.gz", image_array(99))
     assert convert(source) == 2
     err = capsys.readouterr().err
-    assert "--overwrite makes it again:\n  a: its files have changed since it was converted" in err
+    assert "--overwrite converts it again:\n  a: its files have changed since it was converted" in err
     assert content(nnunet / "raw") == before
 
 
 def test_foreign_data_sets_are_refused(nnunet, source, capsys):
     (nnunet / "raw" / "Dataset007_Toy").mkdir()
     assert convert(source) == 2
-    assert "Dataset007_Toy is already there; --overwrite replaces it" in capsys.readouterr().err
+    assert "Dataset007_Toy already exists; --overwrite replaces it" in capsys.readouterr().err
     assert not list((nnunet / "raw" / "Dataset007_Toy").iterdir())
 
 

@@ -139,7 +139,7 @@ def test_second_run_with_another_channel_order(source, capsys):
         modalities = [text for name in order for text in ("--modality", f"{name}={names[name]}")]
         code = convert(source, *modalities, *options, release="generic")
     assert code == 2
-    assert "is already there with another description; --overwrite replaces it" in capsys.readouterr().err
+    assert "already exists with another description; --overwrite replaces it" in capsys.readouterr().err
 
 
 def test_validation_sets_are_refused(source, nnunet, capsys):
@@ -281,7 +281,7 @@ def test_shifted_label(source, capsys):
     label[:4, :4, :4] = 1
     release_trees.write(file(source, "seg"), label, SRI24_AFFINE)
     assert convert(source) == 1
-    assert "lies to 100 % where every image is zero: it is shifted, or that of another case" in only_line(capsys)
+    assert "lies to 100 % where every image is zero: it is shifted, or belongs to another case" in only_line(capsys)
     assert convert(source, "--max-outside", "1", "--overwrite") == 0
 
 
@@ -396,8 +396,8 @@ def test_second_run_finds_damage(source, nnunet, capsys):
     (images / f"{NAMES[1]}_0000.nii.gz").write_bytes(content[:-1])
     assert convert(source) == 2
     err = capsys.readouterr().err
-    assert f"{NAMES[0]}: {images / NAMES[0]}_0000.nii.gz is gone" in err
-    assert f"{NAMES[1]}: {images / NAMES[1]}_0000.nii.gz is not as it was written" in err
+    assert f"{NAMES[0]}: {images / NAMES[0]}_0000.nii.gz no longer exists" in err
+    assert f"{NAMES[1]}: {images / NAMES[1]}_0000.nii.gz has changed since it was written" in err
     assert NAMES[2] not in err
     middle = bytearray((images / f"{NAMES[2]}_0001.nii.gz").read_bytes())
     middle[6000] ^= 0xFF
@@ -426,7 +426,7 @@ def test_repaired_cases_are_named(source, capsys):
     convert(source)
     file(source, "t1old").rename(file(source, "t1"))
     assert convert(source) == 2
-    assert f"{NAMES[1]}: it was left out, but is good now" in capsys.readouterr().err
+    assert f"{NAMES[1]}: it was left out, but has no problems now" in capsys.readouterr().err
     assert convert(source, "--overwrite") == 0
 
 

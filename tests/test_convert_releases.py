@@ -245,7 +245,10 @@ def test_drawn_test_cases_are_whole_patients(nnunet, source):
 def test_missing_sform_is_noted(nnunet, source, capsys):
     make_release(source, "brats2024_gli")
     convert("brats2024_gli", source)
-    assert "note: sform_code 0: only the qform says where a file lies (2 cases" in capsys.readouterr().out
+    assert (
+        "note: sform_code 0: only the qform says where a file lies, as nnU-Net reads it; nothing to do (2 cases"
+        in capsys.readouterr().out
+    )
 
 
 def test_decathlon_images_without_labels_are_noted(nnunet, source, capsys):

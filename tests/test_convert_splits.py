@@ -148,7 +148,7 @@ def test_unreadable_lists_are_named(tmp_path):
 
 
 def test_lists_of_unknown_cases_are_refused():
-    with pytest.raises(ValueError, match="the lists name 2 of 3 cases that are not there: b, c"):
+    with pytest.raises(ValueError, match="the lists name 2 of 3 cases that do not exist: b, c"):
         refuse_unknown_cases([{"train": ["a"], "val": ["b"]}], ["c"], ["a"])
 
 
@@ -214,7 +214,7 @@ def test_foreign_folds_are_kept(release, capsys):
     _, file = release()
     file.write_text("[]")
     assert release()[0] == 2
-    assert "splits_final.json is already there with other folds; --overwrite replaces it" in capsys.readouterr().err
+    assert "splits_final.json already exists with other folds; --overwrite replaces it" in capsys.readouterr().err
     assert file.read_text() == "[]"
     assert release("--overwrite", "--folds", "2")[0] == 0
     assert len(json.loads(file.read_text())) == 2

@@ -392,7 +392,7 @@ def test_dry_run_only_prints(phantom, capsys):
         (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
         (["--jobs", "0"], "expected numbers from 1"),
         (["-p", "Other"], "nnUNetv2_plan_and_preprocess"),
-        (["--gpus", "0"], "--gpus shares out GPUs of this machine"),
+        (["--gpus", "0"], "--gpus shares GPUs of this machine"),
         (["--slurm-partition", "gpu"], "--slurm-partition needs --executor slurm"),
         (["--executor", "slurm", "--slurm-time", "soon"], "--slurm-time soon: expected"),
         (["--executor", "slurm", "--slurm-option", "exclusive"], "--slurm-option exclusive: expected KEY=VALUE"),

@@ -107,7 +107,9 @@ def _gpus(args: argparse.Namespace) -> list[str]:
         raise InputError(f"--jobs {args.jobs} --num-gpus {args.num_gpus}: expected numbers from 1")
     gpus = [text.strip() for text in (args.gpus or "").split(",") if text.strip()]
     if gpus and (args.executor != "local" or args.device != "cuda"):
-        raise InputError("--gpus shares out GPUs of this machine: it needs --executor local and -device cuda")
+        raise InputError(
+            "--gpus shares GPUs of this machine among the steps: it needs --executor local and -device cuda"
+        )
     if gpus and len(gpus) < args.num_gpus:
         raise InputError(f"--gpus names {len(gpus)} GPUs, a training takes {args.num_gpus} (--num-gpus)")
     return gpus
