@@ -74,6 +74,7 @@ def test_releases_and_their_pages_agree():
 
     pages = {page.stem: page.read_text(encoding="utf-8") for page in (ROOT / "documentation" / "datasets").glob("*.md")}
     for name, release in RELEASES.items():
-        assert name in pages[release.page], f"{name} is not on the page {release.page}.md"
+        assert name in pages[release.family], f"{name} is not on the page {release.family}.md"
+        assert (ROOT / "dataset_conversion" / f"{release.family}.py").is_file()
     named = {name for page in pages.values() for name in re.findall(r"mstkd convert (\w+)", page)}
     assert named <= {*RELEASES, "generic"}

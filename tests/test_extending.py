@@ -12,9 +12,8 @@ import pytest
 from conftest import CONFIGURATION, PHANTOM
 
 PAGE = Path(__file__).parents[1] / "documentation" / "extending.md"
-FILES = dict(
-    re.findall(r"^`([^`\n]+)`:\n\n```\w+\n(.*?)^```", PAGE.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
-)
+TEXT = PAGE.read_text(encoding="utf-8")
+FILES = dict(re.findall(r"^`([^`\n]+)`:\n\n```\w+\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Does the phantom have the contrast of real images? One area under the ROC curve per question and modality."""
+"""Contrast of the phantom, to compare with real images: one area under the ROC curve per task and modality."""
 
 from __future__ import annotations
 
@@ -51,9 +51,3 @@ def contrast_table(case: Case) -> dict[str, tuple[float, ...]]:
         task: tuple(auc(image[positive], image[negative]) for image in case.images)
         for task, (positive, negative) in pairs.items()
     }
-
-
-def mean_contrast(cases: list[Case]) -> dict[str, tuple[float, ...]]:
-    """Mean of `contrast_table` over cases, leaving out the cases that lack a region."""
-    tables = [contrast_table(case) for case in cases]
-    return {task: tuple(np.nanmean([table[task] for table in tables], axis=0).tolist()) for task in TASKS}
