@@ -23,6 +23,7 @@ import platform
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,8 +51,9 @@ from accuracy_rows import (
 from gradient_ratio import GRADIENTS
 from measured_training import read_cost
 
-from nnunetv2_mstkd.crossval.steps import CHECKPOINTS, Step, Train, Training
-from nnunetv2_mstkd.evaluation.files import RESULTS, SUMMARY
+from nnunetv2_mstkd.crossval.steps import FINAL, Progress, Step, Train, Training
+from nnunetv2_mstkd.inference.evaluation_files import RESULTS, SUMMARY
+from nnunetv2_mstkd.processes import command_path
 
 HERE = Path(__file__).resolve().parent
 RECORD = "benchmark.json"
@@ -76,7 +78,7 @@ class MeasuredTrain(Train):
 
 def _follows_training(model: Training, file: Path) -> bool:
     """Whether a file is there that was made of the model's final weights, not of those that they have replaced."""
-    weights = model.folder / f"fold_{FOLD}" / CHECKPOINTS[0]
+    weights = model.folder / f"fold_{FOLD}" / FINAL
     return weights.is_file() and file.is_file() and file.stat().st_mtime >= weights.stat().st_mtime
 
 
@@ -100,9 +102,9 @@ class EvaluateTestCases(Step):
     def done(self) -> bool:
         return _follows_training(self.model, self.folder / RESULTS)
 
-    def progress(self) -> str:
+    def progress(self) -> Progress | None:
         number = len(list(self.folder.glob("cases/*/*.json")))
-        return f"case {number}" if number else ""
+        return Progress("case", number) if number else None
 
     def command(self) -> list[str]:
         words = ["mstkd", "evaluate", "-m", str(self.model.folder), "-f", str(FOLD), "-o", str(self.folder)]
@@ -127,9 +129,6 @@ class Gradients(Step):
 
     def done(self) -> bool:
         return _follows_training(self.model, self.model.folder / f"fold_{FOLD}" / GRADIENTS)
-
-    def progress(self) -> str:
-        return ""
 
     def command(self) -> list[str]:
         words = [
@@ -218,7 +217,7 @@ class Benchmark:
         ValueError
             if it holds something else.
         """
-        from nnunetv2_mstkd.demo.steps import environment
+        from nnunetv2_mstkd.demo.steps import FOLDERS, environment
 
         record = json.loads(json.dumps({"preset": self.name, **dataclasses.asdict(self.preset)}))
         file = self.out / RECORD
@@ -233,15 +232,16 @@ class Benchmark:
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        variables = environment(self.out, threads_for_preprocessing=False, data_workers=None)
         for name in ("nnUNet_def_n_proc", "nnUNet_n_proc_DA"):
             os.environ.pop(name, None)
-        os.environ.update(variables)
+        for name, value in environment(self.out).items():
+            os.environ[name] = value
+            if name in FOLDERS:
+                Path(value).mkdir(exist_ok=True)
 
     def make_data(self) -> None:
         """Cases, plans, preprocessed data and the split, as far as they are not there."""
         from nnunetv2_mstkd.dataset_conversion.splits import write_splits
-        from nnunetv2_mstkd.demo import steps
         from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
 
         preset = self.preset
@@ -255,14 +255,12 @@ class Benchmark:
             return
         shutil.rmtree(self.plans_file.parent, ignore_errors=True)
         workers = str(default_workers())
-        steps.run(
-            [*("nnUNetv2_plan_and_preprocess", "-d", str(DATASET), "-c", PARENT), *("-np", workers, "-npfp", workers)],
-            log=self.out / "logs" / "preprocessing.log",
-            variables=steps.environment(self.out, threads_for_preprocessing=True, data_workers=None),
-            title="plan and preprocess",
-            total=3,
-            tick=r"^(Fingerprint extraction|Experiment planning|Preprocessing\.\.\.)",
-        )
+        command = [command_path("nnUNetv2_plan_and_preprocess"), "-d", str(DATASET), "-c", PARENT]
+        print("plan and preprocess", flush=True)
+        subprocess.run(
+            [*command, "-np", workers, "-npfp", workers],
+            env={**os.environ, "nnUNet_def_n_proc": "1"}, check=True, stdout=subprocess.DEVNULL,
+        )  # fmt: skip
         cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
         split = {"train": cases[: preset.training_cases], "val": cases[preset.training_cases :]}
         write_splits([split], splits)
@@ -275,32 +273,33 @@ class Benchmark:
         ValueError
             if a row's settings have changed since it was begun in this folder.
         """
-        from nnunetv2_mstkd.nnunet import configuration
+        from nnunetv2_mstkd.methods.configuration import configure
+        from nnunetv2_mstkd.nnunet.plans import read_plans
 
         preset = self.preset
-        planned = configuration.read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
+        planned = read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
         widths = preset.stages(len(planned["strides"]))
         for seed in seeds:
-            plans = configuration.read_plans(self.plans_file)
-            entry = configuration.derive(
+            plans = read_plans(self.plans_file)
+            entry = configure(
                 plans, PARENT, first_stage(seed), assignments=first_assignments(preset, seed), features=widths,
                 batch_size=preset.batch_size,
             )  # fmt: skip
             self._write(first_stage(seed), entry)
             for row in rows:
-                plans = configuration.read_plans(self.plans_file)
+                plans = read_plans(self.plans_file)
                 changes = row.assignments(preset, seed)
-                entry = configuration.derive(plans, first_stage(seed), row.configuration(seed), assignments=changes)
+                entry = configure(plans, first_stage(seed), row.configuration(seed), assignments=changes)
                 self._write(row.configuration(seed), entry)
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
-        from nnunetv2_mstkd.nnunet import configuration
-        from nnunetv2_mstkd.training.settings import BLOCK, Settings
+        from nnunetv2_mstkd.methods.configuration import complete_block
+        from nnunetv2_mstkd.nnunet.plans import BLOCK, read_plans, write_configuration
 
-        there = configuration.read_plans(self.plans_file)["configurations"].get(name)
+        there = read_plans(self.plans_file)["configurations"].get(name)
         if there is not None:
             # settings that a later version has added have their defaults in both
-            both = [{**each, BLOCK: Settings.from_block(each[BLOCK]).to_block()} for each in (there, entry)]
+            both = [{**each, BLOCK: complete_block(each[BLOCK])} for each in (there, entry)]
             if json.loads(json.dumps(both[0])) == json.loads(json.dumps(both[1])):
                 return
             begun = [path for path in (self.out / "results" / self.dataset).glob(f"*__{name}/fold_*/checkpoint_*.pth")]
@@ -309,7 +308,7 @@ class Benchmark:
                     f"{begun[0].parent} was trained with other settings than the table now gives {name}; choose "
                     f"another folder with --out, or remove that model"
                 )
-        configuration.write_configuration(self.plans_file, name, entry, overwrite=True)
+        write_configuration(self.plans_file, name, entry, overwrite=True)
 
     # ---- results ---------------------------------------------------------------------------------------------------
 
@@ -465,15 +464,12 @@ class Benchmark:
 
     def _compare(self, rows: Sequence[Row]) -> None:
         """What `mstkd compare` says of the same values, the student (or the first row) against all others."""
-        from nnunetv2_mstkd.reporting.comparison_report import write_comparison
-        from nnunetv2_mstkd.statistics.comparison import Comparison, read_evaluations
+        from nnunetv2_mstkd.reporting.compare import compare
 
         if len(rows) > 1:
-            names = [row.name for row in rows]
-            read = read_evaluations([f"{name}={self.out / 'rows' / name}" for name in names])
-            write_comparison(
-                Comparison(read, baseline=STUDENT if STUDENT in names else names[0]), self.out / "comparison"
-            )
+            models = {row.name: self.out / "rows" / row.name for row in rows}
+            baseline = STUDENT if STUDENT in models else rows[0].name
+            compare(models, baseline=baseline, output=self.out / "comparison")
 
 
 _NOT_DATA = ("seconds_per_step", "where", "device", "evaluation")

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE, patients_of
 from nnunetv2_mstkd.phantom.dataset import DISCLAIMER
-from nnunetv2_mstkd.statistics.bootstrap import AVERAGE
+from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, Bootstrap
 from nnunetv2_mstkd.statistics.tests import HIGH, LOW, mean_by_count, summary
 
 KIND_COLORS = {"floor": "0.5", "control": "tab:orange", "method": "tab:blue", "ablation": "tab:cyan"}
@@ -39,10 +39,10 @@ def row_numbers(results: pd.DataFrame, rows: Sequence[Row], best: str | None) ->
         the best control, against which all others are compared.
     """
     dice = results[results[METRIC] == DICE]
-    patients = patients_of(dice[CASE].unique())
+    bootstrap = Bootstrap(patients_of(dice[CASE].unique()))
     averaged = regions_averaged(results)
-    overall = summary(averaged, patients=patients).set_index(MODEL)
-    counts = mean_by_count(averaged, patients=patients)
+    overall = summary(averaged, bootstrap=bootstrap).set_index(MODEL)
+    counts = mean_by_count(averaged, bootstrap=bootstrap)
     seeds = averaged.groupby([MODEL, FOLD])[VALUE].mean()
     numbers = {}
     for row in rows:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from nnunetv2_mstkd.training.settings import TERMS
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 
 DATASET = 903
 DATASET_NAME = "Accuracy"
@@ -18,7 +18,7 @@ PARENT = "3d_fullres"
 PLANS = "nnUNetPlans"
 FOLD = 0
 
-PAPER: Mapping[str, Any] = {"distillation.recipe": "paper", "schedule.initial_lr": None}
+PAPER: Mapping[str, Any] = {"mstkd.recipe": "paper", "schedule.initial_lr": None}
 """With the recipe's own optimiser, Adam, goes its own rate."""
 
 
@@ -119,7 +119,7 @@ def _dedicated(subset: str) -> Row:
 
 
 def _without(*terms: str) -> dict[str, float]:
-    return {f"distillation.{name}": 0.0 for name in terms}
+    return {f"mstkd.{name}": 0.0 for name in terms}
 
 
 def _mstkd(name: str, title: str, kind: str, settings: Mapping[str, Any], *, terms: bool = True) -> Row:

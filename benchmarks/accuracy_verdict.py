@@ -24,7 +24,7 @@ from nnunetv2_mstkd.evaluation.results import (
     VALUE,
     patients_of,
 )
-from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, SAMPLES
+from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, SAMPLES, Bootstrap
 from nnunetv2_mstkd.statistics.tests import DIFFERENCE, HIGH, LOW, P, compare, compare_subsets
 
 DICE = "dice"
@@ -88,9 +88,8 @@ def difference(results: pd.DataFrame, first: str, second: str, *, samples: int =
     ``difference``, ``low``, ``high`` (95 %, patients resampled), ``p`` (Wilcoxon, two-sided) and ``cases``.
     """
     table = regions_averaged(results)
-    found = compare(
-        table, metric=DICE, models=[first, second], patients=patients_of(table[CASE].unique()), samples=samples
-    ).iloc[0]
+    bootstrap = Bootstrap(patients_of(table[CASE].unique()), samples)
+    found = compare(table, metric=DICE, models=[first, second], bootstrap=bootstrap).iloc[0]
     points = {name: 100 * float(found[name]) for name in (DIFFERENCE, LOW, HIGH)}
     return {**points, "p": float(found[P]), "cases": int(found["cases"])}
 
@@ -98,9 +97,8 @@ def difference(results: pd.DataFrame, first: str, second: str, *, samples: int =
 def subset_differences(results: pd.DataFrame, first: str, second: str, *, samples: int = SAMPLES) -> pd.DataFrame:
     """First minus second in Dice points per subset (mean over regions), with Holm-corrected intervals and tests."""
     table = regions_averaged(results)
-    found = compare_subsets(
-        table, first, second, metric=DICE, patients=patients_of(table[CASE].unique()), samples=samples
-    )
+    bootstrap = Bootstrap(patients_of(table[CASE].unique()), samples)
+    found = compare_subsets(table, first, second, metric=DICE, bootstrap=bootstrap)
     found[[DIFFERENCE, LOW, HIGH]] *= 100
     return found.drop(columns=REGION)
 

@@ -31,7 +31,7 @@ def gradient_norms(
     Parameters
     ----------
     step:
-        ``total`` and ``terms`` (scalars by name), as a trainer's ``compute_loss`` returns them.
+        ``total`` and ``terms`` (scalars by name), as a trainer's ``compute_losses`` returns them.
     parameters:
         of the student.
     weights:
@@ -126,12 +126,12 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
             continue
         trainer.load_checkpoint(str(file))  # also sets the number of finished epochs, which ramp and fade read
         trainer.network.train()
-        drawn = torch.Generator().manual_seed(SEED)
+        trainer._subset_generator = torch.Generator().manual_seed(SEED)  # the same subsets at each moment
         norms = []
         for batch in batches:
             data, target = batch["data"].to(device), batch["target"]
             target = [level.to(device) for level in target] if isinstance(target, list) else target.to(device)
-            step = trainer.compute_loss(data, target, trainer.sampler.sample(len(data), generator=drawn))
+            step = trainer.compute_losses(data, target)
             norms.append(gradient_norms(step, trainer.network.parameters(), full))
             del step  # its graph, before there is the next one
         found[str(percent)] = ratios(norms, full)
@@ -141,12 +141,11 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
 def full_weights(trainer: Any) -> dict[str, float]:
     """Weights of a trainer's terms without ramp and fade, where they cannot be read off its total."""
     from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
-    from nnunetv2_mstkd.training.distillation import DistillationTrainer
 
-    if isinstance(trainer, DistillationTrainer):
-        return dict(trainer.weights)
+    if trainer.terms:
+        return {term.name: term.weight for term in trainer.terms}
     if isinstance(trainer, SMMLTrainer):  # its terms are means over the two students
-        smml = trainer.settings.smml
+        smml = trainer.smml
         return {"pixel": smml.pixel, "feature": smml.feature, "guidance": smml.guidance, "refinement": 1.0}
     return {}
 

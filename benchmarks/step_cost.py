@@ -127,19 +127,19 @@ def prepare(
     from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
     from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as module
 
-    from nnunetv2_mstkd import methods as trainers
+    from nnunetv2_mstkd import methods
 
     module.infer_dataset_class = lambda folder: nnUNetDatasetBlosc2
     plans, dataset_json = make_plans(plan)
     if batch_size is not None:
         plans["configurations"]["3d_fullres"]["batch_size"] = batch_size
     with contextlib.redirect_stdout(io.StringIO()):
-        trainer = getattr(trainers, trainer_name)(plans, "3d_fullres", 0, dataset_json, device)
+        trainer = getattr(methods, trainer_name)(plans, "3d_fullres", 0, dataset_json, device)
         on_construction(trainer)
         if os.environ.get("nnUNet_compile") == "t":
             trainer._do_i_compile = lambda: True  # nnU-Net takes that variable for no on a CPU
         trainer.initialize()
-    if hasattr(trainer, "teacher_trainer") and trainer.weights:
+    if hasattr(trainer, "teacher_trainer") and trainer.needs_teacher:
         network = trainer.teacher_trainer.build_network_architecture(
             trainer.plans_manager, trainer.configuration_manager, 4, 3, enable_deep_supervision=False
         )

@@ -1,1 +1,1 @@
-"""Converters into nnU-Net's raw format, installed as ``nnunetv2_mstkd.dataset_conversion``."""
+"""Converters from releases of public data sets, and from your own data, to nnU-Net's raw format."""

@@ -1,4 +1,4 @@
-"""Finding the files of every case, by their names alone."""
+"""Find the files of every case, by their names alone."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from nnunetv2_mstkd.dataset_conversion.description import Description, alternatives
-from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
-from nnunetv2_mstkd.dataset_conversion.releases import RELEASES, releases_of_case
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 
-IMAGE_ENDINGS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
+from .description import Description, alternatives
+from .modality_names import canonical_modality
+from .releases import RELEASES, releases_of_case
+
+NIFTI_ENDINGS = (".nii.gz", ".nii")
+IMAGE_ENDINGS = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 DEPTH = 5
-"""Folders below the source in which case folders of a release are looked for: archives unpack into several levels."""
+"""Levels below the source that are searched for case folders of a release: archives unpack into several levels."""
 
 CASE_NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
 LABEL = "label"
@@ -47,6 +49,11 @@ class Case:
     is_test: bool
 
     @property
+    def part(self) -> str:
+        """``Tr`` or ``Ts``, as in the names of nnU-Net's folders."""
+        return "Ts" if self.is_test else "Tr"
+
+    @property
     def files(self) -> list[Path]:
         """All different files."""
         return list(dict.fromkeys(path for path in (*self.images, self.label) if path is not None))
@@ -54,7 +61,7 @@ class Case:
 
 @dataclass
 class Found:
-    """What :func:`find_cases` found: usable cases by name, lines about each of the others, and lines about the rest."""
+    """Result of :func:`find_cases`: usable cases, lines about each of the others by name, and general remarks."""
 
     cases: list[Case] = field(default_factory=list)
     problems: dict[str, list[str]] = field(default_factory=dict)
@@ -62,8 +69,15 @@ class Found:
 
     @property
     def names(self) -> list[str]:
-        """All cases, also those with problems."""
+        """The names of all cases, also those with problems."""
         return sorted([*(case.name for case in self.cases), *self.problems])
+
+    def add(self, case: Case, problems: list[str]) -> None:
+        """Add a case, or only its problems if there are any."""
+        if problems:
+            self.problems[case.name] = problems
+        else:
+            self.cases.append(case)
 
 
 def find_cases(
@@ -83,29 +97,29 @@ def find_cases(
     description
         What it should hold.
     allow_missing
-        Keep cases of which some modalities, but not all, have no file.
+        Keep cases that lack the files of some, but not all, modalities.
     unlabelled_as_test
-        Take cases without a label file as test cases.
+        Make cases without a label file test cases.
     follow_links
-        Accept files outside `source` to which links lead.
+        Accept links to files outside `source`.
 
     Raises
     ------
     FileNotFoundError
-        If there is no such folder.
+        If the folder does not exist.
     ValueError
-        If it holds no cases, those of another release, or none to train on; if names clash; if the channels of stacked
-        files have another order.
+        If it holds no cases, cases of another release, or none to train on; if names clash; if the channels of stacked
+        files are in another order.
     """
     if not source.is_dir():
         raise MissingFileError(f"no folder {source}")
-    rules = _Rules(source, description, allow_missing, unlabelled_as_test, follow_links)
+    search = _Search(source, description, allow_missing, unlabelled_as_test, follow_links)
     if description.stack:
-        found = _find_stacked(rules)
+        found = _find_stacked(search)
     else:
-        folders, found = _release_folders(rules) if description.case_names else _folders(rules)
+        folders, found = _release_folders(search) if description.case_names else _folders(search)
         for folder in folders:
-            _add(found, folder.name, rules.find(folder.name, folder))
+            found.add(*search.find(folder.name, folder))
     _refuse_clashes(source, found.names)
     for pattern in description.test_cases:
         if not any(fnmatchcase(name, pattern) for name in found.names):
@@ -121,15 +135,7 @@ def find_cases(
     return found
 
 
-def _add(found: Found, name: str, result: tuple[Case, list[str]]) -> None:
-    case, problems = result
-    if problems:
-        found.problems[name] = problems
-    else:
-        found.cases.append(case)
-
-
-def _refuse_clashes(source: Path, names: list[str]) -> None:
+def _refuse_clashes(source: Path, names: Sequence[str]) -> None:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise InputError(f"several cases in {source} are named {', '.join(twice)}, expected distinct names")
@@ -139,46 +145,46 @@ def _refuse_clashes(source: Path, names: list[str]) -> None:
     for alike in by_folded.values():
         if len(alike) > 1:
             raise InputError(
-                f"the cases {' and '.join(alike)} in {source} differ in upper and lower case only, and would "
-                "overwrite one another where file names do not tell these apart; rename one"
+                f"the cases {' and '.join(alike)} in {source} differ only in upper and lower case, and would overwrite "
+                "each other on file systems that ignore case; rename one"
             )
 
 
 # ---- folders of cases ----------------------------------------------------------------------------------------------
 
 
-def _folders(rules: _Rules) -> tuple[list[Path], Found]:
+def _folders(search: _Search) -> tuple[list[Path], Found]:
     """The folders that the pattern of a description matches."""
-    source, pattern = rules.source, rules.description.cases
+    source, pattern = search.source, search.description.cases
     folders = sorted(
         (folder for folder in source.glob(pattern) if folder.is_dir() and not folder.name.startswith(".")),
         key=lambda folder: folder.name,
     )
     if not folders:
-        raise InputError(f"no folder in {source} matches {pattern!r}, expected one folder per case")
+        loose = next((path.name for path in source.iterdir() if path.name.lower().endswith(IMAGE_ENDINGS)), None)
+        hint = "" if loose is None else f"; images such as {loose} that lie side by side must be moved into them first"
+        raise InputError(f"no folder in {source} matches {pattern!r}, expected one folder per case{hint}")
     _refuse_clashes(source, [folder.name for folder in folders])
-    found, good = Found(), []
+    found = Found()
     for folder in folders:
-        if CASE_NAME.fullmatch(folder.name):
-            good.append(folder)
-        else:
+        if not CASE_NAME.fullmatch(folder.name):
             found.problems[folder.name] = [
                 "the name of the folder has a space or a sign other than ASCII letters, digits, '.', '_' and '-', "
                 "which some programs cannot read in file names; rename it"
             ]
-    return good, found
+    return [folder for folder in folders if folder.name not in found.problems], found
 
 
-def _release_folders(rules: _Rules) -> tuple[list[Path], Found]:
-    """The case folders of a release at any depth, after a look at what else is there."""
-    source, description = rules.source, rules.description
+def _release_folders(search: _Search) -> tuple[list[Path], Found]:
+    """The case folders of a release at any depth, after a look at what else the source holds."""
+    source, description = search.source, search.description
     ours, others, strange = [], defaultdict(list), []
     for folder, names in _walk(source):
         if re.fullmatch(description.case_names, folder.name, re.ASCII):
             ours.append(folder)
         elif releases := releases_of_case(folder.name):
             others[" or ".join(releases)].append(folder.name)
-        elif any(name.lower().endswith((".nii", ".nii.gz")) for name in names):
+        elif any(name.lower().endswith(NIFTI_ENDINGS) for name in names):
             strange.append(folder)
     example = RELEASES[description.release].example
     listed = "; ".join(f"{len(names)} of {key} such as {names[0]}" for key, names in others.items())
@@ -210,13 +216,13 @@ def _walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
         if len(here.relative_to(source).parts) >= DEPTH or releases_of_case(here.name):
             folders.clear()
         for name in folders:
-            if (here / name).is_symlink():  # os.walk names it, but does not enter it
+            if (here / name).is_symlink():  # os.walk lists it, but does not enter it
                 yield here / name, os.listdir(here / name)
 
 
 @dataclass(frozen=True)
-class _Rules:
-    """What counts as a complete case."""
+class _Search:
+    """Where to look, and what counts as a complete case."""
 
     source: Path
     description: Description
@@ -241,32 +247,30 @@ class _Rules:
                 problems.append(f"{role}: {listed} match {' or '.join(map(repr, wanted))}, expected one file")
             else:
                 missing[role] = " or ".join(map(repr, wanted))
-        by_file: dict[Path, list[str]] = {}
-        for role, path in found.items():
-            by_file.setdefault(path, []).append(role)
-        problems += [
-            f"{' and '.join(roles)} are the same file {path.name}" for path, roles in by_file.items() if roles[1:]
-        ]
+        problems += _shared(found)
+        is_test = self.is_test(name, labelled=LABEL not in missing)
+        present = [role for role in description.modalities if role in found]
         used = {path.name for path in found.values()}
         spare = [entry for entry in entries if entry.lower().endswith(IMAGE_ENDINGS) and entry not in used]
-        is_test = description.is_test_case(name) or (self.unlabelled_as_test and LABEL in missing)
-        present = [role for role in description.modalities if role in found]
-        for role, wanted_text in missing.items():
-            if role == LABEL and is_test:
-                continue
-            if role != LABEL and self.allow_missing and present:
+        for role, patterns in missing.items():
+            tolerated = is_test if role == LABEL else self.allow_missing and present
+            if tolerated:
                 continue
             hint = f"; not used: {', '.join(spare)}" if spare else ""
             if role != LABEL and present and not problems:
                 hint += "; --allow-missing fills an absent modality with zeros"
-            problems.append(f"{role}: no file matches {wanted_text}{hint}")
+            problems.append(f"{role}: no file matches {patterns}{hint}")
         for role, path in found.items():
             problems += [f"{role}: {line}" for line in self.check_place(path)]
         images = tuple(found.get(role) for role in description.modalities)
         return Case(name, images, found.get(LABEL), is_test), problems
 
+    def is_test(self, name: str, *, labelled: bool) -> bool:
+        """Whether nnU-Net shall not train on a case."""
+        return self.description.is_test_case(name) or (self.unlabelled_as_test and not labelled)
+
     def check_place(self, path: Path) -> list[str]:
-        """A line if a link leads nowhere, or out of the source."""
+        """A line if a link is broken, or leads out of the source."""
         real = Path(os.path.realpath(path))
         if not real.is_file():
             return [f"{path.name} is a link to {real}, which is no file"]
@@ -275,19 +279,27 @@ class _Rules:
         return []
 
 
-def _matching(folder: Path, entries: list[str], pattern: str) -> list[Path]:
+def _matching(folder: Path, entries: Sequence[str], pattern: str) -> list[Path]:
     if "/" in pattern or os.sep in pattern:
         return sorted(path for path in folder.glob(pattern) if not path.is_dir())
     matching = (folder / entry for entry in entries if not entry.startswith(".") and fnmatchcase(entry, pattern))
     return [path for path in matching if not path.is_dir()]
 
 
+def _shared(found: dict[str, Path]) -> list[str]:
+    """A line for each file that several patterns match."""
+    by_file = defaultdict(list)
+    for role, path in found.items():
+        by_file[path].append(role)
+    return [f"{' and '.join(roles)} are the same file {path.name}" for path, roles in by_file.items() if roles[1:]]
+
+
 # ---- one file of four dimensions per case --------------------------------------------------------------------------
 
 
-def _find_stacked(rules: _Rules) -> Found:
+def _find_stacked(search: _Search) -> Found:
     """The cases of the Medical Segmentation Decathlon: ``imagesTr/CASE.nii.gz`` and ``labelsTr/CASE.nii.gz``."""
-    source, description = rules.source, rules.description
+    source, description = search.source, search.description
     release = RELEASES[description.release]
     tops = [top for top in (source, *sorted(source.iterdir())) if (top / "imagesTr").is_dir()]
     if len(tops) != 1:
@@ -298,26 +310,28 @@ def _find_stacked(rules: _Rules) -> Found:
     top = tops[0]
     _check_order(top / "dataset.json", description)
     found = Found()
-    files = [path for path in sorted((top / "imagesTr").iterdir()) if path.name.lower().endswith((".nii", ".nii.gz"))]
-    files = [path for path in files if not path.name.startswith(".")]  # the archive has "._" files of another system
-    cases = {path.name.removesuffix(".gz").removesuffix(".nii"): path for path in files}
-    _refuse_clashes(top, [path.name.removesuffix(".gz").removesuffix(".nii") for path in files])
-    ours = [name for name in cases if re.fullmatch(release.case_names, name, re.ASCII)]
-    if not ours:
+    # the archive also has "._" files, which macOS adds
+    files = [path for path in sorted((top / "imagesTr").glob("[!.]*")) if path.name.lower().endswith(NIFTI_ENDINGS)]
+    names = [path.name.removesuffix(".gz").removesuffix(".nii") for path in files]
+    _refuse_clashes(top, names)
+    if not any(re.fullmatch(release.case_names, name, re.ASCII) for name in names):
         raise InputError(f"no case of {description.release} in {top / 'imagesTr'}, expected {release.example}.nii.gz")
-    for name in cases.keys() - set(ours):
-        found.problems[name] = [f"its name is not as in {description.release} ({release.example}); rename or remove it"]
-    for name in ours:
-        labels = [path for path in (top / "labelsTr" / f"{name}{end}" for end in (".nii.gz", ".nii")) if path.exists()]
-        is_test = description.is_test_case(name) or (rules.unlabelled_as_test and not labels)
-        problems = [f"image: {line}" for line in rules.check_place(cases[name])]
+    for name, image in zip(names, files, strict=True):
+        if not re.fullmatch(release.case_names, name, re.ASCII):
+            found.problems[name] = [
+                f"its name is not as in {description.release} ({release.example}); rename or remove it"
+            ]
+            continue
+        labels = [path for path in (top / "labelsTr" / f"{name}{end}" for end in NIFTI_ENDINGS) if path.exists()]
+        is_test = search.is_test(name, labelled=bool(labels))
+        problems = [f"image: {line}" for line in search.check_place(image)]
         if len(labels) == 1:
-            problems += [f"{LABEL}: {line}" for line in rules.check_place(labels[0])]
+            problems += [f"{LABEL}: {line}" for line in search.check_place(labels[0])]
         elif labels or not is_test:
             problems.append(f"{LABEL}: {len(labels)} files {name}.nii.gz or {name}.nii in labelsTr, expected one")
-        images = (cases[name],) * len(description.modalities)
-        _add(found, name, (Case(name, images, labels[0] if labels else None, is_test), problems))
-    unlabelled = list((top / "imagesTs").glob("[!.]*.nii*")) if (top / "imagesTs").is_dir() else []
+        images = (image,) * len(description.modalities)
+        found.add(Case(name, images, labels[0] if labels else None, is_test), problems)
+    unlabelled = list((top / "imagesTs").glob("[!.]*.nii*"))
     if unlabelled:
         found.notes.append(f"{len(unlabelled)} images in {top / 'imagesTs'} have no labels and were left out")
     return found

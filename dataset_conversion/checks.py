@@ -1,9 +1,8 @@
-"""Checking one case: everything that nnU-Net would trip over, or silently misread, in one pass over its files."""
+"""Check one case, in one pass over its files, for everything that nnU-Net would refuse or silently misread."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -12,42 +11,43 @@ import nibabel
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_mstkd.dataset_conversion.cases import LABEL, Case
-from nnunetv2_mstkd.dataset_conversion.description import FILE_ENDING, Description
-from nnunetv2_mstkd.dataset_conversion.releases import meaning_of_value
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import GZIP, NIFTI_ENDINGS, check_complete, count_not_finite, is_proven_whole
 from nnunetv2_mstkd.images.geometry import TOLERANCE, Geometry, geometry_of, image_reader, read_image
 
+from .cases import LABEL, Case
+from .description import FILE_ENDING, Description, Grid
+from .releases import meaning_of_value
+
 FULL, HEADER = "full", "header"
 LEVELS = (FULL, HEADER)
 HEADER_BYTES = 348
-"""Of NIfTI-1."""
+"""Size of a NIfTI-1 header."""
 PROBES = 10_000
-"""So many voxels of a label tell how much of it lies outside."""
+"""Number of label voxels that are looked at to tell how much of a label lies outside the images."""
 MAX_OUTSIDE = 0.1
 """Share of a label's voxels that may lie where every image is zero; masks cross the edge of the brain a little."""
 
 
 @dataclass
 class Checked:
-    """What is known of a case after :func:`check_case`.
+    """Result of :func:`check_case`.
 
     Attributes
     ----------
     problems
-        Lines; empty for a good case.
+        One line each; empty for a good case.
     notes
-        What is unusual, but does no harm.
+        Harmless peculiarities, one line each.
     geometry
-        The grid of its first image, on which all its files are written; None if nothing could be read.
+        The grid of the first image, on which all files are written; None if no image could be read.
     absent
-        For each channel: no file, or zero everywhere.
+        Per channel: whether the file is missing or zero everywhere.
     as_is
-        Files whose bytes can be used as they are: ``.nii.gz``, one volume, exactly on this grid, for a label also whole
-        numbers that need no other values.
+        Files whose bytes can be used unchanged: ``.nii.gz``, one volume, exactly on this grid; label files must also
+        hold integers that need no remapping.
     label
-        What to write where the label's file cannot be used as it is.
+        The label to write where the file cannot be used as it is.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -59,7 +59,7 @@ class Checked:
 
 
 class Label(NamedTuple):
-    """A label as the few voxels that are not zero in its file, which keeps memory free for the images."""
+    """A label as the few voxels that are not zero in its file, which leaves the memory to the images."""
 
     shape: tuple[int, ...]
     background: int
@@ -67,51 +67,59 @@ class Label(NamedTuple):
     values: np.ndarray
 
     def voxels(self) -> np.ndarray:
-        """uint8, in SimpleITK's order (z, y, x)."""
+        """The whole label: uint8, in SimpleITK's order (z, y, x)."""
         array = np.full(self.shape, self.background, np.uint8)
         array.reshape(-1)[self.indices] = self.values
         return array
 
 
 class Forms(NamedTuple):
-    """The two transformations of a NIfTI header, shape (4, 4), None where its code says that it is not set."""
+    """The two transformations of a NIfTI header, shape (4, 4); None if its code says that it is not set."""
 
     qform: np.ndarray | None
     sform: np.ndarray | None
 
     @property
     def preferred(self) -> np.ndarray | None:
-        """As nibabel and most tools choose."""
+        """The one that nibabel and most tools choose."""
         return self.qform if self.sform is None else self.sform
+
+    @property
+    def differ(self) -> bool:
+        """Whether both are set and disagree."""
+        return self.qform is not None and self.sform is not None and not _close(self.qform, self.sform)
 
 
 class Header(NamedTuple):
-    """What the beginning of a NIfTI file says."""
+    """What a NIfTI header says; `num_bytes` is the size of the whole file, uncompressed."""
 
     forms: Forms
     num_bytes: int
-    """of the whole file, uncompressed"""
     geometry: Geometry
     is_float: bool
 
 
 Headers = dict[bytes, Header]
-"""Headers by the bytes that they are made of: in most cases all files have the same, which ITK then reads once."""
+"""Headers by their bytes: in most cases all files share one, which ITK then reads only once."""
 
 
 class _File(NamedTuple):
-    """One file, read as far as the level asks."""
+    """What is kept of a file that was read, without its voxels."""
 
+    path: Path
     geometry: Geometry
     forms: Forms | None
     is_float: bool
     checksum: bytes
-    voxels: np.ndarray | None
-    image: sitk.Image | None = None
-    """The owner of the voxels' memory."""
+    reusable: bool = False
+    """Whether its bytes can be used unchanged if its geometry is that of the case."""
 
-    def without_voxels(self) -> _File:
-        return self._replace(voxels=None, image=None)
+
+class _Voxels(NamedTuple):
+    """A view of an image's memory, and the image that owns it."""
+
+    array: np.ndarray
+    owner: sitk.Image
 
 
 def check_case(
@@ -123,114 +131,190 @@ def check_case(
     max_outside: float = MAX_OUTSIDE,
     headers: Headers | None = None,
 ) -> Checked:
-    """Check one case.
+    """Check one case. Nothing is raised for what a file holds; problems name the modality and the file.
 
     Parameters
     ----------
     case
-        Its files; all exist.
+        The files, all of which exist.
     description
         What they should hold.
     level
-        ``"full"`` decompresses each file once; ``"header"`` reads the beginnings and ends of files only, and all of a
+        ``"full"`` decompresses each file once; ``"header"`` reads only the beginning and end of each file, and all of a
         label whose values must change.
     allow_missing
-        Take an image that is zero everywhere for an absent modality.
+        Accept an image that is zero everywhere as an absent modality.
     max_outside
         Share of a label's voxels that may lie where every image is zero.
     headers
-        Those of cases checked before, to which this case's are added: ITK need not read them again.
-
-    Returns
-    -------
-    Problems name the modality and the file. Nothing is raised for what a file holds.
+        Headers of cases checked before, to which those of this case are added: ITK need not read them again.
     """
-    checked = Checked()
-    as_is: set[Path] = set()
-    files: dict[str, _File] = {}
-    headers = {} if headers is None else headers
-    foreground: np.ndarray | None = None
-    if case.label is not None:
-        try:
-            file = _read(case.label, FULL if level == FULL or _may_change(description) else HEADER, headers)
-            if file.is_float and file.voxels is None:
-                file = _read(case.label, FULL, headers)
-            same = True
-            if file.voxels is not None:
-                foreground, values = _label_values(file.voxels, description)
-                same = not file.is_float and all(description.value_map[value] == value for value in values)
-            if same and case.label.name.endswith(FILE_ENDING):
-                as_is.add(case.label)
-            elif foreground is not None and file.voxels is not None:
-                checked.label = _mapped(file.voxels, foreground, description)
-            files[LABEL] = file.without_voxels()
-            del file
-        except ValueError as error:
-            checked.problems.append(f"{LABEL} ({case.label.name}) {error}")
-
-    absent: dict[str, bool] = {}
-    probes = None if foreground is None or level != FULL else foreground[:: max(1, foreground.size // PROBES)]
-    inside = None if probes is None else np.zeros(probes.size, bool)
-    for name, path, voxels, file in _images(case, description, level, headers, checked):
-        if file is None:
-            absent[name] = True
-            continue
-        zero = False
-        if voxels is not None:
-            value = _only_value(voxels)
-            zero = value == 0
-            if value is not None and not zero:
-                checked.problems.append(f"{name} ({path.name}) is constant, {value:g} everywhere")
-            if zero and not allow_missing:
-                checked.problems.append(f"{name} ({path.name}) is zero everywhere; --allow-missing keeps such a case")
-            if not zero and inside is not None and inside.size and voxels.size > probes[-1]:
-                inside |= voxels.reshape(-1)[probes] != 0
-        absent[name] = zero
-        files[name] = file
-        del voxels
-        if path.name.endswith(FILE_ENDING) and not description.stack:
-            as_is.add(path)
-    checked.absent = tuple(absent.get(name, False) for name in description.modalities)
-
-    _compare(description, files, absent, checked)
-    if checked.geometry is not None:
-        exact = {name for name, file in files.items() if file.geometry == checked.geometry}
-        paths = {**dict(zip(description.modalities, case.images, strict=True)), LABEL: case.label}
-        as_is &= {path for name, path in paths.items() if name in exact and path is not None}
-    checked.as_is = frozenset(as_is)
-    if not checked.problems and all(checked.absent):
-        checked.problems.append("has no modality, only images that are zero everywhere")
-    if not checked.problems and inside is not None and inside.size:
-        outside = 1 - np.count_nonzero(inside) / inside.size
+    check = _CaseCheck(case, description, level, allow_missing, {} if headers is None else headers)
+    foreground = check.read_label()
+    probes = foreground[:: max(1, foreground.size // PROBES)]
+    covered = check.read_images(probes)
+    check.compare_files()
+    result = check.finish()
+    if not result.problems and all(result.absent):
+        result.problems.append("has no modality, only images that are zero everywhere")
+    if not result.problems and level == FULL and probes.size:
+        outside = 1 - np.count_nonzero(covered) / probes.size
         if outside > max_outside:
-            checked.problems.append(
+            result.problems.append(
                 f"{LABEL} ({case.label.name}) lies to {100 * outside:.0f} % where every image is zero: it is shifted, "
-                f"or that of another case (--max-outside allows {100 * max_outside:.0f} %)"
+                f"or belongs to another case (--max-outside allows {100 * max_outside:.0f} %)"
             )
-    return checked
+    return result
 
 
-def _images(case: Case, description: Description, level: str, headers: Headers, checked: Checked):
-    """Yield modality, path, voxels (full level) and file of each channel; a file of several is read once."""
-    stacked: _File | None = None
-    for channel, (name, path) in enumerate(zip(description.modalities, case.images, strict=True)):
+class _CaseCheck:
+    """The steps of :func:`check_case` and what they share."""
+
+    def __init__(self, case: Case, description: Description, level: str, allow_missing: bool, headers: Headers) -> None:
+        self.case = case
+        self.description = description
+        self.level = level
+        self.allow_missing = allow_missing
+        self.headers = headers
+        self.result = Checked()
+        self.label: _File | None = None
+        self.images: dict[str, _File] = {}
+        self.zero: set[str] = set()
+
+    def read_label(self) -> np.ndarray:
+        """Read the label file; return the indices of the voxels that are not zero, none if they were not read."""
+        path, description = self.case.label, self.description
+        nothing = np.zeros(0, np.intp)
         if path is None:
-            yield name, None, None, None
-            continue
-        if description.stack and channel and stacked is None:
-            continue  # it could not be read, and that was said
+            return nothing
         try:
-            file = stacked or _read(path, level, headers, volumes=len(description.stack))
+            must_map = any(own != written for own, written in description.value_map.items())
+            file, voxels = _read(path, FULL if must_map else self.level, self.headers)
+            if voxels is None and file.is_float:
+                file, voxels = _read(path, FULL, self.headers)
+            foreground, same = nothing, True
+            if voxels is not None:
+                foreground, values = _label_values(voxels.array, description)
+                same = not file.is_float and all(description.value_map[value] == value for value in values)
+            reusable = same and path.name.endswith(FILE_ENDING)
+            if voxels is not None and not reusable:
+                self.result.label = _mapped(voxels.array, foreground, description)
         except ValueError as error:
-            checked.problems.append(f"{name if not description.stack else 'image'} ({path.name}) {error}")
-            continue
-        if description.stack:
-            stacked = file
-        voxels = file.voxels
-        if voxels is not None and description.stack:
-            voxels = voxels[description.stack.index(name)]
-        yield name, path, voxels, file.without_voxels()
-        del file, voxels  # so that the next image takes this one's memory: getting new memory costs as much as reading
+            self.result.problems.append(f"{LABEL} ({path.name}) {error}")
+            return nothing
+        self.label = file._replace(reusable=reusable)
+        return foreground
+
+    def read_images(self, probes: np.ndarray) -> np.ndarray:
+        """Read all images; return for each of the voxel indices `probes` whether any image is not zero there."""
+        stack = self.description.stack
+        covered = np.zeros(probes.size, bool)
+        stacked: tuple[_File, _Voxels | None] | None = None
+        for name, path in zip(self.description.modalities, self.case.images, strict=True):
+            if path is None:
+                continue
+            try:
+                file, voxels = stacked or _read(path, self.level, self.headers, volumes=len(stack))
+            except ValueError as error:
+                self.result.problems.append(f"{'image' if stack else name} ({path.name}) {error}")
+                if stack:
+                    break  # all channels are in this one file
+                continue
+            if stack:
+                stacked = file, voxels
+            self.images[name] = file._replace(reusable=not stack and path.name.endswith(FILE_ENDING))
+            if voxels is not None:
+                array = voxels.array[stack.index(name)] if stack else voxels.array
+                if self._is_zero(name, path, array):
+                    self.zero.add(name)
+                elif probes.size and array.size > probes[-1]:
+                    covered |= array.reshape(-1)[probes] != 0
+                del array
+            del voxels  # the next image takes this one's memory: getting new memory costs as much as reading
+        return covered
+
+    def _is_zero(self, name: str, path: Path, voxels: np.ndarray) -> bool:
+        """Whether an image is zero everywhere; being constant is a problem."""
+        value = _only_value(voxels)
+        if value is not None and value != 0:
+            self.result.problems.append(f"{name} ({path.name}) is constant, {value:g} everywhere")
+        if value == 0 and not self.allow_missing:
+            self.result.problems.append(f"{name} ({path.name}) is zero everywhere; --allow-missing keeps such a case")
+        return value == 0
+
+    def compare_files(self) -> None:
+        """Check that all files share one grid, which is the release's, and that no image occurs twice."""
+        if not self.images:
+            return
+        first, reference = next(iter(self.images.items()))
+        self.result.geometry = reference.geometry
+        for name, file in self._files().items():
+            self.result.problems += _misplaced(name, file, first, reference)
+        if not self.description.stack:
+            by_checksum: dict[bytes, list[str]] = {}
+            for name, file in self.images.items():
+                if file.checksum and name not in self.zero:
+                    by_checksum.setdefault(file.checksum, []).append(name)
+            same = [names for names in by_checksum.values() if len(names) > 1]
+            self.result.problems += [f"{' and '.join(names)} hold the same image" for names in same]
+        forms = [file.forms for file in self._files().values() if file.forms is not None]
+        if any(each.sform is None and each.qform is not None for each in forms):
+            self.result.notes.append(
+                "sform_code 0: only the qform says where a file lies, as nnU-Net reads it; nothing to do"
+            )
+        if any(each.differ for each in forms):
+            self.result.notes.append("qform and sform of a file differ: programs may disagree on where it lies")
+        if self.description.grid is not None:
+            self._compare_with_release(reference.geometry, self.description.grid)
+
+    def _compare_with_release(self, geometry: Geometry, grid: Grid) -> None:
+        if geometry.size != grid.size or not _close(geometry.spacing, grid.spacing):
+            self.result.problems.append(
+                f"has {_grid_text(geometry.size, geometry.spacing)}, expected {_grid_text(grid.size, grid.spacing)} "
+                f"({grid.name}): is it of another release than {self.description.release}? Resampled cases need the "
+                "generic converter"
+            )
+        elif grid.origin and not (_close(geometry.origin, grid.origin) and _close(geometry.direction, grid.direction)):
+            self.result.notes.append(f"origin or direction other than in {grid.name}")
+
+    def finish(self) -> Checked:
+        """Say which channels are absent and which files can be used unchanged."""
+        self.result.absent = tuple(
+            path is None or name in self.zero
+            for name, path in zip(self.description.modalities, self.case.images, strict=True)
+        )
+        geometry = self.result.geometry
+        self.result.as_is = frozenset(
+            file.path for file in self._files().values() if file.reusable and file.geometry == geometry
+        )
+        return self.result
+
+    def _files(self) -> dict[str, _File]:
+        return self.images if self.label is None else {LABEL: self.label, **self.images}
+
+
+def _misplaced(name: str, file: _File, first: str, reference: _File) -> list[str]:
+    """One line for each way in which a file does not lie where the first image lies."""
+    differences = reference.geometry.differences(file.geometry)
+    if differences:
+        return [f"{name} has {text} as in {first}; resample it to the same grid" for text in differences]
+    if file.forms is None or reference.forms is None:
+        return []
+    expected, found = reference.forms.preferred, file.forms.preferred
+    if expected is found or expected is None or found is None or _close(expected, found):
+        return []
+    return [
+        f"{name} lies elsewhere than {first} for readers that prefer the sform to the qform, though not for ITK; write "
+        "both forms alike"
+    ]
+
+
+def _close(one, other) -> bool:
+    return np.allclose(one, other, rtol=0, atol=TOLERANCE)
+
+
+def _grid_text(size: tuple[int, ...], spacing: tuple[float, ...]) -> str:
+    return f"{' x '.join(map(str, size))} voxels of {' x '.join(f'{mm:g}' for mm in spacing)} mm"
 
 
 def _only_value(voxels: np.ndarray) -> float | None:
@@ -244,7 +328,7 @@ def _only_value(voxels: np.ndarray) -> float | None:
 # ---- one file ------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> _File:
+def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tuple[_File, _Voxels | None]:
     """Read one file and refuse it if it is damaged, holds NaN or several images.
 
     Raises
@@ -253,35 +337,37 @@ def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> _Fil
         The message begins with a verb.
     """
     if level == HEADER:
-        checksum, header = _ends(path, headers, volumes)
+        checksum, header = _read_ends(path, headers, volumes)
         if header is not None:
-            return _File(header.geometry, header.forms, header.is_float, checksum, None)
+            return _File(path, header.geometry, header.forms, header.is_float, checksum), None
         reader = image_reader(path)
-        return _File(geometry_of(reader, volumes=volumes), None, _is_float(reader), b"", None)
+        return _File(path, geometry_of(reader, volumes=volumes), None, _is_float(reader), b""), None
     try:
         image = read_image(path)
     except ValueError:
-        check_complete(path)  # has a better reason for most
+        check_complete(path)  # knows a better reason for most files
         raise
     geometry = geometry_of(image, volumes=volumes)
     voxels = sitk.GetArrayViewFromImage(image)
-    # ITK turns NaN into 0, so that the checksum of what it read proves that there was none
+    # ITK turns NaN into 0, so if the checksum of what it read is that of the file, there was none
     if not is_proven_whole(path, voxels):
         bad = max(check_complete(path), count_not_finite(voxels) if voxels.dtype.kind == "f" else 0)
         if bad:
             raise InputError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
-    checksum, header = _ends(path, headers, volumes)
-    return _File(geometry, header.forms if header else None, _is_float(image), checksum, voxels, image)
+    checksum, header = _read_ends(path, headers, volumes)
+    forms = None if header is None else header.forms
+    return _File(path, geometry, forms, _is_float(image), checksum), _Voxels(voxels, image)
 
 
 def _is_float(image: sitk.Image | sitk.ImageFileReader) -> bool:
     return image.GetPixelID() in (sitk.sitkFloat32, sitk.sitkFloat64)
 
 
-def _ends(path: Path, headers: Headers, volumes: int) -> tuple[bytes, Header | None]:
+def _read_ends(path: Path, headers: Headers, volumes: int) -> tuple[bytes, Header | None]:
     """Checksum and length from the end of a ``.nii.gz`` file and the header of a NIfTI-1 file; None for other formats.
 
-    A file whose end does not fit its beginning was cut off, or is made of several parts: all of it is read to find out.
+    A file whose end does not fit its beginning was truncated, or consists of several parts: all of it is read to find
+    out.
     """
     name = path.name.lower()
     if not name.endswith(NIFTI_ENDINGS):
@@ -293,31 +379,33 @@ def _ends(path: Path, headers: Headers, volumes: int) -> tuple[bytes, Header | N
             size = file.seek(0, 2)
             file.seek(-8, 2)
             end = file.read()
-        header = zlib.decompressobj(GZIP).decompress(start, HEADER_BYTES) if compressed else start[:HEADER_BYTES]
-        # all but names, times and ranges of values
-        key = header[40:124] + header[252:HEADER_BYTES]
-        if key not in headers:
-            fields = nibabel.Nifti1Header(header, check=False)
-            if int(fields["sizeof_hdr"]) != HEADER_BYTES:
-                return b"", None  # NIfTI-2: left to the readers
-            voxels = int(np.prod(fields.get_data_shape(), dtype=np.int64))
-            reader = image_reader(path)
-            headers[key] = Header(
-                Forms(
-                    fields.get_qform() if fields["qform_code"] > 0 else None,
-                    fields.get_sform() if fields["sform_code"] > 0 else None,
-                ),
-                int(fields["vox_offset"]) + voxels * fields.get_data_dtype().itemsize,
-                geometry_of(reader, volumes=volumes),
-                _is_float(reader),
-            )
+        raw = zlib.decompressobj(GZIP).decompress(start, HEADER_BYTES) if compressed else start[:HEADER_BYTES]
+        key = raw[40:124] + raw[252:HEADER_BYTES]  # all but names, times and ranges of values
+        header = headers.get(key) or _parse_header(raw, path, volumes)
+        if header is None:
+            return b"", None
     except (OSError, zlib.error, nibabel.spatialimages.HeaderDataError) as error:
         raise InputError(f"cannot be read: {' '.join(str(error).split())}") from error
-    found = headers[key]
+    headers[key] = header
     length = int.from_bytes(end[4:], "little") if compressed else size
-    if (length != found.num_bytes % (1 << 32)) if compressed else (length < found.num_bytes):
+    if (length != header.num_bytes % (1 << 32)) if compressed else (length < header.num_bytes):
         check_complete(path)
-    return end if compressed else b"", found
+    return end if compressed else b"", header
+
+
+def _parse_header(raw: bytes, path: Path, volumes: int) -> Header | None:
+    """A NIfTI-1 header; None for NIfTI-2, which is left to the readers."""
+    fields = nibabel.Nifti1Header(raw, check=False)
+    if int(fields["sizeof_hdr"]) != HEADER_BYTES:
+        return None
+    voxels = int(np.prod(fields.get_data_shape(), dtype=np.int64))
+    forms = Forms(
+        fields.get_qform() if fields["qform_code"] > 0 else None,
+        fields.get_sform() if fields["sform_code"] > 0 else None,
+    )
+    num_bytes = int(fields["vox_offset"]) + voxels * fields.get_data_dtype().itemsize
+    reader = image_reader(path)
+    return Header(forms, num_bytes, geometry_of(reader, volumes=volumes), _is_float(reader))
 
 
 # ---- labels --------------------------------------------------------------------------------------------------------
@@ -329,14 +417,10 @@ def label_values(voxels: np.ndarray, description: Description) -> np.ndarray:
     Raises
     ------
     ValueError
-        If a value is no integer, or none of the release's.
+        If a value is no integer, or not declared.
     """
     foreground, _ = _label_values(voxels, description)
     return _mapped(voxels, foreground, description).voxels()
-
-
-def _may_change(description: Description) -> bool:
-    return any(own != written for own, written in description.value_map.items())
 
 
 def _label_values(voxels: np.ndarray, description: Description) -> tuple[np.ndarray, list[int]]:
@@ -349,7 +433,7 @@ def _label_values(voxels: np.ndarray, description: Description) -> tuple[np.ndar
         if not whole.all():
             raise InputError(f"holds {values[~whole][0]:g}, expected integers only")
     found = [int(value) for value in values]
-    allowed: Mapping[int, int] = description.value_map
+    allowed = description.value_map
     wrong = [value for value in found if value not in allowed]
     if wrong:
         of_release = f"{description.release} has" if description.release else "declared are"
@@ -382,61 +466,3 @@ def _mapped(voxels: np.ndarray, foreground: np.ndarray, description: Description
         if value:
             values[own == value] = target
     return Label(voxels.shape, description.value_map.get(0, 0), foreground, values)
-
-
-# ---- the files of a case together ----------------------------------------------------------------------------------
-
-
-def _compare(
-    description: Description, files: Mapping[str, _File], absent: Mapping[str, bool], checked: Checked
-) -> None:
-    """One grid for all, the release's own, said alike by both forms of the headers, and no image twice."""
-    images = {name: file for name, file in files.items() if name != LABEL}
-    if not images:
-        return
-    first, reference = next(iter(images.items()))
-    checked.geometry = reference.geometry
-    for name, file in files.items():
-        differences = reference.geometry.differences(file.geometry)
-        checked.problems += [f"{name} has {text} as in {first}; resample it to the same grid" for text in differences]
-        if not differences and file.forms is not None and reference.forms is not None:
-            mine, theirs = reference.forms.preferred, file.forms.preferred
-            if mine is theirs:
-                continue
-            if mine is not None and theirs is not None and not np.allclose(mine, theirs, rtol=0, atol=TOLERANCE):
-                checked.problems.append(
-                    f"{name} lies elsewhere than {first} for readers that prefer the sform to the qform, though not "
-                    "for ITK; write both forms alike"
-                )
-    by_checksum: dict[bytes, list[str]] = {}
-    for name, file in images.items():
-        if file.checksum and not description.stack and not absent[name]:
-            by_checksum.setdefault(file.checksum, []).append(name)
-    checked.problems += [f"{' and '.join(names)} hold the same image" for names in by_checksum.values() if names[1:]]
-
-    forms = [file.forms for file in files.values() if file.forms is not None]
-    if any(each.sform is None and each.qform is not None for each in forms):
-        checked.notes.append("sform_code 0: only the qform says where a file lies")
-    if any(
-        each.sform is not None
-        and each.qform is not None
-        and not np.allclose(each.qform, each.sform, rtol=0, atol=TOLERANCE)
-        for each in forms
-    ):
-        checked.notes.append("qform and sform of a file differ: programs may disagree on where it lies")
-    grid = description.grid
-    if grid is not None:
-        size, spacing = reference.geometry.size, reference.geometry.spacing
-        if size != grid.size or not np.allclose(spacing, grid.spacing, rtol=0, atol=TOLERANCE):
-            found = " x ".join(map(str, size))
-            checked.problems.append(
-                f"has {found} voxels of {' x '.join(f'{mm:g}' for mm in spacing)} mm, expected "
-                f"{' x '.join(map(str, grid.size))} of {' x '.join(f'{mm:g}' for mm in grid.spacing)} mm "
-                f"({grid.name}): is it of another release than {description.release}? Resampled cases need the generic "
-                "converter"
-            )
-        elif grid.origin and not (
-            np.allclose(reference.geometry.origin, grid.origin, rtol=0, atol=TOLERANCE)
-            and np.allclose(reference.geometry.direction, grid.direction, rtol=0, atol=TOLERANCE)
-        ):
-            checked.notes.append(f"origin or direction other than in {grid.name}")

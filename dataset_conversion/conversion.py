@@ -1,4 +1,4 @@
-"""From a description to a folder in nnUNet_raw, which appears in one step when everything in it is written."""
+"""Write a data set in nnU-Net's raw format; it appears in one step, when it is complete."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from nnunetv2_mstkd.dataset_conversion import splits as folds
-from nnunetv2_mstkd.dataset_conversion.cases import Case, Found, find_cases
-from nnunetv2_mstkd.dataset_conversion.checks import FULL, Headers, check_case
-from nnunetv2_mstkd.dataset_conversion.description import Description
-from nnunetv2_mstkd.dataset_conversion.finished import check_finished
-from nnunetv2_mstkd.dataset_conversion.job import Options, Report, count, for_each, part_of, problem_lines
-from nnunetv2_mstkd.dataset_conversion.progress import CaseRecord, Progress, file_state, fingerprint, write_record
-from nnunetv2_mstkd.dataset_conversion.writing import COPY, REFERENCE, write_case
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+
+from . import splits as folds
+from .cases import Case, Found, find_cases
+from .checks import FULL, Headers
+from .description import Description
+from .finished import check_finished
+from .job import Job, Options, Report, count, problem_lines
+from .progress import CaseRecord, Progress, file_state, fingerprint, write_record
+from .writing import REFERENCE, write_case
+
+PARTS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
 
 
 def convert(source: Path, description: Description, dataset: str, options: Options | None = None) -> Report:
     """Write a data set in nnU-Net's raw format.
 
     The work is done in a hidden folder beside the data set's place. An interrupted run leaves it there, and the next
-    one with the same settings goes on with it.
+    one with the same settings continues with it.
 
     Parameters
     ----------
@@ -37,37 +39,30 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     description
         What it holds.
     dataset
-        The name to write it under, from :func:`dataset_name`.
+        Name of the new data set, from :func:`dataset_name`.
     options
-        How.
+        How to convert.
 
     Raises
     ------
     FileNotFoundError
-        If `source`, a list of cases or a folder of nnU-Net is absent.
+        If `source`, a list of cases or a folder of nnU-Net does not exist.
     FileExistsError
-        If the data set, or its split, is there and was made from something else or with other options.
+        If the data set, or its split, exists and was made from something else or with other options.
     ValueError
-        If nothing can be converted as asked; with ``strict`` also if anything is wrong with a case. Nothing is written.
+        If nothing can be converted as requested; with ``strict`` also if any case has a problem. Nothing is written.
     """
     options = options or Options()
-    source = Path(os.path.abspath(source))
-    if options.mode == REFERENCE and "$" in str(source):
-        raise InputError(
-            f"{source} has a $, at which nnU-Net would look for a variable; --reference needs another path"
-        )
-    if options.mode != COPY and description.stack:
-        raise InputError(
-            f"{description.release} has all channels in one file, so its cases must be written: use --copy"
-        )
     target = nnunet_folder("nnUNet_raw") / dataset
     _refuse_second_name(dataset)
     splits_file = nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json" if options.write_splits else None
     listed, tests = folds.read_lists(options.split_lists) if options.split_lists else ([], [])
-    description = replace(description, test_cases=[*description.test_cases, *tests]) if tests else description
+    if tests:
+        description = replace(description, test_cases=[*description.test_cases, *tests])
+    job = Job(Path(os.path.abspath(source)), target, description, options)
 
     found = find_cases(
-        source,
+        job.source,
         description,
         allow_missing=options.allow_missing,
         unlabelled_as_test=options.unlabelled_as_test,
@@ -75,32 +70,33 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     )
     if listed:
         folds.refuse_unknown_cases(listed, tests, found.names)
-    _draw_tests(found, description, options)
+    _draw_tests(found, job)
     if not found.cases:
         _refuse(found.problems)
-    settings = _settings(source, description, options)
-    make_splits = _split_maker(description, options, listed)
     # wrong options should not cost a whole conversion; cases that turn out bad are taken out later
-    make_splits([case.name for case in found.cases if not case.is_test], sorted(found.problems))
+    _make_splits(job, listed, [case.name for case in found.cases if not case.is_test], found.problems)
 
     report = Report(target, notes={note: [] for note in found.notes})
     if target.exists() and not options.overwrite:
-        check_finished(target, source, description, settings, found, options, report)
+        check_finished(job, found, report)
     else:
-        _refuse_other_splits(splits_file, options)
-        _convert(target, source, description, settings, found, options, report)
-    training = [record.name for record in report.cases if record.part == "Tr"]
-    made = make_splits(training, sorted(report.skipped))
+        if splits_file is not None and splits_file.exists() and not options.overwrite:
+            raise ExistingFileError(
+                f"{splits_file} already exists; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
+            )
+        _convert(job, found, report)
+    training = [record.name for record in report.training]
+    made = _make_splits(job, listed, training, report.skipped)
     if splits_file is not None and made is not None:
-        present = folds.read_splits(splits_file)
+        present = folds.present_splits(splits_file)
         if present is not None and present != made and not options.overwrite:
-            raise ExistingFileError(f"{splits_file} is already there with other folds; --overwrite replaces it")
+            raise ExistingFileError(f"{splits_file} already exists with other folds; --overwrite replaces it")
         folds.write_splits(made, splits_file)
         report.splits_file = splits_file
     elif not options.write_splits:
         _refuse_stale_splits(dataset, training)
     elif training:
-        report.notes["no folds were written, because one patient leaves nobody to validate with: train fold all"] = []
+        report.notes["no folds were written, because a single patient cannot be split: train fold all"] = []
     return report
 
 
@@ -141,12 +137,13 @@ def _refuse_second_name(dataset: str) -> None:
         if others:
             raise ExistingFileError(
                 f"{folder / others[0]} has the number of {dataset}, and nnU-Net finds data sets by number; "
-                "take another one"
+                "choose another one"
             )
 
 
-def _draw_tests(found: Found, description: Description, options: Options) -> None:
-    """Turn a share of the patients into test cases, the same whatever is wrong with single cases."""
+def _draw_tests(found: Found, job: Job) -> None:
+    """Make the cases of a share of the patients test cases; which ones does not depend on problems of single cases."""
+    options, description = job.options, job.description
     if not options.test_fraction:
         return
     cases = [name for name in found.names if not description.is_test_case(name)]
@@ -154,57 +151,31 @@ def _draw_tests(found: Found, description: Description, options: Options) -> Non
     found.cases = [replace(case, is_test=case.is_test or case.name in drawn) for case in found.cases]
 
 
-def _settings(source: Path, description: Description, options: Options) -> dict[str, Any]:
-    """All that the written files depend on, apart from the sources, as JSON reads it back."""
-    used = ("mode", "allow_missing", "unlabelled_as_test", "test_fraction", "max_outside")
-    chosen = {name: getattr(options, name) for name in used}
-    if options.test_fraction:
-        chosen["seed"] = options.seed
-    content = {"source": str(source), "description": asdict(description), **chosen}
-    # pairs, because two tables are equal whatever their order, and the order of channels and regions counts
-    for key in ("modalities", "labels", "remap"):
-        content["description"][key] = list(getattr(description, key).items())
-    return json.loads(json.dumps(content))
-
-
-def _split_maker(
-    description: Description, options: Options, listed: folds.Splits
-) -> Callable[[Sequence[str], Sequence[str]], folds.Splits | None]:
-    """Return a function of the training cases and the skipped ones that makes the folds."""
-
-    def make(training: Sequence[str], skipped: Sequence[str]) -> folds.Splits | None:
-        patient_of = description.patient_of
-        if not options.write_splits:
-            return None
-        if listed:
-            made = folds.without(listed, skipped)
-            folds.refuse_shared_patients(made, patient_of)
-            return made
-        if options.val_cases:
-            validation = [case for case in options.val_cases if case not in skipped]
-            return folds.hold_out(training, validation, patient_of=patient_of)
-        if options.folds is None and len({patient_of(case) for case in training}) < 2:
-            return None  # nothing to hold out; nnU-Net trains with -f all
-        return folds.cross_validation(training, options.folds, options.seed, patient_of=patient_of)
-
-    return make
-
-
-def _refuse_other_splits(splits_file: Path | None, options: Options) -> None:
-    if splits_file is not None and splits_file.exists() and not options.overwrite:
-        raise ExistingFileError(
-            f"{splits_file} is already there; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
-        )
+def _make_splits(
+    job: Job, listed: folds.Splits, training: Sequence[str], skipped: Collection[str]
+) -> folds.Splits | None:
+    """The folds of the training cases; None if nnU-Net makes them or a single patient cannot be split."""
+    options, patient_of = job.options, job.description.patient_of
+    if not options.write_splits:
+        return None
+    if listed:
+        made = folds.without(listed, skipped)
+        folds.refuse_shared_patients(made, patient_of)
+        return made
+    if options.val_cases:
+        validation = [case for case in options.val_cases if case not in skipped]
+        return folds.hold_out(training, validation, patient_of=patient_of)
+    if options.folds is None and len({patient_of(case) for case in training}) < 2:
+        return None
+    return folds.cross_validation(training, options.folds, options.seed, patient_of=patient_of)
 
 
 def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
     """Folds of an earlier data set of this name would make nnU-Net look for cases that are gone."""
     folder = os.environ.get("nnUNet_preprocessed")
     file = Path(folder or "", dataset, "splits_final.json")
-    present = folds.read_splits(file) if folder else None
-    if present is None:
-        return
-    gone = sorted({case for fold in present for part in fold.values() for case in part} - set(training))
+    present = folds.present_splits(file) if folder else None
+    gone = sorted({case for fold in present or [] for part in fold.values() for case in part} - set(training))
     if gone:
         raise InputError(
             f"the data set is written, but {file} names {count(gone, 'case')} that it does not have, such as "
@@ -215,105 +186,83 @@ def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _convert(
-    target: Path,
-    source: Path,
-    description: Description,
-    settings: Mapping[str, Any],
-    found: Found,
-    options: Options,
-    report: Report,
-) -> None:
-    """Check and write all cases in the hidden folder, then let it take the data set's place."""
-    scratch = target.parent / f".{target.name}.unfinished"
+def _convert(job: Job, found: Found, report: Report) -> None:
+    """Check and write all cases in the hidden folder, then move it to the data set's place."""
+    scratch = job.target.parent / f".{job.target.name}.unfinished"
     with locked(scratch):
-        progress = Progress(scratch, settings)
+        progress = Progress(scratch, job.settings)
+        resumable = dict(progress.done)
         unfinished = scratch / "new"
-        if not progress.done:
+        if not resumable:
             shutil.rmtree(unfinished, ignore_errors=True)
-        for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+        for part in PARTS:
             (unfinished / part).mkdir(parents=True, exist_ok=True)
-        level = options.verify or FULL
         headers: Headers = {}
-
-        def work(case: Case) -> CaseRecord:
-            sources = fingerprint(case, source)
-            known = progress.done.get(case.name)
-            if known is not None and dict(known.sources) == sources and known.part == part_of(case):
-                return known
-            record = CaseRecord(case.name, part_of(case), description.patient_of(case.name), sources)
-            checked = check_case(
-                case,
-                description,
-                level=level,
-                allow_missing=options.allow_missing,
-                max_outside=options.max_outside,
-                headers=headers,
-            )
-            if checked.problems:
-                return replace(record, problems=checked.problems)
-            written = write_case(case, checked, description, unfinished, options.mode)
-            record = replace(
-                record,
-                images=written.images,
-                label=written.label,
-                missing=[name for name, gone in zip(description.modalities, checked.absent, strict=True) if gone],
-                notes=checked.notes,
-            )
-            record = replace(record, states=[file_state(unfinished / name) for name in record.written])
-            progress.add(record)
-            return record
-
-        before = dict(progress.done)
         skipped = dict(found.problems)
         finished = []
-        for record in for_each(found.cases, work, options, "converting"):
+        for record in job.for_each(
+            found.cases, lambda case: _one(job, case, unfinished, progress, headers), "converting"
+        ):
             if record.problems:
                 skipped[record.name] = record.problems
                 continue
-            report.resumed += record is before.get(record.name)
+            report.resumed += record is resumable.get(record.name)
             finished.append(record)
-        if not any(record.part == "Tr" for record in finished) or (options.strict and skipped):
+        if not any(record.part == "Tr" for record in finished) or (job.options.strict and skipped):
             _refuse(skipped)
         report.fill(finished, skipped)
-        _finish(unfinished, target.name, description, settings, report, options)
-        _replace(target, unfinished, scratch / "old")
+        _finish(unfinished, job, report)
+        _replace(job.target, unfinished, scratch / "old")
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _finish(
-    folder: Path,
-    dataset: str,
-    description: Description,
-    settings: Mapping[str, Any],
-    report: Report,
-    options: Options,
-) -> None:
-    """Remove what belongs to no finished case and write the two tables of contents."""
+def _one(job: Job, case: Case, folder: Path, progress: Progress, headers: Headers) -> CaseRecord:
+    """Check and write one case, unless an interrupted run has finished it."""
+    description = job.description
+    sources = fingerprint(case, job.source)
+    known = progress.done.get(case.name)
+    if known is not None and known.is_of(case, sources):
+        return known
+    record = CaseRecord(case.name, case.part, description.patient_of(case.name), sources)
+    checked = job.check(case, job.options.verify or FULL, headers)
+    if checked.problems:
+        return replace(record, problems=checked.problems)
+    written = write_case(case, checked, description, folder, job.options.mode)
+    missing = [name for name, absent in zip(description.modalities, checked.absent, strict=True) if absent]
+    record = replace(record, images=written.images, label=written.label, missing=missing, notes=checked.notes)
+    record = replace(record, states=[file_state(folder / name) for name in record.written])
+    progress.add(record)
+    return record
+
+
+def _finish(folder: Path, job: Job, report: Report) -> None:
+    """Remove what belongs to no finished case; write ``dataset.json`` and the record of the conversion."""
+    reference = job.options.mode == REFERENCE
     wanted = {name for record in report.cases for name in record.written}
-    for part in ("imagesTr", "labelsTr", "imagesTs", "labelsTs"):
+    for part in PARTS:
         for path in list((folder / part).iterdir()):
             if f"{part}/{path.name}" not in wanted:
                 path.unlink()
-        if part.endswith("Ts") or options.mode == REFERENCE:
-            with suppress(OSError):  # there is something in it
+        if part.endswith("Ts") or reference:
+            with suppress(OSError):  # not empty
                 (folder / part).rmdir()
-    training = [record for record in report.cases if record.part == "Tr"]
-    content = {"name": dataset, **description.dataset_json(len(training))}
-    if options.mode == REFERENCE:
-        content["dataset"] = {record.name: {"images": record.images, "label": record.label} for record in training}
+    content = {"name": job.target.name, **job.description.dataset_json(len(report.training))}
+    if reference:
+        content["dataset"] = {
+            record.name: {"images": record.images, "label": record.label} for record in report.training
+        }
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
-    write_record(folder, settings, report.cases, report.skipped)
+    write_record(folder, job.settings, report.cases, report.skipped)
 
 
 def _replace(target: Path, unfinished: Path, old: Path) -> None:
-    """Let the finished folder take its place in one step; what was there is kept until then."""
+    """Move the finished folder to its place in one step; what was there is kept until then."""
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():
         target.rename(old)
     try:
         unfinished.rename(target)
-    except BaseException:  # an interrupt too: what was there must not be lost
+    except BaseException:  # also for an interrupt: the old data set must not be lost
         if old.exists():
             old.rename(target)
         raise
@@ -321,7 +270,7 @@ def _replace(target: Path, unfinished: Path, old: Path) -> None:
 
 @contextmanager
 def locked(scratch: Path) -> Iterator[None]:
-    """Keep a second run of the same data set away, where the system has locks."""
+    """Refuse a second run of the same data set, where the system has file locks."""
     scratch.mkdir(parents=True, exist_ok=True)
     try:
         import fcntl

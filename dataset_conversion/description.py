@@ -1,4 +1,4 @@
-"""What a converter has to know of a data set, as one declaration; reading it from a file and checking it."""
+"""The description of a data set that a converter needs: its declaration, its checks, and reading it from a file."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any, cast
 
 import yaml
 
-from nnunetv2_mstkd.dataset_conversion.modality_names import canonical_modality
 from nnunetv2_mstkd.errors import InputError, MissingFileError
+
+from .modality_names import canonical_modality
 
 FILE_ENDING = ".nii.gz"
 RECORD_KEY = "mstkd_conversion"
-"""Key of ``dataset.json``, which nnU-Net copies into models and predictions, with what `mstkd restore-labels` needs."""
+"""Key of what `mstkd restore-labels` needs in ``dataset.json``, which nnU-Net copies into models and predictions."""
 
 BACKGROUND = "background"
 IGNORE = "ignore"
@@ -27,14 +28,14 @@ HIGHEST_LABEL = 255
 FILE_KEYS = (
     "modalities", "label", "labels", "regions_class_order", "cases", "test_cases", "remap", "patient",
 )  # fmt: skip
-"""What a description file may hold; the other attributes belong to releases."""
+"""Keys of a description file; the other attributes belong to releases."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Where the images of a release lie: voxels and mm per axis; where known, first voxel (mm) and direction cosines.
+    """The grid of a release's images: voxels and mm per axis and, if known, origin (mm) and direction cosines.
 
-    Axes and signs are ITK's, which counts from right to left and from front to back (LPS).
+    Axes and signs follow ITK's convention, LPS.
     """
 
     name: str
@@ -51,15 +52,15 @@ class Description:
     Attributes
     ----------
     modalities
-        Channel name -> pattern of its file within the case folder (``T1.nii.gz``, ``*_t1.nii.gz``), or several of which
-        one must match; ``{case}`` stands for the name of the case. The order is the order of nnU-Net's channels.
-        nnU-Net normalises by channel name: ``CT`` means CT's normalisation, ``noNorm`` none, a name that it does not
-        know the z-score.
+        Maps each channel to the pattern of its file within the case folder (``T1.nii.gz``, ``*_t1.nii.gz``), or to
+        several of which one must match; ``{case}`` is the name of the case. The order is that of nnU-Net's channels.
+        nnU-Net normalises by channel name: ``CT`` selects its CT normalisation, ``noNorm`` none, any other name the
+        z-score.
     label
         Pattern of the label file within the case folder, or several.
     labels
-        As in nnU-Net's ``dataset.json``: name -> value, or name -> several values for a region. ``background`` is 0,
-        the others are consecutive from 1, ``ignore`` (if there is one) is the highest.
+        As in nnU-Net's ``dataset.json``: maps each label to its value, or each region to several. ``background`` is 0,
+        the others are consecutive from 1, ``ignore`` (optional) is the highest.
     regions_class_order
         With regions: the value that each region writes into a segmentation, in the order of the regions.
     cases
@@ -67,17 +68,17 @@ class Description:
     test_cases
         Names, or patterns of names, of the cases that nnU-Net shall not train on. Their label files are optional.
     remap
-        Value in the label files -> value to write, for releases whose labels are not consecutive (``{4: 3}``). A value
-        that only another one is turned into must not be in the files.
+        Maps values in the label files to values to write, for labels that are not consecutive (``{4: 3}``). A value
+        that only results from remapping must not occur in the files.
     patient
-        Regular expression whose first group, found in the name of a case, names the patient. Cases of one patient are
-        never on both sides of a split. Empty: each case is a patient of its own.
+        Regular expression whose first group in the name of a case is the patient. Cases of one patient are never on
+        both sides of a split. Empty: each case is a separate patient.
     case_names
-        Regular expression for the names of all case folders, which are then looked for at any depth. Releases only.
+        Regular expression for the names of all case folders, which are then searched at any depth. Releases only.
     stack
-        Order of the channels where each case is one file of four dimensions in ``imagesTr``. Releases only.
+        Order of the channels if each case is one file of four dimensions in ``imagesTr``. Releases only.
     release, classes, label_file, grid, small_et_becomes
-        See :class:`nnunetv2_mstkd.dataset_conversion.releases.Release`; ``classes`` are the written values by name.
+        See :class:`.releases.Release`; ``classes`` holds the written values.
 
     Raises
     ------
@@ -126,14 +127,14 @@ class Description:
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> Description:
-        """Make a description of what a JSON or YAML file holds; keys are the attributes' names.
+        """Make a description from the content of a JSON or YAML file, whose keys are the attributes' names.
 
-        Names of known MRI sequences become the ones of :mod:`nnunetv2_mstkd.dataset_conversion.modality_names`.
+        Names of known MRI sequences become those of :mod:`.modality_names`.
 
         Raises
         ------
         ValueError
-            For an unknown key, a missing one, or whatever the class itself refuses.
+            For an unknown or missing key, and for everything that the class itself refuses.
         """
         unknown = [key for key in mapping if key not in FILE_KEYS]
         if unknown:
@@ -148,7 +149,7 @@ class Description:
                 int(key) if str(key).lstrip("-").isdigit() else key: value for key, value in values["remap"].items()
             }
         given = cls(**values)
-        classes = {} if given.regions_class_order else {name: value for name, value in given.regions.items()}
+        classes = {} if given.regions_class_order else dict(given.regions)
         names = {canonical_modality(name): patterns for name, patterns in given.modalities.items()}
         return replace(given, modalities=names, classes=classes)
 
@@ -164,7 +165,7 @@ class Description:
 
     @property
     def value_map(self) -> dict[int, int]:
-        """Every value that a label file of the release may hold -> the value to write."""
+        """Maps every value that a label file of the release may hold to the value to write."""
         targets = set(self.remap.values())
         same = {value: value for value in self.declared_values if value not in targets and value not in self.remap}
         return dict(sorted({**same, **self.remap}.items()))
@@ -189,7 +190,7 @@ class Description:
         return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, RECORD_KEY: self._record()}
 
     def _record(self) -> dict[str, Any]:
-        """What it takes to turn predictions back into segmentations of the release."""
+        """What `mstkd restore-labels` needs to turn predictions back into segmentations of the release."""
         record: dict[str, Any] = {
             "release": self.release or "generic",
             "release_values": {str(written): own for own, written in self.value_map.items()},
@@ -199,7 +200,7 @@ class Description:
         if self.small_et_becomes is not None:
             record["small_et_becomes"] = self.small_et_becomes
         if len(set(self.value_map.values())) < len(self.value_map):
-            del record["release_values"]  # two values became one: there is no way back
+            del record["release_values"]  # two values became one, which cannot be undone
         return record
 
     def _check_labels(self) -> None:
@@ -252,9 +253,9 @@ def read_description(path: Path) -> dict[str, Any]:
     Raises
     ------
     FileNotFoundError
-        If there is no such file.
+        If the file does not exist.
     ValueError
-        If it is of another type, not well-formed, or no mapping.
+        If it has another ending, is not well-formed, or holds no mapping.
     """
     if not path.is_file():
         raise MissingFileError(f"no description {path}: there is no such file")

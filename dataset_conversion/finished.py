@@ -1,96 +1,79 @@
-"""A data set that is already there: whether it is what this run would write, and whether its files are as written."""
+"""Compare a data set that already exists with what a conversion would write, and verify its files."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from nnunetv2_mstkd.dataset_conversion.cases import Case, Found
-from nnunetv2_mstkd.dataset_conversion.checks import HEADER, check_case
-from nnunetv2_mstkd.dataset_conversion.description import Description
-from nnunetv2_mstkd.dataset_conversion.job import Options, Report, for_each, part_of, problem_lines
-from nnunetv2_mstkd.dataset_conversion.progress import CaseRecord, file_state, fingerprint, read_record
 from nnunetv2_mstkd.errors import ExistingFileError
 
+from .cases import Case, Found
+from .checks import FULL, HEADER, check_case
+from .job import Job, Report, problem_lines
+from .progress import CaseRecord, file_state, fingerprint, read_record
 
-def check_finished(
-    target: Path,
-    source: Path,
-    description: Description,
-    settings: Mapping[str, Any],
-    found: Found,
-    options: Options,
-    report: Report,
-) -> None:
-    """Compare a finished data set with what this run would write, and verify its files."""
+
+def check_finished(job: Job, found: Found, report: Report) -> None:
+    """Verify an existing data set and fill the report with its cases.
+
+    Raises
+    ------
+    FileExistsError
+        If it was made by something else, with other settings or from other files, or if its files have changed.
+    """
+    target = job.target
     known = read_record(target)
     if known is None:
-        raise ExistingFileError(f"{target} is already there; --overwrite replaces it")
-    was, records, skipped = known
-    changed = [name for name in settings if was.get(name) != settings[name]]
-    if changed:
-        before, now = was.get(changed[0]), settings[changed[0]]
-        values = f" ({before} there, {now} asked for)" if isinstance(now, (str, int, float)) else ""
-        raise ExistingFileError(f"{target} is already there with another {changed[0]}{values}; --overwrite replaces it")
-    names = {case.name for case in found.cases} | set(found.problems)
+        raise ExistingFileError(f"{target} already exists; --overwrite replaces it")
+    settings, records, skipped = known
+    changed = next((name for name in job.settings if settings.get(name) != job.settings[name]), None)
+    if changed is not None:
+        before, now = settings.get(changed), job.settings[changed]
+        values = f" (found {before}, requested {now})" if isinstance(now, (str, int, float)) else ""
+        raise ExistingFileError(f"{target} already exists with another {changed}{values}; --overwrite replaces it")
+    names = set(found.names)
     gone, new = sorted(set(records) - names), sorted(names - set(records) - set(skipped))
     if gone or new:
         raise ExistingFileError(
-            f"{target} is already there with other cases ({len(new)} new, {len(gone)} gone, such as "
+            f"{target} already exists with other cases ({len(new)} new, {len(gone)} gone, such as "
             f"{(new + gone)[0]}); --overwrite replaces it"
         )
-    by_name = {case.name: case for case in found.cases}
-    level = options.verify or HEADER
 
     def work(case: Case) -> CaseRecord:
         record = records[case.name]
-        if dict(record.sources) != fingerprint(case, source) or record.part != part_of(case):
+        if not record.is_of(case, fingerprint(case, job.source)):
             return replace(record, problems=["its files have changed since it was converted"])
-        return replace(record, problems=_verify_written(target, record, description, level, options))
+        return replace(record, problems=_verify_written(job, record))
 
-    cases = [by_name[name] for name in records if name in by_name]
+    by_name = {case.name: case for case in found.cases}
+    finished = list(job.for_each([by_name[name] for name in records if name in by_name], work, "verifying"))
     bad = {name: lines for name, lines in found.problems.items() if name in records}
-    finished = []
-    for record in for_each(cases, work, options, "verifying"):
-        if record.problems:
-            bad[record.name] = record.problems
-        else:
-            finished.append(record)
+    bad |= {record.name: record.problems for record in finished if record.problems}
     for name in sorted(set(skipped) & set(by_name)):
-        check = check_case(
-            by_name[name], description, allow_missing=options.allow_missing, max_outside=options.max_outside
-        )
-        if not check.problems:
-            bad[name] = ["it was left out, but is good now"]
+        if not job.check(by_name[name], FULL).problems:
+            bad[name] = ["it was left out, but has no problems now"]
     if bad:
-        lines = problem_lines(bad)
-        raise ExistingFileError(
-            f"{target} is not as it should be; --overwrite makes it again:\n  " + "\n  ".join(lines)
-        )
+        lines = "\n  ".join(problem_lines(bad))
+        raise ExistingFileError(f"{target} is damaged or out of date; --overwrite converts it again:\n  {lines}")
     report.was_finished = True
     report.fill(finished, skipped)
 
 
-def _verify_written(
-    target: Path, record: CaseRecord, description: Description, level: str, options: Options
-) -> list[str]:
+def _verify_written(job: Job, record: CaseRecord) -> list[str]:
     """Check the files of one case in a finished data set."""
-    paths = [target / name for name in record.written]  # an absolute path stays as it is
+    level = job.options.verify or HEADER
+    paths = [job.target / name for name in record.written]  # an absolute path stays as it is
     lost = [path for path in paths if not path.is_file()]
     if lost:
-        return [f"{lost[0]} is gone"]
+        return [f"{lost[0]} no longer exists"]
     other = [path for path, state in zip(paths, record.states, strict=True) if file_state(path) != state]
     if other:
-        return [f"{other[0]} is not as it was written: its size, beginning or end has changed"]
+        return [f"{other[0]} has changed since it was written (size, beginning or end)"]
     if level == HEADER:
         return []
     images = tuple(
         None if modality in record.missing else path
-        for modality, path in zip(description.modalities, paths, strict=False)
+        for modality, path in zip(job.description.modalities, paths, strict=False)
     )
     case = Case(record.name, images, paths[-1] if record.label else None, record.part == "Ts")
-    written = replace(description, stack=(), remap={})
-    checked = check_case(case, written, level=level, allow_missing=True, max_outside=options.max_outside)
-    return checked.problems
+    written = replace(job.description, stack=(), remap={})
+    return check_case(case, written, level=level, allow_missing=True, max_outside=job.options.max_outside).problems

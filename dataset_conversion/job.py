@@ -1,64 +1,49 @@
-"""What a conversion is asked for, what it reports, and how it goes through the cases."""
+"""A conversion: what it is asked for, what it reports, and how it works through the cases."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mstkd.dataset_conversion import splits as folds
-from nnunetv2_mstkd.dataset_conversion.cases import Case
-from nnunetv2_mstkd.dataset_conversion.checks import MAX_OUTSIDE
-from nnunetv2_mstkd.dataset_conversion.progress import CaseRecord
-from nnunetv2_mstkd.dataset_conversion.writing import COPY
 from nnunetv2_mstkd.errors import InputError
+
+from .cases import Case
+from .checks import MAX_OUTSIDE, Checked, Headers, check_case
+from .description import Description
+from .progress import CaseRecord
+from .splits import SEED
+from .writing import COPY, REFERENCE
 
 DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert.
+    """How to convert: the options of ``mstkd convert`` of the same names.
 
     Attributes
     ----------
-    mode
-        ``"copy"``, ``"link"`` or ``"reference"``.
     verify
-        ``"full"`` or ``"header"``; None: full, but header for a data set that is already finished.
-    allow_missing
-        Keep cases without some modalities, as zero images.
-    strict
-        Write nothing if any case has a problem, in place of leaving that case out.
-    unlabelled_as_test
-        Take cases without a label as test cases.
-    follow_links
-        Accept files outside the source to which links lead.
-    max_outside
-        Share of a label's voxels that may lie where every image is zero.
-    test_fraction
-        Share of the patients to draw as test cases; 0 for none.
-    seed
-        Of test cases and folds.
+        None: full, but header for a data set that is already finished.
     folds
-        Their number; None for nnU-Net's five, or one per patient where there are fewer.
+        None: nnU-Net's five, or one per patient if there are fewer.
     val_cases
-        One fold that validates on these.
+        Cases of a single fold to validate on.
     split_lists
-        Files of published splits, for :func:`nnunetv2_mstkd.dataset_conversion.splits.read_lists`.
+        Files of published splits, for :func:`.splits.read_lists`.
     write_splits
         False leaves the folds to nnU-Net.
-    overwrite
-        Replace what is there.
-    workers
-        Cases at a time.
     progress
-        Show a bar where there is a terminal to see it.
+        Show a bar if there is a terminal.
     """
 
     mode: str = COPY
@@ -69,7 +54,7 @@ class Options:
     follow_links: bool = False
     max_outside: float = MAX_OUTSIDE
     test_fraction: float = 0.0
-    seed: int = folds.SEED
+    seed: int = SEED
     folds: int | None = None
     val_cases: Sequence[str] = ()
     split_lists: Sequence[Path] = ()
@@ -90,9 +75,65 @@ class Options:
             raise InputError("found --splits and --test-fraction, expected one of them: lists name their test cases")
 
 
+@dataclass(frozen=True)
+class Job:
+    """One conversion: from where, to where, of what and how."""
+
+    source: Path
+    target: Path
+    description: Description
+    options: Options
+
+    def __post_init__(self) -> None:
+        if self.options.mode == REFERENCE and "$" in str(self.source):
+            raise InputError(
+                f"{self.source} has a $, which nnU-Net takes for a variable; --reference needs another path"
+            )
+        if self.options.mode != COPY and self.description.stack:
+            raise InputError(
+                f"{self.description.release} has all channels in one file, so its cases must be written: use --copy"
+            )
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the written files depend on, except the sources, as JSON reads it back."""
+        used = ("mode", "allow_missing", "unlabelled_as_test", "test_fraction", "max_outside")
+        chosen = {name: getattr(self.options, name) for name in used}
+        if self.options.test_fraction:
+            chosen["seed"] = self.options.seed
+        content = {"source": str(self.source), "description": asdict(self.description), **chosen}
+        # as pairs, because mappings are equal whatever their order, and the order of channels and regions counts
+        for key in ("modalities", "labels", "remap"):
+            content["description"][key] = list(getattr(self.description, key).items())
+        return json.loads(json.dumps(content))
+
+    def check(self, case: Case, level: str, headers: Headers | None = None) -> Checked:
+        """Check one case as the options say."""
+        options = self.options
+        return check_case(
+            case,
+            self.description,
+            level=level,
+            allow_missing=options.allow_missing,
+            max_outside=options.max_outside,
+            headers=headers,
+        )
+
+    def for_each(self, cases: Sequence[Case], work: Callable[[Case], CaseRecord], title: str) -> Iterator[CaseRecord]:
+        """Yield ``work(case)`` as the cases are finished; an interrupt waits only for those in work."""
+        pool = ThreadPoolExecutor(self.options.workers)  # threads are enough: file I/O releases the interpreter's lock
+        try:
+            futures: list[Future[CaseRecord]] = [pool.submit(work, case) for case in cases]
+            disable = None if self.options.progress else True
+            for future in tqdm(as_completed(futures), title, len(cases), unit="case", disable=disable, leave=False):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
 @dataclass
 class Report:
-    """What came of a conversion.
+    """Result of a conversion.
 
     Attributes
     ----------
@@ -101,15 +142,15 @@ class Report:
     cases
         All cases in it.
     skipped
-        Cases left out -> why.
+        Maps each case that was left out to the reasons.
     notes
-        Line -> cases that it is true of; none for lines about all.
+        Maps a remark to the cases it applies to; none for general remarks.
     splits_file
-        ``splits_final.json``, if it was written or is as asked for.
+        ``splits_final.json``, if it was written or already holds these folds.
     resumed
-        How many cases an interrupted run had finished.
+        Number of cases that an interrupted run had finished.
     was_finished
-        Whether the data set was there and everything in it is as asked for.
+        Whether the data set already existed, complete and as requested.
     """
 
     folder: Path
@@ -120,8 +161,13 @@ class Report:
     resumed: int = 0
     was_finished: bool = False
 
+    @property
+    def training(self) -> list[CaseRecord]:
+        """The cases to train on."""
+        return [record for record in self.cases if record.part == "Tr"]
+
     def fill(self, finished: Sequence[CaseRecord], skipped: Mapping[str, list[str]]) -> None:
-        """Take over the cases, by name, and collect their notes."""
+        """Set the cases, in the order of their names, and collect their notes."""
         self.cases = sorted(finished, key=lambda record: record.name)
         self.skipped = dict(skipped)
         notes = defaultdict(list, self.notes)
@@ -133,28 +179,10 @@ class Report:
         self.notes = dict(notes)
 
 
-def part_of(case: Case) -> str:
-    """``Tr`` or ``Ts``, as in the names of nnU-Net's folders."""
-    return "Ts" if case.is_test else "Tr"
-
-
-def for_each(
-    cases: Sequence[Case], work: Callable[[Case], CaseRecord], options: Options, what: str
-) -> Iterator[CaseRecord]:
-    """Yield ``work(case)`` as the cases get done; an interrupt waits for those at work only."""
-    pool = ThreadPoolExecutor(options.workers)  # threads do: reading and writing release the interpreter's lock
-    try:
-        futures: list[Future[CaseRecord]] = [pool.submit(work, case) for case in cases]
-        disable = None if options.progress else True
-        for future in tqdm(as_completed(futures), what, len(cases), unit="case", disable=disable, leave=False):
-            yield future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def count(things: Sized, noun: str) -> str:
-    """``2 cases``."""
-    return f"{len(things)} {noun}{'' if len(things) == 1 else 's'}"
+def count(things: Sized | int, noun: str) -> str:
+    """A number with its noun: ``2 cases``."""
+    number = things if isinstance(things, int) else len(things)
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def problem_lines(problems: Mapping[str, Sequence[str]]) -> list[str]:

@@ -6,7 +6,7 @@ import re
 from types import MappingProxyType
 
 BRATS_MODALITIES = ("T1", "T1ce", "T2", "FLAIR")
-"""Names and order of the channels of every BraTS data set that this package writes; nnU-Net's own converters use it."""
+"""Names and order of the channels of every BraTS data set that this package writes, as in nnU-Net's own converters."""
 
 SYNONYMS = MappingProxyType(
     {
@@ -16,7 +16,7 @@ SYNONYMS = MappingProxyType(
         "FLAIR": ("t2f", "t2flair", "flairw", "t2wflair"),
     }
 )
-"""Other names in use, in small letters and without signs."""
+"""Other names in use, in lower case and without signs."""
 
 _BY_KEY = {name.lower(): name for name in SYNONYMS} | {key: name for name, keys in SYNONYMS.items() for key in keys}
 
@@ -24,7 +24,7 @@ _BY_KEY = {name.lower(): name for name in SYNONYMS} | {key: name for name, keys 
 def canonical_modality(name: str) -> str:
     """Return the name that this package gives a sequence: ``T1ce`` for ``t1c``, ``T1_Gd`` or ``t1-post``.
 
-    Upper and lower case, spaces and signs do not matter. A name of no known sequence comes back as it is.
+    Case, spaces and signs are ignored. The name of an unknown sequence is returned unchanged.
 
     >>> canonical_modality("t2-flair")
     'FLAIR'

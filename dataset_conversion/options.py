@@ -1,28 +1,130 @@
-"""The command line of all converters: the same options for each release, as a sub-command or as a script."""
+"""The options of the converters, and what they mean."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
-from nnunetv2_mstkd.dataset_conversion import splits as folds
-from nnunetv2_mstkd.dataset_conversion.checks import LEVELS, MAX_OUTSIDE
-from nnunetv2_mstkd.dataset_conversion.conversion import convert, dataset_name
-from nnunetv2_mstkd.dataset_conversion.description import Description
-from nnunetv2_mstkd.dataset_conversion.job import DEFAULT_WORKERS, Options, Report, count, problem_lines
-from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
-from nnunetv2_mstkd.dataset_conversion.writing import COPY, LINK, REFERENCE
-from nnunetv2_mstkd.errors import run_and_report
+from nnunetv2_mstkd.errors import InputError
 
-EXIT_SKIPPED = 1
-"""The data set was written without some cases."""
+from .checks import LEVELS, MAX_OUTSIDE
+from .description import BACKGROUND, Description, read_description
+from .job import DEFAULT_WORKERS, Options
+from .releases import RELEASES
+from .splits import SEED
+from .writing import COPY, LINK, REFERENCE
+
+GENERIC = "generic"
+"""The converter for data that are described by a small file or by options."""
+
+GENERIC_TITLE = "any data set with one folder per case"
+
+EXAMPLE = """\
+example of a description:
+  {
+    "modalities": {"T1": "T1.nii.gz", "T1ce": "T1POST.nii.gz", "T2": "T2.nii.gz", "FLAIR": "FLAIR.nii.gz"},
+    "label": "GOLD_STANDARD.nii.gz",
+    "labels": {"background": 0, "lesion": 1}
+  }
+{case} in a pattern is the name of the case, and a pattern may name sub-folders (anat/{case}_T1.nii.gz); a list of
+patterns means alternatives. Further keys: regions_class_order, cases, test_cases and patient, as the options of these
+names; remap, from the files' own label values to those to write: {"4": 3}
+
+example of a call:
+  %(prog)s SOURCE -d 501 --name OpenMS --description open_ms.json --val-cases patient26
+"""
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
-    """Add the options that every converter has; `name` is the default for the data set's own."""
+def add_arguments(parser: argparse.ArgumentParser, converter: str) -> None:
+    """Add the options of the converter of a release, or of :data:`GENERIC`."""
+    if converter == GENERIC:
+        _add_common_arguments(parser)
+        _add_description_arguments(parser)
+        parser.formatter_class = argparse.RawDescriptionHelpFormatter
+        parser.epilog = EXAMPLE
+    else:
+        _add_common_arguments(parser, name=RELEASES[converter].title.split(" (")[0].replace(" ", ""))
+        parser.add_argument(
+            "--labels", action="store_true", help="mutually exclusive classes instead of overlapping regions"
+        )
+    parser.set_defaults(converter=converter)
+
+
+def options_of(args: argparse.Namespace) -> Options:
+    """How to convert, from the parsed options."""
+    names = {field.name for field in fields(Options)}
+    return Options(**{name: value for name, value in vars(args).items() if name in names})
+
+
+def description_of(args: argparse.Namespace) -> tuple[Description, dict[str, str]]:
+    """What to convert, from the parsed options, and the modalities that are renamed.
+
+    Raises
+    ------
+    ValueError
+        If an option is malformed, or describes nothing that nnU-Net could train on.
+    """
+    if args.converter == GENERIC:
+        given = described(args)
+        description = Description.from_mapping(given)
+        names = zip(given["modalities"], description.modalities, strict=True)
+        renamed = {own: name for own, name in names if own != name}
+    else:
+        description, renamed = RELEASES[args.converter].description(plain_labels=args.labels), {}
+    return replace(description, test_cases=args.test_cases) if args.test_cases else description, renamed
+
+
+def described(args: argparse.Namespace) -> dict[str, Any]:
+    """The keys of the description file, each replaced by the option of the same meaning if that is given.
+
+    Raises
+    ------
+    ValueError
+        If an option is malformed.
+    """
+    options: dict[str, Any] = {"label": args.label, "cases": args.cases, "patient": args.patient}
+    if args.modality:
+        options["modalities"] = dict(_pairs("--modality", args.modality, "NAME=PATTERN"))
+    if args.classes:
+        classes = _pairs("--class", args.classes, "NAME=VALUE")
+        options["labels"] = {BACKGROUND: 0} | {name: _label_values("--class", values) for name, values in classes}
+    if args.regions_class_order:
+        values = _label_values("--regions-class-order", args.regions_class_order)
+        options["regions_class_order"] = values if isinstance(values, list) else [values]
+    if not args.description and not any(value is not None for value in options.values()):
+        raise InputError("nothing describes the data set; give --description FILE, or --modality, --label and --class")
+    from_file = read_description(args.description) if args.description else {}
+    return from_file | {key: value for key, value in options.items() if value is not None}
+
+
+def _pairs(option: str, given: Sequence[str], form: str) -> list[tuple[str, str]]:
+    pairs = [(name.strip(), value) for name, _, value in (item.partition("=") for item in given)]
+    for item, (name, value) in zip(given, pairs, strict=True):
+        if not name or not value:
+            raise InputError(f"{option} is {item!r}, expected {form}")
+    names = [name for name, _ in pairs]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise InputError(f"{option} names {twice[0]} twice")
+    return pairs
+
+
+def _label_values(option: str, text: str) -> int | list[int]:
+    try:
+        values = [int(value) for value in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} has the value {text!r}, expected integers, separated by commas") from error
+    return values if len(values) > 1 else values[0]
+
+
+# ---- declarations: the names of the arguments are those of Options ---------------------------------------------------
+
+
+def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
+    """Add the options of every converter; `name` is the default name of the data set."""
     parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the data set; it is only read")
     parser.add_argument("-d", "--dataset-id", metavar="ID", type=int, required=True, help="number of the new data set")
     shown = f" (default: {name})" if name else ""
@@ -45,14 +147,14 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = 
     checks.add_argument(
         "--verify",
         choices=LEVELS,
-        help="full: read every file; header: beginnings and ends only (default: full, but header if all is "
+        help="full: read every file; header: beginnings and ends only (default: full, but header if everything is "
         "converted already)",
     )
     checks.add_argument("--strict", action="store_true", help="write nothing if any case has a problem")
     checks.add_argument(
         "--allow-missing",
         action="store_true",
-        help="keep cases without some of the modalities: zero images take their place, and they are listed",
+        help="keep cases that lack some modalities: zero images take their place, and they are listed",
     )
     checks.add_argument(
         "--max-outside",
@@ -74,6 +176,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = 
     )
     group.add_argument(
         "--splits",
+        dest="split_lists",
         metavar="FILE",
         type=Path,
         nargs="+",
@@ -81,7 +184,7 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = 
         help="published splits: train.txt val.txt test.txt (train1.txt ... for several folds), a .csv table with the "
         "columns case and part, or a splits_final.json",
     )
-    group.add_argument("--no-splits", action="store_true", help="leave the folds to nnU-Net")
+    group.add_argument("--no-splits", dest="write_splits", action="store_false", help="leave the folds to nnU-Net")
     group.add_argument("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
     group.add_argument(
         "--test-fraction",
@@ -90,89 +193,39 @@ def add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = 
         default=0.0,
         help="draw this share of the patients as test cases",
     )
-    group.add_argument("--unlabelled-as-test", action="store_true", help="take cases without a label as test cases")
+    group.add_argument("--unlabelled-as-test", action="store_true", help="make cases without a label test cases")
     group.add_argument(
-        "--seed", type=int, default=folds.SEED, help="of folds and test cases (default: %(default)s, as nnU-Net)"
+        "--seed", type=int, default=SEED, help="seed of folds and test cases (default: %(default)s, as in nnU-Net)"
     )
 
 
-def add_release_arguments(parser: argparse.ArgumentParser, release: str) -> None:
-    """Add the options of a release's converter."""
-    add_common_arguments(parser, name=RELEASES[release].title.split(" (")[0].replace(" ", ""))
-    parser.add_argument(
-        "--labels", action="store_true", help="classes that exclude one another, in place of overlapping regions"
+def _add_description_arguments(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "what the data set holds",
+        "A file, or options, or both: an option replaces the key of the same meaning in the file.",
     )
-    parser.set_defaults(release=release)
-
-
-def run_release(args: argparse.Namespace) -> int:
-    """Convert a release as its options say; return the exit code."""
-    description = RELEASES[args.release].description(plain_labels=args.labels)
-    return run_conversion(args, description)
-
-
-def run_conversion(args: argparse.Namespace, description: Description) -> int:
-    """Convert as the options of :func:`add_common_arguments` say, and print what was written and what comes next.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError, FileExistsError
-        As :func:`nnunetv2_mstkd.dataset_conversion.conversion.convert` does.
-    """
-    if args.test_cases:
-        description = replace(description, test_cases=args.test_cases)
-    options = Options(
-        mode=args.mode,
-        verify=args.verify,
-        allow_missing=args.allow_missing,
-        strict=args.strict,
-        unlabelled_as_test=args.unlabelled_as_test,
-        follow_links=args.follow_links,
-        max_outside=args.max_outside,
-        test_fraction=args.test_fraction,
-        seed=args.seed,
-        folds=args.folds,
-        val_cases=args.val_cases,
-        split_lists=args.splits,
-        write_splits=not args.no_splits,
-        overwrite=args.overwrite,
-        workers=args.workers,
+    group.add_argument("--description", metavar="FILE", type=Path, help="JSON or YAML file; see the example below")
+    group.add_argument(
+        "--modality",
+        metavar="NAME=PATTERN",
+        action="append",
+        help="a channel and the pattern of its file in the case folder; repeat it in the order of the channels",
     )
-    report = convert(args.source, description, dataset_name(args.dataset_id, args.name), options)
-    for line in summary(report, description):
-        print(line)
-    print(f"next: nnUNetv2_plan_and_preprocess -d {args.dataset_id} --verify_dataset_integrity")
-    if not report.skipped:
-        return 0
-    lines = "\n  ".join(problem_lines(report.skipped))
-    print(f"{count(report.skipped, 'case')} left out:\n  {lines}", file=sys.stderr)
-    return EXIT_SKIPPED
-
-
-def summary(report: Report, description: Description) -> list[str]:
-    """What to tell the user of a conversion."""
-    training = [case for case in report.cases if case.part == "Tr"]
-    patients = {case.patient for case in training}
-    of = f" of {count(sorted(patients), 'patient')}" if len(patients) < len(training) else ""
-    was = ", already complete" if report.was_finished else ""
-    was = f", {count(range(report.resumed), 'case')} from an interrupted run" if report.resumed else was
-    lines = [
-        f"{report.folder}: {count(training, 'training case')}{of}, "
-        f"{count(range(len(report.cases) - len(training)), 'test case')}, "
-        f"channels {', '.join(description.modalities)}{was}"
-    ]
-    if report.splits_file is not None:
-        lines.append(f"{report.splits_file}: the folds")
-    for note, cases in sorted(report.notes.items()):
-        some = ", ".join(cases[:3]) + (", ..." if len(cases) > 3 else "")
-        lines.append(f"note: {note}" + (f" ({count(cases, 'case')}: {some})" if cases else ""))
-    return lines
-
-
-def main(release: str, argv: Sequence[str] | None = None) -> int:
-    """Run the converter of one release as a script and return its exit code."""
-    parser = argparse.ArgumentParser(
-        prog=f"{release}.py", description=f"Convert {RELEASES[release].title} into nnU-Net's raw format."
+    group.add_argument("--label", metavar="PATTERN", help="pattern of the label file in the case folder")
+    group.add_argument(
+        "--class",
+        dest="classes",
+        metavar="NAME=VALUE[,VALUE...]",
+        action="append",
+        help="a label and its value, or a region and its values; repeat it (background=0 is implied)",
     )
-    add_release_arguments(parser, release)
-    return run_and_report(f"{release}.py", run_release, parser.parse_args(argv))
+    group.add_argument(
+        "--regions-class-order", metavar="VALUE,VALUE...", help="with regions: the value that each one writes"
+    )
+    group.add_argument("--cases", metavar="PATTERN", help="pattern of the case folders within SOURCE (default: '*')")
+    group.add_argument(
+        "--patient",
+        metavar="EXPRESSION",
+        help="regular expression whose group is the patient in the name of a case: '(.*)-[0-9]+'; without it each case "
+        "is a patient",
+    )

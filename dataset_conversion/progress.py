@@ -1,5 +1,4 @@
-"""What is known of a conversion: kept beside the unfinished data set so that a second run goes on, and in the finished
-one so that a second run knows it."""
+"""Records of a conversion: beside an unfinished data set for the next run to resume, in a finished one to verify it."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.dataset_conversion.cases import Case
+from .cases import Case
 
 RECORD = "conversion.json"
 SETTINGS, CASES = "settings.json", "cases.jsonl"
@@ -20,24 +19,25 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One finished case.
+    """One case that was worked on.
 
     Attributes
     ----------
     name, part, patient
-        ``part`` is ``"Tr"`` or ``"Ts"``.
+        The case, ``"Tr"`` or ``"Ts"``, and its patient.
     sources
-        File (relative to the source where it lies in it) -> size in bytes and time of change in nanoseconds.
+        Maps each source file (relative to the source if it is inside) to its size in bytes and time of modification in
+        nanoseconds.
     images, label
-        As :class:`nnunetv2_mstkd.dataset_conversion.writing.Written` has them.
+        The written files, as in :class:`.writing.Written`.
     states
-        Size and checksum of both ends (see :func:`file_state`) of the files in the data set, images first, then label.
+        Size and checksum of both ends (see :func:`file_state`) of the written files, in the order of `written`.
     missing
         Modalities that are zero images.
     notes
-        From the check.
+        Remarks of the check.
     problems
-        Why the case was left out; then it has no images.
+        Why the case was left out; then nothing was written.
     """
 
     name: str
@@ -53,12 +53,16 @@ class CaseRecord:
 
     @property
     def written(self) -> list[str]:
-        """All its files."""
+        """All written files: the images, then the label."""
         return [*self.images, *([self.label] if self.label else [])]
+
+    def is_of(self, case: Case, sources: Mapping[str, list[int]]) -> bool:
+        """Whether it records this case, made from files of this :func:`fingerprint`."""
+        return dict(self.sources) == sources and self.part == case.part
 
 
 def fingerprint(case: Case, source: Path) -> dict[str, list[int]]:
-    """Size and time of change of each file of a case: what tells whether it must be converted again."""
+    """Size and time of modification of each file of a case, which tell whether it must be converted again."""
     found = {}
     for path in case.files:
         state = path.stat()
@@ -82,9 +86,9 @@ class Progress:
     Parameters
     ----------
     folder
-        Holds the record; made if it is not there. Work done with other `settings` is not taken over.
+        Where the record is kept; created if necessary.
     settings
-        All that the written files depend on, but the sources.
+        Everything that the written files depend on, except the sources. Records of other settings are discarded.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
@@ -97,14 +101,14 @@ class Progress:
                 try:
                     record = CaseRecord(**json.loads(line))
                 except (ValueError, TypeError):
-                    break  # the line at which the run was stopped
+                    break  # the line that an interrupted run did not finish
                 self.done[record.name] = record
         folder.mkdir(parents=True, exist_ok=True)
         known.write_text(json.dumps(settings), encoding="utf-8")
         self._file.write_text("".join(_line(record) for record in self.done.values()), encoding="utf-8")
 
     def add(self, record: CaseRecord) -> None:
-        """Remember a case whose files are all written; several threads may call it."""
+        """Record a case whose files are all written; thread-safe."""
         with self._lock:
             with self._file.open("a", encoding="utf-8") as file:
                 file.write(_line(record))
@@ -125,7 +129,7 @@ def write_record(
 
 
 def read_record(folder: Path) -> tuple[dict[str, Any], dict[str, CaseRecord], dict[str, list[str]]] | None:
-    """Return settings, cases and skipped cases of a finished data set, or None if this package did not write it."""
+    """Return settings, cases and skipped cases of a finished data set; None if this package did not write it."""
     content = _read(folder / RECORD)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None

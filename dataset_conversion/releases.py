@@ -1,4 +1,4 @@
-"""The releases as one table: names of files and cases, label values, regions, grid. Adding a release is adding a row.
+"""All releases as one table: names of files and cases, label values, regions, grid. A new release is a new row.
 
 Sources: the pages and official repositories of the challenges, and headers of cases of each grid; BraTS 2018 to 2020:
 https://www.med.upenn.edu/cbica/brats2020/data.html; BraTS 2023 and later: https://www.synapse.org/brats; the regions of
@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from nnunetv2_mstkd.dataset_conversion.description import BACKGROUND, Description, Grid
-from nnunetv2_mstkd.dataset_conversion.modality_names import BRATS_MODALITIES
+from .description import BACKGROUND, Description, Grid
+from .modality_names import BRATS_MODALITIES
 
 SRI24 = Grid(
     "SRI24", (240, 240, 155), (1.0, 1.0, 1.0), (0.0, -239.0, 0.0), (1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0)
@@ -32,31 +32,31 @@ class Release:
     Attributes
     ----------
     title
-        For messages and pages.
+        Name for messages and help.
     case_names
-        Regular expression for the names of cases; its group ``patient``, if there is one, names the patient.
+        Regular expression for the names of cases; its group ``patient``, if present, is the patient.
     example
         A name that it matches.
     modalities
-        Channel name -> patterns of its file, ``{case}`` being the name of the case.
+        Maps each channel to patterns of its file, in which ``{case}`` is the name of the case.
     label
         Patterns of the label file.
     label_file
-        The name under which a segmentation of this release is stored.
+        File name of a segmentation of this release.
     classes
-        Name -> the release's own value.
+        Maps each class to the release's own value.
     regions
-        Name -> classes that it is made of, in the order of nnU-Net's output channels.
+        Maps each region to its classes, in the order of nnU-Net's output channels.
     writes
-        The class that each region writes into a segmentation; later regions write over earlier ones.
+        The class that each region writes into a segmentation; later regions overwrite earlier ones.
     grid
-        Where all images lie; None where cases keep their own grids.
+        The grid of all images; None if each case has its own.
     small_et_becomes
-        The class that takes the place of an enhancing tumour too small to be believed.
-    page
-        Of the documentation.
+        The class that replaces an enhancing tumour too small to be plausible.
+    family
+        Name of the script that converts it, and of its page in the documentation.
     stack
-        Order of the channels in files of four dimensions.
+        Order of the channels if a case is one file of four dimensions.
     """
 
     title: str
@@ -70,24 +70,18 @@ class Release:
     writes: Sequence[str]
     grid: Grid | None
     small_et_becomes: str
-    page: str
+    family: str
     stack: Sequence[str] = ()
     name: str = ""
 
     @property
     def written_values(self) -> dict[str, int]:
-        """Class name -> value in the data set: the release's own, closed up where they have gaps (4 becomes 3)."""
+        """Maps each class to its value in the data set: the release's own, without gaps (4 becomes 3)."""
         names = sorted(self.classes, key=lambda name: self.classes[name])
         return {name: value for value, name in enumerate(names, start=1)}
 
     def description(self, *, plain_labels: bool = False) -> Description:
-        """What the converter needs.
-
-        Parameters
-        ----------
-        plain_labels
-            Classes that exclude one another, in place of regions.
-        """
+        """The release as the converter needs it: with overlapping regions, or with its classes as `plain_labels`."""
         written = self.written_values
         labels: dict[str, int | Sequence[int]] = {BACKGROUND: 0}
         if plain_labels:
@@ -130,7 +124,7 @@ _GLIOMA = {
     "small_et_becomes": "NCR",
 }
 _WITH_CAVITY = {
-    "regions": {**_GLIOMA["regions"], RC: ("RC",)},  # the cavity is no part of the whole tumour
+    "regions": {**_GLIOMA["regions"], RC: ("RC",)},  # the cavity is not part of the whole tumour
     "writes": (*_GLIOMA["writes"], "RC"),
     "small_et_becomes": "NCR",
 }
@@ -138,7 +132,7 @@ _FOUR_IS_ET = {"NCR": 1, "ED": 2, "ET": 4}
 _THREE_IS_ET = {"NCR": 1, "ED": 2, "ET": 3}
 
 
-def _before_2023(title: str, case_names: str, example: str, page: str = "brats", **others) -> Release:
+def _before_2023(title: str, case_names: str, example: str, family: str = "brats", **others) -> Release:
     values = {
         "modalities": _files("_", BEFORE_2023),
         "label": ("{case}_seg.nii*",),
@@ -148,7 +142,7 @@ def _before_2023(title: str, case_names: str, example: str, page: str = "brats",
         **_GLIOMA,
         **others,
     }
-    return Release(title, case_names, example, page=page, **values)
+    return Release(title, case_names, example, family=family, **values)
 
 
 def _since_2023(
@@ -163,14 +157,14 @@ def _since_2023(
         **(_WITH_CAVITY if "RC" in classes else _GLIOMA),
         **others,
     }
-    return Release(title, classes=classes, grid=grid, page="brats", **values)
+    return Release(title, classes=classes, grid=grid, family="brats", **values)
 
 
 _FETS = {
     "case_names": r"FeTS2022_\d{5}",
     "example": "FeTS2022_00000",
-    "page": "fets",
-    # the second forms are those of the containers of task 2
+    "family": "fets",
+    # the second forms are used in the containers of task 2
     "modalities": _files("_", BEFORE_2023, also="_brain_"),
     "label": ("{case}_seg.nii*", "{case}_final_seg.nii*"),
 }
@@ -182,7 +176,7 @@ _TABLE = {
         "BraTS 2020",
         r"BraTS20_(?:Training|Validation|Testing)_\d{3}",
         "BraTS20_Training_001",
-        # case 355 of one copy in circulation has its segmentation under the rater's name
+        # in one copy in circulation the segmentation of case 355 is named after the rater
         label=("{case}_seg.nii*", "W39_1998.09.19_Segm.nii*"),
     ),
     "brats2021": _before_2023("BraTS 2021", r"BraTS2021_\d{5}", "BraTS2021_00000"),
@@ -214,14 +208,14 @@ _TABLE = {
         label_file="{case}.nii.gz",
         classes={"ED": 1, "NCR": 2, "ET": 3},
         grid=Grid("MSD's", (240, 240, 155), (1.0, 1.0, 1.0)),
-        page="msd",
+        family="msd",
         stack=("FLAIR", "T1", "T1ce", "T2"),
         **_GLIOMA,
     ),
 }
 
 RELEASES: Mapping[str, Release] = {name: replace(release, name=name) for name, release in _TABLE.items()}
-"""The table, by the names of the sub-commands and scripts."""
+"""The table; its keys are the names of the sub-commands."""
 
 
 def releases_of_case(case: str) -> list[str]:
@@ -230,7 +224,7 @@ def releases_of_case(case: str) -> list[str]:
 
 
 def meaning_of_value(value: int) -> str:
-    """Say what a label value is in the releases that have it: ``4 is ET in brats2018, RC in brats2024_gli``; or ''."""
+    """The meaning of a label value: ``4 is ET in brats2018, RC in brats2024_gli``; empty if no release has it."""
     by_class: dict[str, list[str]] = {}
     for name, release in RELEASES.items():
         for label, own in release.classes.items():

@@ -1,10 +1,10 @@
-"""From predictions back to a release's own label values and file names."""
+"""Turn predictions back into the label values and file names of a release."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 import SimpleITK as sitk
 
-from nnunetv2_mstkd.dataset_conversion.description import HIGHEST_LABEL, RECORD_KEY
-from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
-from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.completeness import check_complete
-from nnunetv2_mstkd.images.geometry import Geometry, geometry_of, read_image
-from nnunetv2_mstkd.nnunet.file_names import check_file_name
+from nnunetv2_mstkd.images.geometry import geometry_of, read_image
+from nnunetv2_mstkd.nnunet.folders import check_file_name
+
+from .description import HIGHEST_LABEL, RECORD_KEY
+from .releases import RELEASES
 
 ET = "ET"
 
@@ -29,11 +30,11 @@ class Restoration:
     Attributes
     ----------
     values
-        Value in a prediction -> value of the release; no two become one.
+        Maps each value in a prediction to a different value of the release.
     label_file
         Name of a segmentation, with ``{case}``.
     enhancing, small_et_becomes
-        Values in a prediction: the enhancing tumour, and what takes its place where it is too small; None where the
+        Values in a prediction: the enhancing tumour, and the class that replaces one that is too small; None if the
         data set has none.
     """
 
@@ -42,6 +43,11 @@ class Restoration:
     enhancing: int | None = None
     small_et_becomes: int | None = None
 
+    @property
+    def changes(self) -> str:
+        """The values that change, for people."""
+        return ", ".join(f"{value} -> {own}" for value, own in self.values.items() if value != own) or "none"
+
 
 def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> Restoration:
     """Read from ``dataset.json`` how its predictions are turned back.
@@ -49,14 +55,14 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
     Parameters
     ----------
     dataset_json
-        Of a data set that this package converted, or of a model trained on it.
+        From a data set that this package converted, or from a model trained on it.
     release
         Another release whose values and file names to write; classes are matched by name.
 
     Raises
     ------
     ValueError
-        If the data set was not converted by this package, two of its values were one, or `release` lacks a class.
+        If the data set was not converted by this package, two of its values became one, or `release` lacks a class.
     """
     record = dataset_json.get(RECORD_KEY)
     if not isinstance(record, Mapping):
@@ -76,7 +82,7 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
     if "release_values" not in record:
         raise InputError("several values of the release became one in this data set, so there is no way back")
     values = {int(written): own for written, own in _values(record["release_values"], "release_values").items()}
-    # the file may be a stranger's, and this is where the segmentations go
+    # the file may come from a stranger, and this name decides where the segmentations go
     label_file = check_file_name(record.get("label_file"), f"label_file in {RECORD_KEY} of dataset.json")
     if "{case}" not in label_file:
         raise InputError(f"label_file in {RECORD_KEY} of dataset.json is {label_file!r}, expected a name with {{case}}")
@@ -84,7 +90,7 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
 
 
 def _values(table: Any, name: str) -> dict[str, int]:
-    """A table of labels, checked: they are written as uint8."""
+    """A mapping of labels, checked: they are written as uint8."""
     wrong = not isinstance(table, Mapping) or any(
         isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= HIGHEST_LABEL
         for value in table.values()
@@ -96,38 +102,72 @@ def _values(table: Any, name: str) -> dict[str, int]:
     return dict(table)
 
 
-def restore_file(
-    prediction: Path, target: Path, how: Restoration, change: Callable[[np.ndarray], np.ndarray] | None = None
-) -> None:
-    """Write one prediction with the release's values, and read it back to see that nothing was lost.
+def restore_folder(
+    predictions: Path, output: Path, how: Restoration, *, ending: str, min_enhancing: int | None = None
+) -> tuple[int, list[str]]:
+    """Restore all predictions of a folder.
 
     Parameters
     ----------
-    prediction
-        Segmentation with the data set's values.
-    target
-        File to write, in one step.
+    predictions
+        Folder of segmentations; it is only read.
+    output
+        Folder for the restored ones; created if necessary.
     how
         From :func:`restoration`.
-    change
-        Applied to the prediction first, integers in SimpleITK's order (z, y, x): a post-processing.
+    ending
+        File ending of the predictions.
+    min_enhancing
+        Post-processing: an enhancing tumour of fewer voxels becomes the class that the release's table names.
+
+    Returns
+    -------
+    The number of restored files, and a line for each that was left out.
+
+    Raises
+    ------
+    FileNotFoundError
+        If the folder holds no segmentations.
+    ValueError
+        If the post-processing is impossible.
+    """
+    if min_enhancing is not None and min_enhancing < 1:
+        raise InputError(f"--min-et is {min_enhancing}, expected at least 1")
+    if min_enhancing is not None and (how.enhancing is None or how.small_et_becomes is None):
+        raise InputError("--min-et: the data set has no class ET, or no class that replaces it")
+    files = [path for path in sorted(predictions.glob(f"*{ending}")) if not path.name.startswith(".")]
+    if not files:
+        raise MissingFileError(f"no segmentation *{ending} in {predictions}")
+    output.mkdir(parents=True, exist_ok=True)
+    problems = []
+    for path in files:
+        target = output / how.label_file.replace("{case}", path.name.removesuffix(ending))
+        try:
+            restore_file(path, target, how, min_enhancing or 0)
+        except ValueError as error:
+            problems.append(f"{path.name} {error}")
+    return len(files) - len(problems), problems
+
+
+def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing: int = 0) -> None:
+    """Write one prediction with the release's values atomically, and read it back to verify it.
 
     Raises
     ------
     ValueError
-        If the file cannot be read, has a value that is none of the data set's, or is not the same when turned into the
-        data set's values again. The message begins with a verb.
+        If the file cannot be read, has an unknown value, or differs when turned back into the data set's values. The
+        message begins with a verb.
     """
     check_complete(prediction)
     image = read_image(prediction)
     stored = sitk.GetArrayFromImage(image)
-    found = np.unique(stored)
-    wrong = [f"{value:g}" for value in found.tolist() if value not in how.values]
+    wrong = [f"{value:g}" for value in np.unique(stored).tolist() if value not in how.values]
     if wrong:
         raise InputError(f"holds {', '.join(wrong)}, expected the data set's values {sorted(how.values)}")
     segmentation = stored.astype(np.uint8)
-    if change is not None:
-        segmentation = change(segmentation)
+    enhancing = segmentation == how.enhancing
+    if 0 < np.count_nonzero(enhancing) < min_enhancing:
+        segmentation[enhancing] = how.small_et_becomes
     restored = sitk.GetImageFromArray(_mapped(segmentation, how.values))
     restored.CopyInformation(image)
     unfinished = target.with_name(f".{os.getpid()}.{target.name}")
@@ -139,7 +179,7 @@ def restore_file(
         if not (
             set(np.unique(values).tolist()) <= set(back)
             and np.array_equal(_mapped(values, back), segmentation)
-            and not _grid(image).differences(_grid(again))
+            and not geometry_of(image).differences(geometry_of(again))
         ):
             raise InputError("is not the same when turned into the data set's values again")
         os.replace(unfinished, target)
@@ -152,7 +192,3 @@ def _mapped(values: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
     for value, other in mapping.items():
         table[value] = other
     return table[values]
-
-
-def _grid(image: sitk.Image) -> Geometry:
-    return geometry_of(image)

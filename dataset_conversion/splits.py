@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,16 +11,16 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.nnunet.splits import read_splits
 
 MAX_FOLDS = 5
 SEED = 12345
-"""nnU-Net's own, so that five folds of one data set are the same with and without this module."""
+"""nnU-Net's own seed, so that five folds of a data set are the same with and without this module."""
 
 Splits = list[dict[str, list[str]]]
-"""What ``splits_final.json`` holds: for each fold the cases to train on and those to validate on."""
+"""Content of ``splits_final.json``: for each fold the cases to train on and those to validate on."""
 
-PARTS = ("train", "val", "test")
 CASE_COLUMNS = ("case", "name", "id", "subject_id", "case_id", "subject", "brats_id")
 PART_COLUMNS = ("part", "split", "set", "subset")
 
@@ -33,23 +32,23 @@ def cross_validation(
     *,
     patient_of: Callable[[str], str] = str,
 ) -> Splits:
-    """Deal the patients out to folds of equal size, each validating once.
+    """Divide the patients into folds of equal size, each of which validates once.
 
     Parameters
     ----------
     cases
         Names of the training cases.
     folds
-        How many; default 5, or as many as there are patients.
+        Number of folds; default 5, or one per patient if there are fewer.
     seed
-        Of the order in which the patients are dealt out.
+        Seed of the random order of the patients.
     patient_of
-        Name of a case -> its patient. By default each case is one: then the folds are those of nnU-Net.
+        Maps a case to its patient. By default each case is one: then the folds are those of nnU-Net.
 
     Raises
     ------
     ValueError
-        If there are not 2 folds to one per patient.
+        If there are fewer than 2 folds or more than one per patient.
     """
     by_patient = _by_patient(cases, patient_of)
     patients = sorted(by_patient)
@@ -58,14 +57,13 @@ def cross_validation(
         things = "training cases" if len(patients) == len(cases) else f"patients ({len(cases)} training cases)"
         one = "case" if len(patients) == len(cases) else "patient"
         raise InputError(f"{folds} folds of {len(patients)} {things}, expected at least 2 and at most one per {one}")
-    # Imported here because it brings scikit-learn, which only this needs.
-    from nnunetv2.utilities.crossval_split import generate_crossval_split
-
-    splits = generate_crossval_split(patients, seed=seed, n_splits=folds)
-    return [
-        {part: sorted(case for patient in fold[part] for case in by_patient[str(patient)]) for part in ("train", "val")}
-        for fold in splits
-    ]
+    # the draw of scikit-learn's KFold, which nnU-Net uses
+    order = np.random.RandomState(seed).permutation(len(patients))
+    splits = []
+    for held_out in np.array_split(order, folds):
+        validation = {case for number in held_out for case in by_patient[patients[number]]}
+        splits.append({"train": sorted(set(cases) - validation), "val": sorted(validation)})
+    return splits
 
 
 def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Callable[[str], str] = str) -> Splits:
@@ -90,7 +88,7 @@ def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Cal
 def draw_test_cases(
     cases: Sequence[str], fraction: float, seed: int = SEED, *, patient_of: Callable[[str], str] = str
 ) -> list[str]:
-    """Draw the cases of a share of the patients, at least one, at random.
+    """Draw the cases of a share of the patients, at least one patient, at random.
 
     Raises
     ------
@@ -124,21 +122,21 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
     Parameters
     ----------
     files
-        Either text files with one case per line, whose names begin with ``train``, ``val`` and ``test`` and may go on
-        with the number of the fold (``train1.txt``; RFNet's format, folders before the case names do not matter); or
-        one table ``.csv`` with a column for the case and one for the part (``train``, ``val``, ``test``); or one
-        ``.json`` as nnU-Net's ``splits_final.json``.
+        Either text files with one case per line, whose names begin with ``train``, ``val`` and ``test`` and may
+        continue with the number of the fold (``train1.txt``; RFNet's format; folders before the case names are
+        ignored); or one table ``.csv`` with a column for the case and one for the part (``train``, ``val``, ``test``);
+        or one ``.json`` like nnU-Net's ``splits_final.json``.
 
     Returns
     -------
-    The folds, and the test cases. Where a fold has no list of validation cases, it validates on the test cases.
+    The folds, and the test cases. A fold without a list of validation cases validates on the test cases.
 
     Raises
     ------
     FileNotFoundError
-        If a file is not there.
+        If a file does not exist.
     ValueError
-        If a file is not of these forms, a case is in two parts, or folds differ in their test cases.
+        If a file has another form, a case is in two parts, or folds differ in their test cases.
     """
     parts: dict[int, dict[str, list[str]]] = defaultdict(dict)
     for file in files:
@@ -146,49 +144,43 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
             raise MissingFileError(f"no file {file}")
         suffix = file.suffix.lower()
         if suffix == ".json":
-            for number, fold in enumerate(_read_json(file)):
-                parts[number] = fold
+            parts.update(enumerate(read_splits(file)))
         elif suffix == ".csv" and (table := _read_table(file)):
             parts[0] |= table
         else:
-            match = re.match(r"(train|val|test)[a-z]*[-_]?(\d*)", file.stem.lower())
-            if match is None or suffix not in (".txt", ".csv"):
-                raise InputError(
-                    f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt, a .csv table with the "
-                    f"columns case and part, or nnU-Net's splits_final.json"
-                )
-            names = [line.strip().strip(",") for line in file.read_text(encoding="utf-8").splitlines()]
-            number, part = int(match[2] or 0), match[1]
+            number, part, names = _read_text(file)
             if part in parts[number]:
                 raise InputError(f"{file} is a second list of {part} cases for one fold")
-            parts[number][part] = [PurePosixPath(name.replace("\\", "/")).name for name in names if name]
-    folds, tests = [], []
-    for number in sorted(parts):
-        fold = parts[number]
-        test = fold.get("test", [])
-        if "val" not in fold and test:
-            fold, test = {**fold, "val": test}, []
-        if not fold.get("train") or not fold.get("val"):
-            raise InputError(f"{', '.join(map(str, files))}: no train or no val cases, expected lists of both")
-        shared = (set(fold["train"]) & set(fold["val"])) | (set(test) & {*fold["train"], *fold["val"]})
-        if shared:
-            raise InputError(f"{', '.join(map(str, files))}: {_some(sorted(shared))} in more than one part")
-        folds.append({"train": sorted(set(fold["train"])), "val": sorted(set(fold["val"]))})
-        tests.append(sorted(set(test)))
+            parts[number][part] = names
+    where = ", ".join(map(str, files))
+    found = [_checked_fold(parts[number], where) for number in sorted(parts)]
+    tests = [test for _, test in found]
     if any(test != tests[0] for test in tests):
         raise InputError(
-            f"the {len(folds)} splits have different test cases, of which a data set can have one set only; convert "
+            f"the {len(found)} splits have different test cases, of which a data set can have one set only; convert "
             "one data set per split"
         )
-    return folds, tests[0]
+    return [fold for fold, _ in found], tests[0]
+
+
+def _checked_fold(parts: Mapping[str, list[str]], where: str) -> tuple[dict[str, list[str]], list[str]]:
+    """Training and validation cases of a fold, and its test cases."""
+    train, test = parts.get("train", []), parts.get("test", [])
+    validation, test = (parts["val"], test) if "val" in parts else (test, [])
+    if not train or not validation:
+        raise InputError(f"{where}: no train or no val cases, expected lists of both")
+    shared = (set(train) & set(validation)) | (set(test) & {*train, *validation})
+    if shared:
+        raise InputError(f"{where}: {_some(sorted(shared))} in more than one part")
+    return {"train": sorted(set(train)), "val": sorted(set(validation))}, sorted(set(test))
 
 
 def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[str]) -> None:
-    """Raise ValueError if lists name cases that are not there."""
+    """Raise ValueError if lists name cases that do not exist."""
     named = {*test, *(case for fold in splits for part in fold.values() for case in part)}
     unknown = sorted(named - set(cases))
     if unknown:
-        raise InputError(f"the lists name {len(unknown)} of {len(named)} cases that are not there: {_some(unknown)}")
+        raise InputError(f"the lists name {len(unknown)} of {len(named)} cases that do not exist: {_some(unknown)}")
 
 
 def without(splits: Splits, skipped: Iterable[str]) -> Splits:
@@ -198,30 +190,21 @@ def without(splits: Splits, skipped: Iterable[str]) -> Splits:
 
 
 def write_splits(splits: Splits, path: Path) -> None:
-    """Write ``splits_final.json`` in one step, making its folder where it is absent."""
+    """Write ``splits_final.json`` atomically; its folder is created if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(path) as scratch:
-        scratch.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
+    write_json(path, splits, indent=4)
 
 
-def read_splits(path: Path) -> Splits | None:
-    """Read ``splits_final.json``; None if it is not there or of another form."""
+def present_splits(path: Path) -> Splits | None:
+    """The content of ``splits_final.json``; None if it does not exist or has another form."""
     try:
-        return _read_json(path)
+        return read_splits(path)
     except (OSError, ValueError):
         return None
 
 
-def _read_json(file: Path) -> Splits:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return [{part: [str(case) for case in fold[part]] for part in PARTS if part in fold} for fold in content]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file} is not as nnU-Net's splits_final.json: {' '.join(str(error).split())}") from error
-
-
 def _read_table(file: Path) -> Mapping[str, list[str]] | None:
-    """The parts of a table, or None if its first line names no column of cases and one of parts."""
+    """The parts of a table; None if its first line names no column of cases or none of parts."""
     with file.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream)
         columns = {name.strip().lower(): name for name in reader.fieldnames or []}
@@ -236,6 +219,18 @@ def _read_table(file: Path) -> Mapping[str, list[str]] | None:
                 raise InputError(f"{file} puts {row[case]} into {row[part]!r}, expected train, val or test")
             found[match[0]].append(PurePosixPath(row[case].strip()).name)
     return found
+
+
+def _read_text(file: Path) -> tuple[int, str, list[str]]:
+    """The number of the fold, the part and the cases of a list with one case per line."""
+    match = re.match(r"(train|val|test)[a-z]*[-_]?(\d*)", file.stem.lower())
+    if match is None or file.suffix.lower() not in (".txt", ".csv"):
+        raise InputError(
+            f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt, a .csv table with the columns "
+            "case and part, or nnU-Net's splits_final.json"
+        )
+    names = [line.strip().strip(",") for line in file.read_text(encoding="utf-8").splitlines()]
+    return int(match[2] or 0), match[1], [PurePosixPath(name.replace("\\", "/")).name for name in names if name]
 
 
 def _by_patient(cases: Sequence[str], patient_of: Callable[[str], str]) -> dict[str, list[str]]:

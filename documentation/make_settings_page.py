@@ -1,4 +1,4 @@
-"""Write documentation/settings.md from the dataclasses in nnunetv2_mstkd/settings.py and the texts below their fields.
+"""Write documentation/settings.md from the sections of all methods and the texts below their fields.
 
 python documentation/make_settings_page.py
 """
@@ -8,37 +8,48 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import textwrap
 from pathlib import Path
 
-from nnunetv2_mstkd.training import settings
+from nnunetv2_mstkd.methods.registry import trainers
+from nnunetv2_mstkd.training.settings import RENAMED, Section, known_sections
 
 PAGE = Path(__file__).with_name("settings.md")
 HEAD = """# Settings: the `"mstkd"` block of a plans configuration
 
-One table per section. `mstkd configure --set section.key=value` writes a complete block into a new configuration; keys
-that are not given keep the parent configuration's value, or the default. This page is made by
+One table per section. `mstkd configure --set section.key=value` writes a block into a new configuration; keys that are
+not given keep the parent configuration's value, or the default. This page is made by
 `documentation/make_settings_page.py`.
 """
 
 
+def table(section: type[Section]) -> list[str]:
+    """The rows of a section: key, default and the text below its field."""
+    defaults = section().to_dict()
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0].body  # type: ignore[attr-defined]
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for statement, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(statement, ast.AnnAssign) and statement.target.id in defaults:
+            key = statement.target.id
+            text = " ".join(following.value.value.split()).replace("``", "`").replace("|", "\\|")
+            rows.append(f"| `{key}` | `{json.dumps(defaults[key])}` | {text} |")
+    return rows
+
+
 def page() -> str:
     """The whole page as text."""
-    classes = {
-        node.name: node for node in ast.parse(inspect.getsource(settings)).body if isinstance(node, ast.ClassDef)
-    }
-    defaults = settings.Settings().to_block()
+    own = [trainer for trainer in trainers().values() if trainer.__module__.startswith("nnunetv2_mstkd.")]
     lines = [HEAD]
-    for section, dataclass in settings.SECTIONS.items():
-        intro = (inspect.getdoc(dataclass) or "").split("\n\n")[0].replace("\n", " ").replace(":class:", "")
-        lines += [f"## `{section}`", "", intro.replace("``", "`"), "", "| key | default | meaning |", "|---|---|---|"]
-        body = classes[dataclass.__name__].body
-        for statement, following in zip(body, [*body[1:], None], strict=True):
-            if isinstance(statement, ast.AnnAssign) and statement.target.id in defaults[section]:
-                key = statement.target.id
-                text = " ".join(following.value.value.split()).replace("``", "`").replace("|", "\\|")
-                lines.append(f"| `{key}` | `{json.dumps(defaults[section][key])}` | {text} |")
-        lines.append("")
-    return "\n".join(lines)
+    for name, section in known_sections().items():
+        users = [trainer.__name__ for trainer in own if section in trainer.all_sections()]
+        if not users:
+            continue
+        intro = (inspect.getdoc(section) or "").split("\n\n")[0].replace("\n", " ").replace(":class:", "")
+        used = "all trainers" if len(users) == len(own) else ", ".join(f"`{user}`" for user in users)
+        lines += [f"## `{name}`", "", intro.replace("``", "`"), "", f"Read by {used}.", "", *table(section), ""]
+    lines += ["## Renamed keys", "", "Names of earlier versions are still read.", "", "| was | is |", "|---|---|"]
+    lines += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

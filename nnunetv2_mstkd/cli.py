@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import warnings
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import nnunetv2_mstkd
-from nnunetv2_mstkd.errors import run_and_report
+from nnunetv2_mstkd.errors import did_you_mean, run_and_report
 
 COMMANDS = {
     "demo": "run the whole method on a small synthetic data set",
@@ -30,20 +32,84 @@ COMMANDS = {
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """Parser of a command and of its sub-commands: errors are one line, and options are never guessed.
+
+    Options are spelled as in nnU-Net where it has them (``-device``, ``--disable_tta``) and in the usual way elsewhere
+    (``--dry-run``). Both styles work for every option: ``--device`` and ``--disable-tta`` too. Help shows one spelling.
+    Abbreviations are errors.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse `args`. Unknown arguments are errors of the sub-command, where argparse names the outer parser."""
+        spelled = self._spelled_as_declared(sys.argv[1:] if args is None else args)
+        known, rest = super().parse_known_args(spelled, namespace)
+        if rest:
+            self.error(f"unexpected argument {rest[0]!r}{self._usage_hint()}")
+        return known, rest
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line instead of argparse's usage, and exit with code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def _spelled_as_declared(self, args: Sequence[str]) -> list[str]:
+        """Replace other spellings of options by the declared ones; an unknown option is an error.
+
+        argparse would report a missing argument first, and accepts ``-dev`` for ``-device`` without ``allow_abbrev``.
+        """
+        args = list(args)
+        for place, arg in enumerate(args):
+            if arg == "--" or (self._subparsers is not None and not arg.startswith("-")):
+                break  # what follows a command's name belongs to that command
+            name, equals, value = arg.partition("=")
+            if name in self._option_string_actions or not _is_option(name):
+                continue
+            same = [option for option in self._option_string_actions if _spelling(option) == _spelling(name)]
+            if same:
+                args[place] = same[0] + equals + value
+                continue
+            hint = did_you_mean(name, [option for option in self._option_string_actions if len(option) > 2])
+            if name[:2] in self._option_string_actions and not hint:
+                continue  # -d901
+            letter = f"-{name.lstrip('-')[:1]}"  # --input
+            if not hint and letter in self._option_string_actions:
+                hint = f" (did you mean {letter!r}?)"
+            self.error(f"unknown option {name}{hint}{self._usage_hint()}")
+        return args
+
+    def _usage_hint(self) -> str:
+        """Return the usage of a command with positional arguments, which are easily mistaken for options."""
+        names = [str(action.metavar or action.dest) for action in self._get_positional_actions()]
+        return f"; usage: {self.prog} {' '.join(names)} [options]" if names and self._subparsers is None else ""
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices:
+            return
+        known = [str(choice) for choice in action.choices]
+        if not isinstance(action, argparse._SubParsersAction):
+            raise argparse.ArgumentError(action, f"unknown value {value!r}; known are {', '.join(known)}")
+        kind = str(action.metavar).lower()
+        hint = did_you_mean(str(value), known)
+        raise argparse.ArgumentError(None, f"unknown {kind} {value!r}{hint}; known are {', '.join(known)}")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mstkd`` with the arguments `argv` (default: those of the process) and return its exit code."""
     args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+    # From timm, which nnU-Net's trainer look-up imports; users can do nothing about it.
+    warnings.filterwarnings("ignore", r"`torch\.jit\.interface` is deprecated", FutureWarning)
     return run_and_report(f"mstkd {args.command}", args.run, args)
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> Parser:
     """Return the parser for `argv`; of the sub-commands only the one asked for is imported."""
-    parser = argparse.ArgumentParser(
-        prog="mstkd", description="Missing-modality segmentation for nnU-Net v2.", allow_abbrev=False
-    )
+    parser = Parser(prog="mstkd", description="Missing-modality segmentation for nnU-Net v2.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {nnunetv2_mstkd.__version__}")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    subparsers = parser.add_subparsers(dest="command", metavar="NAME", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     asked = next((argument for argument in argv if not argument.startswith("-")), None)
     for name, line in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=line, description=f"{line[0].upper()}{line[1:]}.")
@@ -53,6 +119,22 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             subparser.set_defaults(run=module.run)
             module.add_arguments(subparser)
     return parser
+
+
+def _is_option(name: str) -> bool:
+    """Whether argparse would take `name` for an option: no value such as -1, and no text with spaces."""
+    if len(name) < 2 or not name.startswith("-") or " " in name:
+        return False
+    try:
+        float(name)
+    except ValueError:
+        return True
+    return False
+
+
+def _spelling(option: str) -> str:
+    """Return the part that all spellings of an option share; one-letter options keep their dash."""
+    return option.lstrip("-").replace("_", "-") if len(option) > 2 else option
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ that Python code would expect, so ``except ValueError`` works too.
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -96,6 +97,12 @@ def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> in
         traceback.print_exc()
         print(f"{name}: internal error; please report it together with the traceback above", file=sys.stderr)
         return EXIT_INTERNAL_ERROR
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return ``" (did you mean 'epochs'?)"`` for the closest of the `known` words, or "" if none is close."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def install_excepthook() -> None:

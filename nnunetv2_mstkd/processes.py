@@ -13,12 +13,12 @@ from pathlib import Path
 
 
 def command_path(name: str) -> str:
-    """The path of a command of this Python environment; one elsewhere on the PATH only if it has none.
+    """Return the path of a command, preferring the one of this Python environment to others on the PATH.
 
     Raises
     ------
     FileNotFoundError
-        if it is not installed.
+        If it is not installed.
     """
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.is_file() else shutil.which(name)
@@ -28,14 +28,14 @@ def command_path(name: str) -> str:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM: a cluster's scheduler, ``kill`` or a shutdown asks this process to end."""
+    """SIGTERM: a cluster scheduler, ``kill`` or a shutdown asks this process to end."""
 
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise :class:`Terminated`; without it the process would end on the spot."""
+    """Let SIGTERM raise :class:`Terminated`, so that open files are cleaned up; by default the process ends at once."""
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
-        yield  # signals are for the main thread only, and a handler that is already installed stays
+        yield  # signals reach the main thread only; a handler that somebody else installed stays
         return
     signal.signal(signal.SIGTERM, _stop)
     try:
@@ -49,11 +49,11 @@ def _stop(*_: object) -> None:
 
 
 class _Fork(threading.local):
-    """A forked child, such as those of nnU-Net's pools, ends on the spot at SIGTERM.
+    """Restore the default SIGTERM in forked children, such as those of nnU-Net's pools.
 
-    A pool ends its processes by that signal. A child that starts to wait at that moment would never run our handler,
-    and one that has not yet run would lose the signal, because Python clears pending signals in a new child; the pool
-    would then wait forever. So the signal is blocked until the child has the default handler again.
+    A pool ends its processes with that signal. A child that starts to wait at that moment would never run our handler,
+    and one that has not run yet would lose the signal, because Python clears pending signals in a new child; the pool
+    would then wait indefinitely. So the signal is blocked until the child has the default handler again.
     """
 
     holds = False

@@ -122,13 +122,14 @@ def plan_and_preprocess(
 
 
 def add_configuration(plans_file: Path, name: str, parent: str = "3d_fullres", **options) -> None:
-    """``mstkd configure``: ``settings={"schedule.epochs": 2}`` and the options of ``configuration.derive``."""
-    from nnunetv2_mstkd.nnunet import configuration
+    """``mstkd configure``: ``settings={"schedule.epochs": 2}`` and the options of ``configure``."""
+    from nnunetv2_mstkd.methods.configuration import configure
+    from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
 
     settings = options.pop("settings", {})
     assignments = [(*key.split("."), value) for key, value in settings.items()]
-    entry = configuration.derive(configuration.read_plans(plans_file), parent, name, assignments=assignments, **options)
-    configuration.write_configuration(plans_file, name, entry, overwrite=True)
+    entry = configure(read_plans(plans_file), parent, name, assignments=assignments, **options)
+    write_configuration(plans_file, name, entry, overwrite=True)
 
 
 TINY = {
@@ -201,12 +202,12 @@ def models(trained: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
-    """Builds tiny trainers on hand-made plans; see :class:`tiny.TrainerFactory`."""
-    from tiny import TrainerFactory
+    """Builds tiny trainers on hand-made plans; see :func:`nnunetv2_mstkd.testing.make_trainer`."""
+    from tiny import make_trainer
 
     folders = Folders(tmp_path / "raw", tmp_path / "preprocessed", tmp_path / "results")
     folders.use(monkeypatch)
-    return TrainerFactory()
+    return make_trainer
 
 
 def read_plans(folders: Folders) -> dict:

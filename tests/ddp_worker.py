@@ -89,11 +89,12 @@ def take_steps(trainer: Any, rank: int, ranks: int) -> dict[str, Any]:
         target = whole["target"]
         target = [level[share] for level in target] if isinstance(target, list) else target[share]
         result = trainer.train_step({"data": whole["data"][share], "target": target, "keys": whole["keys"][share]})
-        terms.append([float(value) for value in result.get("terms", [result["loss"]])])
+        terms.append([float(value) for value in result["terms"].values()])
     state = {key: value.clone() for key, value in trainer.plain_network.state_dict().items()}
-    discriminator = getattr(trainer, "discriminator", None)
-    if discriminator is not None:
-        state |= {f"discriminator.{key}": value.clone() for key, value in discriminator.state_dict().items()}
+    adversary = getattr(trainer, "adversary", None)
+    if adversary is not None:
+        weights = adversary.discriminator.state_dict()
+        state |= {f"discriminator.{key}": value.clone() for key, value in weights.items()}
     for key, value in trainer.extra_state().get("refiners", {}).items():
         state[f"refiners.{key}"] = value.clone()
     return {"state": state, "terms": terms}
@@ -112,7 +113,7 @@ def run_steps(rank: int, folder: Path, names: list[str]) -> None:
     for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         os.environ[variable] = str(folder / variable)
     if rank == 0:
-        tiny.TrainerFactory()
+        tiny.write_empty_data()
     begin(rank, folder, "store")
     found: dict[str, Any] = {}
     for name in names:

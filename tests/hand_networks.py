@@ -1,21 +1,45 @@
-"""A plans' network of any geometry, with and without the multi-scale transformer."""
+"""A plans' network of any shape, with and without the multi-scale transformer."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import hand_plans
 import torch
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
-from nnunetv2_mstkd.methods.mstkd.network import Geometry, MultiScaleTransformerUNet, build, resolve
-from nnunetv2_mstkd.training.settings import Settings
+from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet, resolve
+from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
 
-DEFAULTS = Settings().to_block()["network"]
+
+def unet_plan(architecture: dict[str, Any], patch: list[int], *, channels: int = 4, outputs: int = 3) -> UNetPlan:
+    """The plan of an ``architecture`` of :mod:`hand_plans`."""
+    return UNetPlan(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        tuple(architecture["_kw_requires_import"]),
+        tuple(patch),
+        channels,
+        outputs,
+    )
+
+
+def plain_network(plan: UNetPlan, *, deep_supervision: bool = False) -> Any:
+    """The network that nnU-Net itself builds."""
+    return get_network_from_plans(
+        plan.architecture_class,
+        dict(plan.architecture_kwargs),
+        plan.requires_import,
+        plan.num_modalities,
+        plan.num_outputs,
+        deep_supervision=deep_supervision,
+    ).eval()
 
 
 class Case:
-    """Widths, patch and ``network`` settings of one network; weights come from fixed seeds."""
+    """Plan and resolved ``network`` settings of one network; weights come from fixed seeds."""
 
     def __init__(
         self,
@@ -28,26 +52,19 @@ class Case:
         channels: int = 4,
         **settings: Any,
     ) -> None:
-        dimensions = len(patch)
-        self.architecture = hand_plans.architecture(
-            features, strides, dimensions=dimensions, residual=residual, convs=convs
-        )
-        self.kwargs, self.patch, self.channels = self.architecture["arch_kwargs"], patch, channels
-        self.geometry = Geometry.of(self.kwargs, patch)
-        self.network = resolve({**DEFAULTS, **settings}, self.kwargs, patch)
-        self.arguments = (
-            self.architecture["network_class_name"],
-            self.kwargs,
-            self.architecture["_kw_requires_import"],
-        )
+        architecture = hand_plans.architecture(features, strides, dimensions=len(patch), residual=residual, convs=convs)
+        self.plan = unet_plan(architecture, patch, channels=channels)
+        self.shape = self.plan.shape
+        self.network = resolve(NetworkSettings(**settings), self.plan)
 
-    def plain(self, *, deep_supervision: bool = False) -> torch.nn.Module:
+    def plain(self, *, deep_supervision: bool = False) -> Any:
         torch.manual_seed(0)
-        return get_network_from_plans(*self.arguments, self.channels, 3, deep_supervision=deep_supervision).eval()
+        return plain_network(self.plan, deep_supervision=deep_supervision)
 
     def full(self, *, deep_supervision: bool = False, seed: int = 1) -> MultiScaleTransformerUNet:
         torch.manual_seed(seed)
-        return build(*self.arguments, self.patch, self.network, self.channels, 3, deep_supervision).eval()
+        unet = dataclasses.replace(self.plan, deep_supervision=deep_supervision).build()
+        return MultiScaleTransformerUNet(unet, self.shape, self.network).eval()
 
     def trained(self, **options: Any) -> MultiScaleTransformerUNet:
         """With projections away from zero, as after some training."""
@@ -57,4 +74,5 @@ class Case:
         return network
 
     def batch(self, size: int = 2) -> torch.Tensor:
-        return torch.randn(size, self.channels, *self.patch, generator=torch.Generator().manual_seed(2))
+        shape = (size, self.plan.num_modalities, *self.plan.patch_size)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(2))

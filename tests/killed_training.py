@@ -22,7 +22,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.step import CheckedStepTrainer
+from nnunetv2_mstkd.training.base import SettingsTrainer
 
 
 def kill() -> None:
@@ -43,7 +43,7 @@ def kill_before(owner: object, name: str, when: Callable[..., bool]) -> None:
 
 def in_step(epoch: int, step: int) -> None:
     """Between the backward pass and the optimiser's step."""
-    kill_before(CheckedStepTrainer, "_update", lambda t: (t.current_epoch, t._step_in_epoch) == (epoch, step))
+    kill_before(SettingsTrainer, "_update_weights", lambda t: (t.current_epoch, t._step_in_epoch) == (epoch, step))
 
 
 def in_validation(epoch: int) -> None:

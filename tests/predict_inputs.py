@@ -58,7 +58,7 @@ def write_model(
     **options,
 ) -> Path:
     """A model folder below nnUNet_results as training leaves it; each fold has other random weights."""
-    make = tiny.TrainerFactory()
+    make = tiny.make_trainer
     channels = options.setdefault("channels", CHANNELS)
     plans = tiny.plans(**{key: value for key, value in options.items() if key != "labels"})
     plans["image_reader_writer"] = reader

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -20,7 +21,9 @@ MNI152_AFFINE = np.array([[-1.0, 0, 0, 90], [0, 1, 0, -126], [0, 0, 1, -72], [0,
 NATIVE_AFFINE = np.array([[-1.0, 0, 0, 117.3], [0, -1, 0, 88.2], [0, 0, 0.6, -61.5], [0, 0, 0, 1]])
 
 PHANTOM_CLASSES = {"ED": 1, "NCR": 2, "ET": 3}
-SUFFIXES = {"t1": 0, "t1ce": 1, "t2": 2, "flair": 3, "t1n": 0, "t1c": 1, "t2w": 2, "t2f": 3}
+
+ENDINGS = {"brats2018": ".nii", "brats2020": ".nii"}
+"""Releases that are not compressed."""
 
 
 @cache
@@ -42,18 +45,21 @@ def use_small_grids(patch: pytest.MonkeyPatch) -> None:
 
 
 def case_names(release: str) -> list[str]:
-    """Four cases; where names tell the time point, the first two are of one patient."""
-    return {
-        "brats2018": ["Brats18_2013_10_1", "Brats18_CBICA_AAB_1", "Brats18_TCIA01_131_1", "Brats18_TCIA13_654_1"],
-        "brats2019": ["BraTS19_2013_0_1", "BraTS19_CBICA_AAB_1", "BraTS19_TMC_06290_1", "BraTS19_TCIA01_131_1"],
-        "brats2020": [f"BraTS20_Training_{number}" for number in ("001", "002", "354", "355")],
-        "brats2021": [f"BraTS2021_{number:05d}" for number in (0, 2, 3, 5)],
-        "fets2022": [f"FeTS2022_{number:05d}" for number in (0, 2, 3, 1341)],
-        "fets2024": [f"FeTS2022_{number:05d}" for number in (0, 2, 3, 1341)],
-        "msd_task01": [f"BRATS_{number:03d}" for number in (1, 2, 3, 484)],
-    }.get(release) or [
-        f"BraTS-{release.split('_')[1].upper()}-{name}" for name in ("00005-100", "00005-101", "00006-000", "00008-001")
+    """Four cases with names like the example's; if names tell the time point, the first two are of one patient."""
+    example = RELEASES[release].example
+    match = re.fullmatch(RELEASES[release].case_names, example, re.ASCII)
+    if "patient" not in match.groupdict():
+        return [_renumbered(example, number) for number in (0, 2, 3, 355)]
+    points = ((5, 100), (5, 101), (6, 0), (8, 1))
+    return [
+        _renumbered(match["patient"], who) + _renumbered(example[match.end("patient") :], when) for who, when in points
     ]
+
+
+def _renumbered(name: str, number: int) -> str:
+    """The name with another last number, as wide as before."""
+    *_, last = re.finditer(r"\d+", name)
+    return f"{name[: last.start()]}{number:0{len(last[0])}d}{name[last.end() :]}"
 
 
 def own_label(release: str, number: int) -> np.ndarray:
@@ -64,7 +70,7 @@ def own_label(release: str, number: int) -> np.ndarray:
     own = np.zeros_like(label)
     for phantom_class, value in PHANTOM_CLASSES.items():
         own[label == value] = classes[core if phantom_class == "NCR" else phantom_class]
-    for extra in {"RC", "CC"} & set(classes):  # half of the core
+    for extra in classes.keys() - {"ED", core, "ET"}:  # half of the core
         places = np.argwhere(own == classes[core])
         own[tuple(places[: len(places) // 2].T)] = classes[extra]
     return own
@@ -86,10 +92,17 @@ def affine_of(release: str) -> np.ndarray:
 def case_folder(source: Path, release: str, name: str) -> Path:
     """Where the release keeps the files of a case."""
     if release in ("brats2018", "brats2019"):
-        return source / ("LGG" if "2013" in name else "HGG") / name
+        return source / ("LGG" if name.endswith("1") else "HGG") / name
     if release == "brats2020":
         return source / "MICCAI_BraTS2020_TrainingData" / name
     return source / name
+
+
+def file_of(release: str, name: str, channel: int | None = None) -> str:
+    """File name of an image, or of the label."""
+    row = RELEASES[release]
+    patterns = row.label if channel is None else list(row.modalities.values())[channel]
+    return patterns[0].replace("{case}", name).replace(".nii*", ENDINGS.get(release, ".nii.gz"))
 
 
 def make_release(source: Path, release: str) -> list[str]:
@@ -98,23 +111,16 @@ def make_release(source: Path, release: str) -> list[str]:
     affine = affine_of(release)
     for number, name in enumerate(names):
         images, own = patient(number)[0], own_label(release, number)
-        if release == "msd_task01":
-            order = [images[channel] for channel in (3, 0, 1, 2)]  # FLAIR, T1w, T1gd, T2w
+        if RELEASES[release].stack:
+            order = [images[list(RELEASES[release].modalities).index(channel)] for channel in RELEASES[release].stack]
             write(source / "imagesTr" / f"{name}.nii.gz", np.stack(order, -1), affine)
             write(source / "labelsTr" / f"{name}.nii.gz", own, affine)
             continue
         folder = case_folder(source, release, name)
-        hyphens = release.startswith("brats202") and release >= "brats2023"
-        suffixes = ("t1n", "t1c", "t2w", "t2f") if hyphens else ("t1", "t1ce", "t2", "flair")
-        separator = "-" if hyphens else "_"
-        ending = ".nii" if release in ("brats2018", "brats2020") else ".nii.gz"
         sform = release != "brats2024_gli" or number % 2 == 0
-        for suffix in suffixes:
-            image = images[SUFFIXES[suffix]].astype(np.int16)
-            write(folder / f"{name}{separator}{suffix}{ending}", image, affine, sform=sform)
-        label = f"{name}{separator}seg{ending}"
-        if name == "BraTS20_Training_355":
-            label = "W39_1998.09.19_Segm.nii"
+        for channel, image in enumerate(images):
+            write(folder / file_of(release, name, channel), image.astype(np.int16), affine, sform=sform)
+        label = "W39_1998.09.19_Segm.nii" if name == "BraTS20_Training_355" else file_of(release, name)
         stored = own.astype(np.float32) if release == "brats2023_gli" else own
         write(folder / label, stored, affine, sform=sform)
     if release == "msd_task01":

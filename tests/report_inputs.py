@@ -11,11 +11,11 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from nnunetv2_mstkd.evaluation.montage import Montage
 from nnunetv2_mstkd.evaluation.results import COLUMNS, check_results
 from nnunetv2_mstkd.evaluation.scoring import Rules
-from nnunetv2_mstkd.evaluation.strips import CaseStrip
-from nnunetv2_mstkd.reporting.findings import Findings
-from nnunetv2_mstkd.reporting.report import FIGURE_TITLES, Strips, html_report
+from nnunetv2_mstkd.reporting.page import FIGURE_TITLES, Pictures, html_report
+from nnunetv2_mstkd.statistics.findings import Findings
 
 EVIL = "<script>alert(1)</script>"
 CASES = ("middling", EVIL, "fine")
@@ -42,7 +42,7 @@ def results(modalities: Sequence[str] = MODALITIES, cases: Sequence[str] = CASES
     return check_results(pd.DataFrame(rows, columns=list(COLUMNS)))
 
 
-def strip(fold: str, case: str, modalities: Sequence[str] = MODALITIES) -> CaseStrip:
+def montage(fold: str, case: str, modalities: Sequence[str] = MODALITIES) -> Montage:
     """A square of label 1 around one of label 2; each subset finds another part of it."""
     reference = np.zeros((40, 30), np.uint8)
     reference[10:20, 8:20] = 1
@@ -54,7 +54,7 @@ def strip(fold: str, case: str, modalities: Sequence[str] = MODALITIES) -> CaseS
     for number, subset in enumerate(subsets(modalities)):
         found[subset] = reference.copy()
         found[subset][: 10 + number % 10] = 0
-    return CaseStrip(0, 11, 24, image, reference, found)
+    return Montage(0, 11, 24, image, reference, found)
 
 
 def report(
@@ -62,7 +62,7 @@ def report(
     frame: pd.DataFrame | None = None,
     *,
     number: int = 3,
-    load: Callable[[str, str], CaseStrip | None] = strip,
+    load: Callable[[str, str], Montage | None] = montage,
     near: tuple[int, int] | None = (5, 1000),
     run: dict | None = None,
 ) -> str:
@@ -72,5 +72,5 @@ def report(
         figures[name] = folder / name
         Image.new("RGB", (60, 40), "white").save(figures[name])
     findings = Findings(results() if frame is None else frame)
-    strips = Strips(number, load)
-    return html_report(findings, RULES, run or RUN, near, figures, strips, now=datetime(2026, 3, 4))
+    pictures = Pictures(number, load)
+    return html_report(findings, RULES, run or RUN, near, figures, pictures, now=datetime(2026, 3, 4))

@@ -22,10 +22,12 @@ from gradient_ratio import gradient_norms, judgement, ratios
 from measured_training import as_float32, kept_epochs, lower
 
 from nnunetv2_mstkd import methods as trainers
-from nnunetv2_mstkd.nnunet import configuration
+from nnunetv2_mstkd.methods.configuration import complete_block, configure
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
+from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
-from nnunetv2_mstkd.training.modality_dropout import StepLoss
-from nnunetv2_mstkd.training.settings import BLOCK, TERMS, Settings
+from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings
+from nnunetv2_mstkd.training.step import Losses
 
 NAMES = ("T1", "T1ce", "T2", "FLAIR")
 SUBSETS = ["+".join(chosen) for size in range(1, 5) for chosen in itertools.combinations(NAMES, size)]
@@ -56,8 +58,8 @@ def test_each_distilling_row_names_the_teacher_of_its_trainer():
             assert bool(row.first) == row.starts_from_first
 
 
-def settings_of(row: table.Row, preset: str = "cpu") -> Settings:
-    """The resolved block of a row, derived as the benchmark derives it."""
+def block_of(row: table.Row, preset: str = "cpu") -> dict:
+    """The complete block of a row, derived as the benchmark derives it."""
     from step_cost import make_plans
 
     plans, _ = make_plans("small")
@@ -66,29 +68,30 @@ def settings_of(row: table.Row, preset: str = "cpu") -> Settings:
         (table.first_stage(1), table.PARENT, table.first_assignments(chosen, 1)),
         (row.configuration(1), table.first_stage(1), row.assignments(chosen, 1)),
     ):
-        plans["configurations"][name] = configuration.derive(plans, parent, name, assignments=changes)
-    return Settings.from_block(plans["configurations"][row.configuration(1)][BLOCK])
+        plans["configurations"][name] = configure(plans, parent, name, assignments=changes)
+    return complete_block(plans["configurations"][row.configuration(1)][BLOCK])
 
 
 @pytest.mark.parametrize("row", table.ROWS, ids=[row.name for row in table.ROWS])
 def test_settings_of_every_row_are_valid(row):
-    settings = settings_of(row)
+    block = block_of(row)
     preset = table.PRESETS["cpu"]
-    assert settings.schedule.seed == 1
-    assert settings.schedule.epochs == row.epochs(preset)
-    assert settings.schedule.iterations == preset.iterations
+    schedule = ScheduleSettings(**block["schedule"])
+    assert (schedule.seed, schedule.epochs, schedule.iterations) == (1, row.epochs(preset), preset.iterations)
     if row.starts_from_first:
         folder = f"{row.first}__nnUNetPlans__first_s1"
-        assert settings.schedule.init_from == f"Dataset903_Accuracy/{folder}/fold_0/checkpoint_final.pth"
+        assert schedule.init_from == f"Dataset903_Accuracy/{folder}/fold_0/checkpoint_final.pth"
     elif row.first:
-        assert settings.teacher.configuration == "first_s1"
+        assert block["teacher"]["configuration"] == "first_s1"
     if row.subset:
-        assert settings.sampler.build(NAMES).subsets == (tuple(name in row.subset.split("+") for name in NAMES),)
+        assert SamplerSettings(**block["sampler"]).build(NAMES).subsets == (
+            tuple(name in row.subset.split("+") for name in NAMES),
+        )
 
 
 def test_ablations_take_away_what_they_say():
     off = {
-        row.name: set(TERMS) - set(settings_of(row).distillation.weights)
+        row.name: {term for term in TERMS if not block_of(row)["mstkd"][term]}
         for row in table.ROWS
         if row.trainer == "MSTKDTrainer"
     }
@@ -101,9 +104,9 @@ def test_ablations_take_away_what_they_say():
         "mstkd-no-gsme": {"style", "adversarial"},
         "mstkd-cold": set(),
     }
-    assert not settings_of(table.chosen_rows(["mstkd-cold"])[0]).teacher.warm_start
-    paper = settings_of(table.chosen_rows(["mstkd-paper"])[0])
-    assert (paper.schedule.optimizer, paper.schedule.learning_rate) == ("adam", 1e-4)
+    assert not block_of(table.chosen_rows(["mstkd-cold"])[0])["teacher"]["warm_start"]
+    schedule = ScheduleSettings(**block_of(table.chosen_rows(["mstkd-paper"])[0])["schedule"])
+    assert (schedule.optimizer, schedule.learning_rate) == ("adam", 1e-4)
 
 
 def test_an_unknown_row_is_refused_with_those_that_there_are():
@@ -249,7 +252,7 @@ def test_subsets_are_corrected_together():
 # ---- gradients -----------------------------------------------------------------------------------------------------
 
 
-def hand_made_step(weight: float) -> tuple[StepLoss, torch.Tensor]:
+def hand_made_step(weight: float) -> tuple[Losses, torch.Tensor]:
     """Segmentation loss with the gradient (3, 4), a term with the gradient (0, 2), and one without any."""
     parameter = torch.zeros(2, requires_grad=True)
     terms = {
@@ -258,7 +261,7 @@ def hand_made_step(weight: float) -> tuple[StepLoss, torch.Tensor]:
         "nowhere": torch.zeros(()),
     }
     total = terms["segmentation"] + weight * terms["kl"] + 0.5 * terms["nowhere"]
-    return StepLoss(total, terms), parameter
+    return Losses(total, terms), parameter
 
 
 def test_gradient_norms_of_a_hand_made_step():

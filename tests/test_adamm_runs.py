@@ -15,11 +15,13 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same
 
 from nnunetv2_mstkd.methods.adamm.network import AdaptiveUNet
+from nnunetv2_mstkd.methods.adamm.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.settings import SettingsError
 
-TERMS = ["segmentation", "consistency", "content", "style", "adversarial", "presence", "reliability"]
+LOGGED = ["segmentation", *TERMS]
 
 
 def configure(folders: Folders, **settings) -> None:
@@ -46,25 +48,25 @@ def student(phantom: Folders) -> Folders:
 
 
 class KilledError(Exception):
-    """Stands for a job that is killed."""
+    """A killed job."""
 
 
-def test_a_training_is_logged_stored_repeated_after_an_interruption_and_read_by_nnunets_predictor(student, monkeypatch):
+def test_logs_checkpoints_resuming_and_prediction(student, monkeypatch):
     whole = read(student)
     folder = student.fold("AdaMMTrainer")
 
     # what is logged
     lines = [line for line in log_text(folder).splitlines() if "terms: " in line]
     assert len(lines) == 3
-    assert [item.rsplit(" ", 1)[0] for item in lines[0].split("terms: ")[1].strip().split(", ")] == TERMS
-    for name in TERMS:
+    assert [item.rsplit(" ", 1)[0] for item in lines[0].split("terms: ")[1].strip().split(", ")] == LOGGED
+    for name in LOGGED:
         assert np.isfinite(whole["logging"][f"mstkd_{name}"]).all() and len(whole["logging"][f"mstkd_{name}"]) == 3
     assert "started from the teacher: " in log_text(folder)
 
     # what is stored
-    assert set(whole["mstkd"]) == {"split", "teacher", "discriminator", "discriminator_optimizer"}
-    assert whole["mstkd"]["teacher"]["trainer"] == "AdaMMTeacherTrainer"
-    block = json.loads((folder.parent / "plans.json").read_text())["configurations"][CONFIGURATION]["mstkd"]
+    assert set(whole[BLOCK]) == {"split", "teacher", "discriminator", "discriminator_optimizer"}
+    assert whole[BLOCK]["teacher"]["trainer"] == "AdaMMTeacherTrainer"
+    block = json.loads((folder.parent / "plans.json").read_text())["configurations"][CONFIGURATION][BLOCK]
     assert block["adamm"]["bank"] == "factorised" and block["adamm"]["subsets"] == ["#0+#3"]
     predictor = nnUNetPredictor(device=torch.device("cpu"), allow_tqdm=False)
     predictor.initialize_from_trained_model_folder(str(folder.parent), use_folds=(0,))
@@ -97,7 +99,7 @@ def test_a_training_is_logged_stored_repeated_after_an_interruption_and_read_by_
     np.random.seed(99)
     train("AdaMMTrainer", continue_training=True)
     resumed = read(student)
-    for key in ("network_weights", "optimizer_state", "mstkd", "_best_ema", "current_epoch"):
+    for key in ("network_weights", "optimizer_state", BLOCK, "_best_ema", "current_epoch"):
         assert same(whole[key], resumed[key]), key
 
     # validation, without the teacher
@@ -106,11 +108,12 @@ def test_a_training_is_logged_stored_repeated_after_an_interruption_and_read_by_
     assert (folder / "validation" / "summary.json").is_file()
 
 
-def test_weights_of_terms_may_differ_when_a_training_goes_on_and_the_checkpoints_win(student):
+def test_term_weights_of_the_checkpoint_win(student):
     configure(student, schedule__epochs=9, adamm__style=0.7, adamm__subsets=["T1+FLAIR"])
     trainer = get_trainer_from_args(str(PHANTOM), CONFIGURATION, 0, "AdaMMTrainer", device=torch.device("cpu"))
     trainer.load_checkpoint(str(student.fold("AdaMMTrainer") / "checkpoint_final.pth"))
-    assert (trainer.num_epochs, trainer.weights["style"]) == (3, 0.1)
+    weights = {term.name: term.weight for term in trainer.terms}
+    assert (trainer.num_epochs, weights["style"]) == (3, 0.1)
 
 
 def log_text(folder: Path) -> str:

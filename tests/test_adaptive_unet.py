@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import hand_plans
 import pytest
 import torch
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from hand_networks import plain_network, unet_plan
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.adamm.network import (
     PARTS_OFF,
+    AdaptiveDesign,
     AdaptiveUNet,
+    PlainDesign,
     PresenceHead,
-    build,
     distillation_stage,
-    resolve,
     style_channels,
 )
-from nnunetv2_mstkd.networks.plans_unet import Geometry
+from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
+from nnunetv2_mstkd.training.settings import Settings, SettingsError
 
-DEFAULTS: dict[str, Any] = {
-    "adapters": True,
-    "bank": "auto",
-    "subsets": [],
-    "reduction": 4,
-    "refinement": "graph",
-    "nodes": 8,
-    "presence": True,
-    "gate": 0.0,
-}
+LABELS = SimpleNamespace(has_regions=False, num_segmentation_heads=3)
+NOTHING: dict[str, Any] = {"adapters": False, "refinement": "off", "presence": False}
 ABLATIONS = {
     "everything": {},
     "no adapters": {"adapters": False},
@@ -38,10 +34,14 @@ ABLATIONS = {
     "no refinement": {"refinement": "off"},
     "adapters alone": {"refinement": "off", "presence": False},
     "refinement alone": {"adapters": False, "presence": False},
-    "nothing": PARTS_OFF,
+    "nothing": NOTHING,
     "factorised": {"bank": "factorised"},
     "two listed": {"subsets": ["#0", "#0+#1"]},
 }
+
+
+def resolved(plan: UNetPlan, **adamm: Any) -> Settings:
+    return AdaptiveDesign().resolve(Settings([AdaMMSettings(**adamm)]), plan)
 
 
 class Case:
@@ -51,33 +51,31 @@ class Case:
         architecture = hand_plans.architecture(
             [8, 12, 16, 20][:stages], dimensions=dimensions, residual=residual, convs=1
         )
-        self.arguments = (
-            architecture["network_class_name"],
-            architecture["arch_kwargs"],
-            architecture["_kw_requires_import"],
-        )
-        self.patch = [16] * 3 if dimensions == 3 else [48, 48]
-        self.channels = channels
-        self.adamm = resolve({**DEFAULTS, **adamm}, channels)
+        patch = [16] * 3 if dimensions == 3 else [48, 48]
+        self.plan = unet_plan(architecture, patch, channels=channels)
+        self.settings = resolved(self.plan, **adamm)
 
-    def plain(self, *, deep_supervision: bool = False) -> torch.nn.Module:
+    def plain(self, *, deep_supervision: bool = False) -> Any:
         torch.manual_seed(0)
-        return get_network_from_plans(*self.arguments, self.channels, 3, deep_supervision=deep_supervision).eval()
+        return plain_network(self.plan, deep_supervision=deep_supervision)
 
     def full(self, *, deep_supervision: bool = False, awake: bool = False) -> AdaptiveUNet:
         """With the weights of :meth:`plain`; ``awake``: and with parts that do something."""
         torch.manual_seed(1)
-        network = build(*self.arguments, self.patch, self.adamm, self.channels, 3, deep_supervision).eval()
+        plan = dataclasses.replace(self.plan, deep_supervision=deep_supervision)
+        network = AdaptiveDesign().build(plan, self.settings).eval()
         if awake:
             with torch.no_grad():
-                for module in network.added_modules():
+                for module in AdaptiveDesign().added_modules(network):
                     for parameter in module.parameters():
                         parameter.add_(torch.randn_like(parameter) * 0.2)
         network.load_state_dict(self.plain().state_dict(), strict=False)
         return network
 
     def batch(self, subsets: torch.Tensor) -> torch.Tensor:
-        data = torch.randn(len(subsets), self.channels, *self.patch, generator=torch.Generator().manual_seed(2))
+        data = torch.randn(
+            len(subsets), self.plan.num_modalities, *self.plan.patch_size, generator=torch.Generator().manual_seed(2)
+        )
         return modalities.mask_modalities(data, subsets)
 
 
@@ -93,7 +91,7 @@ SHAPE_NAMES = ["3d", "2d", "3d residual", "2d residual, 4 stages", "2 stages"]
 
 @pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
-def test_a_new_network_is_the_plans_network_whatever_is_missing(shape, ablation):
+def test_a_new_network_equals_the_plans_unet(shape, ablation):
     case = Case(**shape, **ablation)
     x = case.batch(modalities.all_subsets(4)[[0, 5, 13, 14]])
     with torch.no_grad():
@@ -105,7 +103,7 @@ def test_a_new_network_is_the_plans_network_whatever_is_missing(shape, ablation)
 
 
 @pytest.mark.parametrize("channels", [2, 3, 4, 6])
-def test_with_all_modalities_a_trained_network_is_the_plans_network_and_with_fewer_it_is_not(channels):
+def test_complete_input_bypasses_the_trained_parts(channels):
     case = Case(channels=channels)
     subsets = modalities.all_subsets(channels)
     x = case.batch(subsets)
@@ -117,7 +115,7 @@ def test_with_all_modalities_a_trained_network_is_the_plans_network_and_with_few
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
-def test_a_sample_of_a_mixed_batch_gets_what_it_would_get_alone(ablation):
+def test_samples_of_a_mixed_batch_are_independent(ablation):
     case = Case(channels=3, **ablation)
     subsets = modalities.all_subsets(3)
     x, network = case.batch(subsets), case.full(awake=True)
@@ -135,8 +133,8 @@ def test_subsets_differ_in_more_than_their_input(bank):
     outputs = []
     with torch.no_grad():
         for said in ([True, False, False], [True, True, False], [False, True, True]):
-            network.availability = torch.tensor([said])
-            outputs.append(network(x))
+            with network.conditioned(torch.tensor([said]), LABELS):
+                outputs.append(network(x))
     assert not torch.allclose(outputs[0], outputs[1]) and not torch.allclose(outputs[1], outputs[2])
 
 
@@ -144,38 +142,46 @@ def test_subsets_differ_in_more_than_their_input(bank):
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_what_is_said_and_what_is_seen_agree_on_zero_filled_input_and_on_empty_patches(dimensions):
+def test_stated_and_seen_availability_agree(dimensions):
     case = Case(dimensions)
     network = case.full(awake=True)
     subsets = modalities.all_subsets(4)
     x = case.batch(subsets)
     with torch.no_grad():
         seen = network(x)
-        network.availability = subsets
-        assert torch.equal(network(x), seen)
+        with network.conditioned(subsets, LABELS):
+            assert torch.equal(network(x), seen)
         empty = torch.zeros_like(x[:1])
         plain = case.plain()(empty)
-        for said in (None, torch.tensor([[True, False, False, True]]), torch.ones(1, 4, dtype=torch.bool)):
-            network.availability = said
-            assert torch.equal(network(empty), plain)
+        assert torch.equal(network(empty), plain)
+        for said in (torch.tensor([[True, False, False, True]]), torch.ones(1, 4, dtype=torch.bool)):
+            with network.conditioned(said, LABELS):
+                assert torch.equal(network(empty), plain)
 
 
-def test_what_is_said_wins():
+def test_stated_availability_wins():
     case = Case()
     network = case.full(awake=True)
     x = case.batch(torch.tensor([[True, True, False, False]]))
     with torch.no_grad():
         seen = network(x)
-        network.availability = torch.tensor([[True, True, True, False]])
-        assert not torch.equal(network(x), seen)
+        with network.conditioned(torch.tensor([[True, True, True, False]]), LABELS):
+            assert not torch.equal(network(x), seen)
+        assert torch.equal(network(x), seen)
 
 
-def test_availability_gate_and_index_are_never_saved():
-    network = Case(subsets=["#0"]).full()
+def test_an_error_ends_the_conditioning():
+    network = Case(gate=0.5).full()
+    with pytest.raises(RuntimeError, match="out of memory"), network.conditioned(torch.ones(1, 4).bool(), LABELS):
+        raise RuntimeError("out of memory")
+    assert network.availability is None and network._gate is None
+
+
+def test_availability_gate_and_index_are_not_saved():
+    network = Case(subsets=["#0"], gate=0.5).full()
     before = set(network.state_dict())
-    network.availability = torch.ones(1, 4, dtype=torch.bool)
-    network.presence_seen = torch.zeros(1, 3)
-    assert set(network.state_dict()) == before
+    with network.conditioned(torch.ones(1, 4, dtype=torch.bool), LABELS):
+        assert set(network.state_dict()) == before
     plain = set(Case().plain().state_dict())
     assert plain < before
     assert {name.split(".")[0] for name in before - plain} == {
@@ -190,7 +196,7 @@ def test_availability_gate_and_index_are_never_saved():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_NAMES)
-def test_features_lie_on_the_deepest_stage_with_512_positions(shape):
+def test_features_are_on_the_stage_with_512_positions(shape):
     case = Case(**shape)
     network = case.full(deep_supervision=True)
     x = case.batch(torch.ones(2, 4, dtype=torch.bool))
@@ -201,14 +207,14 @@ def test_features_lie_on_the_deepest_stage_with_512_positions(shape):
     assert [tuple(entry.shape[2:]) for entry in features.style] == [tuple(grid)] * 3
     enter, joined, leave = features.style
     assert torch.equal(leave, features.content)
-    assert joined.shape[1] == style_channels(Geometry.of(case.arguments[1], case.patch))
+    assert joined.shape[1] == style_channels(case.plan.shape)
     assert torch.equal(joined[:, -leave.shape[1] :], leave)
     assert torch.equal(joined[:, -leave.shape[1] - enter.shape[1] : -leave.shape[1]], enter)
     assert features.presence.shape == (2, 3)
     assert network(x, return_features=True).style == ()
 
 
-def test_the_style_map_is_pooled_from_the_stages_above():
+def test_style_map_is_pooled_from_the_stages_above():
     case = Case(dimensions=2)
     network = case.full()
     x = case.batch(torch.ones(1, 4, dtype=torch.bool))
@@ -219,7 +225,7 @@ def test_the_style_map_is_pooled_from_the_stages_above():
     torch.testing.assert_close(features.content, skips[1])
 
 
-def test_content_is_taken_before_the_stages_own_adapter():
+def test_content_is_taken_before_the_adapter():
     case = Case()
     network = case.full(awake=True)
     x = case.batch(torch.tensor([[True, False, False, True]]))
@@ -228,7 +234,7 @@ def test_content_is_taken_before_the_stages_own_adapter():
         assert torch.equal(network(x, return_features=True).content, skips[1])  # stage 0 has no adapter
 
 
-def test_the_graph_refines_the_stages_output_by_what_its_adapter_made_of_it():
+def test_graph_refines_the_stage_by_its_adapter():
     case = Case()
     network = case.full(awake=True)
     seen = []
@@ -259,7 +265,7 @@ def test_the_graph_refines_the_stages_output_by_what_its_adapter_made_of_it():
 def test_the_distillation_stage(patch, strides, wanted):
     widths = [32] * len(strides)
     kwargs = {"n_stages": len(strides), "features_per_stage": widths, "strides": strides}
-    assert distillation_stage(Geometry.of(kwargs, patch)) == wanted
+    assert distillation_stage(UNetPlan("PlainConvUNet", kwargs, (), tuple(patch), 4).shape) == wanted
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
@@ -276,7 +282,7 @@ def test_every_parameter_takes_part_in_every_step(ablation, subsets):
 
 
 @pytest.mark.parametrize("ablation", ABLATIONS.values(), ids=ABLATIONS.keys())
-def test_mixed_precision_gives_nearly_the_same_and_finite_gradients(ablation):
+def test_mixed_precision_is_close_and_finite(ablation):
     case = Case(dimensions=2, **ablation)
     network = case.full(awake=True)
     x = case.batch(modalities.all_subsets(4)[[0, 7, 14]])
@@ -292,7 +298,7 @@ def test_mixed_precision_gives_nearly_the_same_and_finite_gradients(ablation):
 # ---- presence ------------------------------------------------------------------------------------------------------
 
 
-def test_one_voxel_of_a_large_patch_is_enough_for_the_presence_head():
+def test_presence_head_sees_a_single_voxel():
     torch.manual_seed(0)
     head = PresenceHead(4, 1, 3)
     torch.nn.init.constant_(head.logits.weight, 1.0)
@@ -302,19 +308,23 @@ def test_one_voxel_of_a_large_patch_is_enough_for_the_presence_head():
     assert absent < -5 and head(x) > 5
 
 
-def test_presence_is_recorded_over_patches_only_when_asked():
-    case = Case()
-    network = case.full(awake=True)
+def test_presence_is_recorded_only_when_asked():
+    case = Case(gate=0.5)
+    network, ungated = case.full(awake=True), Case().full(awake=True)
     full = torch.ones(1, 4, dtype=torch.bool)
     patches = [case.batch(full), case.batch(full).flip(2).cumsum(3)]
     with torch.no_grad():
         wanted = torch.stack([network(patch, return_features=True).presence for patch in patches]).amax(0)
-        assert network.presence_seen is None
         for order in (patches, patches[::-1]):
-            network.presence_seen = torch.full((1, 3), -torch.inf)
-            for patch in order:
-                network(patch)
-            torch.testing.assert_close(network.presence_seen, wanted)
+            with network.conditioned(full, LABELS):
+                for patch in order:
+                    network(patch)
+                torch.testing.assert_close(network._gate.seen, wanted)
+        for silent in (network, ungated):
+            silent.presence.register_forward_hook(lambda *call: pytest.fail("nobody reads the presence"))
+        network(patches[0])
+        with ungated.conditioned(full, LABELS):
+            ungated(patches[0])
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -324,37 +334,44 @@ def test_presence_is_recorded_over_patches_only_when_asked():
     ("channels", "given", "wanted"),
     [(2, {}, "full"), (5, {}, "full"), (6, {}, "factorised"), (4, {"subsets": ["#0"]}, "factorised")],
 )
-def test_the_bank_follows_the_number_of_modalities(channels, given, wanted):
-    assert resolve({**DEFAULTS, **given}, channels)["bank"] == wanted
+def test_bank_follows_the_number_of_modalities(channels, given, wanted):
+    plan = Case(channels=channels).plan
+    assert resolved(plan, **given)[AdaMMSettings].bank == wanted
 
 
 def test_a_full_bank_of_too_many_modalities_is_refused():
-    assert resolve({**DEFAULTS, "bank": "full"}, 8)["bank"] == "full"
-    with pytest.raises(ValueError, match="510 adapters per stage; expected at most 8"):
-        resolve({**DEFAULTS, "bank": "full"}, 9)
+    assert resolved(Case(channels=8).plan, bank="full")[AdaMMSettings].bank == "full"
+    with pytest.raises(SettingsError, match="510 adapters per stage; expected at most 8"):
+        resolved(Case(channels=9).plan, bank="full")
 
 
 def test_a_switched_off_part_has_no_parameters():
-    def parts(**adamm):
-        network = Case(**adamm).full()
+    def parts(network):
         return {name.split(".")[0] for name, _ in network.named_parameters()} - {"encoder", "decoder"}
 
-    assert parts(**PARTS_OFF) == set()
-    assert parts(adapters=False) == {"refinement", "presence"}
-    assert parts(refinement="off") == {"encoder_adapters", "decoder_adapters", "presence"}
-    assert parts(presence=False) == {"encoder_adapters", "decoder_adapters", "refinement"}
+    assert AdaMMSettings(**NOTHING) == PARTS_OFF
+    assert parts(PlainDesign().build(Case().plan, Settings([]))) == set()
+    assert parts(Case(adapters=False).full()) == {"refinement", "presence"}
+    assert parts(Case(refinement="off").full()) == {"encoder_adapters", "decoder_adapters", "presence"}
+    assert parts(Case(presence=False).full()) == {"encoder_adapters", "decoder_adapters", "refinement"}
 
 
-def test_the_network_compiles_into_one_graph():
+def test_network_compiles_into_one_graph():
     """Nothing of the choice of weights branches on the data."""
-    case = Case(dimensions=2)
+    case = Case(dimensions=2, gate=0.5)
     network = case.full(awake=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of other tests
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     x = case.batch(modalities.all_subsets(4))
     with torch.no_grad():
         for order in (slice(None), torch.arange(14, -1, -1)):
             torch.testing.assert_close(compiled(x[order]), network(x[order]))
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
-        network.availability = modalities.all_subsets(4)
-        torch.testing.assert_close(compiled(x), network(x))
+        with network.conditioned(modalities.all_subsets(4), LABELS):
+            torch.testing.assert_close(compiled(x), network(x))
+            seen = network._gate.seen
+        with network.conditioned(modalities.all_subsets(4), LABELS):
+            compiled(x)
+            torch.testing.assert_close(network._gate.seen, seen)
     torch._dynamo.reset()

@@ -1,3 +1,5 @@
+"""Self-attention with and without maps, and the transformer block around it."""
+
 from __future__ import annotations
 
 import math
@@ -5,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nnunetv2_mstkd.methods.mstkd.attention import Attention, TransformerBlock
+from nnunetv2_mstkd.networks.attention import Attention, TransformerBlock
 
 
 def attention(width: int = 12, heads: int = 3) -> Attention:
@@ -20,7 +22,7 @@ def tokens(*shape: int) -> torch.Tensor:
 @pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("count", [1, 8, 65])
 @pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
-def test_both_ways_to_compute_agree(batch, count, spread):
+def test_fused_and_explicit_attention_agree(batch, count, spread):
     module, x = attention(), spread * tokens(batch, count, 12)
     fast, none = module(x)
     slow, maps = module(x, return_attention=True)
@@ -29,7 +31,7 @@ def test_both_ways_to_compute_agree(batch, count, spread):
     assert (fast - slow).abs().max() <= 1e-5 * max(1.0, spread)
 
 
-def test_the_gradients_of_both_ways_agree():
+def test_fused_and_explicit_gradients_agree():
     gradients = []
     for explicit in (False, True):
         module = attention()
@@ -40,14 +42,14 @@ def test_the_gradients_of_both_ways_agree():
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 30.0])
-def test_the_rows_of_a_map_are_distributions(spread):
+def test_map_rows_are_distributions(spread):
     _, maps = attention()(spread * tokens(2, 20, 12), return_attention=True)
     assert maps.min() >= 0
     assert torch.allclose(maps.sum(-1), torch.ones(2, 3, 20), atol=1e-6)
 
 
 @torch.no_grad()
-def test_the_map_is_the_softmax_of_scaled_products_of_the_equation():
+def test_map_follows_equation_1():
     module, x = attention(4, 2), tokens(1, 3, 4)
     _, maps = module(x, return_attention=True)
     projected = x[0] @ module.qkv.weight.T + module.qkv.bias
@@ -63,7 +65,7 @@ def test_the_map_is_the_softmax_of_scaled_products_of_the_equation():
     assert torch.allclose(module(x)[0][0], y, atol=1e-6)
 
 
-def test_permuting_tokens_permutes_the_output_and_the_map():
+def test_permuting_tokens_permutes_output_and_map():
     module, x = attention(), tokens(1, 7, 12)
     order = torch.tensor([3, 1, 6, 0, 2, 5, 4])
     y, maps = module(x, return_attention=True)
@@ -78,7 +80,7 @@ def test_samples_do_not_see_each_other():
     assert torch.allclose(module(x)[0][:1], alone, atol=1e-6)
 
 
-def test_maps_are_float32_under_autocast_and_the_output_follows_it():
+def test_maps_are_float32_under_autocast():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, maps = attention()(tokens(1, 9, 12), return_attention=True)
         fast, _ = attention()(tokens(1, 9, 12))
@@ -88,12 +90,12 @@ def test_maps_are_float32_under_autocast_and_the_output_follows_it():
     assert torch.allclose(y.float(), fast.float(), atol=0.02)
 
 
-def test_heads_that_do_not_divide_the_width_are_refused():
+def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="5 heads do not divide a width of 12"):
         Attention(12, 5)
 
 
-def test_a_block_adds_attention_and_mlp_to_its_input():
+def test_block_adds_attention_and_mlp_to_its_input():
     torch.manual_seed(0)
     block, x = TransformerBlock(12, 3, 2.0), tokens(2, 7, 12)
     middle = x + block.attention(block.norm1(x))[0]
@@ -104,7 +106,7 @@ def test_a_block_adds_attention_and_mlp_to_its_input():
     assert block(x)[1] is None
 
 
-def test_a_block_whose_branches_are_zero_is_the_identity():
+def test_block_with_zero_branches_is_the_identity():
     block, x = TransformerBlock(12, 3, 4.0), tokens(2, 7, 12)
     for layer in (block.attention.out, block.mlp[2]):
         torch.nn.init.zeros_(layer.weight)
@@ -113,5 +115,5 @@ def test_a_block_whose_branches_are_zero_is_the_identity():
 
 
 @pytest.mark.parametrize(("ratio", "hidden"), [(4.0, 48), (0.5, 6), (1.3, 15)])
-def test_the_mlp_is_as_wide_as_asked_for(ratio, hidden):
+def test_mlp_ratio_sets_the_hidden_width(ratio, hidden):
     assert TransformerBlock(12, 3, ratio).mlp[0].out_features == hidden

@@ -1,4 +1,4 @@
-"""Mistakes of users: refused in one clear line, before anything is written."""
+"""User errors in training: refused in one line before anything is written."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import NO_TERMS, plans, same
 
 from nnunetv2_mstkd.methods import FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.settings import TERMS, SettingsError
+from nnunetv2_mstkd.training.settings import SettingsError
 
 EVERY = [FullModalityTrainer, ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer]
 WITH_SUBSETS = [ModalityDropoutTrainer, MSTKDTeacherTrainer, MSTKDTrainer]
@@ -29,11 +30,11 @@ def one_line(error) -> str:
     return text
 
 
-# ---- refused when a trainer is made --------------------------------------------------------------------------------
+# ---- when a trainer is created -------------------------------------------------------------------------------------
 
 
 def refuse(make_trainer, cls, kind=ValueError, **options) -> str:
-    """The message of the refusal; not even nnU-Net's output folder is there afterwards."""
+    """Return the error message; not even nnU-Net's output folder may exist afterwards."""
     with pytest.raises(kind) as error:
         make_trainer(cls, **options)
     assert not os.path.exists(os.environ["nnUNet_results"])
@@ -47,14 +48,14 @@ def refuse(make_trainer, cls, kind=ValueError, **options) -> str:
         ({"distilation": {}}, ("'distilation'", "did you mean 'distillation'", "schedule")),
         ({"schedule": {"epoch": 3}}, ("'epoch'", "did you mean 'epochs'", "initial_lr")),
         ({"schedule": {"epochs": 0}}, ("schedule.epochs is 0", "at least 1")),
-        ({"schedule": {"epochs": "3"}}, ("schedule.epochs is '3'", "whole number")),
-        ({"distillation": {"kl": -1}}, ("distillation.kl is -1", "at least 0")),
-        ({"distillation": []}, ("distillation is []", "table")),
+        ({"schedule": {"epochs": "3"}}, ("schedule.epochs is '3'",)),
+        ({"mstkd": {"kl": -1}}, ("mstkd.kl is -1", "at least 0")),
+        ({"distillation": []}, ("distillation is []",)),
         (["schedule"], ("['schedule']",)),
     ],
     ids=str,
 )
-def test_an_unknown_or_impossible_setting_is_named(make_trainer, cls, block, words):
+def test_bad_setting_is_named(make_trainer, cls, block, words):
     message = refuse(make_trainer, cls, SettingsError, block=block)
     assert all(word in message for word in words), message
 
@@ -72,7 +73,7 @@ def test_an_unknown_or_impossible_setting_is_named(make_trainer, cls, block, wor
     ],
     ids=str,
 )
-def test_a_bad_list_of_subsets_is_named(make_trainer, cls, subsets, words):
+def test_bad_subsets_are_named(make_trainer, cls, subsets, words):
     message = refuse(make_trainer, cls, block={"sampler": {"kind": "fixed", "subsets": subsets}})
     assert all(word in message for word in words), message
 
@@ -84,14 +85,14 @@ def test_one_channel_is_refused(make_trainer, cls):
 
 
 @pytest.mark.parametrize("cls", WITH_SUBSETS, ids=lambda cls: cls.__name__)
-def test_a_normalisation_that_does_not_keep_zero_is_refused(make_trainer, cls):
+def test_normalisation_must_keep_zero(make_trainer, cls):
     content = plans()
     content["configurations"]["tiny"]["normalization_schemes"][2] = "CTNormalization"
     message = refuse(make_trainer, cls, given_plans=content)
     assert "channel 2" in message and "CTNormalization" in message
 
 
-def test_the_baseline_on_complete_input_takes_any_normalisation(make_trainer):
+def test_full_modality_takes_any_normalisation(make_trainer):
     content = plans()
     content["configurations"]["tiny"]["normalization_schemes"] = ["CTNormalization"] * 4
     assert make_trainer(FullModalityTrainer, content).network is not None
@@ -99,7 +100,7 @@ def test_the_baseline_on_complete_input_takes_any_normalisation(make_trainer):
 
 
 @pytest.mark.parametrize("cls", EVERY, ids=lambda cls: cls.__name__)
-def test_the_cascade_is_refused(make_trainer, cls):
+def test_cascade_is_refused(make_trainer, cls):
     content = plans()
     content["configurations"]["low"] = deepcopy(content["configurations"]["tiny"])
     content["configurations"]["tiny"]["previous_stage"] = "low"
@@ -118,13 +119,13 @@ def test_the_cascade_is_refused(make_trainer, cls):
     ],
     ids=str,
 )
-def test_a_transformer_that_does_not_fit_the_plans_is_refused(make_trainer, cls, network, words):
+def test_transformer_must_fit_the_plans(make_trainer, cls, network, words):
     message = refuse(make_trainer, cls, block={"network": network})
     assert all(word in message for word in words), message
 
 
 @pytest.mark.parametrize("cls", WITH_TRANSFORMER, ids=lambda cls: cls.__name__)
-def test_a_network_without_the_stages_of_a_unet_is_refused(make_trainer, cls):
+def test_only_unets_are_accepted(make_trainer, cls):
     content = plans()
     content["configurations"]["tiny"]["architecture"] = {
         "network_class_name": "dynamic_network_architectures.architectures.primus.Primus",
@@ -135,7 +136,7 @@ def test_a_network_without_the_stages_of_a_unet_is_refused(make_trainer, cls):
     assert "Primus" in message and "PlainConvUNet or ResidualEncoderUNet" in message
 
 
-# ---- refused when a training starts --------------------------------------------------------------------------------
+# ---- when a training starts ----------------------------------------------------------------------------------------
 
 
 def configure(folders, name=CONFIGURATION, parent="3d_fullres", features=(8, 16, 24), **settings):
@@ -148,7 +149,7 @@ def build(trainer="MSTKDTrainer", configuration=CONFIGURATION):
 
 
 def refuse_start(folders, kind=ValueError, configuration=CONFIGURATION, **options) -> str:
-    """The message of a refused training; no result has changed."""
+    """Return the error message of a training; no result may have changed."""
     before = snapshot(folders)
     with pytest.raises(kind) as error:
         train("MSTKDTrainer", configuration=configuration, **options)
@@ -164,13 +165,13 @@ def change_teacher(folders, change) -> None:
     checkpoints.write(content, path)
 
 
-def test_without_a_teacher_the_command_that_trains_it_is_named(phantom):
+def test_missing_teacher_names_its_training_command(phantom):
     message = refuse_start(phantom, FileNotFoundError)
     assert str(phantom.fold("MSTKDTeacherTrainer") / "checkpoint_final.pth") in message
     assert message.endswith(f"Train it first: nnUNetv2_train {PHANTOM} {CONFIGURATION} 0 -tr MSTKDTeacherTrainer")
 
 
-def test_an_ablation_is_told_to_use_one_teacher_for_all(phantom):
+def test_ablation_asks_for_the_parents_teacher(phantom):
     add_configuration(phantom.plans_file, "ablation", CONFIGURATION, settings={"distillation.kl": 0.0})
     message = refuse_start(phantom, FileNotFoundError, "ablation")
     assert message.endswith(f"nnUNetv2_train {PHANTOM} {CONFIGURATION} 0 -tr MSTKDTeacherTrainer")
@@ -179,14 +180,14 @@ def test_an_ablation_is_told_to_use_one_teacher_for_all(phantom):
     assert message.endswith(f"nnUNetv2_train {PHANTOM} 3d_fullres 0 -tr MSTKDTeacherTrainer")
 
 
-def test_an_ablation_finds_the_teacher_of_its_parent(models):
+def test_ablation_finds_the_parents_teacher(models):
     add_configuration(models.plans_file, "ablation", CONFIGURATION, settings={"distillation.kl": 0.0})
     trainer = build(configuration="ablation")
     trainer.on_train_start()
     assert trainer._teacher_identity["path"].split("/")[1] == f"MSTKDTeacherTrainer__nnUNetPlans__{CONFIGURATION}"
 
 
-def test_an_unfinished_teacher_is_to_be_continued(models):
+def test_unfinished_teacher_names_how_to_continue(models):
     folder = models.fold("MSTKDTeacherTrainer")
     (folder / "checkpoint_final.pth").rename(folder / "checkpoint_latest.pth")
     message = refuse_start(models, FileNotFoundError)
@@ -216,7 +217,7 @@ def labels(content):
 
 
 def cases(content):
-    content["mstkd"]["split"]["train"][0] = "somebody_else"
+    content["mstkd"]["split"]["train"][0] = "another_case"
 
 
 def trainer_name(content):
@@ -239,21 +240,21 @@ def weights(content):
         (normalisation, ("normalisation is ['NoNormalization'", "['ZScoreNormalization'")),
         (channels, ("channels is ", "'PD'")),
         (labels, ("labels is ", "'other': 4")),
-        (cases, ("training cases of the fold is ", "'somebody_else'")),
+        (cases, ("training cases of the fold is ", "'another_case'")),
         (trainer_name, ("nnUNetTrainer, expected MSTKDTeacherTrainer",)),
         (heads, ("network.heads = 2, the student 1", "evd")),
         (weights, ("do not fit the network of its own plans", "train the teacher again")),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_a_teacher_that_does_not_fit_is_refused_with_both_values(models, change, words):
+def test_unfitting_teacher_is_refused_with_both_values(models, change, words):
     change_teacher(models, change)
     message = refuse_start(models)
     assert "MSTKDTeacherTrainer__nnUNetPlans__tiny/fold_0/checkpoint_final.pth" in message
     assert all(word in message for word in words), message
 
 
-def test_a_difference_in_a_long_list_of_cases_is_shown_and_not_cut_off():
+def test_long_lists_show_their_difference():
     from nnunetv2_mstkd.training.teacher import _short
 
     many = [f"case_{number:04d}" for number in range(200)]
@@ -262,7 +263,7 @@ def test_a_difference_in_a_long_list_of_cases_is_shown_and_not_cut_off():
     assert len(_short(many, [])) == 160
 
 
-def test_a_teacher_of_another_width_serves_the_logit_terms_only(models):
+def test_teacher_of_other_width_serves_logit_terms(models):
     configure(models, "wide", features=(8, 16, 32))
     wide = build("MSTKDTeacherTrainer", "wide")
     wide.on_train_start()
@@ -279,21 +280,21 @@ def test_a_teacher_of_another_width_serves_the_logit_terms_only(models):
 
 
 @pytest.mark.parametrize("size", [0, 100, 5000])
-def test_a_truncated_teacher_is_named(models, size):
+def test_truncated_teacher_is_named(models, size):
     file = models.fold("MSTKDTeacherTrainer") / "checkpoint_final.pth"
     file.write_bytes(file.read_bytes()[:size])
     assert str(file) in refuse_start(models)
 
 
 @pytest.mark.parametrize("option", ["continue_training", "only_run_validation"])
-def test_a_truncated_checkpoint_is_named(models, option):
+def test_truncated_checkpoint_is_named(models, option):
     file = models.fold("MSTKDTrainer") / "checkpoint_final.pth"
     file.write_bytes(file.read_bytes()[:-1000])
     message = refuse_start(models, **{option: True})
     assert str(file) in message and "truncated" in message
 
 
-def test_a_checkpoint_that_would_run_code_is_refused(models):
+def test_checkpoint_with_code_is_refused(models):
     file = models.fold("MSTKDTeacherTrainer") / "checkpoint_final.pth"
     content = checkpoints.read(file)
     content["mstkd"]["split"] = re.compile("code")
@@ -302,7 +303,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(models):
     assert str(file) in message and "re._compile" in message
 
 
-def test_a_teacher_that_was_replaced_is_refused_when_the_training_goes_on(models):
+def test_replaced_teacher_is_refused_on_continuing(models):
     folder = models.fold("MSTKDTrainer")
     content = checkpoints.read(folder / "checkpoint_final.pth")
     content["current_epoch"] = 1
@@ -315,12 +316,12 @@ def test_a_teacher_that_was_replaced_is_refused_when_the_training_goes_on(models
     change_teacher(models, retrain)
     message = refuse_start(models, continue_training=True)
     assert "replaced" in message and content["mstkd"]["teacher"]["sha256"][:12] in message
-    # another name of the same file is no other teacher
+    # the same weights in a new file are the same teacher
     change_teacher(models, lambda teacher: teacher["network_weights"]["decoder.seg_layers.0.bias"].sub_(1))
     train("MSTKDTrainer", continue_training=True)
 
 
-def test_weights_to_start_from_must_exist_and_fit(models):
+def test_initial_weights_must_exist_and_fit(models):
     configure(models, schedule__init_from="nowhere/checkpoint_final.pth")
     message = refuse_start(models, FileNotFoundError)
     assert str(models.results / "nowhere/checkpoint_final.pth") in message
@@ -330,8 +331,8 @@ def test_weights_to_start_from_must_exist_and_fit(models):
     assert "no tensor of the checkpoint" in refuse_start(models)
 
 
-def test_a_refused_training_leaves_the_checkpoint_usable(models):
-    """What a user does after a refusal: mend the settings and go on."""
+def test_refusal_leaves_the_checkpoint_usable(models):
+    """After a refusal the user corrects the settings and continues."""
     before = checkpoints.read(models.fold("MSTKDTrainer") / "checkpoint_final.pth")["network_weights"]
     configure(models, network__depth=9)
     refuse_start(models, continue_training=True)
@@ -340,7 +341,7 @@ def test_a_refused_training_leaves_the_checkpoint_usable(models):
     assert same(before, checkpoints.read(models.fold("MSTKDTrainer") / "checkpoint_final.pth")["network_weights"])
 
 
-def test_without_terms_and_warm_start_no_teacher_is_needed(phantom):
+def test_no_teacher_without_terms_and_warm_start(phantom):
     flat = {f"{section}__{key}": value for section, keys in NO_TERMS.items() for key, value in keys.items()}
     configure(phantom, **flat)
     trainer = build()
@@ -362,7 +363,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("mistake", ["no teacher", "unknown setting", "truncated checkpoint"])
-def test_nnunets_command_ends_with_one_line_and_exit_code_2(models, mistake):
+def test_train_command_exits_with_one_line_and_code_2(models, mistake):
     arguments = ["-tr", "MSTKDTrainer"]
     if mistake == "no teacher":
         (models.fold("MSTKDTeacherTrainer") / "checkpoint_final.pth").unlink()

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,12 +39,12 @@ def raising(error: BaseException) -> Callable[[argparse.Namespace], None]:
     return run
 
 
-def test_a_command_gets_its_arguments_and_gives_the_exit_code(command):
+def test_command_gets_arguments_and_gives_exit_code(command):
     command(lambda args: args.number)
     assert cli.main(["fake", "--number", "7"]) == 7
 
 
-def test_a_command_that_returns_nothing_succeeds(command):
+def test_command_that_returns_none_succeeds(command):
     command(lambda args: None)
     assert cli.main(["fake"]) == 0
 
@@ -66,14 +67,14 @@ def test_user_error_is_one_line_and_exit_code_2(command, capsys, monkeypatch, er
     assert (out, err) == ("", f"mstkd fake: {error}\n")
 
 
-def test_an_error_without_text_is_named(command, capsys):
+def test_error_without_text_is_named(command, capsys):
     command(raising(errors.UnsupportedError()))
     assert cli.main(["fake"]) == 2
     assert capsys.readouterr().err == "mstkd fake: UnsupportedError\n"
 
 
 @pytest.mark.parametrize("error", [KeyError("spacing"), ValueError("spacing"), NotImplementedError("spacing")])
-def test_internal_error_keeps_its_traceback_and_exits_with_3(command, capsys, error):
+def test_internal_error_has_traceback_and_code_3(command, capsys, error):
     command(raising(error))
     assert cli.main(["fake"]) == errors.EXIT_INTERNAL_ERROR == 3
     err = capsys.readouterr().err
@@ -87,14 +88,14 @@ def test_gpu_out_of_memory_is_one_line(command, capsys):
     assert err.startswith("mstkd fake: CUDA out of memory") and err.count("\n") == 1 and "-device cpu" in err
 
 
-def test_an_interrupt_gives_130(command, capsys):
+def test_interrupt_exits_with_130(command, capsys):
     command(raising(KeyboardInterrupt()))
     assert cli.main(["fake"]) == 130
     assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--debug", "fake"], ["fake", "--debug"]], ids=["before", "after"])
-def test_debug_shows_the_traceback_too(command, capsys, monkeypatch, arguments):
+def test_debug_shows_traceback(command, capsys, monkeypatch, arguments):
     monkeypatch.delenv("MSTKD_DEBUG", raising=False)
     command(raising(errors.InputError("found 3")))
     assert cli.main(arguments) == 2
@@ -103,26 +104,88 @@ def test_debug_shows_the_traceback_too(command, capsys, monkeypatch, arguments):
 
 
 @pytest.mark.parametrize(("value", "shown"), [("1", True), ("0", False), ("", False)])
-def test_the_environment_can_ask_for_the_traceback(command, capsys, monkeypatch, value, shown):
+def test_environment_shows_traceback(command, capsys, monkeypatch, value, shown):
     monkeypatch.setenv("MSTKD_DEBUG", value)
     command(raising(errors.InputError("found 3")))
     cli.main(["fake"])
     assert ("Traceback" in capsys.readouterr().err) is shown
 
 
-def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
+def refused(capsys, *arguments: str) -> str:
+    """The one line with which the parser refuses these arguments."""
     with pytest.raises(SystemExit) as stop:
-        cli.main(["trian"])
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert "invalid choice: 'trian'" in err
-    assert all(f"'{name}'" in err for name in cli.COMMANDS)
+        cli.main(arguments)
+    out, err = capsys.readouterr()
+    assert (stop.value.code, out, err.count("\n")) == (2, "", 1)
+    return err
 
 
-def test_no_command_is_an_error(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main([])
-    assert stop.value.code == 2
+def test_unknown_command_lists_known_ones(capsys):
+    line = refused(capsys, "predikt")
+    assert "unknown command 'predikt' (did you mean 'predict'?)" in line
+    assert all(name in line for name in cli.COMMANDS)
+
+
+def test_missing_command_is_refused(capsys):
+    assert "COMMAND" in refused(capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "phrase"),
+    [
+        ("predict -i a -o b -d 1 --tru", "unknown option --tru (did you mean '--trust'?)"),
+        ("predict -i a -o b -d 1 -dev cpu", "unknown option -dev (did you mean '-device'?)"),
+        ("predict -i a -o b -d 1 -devcie=cpu", "unknown option -devcie (did you mean '-device'?)"),
+        ("predict --input a", "unknown option --input (did you mean '-i'?)"),
+        ("predict --xyz", "unknown option --xyz; see"),
+        ("predict -i a -o b -d 1 --drop T1 T2", "unexpected argument 'T2'"),
+        ("predict -i a -o b -d 1 -device gpu", "unknown value 'gpu'; known are cuda, cpu, mps"),
+        ("predict -i a -o b -d 1 -m c", "-m: not allowed with argument -d"),
+        ("predict -i a -d 1", "required: -o"),
+        ("predict -i", "-i: expected one argument"),
+        ("demo --epochs many", "--epochs: invalid int value: 'many'"),
+        ("crossval -d 901 -c demo", "unknown option -d; usage: mstkd crossval ID CONFIGURATION"),
+        ("--verzion", "mstkd: unknown option --verzion (did you mean '--version'?)"),
+    ],
+)
+def test_bad_arguments_are_one_line(capsys, arguments, phrase):
+    line = refused(capsys, *arguments.split())
+    command = " ".join(["mstkd", *arguments.split()[:1]]) if arguments[0] != "-" else "mstkd"
+    assert phrase in line and line.startswith(f"{command}: ") and line.endswith(f"see {command} --help\n")
+
+
+def test_bad_release_is_refused_by_the_sub_command(capsys):
+    line = refused(capsys, "convert", "brats2012", "source")
+    assert line.startswith("mstkd convert: unknown release 'brats2012' (did you mean 'brats2021'?)")
+
+
+@pytest.mark.parametrize("option", ["-step_size", "--step_size", "--step-size", "-step-size", "-step_size=0.25"])
+def test_dash_style_of_options_does_not_matter(option):
+    parser = cli.Parser(prog="mstkd")
+    parser.add_argument("-step_size", type=float)
+    parser.add_argument("--dry-run", action="store_true")
+    value = [] if "=" in option else ["0.25"]
+    parsed = parser.parse_args([option, *value, "-dry_run"])
+    assert (parsed.step_size, parsed.dry_run) == (0.25, True)
+    assert "--step" not in parser.format_help() and "--dry_run" not in parser.format_help()
+
+
+def test_values_that_begin_with_a_dash():
+    parser = cli.Parser(prog="mstkd")
+    parser.add_argument("-d", "--dataset-id", type=int)
+    parser.add_argument("rest", nargs="*")
+    assert parser.parse_args(["-d901", "-2.5", "--", "-dev"]).rest == ["-2.5", "-dev"]
+    assert parser.parse_args(["-d", "-1"]).dataset_id == -1
+
+
+def test_only_the_jit_warning_is_silenced(command, recwarn):
+    def warn(_) -> None:
+        warnings.warn("`torch.jit.interface` is deprecated. Please use `torch.compile`.", FutureWarning, stacklevel=2)
+        warnings.warn("another one", FutureWarning, stacklevel=2)
+
+    command(warn)
+    assert cli.main(["fake"]) == 0
+    assert [str(warning.message) for warning in recwarn] == ["another one"]
 
 
 def test_version_is_the_package_version(capsys):
@@ -139,38 +202,59 @@ def test_help_lists_every_command(capsys):
     assert all(f"\n    {name} " in out or f"\n    {name}\n" in out for name in cli.COMMANDS)
 
 
-def test_the_table_and_the_modules_agree():
+def test_command_table_matches_modules():
     spec = importlib.util.find_spec("nnunetv2_mstkd.commands")
-    modules = {path.stem for path in Path(spec.origin).parent.glob("*.py")} - {"__init__"}
-    assert modules == {name.replace("-", "_") for name in cli.COMMANDS}
+    files = {path.stem: path.read_text() for path in Path(spec.origin).parent.glob("*.py")}
+    commands = {name.replace("_", "-") for name, text in files.items() if "def run(" in text}
+    assert commands == set(cli.COMMANDS)
 
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
-def test_every_command_explains_itself(name, capsys):
+def test_every_command_has_help(name, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([name, "--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: mstkd {name}")
 
 
-def test_path_prints_the_folder_of_the_shim(capsys):
+def test_path_prints_trainer_folder(capsys):
     assert cli.main(["path"]) == 0
     printed = capsys.readouterr().out
     assert printed == f"{TRAINER_PATH}\n"
     assert [file.name for file in Path(printed.strip()).glob("*.py")] == ["mstkd_trainers.py"]
 
 
-def test_path_imports_neither_torch_nor_numpy():
-    code = (
-        "import sys; from nnunetv2_mstkd.cli import main; main(['path']); "
-        "print(sorted({'torch', 'numpy', 'nnunetv2', 'SimpleITK'} & set(sys.modules)))"
+def loaded(code: str) -> set[str]:
+    """The slow packages that a new interpreter has imported after running `code`."""
+    slow = {"torch", "nnunetv2", "numpy", "pandas", "SimpleITK"}
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"import sys\nfrom nnunetv2_mstkd import cli\n{code}\nprint(*{slow} & set(sys.modules))",
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == "[]"
+    return set(done.stdout.splitlines()[-1].split())
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_ends_on_the_spot_and_this_process_does_not():
+def test_path_imports_nothing_slow():
+    assert loaded("cli.main(['path'])") == set()
+
+
+def test_help_does_not_import_torch():
+    code = (
+        "for name in cli.COMMANDS:\n"
+        "    try: cli.main([name, '--help'])\n"
+        "    except SystemExit as stop: assert stop.code == 0"
+    )
+    assert not loaded(code) & {"torch", "nnunetv2"}
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_forked_child_has_default_sigterm():
     """A pool ends its processes by SIGTERM, and one that waits would never get to a handler written in Python."""
     found = {}
 
@@ -185,8 +269,8 @@ def test_a_forked_child_ends_on_the_spot_and_this_process_does_not():
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_that_is_ended_before_it_runs_does_not_miss_it():
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_forked_child_never_misses_sigterm():
     """Python clears what signals it has noted in a new child, and a pool may end a process that has not yet run."""
 
     def fork_and_end(_) -> None:

@@ -14,6 +14,7 @@ import pytest
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.evaluation.results import COLUMNS, write_results
+from nnunetv2_mstkd.reporting.compare import compare
 
 CASES = tuple(f"BraTS-GLI-{number:05d}-100" for number in range(8))
 NAMES = ("T1", "T2")
@@ -134,7 +135,7 @@ def test_intervals_and_tests_count_patients_not_cases():
     assert found["metrics"]["dice"]["overall"][0]["p"] == pytest.approx(2 / 2**6)
 
 
-def test_three_models_with_a_baseline_and_a_metric_of_which_lower_is_better(capsys):
+def test_three_models_with_a_baseline_by_hd95(capsys):
     for name, gain in (("a", 0.0), ("b", 0.01), ("c", 0.02)):
         model(name, gain, metrics=("dice", "hd95"))
     assert cli.main(["compare", "a", "b", "c", "--baseline", "a", "--metrics", "hd95", "dice", "-o", "out"]) == 0
@@ -161,10 +162,33 @@ def test_values_left_out_have_no_rank_and_no_number():
     assert enhancing["difference"] is None and enhancing["p"] is None and enhancing["cases"] == 0
 
 
+def test_compare_returns_data_frames():
+    for name, gain in (("a", 0.0), ("b", 0.01)):
+        model(name, gain, metrics=("dice", "hd95"))
+    found = compare({"one": "a", "two": Path("b")}, metrics=["dice", "hd95"], baseline="one")
+    for table in (found.overall, found.by_count, found.by_subset, found.per_case):
+        assert list(table.columns[:3]) == ["metric", "model", "against"]
+        assert set(table["metric"]) == {"dice", "hd95"}
+        assert (set(table["model"]), set(table["against"])) == ({"two"}, {"one"})
+    assert found.ranks["model"].tolist() == ["one", "two"] and "Compared on 8 cases" in found.text
+    assert not Path("comparison").exists()
+    compare(["a", "b"], output="out")
+    assert Path("out/comparison.md").exists()
+
+
+def test_names_are_printed_as_they_are(capsys):
+    model("a__b_c")
+    model("_new_", 0.01)
+    assert cli.main(["compare", "a__b_c", "_new_"]) == 0
+    printed = capsys.readouterr().out
+    assert "a__b_c" in printed and "\\" not in printed
+    assert r"\_new\_" in Path("comparison/comparison.md").read_text()
+
+
 # ---- which models --------------------------------------------------------------------------------------------------
 
 
-def test_a_model_is_given_by_its_folder_its_evaluation_or_the_file():
+def test_forms_of_a_path():
     model("old")
     model("new", 0.01)
     for first in ("new", "new/subsets", "new/subsets/results.csv"):

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.dataset_conversion import conversion, generic, writing
 from nnunetv2_mstkd.dataset_conversion.checks import label_values
-from nnunetv2_mstkd.dataset_conversion.description import Description
+from nnunetv2_mstkd.dataset_conversion.description import Description, read_description
 
 SHAPE = (4, 5, 6)  # z, y, x
 T1, T2 = 10, 20  # what fills the images of the two modalities, but for a corner
@@ -94,7 +94,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_writes_the_raw_format_with_the_channels_in_the_declared_order(nnunet, source):
+def test_channels_keep_the_declared_order(nnunet, source):
     assert convert(source) == 0
     folder = nnunet / "raw" / "Dataset007_Toy"
     assert sorted(content(folder)) == [
@@ -121,13 +121,13 @@ def test_writes_the_raw_format_with_the_channels_in_the_declared_order(nnunet, s
     np.testing.assert_array_equal(read(folder / "labelsTr" / "b.nii.gz"), label_array(1, 2))
 
 
-def test_compressed_nifti_images_are_copied_unchanged(nnunet, source):
+def test_compressed_nifti_is_copied_unchanged(nnunet, source):
     convert(source)
     copied = nnunet / "raw" / "Dataset007_Toy" / "imagesTr" / "a_0001.nii.gz"
     assert copied.read_bytes() == (source / "a" / "t1.nii.gz").read_bytes()
 
 
-def test_other_formats_are_written_as_compressed_nifti_on_the_same_grid(nnunet, source):
+def test_other_formats_become_compressed_nifti(nnunet, source):
     flipped = (0.0, 1.0, 0.0, -1.0, 0.0, 0.0, 0.0, 0.0, 1.0)
     for case in "abc":
         shutil.rmtree(source / case)
@@ -147,7 +147,7 @@ def test_other_formats_are_written_as_compressed_nifti_on_the_same_grid(nnunet, 
         np.testing.assert_allclose(written.GetDirection(), flipped, atol=1e-6)
 
 
-def test_integer_labels_stored_as_float_are_written_as_uint8(nnunet, source):
+def test_float_labels_are_written_as_uint8(nnunet, source):
     write(source / "a" / "seg.nii.gz", label_array(2, 1, 2, dtype=np.float64))
     assert convert(source) == 0
     label = sitk.ReadImage(str(nnunet / "raw" / "Dataset007_Toy" / "labelsTr" / "a.nii.gz"))
@@ -155,7 +155,7 @@ def test_integer_labels_stored_as_float_are_written_as_uint8(nnunet, source):
     np.testing.assert_array_equal(sitk.GetArrayFromImage(label), label_array(2, 1, 2))
 
 
-def test_remap_turns_the_release_values_into_consecutive_ones(nnunet, source):
+def test_remap_makes_values_consecutive(nnunet, source):
     for case in "abc":
         write(source / case / "seg.nii.gz", label_array(1, 2, 4, 4))
     labels = {"background": 0, "edema": 1, "core": 2, "enhancing": 3}
@@ -164,7 +164,7 @@ def test_remap_turns_the_release_values_into_consecutive_ones(nnunet, source):
     np.testing.assert_array_equal(written, label_array(2, 1, 3, 3))
 
 
-def test_regions_are_written_as_nnunet_reads_them(nnunet, source):
+def test_nnunet_reads_the_regions(nnunet, source):
     from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
     labels = {"background": 0, "whole": [1, 2], "core": [2], "ignore": 3}
@@ -186,21 +186,21 @@ def test_options_can_replace_the_description_file(nnunet, source):
     assert written["regions_class_order"] == [1, 2]
 
 
-def test_an_option_wins_over_its_key_in_the_file(nnunet, source):
+def test_options_override_the_file(nnunet, source):
     assert convert(source, "--modality", "T1=t1.nii.gz") == 0
     written = json.loads((nnunet / "raw" / "Dataset007_Toy" / "dataset.json").read_text())
     assert written["channel_names"] == {"0": "T1"}
 
 
-def test_yaml_says_the_same_as_json(nnunet, source):
+def test_yaml_equals_json(nnunet, source):
     file = source.parent / "description.yaml"
     file.write_text(
         "modalities: {T2: t2.nii.gz, T1: t1.nii.gz}\nlabel: seg.nii.gz\nlabels: {background: 0, edema: 1, core: 2}\n"
     )
-    assert generic.read_description(file) == DESCRIPTION
+    assert read_description(file) == DESCRIPTION
 
 
-def test_the_module_runs_as_a_script_too(nnunet, source):
+def test_generic_script_equals_the_command(nnunet, source):
     (source.parent / "description.json").write_text(json.dumps(DESCRIPTION))
     command = [sys.executable, generic.__file__, str(source), "-d", "7", "--name", "Toy"]
     subprocess.run([*command, "--description", str(source.parent / "description.json")], check=True)
@@ -209,7 +209,7 @@ def test_the_module_runs_as_a_script_too(nnunet, source):
     assert content(nnunet / "raw" / "Dataset007_Toy") == by_script
 
 
-def test_test_cases_are_kept_apart_and_need_no_label(nnunet, source):
+def test_test_cases_need_no_label(nnunet, source):
     (source / "c" / "seg.nii.gz").unlink()
     assert convert(source, "--test-cases", "b", "[c-z]") == 0
     folder = nnunet / "raw" / "Dataset007_Toy"
@@ -221,14 +221,14 @@ def test_test_cases_are_kept_apart_and_need_no_label(nnunet, source):
     assert json.loads((folder / "dataset.json").read_text())["numTraining"] == 1
 
 
-def test_case_folders_may_lie_deeper(nnunet, source):
+def test_case_folders_may_be_nested(nnunet, source):
     (source / "HGG").mkdir()
     shutil.move(source / "a", source / "HGG" / "a")
     assert convert(source, "--cases", "*/*") == 0
     assert [path.name for path in (nnunet / "raw" / "Dataset007_Toy" / "labelsTr").iterdir()] == ["a.nii.gz"]
 
 
-def test_all_problems_are_listed_together_and_nothing_is_written(nnunet, source, capsys):
+def test_all_problems_are_listed_together(nnunet, source, capsys):
     (source / "a" / "t1.nii.gz").unlink()
     write(source / "b" / "seg.nii.gz", label_array(1, 3, 9))
     write(source / "b" / "t1.nii.gz", image_array(T1), spacing=(1.0, 1.0, 2.5))
@@ -244,7 +244,7 @@ def test_all_problems_are_listed_together_and_nothing_is_written(nnunet, source,
     assert_nothing_was_written(nnunet)
 
 
-def test_a_bad_case_is_left_out_and_listed(nnunet, source, capsys):
+def test_bad_cases_are_left_out_and_listed(nnunet, source, capsys):
     write(source / "b" / "seg.nii.gz", label_array(1, 3))
     assert convert(source) == 1
     out, err = capsys.readouterr()
@@ -257,7 +257,7 @@ def test_a_bad_case_is_left_out_and_listed(nnunet, source, capsys):
     assert sorted(fold["val"] for fold in splits) == [["a"], ["c"]]
 
 
-def test_strict_writes_nothing_for_one_bad_case(nnunet, source, capsys):
+def test_strict_writes_nothing(nnunet, source, capsys):
     write(source / "b" / "seg.nii.gz", label_array(1, 3))
     assert convert(source, "--strict") == 2
     assert "1 problem, nothing was written:\n  b: label" in capsys.readouterr().err
@@ -275,12 +275,12 @@ def test_strict_writes_nothing_for_one_bad_case(nnunet, source, capsys):
     ],
     ids=["fraction", "nan", "infinity", "negative", "beyond uint8"],
 )
-def test_labels_that_are_not_declared_integers_are_refused(array, message):
+def test_undeclared_labels_are_refused(array, message):
     with pytest.raises(ValueError, match=message):
         label_values(array, Description.from_mapping(DESCRIPTION))
 
 
-def test_a_value_that_only_another_one_becomes_is_refused():
+def test_remap_targets_are_refused_in_files():
     labels = {"background": 0, "edema": 1, "core": 2, "enhancing": 3}
     description = Description.from_mapping({**DESCRIPTION, "labels": labels, "remap": {"4": 3}})
     assert set(np.unique(label_values(label_array(1, 2, 4), description))) == {0, 1, 2, 3}
@@ -290,7 +290,7 @@ def test_a_value_that_only_another_one_becomes_is_refused():
 
 @pytest.mark.parametrize("part", ["spacing", "origin", "direction"])
 @pytest.mark.parametrize("file", ["t1.nii.gz", "seg.nii.gz"])
-def test_files_of_one_case_must_lie_on_one_grid(nnunet, source, capsys, part, file):
+def test_files_of_a_case_share_a_grid(nnunet, source, capsys, part, file):
     angle = np.float64(0.002)
     turned = (np.cos(angle), -np.sin(angle), 0.0, np.sin(angle), np.cos(angle), 0.0, 0.0, 0.0, 1.0)
     moved = {"spacing": (1.0, 1.0, 2.002), "origin": (5.0, -3.002, 7.0), "direction": turned}[part]
@@ -299,13 +299,13 @@ def test_files_of_one_case_must_lie_on_one_grid(nnunet, source, capsys, part, fi
     assert f"has {part} (" in capsys.readouterr().err
 
 
-def test_files_of_one_case_must_have_one_size(nnunet, source, capsys):
+def test_files_of_a_case_share_a_size(nnunet, source, capsys):
     write(source / "b" / "seg.nii.gz", label_array(1)[:3])
     assert convert(source) == 1
     assert "b: label has size (6, 5, 3) instead of (6, 5, 4) as in T2" in capsys.readouterr().err
 
 
-def test_rounding_in_headers_is_written_away_because_nnunet_refuses_it(nnunet, source):
+def test_rounding_in_headers_is_removed(nnunet, source):
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
     write(source / "b" / "t1.nii.gz", image_array(T1), spacing=(1.0, 1.0005, 2.0))
@@ -318,7 +318,7 @@ def test_rounding_in_headers_is_written_away_because_nnunet_refuses_it(nnunet, s
     np.testing.assert_array_equal(images, [image_array(T2), image_array(T1)])
 
 
-def test_a_truncated_file_is_refused_which_itk_reads_as_zeros(nnunet, source, capsys):
+def test_truncated_images_are_refused(nnunet, source, capsys):
     file = source / "a" / "t1.nii.gz"
     noise = np.random.default_rng(0).integers(1, 1000, (40, 50, 60), np.int16)
     for name in ("t1", "t2", "seg"):
@@ -329,45 +329,45 @@ def test_a_truncated_file_is_refused_which_itk_reads_as_zeros(nnunet, source, ca
     assert "a: T1 (t1.nii.gz) is truncated" in capsys.readouterr().err
 
 
-def test_a_voxel_that_is_no_number_is_refused(nnunet, source, capsys):
+def test_nan_is_refused(nnunet, source, capsys):
     write(source / "a" / "t1.nii.gz", np.full(SHAPE, np.nan, np.float32))
     assert convert(source) == 1
     assert "a: T1 (t1.nii.gz) has 120 of 120 voxels that are NaN or infinite" in capsys.readouterr().err
 
 
-def test_images_of_several_channels_are_refused(nnunet, source, capsys):
+def test_multichannel_images_are_refused(nnunet, source, capsys):
     both = sitk.JoinSeries([sitk.ReadImage(str(source / "a" / name)) for name in ("t1.nii.gz", "t2.nii.gz")])
     sitk.WriteImage(both, str(source / "a" / "t1.nii.gz"))
     assert convert(source) == 1
     assert "a: T1 (t1.nii.gz) has 4 dimensions" in capsys.readouterr().err
 
 
-def test_a_pattern_that_matches_two_files_is_refused(nnunet, source, capsys):
+def test_ambiguous_patterns_are_refused(nnunet, source, capsys):
     modalities = {"T1": "t1.nii.gz", "T2": "t*.nii.gz"}
     assert convert(source, description={**DESCRIPTION, "modalities": modalities}) == 2
     assert "a: T2: t1.nii.gz, t2.nii.gz match 't*.nii.gz', expected one file" in capsys.readouterr().err
 
 
-def test_one_file_for_two_modalities_is_refused(nnunet, source, capsys):
+def test_shared_files_are_refused(nnunet, source, capsys):
     modalities = {"T1": "t1.nii.gz", "T2": "*1.nii.gz"}
     assert convert(source, description={**DESCRIPTION, "modalities": modalities}) == 2
     assert "a: T1 and T2 are the same file t1.nii.gz" in capsys.readouterr().err
 
 
-def test_a_data_set_made_from_other_files_is_refused_and_kept(nnunet, source, capsys):
+def test_changed_sources_are_refused(nnunet, source, capsys):
     convert(source)
     before = content(nnunet / "raw")
     write(source / "a" / "t1.nii.gz", image_array(99))
     assert convert(source) == 2
     err = capsys.readouterr().err
-    assert "--overwrite makes it again:\n  a: its files have changed since it was converted" in err
+    assert "--overwrite converts it again:\n  a: its files have changed since it was converted" in err
     assert content(nnunet / "raw") == before
 
 
-def test_a_data_set_of_another_origin_is_refused_and_kept(nnunet, source, capsys):
+def test_foreign_data_sets_are_refused(nnunet, source, capsys):
     (nnunet / "raw" / "Dataset007_Toy").mkdir()
     assert convert(source) == 2
-    assert "Dataset007_Toy is already there; --overwrite replaces it" in capsys.readouterr().err
+    assert "Dataset007_Toy already exists; --overwrite replaces it" in capsys.readouterr().err
     assert not list((nnunet / "raw" / "Dataset007_Toy").iterdir())
 
 
@@ -382,7 +382,7 @@ def test_overwrite_replaces_the_whole_folder(nnunet, source):
 
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()], ids=["error", "interrupt"])
-def test_a_failure_while_writing_leaves_what_was_there(nnunet, source, monkeypatch, error):
+def test_failure_while_writing_keeps_the_old_data_set(nnunet, source, monkeypatch, error):
     convert(source)
     before = content(nnunet / "raw" / "Dataset007_Toy")
 
@@ -395,7 +395,7 @@ def test_a_failure_while_writing_leaves_what_was_there(nnunet, source, monkeypat
     assert [path.name for path in (nnunet / "raw").glob("Dataset*")] == ["Dataset007_Toy"]
 
 
-def test_a_failure_while_taking_the_place_leaves_what_was_there(nnunet, source, monkeypatch):
+def test_failure_while_replacing_keeps_the_old_data_set(nnunet, source, monkeypatch):
     convert(source)
     before = content(nnunet / "raw" / "Dataset007_Toy")
     rename = Path.rename
@@ -411,13 +411,13 @@ def test_a_failure_while_taking_the_place_leaves_what_was_there(nnunet, source, 
 
 
 @pytest.mark.parametrize("place", ["raw", "preprocessed", "results"])
-def test_a_number_in_use_is_refused(nnunet, source, capsys, place):
+def test_number_in_use_is_refused(nnunet, source, capsys, place):
     (nnunet / place / "Dataset007_Other").mkdir()
     assert convert(source) == 2
     assert "Dataset007_Other has the number of Dataset007_Toy" in capsys.readouterr().err
 
 
-def test_a_missing_environment_variable_is_named(nnunet, source, capsys, monkeypatch):
+def test_missing_environment_variable_is_named(nnunet, source, capsys, monkeypatch):
     monkeypatch.delenv("nnUNet_raw")
     assert convert(source) == 2
     assert "nnUNet_raw is not set" in capsys.readouterr().err
@@ -426,7 +426,7 @@ def test_a_missing_environment_variable_is_named(nnunet, source, capsys, monkeyp
 @pytest.mark.parametrize(
     ("dataset_id", "name"), [(0, "Toy"), (1000, "Toy"), (7, "To__y"), (7, ""), (7, "../Toy"), (7, "a b")]
 )
-def test_names_that_nnunet_cannot_read_back_are_refused(dataset_id, name):
+def test_impossible_dataset_names_are_refused(dataset_id, name):
     with pytest.raises(ValueError, match="expected"):
         conversion.dataset_name(dataset_id, name)
 
@@ -457,13 +457,13 @@ def test_names_that_nnunet_cannot_read_back_are_refused(dataset_id, name):
         ({"remap": {"x": 1}}, "remap is"),
     ],
 )
-def test_a_description_that_nnunet_could_not_train_on_is_refused(change, message):
+def test_impossible_descriptions_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         Description.from_mapping({**DESCRIPTION, **change})
 
 
 @pytest.mark.parametrize("key", ["modalities", "label", "labels"])
-def test_a_description_without_an_essential_key_is_refused(key):
+def test_incomplete_descriptions_are_refused(key):
     incomplete = {name: value for name, value in DESCRIPTION.items() if name != key}
     with pytest.raises(ValueError, match=f"lacks {key}$"):
         Description.from_mapping(incomplete)
@@ -478,10 +478,10 @@ def test_a_description_without_an_essential_key_is_refused(key):
         ("d.json", "[1]", "holds a list"),
     ],
 )
-def test_an_unreadable_description_is_one_line(tmp_path, name, text, message):
+def test_unreadable_descriptions_are_one_line(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=message) as caught:
-        generic.read_description(tmp_path / name)
+        read_description(tmp_path / name)
     assert "\n" not in str(caught.value)
 
 
@@ -502,7 +502,7 @@ def test_an_unreadable_description_is_one_line(tmp_path, name, text, message):
         (["--val-cases", "a", "b", "c"], "3 of 3 training cases validate"),
     ],
 )
-def test_options_that_cannot_be_followed_are_refused_and_nothing_is_written(nnunet, source, capsys, options, message):
+def test_impossible_options_write_nothing(nnunet, source, capsys, options, message):
     assert convert(source, *options) == 2
     assert message in capsys.readouterr().err
     assert_nothing_was_written(nnunet)

@@ -65,7 +65,7 @@ def only_line(capsys: pytest.CaptureFixture, number: int = 1) -> str:
 # ---- the wrong tree ------------------------------------------------------------------------------------------------
 
 
-def test_the_wrong_release(source, nnunet, capsys):
+def test_wrong_release(source, nnunet, capsys):
     assert convert(source, release="brats2020") == 2
     assert refused(capsys, nnunet).endswith(
         "expected names such as BraTS20_Training_001; it holds cases of another release: 4 of brats2021 such as "
@@ -76,9 +76,8 @@ def test_the_wrong_release(source, nnunet, capsys):
 def test_mixed_releases(source, nnunet, capsys):
     make_release(source / "more", "brats2023_gli")
     assert convert(source) == 2
-    assert "mixes 4 cases of brats2021 with 4 of brats2023_gli or brats2024_gli such as BraTS-GLI-00005-100" in refused(
-        capsys, nnunet
-    )
+    line = refused(capsys, nnunet)
+    assert "mixes 4 cases of brats2021 with 4 of brats2023_gli or" in line and "such as BraTS-GLI-00005-100" in line
 
 
 def test_no_release_at_all(tmp_path, nnunet, capsys):
@@ -89,7 +88,7 @@ def test_no_release_at_all(tmp_path, nnunet, capsys):
     assert refused(capsys, nnunet) == f"mstkd convert: no folder {tmp_path / 'nowhere'}\n"
 
 
-def test_two_releases_of_one_naming_differ_by_grid(tmp_path, capsys, nnunet, monkeypatch):
+def test_releases_with_equal_names_differ_by_grid(tmp_path, capsys, nnunet, monkeypatch):
     make_release(tmp_path / "source", "brats2024_gli")
     for path in (tmp_path / "source").rglob("*.nii.gz"):
         array = np.asarray(release_trees.nibabel.load(path).dataobj)
@@ -105,9 +104,9 @@ def test_label_4_in_a_tree_of_2023(tmp_path, capsys):
     release_trees.write(label, own_label("brats2021", 0), SRI24_AFFINE)
     assert convert(tmp_path / "source", release="brats2023_gli") == 1
     (line,) = left_out(capsys)
-    assert line == (
+    assert line.startswith(
         f"{names[0]}: label ({label.name}) holds the undeclared values [4], brats2023_gli has [0, 1, 2, 3]; 4 is ET in "
-        "brats2018, brats2019, brats2020, brats2021 and others, RC in brats2024_gli, brats2025_met, ED in brats2024_ped"
+        "brats2018, brats2019, brats2020, brats2021 and others, RC in brats2024_gli, brats2025_met"
     )
 
 
@@ -117,7 +116,7 @@ def test_label_3_in_a_tree_of_2021(source, capsys):
     assert "holds the undeclared values [3], brats2021 has [0, 1, 2, 4]; 3 is ET in" in only_line(capsys)
 
 
-def test_an_order_of_modalities_that_is_not_the_releases(tmp_path, nnunet, capsys):
+def test_wrong_order_of_stacked_channels(tmp_path, nnunet, capsys):
     make_release(tmp_path / "source", "msd_task01")
     other = {"modality": {"0": "T1w", "1": "T1gd", "2": "T2w", "3": "FLAIR"}}
     (tmp_path / "source" / "dataset.json").write_text(json.dumps(other))
@@ -127,23 +126,23 @@ def test_an_order_of_modalities_that_is_not_the_releases(tmp_path, nnunet, capsy
     )
 
 
-def test_two_names_of_one_modality(source, nnunet, capsys):
+def test_synonyms_of_one_modality(source, nnunet, capsys):
     options = ["--modality", "t1c=*_t1ce.nii.gz", "--modality", "T1Gd=*_t1.nii.gz", "--label", "*_seg.nii.gz"]
     assert convert(source, *options, "--class", "edema=1", release="generic") == 2
     assert "the modalities t1c and T1Gd are both T1ce, expected" in refused(capsys, nnunet)
 
 
-def test_a_second_run_with_another_order_of_modalities(source, capsys):
+def test_second_run_with_another_channel_order(source, capsys):
     names = {"T1": "*_t1.nii.gz", "FLAIR": "*_flair.nii.gz"}
     options = ["--label", "*_seg.nii.gz", "--class", "a=1", "--class", "b=2", "--class", "c=3", "--class", "d=4"]
     for order in (("T1", "FLAIR"), ("FLAIR", "T1")):
         modalities = [text for name in order for text in ("--modality", f"{name}={names[name]}")]
         code = convert(source, *modalities, *options, release="generic")
     assert code == 2
-    assert "is already there with another description; --overwrite replaces it" in capsys.readouterr().err
+    assert "already exists with another description; --overwrite replaces it" in capsys.readouterr().err
 
 
-def test_a_validation_set_has_nothing_to_train_on(source, nnunet, capsys):
+def test_validation_sets_are_refused(source, nnunet, capsys):
     for path in source.rglob("*_seg.nii.gz"):
         path.unlink()
     assert convert(source) == 2
@@ -153,13 +152,13 @@ def test_a_validation_set_has_nothing_to_train_on(source, nnunet, capsys):
 # ---- the wrong files -----------------------------------------------------------------------------------------------
 
 
-def test_a_missing_label(source, capsys):
+def test_missing_label(source, capsys):
     file(source, "seg").unlink()
     assert convert(source) == 1
     assert only_line(capsys) == f"label: no file matches '{NAMES[1]}_seg.nii*'"
 
 
-def test_a_missing_modality(source, capsys):
+def test_missing_modality(source, capsys):
     file(source, "t1ce").rename(file(source, "t1gd"))
     assert convert(source) == 1
     assert only_line(capsys) == (
@@ -168,14 +167,14 @@ def test_a_missing_modality(source, capsys):
     )
 
 
-def test_a_modality_twice(source, capsys):
+def test_duplicate_modality(source, capsys):
     shutil.copy(file(source, "t2"), file(source, "t2").with_suffix(""))
     assert convert(source) == 1
     assert only_line(capsys).startswith(f"T2: {NAMES[1]}_t2.nii, {NAMES[1]}_t2.nii.gz match")
 
 
 @pytest.mark.parametrize("name", ["BraTS2021_00002 (1)", "BraTS2021_0000ü", "BraTS2021-00002"])
-def test_a_folder_with_a_space_or_another_strange_name(source, capsys, name):
+def test_strange_folder_names_of_a_release(source, capsys, name):
     (source / NAMES[1]).rename(source / name)
     assert convert(source) == 1
     (line,) = left_out(capsys)
@@ -183,7 +182,7 @@ def test_a_folder_with_a_space_or_another_strange_name(source, capsys, name):
 
 
 @pytest.mark.parametrize("name", ["case 2", "fällig"])
-def test_a_case_of_any_data_set_with_a_space_or_another_letter(source, capsys, name):
+def test_strange_folder_names_of_own_data(source, capsys, name):
     (source / NAMES[1]).rename(source / name)
     options = ["--modality", "T1=*_t1.nii.gz", "--label", "*_seg.nii.gz"]
     classes = [text for value in (1, 2, 3, 4) for text in ("--class", f"c{value}={value}")]
@@ -192,13 +191,13 @@ def test_a_case_of_any_data_set_with_a_space_or_another_letter(source, capsys, n
     assert line.startswith(f"{name}: the name of the folder has a space or a sign other than ASCII letters")
 
 
-def test_a_file_name_with_a_space(source, capsys):
+def test_file_name_with_a_space(source, capsys):
     file(source, "t2").rename(file(source, "t2 (1)"))
     assert convert(source) == 1
     assert f"T2: no file matches '{NAMES[1]}_t2.nii*'; not used: {NAMES[1]}_t2 (1).nii.gz" in only_line(capsys)
 
 
-def test_a_link_out_of_the_source(source, tmp_path, capsys):
+def test_link_out_of_the_source(source, tmp_path, capsys):
     outside = tmp_path / "elsewhere.nii.gz"
     file(source, "t2").rename(outside)
     file(source, "t2").symlink_to(outside)
@@ -208,7 +207,7 @@ def test_a_link_out_of_the_source(source, tmp_path, capsys):
     assert convert(source, "--follow-links", "--overwrite") == 0
 
 
-def test_a_case_folder_that_is_a_link_out_of_the_source(source, tmp_path, capsys):
+def test_case_folder_linked_from_outside(source, tmp_path, capsys):
     (source / NAMES[1]).rename(tmp_path / NAMES[1])
     (source / NAMES[1]).symlink_to(tmp_path / NAMES[1])
     assert convert(source) == 1
@@ -216,14 +215,14 @@ def test_a_case_folder_that_is_a_link_out_of_the_source(source, tmp_path, capsys
     assert len(lines) == 5 and all("outside" in line for line in lines)
 
 
-def test_a_link_within_the_source_is_no_problem(source):
+def test_link_within_the_source(source):
     (source / "store").mkdir()
     file(source, "t2").rename(source / "store" / "t2")
     file(source, "t2").symlink_to(source / "store" / "t2")
     assert convert(source) == 0
 
 
-def test_a_link_to_nowhere(source, capsys):
+def test_broken_link(source, capsys):
     file(source, "t2").unlink()
     file(source, "t2").symlink_to(source / "nowhere")
     assert convert(source) == 1
@@ -232,14 +231,14 @@ def test_a_link_to_nowhere(source, capsys):
 
 @pytest.mark.parametrize("level", ["full", "header"])
 @pytest.mark.parametrize(("part", "role"), [("t2", "T2"), ("seg", "label")])
-def test_a_truncated_file(source, capsys, level, part, role):
+def test_truncated_file(source, capsys, level, part, role):
     path = file(source, part)
     path.write_bytes(path.read_bytes()[:-9])
     assert convert(source, "--verify", level) == 1
     assert only_line(capsys).startswith(f"{role} ({path.name}) is truncated")
 
 
-def test_a_damaged_file(source, capsys):
+def test_damaged_file(source, capsys):
     path = file(source, "t2")
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -249,7 +248,7 @@ def test_a_damaged_file(source, capsys):
 
 
 @pytest.mark.parametrize("level", ["full", "header"])
-def test_no_image_at_all(source, capsys, level):
+def test_file_that_is_no_image(source, capsys, level):
     file(source, "t2").write_bytes(b"<html>sign in</html>")
     assert convert(source, "--verify", level) == 1
     assert only_line(capsys).startswith(f"T2 ({NAMES[1]}_t2.nii.gz) cannot be read: ")
@@ -258,7 +257,7 @@ def test_no_image_at_all(source, capsys, level):
 # ---- the wrong content ---------------------------------------------------------------------------------------------
 
 
-def test_an_image_that_is_zero_everywhere(source, capsys):
+def test_image_of_zeros(source, capsys):
     release_trees.write(file(source, "t2"), np.zeros(release_trees.SHAPE, np.int16), SRI24_AFFINE)
     assert convert(source) == 1
     assert only_line(capsys) == f"T2 ({NAMES[1]}_t2.nii.gz) is zero everywhere; --allow-missing keeps such a case"
@@ -271,22 +270,22 @@ def test_one_image_under_two_names(source, capsys, level):
     assert only_line(capsys) == "T1 and T1ce hold the same image"
 
 
-def test_a_label_with_parts_of_numbers(source, capsys):
+def test_label_with_fractions(source, capsys):
     release_trees.write(file(source, "seg"), own_label("brats2021", 1) * np.float32(0.3), SRI24_AFFINE)
     assert convert(source) == 1
     assert "expected integers only" in only_line(capsys)
 
 
-def test_a_shifted_label(source, capsys):
+def test_shifted_label(source, capsys):
     label = np.zeros(release_trees.SHAPE, np.uint8)
     label[:4, :4, :4] = 1
     release_trees.write(file(source, "seg"), label, SRI24_AFFINE)
     assert convert(source) == 1
-    assert "lies to 100 % where every image is zero: it is shifted, or that of another case" in only_line(capsys)
+    assert "lies to 100 % where every image is zero: it is shifted, or belongs to another case" in only_line(capsys)
     assert convert(source, "--max-outside", "1", "--overwrite") == 0
 
 
-def test_a_label_on_another_grid(source, capsys):
+def test_label_on_another_grid(source, capsys):
     moved = SRI24_AFFINE.copy()
     moved[2, 3] = 3
     release_trees.write(file(source, "seg"), own_label("brats2021", 1), moved)
@@ -297,7 +296,7 @@ def test_a_label_on_another_grid(source, capsys):
 
 
 @pytest.mark.parametrize("code", [1, 2])
-def test_an_sform_that_contradicts_the_qform(source, capsys, code):
+def test_contradicting_sform_and_qform(source, capsys, code):
     """ITK takes an sform of code 1 and ignores one of code 2, nibabel takes both."""
     image = release_trees.nibabel.load(file(source, "seg"))
     image.set_sform(np.diag([1.0, -1, 1, 1]) @ SRI24_AFFINE, code=code)
@@ -316,7 +315,7 @@ def test_an_sform_that_contradicts_the_qform(source, capsys, code):
         )
 
 
-def test_an_unusual_place_is_noted_only(source, capsys):
+def test_unusual_origin_is_only_noted(source, capsys):
     for path in (source / NAMES[1]).iterdir():
         image = release_trees.nibabel.load(path)
         moved = SRI24_AFFINE.copy()
@@ -329,7 +328,7 @@ def test_an_unusual_place_is_noted_only(source, capsys):
 # ---- interrupted, repeated -----------------------------------------------------------------------------------------
 
 
-def test_an_interrupted_conversion_is_invisible_and_goes_on(source, nnunet, capsys, monkeypatch):
+def test_interrupted_conversion_is_invisible_and_resumes(source, nnunet, capsys, monkeypatch):
     copy, copied = shutil.copyfile, []
 
     def stop_at_the_third_case(path: Path, target: Path) -> None:
@@ -352,7 +351,7 @@ def test_an_interrupted_conversion_is_invisible_and_goes_on(source, nnunet, caps
     assert [path.name for path in (nnunet / "raw").iterdir()] == ["Dataset007_Toy"]
 
 
-def test_work_of_other_options_is_not_taken_over(source, nnunet, capsys, monkeypatch):
+def test_other_options_start_afresh(source, nnunet, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "write_record", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
         assert convert(source) == 2
@@ -362,7 +361,7 @@ def test_work_of_other_options_is_not_taken_over(source, nnunet, capsys, monkeyp
     assert (nnunet / "raw" / "Dataset007_Toy" / "imagesTr" / f"{NAMES[0]}_0000.nii.gz").is_symlink()
 
 
-def test_a_file_that_changed_since_the_interruption_is_done_again(source, nnunet, capsys, monkeypatch):
+def test_changed_files_are_converted_again(source, nnunet, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(conversion, "write_record", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
         assert convert(source) == 2
@@ -373,7 +372,7 @@ def test_a_file_that_changed_since_the_interruption_is_done_again(source, nnunet
     np.testing.assert_array_equal(np.asarray(written.dataobj), patient(7)[0][0])
 
 
-def test_two_conversions_of_one_data_set_at_a_time(source, nnunet, capsys):
+def test_concurrent_conversion_is_refused(source, nnunet, capsys):
     with conversion.locked(nnunet / "raw" / ".Dataset007_Toy.unfinished"):
         assert convert(source) == 2
     assert "another process is writing" in capsys.readouterr().err
@@ -381,7 +380,7 @@ def test_two_conversions_of_one_data_set_at_a_time(source, nnunet, capsys):
 
 
 @pytest.mark.parametrize("level", [[], ["--verify", "header"], ["--verify", "full"]])
-def test_a_second_run_verifies_and_changes_nothing(source, nnunet, capsys, level):
+def test_second_run_only_verifies(source, nnunet, capsys, level):
     convert(source)
     before = {path: path.stat().st_mtime_ns for path in nnunet.glob("raw/*/*/*")}
     assert convert(source, *level) == 0
@@ -389,7 +388,7 @@ def test_a_second_run_verifies_and_changes_nothing(source, nnunet, capsys, level
     assert before == {path: path.stat().st_mtime_ns for path in nnunet.glob("raw/*/*/*")}
 
 
-def test_a_second_run_finds_what_happened_to_the_data_set(source, nnunet, capsys):
+def test_second_run_finds_damage(source, nnunet, capsys):
     convert(source)
     images = nnunet / "raw" / "Dataset007_Toy" / "imagesTr"
     (images / f"{NAMES[0]}_0000.nii.gz").unlink()
@@ -397,8 +396,8 @@ def test_a_second_run_finds_what_happened_to_the_data_set(source, nnunet, capsys
     (images / f"{NAMES[1]}_0000.nii.gz").write_bytes(content[:-1])
     assert convert(source) == 2
     err = capsys.readouterr().err
-    assert f"{NAMES[0]}: {images / NAMES[0]}_0000.nii.gz is gone" in err
-    assert f"{NAMES[1]}: {images / NAMES[1]}_0000.nii.gz is not as it was written" in err
+    assert f"{NAMES[0]}: {images / NAMES[0]}_0000.nii.gz no longer exists" in err
+    assert f"{NAMES[1]}: {images / NAMES[1]}_0000.nii.gz has changed since it was written" in err
     assert NAMES[2] not in err
     middle = bytearray((images / f"{NAMES[2]}_0001.nii.gz").read_bytes())
     middle[6000] ^= 0xFF
@@ -409,29 +408,29 @@ def test_a_second_run_finds_what_happened_to_the_data_set(source, nnunet, capsys
     assert f"{NAMES[2]}: T1ce ({NAMES[2]}_0001.nii.gz) is " in capsys.readouterr().err
 
 
-def test_a_second_run_with_other_cases(source, capsys):
+def test_second_run_with_other_cases(source, capsys):
     convert(source)
     shutil.rmtree(source / NAMES[3])
     assert convert(source) == 2
     assert f"other cases (0 new, 1 gone, such as {NAMES[3]})" in capsys.readouterr().err
 
 
-def test_a_second_run_lists_the_cases_left_out_again(source, capsys):
+def test_second_run_repeats_the_problems(source, capsys):
     file(source, "seg").unlink()
     assert convert(source) == convert(source) == 1
     assert left_out(capsys)[-1].startswith(f"{NAMES[1]}: label: no file matches")
 
 
-def test_a_case_that_was_mended_is_named(source, capsys):
+def test_repaired_cases_are_named(source, capsys):
     file(source, "t1").rename(file(source, "t1old"))
     convert(source)
     file(source, "t1old").rename(file(source, "t1"))
     assert convert(source) == 2
-    assert f"{NAMES[1]}: it was left out, but is good now" in capsys.readouterr().err
+    assert f"{NAMES[1]}: it was left out, but has no problems now" in capsys.readouterr().err
     assert convert(source, "--overwrite") == 0
 
 
-def test_a_dollar_in_the_path_cannot_be_referenced(source, nnunet, capsys):
+def test_dollar_in_the_path_is_refused(source, nnunet, capsys):
     source.rename(source.with_name("so$urce"))
     assert convert(source.with_name("so$urce"), "--reference") == 2
     assert "has a $" in refused(capsys, nnunet)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import subprocess
 import sys
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -63,7 +64,7 @@ def dataset_json(nnunet: Path) -> dict:
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_a_release_becomes_a_data_set_that_nnunet_accepts_and_comes_back(nnunet, source, monkeypatch, capsys, release):
+def test_round_trip(nnunet, source, monkeypatch, capsys, release):
     names = make_release(source, release)
     assert convert(release, source) == 0
     folder = nnunet / "raw" / "Dataset007_Toy"
@@ -92,10 +93,9 @@ def test_a_release_becomes_a_data_set_that_nnunet_accepts_and_comes_back(nnunet,
 
     out = nnunet / "restored"
     assert cli.main(["restore-labels", "-i", str(folder / "labelsTr"), "-o", str(out), "-d", "7"]) == 0
-    separator = "-" if "-" in names[0] else "_"
     for number, name in enumerate(names):
-        file = f"{name}.nii.gz" if release == "msd_task01" else f"{name}{separator}seg.nii.gz"
-        restored = nibabel.load(out / file)
+        own_name = release_trees.file_of(release, name).removesuffix(".gz").removesuffix(".nii")
+        restored = nibabel.load(out / f"{own_name}.nii.gz")
         np.testing.assert_array_equal(np.asarray(restored.dataobj), own_label(release, number))
         np.testing.assert_allclose(restored.affine, release_trees.affine_of(release), atol=1e-5)
     assert len(list(out.iterdir())) == len(names)
@@ -119,7 +119,7 @@ def test_plain_labels(nnunet, source, monkeypatch, release):
     assert "regions_class_order" not in content
 
 
-def test_the_cavity_is_no_part_of_the_whole_tumor(nnunet, source):
+def test_cavity_is_not_part_of_the_whole_tumor(nnunet, source):
     make_release(source, "brats2024_gli")
     convert("brats2024_gli", source)
     content = dataset_json(nnunet)
@@ -133,30 +133,33 @@ def test_the_cavity_is_no_part_of_the_whole_tumor(nnunet, source):
     assert content["regions_class_order"] == [2, 1, 3, 4]
 
 
-@pytest.mark.parametrize("release", RELEASES)
-def test_the_script_does_what_the_sub_command_does(nnunet, source, monkeypatch, release):
+@pytest.mark.parametrize("family", sorted({release.family for release in RELEASES.values()}))
+def test_scripts_convert_the_releases_of_their_family(nnunet, source, monkeypatch, family):
+    release = next(name for name, release in RELEASES.items() if release.family == family)
     make_release(source, release)
-    monkeypatch.setattr(sys, "argv", ["script", str(source), "-d", "7", "--name", "Toy", "--workers", "1"])
+    monkeypatch.setattr(sys, "argv", ["script", release, str(source), "-d", "7", "--name", "Toy", "--workers", "1"])
     with pytest.raises(SystemExit) as stop:
-        runpy.run_path(str(ROOT / "dataset_conversion" / f"{release}.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "dataset_conversion" / f"{family}.py"), run_name="__main__")
     assert stop.value.code == 0
     assert dataset_json(nnunet)["mstkd_conversion"]["release"] == release
 
 
-def test_values_and_regions_of_the_releases():
-    """Written down once more: a slip in the table is a wrong model."""
-    values = {
-        "NCR 1, ED 2, ET 4": {"brats2018", "brats2019", "brats2020", "brats2021", "fets2022", "fets2024"},
-        "NCR 1, ED 2, ET 3": {f"brats2023_{task}" for task in ("gli", "ssa", "met", "ped", "men")},
-        "NCR 1, ED 2, ET 3, RC 4": {"brats2024_gli", "brats2025_met"},
-        "ET 1, NET 2, CC 3, ED 4": {"brats2024_ped"},
-        "ED 1, NCR 2, ET 3": {"msd_task01"},
-    }
-    for text, names in values.items():
-        for name in names:
-            listed = sorted(RELEASES[name].classes.items(), key=lambda item: item[1])
-            assert ", ".join(f"{part} {value}" for part, value in listed) == text
-    assert set().union(*values.values()) == set(RELEASES)
+@pytest.mark.parametrize("words", [["dataset_conversion/brats.py"], ["-m", "dataset_conversion.brats"]])
+def test_scripts_run_as_files_and_modules(words):
+    command = [sys.executable, *words, "--help"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "brats2021" in printed and "fets2022" not in printed
+
+
+def test_values_are_those_of_the_documentation():
+    """Written down twice: a slip in the table is a wrong model."""
+    for name, release in RELEASES.items():
+        listed = sorted(release.classes.items(), key=lambda item: item[1])
+        page = (ROOT / "documentation" / "datasets" / f"{release.family}.md").read_text(encoding="utf-8")
+        assert ", ".join(f"{part} {value}" for part, value in listed) in page, name
+
+
+def test_regions_of_the_releases():
     written = {name: release.description() for name, release in RELEASES.items()}
     orders = {name: (list(it.labels.values())[1:], list(it.regions_class_order)) for name, it in written.items()}
     assert orders["brats2020"] == orders["brats2023_men"] == ([[1, 2, 3], [1, 3], [3]], [2, 1, 3])
@@ -166,14 +169,14 @@ def test_values_and_regions_of_the_releases():
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_the_example_of_a_release_is_a_case_of_it(release):
+def test_examples_match_their_pattern(release):
     assert release in releases.releases_of_case(RELEASES[release].example)
     assert set(RELEASES[release].writes) <= set(RELEASES[release].classes)
 
 
 @pytest.mark.parametrize("mode", ["--link", "--reference"])
 @pytest.mark.parametrize("release", ["brats2018", "brats2021", "brats2023_gli", "brats2024_gli"])
-def test_files_can_stay_where_they_are(nnunet, source, monkeypatch, release, mode):
+def test_links_and_references(nnunet, source, monkeypatch, release, mode):
     names = make_release(source, release)
     assert convert(release, source, mode) == 0
     folder = nnunet / "raw" / "Dataset007_Toy"
@@ -194,7 +197,7 @@ def test_files_can_stay_where_they_are(nnunet, source, monkeypatch, release, mod
     assert (label.exists() and not label.is_symlink()) == (release != "brats2024_gli")
 
 
-def test_references_of_test_cases_and_of_absent_modalities(nnunet, source, monkeypatch):
+def test_references_of_test_cases_and_absent_modalities(nnunet, source, monkeypatch):
     """nnU-Net has no table for test cases, and a zero image has no original."""
     names = make_release(source, "brats2023_ssa")
     (source / names[2] / f"{names[2]}-t1c.nii.gz").unlink()
@@ -215,7 +218,7 @@ def test_stacked_channels_cannot_be_linked(nnunet, source, capsys):
     assert "has all channels in one file, so its cases must be written: use --copy" in capsys.readouterr().err
 
 
-def test_time_points_of_a_patient_stay_together(nnunet, source, capsys):
+def test_time_points_stay_together(nnunet, source, capsys):
     make_release(source, "brats2024_gli")
     assert convert("brats2024_gli", source) == 0
     assert "4 training cases of 3 patients" in capsys.readouterr().out
@@ -239,20 +242,23 @@ def test_drawn_test_cases_are_whole_patients(nnunet, source):
     assert len(drawn) > 1
 
 
-def test_headers_that_only_qform_places_are_noted(nnunet, source, capsys):
+def test_missing_sform_is_noted(nnunet, source, capsys):
     make_release(source, "brats2024_gli")
     convert("brats2024_gli", source)
-    assert "note: sform_code 0: only the qform says where a file lies (2 cases" in capsys.readouterr().out
+    assert (
+        "note: sform_code 0: only the qform says where a file lies, as nnU-Net reads it; nothing to do (2 cases"
+        in capsys.readouterr().out
+    )
 
 
-def test_images_without_labels_of_the_decathlon_are_named(nnunet, source, capsys):
+def test_decathlon_images_without_labels_are_noted(nnunet, source, capsys):
     make_release(source, "msd_task01")
     convert("msd_task01", source)
     out = capsys.readouterr().out
     assert "1 images in" in out and "have no labels and were left out" in out
 
 
-def test_container_names_of_fets(nnunet, source):
+def test_fets_container_names(nnunet, source):
     for name in make_release(source, "fets2022"):
         for path in list((source / name).iterdir()):
             part = path.name.removeprefix(f"{name}_")
@@ -260,7 +266,7 @@ def test_container_names_of_fets(nnunet, source):
     assert convert("fets2022", source) == 0
 
 
-def test_an_absent_modality_becomes_a_zero_image_that_is_listed(nnunet, source, monkeypatch, capsys):
+def test_absent_modalities_become_zero_images(nnunet, source, monkeypatch, capsys):
     names = make_release(source, "brats2023_ssa")
     (source / names[1] / f"{names[1]}-t1c.nii.gz").unlink()
     flair = source / names[2] / f"{names[2]}-t2f.nii.gz"
@@ -279,7 +285,7 @@ def test_an_absent_modality_becomes_a_zero_image_that_is_listed(nnunet, source, 
     }
 
 
-def test_cases_without_a_label_can_be_test_cases(nnunet, source):
+def test_unlabelled_cases_can_be_test_cases(nnunet, source):
     names = make_release(source, "brats2021")
     (source / names[3] / f"{names[3]}_seg.nii.gz").unlink()
     assert convert("brats2021", source, "--unlabelled-as-test") == 0
@@ -289,18 +295,18 @@ def test_cases_without_a_label_can_be_test_cases(nnunet, source):
     assert dataset_json(nnunet)["numTraining"] == 3
 
 
-def test_the_real_size_is_expected(source, monkeypatch, capsys):
+def test_size_of_the_release_is_expected(source, monkeypatch, capsys):
     make_release(source, "brats2021")
     monkeypatch.undo()
     for name in ("raw", "preprocessed"):
         monkeypatch.setenv(f"nnUNet_{name}", str(source.parent / name))
     assert convert("brats2021", source) == 2
     err = capsys.readouterr().err
-    assert err.count("expected 240 x 240 x 155 of 1 x 1 x 1 mm (SRI24)") == 4
+    assert err.count("expected 240 x 240 x 155 voxels of 1 x 1 x 1 mm (SRI24)") == 4
 
 
 @pytest.mark.parametrize("release", ["brats2021", "brats2024_gli"])
-def test_grids_are_those_of_the_files(release):
+def test_grids_match_the_files(release):
     affine = release_trees.affine_of(release)
     grid = releases.SRI24 if release == "brats2021" else releases.MNI152
     lps = np.diag([-1.0, -1, 1, 1]) @ affine
@@ -326,7 +332,7 @@ def restore(predictions: Path, *options: str) -> tuple[int, Path]:
     return cli.main(["restore-labels", "-i", str(predictions), "-o", str(out), *options]), out
 
 
-def test_values_of_another_release_are_matched_by_name(predictions, capsys):
+def test_restore_matches_classes_by_name(predictions, capsys):
     code, out = restore(predictions, "--release", "msd_task01")
     assert code == 0
     assert "values changed: 1 -> 2, 2 -> 1" in capsys.readouterr().out
@@ -335,12 +341,12 @@ def test_values_of_another_release_are_matched_by_name(predictions, capsys):
         np.testing.assert_array_equal(label == value, own == RELEASES["brats2021"].classes[name])
 
 
-def test_a_release_without_a_class_is_refused(predictions, capsys):
+def test_restore_refuses_a_release_without_a_class(predictions, capsys):
     assert restore(predictions, "--release", "brats2024_ped")[0] == 2
     assert "brats2024_ped has no NCR; its classes are ET, NET, CC, ED" in capsys.readouterr().err
 
 
-def test_a_small_enhancing_tumor_becomes_necrosis(predictions):
+def test_restore_replaces_small_enhancing_tumors(predictions):
     sizes = [np.count_nonzero(own_label("brats2021", number) == 4) for number in range(4)]
     limit = sorted(sizes)[2]
     code, out = restore(predictions, "--min-et", str(limit))
@@ -352,7 +358,7 @@ def test_a_small_enhancing_tumor_becomes_necrosis(predictions):
         np.testing.assert_array_equal(read(out / f"{name}_seg.nii.gz"), expected)
 
 
-def test_a_prediction_with_a_strange_value_is_named_and_the_others_are_restored(predictions, capsys):
+def test_restore_leaves_out_unknown_values(predictions, capsys):
     file = predictions / "BraTS2021_00002.nii.gz"
     image = sitk.ReadImage(str(file))
     sitk.WriteImage(image + 3, str(file))
@@ -364,7 +370,7 @@ def test_a_prediction_with_a_strange_value_is_named_and_the_others_are_restored(
     assert len(list(out.iterdir())) == 3
 
 
-def test_a_folder_that_does_not_say_what_its_labels_are_is_refused(predictions, capsys):
+def test_restore_needs_the_mapping(predictions, capsys):
     (predictions / "dataset.json").rename(predictions / "other.json")
     assert restore(predictions)[0] == 2
     assert "has no dataset.json; name the data set: -d ID" in capsys.readouterr().err

@@ -30,7 +30,7 @@ def patient_of(case: str) -> str:
 
 
 @given(number=st.integers(2, 30), data=st.data())
-def test_each_case_validates_once_and_trains_in_the_other_folds(number, data):
+def test_each_case_validates_once(number, data):
     cases = [f"case{index:02d}" for index in range(number)]
     folds = data.draw(st.integers(2, number))
     splits = cross_validation(cases, folds, seed=data.draw(st.integers(0, 2**32 - 1)))
@@ -42,23 +42,23 @@ def test_each_case_validates_once_and_trains_in_the_other_folds(number, data):
 
 
 @pytest.mark.parametrize(("number", "folds"), [(2, 2), (3, 3), (5, 5), (12, 5)])
-def test_the_default_is_five_folds_or_one_per_case(number, folds):
+def test_default_number_of_folds(number, folds):
     assert len(cross_validation([f"case{index}" for index in range(number)])) == folds
 
 
-def test_five_default_folds_are_those_of_nnunet():
+def test_default_folds_equal_nnunets():
     cases = [f"case{index:02d}" for index in range(11)]
     assert cross_validation(cases[::-1]) == generate_crossval_split(cases)
 
 
-def test_another_seed_deals_the_cases_out_differently():
+def test_folds_depend_on_the_seed():
     cases = [f"case{index:02d}" for index in range(20)]
     assert cross_validation(cases, 5, seed=1) == cross_validation(cases, 5, seed=1)
     assert cross_validation(cases, 5, seed=1) != cross_validation(cases, 5, seed=2)
 
 
 @given(points=st.lists(st.integers(1, 4), min_size=2, max_size=12), data=st.data())
-def test_time_points_of_a_patient_are_never_on_both_sides(points, data):
+def test_patients_are_never_on_both_sides(points, data):
     cases = [f"p{patient}-{point}" for patient, number in enumerate(points) for point in range(number)]
     folds = data.draw(st.integers(2, len(points)))
     splits = cross_validation(cases, folds, patient_of=patient_of)
@@ -72,7 +72,7 @@ def test_time_points_of_a_patient_are_never_on_both_sides(points, data):
     assert 1 <= len({patient_of(case) for case in test}) < len(points)
 
 
-def test_the_drawn_test_cases_depend_on_the_seed_alone():
+def test_drawn_test_cases_depend_on_the_seed_alone():
     cases = [f"case{index:02d}" for index in range(20)]
     assert draw_test_cases(cases, 0.2, seed=3) == draw_test_cases(cases[::-1], 0.2, seed=3)
     assert draw_test_cases(cases, 0.2, seed=3) != draw_test_cases(cases, 0.2, seed=4)
@@ -80,7 +80,7 @@ def test_the_drawn_test_cases_depend_on_the_seed_alone():
 
 
 @pytest.mark.parametrize("fraction", [0, 1, -0.1, 0.99])
-def test_a_test_fraction_must_leave_something_to_train_on(fraction):
+def test_impossible_test_fractions_are_refused(fraction):
     with pytest.raises(ValueError, match="--test-fraction"):
         draw_test_cases(["a", "b", "c"], fraction)
 
@@ -101,17 +101,17 @@ def test_published_lists_of_three_parts(tmp_path):
     assert read_lists(files) == ([{"train": ["a", "b"], "val": ["c"]}], ["d"])
 
 
-def test_without_validation_cases_the_test_cases_validate(tmp_path):
+def test_test_lists_validate_without_validation_lists(tmp_path):
     files = write_lists(tmp_path, train1=["a"], test1=["b"], train2=["b"], test2=["a"])
     assert read_lists(files) == ([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}], [])
 
 
-def test_a_table_of_cases_and_parts(tmp_path):
+def test_split_table(tmp_path):
     (tmp_path / "split.csv").write_text("Subject_ID,Split\na,train\nb,Training\nc,validation\nd,test\n")
     assert read_lists([tmp_path / "split.csv"]) == ([{"train": ["a", "b"], "val": ["c"]}], ["d"])
 
 
-def test_folds_in_nnunets_own_form(tmp_path):
+def test_splits_final_as_a_list(tmp_path):
     splits = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
     (tmp_path / "splits_final.json").write_text(json.dumps(splits))
     assert read_lists([tmp_path / "splits_final.json"]) == (splits, [])
@@ -131,24 +131,24 @@ def test_folds_in_nnunets_own_form(tmp_path):
         ),
     ],
 )
-def test_lists_that_contradict_themselves_are_refused(tmp_path, lists, message):
+def test_contradicting_lists_are_refused(tmp_path, lists, message):
     with pytest.raises(ValueError, match=message):
         read_lists(write_lists(tmp_path, **lists))
 
 
-def test_an_absent_list_and_a_strange_part_are_named(tmp_path):
+def test_unreadable_lists_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="no file"):
         read_lists([tmp_path / "train.txt"])
     (tmp_path / "split.csv").write_text("case,part\na,first\n")
     with pytest.raises(ValueError, match="puts a into 'first', expected train, val or test"):
         read_lists([tmp_path / "split.csv"])
     (tmp_path / "splits.json").write_text('{"train": 1}')
-    with pytest.raises(ValueError, match=r"is not as nnU-Net's splits_final\.json"):
+    with pytest.raises(ValueError, match="is no list of splits"):
         read_lists([tmp_path / "splits.json"])
 
 
-def test_lists_of_other_cases_are_refused():
-    with pytest.raises(ValueError, match="the lists name 2 of 3 cases that are not there: b, c"):
+def test_lists_of_unknown_cases_are_refused():
+    with pytest.raises(ValueError, match="the lists name 2 of 3 cases that do not exist: b, c"):
         refuse_unknown_cases([{"train": ["a"], "val": ["b"]}], ["c"], ["a"])
 
 
@@ -161,7 +161,7 @@ def test_hold_out_trains_on_all_other_cases():
     assert hold_out(["a", "b", "c"], ["b"]) == [{"train": ["a", "c"], "val": ["b"]}]
 
 
-def test_writing_makes_the_folder_and_leaves_no_other_file(tmp_path):
+def test_write_splits_creates_the_folder(tmp_path):
     splits = [{"train": ["a"], "val": ["b"]}]
     write_splits(splits, tmp_path / "Dataset007_Toy" / "splits_final.json")
     assert json.loads((tmp_path / "Dataset007_Toy" / "splits_final.json").read_text()) == splits
@@ -202,7 +202,7 @@ def test_published_lists_that_share_a_patient_are_refused(release, tmp_path, cap
     assert "fold 0 trains and validates on 1 patients, such as BraTS-GLI-00005" in capsys.readouterr().err
 
 
-def test_a_listed_case_that_was_left_out_is_taken_out_of_the_fold(release, tmp_path):
+def test_skipped_cases_are_removed_from_lists(release, tmp_path):
     (tmp_path / "source" / B / f"{B}-seg.nii.gz").unlink()
     files = write_lists(tmp_path, train=[A, B], val=[C])
     code, file = release("--splits", *files)
@@ -210,26 +210,26 @@ def test_a_listed_case_that_was_left_out_is_taken_out_of_the_fold(release, tmp_p
     assert json.loads(file.read_text()) == [{"train": [A], "val": [C]}]
 
 
-def test_folds_of_another_origin_are_kept_unless_asked(release, capsys):
+def test_foreign_folds_are_kept(release, capsys):
     _, file = release()
     file.write_text("[]")
     assert release()[0] == 2
-    assert "splits_final.json is already there with other folds; --overwrite replaces it" in capsys.readouterr().err
+    assert "splits_final.json already exists with other folds; --overwrite replaces it" in capsys.readouterr().err
     assert file.read_text() == "[]"
     assert release("--overwrite", "--folds", "2")[0] == 0
     assert len(json.loads(file.read_text())) == 2
 
 
-def test_folds_that_cannot_be_made_are_missed_aloud(release, tmp_path, capsys):
+def test_missing_folds_are_noted(release, tmp_path, capsys):
     for case in (B, C, D):
         shutil.rmtree(tmp_path / "source" / case)
     code, file = release()
     assert code == 0
     assert not file.exists()
-    assert "note: no folds were written, because one patient leaves nobody to validate with" in capsys.readouterr().out
+    assert "note: no folds were written, because a single patient cannot be split" in capsys.readouterr().out
 
 
-def test_folds_without_a_data_set_are_kept_unless_asked(release, tmp_path, capsys):
+def test_folds_without_a_data_set_are_kept(release, tmp_path, capsys):
     release()
     shutil.rmtree(tmp_path / "raw" / "Dataset007_Toy")
     assert release()[0] == 2
@@ -237,7 +237,7 @@ def test_folds_without_a_data_set_are_kept_unless_asked(release, tmp_path, capsy
     assert release("--no-splits")[0] == 0
 
 
-def test_folds_of_an_earlier_data_set_are_not_left_behind_in_silence(release, tmp_path, capsys):
+def test_stale_folds_are_reported(release, tmp_path, capsys):
     release()
     shutil.rmtree(tmp_path / "source" / D)
     assert release("--overwrite", "--no-splits")[0] == 2

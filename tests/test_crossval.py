@@ -16,10 +16,10 @@ from conftest import CONFIGURATION, PHANTOM, Folders
 from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd.crossval.cluster import minutes_of
 from nnunetv2_mstkd.crossval.local import run_steps
-from nnunetv2_mstkd.crossval.marks import Mark, RunningStepError
+from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
 from nnunetv2_mstkd.crossval.plan import make_steps, teacher_of
-from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training, finished_epochs
+from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Progress, Step, Train, Training, finished_epochs
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,6 @@ class Script(Step):
     def done(self) -> bool:
         return self.output.is_file()
 
-    def progress(self) -> str:
-        return ""
-
     def command(self) -> list[str]:
         return [sys.executable, "-c", f"import os, sys, time; output = {str(self.output)!r}; {self.code}"]
 
@@ -68,7 +65,7 @@ def run(steps: list[Step], **options):
 # ---- running here --------------------------------------------------------------------------------------------------
 
 
-def test_steps_run_after_those_that_they_need(model):
+def test_steps_run_after_their_dependencies(model):
     check = "assert os.path.exists(os.path.join(os.path.dirname(output), 'first')); open(output, 'w')"
     steps = [Script(model, name="first", code="time.sleep(0.5); open(output, 'w')")]
     steps += [Script(model, ("first",), name=name, code=check) for name in ("second", "third")]
@@ -80,7 +77,7 @@ def test_steps_run_after_those_that_they_need(model):
     assert not list(model.logs.glob("*.running"))
 
 
-def test_what_is_done_is_not_run_again(model):
+def test_done_steps_are_skipped(model):
     (model.results / "first").write_text("untouched")
     steps = [Script(model, name="first"), Script(model, ("first",), name="second")]
     outcome, _ = run(steps)
@@ -89,7 +86,7 @@ def test_what_is_done_is_not_run_again(model):
     assert run(steps)[0].finished == []
 
 
-def test_a_failure_names_its_log_and_leaves_what_needs_it_and_nothing_else(model):
+def test_failure_leaves_only_dependent_steps(model):
     steps = [
         Script(model, name="bad", code="print('no space left'); sys.exit(3)"),
         Script(model, ("bad",), name="after"),
@@ -104,18 +101,18 @@ def test_a_failure_names_its_log_and_leaves_what_needs_it_and_nothing_else(model
     assert "no space left" in (model.logs / "bad.log").read_text()
 
 
-def test_a_step_without_its_output_has_failed(model):
+def test_step_without_output_has_failed(model):
     outcome, _ = run([Script(model, name="empty", code="pass")])
     assert "without its output" in outcome.failed["empty"]
 
 
-def test_a_step_that_a_signal_ends_says_so(model):
+def test_signals_are_named(model):
     outcome, _ = run([Script(model, name="killed", code="os.kill(os.getpid(), 9)")])
     assert "SIGKILL" in outcome.failed["killed"]
 
 
 @pytest.mark.parametrize(("jobs", "most"), [(1, 1), (3, 3)])
-def test_as_many_steps_at_once_as_there_are_jobs(model, jobs, most):
+def test_jobs_limit_concurrent_steps(model, jobs, most):
     code = (
         "d = os.path.dirname(output); mine = os.path.join(d, f'on_{os.getpid()}'); open(mine, 'w'); time.sleep(0.6); "
     )
@@ -125,7 +122,7 @@ def test_as_many_steps_at_once_as_there_are_jobs(model, jobs, most):
     assert max(int(step.output.read_text()) for step in steps) == most
 
 
-def test_gpus_are_shared_out(model):
+def test_gpus_are_shared(model):
     code = "time.sleep(0.3); open(output, 'w').write(os.environ['CUDA_VISIBLE_DEVICES'])"
     steps = [OnTwo(model, name=f"s{number}", code=code) for number in range(3)]
     run(steps, jobs=3, gpus=["4", "5", "6"])
@@ -133,13 +130,13 @@ def test_gpus_are_shared_out(model):
     assert all(len(each) == 2 and set(each) < {"4", "5", "6"} for each in given)
 
 
-def test_a_training_takes_all_its_gpus_an_evaluation_one_and_a_comparison_none(model):
+def test_gpus_per_kind_of_step(model):
     two = dataclasses.replace(model, gpus=2)
     assert [Train(two).gpus, Evaluate(two).gpus, Compare(two).gpus] == [2, 1, 0]
     assert Train(dataclasses.replace(two, device="cpu")).gpus == 0
 
 
-def test_an_interrupt_ends_the_steps_and_their_children_and_leaves_no_mark(model):
+def test_interrupt_ends_children_and_releases_locks(model):
     code = (
         "import subprocess; child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)']); "
         "open(output + '.child', 'w').write(str(child.pid)); time.sleep(600)"
@@ -173,45 +170,45 @@ def _alive(pid: int) -> bool:
         return False
 
 
-def test_nobody_runs_a_step_that_another_call_runs(model):
+def test_locked_steps_are_refused(model):
     steps = [Script(model, name="free"), Script(model, name="taken")]
     with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]) as other:
-        Mark.of(steps[1]).take()
-        Mark.of(steps[1]).hand_to(pid=other.pid)
+        steps[1].lock.acquire()
+        steps[1].lock.pass_to(pid=other.pid)
         with pytest.raises(RunningStepError, match=rf"taken is run by process {other.pid} on this machine"):
             run(steps)
         assert not steps[0].done()
-        assert not Mark.of(steps[0]).file.exists()
+        assert not steps[0].lock.file.exists()
         assert state_of(steps[1])[0] == "running"
         other.kill()
         other.wait()
         assert run(steps)[0].finished == ["free", "taken"]
 
 
-def test_the_mark_of_another_process_with_the_same_number_does_not_count(model):
-    mark = Mark.of(Script(model))
-    mark.take()
-    assert mark.holder().waits
+def test_lock_of_a_reused_pid_is_stale(model):
+    lock = Script(model).lock
+    lock.acquire()
+    assert lock.owner().waits
     assert state_of(Script(model))[0] == "queued"
-    content = json.loads(mark.file.read_text())
-    mark.file.write_text(json.dumps({**content, "started": "1"}))
-    assert mark.holder() is None
+    content = json.loads(lock.file.read_text())
+    lock.file.write_text(json.dumps({**content, "started": "1"}))
+    assert lock.owner() is None
 
 
-def test_a_process_on_another_machine_counts_as_running(model):
-    mark = Mark.of(Script(model))
-    mark.take()
-    content = json.loads(mark.file.read_text())
-    mark.file.write_text(json.dumps({**content, "host": "elsewhere"}))
+def test_lock_of_another_machine_counts(model):
+    lock = Script(model).lock
+    lock.acquire()
+    content = json.loads(lock.file.read_text())
+    lock.file.write_text(json.dumps({**content, "host": "elsewhere"}))
     with pytest.raises(RunningStepError, match=r"on elsewhere.*remove .*step.running"):
-        mark.take()
+        lock.acquire()
 
 
-def test_a_half_written_mark_counts(model):
-    mark = Mark.of(Script(model))
-    mark.file.parent.mkdir()
-    mark.file.write_text("{")
-    assert mark.holder() is not None
+def test_half_written_lock_counts(model):
+    lock = Script(model).lock
+    lock.file.parent.mkdir()
+    lock.file.write_text("{")
+    assert lock.owner() is not None
 
 
 # ---- what the files say --------------------------------------------------------------------------------------------
@@ -221,23 +218,23 @@ def train_step(results: Path, **options) -> Train:
     return Train(Training(results, "7", "3d_fullres", "Some", device="cpu", **options), fold=2)
 
 
-def test_a_training_begins_goes_on_is_validated_and_is_done(tmp_path):
+def test_training_starts_resumes_validates(tmp_path):
     step = train_step(tmp_path, gpus=2)
     words = "nnUNetv2_train 7 3d_fullres 2 -tr Some -p nnUNetPlans -device cpu -num_gpus 2"
     assert step.command() == words.split()
-    assert (step.done(), step.progress()) == (False, "")
+    assert (step.done(), step.progress()) == (False, None)
     step.output.mkdir(parents=True)
     (step.output / "checkpoint_latest.pth").touch()
     assert step.command() == [*words.split(), "--c"]
     (step.output / "checkpoint_final.pth").touch()
     assert step.command() == [*words.split(), "--val"]
-    assert (step.done(), step.progress()) == (False, "validation")
+    assert (step.done(), step.progress()) == (False, Progress("validation"))
     (step.output / "validation").mkdir()
     (step.output / "validation" / "summary.json").touch()
     assert step.done()
 
 
-def test_epochs_are_counted_over_the_logs_of_a_resumed_training(tmp_path):
+def test_epochs_are_counted_over_all_logs(tmp_path):
     assert finished_epochs(tmp_path) is None
     first = tmp_path / "training_log_1.txt"
     first.write_text("x: Epoch 0 \nx: Epoch time: 2 s \nx: Epoch 1 \nx: Epoch time: 2 s \nx: Epoch 2 \n")
@@ -267,15 +264,15 @@ def evaluated(tmp_path: Path) -> tuple[Evaluate, Evaluate]:
     return one, both
 
 
-def test_an_evaluation_is_done_with_all_cases(evaluated):
+def test_evaluation_needs_all_cases(evaluated):
     one, both = evaluated
     assert one.done() and both.done()
     (one.output / "cases" / "fold_1" / "c.json").unlink()
     assert not one.done() and not both.done()
-    assert one.progress() == "case 1 of 2"
+    assert str(one.progress()) == "case 1 of 2"
 
 
-def test_the_pooled_evaluation_is_done_with_the_table_of_exactly_its_folds(evaluated):
+def test_pooled_evaluation_needs_the_table_of_its_folds(evaluated):
     one, both = evaluated
     (both.output / "results.csv").write_text("case,fold\na,0\n")
     assert one.done()
@@ -284,13 +281,13 @@ def test_the_pooled_evaluation_is_done_with_the_table_of_exactly_its_folds(evalu
     assert one.done() and not both.done()
 
 
-def test_an_evaluation_of_older_weights_is_not_done(evaluated):
+def test_evaluation_of_older_weights_is_not_done(evaluated):
     one, both = evaluated
     os.utime(one.model.folder / "fold_1" / "checkpoint_final.pth")
     assert not one.done() and not both.done()
 
 
-def test_a_comparison_is_done_while_no_evaluation_is_newer(tmp_path):
+def test_comparison_must_be_newer_than_its_inputs(tmp_path):
     models = tuple(Training(tmp_path, "7", "3d_fullres", name) for name in ("One", "Two"))
     step = Compare(models[0], models=models)
     for model in models:
@@ -320,7 +317,7 @@ def steps_for(folders: Folders, *trainers: str, folds=(0, 1), **options) -> dict
     return {step.title: step for step in steps}
 
 
-def test_a_distilled_model_waits_for_its_teacher_and_the_report_for_all_folds(phantom):
+def test_steps_of_a_distilled_model(phantom):
     steps = steps_for(phantom, "MSTKDTrainer")
     assert list(steps) == [
         "train MSTKDTeacherTrainer (tiny), fold 0",
@@ -340,7 +337,7 @@ def test_a_distilled_model_waits_for_its_teacher_and_the_report_for_all_folds(ph
     )
 
 
-def test_one_fold_needs_no_pooling_and_one_teacher_serves_a_baseline_too(phantom):
+def test_steps_of_one_fold(phantom):
     steps = steps_for(phantom, "MSTKDTrainer", "MSTKDTeacherTrainer", "nnUNetTrainer", folds=(0,))
     assert list(steps) == [
         "train MSTKDTeacherTrainer (tiny), fold 0",
@@ -354,7 +351,7 @@ def test_one_fold_needs_no_pooling_and_one_teacher_serves_a_baseline_too(phantom
     assert len(steps_for(phantom, "MSTKDTrainer", "nnUNetTrainer", evaluation=False)) == 6
 
 
-def test_a_teacher_of_a_parent_configuration_serves(phantom):
+def test_teacher_of_a_parent_configuration(phantom):
     plans = plans_of(phantom)
     plans["configurations"]["other"] = {"inherits_from": CONFIGURATION, "mstkd": {"schedule": {"epochs": 9}}}
     model = Training(phantom.results / phantom.dataset, "902", "other", "MSTKDTrainer")
@@ -376,7 +373,7 @@ def command(*words: str) -> int:
     return cli.main(["crossval", str(PHANTOM), CONFIGURATION, "-device", "cpu", *words])
 
 
-def test_a_dry_run_prints_the_commands_and_does_nothing(phantom, capsys):
+def test_dry_run_only_prints(phantom, capsys):
     assert command("--folds", "0", "--dry-run") == 0
     printed = capsys.readouterr().out
     assert "nnUNetv2_train 902 tiny 0 -tr MSTKDTeacherTrainer -p nnUNetPlans -device cpu" in printed
@@ -394,8 +391,8 @@ def test_a_dry_run_prints_the_commands_and_does_nothing(phantom, capsys):
         (["--trainer", "NoTrainer"], "no trainer 'NoTrainer'"),
         (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
         (["--jobs", "0"], "expected numbers from 1"),
-        (["-p", "Other"], "nnUNetv2_plan_and_preprocess -d 902"),
-        (["--gpus", "0"], "--gpus shares out GPUs of this machine"),
+        (["-p", "Other"], "nnUNetv2_plan_and_preprocess"),
+        (["--gpus", "0"], "--gpus shares GPUs of this machine"),
         (["--slurm-partition", "gpu"], "--slurm-partition needs --executor slurm"),
         (["--executor", "slurm", "--slurm-time", "soon"], "--slurm-time soon: expected"),
         (["--executor", "slurm", "--slurm-option", "exclusive"], "--slurm-option exclusive: expected KEY=VALUE"),
@@ -409,7 +406,7 @@ def test_bad_input_is_one_line(phantom, capsys, words, line):
     assert list(phantom.results.iterdir()) == []
 
 
-def test_without_folds_it_takes_those_of_the_data_set(phantom, capsys):
+def test_default_folds_are_those_of_the_data_set(phantom, capsys):
     splits = phantom.preprocessed / phantom.dataset / "splits_final.json"
     splits.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]))
     assert command("--dry-run", "--trainer", "nnUNetTrainer") == 0
@@ -417,12 +414,12 @@ def test_without_folds_it_takes_those_of_the_data_set(phantom, capsys):
     assert "fold 1" in printed and "fold 2" not in printed
 
 
-def test_an_unknown_configuration_names_those_there_are(phantom, capsys):
+def test_unknown_configuration_lists_known_ones(phantom, capsys):
     assert cli.main(["status", str(PHANTOM), "4d"]) == errors.EXIT_USER_ERROR
     assert "has no configuration '4d'; it has" in capsys.readouterr().err
 
 
-def test_without_slurm_one_line_says_what_to_do(phantom, capsys, monkeypatch):
+def test_missing_slurm_names_the_remedy(phantom, capsys, monkeypatch):
     monkeypatch.setenv("PATH", "")
     assert command("--executor", "slurm") == errors.EXIT_USER_ERROR
     assert "there is no command sbatch on this machine" in capsys.readouterr().err
@@ -432,29 +429,30 @@ def test_without_slurm_one_line_says_what_to_do(phantom, capsys, monkeypatch):
     ("text", "minutes"),
     [("90", 90), (15, 15), ("1:30", 2), ("2:00:00", 120), ("1-0", 1440), ("1-2:30", 1590), ("1-0:0:1", 1441), ("0", 1)],
 )
-def test_times_as_sbatch_writes_them(text, minutes):
+def test_sbatch_times(text, minutes):
     assert minutes_of(text) == minutes
 
 
-def test_two_calls_at_once_name_each_other(phantom, capsys):
+def test_concurrent_call_is_refused(phantom, capsys):
     step = steps_for(phantom, "MSTKDTrainer", folds=(0,))["train MSTKDTrainer (tiny), fold 0"]
-    Mark.of(step).take()
+    step.lock.acquire()
     assert command("--folds", "0") == errors.EXIT_USER_ERROR
     assert f"is run by process {os.getpid()} on this machine" in capsys.readouterr().err
-    assert [path.name for path in step.log.parent.iterdir()] == [Mark.of(step).file.name]
+    assert [path.name for path in step.log.parent.iterdir()] == [step.lock.file.name]
 
 
-def test_sigterm_ends_it_like_ctrl_c(tmp_path):
+def test_sigterm_ends_the_steps(tmp_path):
     script = tmp_path / "call.py"
     script.write_text(
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from test_crossval import Script, Training\n"
         "from pathlib import Path\n"
         "from nnunetv2_mstkd import errors\n"
-        "from nnunetv2_mstkd.commands.crossval import _run_here\n"
+        "from nnunetv2_mstkd.crossval.local import run_steps\n"
+        "report = lambda line: print(line, flush=True)\n"
         f"model = Training(Path({str(tmp_path)!r}), '1', 'c', 'T')\n"
         "step = Script(model, name='long', code='time.sleep(600)')\n"
-        "sys.exit(errors.run_and_report('mstkd crossval', lambda args: _run_here([step], 1, []), None))\n"
+        "sys.exit(errors.run_and_report('mstkd crossval', lambda args: run_steps([step], report=report), None))\n"
     )
     with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as call:
         assert call.stdout.readline() == "begin   the long\n"
@@ -464,7 +462,7 @@ def test_sigterm_ends_it_like_ctrl_c(tmp_path):
     assert not list(tmp_path.glob("crossval/*.running"))
 
 
-def test_trained_models_are_validated_evaluated_and_shown(models, capsys, monkeypatch):
+def test_validates_evaluates_and_shows_trained_models(models, capsys, monkeypatch):
     teacher = models.fold("MSTKDTeacherTrainer") / "validation"
     teacher.mkdir()
     (teacher / "summary.json").write_text("{}")

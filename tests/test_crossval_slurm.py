@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from test_crossval import Script
 
-from nnunetv2_mstkd.crossval.marks import Mark, RunningStepError, job_state
+from nnunetv2_mstkd.crossval.locks import RunningStepError, job_state
 from nnunetv2_mstkd.crossval.overview import state_of
 from nnunetv2_mstkd.crossval.steps import Training
 
@@ -170,7 +170,7 @@ def model(tmp_path: Path) -> Training:
     return Training(tmp_path, "1", "3d_fullres", "Any", device="cpu")
 
 
-def test_jobs_wait_for_those_that_they_need(submit, model):
+def test_jobs_wait_for_dependencies(submit, model):
     check = "assert os.path.exists(os.path.join(os.path.dirname(output), 'first')); open(output, 'w')"
     first = Script(model, name="first", code="time.sleep(2); open(output, 'w')")
     second = Script(model, ("first",), name="second", code=check)
@@ -186,19 +186,19 @@ def test_jobs_wait_for_those_that_they_need(submit, model):
     assert submit(first, second) == {}
 
 
-def test_a_failed_job_leaves_its_log_and_cancels_what_needs_it(submit, model):
+def test_failed_job_cancels_dependent_ones(submit, model):
     bad = Script(model, name="bad", code="print('no space left', flush=True); sys.exit(3)")
     after = Script(model, ("bad",), name="after")
     jobs = submit(bad, after)
     assert wait(lambda: job_state(jobs["after"]) is None)
     assert state_of(bad) == ("stopped", f"last line of {bad.log}: no space left")
     assert not after.done()
-    assert Mark.of(after).holder() is None  # its job was cancelled, so nobody holds it and it may be submitted again
+    assert after.lock.owner() is None  # its job was cancelled, so nobody holds it and it may be submitted again
     again = submit(Script(model, name="bad"), after)
     assert wait(after.done), again
 
 
-def test_a_job_that_is_put_back_into_the_queue_goes_on(submit, model):
+def test_requeued_job_resumes(submit, model):
     once = f"{model.results / 'begun'}"
     code = (
         f"again = os.path.exists({once!r}); open({once!r}, 'w'); "
@@ -216,9 +216,9 @@ def test_a_job_that_is_put_back_into_the_queue_goes_on(submit, model):
     assert step.log.read_text().count("$ ") == 2
 
 
-def test_an_option_that_sbatch_refuses_marks_nothing(submit, model):
+def test_refused_options_lock_nothing(submit, model):
     step = Script(model, name="step")
     with pytest.raises(ValueError, match=r"sbatch refuses the job to the step: .*invalid partition"):
         submit(step, partition="nowhere")
-    assert not Mark.of(step).file.exists()
+    assert not step.lock.file.exists()
     assert state_of(step) == ("waiting", "")

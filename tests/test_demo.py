@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
-from conftest import Folders, plan_and_preprocess
 
 from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.crossval.steps import Progress
 from nnunetv2_mstkd.demo import pipeline, steps
-from nnunetv2_mstkd.demo.pipeline import CONTROLS, STUDENT, TEACHER, Demo, Options, budget
-from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.demo.pipeline import CONTROLS, STUDENT, TEACHER, Demo, Options
+from nnunetv2_mstkd.demo.result import next_commands
 
 SMALLEST = ["--epochs", "1", "--cases", "6", "--test-cases", "1", "--spacing", "6", "--device", "cpu"]
+PREPROCESS_HERE = f"""
+import os
+from pathlib import Path
+from conftest import Folders, plan_and_preprocess
+folders = (Path(os.environ[f"nnUNet_{{name}}"]) for name in ("raw", "preprocessed", "results"))
+plan_and_preprocess(Folders(*folders), {pipeline.DATASET}, "3d_fullres")
+"""
+"""nnU-Net's own command counts 10^8 voxels, which takes longer than all others together."""
 
 
 def options(**changes) -> Options:
@@ -24,51 +33,50 @@ def options(**changes) -> Options:
     return Options(**{**values, "anatomy": "procedural", "controls": False, **changes})
 
 
-def test_the_demo_runs_through_and_a_second_call_repeats_nothing(tmp_path, monkeypatch, capsys):
+def test_runs_through_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pipeline, "ITERATIONS", 2)
     monkeypatch.setattr(pipeline, "FEATURES", (4, 8, 8, 8))
     monkeypatch.setitem(pipeline.SETTINGS, "schedule.validation_iterations", 1)
-    monkeypatch.setattr(steps, "run", preprocess_here(steps.run))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setattr(steps.Command, "command", preprocess_here(steps.Command.command))
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), *SMALLEST]) == 0, capsys.readouterr().err
-    first = capsys.readouterr().out
+    first, bars = capsys.readouterr()
     assert "teacher given zeros" in first and "MST-KDNet student" in first
     assert "say nothing about clinical performance" in first
+    assert "train student" in bars and "15/15" in bars
     scores = pd.read_csv(out / "results.csv")
     assert len(scores) == 15 * 2 * 3 and scores["dice"].between(0, 1).all()
     assert scores["subset"].nunique() == 15 and set(scores["region"]) == {"WT", "TC", "ET"}
     for picture in ("heatmap.png", "slices.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    # what moves the bars is still what nnU-Net prints
-    logs = out / "logs"
-    assert (logs / f"train_{TEACHER.folder}.log").read_text().count("Epoch time:") == 2
-    assert (logs / f"train_{STUDENT.folder}.log").read_text().count("Epoch time:") == 1
-    predicted = (logs / f"predict_{STUDENT.folder}.log").read_text().splitlines()
-    assert sum(line.startswith("Predicting ") for line in predicted) == 15
-    assert len(list((out / "predictions" / STUDENT.folder).glob("*.nii.gz"))) == 15
-    state = json.loads((out / "demo.json").read_text())
-    done = [step.split()[0] for step in state["seconds"]]
-    assert done == ["data", "preprocessing", "train", "train", "predict", "predict"]
+    record = json.loads((out / "demo.json").read_text())
+    demo = Demo(out, Options(**record["options"]))
+    # what moves the bars is still what nnU-Net writes
+    assert demo.train(TEACHER).log.read_text().count("Epoch time:") == 2
+    assert steps.Train.progress(demo.train(STUDENT)) == Progress("validation")
+    assert len(list(demo.predictions(STUDENT).glob("*.nii.gz"))) == 15
+    done = [step.split("_")[0] for step in record["seconds"]]
+    assert done == ["plan", "configure", "train", "train", "predict", "predict"]
 
-    monkeypatch.setattr(steps, "run", lambda *_, **__: pytest.fail("a finished step ran again"))
+    monkeypatch.setattr(steps, "run_steps", lambda *_, **__: pytest.fail("a finished step ran again"))
     assert cli.main(["demo", "--out", str(out), *SMALLEST]) == 0
-    assert _table(capsys.readouterr().out) == _table(first)
+    second = capsys.readouterr().out
+    assert _table(second) == _table(first)
+    assert "minutes in all" in first and "everything is computed" in second and "minutes in all" not in second
     assert cli.main(["demo", "--out", str(out), *SMALLEST, "--seed", "1"]) == 2
     assert "holds a demo with other options: seed 0 (now 1)" in capsys.readouterr().err
 
 
 def preprocess_here(real):
-    """All commands as they are but the first, which counts 10^8 voxels and takes longer than the others together."""
+    def command(step) -> list[str]:
+        words = real(step)
+        if words[0] != "nnUNetv2_plan_and_preprocess":
+            return words
+        assert words[1:5] == ["-d", str(pipeline.DATASET), "-c", "3d_fullres"]
+        return [sys.executable, "-c", PREPROCESS_HERE]
 
-    def run(arguments, *, variables, **more) -> None:
-        if arguments[0] != "nnUNetv2_plan_and_preprocess":
-            real(arguments, variables=variables, **more)
-            return
-        raw, preprocessed, results = (Path(variables[f"nnUNet_{name}"]) for name in ("raw", "preprocessed", "results"))
-        assert arguments[1:5] == ["-d", str(pipeline.DATASET), "-c", "3d_fullres"]
-        plan_and_preprocess(Folders(raw, preprocessed, results), pipeline.DATASET, "3d_fullres")
-
-    return run
+    return command
 
 
 def _table(text: str) -> str:
@@ -99,68 +107,81 @@ def test_impossible_options_are_one_line(tmp_path, capsys, given, told):
 
 
 @pytest.fixture
-def python(monkeypatch):
-    monkeypatch.setattr(steps, "command_path", lambda name: sys.executable)
-
-    def run(code: str, log: Path, **more) -> None:
-        arguments = {"variables": {}, "title": "a step", "total": 3, "tick": "^done ", **more}
-        steps.run(["python", "-c", code], log=log, **arguments)
-
-    return run
+def demo(tmp_path) -> Demo:
+    return Demo(tmp_path / "demo", options())
 
 
-def test_a_command_writes_its_log_and_moves_the_bar(tmp_path, python, capsys):
-    log = tmp_path / "logs" / "step.log"
-    python("import sys; print('done 1'); print('more', file=sys.stderr); print('done 2')", log, first=1)
-    assert sorted(log.read_text().splitlines()[1:]) == ["done 1", "done 2", "more"]
+def command(demo: Demo, code: str, total: int = 2) -> steps.Command:
+    """A step that runs a line of Python and counts the files in ``made``."""
+    made = demo.folder / "made"
+    made.mkdir(parents=True)
+    words = [sys.executable, "-c", f"from pathlib import Path; made = Path({str(made)!r}); {code}"]
+    return steps.Command(
+        demo.training(STUDENT), (), "a step", 1, lambda: words, total, lambda: len(list(made.iterdir()))
+    )
+
+
+def test_bar_follows_the_files_of_a_step(demo, capsys):
+    step = command(demo, "import time; (made / 'a').touch(); time.sleep(0.5); (made / 'b').touch(); print('log')")
+    assert steps.run_with_bar(step) > 0.4
     error = capsys.readouterr().err
-    assert "a step" in error and "3/3" in error
+    assert "a step" in error and "2/2" in error
+    assert step.log.read_text().splitlines()[1:] == ["log"]
 
 
-def test_a_command_that_fails_is_told_with_its_last_line_and_log(tmp_path, python):
-    log = tmp_path / "logs" / "step.log"
-    with pytest.raises(ValueError, match=rf"python stopped with exit code 3: no room \(whole output in {log}\)"):
-        python("import sys; print('no room'); sys.exit(3)", log)
+def test_failure_names_last_line_and_log(demo):
+    step = command(demo, "import sys; print('no room'); sys.exit(3)")
+    with pytest.raises(ValueError, match=rf"a step failed: exit code 3: no room \(log: {step.log}\)"):
+        steps.run_with_bar(step)
 
 
-def test_an_interrupt_ends_the_command(tmp_path, python, monkeypatch):
-    def interrupt(*_) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(steps.tqdm, "update", interrupt)
-    with pytest.raises(KeyboardInterrupt):  # and does not wait for it
-        python("import time; print('done 1', flush=True); time.sleep(600)", tmp_path / "logs" / "step.log")
+def test_steps_work_in_the_folder_of_the_demo(demo):
+    variables = demo.train(STUDENT).variables()
+    assert variables["nnUNet_results"] == str(demo.folder / "results")
+    assert (variables["nnUNet_n_proc_DA"], variables["nnUNet_def_n_proc"]) == ("0", "1")
+    assert demo.train(STUDENT).command()[-2:] == ["-device", "cpu"]
 
 
-def test_a_training_that_was_stopped_goes_on(tmp_path, monkeypatch):
-    demo, calls = Demo(tmp_path / "demo", options()), []
-    monkeypatch.setattr(steps, "run", lambda arguments, **more: calls.append((arguments, more["first"])))
-    demo._train(STUDENT)
-    fold = demo.folder / "results" / demo.dataset / STUDENT.folder / "fold_0"
-    fold.mkdir(parents=True)
-    checkpoints.write({"network_weights": {}, "current_epoch": 4}, fold / "checkpoint_latest.pth")
-    demo._train(STUDENT)
-    assert [(arguments[-1], first) for arguments, first in calls] == [("cpu", 0), ("--c", 4)]
+def test_truncated_predictions_are_made_again(tmp_path):
+    file = tmp_path / "case.nii.gz"
+    file.write_bytes(b"\x1f\x8b\x08")
+    steps.drop_truncated(tmp_path)
+    assert not file.exists()
 
 
-def test_controls_get_the_budget_of_teacher_and_student_together(tmp_path):
+def test_controls_get_the_whole_budget(tmp_path):
     demo = Demo(tmp_path / "demo", options(controls=True))
     plain, no_distillation = CONTROLS
     assert demo.epochs(plain) == demo.epochs(TEACHER) + demo.epochs(STUDENT)
     assert demo.epochs(no_distillation) == demo.epochs(STUDENT)
-    # the student needs its teacher, and is shown last
-    assert demo._training_order() == [TEACHER, STUDENT, *CONTROLS] and demo.models[-1] == STUDENT
-    assert dict(budget(options(controls=True)))["controls"] > 0 and "controls" not in dict(budget(options()))
-    # a demo may be continued with controls
-    assert Demo(tmp_path / "demo", options()).models == [TEACHER, STUDENT]
+    assert demo.models == [TEACHER, *CONTROLS, STUDENT]  # the student is shown last
+    assert len(demo.configurations()) == 3
+    assert demo.minutes_left()["controls"] > 0
+    assert "controls" not in Demo(tmp_path / "demo", options()).minutes_left()
+
+
+def test_changed_options_are_named(tmp_path):
+    demo = Demo(tmp_path, options())
+    demo._save_record()
+    Demo(tmp_path, options(controls=True))  # may be added
+    with pytest.raises(ValueError, match=r"other options: epochs by default \(now 3\)"):
+        Demo(tmp_path, options(epochs=3))
 
 
 @pytest.mark.parametrize(("student", "teacher"), [(None, 14), (9, 14), (1, 2), (90, 140)])
-def test_the_teachers_epochs_follow_the_students(student, teacher):
+def test_teacher_epochs_follow_the_students(student, teacher):
     assert options(epochs=student).teacher_epochs == teacher
 
 
-def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
+def test_foreign_folder_is_refused(tmp_path):
     (tmp_path / "thesis.txt").touch()
     with pytest.raises(ValueError, match="is not empty and holds no demo"):
         Demo(tmp_path, options())
+
+
+def test_next_commands_are_valid(tmp_path):
+    export, *commands = next_commands(Demo(tmp_path / "a demo", options()))
+    assert len(shlex.split(export)) == 4
+    for line in commands:
+        words = shlex.split(line)[1:]
+        assert cli._parser(words).parse_args(words).d == "901"

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.gsme import adversarial_student_term, discriminator_loss
+from nnunetv2_mstkd.losses.style import adversarial_student_term, discriminator_loss
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator, mean_logit
 
 

@@ -17,7 +17,7 @@ ERROR = errors.InputError("found 3,\n  expected 4")
 
 @pytest.fixture
 def passed_on(monkeypatch: pytest.MonkeyPatch) -> list[BaseException]:
-    """The exceptions that our hook passes on to the one before it."""
+    """Exceptions that our hook leaves to the previous one."""
     seen: list[BaseException] = []
     monkeypatch.delenv("MSTKD_DEBUG", raising=False)
     monkeypatch.setattr(sys, "excepthook", lambda kind, error, trace: seen.append(error))
@@ -49,6 +49,11 @@ def test_other_errors_keep_their_traceback(passed_on, error):
     assert passed_on == [error]
 
 
+def test_did_you_mean_hints_at_close_words_only():
+    assert errors.did_you_mean("epoch", ["seed", "epochs"]) == " (did you mean 'epochs'?)"
+    assert errors.did_you_mean("epoch", ["seed"]) == ""
+
+
 def test_debugging_keeps_the_traceback(passed_on, monkeypatch):
     monkeypatch.setenv("MSTKD_DEBUG", "1")
     end_with(ERROR)
@@ -67,7 +72,7 @@ def test_installing_twice_changes_nothing(passed_on):
     assert sys.excepthook is hook
 
 
-def test_nnunet_process_exits_with_2_once_it_has_imported_the_trainers():
+def test_nnunet_process_exits_with_2():
     shim = ROOT / "nnunetv2_mstkd" / "nnunet" / "_trainer_path" / "mstkd_trainers.py"
     code = (
         f"import runpy\nprint('MSTKDTrainer' in runpy.run_path({str(shim)!r}))\n"

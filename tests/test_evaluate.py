@@ -28,11 +28,11 @@ from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from predict_inputs import CHANNELS, files, read, trainer_class, write, write_case, write_model
 
 from nnunetv2_mstkd import cli, modalities
-from nnunetv2_mstkd.evaluation import subsets as subsets_module
-from nnunetv2_mstkd.evaluation.strips import CaseStrip, choose_view, read_strip
+from nnunetv2_mstkd.evaluation import run as run_module
+from nnunetv2_mstkd.evaluation.montage import Montage, choose_view, read_montage
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.nnunet.model import load_predictor
-from nnunetv2_mstkd.statistics.shapley import shapley_values
+from nnunetv2_mstkd.statistics.shapley import shapley_matrix
 
 NAMES = ("T0", "T1", "T2", "T3")
 FEW = ("T0", "T1+T3", "all")
@@ -106,7 +106,7 @@ def segmentation_of(model: Path, fold: int, case: str, subset: str, folder: Path
     ],
     ids=["stock trainer", "regions and mirroring", "2d and ignore label"],
 )
-def test_dice_is_that_of_nnunets_segmentation_of_each_subset_alone(nnunet_folders, trainer, options):
+def test_dice_equals_nnunets_for_each_subset_alone(nnunet_folders, trainer, options):
     model = write_model(trainer_class(trainer), **options)
     ignore = 3 if "ignore" in options.get("labels", {}) else None
     write_dataset(model, ignore=ignore)
@@ -156,8 +156,9 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
     means = dice.groupby(["region", "subset"])["value"].mean()
     assert (summary["cases"], summary["patients"], summary["folds"]) == (3, 2, ["0", "1"])
     for region in ("whole", "core"):
-        game = {tuple(subset.split("+")): means[region, subset] for subset in every}
-        for name, expected in shapley_values(game, NAMES).items():
+        codes = [modalities.subset_code(modalities.parse_subset(subset, NAMES)) for subset in every]
+        game = shapley_matrix(CHANNELS)[:, codes] @ [means[region, subset] for subset in every]
+        for name, expected in zip(NAMES, game, strict=True):
             found = summary["shapley"][region][name]
             assert math.isclose(found["dice"], expected) and found["low"] <= found["dice"] <= found["high"]
         assert summary["worst_subset"][region]["subset"] == means[region].idxmin()
@@ -187,7 +188,7 @@ def test_background_processes_give_the_same_results(student):
     assert files(student.parent / "other")["results.csv"] == files(student / "subsets")["results.csv"]
 
 
-def test_images_of_a_folder_are_evaluated_like_the_preprocessed_ones(student, nnunet_folders):
+def test_images_give_the_results_of_preprocessed_data(student, nnunet_folders):
     raw, out = nnunet_folders / "raw" / tiny.DATASET, nnunet_folders / "out"
     options = ("--subsets", *FEW, "-f", "0")
     assert evaluate(student, *options) == 0
@@ -251,13 +252,13 @@ def test_mask_first_is_what_predict_gives_without_the_files(student, nnunet_fold
 # ---- pictures of the report ----------------------------------------------------------------------------------------
 
 
-def stored(model: Path, fold: int, case: str) -> CaseStrip:
-    found = read_strip(model / "subsets" / "cases" / f"fold_{fold}" / f"{case}.npz")
+def stored(model: Path, fold: int, case: str) -> Montage:
+    found = read_montage(model / "subsets" / "cases" / f"fold_{fold}" / f"{case}.npz")
     assert found is not None
     return found
 
 
-def test_the_pictured_slice_is_that_of_nnunets_segmentation_of_each_subset(student, nnunet_folders):
+def test_pictured_slices_equal_nnunets_segmentations(student, nnunet_folders):
     assert evaluate(student, "--subsets", *FEW, "-f", "0", "--stack", "1", "--metrics", "dice") == 0
     for number, case in enumerate(CASES[:2]):
         strip, label = stored(student, 0, case), label_image(number)
@@ -299,7 +300,7 @@ def test_with_mask_first_the_pictures_show_all_images(student):
 def test_an_evaluation_without_pictures_still_has_its_page(student, capsys):
     options = ("--subsets", "T0", "-f", "0", "--metrics", "dice")
     assert evaluate(student, *options, "--strips", "0") == 0
-    assert 'id="strips"' not in (student / "subsets" / "report.html").read_text()
+    assert 'id="montages"' not in (student / "subsets" / "report.html").read_text()
     files_of_pictures = list((student / "subsets" / "cases").rglob("*.npz"))
     assert len(files_of_pictures) == 2
     files_of_pictures[0].unlink()
@@ -337,7 +338,7 @@ def test_pooling_folds_takes_each_folds_own_cases_and_weights(student):
     pd.testing.assert_frame_equal(pooled.query("fold == '1'").reset_index(drop=True), one)
 
 
-def test_the_split_that_a_checkpoint_notes_wins_over_a_changed_splits_file(student):
+def test_the_checkpoints_split_overrides_the_file(student):
     checkpoint = student / "fold_0" / "checkpoint_final.pth"
     content = torch.load(checkpoint, weights_only=False)
     content["mstkd"]["split"] = {"train": [CASES[0]], "val": [CASES[3]]}
@@ -376,20 +377,20 @@ def test_more_metrics_are_measured_on_request(student):
 
 def count_predictions(monkeypatch) -> list:
     seen = []
-    real = subsets_module.SubsetPredictor.logits
+    real = run_module.SubsetPredictor.logits
 
     def logits(self, data, rows):
         seen.append(len(rows))
         return real(self, data, rows)
 
-    monkeypatch.setattr(subsets_module.SubsetPredictor, "logits", logits)
+    monkeypatch.setattr(run_module.SubsetPredictor, "logits", logits)
     return seen
 
 
 def test_a_stopped_run_goes_on_with_the_case_where_it_was(student, monkeypatch):
     options = ("--subsets", *FEW, "--metrics", "dice")
     assert evaluate(student, *options, "-o", str(student.parent / "whole")) == 0
-    seen, real = [], subsets_module.prepare
+    seen, real = [], run_module.prepare
 
     def stop_at_the_third(case, *arguments):
         if len(seen) == 2:
@@ -398,8 +399,8 @@ def test_a_stopped_run_goes_on_with_the_case_where_it_was(student, monkeypatch):
         return real(case, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(subsets_module, "IMAGES_AHEAD", 0)
-        patch.setattr(subsets_module, "prepare", stop_at_the_third)
+        patch.setattr(run_module, "IMAGES_AHEAD", 0)
+        patch.setattr(run_module, "prepare", stop_at_the_third)
         assert evaluate(student, *options) == 130
     assert not (student / "subsets" / "results.csv").exists()
     predicted = count_predictions(monkeypatch)

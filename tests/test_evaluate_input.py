@@ -309,7 +309,7 @@ def test_all_subsets_are_the_default():
     assert torch.equal(choose_subsets(NAMES), modalities.all_subsets(4))
 
 
-def test_subsets_come_in_the_packages_order_whatever_the_order_given():
+def test_subsets_are_sorted():
     assert chosen("all", "T3+T1", "T0,T1", "T2") == ["T2", "T0+T1", "T1+T3", "T0+T1+T2+T3"]
     every = chosen()
     assert chosen(*reversed(every)) == every

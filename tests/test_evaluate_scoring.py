@@ -46,7 +46,7 @@ def test_surface_metrics_come_with_the_others():
     assert math.isclose(scores["core"]["nsd"], 2 / 3)
 
 
-def test_overlap_metrics_do_not_depend_on_whether_surfaces_are_asked_for():
+def test_overlap_is_the_same_with_and_without_surfaces():
     names = ("dice", "sensitivity", "precision", "volume_error_ml", "relative_volume_error")
     alone = rules(metrics=names).score(*pair(), (2.0, 3.0, 4.0))
     together = rules(metrics=(*names, "hd95")).score(*pair(), (2.0, 3.0, 4.0))
@@ -58,7 +58,7 @@ def test_every_metric_can_be_asked_for():
     assert all(set(of_region) == set(METRICS) for of_region in scores.values())
 
 
-def test_ignored_voxels_count_neither_as_predicted_nor_as_reference():
+def test_ignored_voxels_do_not_count():
     prediction, reference = pair()
     reference[1, 2, 0] = reference[1, 1, 3] = 3  # both errors
     prediction[0, 0, 0], reference[0, 0, 0] = 1, 3

@@ -85,7 +85,7 @@ def test_a_stack_of_one_is_nnunets_own_prediction_bit_for_bit(model, nnunet_fold
         assert np.array_equal(logits, alone(model, image, subset))
 
 
-def test_larger_stacks_give_the_same_labels_but_for_voxels_near_the_decision(model, nnunet_folders):
+def test_stacks_change_labels_near_the_decision_only(model, nnunet_folders):
     image = image_of(model, nnunet_folders)
     manager = predictor_of(model).label_manager
     differing = near_voxels = 0
@@ -204,7 +204,7 @@ def test_subsets_that_do_not_fit_the_image_are_refused(student, nnunet_folders, 
         list(SubsetPredictor(predictor_of(student), 1).logits(image_of(student, nnunet_folders), subsets))
 
 
-def test_the_default_stack_is_one_training_batch_on_a_cpu_and_some_on_a_gpu():
+def test_default_stack():
     assert default_stack(2, 15, CPU) == 2
     assert default_stack(2, 15, torch.device("cuda")) == 8
     assert default_stack(12, 15, torch.device("cuda")) == 15
@@ -214,13 +214,13 @@ def test_the_default_stack_is_one_training_batch_on_a_cpu_and_some_on_a_gpu():
 # ---- margin to the decision --------------------------------------------------------------------------------------
 
 
-def test_near_the_decision_is_where_the_first_two_labels_are_close():
+def test_near_the_decision_of_labels():
     logits = torch.tensor([[1.0, 1.0, 0.0, 0.0], [0.99, 0.0, 0.0, 3.0], [-1.0, 0.96, 2.0, 2.9]])
     assert near_decision(logits, False).tolist() == [True, True, False, False]
     assert near_decision(logits[:1], False).tolist() == [False] * 4
 
 
-def test_near_the_decision_is_where_a_region_is_close_to_zero():
+def test_near_the_decision_of_regions():
     logits = torch.tensor([[1.0, -0.04, -1.0], [-0.06, 2.0, 0.049]])
     assert near_decision(logits, True).tolist() == [False, True, True]
 

@@ -58,7 +58,7 @@ def test_a_new_refinement_returns_the_general_features(dimensions, nodes):
 
 
 @pytest.mark.parametrize("nodes", [NODES, 0], ids=["graph", "dense"])
-def test_a_sample_with_all_modalities_passes_unchanged_and_its_neighbour_does_not(nodes):
+def test_complete_samples_pass_unchanged(nodes):
     specific, general = maps()
     found = make(nodes)(specific, general, torch.tensor([0.0, 1.0]))
     assert torch.equal(found[0], general[0])
@@ -77,7 +77,7 @@ def test_the_order_of_the_nodes_does_not_matter():
 
 
 def nodes_before_the_block(module, specific, general) -> tuple[torch.Tensor, torch.Tensor]:
-    """Nodes of c and of g after each graph has attended to the other one."""
+    """Nodes of c and g before and after the transformer block."""
     seen = []
     with torch.no_grad():
         handle = module.block.register_forward_hook(lambda block, inputs, outputs: seen.append((inputs[0], outputs[0])))
@@ -86,7 +86,7 @@ def nodes_before_the_block(module, specific, general) -> tuple[torch.Tensor, tor
     return seen[0]
 
 
-def test_each_graph_hears_of_the_other():
+def test_the_two_graphs_exchange_information():
     """The released code multiplies each graph's nodes with its own only."""
     module = make()
     specific, general = maps()
@@ -107,12 +107,12 @@ def test_nodes_do_not_become_equal():
 
 
 @pytest.mark.parametrize("nodes", [NODES, 0], ids=["graph", "dense"])
-def test_every_parameter_gets_a_gradient_also_of_samples_with_all_modalities(nodes):
+def test_every_parameter_gets_a_gradient(nodes):
     for partial in (PARTIAL, torch.zeros(2)):
         module = make(nodes)
         module(*maps(), partial).square().sum().backward()
         assert all(parameter.grad is not None for parameter in module.parameters())
 
 
-def test_without_a_graph_there_is_no_node():
+def test_dense_fusion_has_no_graph_parameters():
     assert {name.split(".")[0] for name, _ in make(0).named_parameters()} == {"mix", "norm", "update"}

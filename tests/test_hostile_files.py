@@ -20,8 +20,8 @@ import nnunetv2_mstkd
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion.restoring import restoration
-from nnunetv2_mstkd.evaluation.case_records import CaseRecords
-from nnunetv2_mstkd.evaluation.strips import CaseStrip
+from nnunetv2_mstkd.evaluation.montage import Montage
+from nnunetv2_mstkd.evaluation.records import CaseRecords
 from nnunetv2_mstkd.nnunet.description import find_format
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 from nnunetv2_mstkd.nnunet.model import load_predictor
@@ -303,7 +303,7 @@ def test_a_case_of_dataset_json_cannot_write_elsewhere(folders, model, capsys):
     assert evaluate(model, "-f", "0", "--mask-first", "--subsets", "T0") == 2
     assert not list(folders.rglob("evil*"))
     with pytest.raises(ValueError, match="a case id is"):
-        records.save("0", "../../../evil", {}, CaseStrip.__new__(CaseStrip))
+        records.save("0", "../../../evil", {}, Montage.__new__(Montage))
 
 
 def test_a_split_in_a_checkpoint_cannot_name_files_elsewhere(folders, model, capsys):

@@ -19,7 +19,7 @@ from tiny import same
 
 from nnunetv2_mstkd.errors import EXIT_USER_ERROR
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.loader_processes import cause_of_death, one_line_for_dead_processes
+from nnunetv2_mstkd.training.loader_processes import cause_of_death, report_dead_workers
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="there is neither fork nor SIGKILL")
 
@@ -137,7 +137,7 @@ def test_other_errors_and_threads_are_left_as_they_are(monkeypatch):
     told = []
     monkeypatch.setattr(threading, "excepthook", told.append)
     hook = threading.excepthook
-    with pytest.raises(RuntimeError, match="out of memory"), one_line_for_dead_processes(lambda: "now", list):
+    with pytest.raises(RuntimeError, match="out of memory"), report_dead_workers(lambda: "now", list):
         for error in (ValueError("a defect"), OSError("not of the loader")):
             thread = threading.Thread(target=fail, args=(error,))
             thread.start()

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums, standardize_channels
+from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums
+from nnunetv2_mstkd.networks.standardization import standardize_channels
 
 
 def test_relative_difference_of_small_vectors_is_the_value_worked_out_by_hand():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS_WITH_IGNORE, batch, give_teacher, plans, same, wake
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods import MedMAPMSTKDTrainer, MedMAPTrainer, MSTKDTeacherTrainer
 from nnunetv2_mstkd.methods.medmap.network import ModalityAnchor
+from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
+from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.training.settings import Settings, SettingsError
 
 SUBSETS = modalities.all_subsets(4)
@@ -49,13 +54,12 @@ def uneven(network: torch.nn.Module) -> torch.nn.Module:
 # ---- anchor --------------------------------------------------------------------------------------------------------
 
 
-def anchor_of(count=3, width=2, **options):
-    defaults = {"anchor": "star", "fixed_channel": None, "normalize": True, "detach_anchor": False}
-    return uneven(ModalityAnchor(count, width, **{**defaults, **options}))
+def anchor_of(count=3, width=2, **settings):
+    return uneven(ModalityAnchor(count, width, MedMAPSettings(**settings)))
 
 
 @pytest.mark.parametrize("grid", [(4, 3), (2, 3, 4)], ids=["2d", "3d"])
-def test_what_is_absent_becomes_the_weighted_mean_of_what_that_sample_has(grid):
+def test_absent_features_become_the_weighted_mean(grid):
     anchor, z = anchor_of(), torch.randn(4, 3, 2, *grid)
     available = torch.tensor([[1, 1, 1], [1, 0, 1], [0, 1, 0], [0, 1, 1]], dtype=torch.bool)
     found = anchor(z, available)
@@ -67,7 +71,7 @@ def test_what_is_absent_becomes_the_weighted_mean_of_what_that_sample_has(grid):
     assert torch.equal(found[available], z[available])
 
 
-def test_nothing_of_an_absent_modality_is_in_the_imputation():
+def test_absent_features_are_not_in_the_imputation():
     anchor, z = anchor_of(), torch.randn(1, 3, 2, 4, 4)
     available = torch.tensor([[True, False, True]])
     wanted = anchor(z, available)
@@ -91,12 +95,13 @@ def test_the_gaussian_starts_as_miro_does():
 
 @each_front
 @each_anchor
-def test_every_parameter_gets_a_gradient_in_one_step(make_trainer, front, anchor):
+def test_every_parameter_gets_a_gradient_in_one_step(make_trainer, monkeypatch, front, anchor):
     """DistributedDataParallel needs it; nnU-Net gives the coarsest output the weight 0."""
     trainer = make_trainer(MedMAPTrainer, block=medmap(**front, **anchor))
     content = batch(trainer)
     availability = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
-    step = trainer.compute_loss(content["data"], content["target"], availability)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size: availability)
+    step = trainer.compute_losses(content["data"], content["target"])
     assert set(step.terms) == {"segmentation", "alignment"}
     torch.testing.assert_close(step.total, step.terms["segmentation"] + 0.1 * step.terms["alignment"])
     step.total.backward()
@@ -121,14 +126,14 @@ def test_every_parameter_gets_a_gradient_in_one_step(make_trainer, front, anchor
 @pytest.mark.parametrize("front", [FRONTS["stem"], FRONTS["encoders"]], ids=["stem", "encoders"])
 @each_trainer
 def test_any_data_set_and_plans_can_be_trained(make_trainer, cls, front, options):
-    block = {**NO_TERMS, **medmap(**front), "distillation": {**NO_TERMS["distillation"], "kl": 0.5}}
+    block = {**NO_TERMS, **medmap(**front), "mstkd": {**NO_TERMS["mstkd"], "kl": 0.5}}
     trainer = make_trainer(cls, block=block, **options)
     if cls is MedMAPMSTKDTrainer:
         give_teacher(trainer)
     before = trainer.network.state_dict()
     before = {name: value.clone() for name, value in before.items()}
     result = trainer.train_step(batch(trainer))
-    assert torch.isfinite(torch.as_tensor(result["terms"])).all()
+    assert np.isfinite(list(result["terms"].values())).all()
     changed = [name for name, value in trainer.network.state_dict().items() if not torch.equal(value, before[name])]
     assert any(name.startswith("front.") for name in changed)
     with torch.no_grad():
@@ -139,15 +144,16 @@ def test_any_data_set_and_plans_can_be_trained(make_trainer, cls, front, options
 @each_front
 @pytest.mark.parametrize("value", [float("nan"), 1e30, 7.0])
 @each_trainer
-def test_the_alignment_lets_nothing_absent_into_logits_and_segmentation_loss(make_trainer, cls, front, value):
+def test_absent_modalities_do_not_reach_the_logits(make_trainer, monkeypatch, cls, front, value):
     trainer = make_trainer(cls, batch_size=len(SUBSETS), block={**NO_TERMS, **medmap(**front)})
     uneven(trainer.network)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size: SUBSETS)
     content = batch(trainer)
     keep = SUBSETS.reshape(*SUBSETS.shape, 1, 1, 1)
     results, logits = [], []
     trainer.network.register_forward_hook(lambda network, given, output: logits.append(output.logits[0]))
     for data in (content["data"], torch.where(keep, content["data"], value)):
-        step = trainer.compute_loss(data, content["target"], SUBSETS)
+        step = trainer.compute_losses(data, content["target"])
         trainer.network.zero_grad()
         step.terms["segmentation"].backward()
         gradients = {name: p.grad.clone() for name, p in trainer.network.named_parameters() if p.grad is not None}
@@ -160,7 +166,7 @@ def test_the_alignment_lets_nothing_absent_into_logits_and_segmentation_loss(mak
 @each_front
 @each_trainer
 @torch.no_grad()
-def test_training_and_prediction_see_the_same_network(make_trainer, cls, front):
+def test_training_and_prediction_use_one_network(make_trainer, cls, front):
     """Complete batch and drawn subsets in training mode; zeros, or zeros and what is known, in evaluation mode."""
     trainer = make_trainer(cls, batch_size=len(SUBSETS), block={**NO_TERMS, **medmap(**front)}, deep_supervision=False)
     network = uneven(trainer.network)
@@ -171,40 +177,41 @@ def test_training_and_prediction_see_the_same_network(make_trainer, cls, front):
     wanted = network(masked, complete=data, **options).logits
     network.eval()
     assert torch.equal(network(masked), wanted)
-    network.availability = SUBSETS
-    assert torch.equal(network(masked), wanted)
-    assert "availability" not in network.state_dict()
+    with network.conditioned(SUBSETS, trainer.label_manager) as finish:
+        assert torch.equal(network(masked), wanted)
+        assert "availability" not in network.state_dict()
+        assert finish(logits := np.ones((1, 3, 2))) is logits
+    assert network.availability is None
 
 
 @torch.no_grad()
-def test_what_is_said_about_a_case_wins_except_in_an_empty_patch(make_trainer):
+def test_stated_availability_wins_if_patch_has_data(make_trainer):
     trainer = make_trainer(MedMAPTrainer, deep_supervision=False)
     network = uneven(trainer.network).eval()
     data = batch(trainer)["data"][:1]
     complete = network(data)
-    network.availability = torch.tensor([[True, True, False, False]])
-    two = network(data)
+    with network.conditioned(torch.tensor([[True, True, False, False]]), trainer.label_manager):
+        two = network(data)
     assert not torch.equal(two, complete)
-    network.availability = None
     assert torch.equal(network(modalities.mask_modalities(data, SUBSETS[4:5])), two)
     empty = network(torch.zeros_like(data))
-    network.availability = torch.tensor([[True, False, False, False]])
-    assert torch.equal(network(torch.zeros_like(data)), empty)
+    with network.conditioned(torch.tensor([[True, False, False, False]]), trainer.label_manager):
+        assert torch.equal(network(torch.zeros_like(data)), empty)
 
 
 @pytest.mark.parametrize(
     ("channels", "width", "features"), [(4, 8, 1), (4, 16, 2), (4, 32, 4), (2, 32, 4), (7, 8, 1), (3, 24, 4)]
 )
-def test_the_stem_gets_half_of_the_finest_width(make_trainer, channels, width, features):
+def test_stem_has_half_of_the_finest_width(make_trainer, channels, width, features):
     trainer = make_trainer(MedMAPTrainer, channels=channels, features=(width, 16, 24))
-    assert trainer.settings.medmap.features == features
-    assert trainer.configuration_manager.configuration["mstkd"]["medmap"]["features"] == features
+    assert trainer.settings[MedMAPSettings].features == features
+    assert trainer.configuration_manager.configuration[BLOCK]["medmap"]["features"] == features
     assert trainer.network.encoder.stages[0][0].convs[0].conv.in_channels == channels * features
 
 
 @each_front
 @each_trainer
-def test_nnunet_builds_the_network_for_prediction_from_the_class(make_trainer, cls, front):
+def test_class_builds_the_network_for_prediction(make_trainer, cls, front):
     trainer = make_trainer(cls, block={**NO_TERMS, **medmap(**front)})
     network = cls.build_network_architecture(
         trainer.plans_manager, trainer.configuration_manager, 4, 3, enable_deep_supervision=False
@@ -216,7 +223,7 @@ def test_nnunet_builds_the_network_for_prediction_from_the_class(make_trainer, c
 
 @pytest.mark.parametrize("front", [FRONTS["stem"], FRONTS["encoders"]], ids=["stem", "encoders"])
 @each_trainer
-def test_the_network_is_one_graph(make_trainer, cls, front):
+def test_network_compiles_into_one_graph(make_trainer, cls, front):
     trainer = make_trainer(cls, block={**NO_TERMS, **medmap(**front)}, deep_supervision=False)
     compiled = torch.compile(trainer.network, backend="eager", fullgraph=True)
     data = batch(trainer)["data"]
@@ -235,16 +242,16 @@ def test_without_alignment_only_the_subset_is_encoded(make_trainer, monkeypatch)
     content = batch(trainer)
     content["data"][:, 2] = float("nan")
     monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.tensor([[True, True, False, True]] * size))
-    assert list(trainer.train_step(content)["names"]) == ["segmentation"]
+    assert list(trainer.train_step(content)["terms"]) == ["segmentation"]
 
 
-def test_alignment_brings_modalities_together_that_show_one_anatomy(make_trainer):
+def test_alignment_brings_modalities_together(make_trainer):
     trainer = make_trainer(
         MedMAPTrainer, block={**medmap(weight=10.0, features=4), "schedule": {"optimizer": "adamw", "initial_lr": 0.01}}
     )
     content = batch(trainer)
     content["data"] = content["data"][:, :1] * torch.tensor([1.0, -1.0, 2.0, -0.5]).reshape(4, 1, 1, 1)
-    values = [trainer.train_step(content)["terms"][1] for _ in range(25)]
+    values = [trainer.train_step(content)["terms"]["alignment"] for _ in range(25)]
     assert values[-1] < 0.5 * values[0]
 
 
@@ -255,15 +262,14 @@ def test_the_combination_distils_and_aligns(make_trainer):
     trainer = give_teacher(make_trainer(MedMAPMSTKDTrainer))
     assert trainer.teacher_trainer is MSTKDTeacherTrainer
     result = trainer.train_step(batch(trainer))
-    assert result["names"] == ["segmentation", "evd", "maps", "discrepancy", "kl", "style", "adversarial", "alignment"]
-    assert (result["terms"] > 0).all()
-    assert trainer._complete is None
+    assert list(result["terms"]) == ["segmentation", *TERMS, "alignment"]
+    assert all(value > 0 for value in result["terms"].values())
 
 
 def test_alignment_alone_asks_for_no_teacher(make_trainer):
     trainer = make_trainer(MedMAPMSTKDTrainer, block={**NO_TERMS, **medmap(weight=0.1)})
     assert not trainer.needs_teacher
-    assert trainer.train_step(batch(trainer))["names"] == ["segmentation", "alignment"]
+    assert list(trainer.train_step(batch(trainer))["terms"]) == ["segmentation", "alignment"]
 
 
 # ---- refused -------------------------------------------------------------------------------------------------------
@@ -284,18 +290,18 @@ def test_alignment_alone_asks_for_no_teacher(make_trainer):
 )
 def test_impossible_settings_are_refused(settings, message):
     with pytest.raises(SettingsError, match=message):
-        Settings.from_block(medmap(**settings))
+        Settings.read(medmap(**settings), [MedMAPSettings])
 
 
-def test_an_anchor_modality_that_the_data_do_not_have_is_refused(make_trainer):
+def test_unknown_anchor_modality_is_refused(make_trainer):
     with pytest.raises(
         SettingsError, match=r"fixed_channel is 4, expected a channel number .* 0 \.\.\. 3 \(T0, T1, T2, T3"
     ):
         make_trainer(MedMAPTrainer, block=medmap(anchor="fixed", fixed_channel=4))
 
 
-def test_other_networks_are_refused_before_anything_is_built(make_trainer):
+def test_other_networks_are_refused(make_trainer):
     given = plans()
     given["configurations"]["tiny"]["architecture"]["network_class_name"] = "somewhere.Primus"
-    with pytest.raises(ValueError, match="built on PlainConvUNet or ResidualEncoderUNet"):
+    with pytest.raises(InputError, match="built on PlainConvUNet or ResidualEncoderUNet"):
         make_trainer(MedMAPTrainer, given)

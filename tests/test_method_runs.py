@@ -43,7 +43,7 @@ def predict_with_nnunet(model: Path, images: Path, output: Path) -> None:
 
 
 @pytest.mark.parametrize(("trainer", "settings"), METHODS.values(), ids=METHODS)
-def test_training_validation_and_prediction_with_absent_files(models, tmp_path, trainer, settings):
+def test_train_validate_and_predict_with_absent_files(models, tmp_path, trainer, settings):
     settings = {**TINY, "schedule.epochs": 1, **settings}
     add_configuration(models.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
     train(trainer, validate=True)

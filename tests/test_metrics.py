@@ -11,14 +11,13 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2_mstkd.metrics import conventions
 from nnunetv2_mstkd.metrics.overlap import (
     dice,
-    hd95,
-    normalized_surface_dice,
     precision,
     relative_volume_error,
     score,
     sensitivity,
     volume_error_ml,
 )
+from nnunetv2_mstkd.metrics.surface import hd95, normalized_surface_dice
 
 EMPTY = np.zeros((4, 5, 6), dtype=bool)
 UNIT = (1.0, 1.0, 1.0)
@@ -55,13 +54,13 @@ def test_volume_error_is_signed_and_in_millilitres():
 
 def test_score_gives_what_the_single_functions_give():
     spacing = (1.0, 1.0, 3.0)
-    assert score(PREDICTION, REFERENCE, spacing, tolerance=2.0, hd95_variant="directed_max") == {
+    assert score(PREDICTION, REFERENCE, spacing, tolerance=2.0) == {
         "dice": dice(PREDICTION, REFERENCE),
         "sensitivity": sensitivity(PREDICTION, REFERENCE),
         "precision": precision(PREDICTION, REFERENCE),
         "volume_error_ml": volume_error_ml(PREDICTION, REFERENCE, spacing),
         "relative_volume_error": relative_volume_error(PREDICTION, REFERENCE),
-        "hd95": hd95(PREDICTION, REFERENCE, spacing, variant="directed_max"),
+        "hd95": hd95(PREDICTION, REFERENCE, spacing),
         "nsd": normalized_surface_dice(PREDICTION, REFERENCE, spacing, 2.0),
     }
 
@@ -188,8 +187,6 @@ def test_unknown_names_are_refused_with_the_known_ones():
         dice(PREDICTION, REFERENCE, convention="BraTS")
     with pytest.raises(ValueError, match=r"unknown metric 'DSC'.*dice"):
         conventions.metric_named("DSC")
-    with pytest.raises(ValueError, match=r"unknown variant 'max'.*pooled, directed_max"):
-        score(EMPTY, EMPTY, UNIT, hd95_variant="max")
     with pytest.raises(ValueError, match="tolerance -1"):
         score(EMPTY, EMPTY, UNIT, tolerance=-1)
 

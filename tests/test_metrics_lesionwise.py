@@ -58,7 +58,7 @@ def test_nothing_to_score_is_perfect():
         assert (result.dice, result.hd95_mm, result.false_negatives) == (1, 0, 0)
 
 
-def test_a_false_lesion_of_one_voxel_costs_the_whole_case_in_2023():
+def test_a_false_lesion_of_one_voxel_counts_in_2023():
     result = lesionwise(boxes(voxels(3, 1)), boxes(), UNIT, "brats2023_gli")
     assert (result.dice, result.hd95_mm, result.false_positives) == (0, 374, 1)
 
@@ -100,7 +100,7 @@ def test_the_threshold_is_a_volume_and_not_a_count():
         assert lesion.volume_mm3 == pytest.approx(3 * spacing[2])
 
 
-def test_a_penalty_that_is_the_image_diagonal_follows_shape_and_spacing():
+def test_the_diagonal_as_penalty():
     result = lesionwise(boxes(), boxes(cube(2)), (1.0, 2.0, 0.5), "brats2024_met")
     assert result.hd95_mm == pytest.approx(np.sqrt(12**2 + 24**2 + 20**2))
 
@@ -138,7 +138,7 @@ def scores_of_ends(prediction: np.ndarray, necrosis: np.ndarray, predicted_necro
     return lesionwise_regions(predictions, references, UNIT, "brats2024_gli", regions=["ET"])["ET"]
 
 
-def test_enhancing_lesions_that_touch_one_necrosis_are_one_in_2024():
+def test_lesions_touching_one_necrosis_are_one_in_2024():
     one_end = boxes(cube(3))
     apart = scores_of_ends(one_end, NOTHING, NOTHING)
     assert (len(apart.lesions), apart.dice) == (2, 0.5)

@@ -3,23 +3,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nnunetv2_mstkd.metrics.postprocessing import drop_small_region, relabel_small_region
+from nnunetv2_mstkd.metrics.postprocessing import relabel_small_region
 
 # label 2: four voxels
 SEGMENTATION = np.array([[0, 1, 1, 2], [2, 2, 2, 3]], dtype=np.uint8)
 
 
-def test_a_region_below_the_threshold_is_emptied_and_one_at_it_is_kept():
-    mask = SEGMENTATION == 2
-    assert not drop_small_region(mask, min_voxels=5).any()
-    assert np.array_equal(drop_small_region(mask, min_voxels=4), mask)
+def test_a_region_at_the_threshold_is_kept():
+    assert np.array_equal(relabel_small_region(SEGMENTATION, 2, 1, min_voxels=4), SEGMENTATION)
 
 
 def test_the_threshold_may_be_a_volume():
-    mask = SEGMENTATION == 2
     # 4 voxels of 0.3 mm x 0.7 mm are 0.84 mm2
     for threshold, kept in ((0.00084, True), (0.000841, False)):
-        assert drop_small_region(mask, min_ml=threshold, spacing=(0.3, 0.7)).any() == kept
+        found = relabel_small_region(SEGMENTATION, 2, 0, min_ml=threshold, spacing=(0.3, 0.7))
+        assert (found == 2).any() == kept
 
 
 def test_a_small_class_takes_the_other_label():
@@ -34,12 +32,10 @@ def test_several_labels_count_together():
 
 
 def test_what_was_given_is_never_changed():
-    before, mask = SEGMENTATION.copy(), SEGMENTATION == 2
+    before = SEGMENTATION.copy()
     relabel_small_region(SEGMENTATION, 2, 0, min_voxels=99)
-    drop_small_region(mask, min_voxels=99)[0, 0] = True
-    kept = drop_small_region(mask, min_voxels=1)
-    kept[0, 0] = True
-    assert np.array_equal(SEGMENTATION, before) and np.array_equal(mask, SEGMENTATION == 2)
+    relabel_small_region(SEGMENTATION, 2, 0, min_voxels=1)[0, 0] = 9
+    assert np.array_equal(SEGMENTATION, before)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +51,7 @@ def test_what_was_given_is_never_changed():
 )
 def test_an_unclear_threshold_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        drop_small_region(SEGMENTATION == 2, **arguments)
+        relabel_small_region(SEGMENTATION, 2, 1, **arguments)
 
 
 def test_a_replacement_that_cannot_be_is_refused():

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.crossval import cluster, marks
+from nnunetv2_mstkd.crossval import cluster, locks
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.processes import command_path
 
@@ -70,5 +70,5 @@ def test_a_slurm_that_does_not_answer_still_has_the_job(monkeypatch, answer, sta
             raise answer
         return SimpleNamespace(**dict(zip(("returncode", "stdout", "stderr"), answer, strict=True)))
 
-    monkeypatch.setattr(marks.subprocess, "run", run)
-    assert marks.job_state("7") == state
+    monkeypatch.setattr(locks.subprocess, "run", run)
+    assert locks.job_state("7") == state

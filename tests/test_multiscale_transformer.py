@@ -1,3 +1,5 @@
+"""The plans' U-Net with the multi-scale transformer: identity at the start, features, tokens, gradients."""
+
 from __future__ import annotations
 
 import math
@@ -7,7 +9,15 @@ import pytest
 import torch
 from hand_networks import Case
 
-from nnunetv2_mstkd.methods.mstkd.network import Features, Geometry, MultiScaleTransformer, style_level, token_patch
+from nnunetv2_mstkd.methods.mstkd.network import (
+    Features,
+    MultiScaleTransformer,
+    TransformerDesign,
+    style_level,
+    token_patch,
+)
+from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
+from nnunetv2_mstkd.nnunet.unet import UNetShape
 
 ANISOTROPIC = [[1, 1, 1], [2, 2, 1], [2, 2, 1], [2, 2, 2]]
 
@@ -38,7 +48,7 @@ def equal(one: Any, other: Any) -> bool:
 @each_case
 @pytest.mark.parametrize("deep_supervision", [False, True], ids=["tensor", "list"])
 @torch.no_grad()
-def test_at_the_start_the_network_is_the_plans_unet_bit_for_bit(case, deep_supervision):
+def test_a_new_network_equals_the_plans_unet(case, deep_supervision):
     plain, full = case.plain(deep_supervision=deep_supervision), case.full(deep_supervision=deep_supervision)
     missing, unexpected = full.load_state_dict(plain.state_dict(), strict=False)
     assert unexpected == []
@@ -61,7 +71,7 @@ def test_a_trained_transformer_changes_the_output(case):
 
 
 @each_case
-def test_the_unet_keeps_its_names_so_that_plain_weights_load_strictly(case):
+def test_plain_weights_load_strictly(case):
     plain, full = case.plain(), case.full()
     own = {name: value for name, value in full.state_dict().items() if not name.startswith("transformer.")}
     assert list(own) == list(plain.state_dict())
@@ -71,7 +81,7 @@ def test_the_unet_keeps_its_names_so_that_plain_weights_load_strictly(case):
 
 
 @torch.no_grad()
-def test_deep_supervision_is_switched_where_nnunet_switches_it():
+def test_deep_supervision_can_be_switched():
     case = CASES["3d plain"]
     network, x = case.trained(deep_supervision=True), case.batch()
     outputs = network(x)
@@ -80,7 +90,7 @@ def test_deep_supervision_is_switched_where_nnunet_switches_it():
     assert torch.equal(network(x), outputs[0])
 
 
-def test_initial_weights_are_those_that_nnunet_draws():
+def test_initial_weights_are_those_of_nnunet():
     case = CASES["3d plain"]
     plain, full = case.plain(), case.full(seed=0)
     for name, value in plain.state_dict().items():
@@ -101,28 +111,28 @@ def test_a_batch_of_one_is_a_part_of_a_batch(channels):
 @each_case
 @torch.no_grad()
 def test_features_have_the_shapes_of_their_stages(case):
-    network, geometry, settings = case.trained(), case.geometry, case.network
+    network, shape, settings = case.trained(), case.shape, case.network
     found = network(case.batch(), return_features=True, return_attention=True)
     assert isinstance(found, Features)
-    tokens = math.prod(math.ceil(e / p) for e, p in zip(geometry.grids[-1], settings["patch"], strict=True))
-    assert [tuple(a.shape) for a in found.attention] == [(2, settings["heads"], tokens, tokens)] * settings["taps"]
+    tokens = math.prod(math.ceil(e / p) for e, p in zip(shape.grids[-1], settings.patch, strict=True))
+    assert [tuple(a.shape) for a in found.attention] == [(2, settings.heads, tokens, tokens)] * settings.taps
     for attention in found.attention:
         assert torch.allclose(attention.sum(-1), torch.ones(()), atol=1e-5)
-    expected = [(2, geometry.widths[-1], *geometry.grids[-1])]
-    expected += [(2, geometry.widths[-1 - level], *geometry.grids[-1 - level]) for level in range(1, settings["taps"])]
+    expected = [(2, shape.widths[-1], *shape.grids[-1])]
+    expected += [(2, shape.widths[-1 - level], *shape.grids[-1 - level]) for level in range(1, settings.taps)]
     assert [tuple(z.shape) for z in found.maps] == expected
     level = network.style_level
-    assert 1 <= level < settings["taps"]
+    assert 1 <= level < settings.taps
     for feature in (found.f_enc, found.f_t, found.f_dec):
         assert tuple(feature.shape) == expected[level]
     assert found.f_t is found.maps[level]
 
 
 @torch.no_grad()
-def test_attention_comes_shallow_to_deep_and_maps_deep_to_shallow():
+def test_order_of_attention_and_of_maps():
     case = Case([6, 8, 12, 16], [16, 16, 16], taps=2, depth=4)
     module = case.trained().transformer
-    bottleneck = torch.randn(1, 16, *case.geometry.grids[-1])
+    bottleneck = torch.randn(1, 16, *case.shape.grids[-1])
     additions, maps, attention = module(bottleneck, return_attention=True)
     x = (module.embed(bottleneck) + module.position).flatten(2).transpose(1, 2)
     states, scores = [], []
@@ -145,7 +155,7 @@ def test_attention_comes_shallow_to_deep_and_maps_deep_to_shallow():
 
 @each_case
 @torch.no_grad()
-def test_asking_for_features_does_not_change_the_logits(case):
+def test_logits_do_not_depend_on_asking_for_features(case):
     network, x = case.trained(), case.batch()
     plain = network(x)
     assert torch.equal(network(x, return_features=True).logits, plain)
@@ -155,7 +165,7 @@ def test_asking_for_features_does_not_change_the_logits(case):
 
 
 @torch.no_grad()
-def test_style_features_are_encoder_stage_and_decoder_stage_on_one_grid():
+def test_style_features_of_encoder_and_decoder():
     case = CASES["3d plain"]
     network, x = case.full(), case.batch()
     found = network(x, return_features=True)
@@ -174,7 +184,7 @@ def test_style_features_are_encoder_stage_and_decoder_stage_on_one_grid():
 
 @pytest.mark.parametrize("name", ["3d anisotropic", "2d plain"])
 @torch.no_grad()
-def test_the_papers_encoder_feature_is_the_maximum_of_the_stage_above(name):
+def test_pooled_encoder_feature_is_a_maximum(name):
     case = CASES[name]
     network, x = case.full(), case.batch()
     network.style_level = 1
@@ -182,13 +192,13 @@ def test_the_papers_encoder_feature_is_the_maximum_of_the_stage_above(name):
     pooled = network(x, return_features=True, pool_encoder=True).f_enc
     above, own = skips[-3], skips[-2]
     assert pooled.shape == (2, above.shape[1], *own.shape[2:])
-    stride = case.geometry.strides[-2]
+    stride = case.shape.strides[-2]
     corner = tuple(slice(0, step) for step in stride)
     assert torch.equal(pooled[(..., *[0] * len(stride))], above[(..., *corner)].flatten(2).amax(2))
 
 
 @torch.no_grad()
-def test_the_finest_stage_has_none_above_it_to_pool():
+def test_finest_stage_is_not_pooled():
     case = CASES["two stages"]
     network, x = case.full(), case.batch()
     assert torch.equal(
@@ -208,9 +218,8 @@ def test_the_finest_stage_has_none_above_it_to_pool():
         ([(16, 16, 16), (8, 8, 8)], 2, 1),
     ],
 )
-def test_style_is_matched_on_the_deepest_grid_of_512_positions_that_has_a_pyramid(grids, taps, level):
-    geometry = Geometry((8,) * len(grids), (), tuple(grids))
-    assert style_level(geometry, taps) == level
+def test_style_level_has_512_positions(grids, taps, level):
+    assert style_level(UNetShape((8,) * len(grids), (), tuple(grids)), taps) == level
 
 
 # ---- tokens and positions ------------------------------------------------------------------------------------------
@@ -229,25 +238,25 @@ def test_style_is_matched_on_the_deepest_grid_of_512_positions_that_has_a_pyrami
         ((7, 7, 7), 1, (7, 7, 7)),
     ],
 )
-def test_tokens_are_cut_with_the_smallest_edge_that_fits(grid, max_tokens, patch):
+def test_token_patch_is_the_smallest_that_fits(grid, max_tokens, patch):
     assert token_patch(grid, max_tokens) == patch
     assert math.prod(math.ceil(e / p) for e, p in zip(grid, patch, strict=True)) <= max_tokens
 
 
 def transformer(grid: tuple[int, ...], patch: tuple[int, ...]) -> MultiScaleTransformer:
     dimensions = len(grid)
-    geometry = Geometry(
+    shape = UNetShape(
         (6, 8),
         ((1,) * dimensions, (2,) * dimensions),
         (tuple(2 * edge for edge in grid), grid),
     )
     torch.manual_seed(0)
-    return MultiScaleTransformer(geometry, depth=2, heads=2, taps=2, patch=patch, mlp_ratio=2.0).eval()
+    return MultiScaleTransformer(shape, NetworkSettings(depth=2, heads=2, taps=2, patch=patch, mlp_ratio=2.0)).eval()
 
 
 @pytest.mark.parametrize(("grid", "patch"), [((5, 4, 3), (2, 2, 2)), ((5, 3), (3, 3)), ((4, 4, 4), (2, 2, 2))])
 @torch.no_grad()
-def test_a_grid_that_patches_do_not_divide_is_padded_at_the_far_end_and_cropped(grid, patch):
+def test_indivisible_grids_are_padded_and_cropped(grid, patch):
     module = transformer(grid, patch)
     x = torch.randn(2, 8, *grid)
     additions, maps, attention = module(x, return_attention=True)
@@ -261,7 +270,7 @@ def test_a_grid_that_patches_do_not_divide_is_padded_at_the_far_end_and_cropped(
 
 
 @torch.no_grad()
-def test_another_grid_gets_an_interpolated_position_table():
+def test_positions_are_interpolated_to_other_grids():
     module = transformer((4, 4, 4), (1, 1, 1))
     x = torch.randn(1, 8, 6, 4, 2)
     additions, _, attention = module(x, return_attention=True)
@@ -273,7 +282,7 @@ def test_another_grid_gets_an_interpolated_position_table():
 
 
 @torch.no_grad()
-def test_a_linear_position_table_stays_linear_on_a_finer_grid():
+def test_interpolated_positions_stay_linear():
     module = transformer((4, 4), (1, 1))
     module.position.copy_(torch.arange(4.0).view(1, 1, 4, 1).expand_as(module.position))
     fine = module._position_on((8, 4))[0, 0, :, 0]
@@ -281,7 +290,7 @@ def test_a_linear_position_table_stays_linear_on_a_finer_grid():
 
 
 @torch.no_grad()
-def test_a_network_takes_images_of_another_size_than_its_patch():
+def test_other_image_sizes_are_accepted():
     case = CASES["3d plain"]
     assert case.trained()(torch.randn(1, 4, 32, 16, 24)).shape == (1, 3, 32, 16, 24)
 
@@ -300,7 +309,7 @@ def test_positions_tell_tokens_apart():
 
 
 @pytest.mark.parametrize("name", ["2d residual", "3d anisotropic", "patched tokens", "two stages"])
-def test_gradients_reach_the_projections_first_and_after_one_step_everything(name):
+def test_gradients_reach_projections_first(name):
     case = CASES[name]
     network, x = case.full().train(), case.batch()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
@@ -321,7 +330,7 @@ def test_gradients_reach_the_projections_first_and_after_one_step_everything(nam
     assert backward() == everything
 
 
-def test_gradients_of_features_reach_the_transformer_without_a_step():
+def test_gradients_of_features_reach_the_transformer():
     case = CASES["3d plain"]
     network = case.full().train()
     found = network(case.batch(), return_features=True, return_attention=True)
@@ -331,16 +340,17 @@ def test_gradients_of_features_reach_the_transformer_without_a_step():
         assert reached != name.startswith("projections"), name
 
 
-def test_transformer_parameters_are_those_that_the_plain_network_lacks():
+def test_added_modules_are_what_the_plain_unet_lacks():
     case = CASES["3d plain"]
     network = case.full()
-    added = {id(parameter) for parameter in network.transformer_parameters()}
+    modules = TransformerDesign().added_modules(network)
+    added = {id(parameter) for module in modules for parameter in module.parameters()}
     plain = sum(parameter.numel() for parameter in case.plain().parameters())
     assert sum(p.numel() for p in network.parameters() if id(p) not in added) == plain
 
 
 @torch.no_grad()
-def test_the_forward_pass_with_features_compiles_without_a_break_and_gives_the_same():
+def test_forward_pass_compiles_into_one_graph():
     # two of four blocks are tapped, so both ways to compute the attention are in it
     case = CASES["two stages"]
     network, x = case.trained(), case.batch()

@@ -7,7 +7,7 @@ import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from torch import nn
 
-from nnunetv2_mstkd.methods.mstkd.attention import TransformerBlock
+from nnunetv2_mstkd.networks.attention import TransformerBlock
 from nnunetv2_mstkd.training.optimizers import (
     TRANSFORMER_WEIGHT_DECAY,
     JointOptimizer,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from phantom_contrast import REFERENCE, TASKS, auc, contrast_table
 
 from nnunetv2_mstkd.phantom import make_case
 from nnunetv2_mstkd.phantom.anatomy import ANATOMIES, make_anatomy
-from nnunetv2_mstkd.phantom.contrast import REFERENCE, TASKS, auc, contrast_table, mean_contrast
 from nnunetv2_mstkd.phantom.fields import Grid, smooth_noise
 from nnunetv2_mstkd.phantom.intensities import soft_classes
 from nnunetv2_mstkd.phantom.recipe import CLASSES, DEFAULT, RECIPES, get_recipe
@@ -28,7 +28,7 @@ def cases():
 
 
 @pytest.mark.parametrize("anatomy", ANATOMIES)
-def test_same_seed_gives_the_same_case_and_another_seed_another_case(anatomy):
+def test_cases_depend_on_the_seed_alone(anatomy):
     arguments = {"spacing": COARSE, "anatomy": _needs(anatomy)}
     first, again, other = make_case(7, **arguments), make_case(7, **arguments), make_case(8, **arguments)
     np.testing.assert_array_equal(first.images, again.images)
@@ -36,7 +36,7 @@ def test_same_seed_gives_the_same_case_and_another_seed_another_case(anatomy):
     assert (first.label != other.label).any()
 
 
-def test_the_global_random_generator_plays_no_part():
+def test_global_random_state_is_not_used():
     np.random.seed(0)
     first = make_case(3, spacing=COARSE)
     np.random.seed(1)
@@ -45,7 +45,7 @@ def test_the_global_random_generator_plays_no_part():
     np.testing.assert_array_equal(state, np.random.get_state()[1])
 
 
-def test_arrays_have_the_documented_types_and_order():
+def test_array_types_and_order():
     case = make_case(0, spacing=6.0)
     # 164 x 196 x 160 mm of field of view in (z, y, x), whole voxels of 6 mm
     assert case.images.shape == (4, 27, 32, 26)
@@ -57,7 +57,7 @@ def test_arrays_have_the_documented_types_and_order():
 
 @pytest.mark.parametrize("anatomy", ANATOMIES)
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_modality_is_zero_outside_one_brain_mask_and_positive_inside(anatomy, recipe):
+def test_modalities_share_one_brain_mask(anatomy, recipe):
     case = make_case(5, spacing=COARSE, recipe=recipe, anatomy=_needs(anatomy))
     brain = case.images[0] != 0
     for image in case.images:
@@ -67,7 +67,7 @@ def test_every_modality_is_zero_outside_one_brain_mask_and_positive_inside(anato
     assert 1000 < brain.sum() * COARSE**3 / 1000 < 2100, "a brain has between 1 and 2.1 liters"
 
 
-def test_the_field_of_view_holds_the_brain(cases):
+def test_field_of_view_holds_the_brain(cases):
     for case in cases:
         # the brain stem may be cut at the bottom, z = 0
         brain = case.images[0] > 0
@@ -86,7 +86,7 @@ def test_regions_are_nested_and_within_the_volume_range(cases):
         assert volumes["whole tumor"] == pytest.approx((case.label > 0).sum() * COARSE**3 / 1000)
 
 
-def test_some_tumors_do_not_enhance_and_most_do(cases):
+def test_most_tumors_enhance(cases):
     absent = [case.volumes_ml()["enhancing tumor"] == 0 for case in cases]
     assert 1 <= sum(absent) <= 4
     never = [make_case(seed, spacing=6.0).label.max() for seed in range(20, 32)]
@@ -100,14 +100,14 @@ def test_coarse_voxels_still_show_all_regions(spacing, recipe):
     assert sum(labels == {0, 1, 2, 3} for labels in shown) >= 7
 
 
-def test_one_seed_is_about_the_same_patient_at_two_spacings():
+def test_one_seed_is_one_patient_at_all_spacings():
     for seed in range(4):
         fine, coarse = make_case(seed, spacing=3.0), make_case(seed, spacing=6.0)
         for region in ("whole tumor", "tumor core"):
             assert coarse.volumes_ml()[region] == pytest.approx(fine.volumes_ml()[region], rel=0.12)
 
 
-def test_the_hard_recipe_keeps_anatomy_and_whole_tumor_and_thins_the_rim():
+def test_hard_recipe_only_thins_the_rim():
     default = [make_case(seed, spacing=3.0) for seed in range(5)]
     hard = [make_case(seed, spacing=3.0, recipe="hard") for seed in range(5)]
     for a, b in zip(default, hard, strict=True):
@@ -117,7 +117,7 @@ def test_the_hard_recipe_keeps_anatomy_and_whole_tumor_and_thins_the_rim():
     assert enhancing[1] < 0.8 * enhancing[0]
 
 
-def test_a_smooth_field_is_the_same_field_at_every_voxel_size():
+def test_smooth_noise_is_independent_of_the_voxel_size():
     fine_grid, coarse_grid = Grid(1.0), Grid(4.0)
     fine = smooth_noise(np.random.default_rng(1), fine_grid, 20.0)
     coarse = smooth_noise(np.random.default_rng(1), coarse_grid, 20.0)
@@ -133,7 +133,7 @@ def test_a_smooth_field_is_the_same_field_at_every_voxel_size():
 
 @pytest.mark.parametrize("spacing", [2.0, 5.0])
 @pytest.mark.parametrize("anatomy", ANATOMIES)
-def test_tissue_maps_sum_to_one_inside_the_brain_and_to_zero_outside(anatomy, spacing):
+def test_tissue_maps_sum_to_one_inside_the_brain(anatomy, spacing):
     brain = make_anatomy(_needs(anatomy), Grid(spacing), np.random.default_rng(0))
     total = brain.wm + brain.gm + brain.csf
     np.testing.assert_allclose(total[brain.brain], 1, atol=1e-5)
@@ -150,7 +150,7 @@ def test_tissue_maps_sum_to_one_inside_the_brain_and_to_zero_outside(anatomy, sp
     np.testing.assert_allclose(sum(mixed.values())[brain.brain], 1, atol=1e-5)
 
 
-def test_tumors_start_in_the_cerebrum_and_form_one_body():
+def test_tumors_are_connected_and_in_the_cerebrum():
     from scipy import ndimage
 
     for seed in range(6):
@@ -169,11 +169,9 @@ def test_auc_counts_ties_half():
     assert np.isnan(auc(np.array([], int), np.array([1])))
 
 
-def test_a_case_without_enhancement_is_left_out_of_the_means_of_enhancement(cases):
+def test_contrast_of_an_absent_region_is_nan(cases):
     without = next(case for case in cases if 3 not in case.label)
-    others = [case for case in cases if 3 in case.label][:2]
     assert np.isnan(contrast_table(without)["ET vs rest of brain"]).all()
-    assert mean_contrast([without, *others])["ET vs rest of brain"] == mean_contrast(others)["ET vs rest of brain"]
 
 
 @pytest.fixture(scope="module", params=ANATOMIES)
@@ -183,7 +181,7 @@ def default_tables(request):
     return anatomy, [contrast_table(make_case(seed, spacing=4.0, anatomy=anatomy)) for seed in range(40)]
 
 
-def test_the_default_recipe_meets_the_contrast_table(default_tables):
+def test_default_recipe_meets_the_contrast_table(default_tables):
     # the standard error of a mean over 40 cases is 0.005 to 0.03
     _, tables = default_tables
     for task in TASKS:
@@ -191,11 +189,11 @@ def test_the_default_recipe_meets_the_contrast_table(default_tables):
         np.testing.assert_allclose(measured, REFERENCE[task], atol=0.08, rtol=0, err_msg=task)
 
 
-def test_the_hard_recipe_hides_enhancement_on_t1ce(default_tables):
+def test_hard_recipe_hides_enhancement_on_t1ce(default_tables):
     anatomy, tables = default_tables
     default = np.nanmean([table["ET vs rest of brain"][1] for table in tables[:24]])
     made = [make_case(seed, spacing=4.0, anatomy=anatomy, recipe="hard") for seed in range(24)]
-    hard = mean_contrast(made)["ET vs rest of brain"][1]
+    hard = np.nanmean([contrast_table(case)["ET vs rest of brain"][1] for case in made])
     assert hard <= default - 0.02
     assert hard > 0.75, "T1ce has to stay the modality that shows the enhancing tumor"
 
@@ -222,13 +220,13 @@ def test_recipes_print_their_settings():
         ({"seed": -1}, "seed must not be negative, found -1"),
     ],
 )
-def test_impossible_arguments_are_named(arguments, message):
+def test_impossible_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError) as error:
         make_case(**{"seed": 0, **arguments})
     assert str(error.value) == message
 
 
-def test_the_atlas_without_nilearn_says_what_to_install(monkeypatch):
+def test_atlas_without_nilearn_names_the_remedy(monkeypatch):
     import sys
 
     from nnunetv2_mstkd.phantom import anatomy

@@ -28,7 +28,7 @@ def written(tmp_path_factory):
     return write_dataset(tmp_path_factory.mktemp("raw"), 901, **SMALL).folder
 
 
-def test_the_folder_has_the_layout_that_nnunet_expects(written):
+def test_layout_is_nnunets(written):
     assert written.name == "Dataset901_Phantom"
     expected = {"dataset.json", "phantom.json"}
     for suffix, names in (("Tr", ("phantom_000", "phantom_001")), ("Ts", ("phantom_test_000",))):
@@ -48,7 +48,7 @@ def test_the_folder_has_the_layout_that_nnunet_expects(written):
     assert description["file_ending"] == ".nii.gz"
 
 
-def test_files_hold_the_case_of_their_seed_with_an_upright_affine(written):
+def test_files_hold_the_case_of_their_seed(written):
     case = make_case(case_seed(0, "train", 1), spacing=6.0)
     for channel in range(4):
         image = nibabel.load(written / "imagesTr" / f"phantom_001_{channel:04d}.nii.gz")
@@ -60,7 +60,7 @@ def test_files_hold_the_case_of_their_seed_with_an_upright_affine(written):
     assert read_record(written)["cases"]["phantom_001"] == pytest.approx(case.volumes_ml(), abs=1e-3)
 
 
-def test_cases_depend_on_neither_their_number_nor_the_workers(written, tmp_path):
+def test_cases_are_independent_of_number_and_workers(written, tmp_path):
     more = write_dataset(tmp_path, 902, cases=3, test_cases=2, spacing=6.0, workers=2).folder
     few, many = _contents(written), _contents(more)
     shared = [name for name in few if name.endswith(".nii.gz")]
@@ -74,7 +74,7 @@ def test_no_two_cases_share_a_seed():
     assert len(seeds) == 300
 
 
-def test_nnunet_finds_no_fault_in_it(written, capsys):
+def test_nnunet_accepts_it(written, capsys):
     from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 
     verify_dataset_integrity(str(written), 1)
@@ -83,7 +83,7 @@ def test_nnunet_finds_no_fault_in_it(written, capsys):
     assert "Warning" not in printed
 
 
-def test_a_complete_folder_is_kept_and_another_recipe_refused(tmp_path):
+def test_complete_folder_is_kept(tmp_path):
     folder, new = write_dataset(tmp_path, 901, **SMALL)
     assert new
     before = _contents(folder)
@@ -106,7 +106,7 @@ def test_a_complete_folder_is_kept_and_another_recipe_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["Dataset901_Phantom"]
 
 
-def test_a_folder_with_a_missing_file_is_not_taken_for_complete(tmp_path):
+def test_incomplete_folder_is_refused(tmp_path):
     folder = write_dataset(tmp_path, 901, **SMALL).folder
     (folder / "imagesTr" / "phantom_000_0002.nii.gz").unlink()
     with pytest.raises(ValueError, match="should hold 2 cases and has 7 images and 2 labels: add --overwrite"):
@@ -114,7 +114,7 @@ def test_a_folder_with_a_missing_file_is_not_taken_for_complete(tmp_path):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_a_folder_that_is_no_phantom_is_never_touched(tmp_path, overwrite):
+def test_foreign_folder_is_never_touched(tmp_path, overwrite):
     folder = tmp_path / "Dataset901_Phantom"
     folder.mkdir()
     (folder / "dataset.json").write_text("{}")
@@ -123,7 +123,7 @@ def test_a_folder_that_is_no_phantom_is_never_touched(tmp_path, overwrite):
     assert _contents(folder) == {"dataset.json": b"{}"}
 
 
-def test_an_id_in_use_is_refused(tmp_path):
+def test_id_in_use_is_refused(tmp_path):
     (tmp_path / "Dataset901_Other").mkdir()
     with pytest.raises(ValueError, match="data set id 901 is taken by Dataset901_Other"):
         write_dataset(tmp_path, 901, **SMALL)
@@ -131,7 +131,7 @@ def test_an_id_in_use_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("existing", [False, True])
-def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch, existing):
+def test_interrupt_keeps_the_old_folder(tmp_path, monkeypatch, existing):
     if existing:
         write_dataset(tmp_path, 901, **SMALL)
     before = _contents(tmp_path)
@@ -163,7 +163,7 @@ def test_an_interrupted_run_leaves_what_was_there(tmp_path, monkeypatch, existin
         ({"recipe": "soft"}, "unknown phantom recipe 'soft'; known recipes: default, hard"),
     ],
 )
-def test_impossible_arguments_are_named_before_anything_is_written(tmp_path, change, message):
+def test_impossible_arguments_write_nothing(tmp_path, change, message):
     with pytest.raises(ValueError) as error:
         write_dataset(tmp_path / "raw", **{"dataset_id": 901, **SMALL, **change})
     assert str(error.value) == message
@@ -173,7 +173,7 @@ def test_impossible_arguments_are_named_before_anything_is_written(tmp_path, cha
 COMMAND = ["phantom", "-d", "77", "--cases", "2", "--test-cases", "1", "--spacing", "6", "--workers", "1"]
 
 
-def test_the_command_writes_to_nnunets_raw_folder_and_reports_facts(tmp_path, monkeypatch, capsys):
+def test_command_writes_and_reports(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))
     assert cli.main(COMMAND) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -200,13 +200,13 @@ def test_the_command_writes_to_nnunets_raw_folder_and_reports_facts(tmp_path, mo
         (["--anatomy", "mouse"], "mstkd phantom: unknown phantom anatomy 'mouse'; known anatomies: procedural, mni\n"),
     ],
 )
-def test_a_mistake_on_the_command_line_is_one_line(tmp_path, capsys, arguments, message):
+def test_command_line_mistakes_are_one_line(tmp_path, capsys, arguments, message):
     assert cli.main([*COMMAND, "--raw", str(tmp_path), *arguments]) == 2
     assert capsys.readouterr().err == message
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_raw_folder_the_command_says_how_to_name_one(monkeypatch, capsys):
+def test_missing_raw_folder_names_the_remedy(monkeypatch, capsys):
     monkeypatch.delenv("nnUNet_raw", raising=False)
     assert cli.main(COMMAND) == 2
     assert (
@@ -215,7 +215,7 @@ def test_without_a_raw_folder_the_command_says_how_to_name_one(monkeypatch, caps
     )
 
 
-def test_the_option_raw_wins_over_the_variable(tmp_path, monkeypatch, capsys):
+def test_option_raw_overrides_the_variable(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "variable"))
     assert cli.main([*COMMAND, "--raw", str(tmp_path / "option")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["option"]

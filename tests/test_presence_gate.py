@@ -1,4 +1,4 @@
-"""Deleting what is not there, per case."""
+"""Deleting absent labels and regions from the logits of a case."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 import torch
 from predict_inputs import CHANNELS, PRESENT, predict, read, segmentations, set_up, write_model
 
-from nnunetv2_mstkd.inference.conditioning import PresenceGate
 from nnunetv2_mstkd.methods import AdaMMTrainer
+from nnunetv2_mstkd.methods.adamm.presence_gate import PresenceGate
 
 CPU = torch.device("cpu")
 LABELS = SimpleNamespace(has_regions=False, num_segmentation_heads=3)
@@ -18,23 +18,22 @@ REGIONS = SimpleNamespace(has_regions=True, num_segmentation_heads=3, foreground
 
 
 def applied(labels, presence: list[float], *, threshold: float = 0.5, shape=(4, 4)) -> np.ndarray:
-    """Logits of one row after a case in which these were the largest presence logits."""
-    network = SimpleNamespace(gate=threshold, presence_seen=None)
-    gate = PresenceGate(network, labels)
-    gate.start(CPU)
-    network.presence_seen = torch.maximum(network.presence_seen, torch.tensor([presence]))
+    """Logits of one row after a case in which these were the presence logits of one patch, others being lower."""
+    gate = PresenceGate(threshold, labels, CPU)
+    for below in (3.0, 0.0, 7.0):
+        gate.see(torch.tensor([presence]) - below)
     logits = np.random.default_rng(0).normal(0, 3, (1, 3, *shape)).astype(np.float16)
     return gate.apply(logits)[0]
 
 
-def test_absent_label_wins_nowhere():
+def test_an_absent_label_is_deleted_and_others_stay():
     before, after = applied(LABELS, [9, 9, 9]), applied(LABELS, [9, 9, -3])
     assert np.isfinite(after).all()
     assert (before.argmax(0) == 2).any() and not (after.argmax(0) == 2).any()
     assert np.array_equal(before[:2], after[:2])
 
 
-def test_the_background_is_never_deleted():
+def test_background_is_never_deleted():
     assert np.array_equal(applied(LABELS, [-9, 9, 9]), applied(LABELS, [9, 9, 9]))
 
 
@@ -42,7 +41,7 @@ def test_the_background_is_never_deleted():
     ("presence", "kept"),
     [([9, 9, 9], [0, 1, 2]), ([9, 9, -9], [0, 1]), ([9, -9, 9], [0]), ([-9, 9, 9], [])],
 )
-def test_regions_within_an_absent_region_go_with_it(presence, kept):
+def test_regions_within_an_absent_region_are_deleted(presence, kept):
     before, after = applied(REGIONS, [9, 9, 9]), applied(REGIONS, presence)
     for head in range(3):
         if head in kept:
@@ -56,15 +55,37 @@ def test_the_threshold_is_a_probability():
     assert not np.array_equal(applied(LABELS, [0, -1, 0], threshold=0.3), applied(LABELS, [0, 9, 9], threshold=0.3))
 
 
-@pytest.mark.parametrize("network", [SimpleNamespace(), SimpleNamespace(gate=0.0, presence_seen=None)])
-def test_networks_that_do_not_take_part_are_left_alone(network):
-    before = dict(vars(network))
-    gate = PresenceGate(network, LABELS)
-    gate.start(CPU)
+def test_rows_are_gated_separately():
+    gate = PresenceGate(0.5, LABELS, CPU)
+    gate.see(torch.tensor([[9.0, 9.0, -9.0], [9.0, -9.0, 9.0]]))
+    logits = np.random.default_rng(0).normal(0, 3, (2, 3, 4, 4))
+    first, second = gate.apply(logits.copy())
+    assert np.array_equal(first[:2], logits[0, :2]) and (first[2] < first[:2].min()).all()
+    assert np.array_equal(second[::2], logits[1, ::2]) and (second[1] < second[::2].min()).all()
+
+
+@pytest.mark.parametrize("adamm", [{}, {"presence": False}], ids=["gate 0", "no presence head"])
+def test_networks_without_a_gate_leave_logits_alone(make_trainer, adamm):
+    network = make_trainer(AdaMMTrainer, block={"adamm": adamm}).network
     logits = np.ones((1, 3, 2, 2), np.float32)
-    assert gate.apply(logits) is logits
-    gate.stop()
-    assert vars(network) == before
+    with network.conditioned(torch.ones(1, 4, dtype=torch.bool), LABELS) as finish, torch.no_grad():
+        network(torch.zeros(1, 4, 16, 16, 16))
+        assert finish(logits) is logits and (logits == 1).all()
+
+
+def test_conditioning_a_network_gates_its_case(make_trainer):
+    trainer = make_trainer(AdaMMTrainer, block={"adamm": {"gate": 0.5}}, deep_supervision=False)
+    network, everything = trainer.network.eval(), torch.ones(1, 4, dtype=torch.bool)
+    logits = np.random.default_rng(0).normal(0, 3, (1, 3, 4, 4))
+    with torch.no_grad():
+        network.presence.logits.weight.zero_()
+        for bias, there in ((-20.0, False), (20.0, True), (-20.0, False)):  # nothing is left of the case before
+            network.presence.logits.bias.copy_(torch.tensor([20.0, bias, 20.0]))
+            with network.conditioned(everything, trainer.label_manager) as finish:
+                network(torch.zeros(1, 4, 16, 16, 16))
+                finished = finish(logits.copy())
+            assert (finished.argmax(1) == 1).any() == there
+            assert np.array_equal(finished[:, ::2], logits[:, ::2])
 
 
 # ---- through the command -------------------------------------------------------------------------------------------
@@ -92,7 +113,7 @@ def gated(folders, monkeypatch, threshold: float, bias: float, name: str):
     return segmentations(folders / name)
 
 
-def test_a_case_without_a_label_is_predicted_without_it(folders, monkeypatch):
+def test_predict_deletes_an_absent_label(folders, monkeypatch):
     off = gated(folders, monkeypatch, 0.0, -20.0, "off")
     on = gated(folders, monkeypatch, 0.5, -20.0, "on")
     kept = gated(folders, monkeypatch, 0.5, 20.0, "kept")
@@ -103,7 +124,7 @@ def test_a_case_without_a_label_is_predicted_without_it(folders, monkeypatch):
         assert 1 not in labels and 2 in labels
 
 
-def test_evaluate_gates_each_subset_by_itself(folders, monkeypatch):
+def test_evaluate_gates_each_subset_separately(folders, monkeypatch):
     from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor
     from nnunetv2_mstkd.nnunet.model import load_predictor
 
@@ -127,4 +148,4 @@ def test_evaluate_gates_each_subset_by_itself(folders, monkeypatch):
         predictor.network = network
         first, second = SubsetPredictor(predictor, stack).logits(image, subsets)
         assert (first.argmax(0) == 1).any() and not (second.argmax(0) == 1).any()
-    assert network.presence_seen is None
+    assert network.availability is None

@@ -11,10 +11,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from report_inputs import CASES, EVIL, MODALITIES, RUN, report, results, strip, subsets
+from report_inputs import CASES, EVIL, MODALITIES, RUN, montage, report, results, subsets
 
 import nnunetv2_mstkd
-from nnunetv2_mstkd.evaluation.strips import LONGEST, CaseStrip, background, choose_view, read_strip, write_strip
+from nnunetv2_mstkd.evaluation.montage import (
+    LONGEST,
+    Montage,
+    choose_view,
+    read_montage,
+    slice_images,
+    write_montage,
+)
 from nnunetv2_mstkd.reporting import pictures
 
 # ---- which slice ---------------------------------------------------------------------------------------------------
@@ -33,7 +40,7 @@ def test_the_slice_with_most_labelled_voxels_is_shown():
     assert choose_view(label, (1, 1, 1)).index == 4
 
 
-def test_thick_slices_are_shown_as_they_were_acquired_with_square_pixels():
+def test_thick_slices_have_square_pixels():
     label = np.zeros((8, 5, 6), np.uint8)
     label[:, 2, :] = 1
     view = choose_view(label, (1.0, 4.0, 2.0))
@@ -43,7 +50,7 @@ def test_thick_slices_are_shown_as_they_were_acquired_with_square_pixels():
     assert view.columns.tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
-def test_an_empty_label_shows_the_middle_and_a_single_slice_itself():
+def test_the_slice_of_empty_and_flat_labels():
     assert choose_view(np.zeros((9, 4, 4), np.uint8), (1, 1, 1)).index == 4
     assert choose_view(np.zeros((4, 1, 4), np.uint8), (5, 1, 1)).axis == 1
 
@@ -55,7 +62,7 @@ def test_a_large_slice_is_thinned_out():
 
 
 @pytest.mark.parametrize("transpose", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
-def test_the_image_lies_under_the_label_whatever_preprocessing_did(transpose):
+def test_the_image_lies_under_the_label(transpose):
     """Transposed, cropped, and resampled to twice the resolution of each axis."""
     original = np.random.default_rng(0).normal(5, 1, (2, 6, 8, 10)).astype(np.float32)
     box = [(1, 5), (2, 7), (0, 9)]  # of the original axes
@@ -67,7 +74,7 @@ def test_the_image_lies_under_the_label_whatever_preprocessing_did(transpose):
     label[3, 4:6, 4:7] = 1
     view = choose_view(label, (1.0, 1.0, 1.0))
     assert (view.axis, view.index) == (0, 3)
-    found = background(data, properties, view, transpose)
+    found = slice_images(data, properties, view, transpose)
     assert found.dtype == np.uint8 and found.shape == (2, 8, 10)
     for grey, image in zip(found, original[:, 3], strict=True):
         assert np.array_equal(grey > 0, image != 0)
@@ -81,37 +88,37 @@ def test_an_absent_image_is_black():
     view = choose_view(np.ones((3, 4, 5), np.uint8), (1, 1, 1))
     data = np.zeros((2, 3, 4, 5), np.float32)
     data[1] = np.arange(60).reshape(3, 4, 5) - 30
-    found = background(data, {"bbox_used_for_cropping": [(0, 3), (0, 4), (0, 5)]}, view, (0, 1, 2))
+    found = slice_images(data, {"bbox_used_for_cropping": [(0, 3), (0, 4), (0, 5)]}, view, (0, 1, 2))
     assert not found[0].any() and found[1].any()
 
 
 # ---- keeping it ----------------------------------------------------------------------------------------------------
 
 
-def test_a_strip_is_read_as_it_was_written(tmp_path):
-    written = strip("0", "fine")
-    write_strip(written, tmp_path / "new" / "case.npz")
-    found = read_strip(tmp_path / "new" / "case.npz")
+def test_a_montage_is_read_as_it_was_written(tmp_path):
+    written = montage("0", "fine")
+    write_montage(written, tmp_path / "new" / "case.npz")
+    found = read_montage(tmp_path / "new" / "case.npz")
     assert (found.axis, found.index, found.depth) == (0, 11, 24)
     assert np.array_equal(found.images, written.images) and np.array_equal(found.reference, written.reference)
     assert list(found.segmentations) == subsets()
     assert all(np.array_equal(found.segmentations[name], written.segmentations[name]) for name in subsets())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["case.npz"]
-    assert read_strip(tmp_path / "none.npz") is None
+    assert read_montage(tmp_path / "none.npz") is None
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])
-def test_a_damaged_strip_is_one_line(tmp_path, content):
+def test_a_damaged_montage_is_refused(tmp_path, content):
     file = tmp_path / "case.npz"
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"case\.npz is damaged .*--restart"):
-        read_strip(file)
+        read_montage(file)
 
 
-def test_subsets_of_an_earlier_run_are_kept_unless_the_label_changed():
-    old, new = strip("0", "fine"), strip("0", "fine")
+def test_earlier_subsets_are_kept_unless_the_label_changed():
+    old, new = montage("0", "fine"), montage("0", "fine")
     first, second = subsets()[:2]
-    new = CaseStrip(*(getattr(new, name) for name in ("axis", "index", "depth", "images", "reference")), {})
+    new = Montage(*(getattr(new, name) for name in ("axis", "index", "depth", "images", "reference")), {})
     new.segmentations[second] = new.reference
     both = new.with_older(old)
     assert list(both.segmentations) == subsets()
@@ -130,7 +137,7 @@ def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
 
 
-def test_an_overlay_has_the_labels_colours_and_is_transparent_elsewhere():
+def test_overlay_colours():
     labels = np.zeros((200, 250), np.uint8)
     labels[5, 6], labels[7, 8], labels[9, 9] = 1, 4, 2
     outline = np.zeros(labels.shape, bool)
@@ -159,13 +166,13 @@ def test_colours_differ_and_what_is_not_counted_is_grey():
 
 
 def test_the_border_is_cut_off_and_the_clearest_image_is_chosen():
-    whole = strip("0", "fine")
+    whole = montage("0", "fine")
     part = pictures.cropped(whole)
     assert part.images.shape == (3, 38, 28) and part.reference.shape == (38, 28)
     assert np.array_equal(part.reference, whole.reference[1:39, 1:29])
     assert all(found.shape == (38, 28) for found in part.segmentations.values())
     assert pictures.clearest_image(part) == 2
-    empty = CaseStrip(0, 0, 1, np.zeros((2, 5, 5), np.uint8), np.zeros((5, 5), np.uint8), {})
+    empty = Montage(0, 0, 1, np.zeros((2, 5, 5), np.uint8), np.zeros((5, 5), np.uint8), {})
     assert pictures.cropped(empty) is empty and pictures.clearest_image(empty) == 0
 
 
@@ -198,7 +205,7 @@ def page(tmp_path: Path) -> Page:
     return Page(report(tmp_path))
 
 
-def test_the_title_says_what_was_evaluated_when_and_by_which_version(page):
+def test_title_and_date(page):
     assert page.texts[0] == "a <b>model</b>: MSTKDTrainer, fold 0"
     about = next(text for text in page.texts if "Written on" in text)
     assert f"Written on 2026-03-04 by nnunetv2_mstkd {nnunetv2_mstkd.__version__}" in about
@@ -210,7 +217,7 @@ def test_the_title_says_what_was_evaluated_when_and_by_which_version(page):
 def test_names_are_text_wherever_they_stand(page):
     assert len(page.all("script")) == 1 and not page.all("b")[0]
     assert not any("onerror" in attributes or "onclick" in attributes for _, attributes in page.elements)
-    # summary of its strip, table of cases, data set
+    # summary of its pictures, table of cases, data set
     assert sum(EVIL in text for text in page.texts) == 3
     assert "{{ 7 * 7 }}" in page.texts and MODALITIES[1] in page.texts
     assert any(image["alt"].startswith(f"{EVIL} segmented from") for image in page.all("img"))
@@ -227,16 +234,16 @@ def test_nothing_is_loaded_from_elsewhere(tmp_path, page):
     assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
 
 
-def test_tables_have_the_layout_of_the_literature_or_rows_where_there_are_many_subsets(tmp_path):
+def test_layouts_of_subset_tables(tmp_path):
     content = report(tmp_path)
     # 7 subsets of 3 modalities: 12 available, 9 missing
     first = content[content.index("<table") : content.index("</table>")]
     assert (first.count("●"), first.count("○")) == (12, 9) and first.count("<tr>") == 3 + 2
     names = ("A", "B", "C", "D", "E")
-    wide = report(tmp_path, results(names), run={**RUN, "channels": names}, load=lambda f, c: strip(f, c, names))
+    wide = report(tmp_path, results(names), run={**RUN, "channels": names}, load=lambda f, c: montage(f, c, names))
     first = wide[wide.index("<table") : wide.index("</table>")]
     assert first.count("<tr>") == 1 + 31 + 1 and "average" in first
-    assert content.count('<details class="strip" open>') == 3 and wide.count('<details class="strip" open>') == 1
+    assert content.count('<details class="montage" open>') == 3 and wide.count('<details class="montage" open>') == 1
     assert wide.count("<h4>5 modalities</h4>") == 3 and "<h4>3 modalities</h4>" in wide
 
 
@@ -287,7 +294,7 @@ def test_a_case_without_pictures_says_so(tmp_path):
 
 
 def test_warnings_stand_on_top(tmp_path):
-    frame = results(("T1", "T1ce", "FLAIR"))
+    frame = results(("T1", "T1ce", "FLAIR"), cases=[*CASES, "four", "five", "six"])
     frame.loc[frame["subset"] == "T1", "value"] = 0.99
     found = Page(report(tmp_path, frame, load=lambda fold, case: None))
     place = found.texts.index("Results that contradict what the modalities show")

@@ -57,7 +57,7 @@ def logs(browser) -> dict[str, list]:
     return {name: browser.get_log(name) for name in ("browser", "performance")}
 
 
-def test_the_console_is_silent_and_nothing_is_requested_but_the_file(browser, logs, file):
+def test_nothing_is_logged_or_requested(browser, logs, file):
     assert logs["browser"] == []
     messages = [json.loads(entry["message"])["message"] for entry in logs["performance"]]
     sent = [each["params"] for each in messages if each["method"] == "Network.requestWillBeSent"]
@@ -67,13 +67,13 @@ def test_the_console_is_silent_and_nothing_is_requested_but_the_file(browser, lo
     assert [url for url in requests if url != file.as_uri() and not url.startswith("data:")] == []
 
 
-def test_the_script_of_a_name_did_not_run_and_the_name_is_read_as_text(browser):
+def test_a_script_in_a_name_does_not_run(browser):
     from selenium.common.exceptions import NoAlertPresentException
 
     with pytest.raises(NoAlertPresentException):
         _ = browser.switch_to.alert.text
     assert browser.title == "a <b>model</b>: MSTKDTrainer, fold 0"
-    assert EVIL in browser.find_element("css selector", ".strip summary").text
+    assert EVIL in browser.find_element("css selector", ".montage summary").text
     assert browser.execute_script("return document.querySelectorAll('script').length") == 1
 
 

@@ -6,68 +6,115 @@ import math
 
 import pytest
 
+from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.methods.mstkd.settings import MSTKDSettings, NetworkSettings
 from nnunetv2_mstkd.modalities import SubsetSampler
 from nnunetv2_mstkd.training.settings import (
-    RECIPES,
-    SECTIONS,
+    RENAMED,
     DistillationSettings,
     SamplerSettings,
     ScheduleSettings,
     Settings,
     SettingsError,
+    TeacherSettings,
+    known_sections,
     read_assignment,
 )
+
+SECTIONS = (
+    SamplerSettings, ScheduleSettings, NetworkSettings, DistillationSettings, TeacherSettings, MSTKDSettings,
+)  # fmt: skip
+
+
+def read(block) -> Settings:
+    return Settings.read(block, SECTIONS)
+
 
 NAMES = ("T1", "T1ce", "FLAIR")
 
 
-def test_no_block_and_an_empty_block_are_the_defaults():
-    assert Settings.from_block(None) == Settings.from_block({}) == Settings()
+def test_no_block_is_the_defaults():
+    for block in (None, {}):
+        assert read(block).to_block() == {section.NAME: section().to_dict() for section in SECTIONS}
 
 
-def test_the_default_schedule_is_that_of_nnunet():
-    schedule = Settings().schedule
+def test_default_schedule_is_nnunets():
+    schedule = ScheduleSettings()
     assert (schedule.epochs, schedule.iterations, schedule.validation_iterations) == (1000, 250, 50)
     assert (schedule.optimizer, schedule.learning_rate) == ("sgd", 1e-2)
     assert schedule.checkpoint_interval(schedule.epochs) == 50
 
 
-def test_a_block_is_complete_and_survives_json():
+def test_block_is_complete_and_survives_json():
     block = {
         "sampler": {"kind": "weighted", "weights": {"T1": 1, "T1+FLAIR": 2.5}},
         "schedule": {"epochs": 7, "seed": 3, "optimizer": "adamw", "init_from": "FullModalityTrainer"},
         "network": {"depth": 6, "taps": 3, "patch": [2, 2, 1]},
-        "distillation": {"kl": 3, "where": "everywhere"},
+        "mstkd": {"kl": 3},
+        "distillation": {"where": "everywhere"},
         "teacher": {"warm_start": False, "epochs": 9},
     }
-    settings = Settings.from_block(block)
+    settings = read(block)
     written = settings.to_block()
-    assert list(written) == list(SECTIONS)
-    for name, section in SECTIONS.items():
-        assert list(written[name]) == [field.name for field in dataclasses.fields(section)]
+    for section in SECTIONS:
+        assert list(written[section.NAME]) == [field.name for field in dataclasses.fields(section)]
     assert json.loads(json.dumps(written)) == written
-    assert Settings.from_block(json.loads(json.dumps(written))) == settings
-    assert settings.network.patch == (2, 2, 1)
-    assert settings.schedule.epochs == 7
+    assert read(json.loads(json.dumps(written))).to_block() == written
+    assert settings[NetworkSettings].patch == (2, 2, 1)
+    assert settings[ScheduleSettings].epochs == 7
+
+
+def test_sections_of_other_trainers_stay():
+    other = {"adamm": {"gate": 0.2}}
+    settings = Settings.read(other, (ScheduleSettings,))
+    assert settings.to_block()["adamm"] == {"gate": 0.2}
+    assert AdaMMSettings not in settings and ScheduleSettings in settings
+
+
+def test_unknown_section_is_ignored_for_prediction():
+    settings = Settings.read({"elsewhere": {"a": 1}}, (ScheduleSettings,), strict=False)
+    assert settings.to_block()["elsewhere"] == {"a": 1}
+    with pytest.raises(SettingsError, match="unknown setting 'elsewhere'"):
+        Settings.read({"elsewhere": {"a": 1}}, (ScheduleSettings,))
+
+
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_renamed_keys_are_translated(old, new):
+    (section, key), (new_section, new_key) = old.split("."), new.split(".")
+    value = known_sections()[new_section]().to_dict()[new_key]
+    value = value if isinstance(value, str) else 0.25
+    written = read({section: {key: value}}).to_block()
+    assert written[new_section][new_key] == value and key not in written[section]
+    assert read_assignment(f"{old}={value}") == (new_section, new_key, value)
+
+
+def test_new_name_wins_over_the_old_one():
+    settings = read({"distillation": {"kl": 1.0}, "mstkd": {"kl": 2.0}})
+    assert settings[MSTKDSettings].kl == 2.0
+
+
+def test_values_given_in_python_are_checked_too():
+    with pytest.raises(SettingsError, match=r"setting mstkd\.kl is -1, expected a number at least 0"):
+        MSTKDSettings(kl=-1)
 
 
 @pytest.mark.parametrize(
     ("block", "message"),
     [
         ({"shedule": {}}, r"unknown setting 'shedule' in 'mstkd' \(did you mean 'schedule'\?\)"),
-        ({"augmentation": {}}, "allowed are sampler, schedule, network, distillation, teacher"),
+        ({"augmentation": {}}, "allowed are sampler, schedule, distillation, teacher"),
         ({"schedule": {"epoch": 3}}, r"unknown setting 'epoch' in 'schedule' \(did you mean 'epochs'\?\)"),
-        ({"distillation": {"zzz": 3}}, "allowed are recipe, evd, maps, discrepancy, kl, style, adversarial"),
+        ({"mstkd": {"zzz": 3}}, "allowed are recipe, evd, maps, discrepancy, kl, style, adversarial"),
     ],
 )
 def test_an_unknown_section_or_key_is_named_with_the_allowed_ones(block, message):
     with pytest.raises(SettingsError, match=message):
-        Settings.from_block(block)
+        read(block)
 
 
 def test_a_hint_is_only_given_where_something_is_close():
     with pytest.raises(SettingsError) as error:
-        Settings.from_block({"schedule": {"qqq": 3}})
+        read({"schedule": {"qqq": 3}})
     assert "did you mean" not in str(error.value)
 
 
@@ -83,7 +130,7 @@ def test_a_hint_is_only_given_where_something_is_close():
         ("schedule", "optimizer", "lion"),
         ("schedule", "initial_lr", 0),
         ("schedule", "initial_lr", 1.5),
-        ("schedule", "transformer_lr", -1e-4),
+        ("schedule", "added_lr", -1e-4),
         ("sampler", "kind", "random"),
         ("sampler", "kind", "fixed"),
         ("sampler", "kind", "weighted"),
@@ -96,19 +143,19 @@ def test_a_hint_is_only_given_where_something_is_close():
         ("network", "max_tokens", 7),
         ("network", "mlp_ratio", 0),
         ("network", "mlp_ratio", 17),
-        ("distillation", "recipe", "nature"),
-        ("distillation", "kl", -0.1),
-        ("distillation", "tau", 0),
+        ("mstkd", "recipe", "nature"),
+        ("mstkd", "kl", -0.1),
+        ("mstkd", "tau", 0),
         ("distillation", "ramp", 1.1),
         ("distillation", "fade", -0.1),
         ("distillation", "where", "somewhere"),
-        ("distillation", "style_encoder", "none"),
+        ("mstkd", "style_encoder", "none"),
         ("teacher", "epochs", 0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(section, key, value):
     with pytest.raises(SettingsError) as error:
-        Settings.from_block({section: {key: value}})
+        read({section: {key: value}})
     message = str(error.value)
     assert message.startswith(f"setting {section}.")
     assert "expected" in message
@@ -117,94 +164,92 @@ def test_an_impossible_value_is_refused_by_name(section, key, value):
 
 def test_the_message_of_an_impossible_value_says_what_was_found_and_expected():
     with pytest.raises(SettingsError) as error:
-        Settings.from_block({"schedule": {"optimizer": "lion"}})
+        read({"schedule": {"optimizer": "lion"}})
     assert str(error.value) == "setting schedule.optimizer is 'lion', expected one of sgd, adamw, adam"
 
 
 def test_depth_and_taps_have_to_agree():
     with pytest.raises(SettingsError, match=r"network.depth is 6, expected a multiple of taps \(4\)"):
-        Settings.from_block({"network": {"depth": 6, "taps": 4}})
-    assert Settings.from_block({"network": {"depth": 8, "taps": 4}}).network.depth == 8
+        read({"network": {"depth": 6, "taps": 4}})
+    assert read({"network": {"depth": 8, "taps": 4}})[NetworkSettings].depth == 8
 
 
 @pytest.mark.parametrize(
     ("section", "key", "value", "expected"),
     [
-        ("schedule", "epochs", 5.0, "a whole number"),
-        ("schedule", "epochs", True, "a whole number"),
-        ("schedule", "epochs", "5", "a whole number"),
-        ("schedule", "epochs", None, "a whole number"),
-        ("schedule", "optimizer", 3, "a text"),
+        ("schedule", "epochs", 5.0, "an integer"),
+        ("schedule", "epochs", True, "an integer"),
+        ("schedule", "epochs", "5", "an integer"),
+        ("schedule", "epochs", None, "an integer"),
+        ("schedule", "optimizer", 3, "one of sgd"),
+        ("teacher", "configuration", 3, "a string"),
         ("schedule", "initial_lr", "fast", "a finite number"),
-        ("distillation", "kl", math.nan, "a finite number"),
-        ("distillation", "kl", math.inf, "a finite number"),
-        ("distillation", "kl", True, "a finite number"),
+        ("mstkd", "kl", math.nan, "a finite number"),
+        ("mstkd", "kl", math.inf, "a finite number"),
+        ("mstkd", "kl", True, "a finite number"),
         ("teacher", "warm_start", 1, "true or false"),
         ("network", "patch", 2, "a list"),
-        ("network", "patch", [2.5, 2, 2], "a whole number"),
+        ("network", "patch", [2.5, 2, 2], "an integer"),
         ("sampler", "subsets", "T1", "a list"),
-        ("sampler", "weights", ["T1"], "a table"),
+        ("sampler", "weights", ["T1"], "a mapping"),
         ("sampler", "weights", {"T1": "much"}, "a finite number"),
     ],
 )
 def test_a_value_of_another_type_is_refused(section, key, value, expected):
     with pytest.raises(SettingsError, match=rf"{section}\.{key}.*expected {expected}"):
-        Settings.from_block({section: {key: value}})
+        read({section: {key: value}})
 
 
 @pytest.mark.parametrize("block", [[], "fast", 3])
 def test_a_block_that_is_no_table_is_refused(block):
-    with pytest.raises(SettingsError, match="a table of sections"):
-        Settings.from_block(block)
+    with pytest.raises(SettingsError, match="a mapping of sections"):
+        read(block)
 
 
 @pytest.mark.parametrize("section", [None, [], "short"])
 def test_a_section_that_is_no_table_is_refused(section):
-    with pytest.raises(SettingsError, match="a table of settings"):
-        Settings.from_block({"schedule": section})
+    with pytest.raises(SettingsError, match="a mapping of settings"):
+        read({"schedule": section})
 
 
 def test_whole_numbers_serve_as_fractions_and_null_as_derived():
-    settings = Settings.from_block({"distillation": {"kl": 1}, "schedule": {"initial_lr": None, "seed": None}})
-    assert settings.distillation.kl == 1.0
-    assert isinstance(settings.distillation.kl, float)
-    assert settings.schedule.learning_rate == 1e-2
+    settings = read({"mstkd": {"kl": 1}, "schedule": {"initial_lr": None, "seed": None}})
+    assert settings[MSTKDSettings].kl == 1.0
+    assert isinstance(settings[MSTKDSettings].kl, float)
+    assert settings[ScheduleSettings].learning_rate == 1e-2
 
 
 # ---- recipes -------------------------------------------------------------------------------------------------------
 
 
-def test_the_recipe_of_the_paper_sets_its_weights_and_adam_for_everything():
-    settings = Settings.from_block({"distillation": {"recipe": "paper"}})
-    for key, value in RECIPES["paper"].items():
-        assert getattr(settings.distillation, key) == value
-    assert settings.distillation.tau == DistillationSettings().tau
-    assert (settings.schedule.optimizer, settings.schedule.learning_rate) == ("adam", 1e-4)
+def test_paper_recipe_sets_weights_and_adam():
+    settings = read({"mstkd": {"recipe": "paper"}})
+    for name, values in MSTKDSettings.PRESETS["paper"].items():
+        for key, value in values.items():
+            assert settings.to_block()[name][key] == value
+    assert settings[MSTKDSettings].tau == MSTKDSettings().tau
+    assert (settings[ScheduleSettings].optimizer, settings[ScheduleSettings].learning_rate) == ("adam", 1e-4)
 
 
-def test_keys_given_beside_a_recipe_win():
-    settings = Settings.from_block(
-        {"distillation": {"recipe": "paper", "kl": 3, "fade": 0.25}, "schedule": {"optimizer": "sgd"}}
-    )
-    assert (settings.distillation.kl, settings.distillation.fade, settings.distillation.discrepancy) == (3, 0.25, 10)
-    assert settings.schedule.optimizer == "sgd"
+def test_keys_beside_a_recipe_win():
+    block = {"mstkd": {"recipe": "paper", "kl": 3}, "distillation": {"fade": 0.25}, "schedule": {"optimizer": "sgd"}}
+    settings = read(block)
+    assert (settings[MSTKDSettings].kl, settings[MSTKDSettings].discrepancy) == (3, 10)
+    assert settings[DistillationSettings].fade == 0.25
+    assert settings[ScheduleSettings].optimizer == "sgd"
 
 
-def test_a_written_recipe_reads_back_unchanged_even_where_a_key_has_the_default_again():
-    settings = Settings.from_block({"distillation": {"recipe": "paper", "evd": 0.1}, "schedule": {"optimizer": "sgd"}})
-    again = Settings.from_block(settings.to_block())
-    assert again == settings
-    assert again.distillation.evd == DistillationSettings().evd == 0.1
+def test_old_block_with_a_recipe_reads_the_same():
+    settings = read({"distillation": {"recipe": "paper", "kl": 3, "fade": 0.25}})
+    assert (settings[MSTKDSettings].kl, settings[MSTKDSettings].discrepancy) == (3, 10)
+    assert (settings[DistillationSettings].fade, settings[DistillationSettings].where) == (0.25, "everywhere")
 
 
-def test_every_recipe_names_only_settings_that_exist():
-    for name in RECIPES:
-        assert Settings.from_block({"distillation": {"recipe": name}}).distillation.recipe == name
-
-
-def test_weights_lists_the_terms_above_zero_only():
-    settings = DistillationSettings(evd=0, maps=0, discrepancy=0, kl=2, style=0, adversarial=0.5)
-    assert settings.weights == {"kl": 2.0, "adversarial": 0.5}
+def test_written_recipe_reads_back_unchanged():
+    settings = read({"mstkd": {"recipe": "paper", "evd": 0.1}, "schedule": {"optimizer": "sgd"}})
+    again = read(settings.to_block())
+    assert again.to_block() == settings.to_block()
+    assert again[MSTKDSettings].evd == MSTKDSettings().evd == 0.1
 
 
 # ---- assignments ---------------------------------------------------------------------------------------------------
@@ -275,13 +320,13 @@ def test_checkpoints_come_every_twentieth_of_a_training_and_at_least_every_fifti
 
 
 def test_replace_changes_one_section_and_checks_it():
-    settings = Settings().replace("schedule", epochs=3)
-    assert settings.schedule.epochs == 3
-    assert Settings().schedule.epochs == 1000
+    settings = read(None).replace(ScheduleSettings, epochs=3)
+    assert settings[ScheduleSettings].epochs == 3
+    assert settings[TeacherSettings] == TeacherSettings()
     with pytest.raises(SettingsError):
-        settings.replace("schedule", epochs=0)
+        settings.replace(ScheduleSettings, epochs=0)
 
 
 def test_settings_cannot_be_changed_in_place():
     with pytest.raises(dataclasses.FrozenInstanceError):
-        Settings().schedule.epochs = 3
+        ScheduleSettings().epochs = 3

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
+import math
+
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, plans, state, wake
 
 from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, AdaMMTrainer
-from nnunetv2_mstkd.methods.adamm.presence import presence_target
+from nnunetv2_mstkd.methods.adamm import losses
+from nnunetv2_mstkd.methods.adamm.settings import TERMS, AdaMMSettings
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.settings import ADAMM_TERMS, Settings, SettingsError
+from nnunetv2_mstkd.nnunet.plans import BLOCK
+from nnunetv2_mstkd.training.model_identity import refuse_other_network
+from nnunetv2_mstkd.training.settings import Settings, SettingsError
 from nnunetv2_mstkd.training.teacher import Teacher
 
 BBDM = ("consistency", "content", "style", "adversarial")
@@ -19,6 +23,11 @@ BBDM = ("consistency", "content", "style", "adversarial")
 
 def block(**adamm):
     return {"adamm": adamm}
+
+
+def complete(size):
+    """All four modalities for every sample."""
+    return torch.ones(size, 4, dtype=torch.bool)
 
 
 def only(term, weight=1.0):
@@ -31,12 +40,12 @@ def only(term, weight=1.0):
 
 @pytest.mark.parametrize("term", BBDM)
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_each_term_of_the_teacher_works_alone_and_reaches_the_student(make_trainer, monkeypatch, term, dimensions):
+def test_each_teacher_term_alone_reaches_the_student(make_trainer, monkeypatch, term, dimensions):
     trainer = give_teacher(make_trainer(AdaMMTrainer, block=only(term), dimensions=dimensions))
     monkeypatch.setattr(trainer, "loss", lambda output, target: output[0].sum() * 0)
     result = trainer.train_step(batch(trainer))
-    assert result["names"] == ["segmentation", term]
-    assert result["terms"][0] == 0 and result["terms"][1] > 0
+    assert list(result["terms"]) == ["segmentation", term]
+    assert result["terms"]["segmentation"] == 0 and result["terms"][term] > 0
     gradients = [parameter.grad for parameter in trainer.network.parameters() if parameter.grad is not None]
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     assert any(gradient.abs().max() > 0 for gradient in gradients)
@@ -48,56 +57,57 @@ def test_each_term_of_the_teacher_works_alone_and_reaches_the_student(make_train
 def test_all_terms_together_are_finite(make_trainer, labels):
     trainer = give_teacher(make_trainer(AdaMMTrainer, block=block(adversarial=0.01), labels=labels))
     result = [trainer.train_step(batch(trainer, seed=seed)) for seed in range(2)][-1]
-    assert tuple(result["names"]) == ("segmentation", *ADAMM_TERMS)
-    assert np.isfinite(result["terms"]).all() and (result["terms"][1:] > 0).all()
+    assert tuple(result["terms"]) == ("segmentation", *TERMS)
+    assert all(0 < result["terms"][name] < math.inf for name in TERMS)
+    assert math.isfinite(result["terms"]["segmentation"])
 
 
-def test_a_student_that_equals_its_teacher_and_has_all_modalities_pays_nothing_for_it(make_trainer):
+def test_equal_networks_have_zero_distillation_loss(make_trainer, monkeypatch):
     settings = {"distillation": {"where": "everywhere"}}
     trainer = give_teacher(make_trainer(AdaMMTrainer, block=settings))
     wake(trainer.network)
     trainer.network.load_state_dict(trainer.teacher.state_dict(), strict=False)
     content = batch(trainer)
-    step = trainer.compute_loss(content["data"], content["target"], torch.ones(2, 4, dtype=torch.bool))
+    monkeypatch.setattr(trainer, "draw_availability", complete)
+    step = trainer.compute_losses(content["data"], content["target"])
     assert all(step.terms[name].item() == pytest.approx(0, abs=1e-6) for name in ("consistency", "content", "style"))
     assert step.terms["presence"] > 0
 
 
-def test_ramp_and_fade_hold_for_the_teachers_terms_only(make_trainer):
+def test_ramp_and_fade_act_on_teacher_terms_only(make_trainer):
     settings = {"distillation": {"ramp": 0.0, "fade": 0.5}, "schedule": {"epochs": 4, "iterations": 2}}
     trainer = give_teacher(make_trainer(AdaMMTrainer, block=settings))
     content = batch(trainer)
     trainer.current_epoch, trainer._step_in_epoch = 3, 0
-    step = trainer.compute_loss(content["data"], content["target"], trainer.draw_availability(2))
-    assert trainer.weight_factor() == pytest.approx(0.5)
+    step = trainer.compute_losses(content["data"], content["target"])
+    assert trainer.teacher_factor() == pytest.approx(0.5)
     expected = step.terms["segmentation"]
-    for name, weight in trainer.weights.items():
-        expected = expected + (0.5 if name in BBDM else 1.0) * weight * step.terms[name]
+    for term in trainer.terms:
+        expected = expected + (0.5 if term.name in BBDM else 1.0) * term.weight * step.terms[term.name]
     assert step.total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize("labels", [None, REGIONS], ids=["labels", "regions"])
-def test_presence_is_about_the_foreground_heads(make_trainer, labels):
+def test_presence_is_about_the_foreground_heads(make_trainer, monkeypatch, labels):
     trainer = make_trainer(AdaMMTrainer, block=NO_TERMS, labels=labels)
     content = batch(trainer)
     target = trainer.read_target(content["target"][0])
-    wanted = presence_target(target.label, 2, regions=labels is not None).target
+    wanted = losses.presence_target(target.label, 2, regions=labels is not None).target
     assert wanted.all()
     with torch.no_grad():  # a head that is sure of the background and of all else
         trainer.network.presence.logits.weight.zero_()
         trainer.network.presence.logits.bias.fill_(20)
         trainer.network.presence.logits.bias[0] = 20 if labels else -20
-    step = trainer.compute_loss(content["data"], content["target"], torch.ones(2, 4, dtype=torch.bool))
+    monkeypatch.setattr(trainer, "draw_availability", complete)
+    step = trainer.compute_losses(content["data"], content["target"])
     assert step.terms["presence"].item() == pytest.approx(0, abs=1e-6)
     assert step.terms["reliability"].item() == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("batch_dice", [True, False])
-def test_reliability_weighs_the_dice_that_the_plans_ask_for(make_trainer, monkeypatch, batch_dice):
-    from nnunetv2_mstkd.methods.adamm import trainer as module
-
-    real, asked = module.reliability_dice, []
-    monkeypatch.setattr(module, "reliability_dice", lambda *a, **o: asked.append(o["batch_dice"]) or real(*a, **o))
+def test_reliability_uses_the_dice_of_the_plans(make_trainer, monkeypatch, batch_dice):
+    real, asked = losses.reliability_dice, []
+    monkeypatch.setattr(losses, "reliability_dice", lambda *a, **o: asked.append(o["batch_dice"]) or real(*a, **o))
     trainer = make_trainer(AdaMMTrainer, block=NO_TERMS, batch_dice=batch_dice)
     trainer.train_step(batch(trainer))
     assert asked == [batch_dice]
@@ -106,24 +116,24 @@ def test_reliability_weighs_the_dice_that_the_plans_ask_for(make_trainer, monkey
 def test_the_presence_head_learns(make_trainer, monkeypatch):
     trainer = make_trainer(AdaMMTrainer, block={**NO_TERMS, "schedule": {"optimizer": "adamw", "initial_lr": 0.02}})
     content = batch(trainer)
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
+    monkeypatch.setattr(trainer, "draw_availability", complete)
     content["target"][0][1] = 0  # nothing in the second sample, which is smooth
     content["data"][1] = torch.linspace(-1, 1, 16)
     values = []
     for _ in range(50):
-        values.append(trainer.train_step(content)["terms"][1])
+        values.append(trainer.train_step(content)["terms"]["presence"])
     assert values[-1] < 0.5 * values[0]
 
 
 # ---- teacher -------------------------------------------------------------------------------------------------------
 
 
-def test_the_students_own_terms_need_no_teacher(make_trainer, monkeypatch):
+def test_presence_and_reliability_need_no_teacher(make_trainer, monkeypatch):
     trainer = make_trainer(AdaMMTrainer, block=NO_TERMS)
     assert not trainer.needs_teacher
     monkeypatch.setattr(trainer, "_load_teacher", lambda: pytest.fail("no teacher is asked for"))
     trainer.prepare_training()
-    assert trainer.train_step(batch(trainer))["names"] == ["segmentation", "presence", "reliability"]
+    assert list(trainer.train_step(batch(trainer))["terms"]) == ["segmentation", "presence", "reliability"]
     assert make_trainer(AdaMMTrainer).needs_teacher
 
 
@@ -136,9 +146,9 @@ def test_the_teacher_is_the_plans_own_network(make_trainer):
         assert all(torch.equal(one, other) for one, other in zip(plain.network(x), teacher.network(x), strict=True))
 
 
-def test_a_teacher_of_other_widths_is_refused_only_where_features_are_compared(make_trainer):
+def test_teacher_of_other_widths_is_refused(make_trainer):
     other = make_trainer(AdaMMTeacherTrainer, features=(8, 16, 32)).network
-    teacher = Teacher(other, {}, {"path": "somewhere"}, {})
+    teacher = Teacher(other, {}, {"path": "somewhere"}, Settings([]))
     with pytest.raises(
         ValueError, match=r"channels per stage \[8, 16, 32\], the student \[8, 16, 24\]; the terms content"
     ):
@@ -146,7 +156,7 @@ def test_a_teacher_of_other_widths_is_refused_only_where_features_are_compared(m
     make_trainer(AdaMMTrainer, block=block(content=0, style=0)).check_teacher(teacher)
 
 
-def test_a_student_starts_from_the_teachers_weights_and_with_its_outputs(make_trainer):
+def test_warm_start_reproduces_the_teachers_output(make_trainer):
     trainer = make_trainer(AdaMMTrainer)
     teacher = make_trainer(AdaMMTeacherTrainer, seed=5).network
     loaded, kept = checkpoints.load_matching(trainer.network, teacher.state_dict())
@@ -171,8 +181,8 @@ def test_every_parameter_takes_part_in_a_step(make_trainer, adamm):
     assert without == ["decoder.seg_layers.0.weight", "decoder.seg_layers.0.bias"]  # nnU-Net's weight 0
 
 
-def test_adapters_and_graph_are_trained_with_adamw_and_banks_do_not_decay(make_trainer):
-    trainer = make_trainer(AdaMMTrainer, block={"schedule": {"transformer_lr": 2e-3}})
+def test_adapters_are_trained_with_adamw_without_decay(make_trainer):
+    trainer = make_trainer(AdaMMTrainer, block={"schedule": {"added_lr": 2e-3}})
     decay, rate, kind = {}, {}, {}
     names = {id(parameter): name for name, parameter in trainer.network.named_parameters()}
     for member in trainer.optimizer.members:
@@ -188,7 +198,7 @@ def test_adapters_and_graph_are_trained_with_adamw_and_banks_do_not_decay(make_t
             assert decay[name] == 0
 
 
-def test_only_the_rows_of_the_subsets_in_the_batch_move(make_trainer, monkeypatch):
+def test_only_bank_rows_of_drawn_subsets_are_updated(make_trainer, monkeypatch):
     trainer = make_trainer(AdaMMTrainer, block=NO_TERMS)
     monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool())
     before = state(trainer.network)["decoder_adapters.0.up"]
@@ -200,16 +210,16 @@ def test_only_the_rows_of_the_subsets_in_the_batch_move(make_trainer, monkeypatc
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 
-def test_the_bank_and_the_listed_subsets_are_stored_resolved(make_trainer):
+def test_bank_and_subsets_are_stored_resolved(make_trainer):
     trainer = make_trainer(AdaMMTrainer, block=block(subsets=["t3+T0", "#1"]))
-    stored = trainer.plans_manager.plans["configurations"]["tiny"]["mstkd"]["adamm"]
+    stored = trainer.plans_manager.plans["configurations"]["tiny"][BLOCK]["adamm"]
     assert stored["subsets"] == ["#0+#3", "#1"] and stored["bank"] == "factorised"
     again = AdaMMTrainer.build_network_architecture(
         trainer.plans_manager, trainer.configuration_manager, 4, 3, enable_deep_supervision=False
     )
     again.load_state_dict(trainer.network.state_dict())
-    assert make_trainer(AdaMMTrainer).settings.adamm.bank == "full"
-    assert make_trainer(AdaMMTrainer, channels=6).settings.adamm.bank == "factorised"
+    assert make_trainer(AdaMMTrainer).settings[AdaMMSettings].bank == "full"
+    assert make_trainer(AdaMMTrainer, channels=6).settings[AdaMMSettings].bank == "factorised"
 
 
 @pytest.mark.parametrize(
@@ -223,26 +233,31 @@ def test_the_bank_and_the_listed_subsets_are_stored_resolved(make_trainer):
         ({"reduction": 0}, r"adamm\.reduction"),
         ({"nodes": 1}, r"adamm\.nodes"),
         ({"style": -1}, r"adamm\.style"),
-        ({"presence_weight": 0}, "presence = false builds no head"),
+        ({"presence_weight": 0}, r"adamm\.presence_weight is 0, expected a number above 0"),
         ({"gate": 1.0}, r"adamm\.gate"),
         ({"gate": 0.2, "presence": False}, r"adamm\.gate"),
     ],
     ids=str,
 )
-def test_impossible_settings_are_refused_before_anything_is_made(make_trainer, adamm, message):
+def test_impossible_settings_are_refused(make_trainer, adamm, message):
     with pytest.raises(ValueError, match=message):
         make_trainer(AdaMMTrainer, plans(block=block(**adamm)))
 
 
-def test_a_weight_may_change_between_folds_and_a_part_may_not(make_trainer):
+def test_weights_may_differ_from_the_checkpoint(make_trainer):
     trainer = make_trainer(AdaMMTrainer, block=block(style=0.3, nodes=4))
     stored = trainer.settings
-    trainer._refuse_other_network(stored.replace("adamm", style=0.5, gate=0.1), "the checkpoint")
+    given, sections = block(style=0.3, nodes=4), AdaMMTrainer.design.sections
+    changed = stored.replace(AdaMMSettings, style=0.5, gate=0.1)
+    refuse_other_network(given, sections, stored, changed, "the checkpoint")
     with pytest.raises(SettingsError, match=r"adamm\.nodes = 4, the checkpoint was trained with 6"):
-        trainer._refuse_other_network(stored.replace("adamm", nodes=6), "the checkpoint")
+        refuse_other_network(given, sections, stored, stored.replace(AdaMMSettings, nodes=6), "the checkpoint")
 
 
-def test_weights_name_the_active_terms():
-    assert tuple(Settings().adamm.weights) == ("consistency", "content", "style", "presence", "reliability")
-    assert tuple(Settings.from_block(block(presence=False, adversarial=1)).adamm.weights) == BBDM
-    assert "reliability" not in Settings.from_block(block(reliability=0)).adamm.weights
+def test_terms_of_weight_zero_are_not_listed(make_trainer):
+    def active(**adamm):
+        return tuple(term.name for term in make_trainer(AdaMMTrainer, block=block(**adamm)).terms)
+
+    assert active() == ("consistency", "content", "style", "presence", "reliability")
+    assert active(presence=False, adversarial=1) == BBDM
+    assert "reliability" not in active(reliability=0)

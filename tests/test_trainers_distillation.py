@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from copy import deepcopy
 
@@ -22,15 +23,15 @@ from tiny import (
 )
 
 from nnunetv2_mstkd.methods import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.settings import TERMS
 from nnunetv2_mstkd.training.step import MAX_SKIPPED_STEPS
 
 
 def only(**weights):
     """Settings with these terms and no others."""
-    return {"distillation": {**dict.fromkeys(TERMS, 0), **weights}}
+    return {"mstkd": {**dict.fromkeys(TERMS, 0), **weights}}
 
 
 METHODS = [MSTKDTrainer, AdaMMTrainer]
@@ -103,44 +104,51 @@ def test_each_term_works_alone_and_reaches_the_student(make_trainer, monkeypatch
     wake(trainer.network)
     monkeypatch.setattr(trainer, "loss", lambda output, target: output[0].sum() * 0)
     result = trainer.train_step(batch(trainer))
-    assert result["names"] == ["segmentation", term]
-    assert result["terms"][0] == 0 and result["terms"][1] > 0
+    assert list(result["terms"]) == ["segmentation", term]
+    assert result["terms"]["segmentation"] == 0 and result["terms"][term] > 0
     gradients = [parameter.grad for parameter in trainer.network.parameters() if parameter.grad is not None]
     assert all(torch.isfinite(gradient).all() for gradient in gradients)
     assert any(gradient.abs().max() > 0 for gradient in gradients)
 
 
 @pytest.mark.parametrize(
-    "distillation",
-    [{"recipe": "paper"}, {"style_encoder": "paper"}, {"where": "everywhere"}, {"tau": 7, "fade": 0, "ramp": 0}],
+    "block",
+    [
+        {"mstkd": {"recipe": "paper"}},
+        {"mstkd": {"style_encoder": "paper"}},
+        {"distillation": {"where": "everywhere"}},
+        {"mstkd": {"tau": 7}, "distillation": {"fade": 0, "ramp": 0}},
+    ],
     ids=str,
 )
 @pytest.mark.parametrize("labels", [REGIONS_WITH_IGNORE, LABELS_WITH_IGNORE], ids=["regions", "labels"])
-def test_the_other_forms_of_the_terms_train(make_trainer, distillation, labels):
-    trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": distillation}, labels=labels))
+def test_other_forms_of_the_terms_train(make_trainer, block, labels):
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block=block, labels=labels))
     result = [trainer.train_step(batch(trainer, seed=seed)) for seed in range(2)][-1]
-    assert result["names"] == ["segmentation", *TERMS]
-    assert np.isfinite(result["terms"]).all()
+    assert list(result["terms"]) == ["segmentation", *TERMS]
+    assert np.isfinite(list(result["terms"].values())).all()
 
 
-def test_a_student_that_equals_its_teacher_and_has_all_modalities_pays_for_the_adversary_alone(make_trainer):
+def test_equal_networks_pay_for_the_adversary_alone(make_trainer, monkeypatch):
     trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": {"where": "everywhere"}}))
     trainer.network.load_state_dict(trainer.teacher.state_dict())
     content = batch(trainer)
-    step = trainer.compute_loss(content["data"], content["target"], torch.ones(2, 4, dtype=torch.bool))
+    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
+    step = trainer.compute_losses(content["data"], content["target"])
     values = {name: value.item() for name, value in step.terms.items()}
     assert all(values[name] == pytest.approx(0, abs=1e-6) for name in TERMS if name != "adversarial")
     assert values["adversarial"] > 0.1
 
 
 def test_the_total_is_the_weighted_sum_of_the_logged_terms(make_trainer):
-    block = {"distillation": {"evd": 0.5, "maps": 2.0, "kl": 0.25, "ramp": 0.0, "fade": 0.5}}
+    block = {"mstkd": {"evd": 0.5, "maps": 2.0, "kl": 0.25}, "distillation": {"ramp": 0.0, "fade": 0.5}}
     trainer = give_teacher(make_trainer(MSTKDTrainer, block={**block, "schedule": {"epochs": 4, "iterations": 2}}))
     content = batch(trainer)
     trainer.current_epoch, trainer._step_in_epoch = 3, 0  # 6 of 8 iterations: a quarter is left, the factor one half
-    step = trainer.compute_loss(content["data"], content["target"], trainer.draw_availability(2))
-    assert trainer.weight_factor() == pytest.approx(0.5)
-    expected = step.terms["segmentation"] + 0.5 * sum(trainer.weights[name] * step.terms[name] for name in TERMS)
+    step = trainer.compute_losses(content["data"], content["target"])
+    assert trainer.teacher_factor() == pytest.approx(0.5)
+    assert [term.name for term in trainer.terms] == list(TERMS)
+    expected = step.terms["segmentation"] + 0.5 * sum(term.weight * step.terms[term.name] for term in trainer.terms)
     assert step.total.item() == pytest.approx(expected.item(), rel=1e-6)
 
 
@@ -150,18 +158,18 @@ def test_weights_rise_over_the_ramp_and_fall_over_the_fade(make_trainer):
     factors = {}
     for iteration in (0, 10, 20, 60, 80, 99):
         trainer.current_epoch, trainer._step_in_epoch = divmod(iteration, 10)
-        factors[iteration] = trainer.weight_factor()
+        factors[iteration] = trainer.teacher_factor()
     assert factors == pytest.approx({0: math.exp(-5), 10: math.exp(-1.25), 20: 1, 60: 1, 80: 0.5, 99: 0.025})
 
 
 def test_terms_of_weight_zero_cost_nothing(make_trainer):
     trainer = give_teacher(make_trainer(MSTKDTrainer, block=only(maps=0.1)))
-    assert trainer.discriminator is None and trainer.discriminator_optimizer is None
+    assert trainer.adversary is None
     seen = []
     forward = trainer.forward_student
-    trainer.forward_student = lambda data: seen.append(forward(data)) or seen[-1]
+    trainer.forward_student = lambda *inputs: seen.append(forward(*inputs)) or seen[-1]
     result = trainer.train_step(batch(trainer))
-    assert result["names"] == ["segmentation", "maps"]
+    assert list(result["terms"]) == ["segmentation", "maps"]
     assert seen[0].attention == ()
     assert set(trainer.extra_state()) == {"split", "teacher"}
 
@@ -169,22 +177,27 @@ def test_terms_of_weight_zero_cost_nothing(make_trainer):
 def test_without_any_term_a_step_is_modality_dropout_on_the_same_network(make_trainer, monkeypatch):
     trainer = make_trainer(MSTKDTrainer, block=NO_TERMS)
     trainer.teacher = lambda *arguments, **options: pytest.fail("the teacher is not asked")
-    monkeypatch.setattr(trainer, "forward_student", lambda data: pytest.fail("no features are computed"))
-    assert trainer.train_step(batch(trainer))["names"] == ["segmentation"]
+    monkeypatch.setattr(trainer, "forward_student", lambda *inputs: pytest.fail("no features are computed"))
+    assert list(trainer.train_step(batch(trainer))["terms"]) == ["segmentation"]
 
 
 @pytest.mark.parametrize(
-    ("distillation", "computed"),
-    [({}, True), ({"where": "everywhere"}, False), ({"kl": 0, "discrepancy": 0}, False), ({"kl": 0}, True)],
+    ("block", "computed"),
+    [
+        ({}, True),
+        ({"distillation": {"where": "everywhere"}}, False),
+        ({"mstkd": {"kl": 0, "discrepancy": 0}}, False),
+        ({"mstkd": {"kl": 0}}, True),
+    ],
     ids=str,
 )
-def test_the_comparison_of_voxels_is_made_only_where_a_term_reads_it(make_trainer, monkeypatch, distillation, computed):
+def test_voxels_are_compared_only_where_a_term_reads_it(make_trainer, monkeypatch, block, computed):
     from nnunetv2_mstkd.training import distillation as module
 
     calls = []
     real = module.teacher_advantage
     monkeypatch.setattr(module, "teacher_advantage", lambda *a, **o: calls.append(1) or real(*a, **o))
-    trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": distillation}))
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block=block))
     trainer.train_step(batch(trainer))
     assert bool(calls) == computed
 
@@ -208,34 +221,34 @@ def test_the_target_is_read_into_label_foreground_and_valid_voxels(make_trainer)
 
 
 def test_the_discriminator_moves_by_its_own_step_only(student, monkeypatch):
-    before = state(student.discriminator)
+    before = state(student.adversary.discriminator)
     with monkeypatch.context() as patch:
-        patch.setattr(student, "after_update", lambda content: None)
+        patch.setattr(student, "after_step", lambda losses: None)
         student.train_step(batch(student))
-    assert same(before, state(student.discriminator))
-    assert all(parameter.grad is None for parameter in student.discriminator.parameters())
+    assert same(before, state(student.adversary.discriminator))
+    assert all(parameter.grad is None for parameter in student.adversary.discriminator.parameters())
     student.train_step(batch(student))
-    assert not same(before, state(student.discriminator))
+    assert not same(before, state(student.adversary.discriminator))
 
 
 def test_the_discriminator_learns_to_tell_teacher_from_student(make_trainer):
     trainer = give_teacher(make_trainer(MSTKDTrainer, block=only(adversarial=0.01)))
-    for group in trainer.discriminator_optimizer.param_groups:
+    for group in trainer.adversary.optimizer.param_groups:
         group["lr"] = 1e-2
     content = batch(trainer)
-    values = [float(trainer.train_step(content)["terms"][1]) for _ in range(15)]
-    assert isinstance(trainer.discriminator, PatchDiscriminator)
+    values = [float(trainer.train_step(content)["terms"]["adversarial"]) for _ in range(15)]
+    assert isinstance(trainer.adversary.discriminator, PatchDiscriminator)
     # what the student pays grows with what the discriminator knows; log 2 when it cannot tell
     assert values[-1] > values[0] and values[-1] > math.log(2)
-    assert all(parameter.requires_grad for parameter in trainer.discriminator.parameters())
+    assert all(parameter.requires_grad for parameter in trainer.adversary.discriminator.parameters())
 
 
 def test_features_that_overflow_do_not_break_the_discriminator(student):
     student.train_step(batch(student))
-    student._discriminator_input = torch.full((4, student.discriminator.input_channels, 8, 8, 8), float("inf"))
-    student.after_update({})
-    assert all(torch.isfinite(value).all() for value in student.discriminator.state_dict().values())
-    assert np.isfinite(student.train_step(batch(student))["terms"]).all()
+    discriminator = student.adversary.discriminator
+    student.adversary.step(torch.full((4, discriminator.input_channels, 8, 8, 8), float("inf")))
+    assert all(torch.isfinite(value).all() for value in discriminator.state_dict().values())
+    assert np.isfinite(list(student.train_step(batch(student))["terms"].values())).all()
 
 
 # ---- not finite ----------------------------------------------------------------------------------------------------
@@ -269,11 +282,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_term_and
 
 
 def test_a_term_that_is_not_finite_is_named(student, monkeypatch):
-    terms = dict(student.distillation_terms())
-    name = next(iter(terms))
-    terms[name] = lambda s, t, target: s.logits.sum() * float("inf")
-    monkeypatch.setattr(student, "distillation_terms", lambda: terms)
-    with pytest.raises(FloatingPointError, match=f"iteration 0: total, {name} "):
+    first, *others = student.terms
+    bad = dataclasses.replace(first, function=lambda s, t, target: s.logits.sum() * float("inf"))
+    monkeypatch.setattr(student, "terms", (bad, *others))
+    with pytest.raises(FloatingPointError, match=f"iteration 0: total, {first.name} "):
         student.train_step(batch(student))
 
 
@@ -291,10 +303,10 @@ def test_in_mixed_precision_one_good_step_starts_the_count_anew(student, overflo
     overflow.remove()
     before = state(student.network)
     student.train_step(batch(student))
-    assert student._skipped_steps == 1  # before this one
+    assert student.monitor.skipped_steps == 1  # before this one
     assert not same(before, state(student.network))
     student.train_step(batch(student))
-    assert student._skipped_steps == 0
+    assert student.monitor.skipped_steps == 0
 
 
 def test_in_mixed_precision_logits_that_overflow_are_skipped(student):
@@ -305,7 +317,7 @@ def test_in_mixed_precision_logits_that_overflow_are_skipped(student):
     student.train_step(content)
     assert same(before, state(student.network))
     student.train_step(batch(student))
-    assert student._skipped_steps == 1
+    assert student.monitor.skipped_steps == 1
 
 
 # ---- compiled ------------------------------------------------------------------------------------------------------
@@ -330,7 +342,7 @@ def test_compiled_student_and_teacher_train_validate_and_are_saved_under_plain_n
     plain = trainer.plain_network
     assert plain is not trainer.network
     for seed in range(3):
-        assert np.isfinite(trainer.train_step(batch(trainer, seed=seed))["terms"]).all()
+        assert np.isfinite(list(trainer.train_step(batch(trainer, seed=seed))["terms"].values())).all()
     trainer.on_validation_epoch_start()
     with torch.no_grad():
         trainer.validation_step(batch(trainer))

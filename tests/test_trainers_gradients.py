@@ -8,7 +8,8 @@ import torch
 from tiny import REGIONS, batch
 
 from nnunetv2_mstkd.methods import AdaMMTrainer, MSTKDTrainer
-from nnunetv2_mstkd.training.settings import ADAMM_TERMS, TERMS
+from nnunetv2_mstkd.methods.adamm.settings import TERMS as ADAMM_TERMS
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 
 TEACHER_STEPS = 40
 STUDENT_STEPS = 15
@@ -32,13 +33,12 @@ def norm(loss: torch.Tensor, network: torch.nn.Module) -> float:
 def ratios(request, tmp_path_factory):
     """By term: norm of its gradient, weight included, in units of the segmentation loss's, for several batches."""
     from conftest import Folders
-    from tiny import TrainerFactory
+    from tiny import make_trainer
 
     method, labels = METHODS[request.param]
     top = tmp_path_factory.mktemp("gradients")
     with pytest.MonkeyPatch.context() as patch:
         Folders(top / "raw", top / "preprocessed", top / "results").use(patch)
-        make_trainer = TrainerFactory()
         options = {"labels": labels, "block": SCHEDULE}
         teacher = make_trainer(method.teacher_trainer, **options)
         for seed in range(TEACHER_STEPS):
@@ -52,16 +52,14 @@ def ratios(request, tmp_path_factory):
         rows = []
         for seed in range(100, 106):
             content = batch(student, seed=seed)
-            step = student.compute_loss(content["data"], content["target"], student.draw_availability(2))
+            step = student.compute_losses(content["data"], content["target"])
             segmentation = norm(step.terms["segmentation"], student.network)
             rows.append(
-                [
-                    norm(weight * step.terms[name], student.network) / segmentation
-                    for name, weight in student.weights.items()
-                ]
+                [norm(term.weight * step.terms[term.name], student.network) / segmentation for term in student.terms]
             )
-    assert tuple(student.weights) == BY_DEFAULT[method]
-    return dict(zip(student.weights, np.array(rows).T, strict=True))
+    names = tuple(term.name for term in student.terms)
+    assert names == BY_DEFAULT[method]
+    return dict(zip(names, np.array(rows).T, strict=True))
 
 
 def test_terms_of_default_weight_neither_vanish_beside_the_segmentation_loss_nor_drown_it(ratios):

@@ -13,9 +13,9 @@ from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same, state
 
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.training.base import SettingsTrainer
-from nnunetv2_mstkd.training.settings import TERMS
 
 
 def configure(folders, **settings):
@@ -134,12 +134,12 @@ def test_the_discriminator_and_its_optimiser_go_on(models):
     trainer = build()
     trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))
     stored = read(models)["mstkd"]
-    assert same(stored["discriminator"], trainer.discriminator.state_dict())
-    assert same(stored["discriminator_optimizer"], trainer.discriminator_optimizer.state_dict())
+    assert same(stored["discriminator"], trainer.adversary.discriminator.state_dict())
+    assert same(stored["discriminator_optimizer"], trainer.adversary.optimizer.state_dict())
     assert len(stored["discriminator_optimizer"]["state"]) == len(stored["discriminator"])
     fresh = build()
     fresh.initialize()
-    assert not same(stored["discriminator"], fresh.discriminator.state_dict())
+    assert not same(stored["discriminator"], fresh.adversary.discriminator.state_dict())
 
 
 def test_the_best_score_is_taken_from_the_log_which_is_ahead_of_the_checkpoint(models):

@@ -13,7 +13,7 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.settings import SettingsError
+from nnunetv2_mstkd.training.settings import SamplerSettings, SettingsError
 
 
 def configure(folders, **settings):
@@ -42,7 +42,7 @@ def predictor(folders):
 
 def test_a_training_writes_the_complete_block_to_model_folder_and_checkpoint(models):
     given = block_of(read_plans(models))
-    assert given["network"]["depth"] is None  # derived from the plans
+    assert "network" not in given  # derived from the plans
     for trainer in ("MSTKDTeacherTrainer", "MSTKDTrainer"):
         block = block_of(model_plans(models, trainer))
         assert block["network"] == {
@@ -53,23 +53,23 @@ def test_a_training_writes_the_complete_block_to_model_folder_and_checkpoint(mod
             "max_tokens": 1024,
             "mlp_ratio": 4.0,
         }
-        assert {key: block[key] for key in given if key != "network"} == {
-            key: given[key] for key in given if key != "network"
-        }
+        assert {key: block[key] for key in given} == given
         content = checkpoints.read(models.fold(trainer) / "checkpoint_final.pth")
         assert block_of(content["init_args"]["plans"]) == block
 
 
 def test_the_preprocessed_plans_are_not_changed_by_a_training(trained):
-    assert block_of(read_plans(trained))["network"]["depth"] is None
+    assert "network" not in block_of(read_plans(trained))
 
 
 def test_the_checkpoints_settings_win_when_a_training_goes_on(models):
-    configure(models, schedule__epochs=9, distillation__kl=0.0, sampler__kind="by_size")
+    configure(models, schedule__epochs=9, mstkd__kl=0.0, sampler__kind="by_size")
     trainer = build()
-    assert (trainer.num_epochs, trainer.weights.get("kl"), trainer.settings.sampler.kind) == (9, None, "by_size")
+    kind = trainer.settings[SamplerSettings].kind
+    assert (trainer.num_epochs, trainer.is_active("kl"), kind) == (9, False, "by_size")
     trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))
-    assert (trainer.num_epochs, trainer.weights["kl"], trainer.settings.sampler.kind) == (2, 0.5, "uniform")
+    kind = trainer.settings[SamplerSettings].kind
+    assert (trainer.num_epochs, trainer.is_active("kl"), kind) == (2, True, "uniform")
     assert trainer.sampler.kind == "uniform" and trainer.num_iterations_per_epoch == 2
     assert block_of(trainer.plans_manager.plans)["schedule"]["epochs"] == 2
     assert trainer.configuration_manager.configuration["mstkd"]["schedule"]["epochs"] == 2
@@ -117,7 +117,7 @@ def test_a_fold_with_another_network_is_refused_while_other_folds_have_checkpoin
     with pytest.raises(SettingsError, match=r"fold_0 in .* another network: network\.depth is 6 there and 3 here"):
         train("MSTKDTrainer", fold=1)
     assert snapshot(models) == before
-    configure(models, schedule__epochs=1, distillation__kl=0.25)
+    configure(models, schedule__epochs=1, mstkd__kl=0.25)
     train("MSTKDTeacherTrainer", fold=1)
 
 

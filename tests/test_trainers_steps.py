@@ -12,8 +12,8 @@ from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, bat
 
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, FullModalityTrainer, ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
-from nnunetv2_mstkd.training.settings import TERMS
 
 TRAINERS = [getattr(trainers, name) for name in trainers.__all__]
 STUDENTS = [cls for cls in TRAINERS if issubclass(cls, ModalityDropoutTrainer)]
@@ -156,15 +156,16 @@ def test_the_sampler_of_the_settings_is_used(make_trainer):
 def test_the_logged_loss_is_the_segmentation_loss_alone(make_trainer):
     trainer = give_teacher(make_trainer(MSTKDTrainer))
     result = trainer.train_step(batch(trainer))
-    assert result["names"] == ["segmentation", *TERMS]
-    assert result["loss"] == result["terms"][0]
-    assert np.isfinite(result["terms"]).all() and (result["terms"][1:] > 0).all()
+    assert list(result["terms"]) == ["segmentation", *TERMS]
+    assert result["loss"] == result["terms"]["segmentation"]
+    values = np.array(list(result["terms"].values()))
+    assert np.isfinite(values).all() and (values[1:] > 0).all()
 
 
 @pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__name__)
 def test_an_epoch_without_a_finite_loss_stops_before_anything_is_saved(make_trainer, cls):
     trainer = make_trainer(cls, block=NO_TERMS)
-    step = {"loss": np.float32("nan"), "names": ["segmentation"], "terms": np.array([np.nan])}
+    step = {"loss": np.float32("nan"), "terms": {"segmentation": np.nan}}
     with pytest.raises(FloatingPointError, match="epoch 0 is not finite; nothing was saved"):
         trainer.on_train_epoch_end([step, step])
     trainer.on_train_epoch_end([step, {**step, "loss": np.float32(1.0)}])

@@ -1,23 +1,28 @@
+"""Sizes of the multi-scale transformer that follow from the plans, and what they cost."""
+
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
 import torch
-from hand_networks import DEFAULTS, Case
-from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+from hand_networks import Case
 from torch.utils.flop_counter import FlopCounterMode
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods.mstkd.network import (
     FLOPS_SHARE,
     PARAMETER_SHARE,
-    Geometry,
     MultiScaleTransformer,
     MultiScaleTransformerUNet,
-    build,
-    default_heads,
+    TransformerDesign,
     resolve,
 )
+from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
+from nnunetv2_mstkd.networks.attention import default_heads
+from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
+from nnunetv2_mstkd.training.settings import Settings, SettingsError
 
 COSTS = {
     "3d 128 plain": Case([32, 64, 128, 256, 320, 320], [128] * 3, convs=2),
@@ -41,7 +46,7 @@ AT_THE_FLOOR = 4
 def flops(network: torch.nn.Module, case: Case) -> int:
     """Counted by PyTorch from the operators that run; on the meta device nothing is computed."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        network(torch.empty(1, case.channels, *case.patch))
+        network(torch.empty(1, case.plan.num_modalities, *case.plan.patch_size))
     return counter.get_total_flops()
 
 
@@ -49,7 +54,7 @@ def flops(network: torch.nn.Module, case: Case) -> int:
 def unet_and_flops(name: str) -> tuple[torch.nn.Module, int]:
     case = COSTS[name]
     with torch.device("meta"):
-        unet = get_network_from_plans(*case.arguments, case.channels, 3, allow_init=False, deep_supervision=False)
+        unet = case.plain()
     return unet, flops(unet, case)
 
 
@@ -58,15 +63,15 @@ def shares(name: str, depth: int) -> tuple[float, float]:
     """Parameters and FLOPs that a transformer of this depth adds, as shares of the plans' U-Net."""
     case, (unet, base) = COSTS[name], unet_and_flops(name)
     with torch.device("meta"):
-        network = MultiScaleTransformerUNet(unet, case.geometry, {**case.network, "depth": depth})
+        network = MultiScaleTransformerUNet(unet, case.shape, dataclasses.replace(case.network, depth=depth))
     added = sum(parameter.numel() for module in network.transformer.modules() for parameter in module.parameters(False))
     own = sum(parameter.numel() for parameter in unet.parameters())
     return added / own, (flops(network, case) - base) / base
 
 
 @pytest.mark.parametrize("name", COSTS)
-def test_depth_is_what_the_budget_allows_and_not_less(name):
-    depth = COSTS[name].network["depth"]
+def test_depth_is_the_largest_within_the_budget(name):
+    depth = COSTS[name].network.depth
     assert depth == RESOLVED_DEPTH.get(name, AT_THE_FLOOR)
     # norms, biases and positions are not in the budget, hence a hundredth of room
     if depth > AT_THE_FLOOR:
@@ -74,40 +79,36 @@ def test_depth_is_what_the_budget_allows_and_not_less(name):
         assert parameters <= PARAMETER_SHARE * 1.01
         assert share <= FLOPS_SHARE * 1.01
     if depth < 12:
-        parameters, share = shares(name, depth + COSTS[name].network["taps"])
+        parameters, share = shares(name, depth + COSTS[name].network.taps)
         assert parameters > PARAMETER_SHARE * 0.99 or share > FLOPS_SHARE * 0.99
 
 
-def test_the_usual_plan_of_128_costs_less_than_a_hundredth_of_the_flops():
-    assert COSTS["3d 128 plain"].network == {
-        "depth": 8,
-        "heads": 8,
-        "taps": 4,
-        "patch": [1, 1, 1],
-        "max_tokens": 1024,
-        "mlp_ratio": 4.0,
-    }
+def test_usual_plan_costs_less_than_1_percent_of_flops():
+    assert COSTS["3d 128 plain"].network == NetworkSettings(
+        depth=8, heads=8, taps=4, patch=(1, 1, 1), max_tokens=1024, mlp_ratio=4.0
+    )
     parameters, share = shares("3d 128 plain", 8)
     assert 0.4 < parameters < 0.5
     assert 0 < share < 0.01
 
 
-def test_blocks_are_tapped_at_equal_distances_and_the_last_one_always():
-    assert COSTS["3d 128 plain"].geometry.grids[-1] == (4, 4, 4)
+def test_taps_are_evenly_spaced_up_to_the_last_block():
+    assert COSTS["3d 128 plain"].shape.grids[-1] == (4, 4, 4)
     case = Case([6, 8, 12, 16], [16] * 3)
     for depth, taps, tapped in ((12, 4, (2, 5, 8, 11)), (4, 4, (0, 1, 2, 3)), (6, 2, (2, 5))):
-        module = MultiScaleTransformer(case.geometry, depth=depth, heads=1, taps=taps, patch=(1, 1, 1), mlp_ratio=1.0)
+        section = NetworkSettings(depth=depth, heads=1, taps=taps, patch=(1, 1, 1), mlp_ratio=1.0)
+        module = MultiScaleTransformer(case.shape, section)
         assert module.tapped == tapped
 
 
 @pytest.mark.parametrize(("stages", "taps", "depth"), [(2, 2, 4), (3, 3, 6), (4, 4, 4), (6, 4, 4)])
-def test_small_unets_have_fewer_taps_and_at_least_four_blocks(stages, taps, depth):
+def test_small_unets_have_fewer_taps(stages, taps, depth):
     case = Case([8] * stages, [4 * 2 ** (stages - 1)] * 2)
-    assert (case.network["taps"], case.network["depth"]) == (taps, depth)
+    assert (case.network.taps, case.network.depth) == (taps, depth)
 
 
 @pytest.mark.parametrize("width", [32, 48, 64, 66, 96, 128, 160, 204, 256, 320, 384, 512])
-def test_heads_are_32_to_64_channels_wide_where_the_width_permits(width):
+def test_heads_have_32_to_64_channels_if_possible(width):
     assert width % default_heads(width) == 0
     assert 32 <= width // default_heads(width) <= 64
 
@@ -115,16 +116,24 @@ def test_heads_are_32_to_64_channels_wide_where_the_width_permits(width):
 @pytest.mark.parametrize(
     ("width", "heads"), [(320, 8), (256, 4), (512, 8), (24, 1), (4, 1), (66, 2), (74, 2), (131, 1)]
 )
-def test_the_number_of_heads_is_known(width, heads):
+def test_default_number_of_heads(width, heads):
     assert default_heads(width) == heads
 
 
-def test_given_numbers_are_kept_and_resolving_twice_changes_nothing():
+def test_resolving_keeps_given_numbers():
     case = Case([8, 12, 16], [16] * 3)
-    given = {**DEFAULTS, "depth": 6, "heads": 4, "taps": 2, "patch": [2, 2, 2], "mlp_ratio": 2.0}
-    assert resolve(given, case.kwargs, case.patch) == given
-    assert resolve(case.network, case.kwargs, case.patch) == case.network
-    assert None not in case.network.values()
+    given = NetworkSettings(depth=6, heads=4, taps=2, patch=(2, 2, 2), mlp_ratio=2.0)
+    assert resolve(given, case.plan) == given
+    assert resolve(case.network, case.plan) == case.network
+    assert None not in case.network.to_dict().values()
+
+
+def test_the_design_resolves_its_section_alone():
+    case = Case([8, 12, 16], [16] * 3)
+    settings = Settings.read({"network": {"taps": 2}, "smml": {"pixel": 1}}, TransformerDesign.sections)
+    resolved = TransformerDesign().resolve(settings, case.plan)
+    assert resolved[NetworkSettings] == resolve(NetworkSettings(taps=2), case.plan)
+    assert resolved.to_block()["smml"] == {"pixel": 1}
 
 
 @pytest.mark.parametrize(
@@ -137,30 +146,31 @@ def test_given_numbers_are_kept_and_resolving_twice_changes_nothing():
         ({"patch": [5, 1, 1]}, "at most those of the bottleneck grid"),
     ],
 )
-def test_settings_that_do_not_fit_the_plans_are_refused(settings, message):
+def test_settings_that_do_not_fit_are_refused(settings, message):
     case = Case([8, 12, 16], [16] * 3)
-    with pytest.raises(ValueError, match=message):
-        resolve({**DEFAULTS, **settings}, case.kwargs, case.patch)
+    with pytest.raises(SettingsError, match=message):
+        resolve(NetworkSettings(**settings), case.plan)
 
 
-def test_plans_of_one_stage_or_of_another_network_are_refused():
-    with pytest.raises(ValueError, match="needs at least 2"):
+def test_unsupported_plans_are_refused():
+    with pytest.raises(InputError, match="needs at least 2"):
         Case([8], [8, 8, 8])
     case = Case([6, 8, 12, 16], [16, 24, 16])
-    with pytest.raises(ValueError, match="the plans ask for the network PrimusM"):
-        build("some.where.PrimusM", *case.arguments[1:], case.patch, case.network, 4, 3, False)
+    plan = dataclasses.replace(case.plan, architecture_class="some.where.PrimusM")
+    settings = Settings([case.network])
+    for refuse in (lambda: TransformerDesign().check(plan, settings, "ABCD"), plan.build):
+        with pytest.raises(InputError, match="the plans ask for the network PrimusM"):
+            refuse()
 
 
-def test_a_geometry_reads_numbers_and_lists():
+def test_a_shape_reads_numbers_and_lists():
     kwargs = {"n_stages": 3, "features_per_stage": 8, "strides": [1, 2, [2, 1]]}
-    geometry = Geometry.of(kwargs, [16, 12])
-    assert geometry.widths == (8, 8, 8)
-    assert geometry.strides == ((1, 1), (2, 2), (2, 1))
-    assert geometry.grids == ((16, 12), (8, 6), (4, 6))
+    shape = UNetPlan("PlainConvUNet", kwargs, (), (16, 12), 4).shape
+    assert shape == UNetShape(widths=(8, 8, 8), strides=((1, 1), (2, 2), (2, 1)), grids=((16, 12), (8, 6), (4, 6)))
 
 
 @torch.no_grad()
-def test_weights_of_two_heads_load_into_four_and_mean_something_else():
+def test_weights_of_two_heads_load_but_mislead_four():
     # the reason why resolved numbers are stored with a model
     two, four = Case([8, 12, 16], [16] * 2, heads=2), Case([8, 12, 16], [16] * 2, heads=4)
     trained, other = two.trained(), four.full()

@@ -16,8 +16,8 @@ from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMu
 from nnunetv2.run.run_training import run_training_entry
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
-from nnunetv2_mstkd.training.step import CheckedStepTrainer
 
 
 def kill_workers() -> None:
@@ -54,7 +54,7 @@ if __name__ == "__main__":
     if moment == "start":
         kill_at_start()
     if moment == "training":
-        kill_before(CheckedStepTrainer, "optimise")
+        kill_before(SettingsTrainer, "train_step")
     if moment == "validation":
         kill_before(ModalityDropoutTrainer, "on_validation_epoch_start")
     run_training_entry()

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from nnunetv2_mstkd.errors import ExistingFileError
-from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS
+from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         metavar="[NAME=]PATH",
         nargs="+",
-        help=f"model folders, their folders {FOLDER}, or files {RESULTS}; NAME is what a model is called here",
+        help=f"model folders, their folders {FOLDER}, or files {RESULTS}; NAME is the model's name in the comparison",
     )
     parser.add_argument(
         *("-o", "--output"),
@@ -34,23 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="METRIC",
         nargs="+",
         default=("dice",),
-        help="by these (default: dice); the figure: the first",
+        help="metrics to compare by (default: dice); the figure shows the first",
     )
-    parser.add_argument("--baseline", metavar="NAME", help="compare all others with it (default: each with each)")
+    parser.add_argument("--baseline", metavar="NAME", help="compare all others with it (default: all pairs)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Compare, write and print."""
-    if args.output.exists() and not args.output.is_dir():
-        raise ExistingFileError(f"the output folder {args.output} is a file")
-    # after the checks: these import pandas and scipy
-    from nnunetv2_mstkd.reporting.comparison_report import write_comparison
-    from nnunetv2_mstkd.statistics.comparison import Comparison, read_evaluations
+    from nnunetv2_mstkd.reporting.compare import compare
 
-    comparison = Comparison(
-        read_evaluations(args.models),
-        metrics=tuple(dict.fromkeys(args.metrics)),
-        baseline=args.baseline,
-    )
-    print(write_comparison(comparison, args.output))
-    print(f"\nwritten to {args.output}")
+    comparison = compare(args.models, metrics=args.metrics, baseline=args.baseline, output=args.output)
+    print(f"{comparison.text}\n\nwritten to {args.output}")

@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from collections.abc import Mapping
-from pathlib import Path
-
-from nnunetv2_mstkd.errors import InputError, MissingFileError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,55 +32,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a configuration of this name")
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     """Write the configuration and print what differs from the defaults."""
-    from nnunetv2_mstkd.nnunet import configuration
-    from nnunetv2_mstkd.training.settings import BLOCK, read_assignment
+    from nnunetv2_mstkd.methods.configuration import configure, describe, read_assignments
+    from nnunetv2_mstkd.modalities import modality_names
+    from nnunetv2_mstkd.nnunet.description import read_description
+    from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder
+    from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
 
-    assignments = [read_assignment(text) for text in args.set]
-    for option in ("epochs", "iterations", "seed"):
-        if getattr(args, option) is not None:
-            assignments.append(("schedule", option, getattr(args, option)))
-    plans_file = preprocessed_folder(args.dataset) / f"{args.plans}.json"
-    plans = configuration.read_plans(plans_file)
-    entry = configuration.derive(
-        plans,
+    short = {f"schedule.{key}": getattr(args, key) for key in ("epochs", "iterations", "seed")}
+    texts = [*args.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
+    assignments = read_assignments(texts)
+    folder = find_dataset_folder("nnUNet_preprocessed", args.dataset)
+    plans_file = folder / f"{args.plans}.json"
+    entry = configure(
+        read_plans(plans_file),
         args.configuration,
         args.name,
         assignments=assignments,
+        modalities=modality_names(read_description(folder / "dataset.json")),
         features=args.features,
         patch_size=args.patch,
         batch_size=args.batch_size,
     )
-    check_subsets(entry[BLOCK], plans_file.with_name("dataset.json"))
-    configuration.write_configuration(plans_file, args.name, entry, overwrite=args.overwrite)
+    write_configuration(plans_file, args.name, entry, overwrite=args.overwrite)
     print(f"configuration {args.name} (from {args.configuration}) in {plans_file}")
-    for line in configuration.describe(entry):
+    for line in describe(entry):
         print(f"  {line}")
-    return 0
-
-
-def check_subsets(block: Mapping, dataset_json: Path) -> None:
-    """Refuse subsets of modalities that the data set does not have; ValueError names the known ones."""
-    from nnunetv2_mstkd.modalities import modality_names
-    from nnunetv2_mstkd.training.settings import Settings
-
-    settings = Settings.from_block(block)
-    if dataset_json.is_file() and (settings.sampler.subsets or settings.sampler.weights or settings.adamm.subsets):
-        names = modality_names(json.loads(dataset_json.read_text(encoding="utf-8")))
-        settings.sampler.build(names)
-        settings.adamm.channel_numbers(names)
-
-
-def preprocessed_folder(dataset: str) -> Path:
-    """The folder of a data set, given by number or name, below nnUNet_preprocessed."""
-    root = os.environ.get("nnUNet_preprocessed")
-    if not root:
-        raise InputError("nnUNet_preprocessed is not set: export nnUNet_preprocessed=FOLDER")
-    if dataset.isdigit():
-        found = sorted(path for path in Path(root).glob(f"Dataset{int(dataset):03d}_*") if path.is_dir())
-        if len(found) != 1:
-            names = ", ".join(path.name for path in found) or "none"
-            raise MissingFileError(f"expected one data set {int(dataset):03d} in {root}, found {names}")
-        return found[0]
-    return Path(root) / dataset
+    number = dataset_number(folder.name)
+    print(f"train it: nnUNetv2_train {number} {args.name} 0 -tr MSTKDTeacherTrainer, then -tr MSTKDTrainer")

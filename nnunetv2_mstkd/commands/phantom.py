@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.phantom.anatomy import ANATOMIES
-from nnunetv2_mstkd.phantom.dataset import DISCLAIMER, read_record, write_dataset
-from nnunetv2_mstkd.phantom.recipe import RECIPES, REGIONS
+from nnunetv2_mstkd.phantom.dataset import DISCLAIMER, describe_volumes, write_dataset
+from nnunetv2_mstkd.phantom.recipe import RECIPES
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core, at most 8)")
     parser.add_argument("--raw", type=Path, default=None, help="nnU-Net's raw folder (default: $nnUNet_raw)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing phantom with other contents")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing phantom")
 
 
-def run(args: argparse.Namespace) -> int:
-    """Write the data set and report it, one line per fact."""
+def run(args: argparse.Namespace) -> None:
+    """Write the data set and print a summary."""
     raw = args.raw or os.environ.get("nnUNet_raw")
     if not raw:
         raise InputError("nnUNet_raw is not set: export nnUNet_raw=FOLDER, or pass --raw FOLDER")
@@ -60,14 +59,8 @@ def run(args: argparse.Namespace) -> int:
         progress=True,
         overwrite=args.overwrite,
     )
-    volumes = read_record(folder)["cases"].values()
     print(f"folder: {folder}" + ("" if new else " (already complete, nothing written)"))
     print(f"cases: {args.cases} for training, {args.test_cases} for testing")
-    for region in REGIONS:
-        values = [case[region] for case in volumes]
-        print(
-            f"{region}: median {statistics.median(values):.1f} ml, {min(values):.1f} to {max(values):.1f} ml, "
-            f"absent in {sum(value == 0 for value in values)} of {len(values)}"
-        )
+    for line in describe_volumes(folder):
+        print(line)
     print(f"note: {DISCLAIMER}")
-    return 0

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from nnunetv2_mstkd.commands.crossval import add_plan_arguments, steps_of
+from nnunetv2_mstkd.commands.crossval import add_plan_arguments, planned_steps
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd status`: which steps, as for `mstkd crossval`."""
     parser.description = (
-        "Show the steps of a cross-validation: done, running with the epoch that it is in, queued behind others, "
-        "stopped, or waiting for a call. Read from nnU-Net's own logs and results, so trainings that were started by "
-        "hand count too."
+        "Show the steps of a cross-validation: done, running with the current epoch, queued behind others, stopped, or "
+        "waiting to be started. Read from nnU-Net's own logs and results, so trainings that were started by hand count "
+        "too."
     )
     add_plan_arguments(parser)
 
@@ -21,4 +21,4 @@ def run(args: argparse.Namespace) -> None:
     """Print a line for each step."""
     from nnunetv2_mstkd.crossval.overview import overview
 
-    print(overview(steps_of(args, "cpu", 1, [])))
+    print(overview(planned_steps(args)))

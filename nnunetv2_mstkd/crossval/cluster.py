@@ -1,7 +1,8 @@
-"""Hands the steps of a plan to SLURM, through submitit: each step a job that waits for those that it needs."""
+"""Submit the steps of a plan to SLURM, through submitit: each step is a job that waits for those that it needs."""
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -10,47 +11,48 @@ from dataclasses import dataclass
 from typing import Any
 
 from nnunetv2_mstkd.crossval.local import last_line, open_log
-from nnunetv2_mstkd.crossval.marks import Mark
 from nnunetv2_mstkd.crossval.steps import Step
 from nnunetv2_mstkd.errors import DependencyError, InputError
 
 JOB_MINUTES = 24 * 60
-"""Time limit of a job where none is given; a job that reaches it is put into the queue again and goes on."""
+"""Default time limit of a job; a job that reaches it is queued again and continues."""
 
 MOST_TIMEOUTS = 1000
-"""A training of many days goes through its time limit often, and each time it gets farther."""
+"""A training of many days reaches its time limit often, and gets farther each time."""
 
 
 @dataclass
 class StepJob:
-    """What a job runs; submitit sends it as it is."""
+    """What a job runs; submitit pickles it."""
 
     step: Step
 
     def __call__(self) -> None:
-        mark = Mark.of(self.step)
         try:
-            if self.step.done():
-                return
-            command, log = open_log(self.step)
-            with log.open("a", encoding="utf-8") as stream:
-                code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream).returncode
-            if code or not self.step.done():
-                raise RuntimeError(f"{self.step.title}: exit code {code}: {last_line(log)} (log: {log})")
-        except Exception:
-            mark.remove()
+            if not self.step.done():
+                self._run()
+        except Exception:  # not SystemExit, by which submitit ends a job that keeps its lock in the queue
+            self.step.lock.release()
             raise
-        mark.remove()
+        self.step.lock.release()
+
+    def _run(self) -> None:
+        command, log = open_log(self.step)
+        variables = {**os.environ, **self.step.variables()}
+        with log.open("a", encoding="utf-8") as stream:
+            ended = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=variables)
+        if ended.returncode or not self.step.done():
+            raise RuntimeError(f"{self.step.title}: exit code {ended.returncode}: {last_line(log)} (log: {log})")
 
     def checkpoint(self, *args: Any, **kwargs: Any) -> Any:
-        """Called by submitit when the machine is taken away or time is up: the same again, which goes on with --c."""
+        """Called by submitit when the job is preempted or out of time: the same step again, which resumes."""
         from submitit.helpers import DelayedSubmission
 
         return DelayedSubmission(self)
 
 
 def check_cluster() -> None:
-    """Refuse where no job can be submitted.
+    """Refuse if no job can be submitted.
 
     Raises
     ------
@@ -67,44 +69,69 @@ def check_cluster() -> None:
         raise DependencyError("--executor slurm needs submitit: pip install 'nnunetv2_mstkd[cluster]'") from error
 
 
+def sbatch_options(named: Mapping[str, str | None], others: Sequence[str]) -> dict[str, str]:
+    """Options of sbatch from the command line.
+
+    Parameters
+    ----------
+    named
+        Maps options to their values; None if not given.
+    others
+        Further options as ``KEY=VALUE``.
+
+    Raises
+    ------
+    ValueError
+        If one is malformed.
+    """
+    options = {name: value for name, value in named.items() if value is not None}
+    for text in others:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip():
+            raise InputError(f"--slurm-option {text}: expected KEY=VALUE")
+        options[key.strip().lstrip("-")] = value
+    if "time" in options:
+        minutes_of(options["time"])
+    return options
+
+
 def submit_steps(
     steps: Sequence[Step],
     options: Mapping[str, Any],
     report: Callable[[str], None] = print,
 ) -> dict[str, str]:
-    """Submit what is not done yet.
+    """Submit the steps that are not done.
 
     Parameters
     ----------
-    steps:
-        each after those that it needs.
-    options:
-        of sbatch, by name; they come after our own and so win.
-    report:
-        takes a line for each job.
+    steps
+        Steps, each after those that it needs.
+    options
+        Options of sbatch; they override ours.
+    report
+        Called with a line for each job.
 
     Returns
     -------
-    Job numbers by key.
+    Maps the keys of steps to job numbers.
 
     Raises
     ------
     ValueError
-        if sbatch refuses a job; what it took stays in the queue.
+        If sbatch refuses a job; those that it has accepted stay in the queue.
     RunningStepError
-        before anything is submitted, if another call or an earlier job runs one of the steps.
+        Before anything is submitted, if another call or an earlier job runs one of the steps.
     """
     import submitit
     from submitit.core.utils import FailedJobError
 
     waiting = [step for step in steps if not step.done()]
-    marks = {step.key: Mark.of(step) for step in waiting}
-    taken: list[Mark] = []
+    locked: list[Step] = []
     jobs: dict[str, str] = {}
     try:
-        for mark in marks.values():
-            mark.take()
-            taken.append(mark)
+        for step in waiting:
+            step.lock.acquire()
+            locked.append(step)
         for step in waiting:
             executor = submitit.AutoExecutor(
                 step.model.logs / "slurm", cluster="slurm", slurm_max_num_timeout=MOST_TIMEOUTS
@@ -117,18 +144,17 @@ def submit_steps(
                 answer = " ".join(str(error).split())
                 raise InputError(f"sbatch refuses the job to {step.title}: {answer}{before}") from error
             jobs[step.key] = job.job_id
-            marks[step.key].hand_to(job=job.job_id)
+            step.lock.pass_to(job=job.job_id)
             report(f"job {job.job_id}  {step.title}")
-    except BaseException:
-        for key, mark in marks.items():
-            if mark in taken and key not in jobs:
-                mark.remove()
-        raise
+    finally:
+        for step in locked:
+            if step.key not in jobs:
+                step.lock.release()
     return jobs
 
 
 def _parameters(step: Step, options: Mapping[str, Any], after: Sequence[str]) -> dict[str, Any]:
-    """For submitit: our own options of sbatch for the step, then the user's."""
+    """Parameters for submitit: our own options of sbatch for the step, overridden by the user's."""
     given = {key.replace("-", "_"): value for key, value in options.items()}
     minutes = minutes_of(given.pop("time", JOB_MINUTES))
     more: dict[str, Any] = {"kill_on_invalid_dep": "yes"}
@@ -136,23 +162,23 @@ def _parameters(step: Step, options: Mapping[str, Any], after: Sequence[str]) ->
         more["dependency"] = f"afterok:{':'.join(after)}"
     if step.gpus and not {"gres", "gpus", "gpus_per_node", "gpus_per_task"} & set(given):
         more["gpus_per_node"] = step.gpus
-    # submitit must know the time itself: it asks for a new place in the queue when it is up
+    # submitit must know the time limit itself: it queues the job again when the time is up
     return {"slurm_time": minutes, "slurm_job_name": step.key, "slurm_additional_parameters": {**more, **given}}
 
 
 def minutes_of(time: str | int) -> int:
-    """A time limit in minutes, at least 1, from sbatch's way to write it.
+    """A time limit in minutes, at least 1, from sbatch's notation.
 
     Parameters
     ----------
-    time:
+    time
         ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes`` or
         ``days-hours:minutes:seconds``.
 
     Raises
     ------
     ValueError
-        if it is something else.
+        If it is anything else.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time))
     if match is None:

@@ -1,4 +1,4 @@
-"""Runs the steps of a plan on this machine, several at once."""
+"""Run the steps of a plan on this machine, several at once."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nnunetv2_mstkd.crossval.marks import Mark
 from nnunetv2_mstkd.crossval.steps import Step
 from nnunetv2_mstkd.processes import command_path
 
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 20.0
-"""How long a step that is stopped may take to end before it is killed."""
+"""Time that a step may take to end after SIGTERM before it is killed."""
 
 
 @dataclass
 class Outcome:
-    """What became of the steps, by key.
+    """What became of the steps.
 
     Attributes
     ----------
-    finished:
-        ran to their end.
-    failed:
-        key -> what went wrong, with the path of the log.
-    left:
-        key -> why they were not started.
+    finished
+        Keys of the steps that ran to their end.
+    failed
+        Maps keys of steps to what went wrong, with the path of the log.
+    left
+        Maps keys of steps that were not started to the reason.
     """
 
     finished: list[str] = field(default_factory=list)
@@ -52,62 +51,65 @@ def run_steps(
     jobs: int = 1,
     gpus: Sequence[str] = (),
     report: Callable[[str], None] = print,
+    watch: Callable[[Step], None] = lambda step: None,
 ) -> Outcome:
-    """Run what is not done yet; an interrupt stops what runs and leaves the rest for the next call.
+    """Run the steps that are not done; an interrupt stops the running ones and leaves the rest for the next call.
 
     Parameters
     ----------
-    steps:
-        each after those that it needs.
-    jobs:
-        how many may run at once.
-    gpus:
-        identifiers for CUDA_VISIBLE_DEVICES, shared out among the steps that run; empty: all steps see all GPUs.
-    report:
-        takes a line for each step that begins or ends.
+    steps
+        Steps, each after those that it needs.
+    jobs
+        Maximum number of steps at once.
+    gpus
+        Identifiers for CUDA_VISIBLE_DEVICES, shared among the running steps; empty: all steps see all GPUs.
+    report
+        Called with a line for each step that begins or ends.
+    watch
+        Called with each running step several times a second.
 
     Raises
     ------
     RunningStepError
-        before anything is started, if another call runs one of the steps.
+        Before anything is started, if another call runs one of the steps.
     """
     waiting = [step for step in steps if not step.done()]
-    marks = {step.key: Mark.of(step) for step in waiting}
-    taken: list[Mark] = []
+    keys = {step.key for step in waiting}
+    locked: dict[str, Step] = {}
     outcome = Outcome()
     running: list[_Running] = []
     free = list(gpus)
     try:
-        for mark in marks.values():
-            mark.take()
-            taken.append(mark)
-        keys = set(marks)
+        for step in waiting:
+            step.lock.acquire()
+            locked[step.key] = step
         while waiting or running:
             for entry in [entry for entry in running if entry.process.poll() is not None]:
                 running.remove(entry)
                 free += entry.gpus
-                _ended(entry, outcome, report)
-                marks[entry.step.key].remove()
+                _note_end(entry, outcome, report)
+                locked.pop(entry.step.key).lock.release()
             for step in list(waiting):
                 missing = [need for need in step.needs if need in keys and need not in outcome.finished]
                 lost = [need for need in missing if need in outcome.failed or need in outcome.left]
+                wanted = step.gpus if gpus else 0
                 if lost:
                     waiting.remove(step)
                     outcome.left[step.key] = f"it needs {lost[0]}"
-                    marks[step.key].remove()
-                elif not missing and len(running) < jobs:
-                    wanted = step.gpus if gpus else 0
-                    if wanted <= len(free):
-                        waiting.remove(step)
-                        given, free = tuple(free[:wanted]), free[wanted:]
-                        running.append(_start(step, given, bool(gpus)))
-                        marks[step.key].hand_to(pid=running[-1].process.pid)
-                        report(f"begin   {step.title}")
+                    locked.pop(step.key).lock.release()
+                elif not missing and len(running) < jobs and wanted <= len(free):
+                    waiting.remove(step)
+                    given, free = tuple(free[:wanted]), free[wanted:]
+                    running.append(_start(step, given, bool(gpus)))
+                    step.lock.pass_to(pid=running[-1].process.pid)
+                    report(f"begin   {step.title}")
+            for entry in running:
+                watch(entry.step)
             time.sleep(POLL_SECONDS)
     finally:
         _stop([entry.process for entry in running])
-        for mark in taken:
-            mark.remove()
+        for step in locked.values():
+            step.lock.release()
     return outcome
 
 
@@ -131,11 +133,11 @@ def last_line(log: Path) -> str:
 
 def _start(step: Step, gpus: tuple[str, ...], share: bool) -> _Running:
     command, log = open_log(step)
-    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1"}
+    variables = {**os.environ, "PYTHONUNBUFFERED": "1", "TQDM_DISABLE": "1", **step.variables()}
     if share:
         variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)
     with log.open("a", encoding="utf-8") as stream:
-        # a session of its own: Ctrl-C reaches this process alone, which then stops the step and all its children
+        # in a separate session, so that Ctrl-C reaches only this process, which then stops the step and its children
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT, env=variables,
             start_new_session=True,
@@ -143,7 +145,7 @@ def _start(step: Step, gpus: tuple[str, ...], share: bool) -> _Running:
     return _Running(step, process, gpus)
 
 
-def _ended(entry: _Running, outcome: Outcome, report: Callable[[str], None]) -> None:
+def _note_end(entry: _Running, outcome: Outcome, report: Callable[[str], None]) -> None:
     step, code = entry.step, entry.process.returncode
     if code == 0 and step.done():
         outcome.finished.append(step.key)
@@ -160,7 +162,7 @@ def _ended(entry: _Running, outcome: Outcome, report: Callable[[str], None]) -> 
 
 
 def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    """End processes and all their children: first politely."""
+    """End processes and all their children, with SIGTERM first."""
     for process in processes:
         _signal(process, signal.SIGTERM)
     end = time.monotonic() + PATIENCE_SECONDS

@@ -1,7 +1,7 @@
-"""The steps of a cross-validation: what each runs, what it waits for, and how far its files say that it is.
+"""The steps of a cross-validation: the command of each, what it needs, and how far it is.
 
-A step knows from its own output whether it is done. Nothing else is stored, so that steps that were run by hand count,
-and a deleted result is made again.
+A step knows from its own output whether it is done. Nothing else is stored, so steps that were run by hand count, and a
+deleted result is made again.
 """
 
 from __future__ import annotations
@@ -11,30 +11,38 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS
-
-CHECKPOINTS = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")
-"""What nnU-Net's ``--c`` continues from, in its order."""
+from nnunetv2_mstkd.crossval.locks import Lock
+from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS
+from nnunetv2_mstkd.nnunet.folders import CHECKPOINTS, FINAL, model_folder_name
+from nnunetv2_mstkd.nnunet.splits import read_splits
 
 LOGS = "crossval"
-"""Folder below nnUNet_results/DATASET for logs and for the marks of steps that run."""
+"""Folder below nnUNet_results/DATASET for logs and locks of steps."""
+
+
+class Progress(NamedTuple):
+    """How far a step is: ``epoch 12 of 1000``. Numbers that are not known are None."""
+
+    unit: str
+    done: int | None = None
+    total: int | None = None
+
+    def __str__(self) -> str:
+        return self.unit if self.done is None else f"{self.unit} {self.done} of {self.total or '?'}"
 
 
 @dataclass(frozen=True)
 class Training:
-    """Which model, and how nnU-Net's commands name it.
+    """A model, as nnU-Net's commands name it.
 
     Attributes
     ----------
-    results:
+    results
         nnUNet_results/DATASET.
-    dataset, configuration, trainer, plans:
-        as after ``-d``, ``-c``, ``-tr`` and ``-p``.
-    device:
-        as after ``-device``.
-    gpus:
-        as after ``-num_gpus``.
+    dataset, configuration, trainer, plans, device, gpus
+        The arguments of ``-d``, ``-c``, ``-tr``, ``-p``, ``-device`` and ``-num_gpus``.
     """
 
     results: Path
@@ -47,10 +55,12 @@ class Training:
 
     @property
     def folder(self) -> Path:
-        return self.results / f"{self.trainer}__{self.plans}__{self.configuration}"
+        """nnU-Net's folder of the model."""
+        return self.results / model_folder_name(self.trainer, self.plans, self.configuration)
 
     @property
     def logs(self) -> Path:
+        """Folder of logs and locks."""
         return self.results / LOGS
 
 
@@ -60,10 +70,10 @@ class Step:
 
     Attributes
     ----------
-    model:
-        what it makes or measures.
-    needs:
-        keys of the steps that must be done before.
+    model
+        The model that it makes or measures.
+    needs
+        Keys of the steps that must be done before it.
     """
 
     model: Training
@@ -71,34 +81,44 @@ class Step:
 
     @property
     def key(self) -> str:
-        """Names the step, its log and its mark; unique in a data set."""
+        """Name of the step, its log and its lock; unique in a data set."""
         raise NotImplementedError
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name of the step for people."""
         raise NotImplementedError
 
     @property
     def gpus(self) -> int:
-        """How many it takes: one, if it runs on a GPU at all."""
+        """Number of GPUs that it uses: one, if it runs on a GPU at all."""
         return 1 if self.model.device == "cuda" else 0
 
     def done(self) -> bool:
         """Whether its output is complete."""
         raise NotImplementedError
 
-    def progress(self) -> str:
-        """How far it is, from its files: ``epoch 12 of 1000``; empty before anything is there."""
-        raise NotImplementedError
+    def progress(self) -> Progress | None:
+        """How far it is, from its files; None before there are any."""
+        return None
 
     def command(self) -> list[str]:
-        """The command that does it, or goes on with it where it was stopped."""
+        """The command that runs it, or resumes it."""
         raise NotImplementedError
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables that the command needs in addition to those of this process."""
+        return {}
 
     @property
     def log(self) -> Path:
+        """Log of its command."""
         return self.model.logs / f"{self.key}.log"
+
+    @property
+    def lock(self) -> Lock:
+        """Lock that is held while it runs."""
+        return Lock(self.log.with_suffix(".running"))
 
 
 @dataclass(frozen=True)
@@ -124,13 +144,13 @@ class Train(Step):
         return self.model.gpus * super().gpus
 
     def done(self) -> bool:
-        return (self.output / CHECKPOINTS[0]).is_file() and (self.output / "validation" / "summary.json").is_file()
+        return (self.output / FINAL).is_file() and (self.output / "validation" / "summary.json").is_file()
 
-    def progress(self) -> str:
-        if (self.output / CHECKPOINTS[0]).is_file():
-            return "validation"
+    def progress(self) -> Progress | None:
+        if (self.output / FINAL).is_file():
+            return Progress("validation")
         epochs = finished_epochs(self.output)
-        return "" if epochs is None else f"epoch {epochs[0]} of {epochs[1] or '?'}"
+        return None if epochs is None else Progress("epoch", *epochs)
 
     def command(self) -> list[str]:
         model = self.model
@@ -138,7 +158,7 @@ class Train(Step):
         words += ["-p", model.plans, "-device", model.device]
         if model.gpus > 1:
             words += ["-num_gpus", str(model.gpus)]
-        if (self.output / CHECKPOINTS[0]).is_file():
+        if (self.output / FINAL).is_file():
             return [*words, "--val"]  # needs no teacher
         if any((self.output / name).is_file() for name in CHECKPOINTS):
             words.append("--c")
@@ -149,18 +169,18 @@ class Train(Step):
 class Evaluate(Step):
     """All subsets of modalities on the validation cases of one fold, or of all folds together with the report.
 
-    Results are kept per case, so that the step over all folds only gathers what those of the folds have left.
+    Results are kept per case, so the step over all folds only pools those of the folds.
 
     Attributes
     ----------
-    folds:
-        whose validation cases.
-    pooled:
-        whether the tables and the report must be those of exactly these folds.
-    splits:
-        nnU-Net's ``splits_final.json``; made by the first training.
-    options:
-        of ``mstkd evaluate``.
+    folds
+        Folds whose validation cases are used.
+    pooled
+        Whether the tables and the report must be those of exactly these folds.
+    splits
+        nnU-Net's ``splits_final.json``; the first training writes it.
+    options
+        Further options of ``mstkd evaluate``.
     """
 
     folds: tuple[int, ...] = (0,)
@@ -175,9 +195,8 @@ class Evaluate(Step):
 
     @property
     def title(self) -> str:
-        if len(self.folds) == 1:
-            return f"evaluate {self.model.trainer} ({self.model.configuration}), fold {self.folds[0]}"
-        return f"pool {self.model.trainer} ({self.model.configuration}), folds {' '.join(map(str, self.folds))}"
+        what, folds = ("evaluate", "fold") if len(self.folds) == 1 else ("pool", "folds")
+        return f"{what} {self.model.trainer} ({self.model.configuration}), {folds} {' '.join(map(str, self.folds))}"
 
     @property
     def output(self) -> Path:
@@ -186,8 +205,8 @@ class Evaluate(Step):
     def done(self) -> bool:
         """Complete, and no older than the weights: ``mstkd evaluate`` refuses to mix those of two trainings."""
         records = [path for fold in self.folds for path in self._records(fold)]
-        weights = [self.model.folder / f"fold_{fold}" / CHECKPOINTS[0] for fold in self.folds]
-        if not records or len(records) < self._wanted() or not all(path.is_file() for path in weights):
+        weights = [self.model.folder / f"fold_{fold}" / FINAL for fold in self.folds]
+        if not records or len(records) < self._expected() or not all(path.is_file() for path in weights):
             return False
         trained = max(path.stat().st_mtime for path in weights)
         times = [path.stat().st_mtime for path in records]
@@ -197,9 +216,9 @@ class Evaluate(Step):
             return reported == set(self.folds) and written >= max(trained, *times)
         return max(min(times), written if set(self.folds) <= reported else 0) >= trained
 
-    def progress(self) -> str:
-        there, wanted = sum(len(self._records(fold)) for fold in self.folds), self._wanted()
-        return f"case {there} of {wanted or '?'}" if there else ""
+    def progress(self) -> Progress | None:
+        present = sum(len(self._records(fold)) for fold in self.folds)
+        return Progress("case", present, self._expected()) if present else None
 
     def command(self) -> list[str]:
         model = self.model
@@ -210,10 +229,10 @@ class Evaluate(Step):
     def _records(self, fold: int) -> list[Path]:
         return list((self.output / "cases" / f"fold_{fold}").glob("*.json"))
 
-    def _wanted(self) -> int:
+    def _expected(self) -> int:
         if not self.splits.is_file():
             return 0
-        splits = json.loads(self.splits.read_text(encoding="utf-8"))
+        splits = read_splits(self.splits)
         return sum(len(splits[fold]["val"]) for fold in self.folds)
 
 
@@ -244,20 +263,17 @@ class Compare(Step):
         inputs = [model.folder / FOLDER / RESULTS for model in self.models]
         return bool(made) and all(path.is_file() and path.stat().st_mtime <= min(made) for path in inputs)
 
-    def progress(self) -> str:
-        return ""
-
     def command(self) -> list[str]:
         named = [f"{model.trainer}={model.folder}" for model in self.models]
         return ["mstkd", "compare", *named, "-o", str(self.output)]
 
 
 def finished_epochs(folder: Path) -> tuple[int, int | None] | None:
-    """Finished epochs of a training and how many there shall be (None: not known), from nnU-Net's own files.
+    """The finished epochs of a training and their total (None if not known), from nnU-Net's own files.
 
     Parameters
     ----------
-    folder:
+    folder
         ``fold_k`` of a model folder.
 
     Returns
@@ -266,7 +282,7 @@ def finished_epochs(folder: Path) -> tuple[int, int | None] | None:
     """
     logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
     finished, epoch = 0, None
-    for log in logs:  # a resumed training has several, each goes on where the one before was stopped
+    for log in logs:  # a resumed training has several; each continues where the one before was stopped
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             match = re.search(r": Epoch (\d+)\s*$", line)
             if match:

@@ -1,1 +1,1 @@
-"""The main job on a fresh machine: data, teacher, student, and what missing modalities cost each of them."""
+"""The whole method on a fresh machine: data, teacher, student, and what missing modalities cost each of them."""

@@ -1,4 +1,4 @@
-"""Test inputs from which modalities are taken away, as stock nnUNetv2_predict needs them: zero images."""
+"""Test inputs with missing modalities for stock nnUNetv2_predict, which needs zero images."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ JOIN = "__"
 
 
 def write_subset_inputs(images: Path, folder: Path, names: Sequence[str], subsets: torch.Tensor) -> list[str]:
-    """Write every case of ``images`` once per subset into ``folder``; absent channels become zero images.
+    """Write every case once per subset; missing channels become zero images.
 
     Parameters
     ----------
-    images:
-        folder of ``CASE_000k.nii.gz``, complete.
-    folder:
-        for ``CASE__SUBSET_000k.nii.gz``; appears when it is complete.
-    names:
-        of the channels.
-    subsets:
-        bool, (S, C).
+    images
+        Folder of complete cases, ``CASE_000k.nii.gz``.
+    folder
+        Folder for ``CASE__SUBSET_000k.nii.gz``; it appears when it is complete.
+    names
+        Names of the C channels.
+    subsets
+        Boolean tensor of shape (S, C).
 
     Returns
     -------

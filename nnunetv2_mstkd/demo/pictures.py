@@ -74,12 +74,12 @@ def slices(
 ) -> None:
     """The slice with most tumor: truth in the first column, then each model (rows) from each subset (columns).
 
-    The background of a column is the first available modality of its subset in the order FLAIR, T1ce, T2, T1.
+    The background of a column, named below it, is the last available modality of its subset. A white line is the
+    border of the true tumor.
     """
     truth = _array(reference)
     index = int((truth > 0).sum((1, 2)).argmax())
     channels = {name: _array(images / f"{case}_{i:04d}.nii.gz")[index] for i, name in enumerate(channel_names)}
-    last = list(reversed(channel_names))
     columns = ["truth", *subsets]
     with plt.rc_context({"font.size": 9}):
         figure, axes = plt.subplots(
@@ -91,9 +91,10 @@ def slices(
         )
         for row, (model, folder) in enumerate(predictions.items()):
             for axis, column in zip(axes[row], columns, strict=True):
-                shown = last[0] if column == "truth" else next(name for name in last if name in column.split("+"))
+                shown = channel_names[-1] if column == "truth" else column.split("+")[-1]
                 label = truth if column == "truth" else _array(folder / f"{case}{JOIN}{column}.nii.gz")
-                _draw(axis, channels[shown], label[index])
+                _draw(axis, channels[shown], label[index], truth[index])
+                axis.set_xlabel(f"on {shown}")
                 if column == "truth":
                     axis.set_ylabel(model)
                     axis.set_title("ground truth" if row == 0 else "")
@@ -114,12 +115,13 @@ def _array(path: Path) -> np.ndarray:
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 
-def _draw(axis, image: np.ndarray, label: np.ndarray) -> None:
+def _draw(axis, image: np.ndarray, label: np.ndarray, truth: np.ndarray) -> None:
     inside = image[image > 0]
     high = np.percentile(inside, 99.5) if inside.size else 1
     axis.imshow(image, cmap="gray", vmin=0, vmax=high, interpolation="nearest")
     overlay = np.ma.masked_equal(label, 0)
     axis.imshow(overlay, cmap=ListedColormap(COLORS), vmin=1, vmax=3, alpha=0.55, interpolation="nearest")
+    axis.contour(truth > 0, levels=[0.5], colors="white", linewidths=0.7)
     axis.set_xticks([])
     axis.set_yticks([])
     for spine in axis.spines.values():

@@ -1,21 +1,26 @@
-"""The demo, step by step: data, plans, teacher, student, predictions with missing modalities, result."""
+"""The demo: data, plans, teacher, student, predictions with missing modalities."""
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.demo import inputs, steps
-from nnunetv2_mstkd.nnunet import configuration
-from nnunetv2_mstkd.phantom.dataset import write_dataset
+from nnunetv2_mstkd.crossval.steps import Step, Training
+from nnunetv2_mstkd.demo import steps
+from nnunetv2_mstkd.demo.inputs import write_subset_inputs
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.images.atomic import atomic_write
+from nnunetv2_mstkd.nnunet.plans import read_plans
+from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
 from nnunetv2_mstkd.training.settings import TERMS
 
 DATASET = 901
 NAME = "Demo"
+PARENT = "3d_fullres"
 CONFIGURATION = "demo"
 NO_DISTILLATION = "demo_no_distillation"
 EQUAL_BUDGET = "demo_equal_budget"
@@ -34,10 +39,13 @@ SETTINGS: dict[str, Any] = {
 }
 """Widths, length and rates with which two CPU cores need at most 15 minutes; see documentation/decisions.md."""
 
+SECONDS_PER_VOXEL_STEP = 4.4e-6
+"""Measured time of a teacher's training step on two CPU cores, per voxel of the batch; only for the printed budget."""
+
 
 @dataclass(frozen=True)
 class Options:
-    """What the result of a demo depends on."""
+    """Everything that the result of a demo depends on."""
 
     device: str
     epochs: int | None
@@ -48,30 +56,37 @@ class Options:
     anatomy: str
     controls: bool
 
+    def __post_init__(self) -> None:
+        if self.cases < VALIDATION_CASES + 4:
+            raise InputError(f"--cases is {self.cases}, expected at least {VALIDATION_CASES + 4} (2 for validation)")
+        if self.test_cases < 1:
+            raise InputError(f"--test-cases is {self.test_cases}, expected at least 1")
+        if not 2 <= self.spacing <= 6:
+            raise InputError(f"--spacing is {self.spacing}, expected 2 to 6 mm")
+        if self.epochs is not None and self.epochs < 1:
+            raise InputError(f"--epochs is {self.epochs}, expected at least 1")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"--seed is {self.seed}, expected 0 to 2^31 - 1")
+
     @property
     def student_epochs(self) -> int:
+        """Epochs of the student."""
         return STUDENT_EPOCHS if self.epochs is None else self.epochs
 
     @property
     def teacher_epochs(self) -> int:
-        """In the default proportion to the student's."""
-        if self.epochs is None:
-            return TEACHER_EPOCHS
-        return max(1, round(self.epochs * TEACHER_EPOCHS / STUDENT_EPOCHS))
+        """Epochs of the teacher, in the default proportion to the student's."""
+        return max(1, round(self.student_epochs * TEACHER_EPOCHS / STUDENT_EPOCHS))
 
 
 @dataclass(frozen=True)
 class Model:
-    """One trained model of the demo."""
+    """A model of the demo: its name in tables and in progress bars, its trainer and configuration."""
 
     title: str
     short: str
     trainer: str
     configuration: str
-
-    @property
-    def folder(self) -> str:
-        return f"{self.trainer}__nnUNetPlans__{self.configuration}"
 
 
 TEACHER = Model("teacher given zeros", "teacher", "MSTKDTeacherTrainer", CONFIGURATION)
@@ -81,95 +96,89 @@ CONTROLS = (
     Model("student, no distillation", "no-distillation control", "MSTKDTrainer", NO_DISTILLATION),
 )
 
-SECONDS_PER_VOXEL_STEP = 4.4e-6
-"""Of a teacher's training step on two CPU cores, per voxel of the batch; measured, for the printed budget only."""
 
+def choose_device(wanted: str) -> str:
+    """``"cuda"`` or ``"cpu"``, for ``"auto"`` the first if there is a GPU.
 
-def budget(options: Options) -> list[tuple[str, float]]:
-    """Estimated minutes per step on two CPU cores."""
-    voxels = 2 * 170 * 200 * 160 / options.spacing**3
-    step = SECONDS_PER_VOXEL_STEP * voxels
-    models = 2 + (len(CONTROLS) if options.controls else 0)
-    teacher = options.teacher_epochs * (ITERATIONS * step + 3)
-    student = options.student_epochs * (ITERATIONS * step * 1.5 + 5)
-    minutes = [
-        ("data and preprocessing", 30 + options.cases),
-        ("teacher (all modalities)", teacher + 25),
-        ("student (missing modalities)", student + 25),
-    ]
-    if options.controls:
-        minutes.append(("controls", teacher + 2 * student + 50))
-    minutes.append((f"predictions of {models} models", models * (15 + options.test_cases * 15 * (0.25 + 2 * step / 5))))
-    return [(name, seconds / 60) for name, seconds in minutes]
+    Raises
+    ------
+    ValueError
+        If ``"cuda"`` is wanted and there is no GPU.
+    """
+    import torch
+
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise InputError("--device cuda was asked for, but torch finds no CUDA GPU; use --device cpu or leave it out")
+    return "cuda" if available and wanted != "cpu" else "cpu"
 
 
 class Demo:
-    """Runs the steps that are not done yet in ``folder``."""
+    """A demo in a folder, which records the options and the seconds of each step in ``demo.json``.
+
+    Parameters
+    ----------
+    folder
+        Output folder; created if necessary.
+    options
+        Everything that the result depends on. Only the controls may be added to an existing demo.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds a demo with other options, or something else.
+    """
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.folder = folder.resolve()
         self.options = options
-        self.state = steps.State(self.folder, asdict(options) | {"controls": False})
         self.dataset = f"Dataset{DATASET:03d}_{NAME}"
         self.raw = self.folder / "raw" / self.dataset
+        self.preprocessed = self.folder / "preprocessed" / self.dataset
         self.models = [TEACHER, *(CONTROLS if options.controls else ()), STUDENT]
+        self.subsets = modalities.all_subsets(len(CHANNELS))
+        self.record = self._open_record()
+
+    def _open_record(self) -> dict[str, Any]:
+        file = self.folder / "demo.json"
+        options: dict[str, Any] = asdict(self.options) | {"controls": False}
+        if file.is_file():
+            record = json.loads(file.read_text())
+            changed = [
+                f"{name} {_shown(record['options'].get(name))} (now {_shown(value)})"
+                for name, value in options.items()
+                if record["options"].get(name) != value
+            ]
+            if changed:
+                raise InputError(
+                    f"{self.folder} holds a demo with other options: {', '.join(changed)}. Repeat those options to "
+                    "continue it, or choose another folder with --out"
+                )
+            return record
+        if self.folder.is_dir() and any(self.folder.iterdir()):
+            raise InputError(f"{self.folder} is not empty and holds no demo; choose another folder with --out")
+        return {"options": options, "seconds": {}}
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
-    def run(self) -> list[str]:
-        """All steps; returns the identifiers ``CASE__SUBSET`` that were predicted."""
-        self._once("data", self._write_data)
-        self._once("preprocessing", self._preprocess)
-        self._configure()
-        for model in self._training_order():
-            self._once(f"train {model.folder}", lambda model=model: self._train(model))
-        subsets = modalities.all_subsets(len(CHANNELS))
-        identifiers = inputs.write_subset_inputs(self.raw / "imagesTs", self.folder / "inputs", CHANNELS, subsets)
-        for model in self.models:
-            self._once(f"predict {model.folder}", lambda model=model: self._predict(model, identifiers))
-        return identifiers
+    def training(self, model: Model) -> Training:
+        """A model as nnU-Net names it."""
+        results = self.folder / "results" / self.dataset
+        return Training(results, str(DATASET), model.configuration, model.trainer, device=self.options.device)
 
-    def _training_order(self) -> list[Model]:
-        return [TEACHER, STUDENT, *(CONTROLS if self.options.controls else ())]
+    def preprocess(self) -> Step:
+        """Planning and preprocessing the data set."""
 
-    def _once(self, step: str, action) -> None:
-        if self.state.done(step):
-            return
-        clock = steps.Clock()
-        action()
-        self.state.finish(step, clock.seconds)
+        def count() -> int:
+            """The last file of each case, and the copies of the labels that follow."""
+            return len([*self.preprocessed.glob("*/*.pkl"), *self.preprocessed.glob("gt_segmentations/*.nii.gz")])
 
-    def _write_data(self) -> None:
-        write_dataset(
-            self.folder / "raw",
-            DATASET,
-            name=NAME,
-            cases=self.options.cases,
-            test_cases=self.options.test_cases,
-            spacing=self.options.spacing,
-            anatomy=self.options.anatomy,
-            seed=self.options.seed,
-            progress=True,
-        )
+        words = ["nnUNetv2_plan_and_preprocess", "-d", str(DATASET), "-c", PARENT, "-np", "2", "-npfp", "2", "--clean"]
+        model = self.training(TEACHER)
+        return steps.Command(model, (), "plan and preprocess", 1, lambda: words, 2 * self.options.cases, count)
 
-    def _preprocess(self) -> None:
-        preprocessed = self.folder / "preprocessed" / self.dataset
-        shutil.rmtree(preprocessed, ignore_errors=True)
-        steps.run(
-            ["nnUNetv2_plan_and_preprocess", "-d", str(DATASET), "-c", "3d_fullres", "-np", "2", "-npfp", "2"],
-            log=self.folder / "logs" / "preprocessing.log",
-            variables=steps.environment(self.folder, threads_for_preprocessing=True, data_workers=None),
-            title="plan and preprocess",
-            total=3,
-            tick=r"^(Fingerprint extraction|Experiment planning|Preprocessing\.\.\.)",
-        )
-        cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
-        split = {"train": cases[:-VALIDATION_CASES], "val": cases[-VALIDATION_CASES:]}
-        (preprocessed / "splits_final.json").write_text(json.dumps([split], indent=4))
-
-    def _configure(self) -> None:
-        """The narrow network and short schedule, as ``mstkd configure`` would write them."""
-        plans_file = self.folder / "preprocessed" / self.dataset / "nnUNetPlans.json"
+    def configurations(self) -> list[Step]:
+        """Writing the narrow network and short schedule, and what differs for the controls, into the plans."""
         values = {
             **SETTINGS,
             "schedule.iterations": ITERATIONS,
@@ -177,72 +186,116 @@ class Demo:
             "teacher.epochs": self.options.teacher_epochs,
             "schedule.seed": self.options.seed,
         }
-        assignments = [(*name.split("."), value) for name, value in values.items()]
-        plans = configuration.read_plans(plans_file)
-        stages = len(plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"])
-        features = [*FEATURES, *[FEATURES[-1]] * stages][:stages]
-        entry = configuration.derive(plans, "3d_fullres", CONFIGURATION, assignments=assignments, features=features)
-        configuration.write_configuration(plans_file, CONFIGURATION, entry, overwrite=True)
-        ablations: dict[str, list[tuple[str, str, Any]]] = {
-            NO_DISTILLATION: [("distillation", name, 0.0) for name in TERMS],
-            EQUAL_BUDGET: [("schedule", "epochs", self.epochs(CONTROLS[0]))],
-        }
-        for name, changes in ablations.items():
-            entry = configuration.derive(configuration.read_plans(plans_file), CONFIGURATION, name, assignments=changes)
-            configuration.write_configuration(plans_file, name, entry, overwrite=True)
+        found = [self._configure(CONFIGURATION, PARENT, values, FEATURES)]
+        if self.options.controls:
+            found.append(self._configure(EQUAL_BUDGET, CONFIGURATION, {"schedule.epochs": self.epochs(CONTROLS[0])}))
+            without = {f"distillation.{term}": 0.0 for term in TERMS}
+            found.append(self._configure(NO_DISTILLATION, CONFIGURATION, without))
+        return found
+
+    def _configure(self, name: str, parent: str, settings: Mapping[str, Any], features: Sequence[int] = ()) -> Step:
+        def configurations() -> dict[str, Any]:
+            return read_plans(self.preprocessed / "nnUNetPlans.json")["configurations"]
+
+        def words() -> list[str]:
+            command = ["mstkd", "configure", "-d", str(DATASET), "-c", parent, "--name", name]
+            command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+            if not features:
+                return command
+            stages = len(configurations()[parent]["architecture"]["arch_kwargs"]["strides"])
+            return [*command, "--features", *map(str, [*features, *[features[-1]] * stages][:stages])]
+
+        model = self.training(STUDENT)
+        return steps.Command(model, (), f"configure {name}", 1, words, count=lambda: int(name in configurations()))
 
     def epochs(self, model: Model) -> int:
         """Length of a model's training."""
         teacher, student = self.options.teacher_epochs, self.options.student_epochs
         return {TEACHER: teacher, CONTROLS[0]: teacher + student}.get(model, student)
 
-    def _train(self, model: Model) -> None:
-        fold = self.folder / "results" / self.dataset / model.folder / "fold_0"
-        started = (fold / "checkpoint_latest.pth").is_file() or (fold / "checkpoint_final.pth").is_file()
-        steps.run(
-            [
-                *("nnUNetv2_train", str(DATASET), model.configuration, "0", "-tr", model.trainer),
-                *("-device", self.options.device, *(["--c"] if started else [])),
-            ],
-            log=self.folder / "logs" / f"train_{model.folder}.log",
-            variables=steps.environment(
-                self.folder,
-                threads_for_preprocessing=True,
-                data_workers=0 if self.options.device == "cpu" else None,
-            ),
-            title=f"train {model.short}",
-            total=self.epochs(model),
-            tick=r"Epoch time:",
-            first=_finished_epochs(fold) if started else 0,
-        )
+    def train(self, model: Model) -> Step:
+        """Training a model."""
+        return steps.TrainModel(self.training(model), name=f"train {model.short}")
 
-    def _predict(self, model: Model, identifiers: list[str]) -> None:
-        out = self.folder / "predictions" / model.folder
-        present = len(list(out.glob("*.nii.gz"))) if out.is_dir() else 0
-        steps.run(
-            [
-                *("nnUNetv2_predict", "-i", str(self.folder / "inputs"), "-o", str(out)),
-                *("-d", str(DATASET), "-c", model.configuration, "-f", "0", "-tr", model.trainer),
-                *("--disable_tta", "-step_size", "1", "-npp", "1", "-nps", "1", "--continue_prediction"),
-                *("-device", self.options.device),
-            ],
-            log=self.folder / "logs" / f"predict_{model.folder}.log",
-            variables=steps.environment(self.folder, threads_for_preprocessing=False, data_workers=None),
-            title=f"predict {model.short}",
-            total=len(identifiers),
-            tick=r"^Predicting ",
-            first=max(0, present - 1),
-        )
+    def predictions(self, model: Model) -> Path:
+        """Folder of a model's segmentations."""
+        return self.folder / "predictions" / self.training(model).folder.name
 
-    def predictions(self) -> dict[str, Path]:
-        """Folder of segmentations by the model's title, in the table's order."""
-        return {model.title: self.folder / "predictions" / model.folder for model in self.models}
+    def predict(self, model: Model) -> Step:
+        """Predicting all subsets of all test cases with a model and stock ``nnUNetv2_predict``."""
+        output = self.predictions(model)
+        words = ["nnUNetv2_predict", "-i", str(self.folder / "inputs"), "-o", str(output), "-d", str(DATASET)]
+        words += ["-c", model.configuration, "-f", "0", "-tr", model.trainer, "-device", self.options.device]
+        words += ["--disable_tta", "-step_size", "1", "-npp", "1", "-nps", "1", "--continue_prediction"]
+        return steps.Command(
+            self.training(model), (), f"predict {model.short}", default_workers(), lambda: words,
+            self.options.test_cases * len(self.subsets), lambda: len(list(output.glob("*.nii.gz"))),
+        )  # fmt: skip
+
+    def run(self) -> list[str]:
+        """Run the steps that are not done; return the identifiers ``CASE__SUBSET`` that were predicted."""
+        for sub in steps.FOLDERS.values():
+            (self.folder / sub).mkdir(parents=True, exist_ok=True)
+        self._save_record()
+        options = self.options
+        write_dataset(
+            self.folder / "raw", DATASET, name=NAME, cases=options.cases, test_cases=options.test_cases,
+            spacing=options.spacing, anatomy=options.anatomy, seed=options.seed, progress=True,
+        )  # fmt: skip
+        self._run(self.preprocess())
+        self._write_split()
+        trained = sorted(self.models, key=lambda model: model in CONTROLS)  # the teacher first
+        self._run(*self.configurations(), *map(self.train, trained))
+        identifiers = write_subset_inputs(self.raw / "imagesTs", self.folder / "inputs", CHANNELS, self.subsets)
+        for model in self.models:
+            steps.drop_truncated(self.predictions(model))
+            self._run(self.predict(model))
+        return identifiers
+
+    def _run(self, *todo: Step) -> None:
+        for step in todo:
+            if not step.done():
+                self.record["seconds"][step.key] = round(steps.run_with_bar(step), 1)
+                self._save_record()
+
+    def _save_record(self) -> None:
+        with atomic_write(self.folder / "demo.json") as scratch:
+            scratch.write_text(json.dumps(self.record, indent=2))
+
+    def _write_split(self) -> None:
+        cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
+        split = {"train": cases[:-VALIDATION_CASES], "val": cases[-VALIDATION_CASES:]}
+        with atomic_write(self.preprocessed / "splits_final.json") as scratch:
+            scratch.write_text(json.dumps([split], indent=4))
+
+    # ---- time ----------------------------------------------------------------------------------------------------
+
+    def minutes_left(self) -> dict[str, float]:
+        """Estimated minutes on two CPU cores of what is not done."""
+        options, models = self.options, len(self.models)
+        step = SECONDS_PER_VOXEL_STEP * 2 * 170 * 200 * 160 / options.spacing**3
+        teacher = options.teacher_epochs * (ITERATIONS * step + 3)
+        student = options.student_epochs * (ITERATIONS * step * 1.5 + 5)
+        prediction = 15 + options.test_cases * len(self.subsets) * (0.25 + 2 * step / 5)
+        parts: list[tuple[str, list[Step], float]] = [
+            ("data and preprocessing", [self.preprocess()], 30 + options.cases),
+            ("teacher (all modalities)", [self.train(TEACHER)], teacher + 25),
+            ("student (missing modalities)", [self.train(STUDENT)], student + 25),
+            ("controls", [self.train(model) for model in self.models if model in CONTROLS], teacher + 2 * student + 50),
+            (f"predictions of {models} models", [self.predict(model) for model in self.models], models * prediction),
+        ]
+        return {name: seconds / 60 for name, todo, seconds in parts if not all(step.done() for step in todo)}
+
+    def announcement(self) -> str:
+        """What will be done, where, and how long it may take."""
+        left = self.minutes_left()
+        where = f"device {self.options.device}; output in {self.folder}\n"
+        if not left:
+            return f"everything is computed; {where}"
+        hardware = "estimated on two CPU cores" + ("; less on a GPU" if self.options.device == "cuda" else "")
+        parts = ", ".join(f"{name} {minutes:.0f} min" for name, minutes in left.items())
+        return f"time budget ({hardware}): {parts}\nabout {sum(left.values()):.0f} minutes in all; {where}"
 
 
-def _finished_epochs(fold: Path) -> int:
-    from nnunetv2_mstkd.nnunet import checkpoints
-
-    for name in ("checkpoint_final.pth", "checkpoint_latest.pth"):
-        if (fold / name).is_file():
-            return int(checkpoints.read(fold / name)["current_epoch"])
-    return 0
+def _shown(value: Any) -> Any:
+    return "by default" if value is None else value

@@ -1,8 +1,9 @@
-"""Scoring the demo's predictions and putting them into words: table, CSV and summary."""
+"""The result of the demo: scores, table, summary, pictures and next steps."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,14 +11,79 @@ import numpy as np
 import pandas as pd
 import SimpleITK as sitk
 
+from nnunetv2_mstkd.demo import pictures
 from nnunetv2_mstkd.demo.inputs import JOIN
+from nnunetv2_mstkd.demo.pipeline import CHANNELS, DATASET, STUDENT, TEACHER, Demo
+from nnunetv2_mstkd.demo.steps import FOLDERS
 from nnunetv2_mstkd.metrics.overlap import dice
 
+SHOWN_SUBSETS = ("T1", "T1ce", "FLAIR", "T1+T2", "T1ce+FLAIR", "T1+T1ce+T2+FLAIR")
 SHORT = {"whole tumor": "WT", "tumor core": "TC", "enhancing tumor": "ET"}
 
 
+def write_result(demo: Demo, identifiers: Sequence[str]) -> str:
+    """Score the predictions, write ``results.csv`` and the pictures, and return the text to print.
+
+    Parameters
+    ----------
+    demo
+        The demo, which has run.
+    identifiers
+        The predicted ``CASE__SUBSET``.
+    """
+    predictions = {model.title: demo.predictions(model) for model in demo.models}
+    scores = score(identifiers, predictions, demo.raw / "labelsTs", regions(demo.raw / "dataset.json"))
+    scores.to_csv(demo.folder / "results.csv", index=False)
+    pictures.heat_map(scores, demo.folder / "heatmap.png")
+    case = typical_case(scores[scores["model"] == STUDENT.title])
+    shown = {title: predictions[title] for title in (TEACHER.title, STUDENT.title)}
+    reference = demo.raw / "labelsTs" / f"{case}.nii.gz"
+    pictures.slices(
+        case, SHOWN_SUBSETS, demo.raw / "imagesTs", reference, shown, CHANNELS, scores, demo.folder / "slices.png"
+    )
+    files = {
+        "heat map": demo.folder / "heatmap.png",
+        "one slice, several subsets": demo.folder / "slices.png",
+        "all numbers": demo.folder / "results.csv",
+        "predictions (NIfTI)": predictions[STUDENT.title],
+        "trained models": demo.folder / "results",
+    }
+    cases = scores["case"].nunique()
+    return "\n".join(
+        [
+            f"\nDice in percent, mean over {cases} test cases (WT whole tumor, TC tumor core, ET enhancing tumor)\n",
+            table(scores, CHANNELS),
+            "\nmean over regions, by the number of available modalities\n",
+            summary(scores),
+            f"\n{pictures.DISCLAIMER}",
+            f"measured in {sum(demo.record['seconds'].values()) / 60:.1f} minutes of computing\n",
+            *(f"{what + ':':<28}{path}" for what, path in files.items()),
+            "\nnext, predict without T1ce, and evaluate all subsets on the validation cases:\n",
+            *next_commands(demo),
+        ]
+    )
+
+
+def next_commands(demo: Demo) -> list[str]:
+    """Commands to try on the student."""
+    folders = " ".join(f"{name}={shlex.quote(str(demo.folder / sub))}" for name, sub in FOLDERS.items())
+    images, output = (shlex.quote(str(path)) for path in (demo.raw / "imagesTs", demo.folder / "without_T1ce"))
+    model = f"-d {DATASET} -c {STUDENT.configuration} -f 0 -tr {STUDENT.trainer} -device {demo.options.device}"
+    return [
+        f"  export {folders}",
+        f"  mstkd predict -i {images} -o {output} {model} --drop T1ce",
+        f"  mstkd evaluate {model}",
+    ]
+
+
+def typical_case(scores: pd.DataFrame) -> str:
+    """The case of median Dice: neither the best nor the worst one."""
+    means = scores.groupby("case")["dice"].mean().sort_values()
+    return str(means.index[len(means) // 2])
+
+
 def regions(dataset_json: Path) -> dict[str, tuple[int, ...]]:
-    """Region name to label values, from dataset.json."""
+    """Maps each region to its label values, from dataset.json."""
     labels = json.loads(dataset_json.read_text())["labels"]
     return {
         SHORT.get(name, name): tuple(np.atleast_1d(values).tolist())
@@ -36,12 +102,14 @@ def score(
 
     Parameters
     ----------
-    identifiers:
-        ``CASE__SUBSET``.
-    predictions:
-        folder of segmentations by model name.
-    references:
-        folder of ``CASE.nii.gz``.
+    identifiers
+        Predicted ``CASE__SUBSET``.
+    predictions
+        Maps each model to its folder of segmentations.
+    references
+        Folder of ``CASE.nii.gz``.
+    region_labels
+        From :func:`regions`.
     """
     rows = []
     labels: dict[str, np.ndarray] = {}
@@ -58,13 +126,13 @@ def score(
 
 
 def dots(subset: str, names: Sequence[str]) -> str:
-    """``\u25cf`` for a modality that is there, ``\u25cb`` for one that is not."""
+    """``\u25cf`` for an available modality, ``\u25cb`` for a missing one."""
     present = subset.split("+")
     return "  ".join(("\u25cf" if name in present else "\u25cb").center(len(name)) for name in names)
 
 
 def table(scores: pd.DataFrame, names: Sequence[str]) -> str:
-    """The table that the demo prints: one line per subset, WT / TC / ET and their mean per model, in percent."""
+    """One line per subset with WT / TC / ET and their mean per model, in percent."""
     models, region_names = list(scores["model"].unique()), list(scores["region"].unique())
     means = scores.groupby(["subset", "model", "region"], sort=False)["dice"].mean().mul(100)
     head = "  ".join(names)
@@ -87,7 +155,7 @@ def table(scores: pd.DataFrame, names: Sequence[str]) -> str:
 
 
 def summary(scores: pd.DataFrame) -> str:
-    """Mean Dice by number of available modalities, and each model's difference to the first one, in points."""
+    """Mean Dice by number of available modalities, and each model's difference from the first one, in points."""
     models = list(scores["model"].unique())
     by_number = scores.groupby(["model", "modalities"], sort=False)["dice"].mean().mul(100).unstack()
     overall = scores.groupby("model", sort=False)["dice"].mean().mul(100)

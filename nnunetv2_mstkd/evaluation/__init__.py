@@ -1,1 +1,1 @@
-"""Measuring segmentations: metrics and their conventions."""
+"""Running a model over subsets of the modalities of its cases, and the table of results."""

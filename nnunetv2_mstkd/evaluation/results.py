@@ -1,7 +1,4 @@
-"""The table that all evaluation works on, ``results.csv``: one value per line.
-
-This module is the one place where its columns are defined, checked, read and written.
-"""
+"""The long table of results, ``results.csv``, one value per row: its columns, its checks, reading and writing."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import METRICS, metric_named
 
 MODEL = "model"
@@ -30,7 +27,7 @@ VALUE = "value"
 
 COLUMNS: Mapping[str, str] = MappingProxyType(
     {
-        MODEL: "name of the model in tables, unlike for any two that are to be told apart",
+        MODEL: "name of the model in tables, unique among the models of a comparison",
         TRAINER: "class of its trainer",
         FOLD: "fold that predicted the case, as text; several folds of one case are averaged",
         CASE: "identifier of the case",
@@ -41,13 +38,13 @@ COLUMNS: Mapping[str, str] = MappingProxyType(
         VALUE: "the number; empty or nan: left out of every mean",
     }
 )
-"""Name and meaning of the columns, in the order of the file. Further columns are kept and not used."""
+"""Name and meaning of the columns, in the order of the file. Further columns are kept but not used."""
 
 KEY = (MODEL, TRAINER, FOLD, CASE, SUBSET, REGION, METRIC)
-"""These columns together occur once."""
+"""No two rows agree in all of these columns."""
 
 SEPARATOR = "+"
-"""Between the modalities of a subset, as everywhere in this package; this module does without PyTorch."""
+"""Joins the modalities of a subset, as :data:`nnunetv2_mstkd.modalities.SEPARATOR`; this module avoids PyTorch."""
 
 
 def check_results(results: pd.DataFrame) -> pd.DataFrame:
@@ -56,16 +53,16 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
     Parameters
     ----------
     results:
-        with at least the columns of :data:`COLUMNS`.
+        A table with at least the columns of :data:`COLUMNS`.
 
     Returns
     -------
-    A new table: text in all columns but ``modalities`` (integers) and ``value`` (floats), numbered from 0.
+    A new table, numbered from 0: text in all columns but ``modalities`` (integers) and ``value`` (floats).
 
     Raises
     ------
-    ValueError
-        naming the first row that is wrong: something missing, empty or twice, a subset spelt in two orders or with the
+    InputError
+        For the first row that is wrong: missing or empty cells, a duplicate row, a subset in two orders or with the
         wrong number of modalities, an unknown metric, a value that is infinite or out of the metric's range.
     """
     missing = [name for name in COLUMNS if name not in results.columns]
@@ -91,7 +88,7 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
     table[MODALITIES] = table[MODALITIES].astype(int)
     for name in table[METRIC].unique():
         metric = metric_named(name)
-        # NaN passes; a hair of room for values that were printed and read again
+        # NaN passes; with a margin for values that were printed and read again
         outside = (table[VALUE] < metric.lowest - 1e-9) | (table[VALUE] > metric.highest + 1e-9)
         _refuse(
             (table[METRIC] == name) & (outside | np.isinf(table[VALUE])),
@@ -107,8 +104,8 @@ def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        where there is no such file, or it is no such table; see :func:`check_results`.
+    MissingFileError, InputError
+        If the file does not exist or is no such table; see :func:`check_results`.
     """
     path = Path(path)
     if not path.is_file():
@@ -125,23 +122,20 @@ def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def write_results(results: pd.DataFrame, path: str | os.PathLike[str]) -> None:
-    """Check results and write them, whole or not at all; a file of this name is replaced.
-
-    Values keep all their digits, so that reading gives the same table.
-    """
+    """Check results and write them atomically, with all digits: reading gives the same table."""
     write_text(check_results(results).to_csv(index=False, na_rep="nan", lineterminator="\n"), path)
 
 
 def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a text file in UTF-8, whole or not at all; missing folders are made."""
+    """Write a text file in UTF-8 atomically; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_text(text, encoding="utf-8", newline="\n")
 
 
 def modality_order(subsets: Iterable[str]) -> tuple[str, ...]:
-    """The modalities in channel order: those of the largest subset, then others as they come."""
+    """The modalities in channel order: those of the largest subset, then the others in order of appearance."""
     names: dict[str, None] = {}
     for subset in sorted(dict.fromkeys(subsets), key=lambda text: -text.count(SEPARATOR)):
         names.update(dict.fromkeys(subset.split(SEPARATOR)))
@@ -163,10 +157,10 @@ _BRATS_CASE = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d+")
 
 
 def patients_of(cases: Iterable[str]) -> dict[str, str]:
-    """The patient of each case, for intervals: the time points of a patient are no independent cases.
+    """The patient of each case, for intervals: the time points of a patient are not independent.
 
-    In BraTS from 2023 on ``BraTS-GLI-00005-100`` and ``BraTS-GLI-00005-101`` are two time points of one patient. Any
-    other name counts as a patient of its own.
+    In BraTS from 2023 on, ``BraTS-GLI-00005-100`` and ``BraTS-GLI-00005-101`` are two time points of one patient. With
+    any other name each case counts as a separate patient.
     """
     matches = {case: _BRATS_CASE.fullmatch(case) for case in cases}
     return {case: match.group(1) if match else case for case, match in matches.items()}
@@ -188,7 +182,7 @@ def _check_subsets(table: pd.DataFrame) -> None:
 
 
 def _refuse(wrong: pd.Series, table: pd.DataFrame, what: str) -> None:
-    """Raise ValueError with the first row of ``table`` where ``wrong`` holds."""
+    """Raise InputError with the first row of ``table`` where ``wrong`` holds."""
     if not wrong.any():
         return
     position = int(np.flatnonzero(wrong)[0])

@@ -1,4 +1,4 @@
-"""From the logits of one subset to its metrics; runs in background processes."""
+"""From the logits of a subset to its metrics; runs in background processes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.evaluation.strips import View
+from nnunetv2_mstkd.evaluation.montage import SliceView
 from nnunetv2_mstkd.images.completeness import check_complete
-from nnunetv2_mstkd.metrics import overlap as metrics
+from nnunetv2_mstkd.metrics import overlap
 from nnunetv2_mstkd.metrics.conventions import (
     BRATS,
     DICE,
@@ -26,24 +23,15 @@ from nnunetv2_mstkd.metrics.conventions import (
     LESION_HD95,
     LESION_RULES,
     NSD,
-    PRECISION,
-    RELATIVE_VOLUME_ERROR,
-    SENSITIVITY,
-    VOLUME_ERROR,
     empty_rules_text,
     lesion_convention_named,
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
+from nnunetv2_mstkd.metrics.surface import check_tolerance
+from nnunetv2_mstkd.nnunet.preprocessing import segment
 
 NEAR = 0.05
-"""Logit. Another size of the stack moves logits by rounding, far less than this; farther voxels keep their label."""
-
-_OVERLAP = {
-    DICE: metrics.dice,
-    SENSITIVITY: metrics.sensitivity,
-    PRECISION: metrics.precision,
-    RELATIVE_VOLUME_ERROR: metrics.relative_volume_error,
-}
+"""Logit. Another stack size changes logits by rounding, far less than this; voxels farther away keep their label."""
 
 
 @dataclass(frozen=True)
@@ -53,17 +41,17 @@ class Rules:
     Attributes
     ----------
     regions:
-        labels by name.
+        Label values of each region, by name.
     labels:
-        all values that a label image may have, the ignore label among them.
+        All values that a label image may have, including the ignore label.
     metrics:
-        names from :data:`~nnunetv2_mstkd.metrics.conventions.METRICS`.
+        Names from :data:`~nnunetv2_mstkd.metrics.conventions.METRICS`.
     ignore_label:
-        voxels with it count neither as predicted nor as reference; None: there is no such label.
+        Voxels with this label count neither as predicted nor as reference; None: there is no such label.
     convention, lesion_convention:
-        rules for empty masks and for lesions.
+        Rules for empty masks and for lesions, names from :mod:`~nnunetv2_mstkd.metrics.conventions`.
     tolerance:
-        of the normalised surface Dice, millimetres.
+        Tolerance of the normalised surface Dice in millimetres.
     """
 
     regions: Mapping[str, tuple[int, ...]]
@@ -75,9 +63,9 @@ class Rules:
     tolerance: float = 1.0
 
     def __post_init__(self) -> None:
-        # each raises ValueError for what it does not know
+        # both refuse unknown names
         empty_rules_text(self.convention, self.metrics, lesion_convention=self.lesion_convention)
-        metrics.check_tolerance(self.tolerance)
+        check_tolerance(self.tolerance)
         if self._of_lesions():
             settings = lesion_convention_named(str(self.lesion_convention))
             for region, partners in settings.partners.items():
@@ -99,15 +87,15 @@ class Rules:
         Parameters
         ----------
         prediction, reference:
-            integers, equal shape; an axis with a single voxel is dropped, for a slice has no surface in space.
+            Integer labels of equal shape; axes with a single voxel are dropped, for a slice has no surface in space.
         spacing:
-            millimetres, in the order of the axes.
+            Millimetres per axis, in the order of the axes.
 
         Returns
         -------
         region -> metric -> value.
         """
-        # where all axes are single the first stays
+        # one axis stays if all are single
         kept = [axis for axis, size in enumerate(reference.shape) if size > 1] or [0]
         shape = tuple(reference.shape[axis] for axis in kept)
         prediction, reference = prediction.reshape(shape), reference.reshape(shape)
@@ -131,29 +119,28 @@ class Rules:
     def _score_region(
         self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
     ) -> dict[str, float]:
-        wanted = [name for name in self.metrics if name not in LESION_RULES]
-        if HD95 in wanted or NSD in wanted:
-            scores = metrics.score(prediction, reference, spacing, convention=self.convention, tolerance=self.tolerance)
-            return {name: scores[name] for name in wanted}
-        return {
-            name: metrics.volume_error_ml(prediction, reference, spacing)
-            if name == VOLUME_ERROR
-            else _OVERLAP[name](prediction, reference, convention=self.convention)
-            for name in wanted
-        }
+        scores = overlap.score(
+            prediction,
+            reference,
+            spacing,
+            convention=self.convention,
+            tolerance=self.tolerance,
+            surfaces=HD95 in self.metrics or NSD in self.metrics,
+        )
+        return {name: scores[name] for name in self.metrics if name not in LESION_RULES}
 
 
 def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Rules:
-    """The rules for a data set: its regions, or its labels where it has none.
+    """The rules for a data set: its regions, or its labels if it has none.
 
     Parameters
     ----------
     dataset_json:
-        nnU-Net's description of the data set.
+        Content of nnU-Net's dataset.json.
     labels:
         nnU-Net's label manager.
     options:
-        of :class:`Rules`.
+        Further attributes of :class:`Rules`.
     """
     regions = {
         name: tuple(int(label) for label in np.atleast_1d(value))
@@ -166,8 +153,17 @@ def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Ru
     return Rules(regions, everything, ignore_label=ignore, **options)
 
 
-def read_label(path: Path, reader: type[BaseReaderWriter], labels: Sequence[int]) -> tuple[np.ndarray, dict]:
+def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np.ndarray, dict]:
     """Read a reference segmentation.
+
+    Parameters
+    ----------
+    path:
+        The image file.
+    reader:
+        nnU-Net's reader class of the plans.
+    labels:
+        The values that it may have.
 
     Returns
     -------
@@ -175,8 +171,8 @@ def read_label(path: Path, reader: type[BaseReaderWriter], labels: Sequence[int]
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        if it cannot be read, is truncated, or has other values than ``labels``; the message names the file.
+    MissingFileError, InputError
+        If it does not exist, cannot be read, is truncated, or has other values.
     """
     if not path.is_file():
         raise MissingFileError(f"the label {path} does not exist")
@@ -200,8 +196,8 @@ def read_label(path: Path, reader: type[BaseReaderWriter], labels: Sequence[int]
 
 
 @functools.lru_cache(maxsize=2)
-def _reference(path: Path, reader: type[BaseReaderWriter], labels: tuple[int, ...]) -> np.ndarray:
-    """A label image, kept for the next subsets of the case."""
+def _reference(path: Path, reader: type[Any], labels: tuple[int, ...]) -> np.ndarray:
+    """A label image, cached for the next subsets of the case."""
     return read_label(path, reader, labels)[0]
 
 
@@ -212,13 +208,13 @@ class SubsetScore:
     Attributes
     ----------
     values:
-        region -> metric -> value.
+        Values by region and metric: region -> metric -> value.
     near:
-        voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision).
+        Number of voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision).
     voxels:
-        of the image that was predicted, in its original geometry.
+        Number of voxels of the segmentation, in its original geometry.
     slice:
-        of the segmentation, shape (rows, columns) of the view; None: none was asked for, or the score was read.
+        The segmentation in the slice to show; None: none was requested, or the score was read from disk.
     """
 
     values: dict[str, dict[str, float]]
@@ -231,34 +227,36 @@ def score_prediction(
     logits: np.ndarray,
     properties: dict,
     label: Path,
-    plans: PlansManager,
-    configuration: ConfigurationManager,
+    plans: Any,
+    configuration: Any,
     dataset_json: dict,
     rules: Rules,
-    view: View | None = None,
+    view: SliceView | None = None,
 ) -> SubsetScore:
     """Resample logits with nnU-Net's exporter and measure the segmentation.
 
     Parameters
     ----------
     logits:
-        shape (K, *spatial), as preprocessed.
+        Shape (K, *spatial), in the geometry of the preprocessed image.
     properties:
-        of nnU-Net's preprocessor.
+        Properties from nnU-Net's preprocessor.
     label:
-        file of the reference.
+        File of the reference.
+    plans, configuration, dataset_json:
+        nnU-Net's plans manager and configuration manager, and the content of dataset.json.
+    rules:
+        What is measured.
     view:
-        the slice to keep; None: none.
+        The slice to keep; None: none.
 
     Raises
     ------
-    ValueError
-        if image and label are of different shape.
+    InputError
+        If image and label differ in shape.
     """
     counting = _CountingLabels(plans.get_label_manager(dataset_json))
-    segmentation = convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, plans, configuration, counting, properties, num_threads_torch=1
-    )
+    segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
     reference = _reference(label, plans.image_reader_writer_class, rules.labels)
     if segmentation.shape != reference.shape:
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
@@ -268,7 +266,7 @@ def score_prediction(
 
 
 class _CountingLabels:
-    """nnU-Net's label manager that also counts the close decisions, on the logits that it decides on."""
+    """nnU-Net's label manager, which also counts close decisions."""
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
@@ -283,18 +281,14 @@ class _CountingLabels:
 
 
 def near_decision(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    """Where the margin to the decision is below :data:`NEAR`.
+    """Where the margin to the decision is below :data:`NEAR`; bool, shape (*spatial).
 
     Parameters
     ----------
     logits:
-        shape (K, *spatial).
+        Shape (K, *spatial).
     regions:
-        each channel decides for itself, at zero; else the largest one wins, and its margin is that to the second.
-
-    Returns
-    -------
-    bool, shape (*spatial).
+        Each channel is decided separately, at zero; otherwise the largest one wins, by its margin to the second.
     """
     if regions:
         return (logits.abs() < NEAR).any(0)

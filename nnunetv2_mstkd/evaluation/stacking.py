@@ -1,7 +1,7 @@
 """Several subsets of modalities in one forward pass, inside nnU-Net's own sliding window.
 
-nnU-Net cuts the patches, mirrors them, weights and adds the logits. Only the network in its hands is another one: it
-takes a patch, makes a batch of it with a subset in each row, and gives the logits of all rows as channels of one.
+nnU-Net cuts the patches, mirrors them, and weights and adds the logits. Only its network is replaced: the replacement
+takes a patch, makes a batch of it with one subset per row, and returns the logits of all rows as channels of one.
 """
 
 from __future__ import annotations
@@ -12,18 +12,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.utilities.helpers import empty_cache
 from torch import nn
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.inference.presence_gate import PresenceGate
+from nnunetv2_mstkd.inference.conditioning import conditioned
+from nnunetv2_mstkd.nnunet.model import free_memory
 
 TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
-"""A stack has as many voxels as so many batches of the training: on a GPU more fit without gradients, on a CPU larger
-ones are slower again (benchmarks/evaluate_speed.py)."""
+"""Default stack in training batches: on a GPU more fit without gradients, on a CPU larger ones are slower again
+(benchmarks/evaluate_speed.py)."""
 
 
 class StackedNetwork(nn.Module):
@@ -42,11 +40,11 @@ class StackedNetwork(nn.Module):
 
     @property
     def plain_network(self) -> nn.Module:
-        """Without the wrapper of torch.compile."""
+        """The network without the wrapper of torch.compile."""
         return getattr(self.network, "_orig_mod", self.network)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        """Weights are those of the network inside: nnU-Net loads each fold's before it predicts with it."""
+        """Load the weights of the inner network: nnU-Net does so for each fold before it predicts."""
         return self.plain_network.load_state_dict(state_dict, *args, **kwargs)
 
     def forward(self, patch: torch.Tensor) -> torch.Tensor:
@@ -60,7 +58,7 @@ class StackedNetwork(nn.Module):
 
 
 class _StackedHeads:
-    """nnU-Net's label manager with as many segmentation heads as a stack has; all else is the manager's own."""
+    """nnU-Net's label manager with the segmentation heads of a whole stack."""
 
     def __init__(self, manager: Any, stack: int) -> None:
         self._manager = manager
@@ -73,19 +71,17 @@ class _StackedHeads:
 class SubsetPredictor:
     """Predicts preprocessed images with many subsets of their modalities.
 
-    A network with an attribute ``availability`` is told the subsets of the batch, as a tensor of bool of shape (S, C)
-    on the device.
-
     Parameters
     ----------
     predictor:
-        from :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`; it is used up, predict with this object only.
+        nnU-Net's predictor, from :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`. This object takes it over: do not
+        predict with it any more.
     stack:
-        the largest number of subsets in one forward pass; 1 gives the logits of nnU-Net's predictor bit for bit. It
-        is halved where the device's memory does not suffice.
+        Maximum number of subsets per forward pass; 1 gives the logits of nnU-Net's predictor bit for bit. It is halved
+        if the device runs out of memory.
     """
 
-    def __init__(self, predictor: nnUNetPredictor, stack: int) -> None:
+    def __init__(self, predictor: Any, stack: int) -> None:
         if stack < 1:
             raise InputError(f"a stack has at least one subset, found {stack}")
         self.stack = stack
@@ -93,7 +89,6 @@ class SubsetPredictor:
         self._labels = predictor.label_manager
         self._network = StackedNetwork(predictor.network)
         predictor.network = self._network
-        self._gate = PresenceGate(self._network.plain_network, self._labels)
 
     def logits(self, data: torch.Tensor, subsets: torch.Tensor) -> Iterator[np.ndarray]:
         """The logits of each subset in turn, arrays of shape (K, *spatial) and type float16.
@@ -101,7 +96,7 @@ class SubsetPredictor:
         Parameters
         ----------
         data:
-            preprocessed image, float32, shape (C, *spatial), with all modalities that any subset has.
+            Preprocessed image, float32, shape (C, *spatial), with the modalities of all subsets.
         subsets:
             bool, shape (S, C), S at least 1; no row is all False.
         """
@@ -116,11 +111,11 @@ class SubsetPredictor:
             size = math.ceil(left / math.ceil(left / self.stack))
             try:
                 stacked = self._predict(data, subsets[done : done + size])
-            except RuntimeError:  # of memory; some of cuDNN's do not say so
+            except RuntimeError:  # out of memory; some of cuDNN's errors do not say so
                 if size == 1:
                     raise
                 self.stack = size // 2
-                empty_cache(self._predictor.device)
+                free_memory(self._predictor.device)
                 continue
             done += size
             yield from stacked
@@ -128,42 +123,34 @@ class SubsetPredictor:
     def _predict(self, data: torch.Tensor, subsets: torch.Tensor) -> np.ndarray:
         """Logits of all subsets at once, shape (S, K, *spatial)."""
         predictor = self._predictor
-        network: Any = self._network.plain_network
-        asks = hasattr(network, "availability")
         rows = subsets.to(predictor.device)
         predictor.label_manager = _StackedHeads(self._labels, len(subsets))
         self._network.subsets = rows
-        if asks:
-            network.availability = rows
-        self._gate.start(predictor.device)
         try:
-            logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
-            return self._gate.apply(logits.reshape(len(subsets), -1, *logits.shape[1:]))
+            with conditioned(self._network.plain_network, rows, self._labels) as finish:
+                logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
+                return finish(logits.reshape(len(subsets), -1, *logits.shape[1:]))
         finally:
-            self._gate.stop()
             predictor.label_manager = self._labels
             self._network.subsets = None
-            if asks:
-                network.availability = None
 
     def close(self) -> None:
-        """Free what nnU-Net keeps between images, and the device's memory of the network."""
+        """Free the device's memory."""
         self._network.cpu()
-        compute_gaussian.cache_clear()
-        empty_cache(self._predictor.device)
+        free_memory(self._predictor.device)
 
 
 def default_stack(batch_size: int, num_subsets: int, device: torch.device) -> int:
-    """How many subsets a forward pass takes unless the user says otherwise.
+    """The number of subsets per forward pass unless the user chooses one.
 
     Parameters
     ----------
     batch_size:
-        of the training, in patches.
+        Patches per training batch.
     num_subsets:
-        all that there are.
+        Number of subsets to evaluate.
     device:
-        where the network runs.
+        The device of the network.
     """
     batches = TRAINING_BATCHES_CPU if device.type == "cpu" else TRAINING_BATCHES_GPU
     return max(1, min(num_subsets, batches * batch_size))

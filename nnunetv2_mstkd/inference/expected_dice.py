@@ -9,10 +9,9 @@ from pathlib import Path
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.inference import evaluation_files
 
-SUMMARY = Path("subsets", "summary.json")
-"""The file of an evaluation of all subsets in a model folder:
-``{"subsets": {"T1ce+FLAIR": {"WT": {"dice": 0.8, ...}, ...}, ...}, ...}``."""
+SUMMARY = Path(evaluation_files.FOLDER, evaluation_files.SUMMARY)
 
 
 def read_expected_dice(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, float]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.inference.conditioning import conditioned
-from nnunetv2_mstkd.inference.workers import ahead, workers
+from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.model import free_memory, nnUNetPredictor
 from nnunetv2_mstkd.nnunet.preprocessing import export_case, preprocess_case
@@ -91,20 +89,17 @@ def predict_cases(
         predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
     )  # fmt: skip
     names = modalities.modality_names(dataset_json)
-    exports: deque[tuple[Case, Future]] = deque()
 
-    def finish_exports(limit: int) -> None:
-        while exports and (len(exports) > limit or exports[0][1].done()):
-            case, future = exports.popleft()
-            future.result()
-            on_written(case)
-            bar.update()
+    def written(case: Case, _: None) -> None:
+        on_written(case)
+        bar.update()
 
     with (
         tqdm(total=len(cases), unit="case", disable=not progress) as bar,
         workers(preprocessing_processes, len(cases)) as preparing,
         workers(export_processes, len(cases)) as exporting,
     ):
+        exports = Backlog(exporting, written)
         arguments = ((case, plans, configuration, dataset_json, predictor.verbose_preprocessing) for case in cases)
         prepared = ahead(preparing, preprocess_case, arguments, preprocessing_processes)
         try:
@@ -112,8 +107,8 @@ def predict_cases(
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
                 logits = predict_logits(predictor, data, case.availability, student=student)
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
-                exports.append((case, exporting.submit(export_case, *what)))
-                finish_exports(export_processes + EXPORTS_AHEAD if export_processes else 0)
-            finish_exports(0)
+                exports.submit(case, export_case, *what)
+                exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
+            exports.collect()
         finally:
             free_memory(predictor.device)

@@ -81,6 +81,32 @@ def ahead(pool: Executor, function: Callable, arguments: Iterable[tuple], limit:
         yield pending.popleft().result()
 
 
+class Backlog:
+    """Tasks under way in an executor, handed over in the order in which they were submitted.
+
+    Parameters
+    ----------
+    pool:
+        The executor.
+    on_done:
+        Called with a task's label and its result.
+    """
+
+    def __init__(self, pool: Executor, on_done: Callable[[Any, Any], None]) -> None:
+        self._pool, self._on_done = pool, on_done
+        self._pending: deque[tuple[Any, Future]] = deque()
+
+    def submit(self, label: Any, function: Callable, *arguments: Any) -> None:
+        """Start ``function(*arguments)``."""
+        self._pending.append((label, self._pool.submit(function, *arguments)))
+
+    def collect(self, limit: int = 0) -> None:
+        """Hand over what is done, and wait until at most ``limit`` tasks are under way: their arguments fill memory."""
+        while self._pending and (len(self._pending) > limit or self._pending[0][1].done()):
+            label, future = self._pending.popleft()
+            self._on_done(label, future.result())
+
+
 def _start_worker() -> None:
     """Leave Ctrl-C to the parent, and do not outlive it: an idle process of a pool waits indefinitely."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The trainers that ``-tr`` finds."""
+"""One folder per method. This module is the table of the trainers that ``-tr`` finds: a new one is a line here."""
 
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTeacherTrainer, AdaMMTrainer
 from nnunetv2_mstkd.methods.medmap.trainer import MedMAPMSTKDTrainer, MedMAPTrainer

@@ -1,4 +1,4 @@
-"""A new configuration of the plans with other settings of this package: validating them and showing them."""
+"""Deriving a new configuration with other settings, widths or patch on the same preprocessed data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,30 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from nnunetv2_mstkd.nnunet import plans as nnunet_plans
-from nnunetv2_mstkd.nnunet.plans import BLOCK
-from nnunetv2_mstkd.training.settings import SECTIONS, Settings
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+
+from nnunetv2_mstkd.methods.registry import trainers
+from nnunetv2_mstkd.nnunet.plans import BLOCK, derive, inherited
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
+from nnunetv2_mstkd.training.settings import (
+    DistillationSettings,
+    SamplerSettings,
+    ScheduleSettings,
+    Settings,
+    TeacherSettings,
+    known_sections,
+    read_assignment,
+    translate,
+)
+
+SHARED = (ScheduleSettings, SamplerSettings, TeacherSettings, DistillationSettings)
+"""Sections that every derived configuration spells out; a method's own only where something in it was set."""
+
+
+def read_assignments(texts: Iterable[str]) -> list[tuple[str, str, Any]]:
+    """Split texts such as ``schedule.epochs=100``; a setting that no installed trainer has is refused."""
+    trainers()
+    return [read_assignment(text) for text in texts]
 
 
 def configure(
@@ -17,65 +38,74 @@ def configure(
     name: str,
     *,
     assignments: Iterable[tuple[str, str, Any]] = (),
+    modalities: Sequence[str] | None = None,
     features: Sequence[int] | None = None,
     patch_size: Sequence[int] | None = None,
     batch_size: int | None = None,
 ) -> dict[str, Any]:
-    """Make the entry of a new configuration, whose settings differ from those of ``parent``.
+    """Return the entry of a new configuration that inherits from ``parent``, with its ``"mstkd"`` block.
 
     Parameters
     ----------
     plans
         Content of a plans file.
     parent, name
-        Configuration to start from, and the name of the new one.
+        Configuration to start from, and the new one's name.
     assignments
-        (section, key, value) of the settings that differ from the parent's, or from the defaults.
+        (section, key, value) of settings that differ from the parent's block (or from the defaults).
+    modalities
+        Names of the data set's modalities, to check settings that name some; None: checked when a training starts.
     features, patch_size, batch_size
         See :func:`nnunetv2_mstkd.nnunet.plans.derive`.
 
     Raises
     ------
-    SettingsError, InputError
-        For unknown and impossible settings, and as :func:`~nnunetv2_mstkd.nnunet.plans.derive`.
+    UserError
+        For an unknown parent, a name that nnU-Net could not use, and impossible values.
     """
-    from nnunetv2_mstkd.methods.mstkd.network import resolve
-
-    assignments = list(assignments)
-    block = _changed(nnunet_plans.inherited(plans, parent, BLOCK), assignments)
-    entry = nnunet_plans.derive(
-        plans, parent, name, block=block, features=features, patch_size=patch_size, batch_size=batch_size
+    every, assignments = trainers(), list(assignments)
+    known = known_sections()
+    block = translate(inherited(plans, parent, BLOCK))
+    for section, key, _ in assignments:
+        known[section].forget(block, key)
+    for section, key, value in assignments:
+        block.setdefault(section, {})[key] = value
+    used = [known[section] for section in block if section in known]
+    settings = Settings.read(block, (*SHARED, *used))
+    if modalities is not None:
+        settings[SamplerSettings].build(modalities)
+    entry = derive(
+        plans, parent, name, block=settings.to_block(), features=features, patch_size=patch_size, batch_size=batch_size
     )
-    if any(section == "network" for section, _, _ in assignments):
-        final = {**nnunet_plans.resolved(plans, parent), **entry}
-        resolve(block["network"], final["architecture"]["arch_kwargs"], final["patch_size"])
+    changed = {known[section] for section, _, _ in assignments}
+    manager = PlansManager({**plans, "configurations": {**plans["configurations"], name: entry}})
+    configuration = manager.get_configuration(name)
+    plan = UNetPlan.of(configuration)
+    for trainer in every.values():
+        if trainer.design is not None and changed.intersection(trainer.design.sections):
+            own = trainer.read_settings(configuration)
+            if modalities is not None:
+                trainer.design.check(plan, own, modalities)
+            trainer.design.resolve(own, plan, modalities)
     return entry
 
 
-def _changed(block: Mapping | None, assignments: Sequence[tuple[str, str, Any]]) -> dict[str, dict[str, Any]]:
-    """A complete block of validated settings."""
-    content = Settings.from_block(block).to_block()
-    if any(item[:2] == ("distillation", "recipe") for item in assignments):
-        # a recipe replaces what the parent says about distillation and optimiser; other assignments override it
-        content["distillation"] = {}
-        del content["schedule"]["optimizer"]
-    for section, key, value in assignments:
-        content[section][key] = value
-    return Settings.from_block(content).to_block()
+def complete_block(block: Mapping | None) -> dict[str, Any]:
+    """Return a block with every key of every known section, for comparing blocks of two versions."""
+    trainers()
+    return Settings.read(block, known_sections().values()).to_block()
 
 
 def describe(entry: Mapping[str, Any]) -> list[str]:
-    """List the settings of a configuration that differ from the defaults, one line each."""
-    defaults = Settings().to_block()
+    """Return the settings of a configuration that differ from the defaults, one line each."""
+    known = known_sections()
     lines = [
         f"{section}.{key} = {json.dumps(value)}"
-        for section in SECTIONS
-        for key, value in entry[BLOCK][section].items()
-        if value != defaults[section][key]
+        for section, values in entry[BLOCK].items()
+        for key, value in values.items()
+        if section in known and value != known[section]().to_dict()[key]
     ]
-    for key in ("patch_size", "batch_size"):
-        if key in entry:
-            lines.append(f"{key} = {entry[key]}")
+    lines += [f"{key} = {entry[key]}" for key in ("patch_size", "batch_size") if key in entry]
     if "architecture" in entry:
         kwargs = entry["architecture"]["arch_kwargs"]
         lines.append(f"features_per_stage = {kwargs['features_per_stage']}, strides = {kwargs['strides']}")

@@ -1,1 +1,1 @@
-"""Segmentation metrics and the conventions for empty masks."""
+"""Segmentation metrics: overlap, surface distances, lesion-wise scores, and their conventions for empty masks."""

@@ -1,7 +1,7 @@
-"""The metrics by name, what they are worth when a mask is empty, and the lesion-wise rules of BraTS.
+"""The metrics by name, their values for empty masks, and the lesion-wise rules of BraTS.
 
-Published numbers differ by these conventions more often than by their methods, so each lives in exactly one table, and
-:func:`empty_rules_text` puts the one in use into words.
+Published numbers differ by these conventions more often than by their methods, so each convention is defined in exactly
+one table, and :func:`empty_rules_text` describes the one in use.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class Metric:
     Attributes
     ----------
     label:
-        as printed.
+        The printed name.
     unit:
-        ``"%"`` where the value is a share, printed times 100.
+        The printed unit; ``"%"`` for fractions, which are printed times 100.
     better:
-        +1 where higher is better, -1 where lower is, 0 where closer to zero is.
+        +1: higher is better; -1: lower is better; 0: closer to zero is better.
     lowest, highest:
-        the possible values.
+        Range of possible values.
     """
 
     label: str
@@ -63,7 +63,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 
 def metric_named(name: str) -> Metric:
-    """Look a metric up; ValueError names the known ones."""
+    """Look up a metric; an unknown name is an InputError that lists the known ones."""
     if name not in METRICS:
         raise InputError(f"unknown metric {name!r}; known are {', '.join(METRICS)}")
     return METRICS[name]
@@ -72,7 +72,7 @@ def metric_named(name: str) -> Metric:
 # ---- empty masks ---------------------------------------------------------------------------------------------------
 
 LEFT_OUT = math.nan
-"""The case has no value and is left out of every mean."""
+"""The case has no value and is excluded from every mean."""
 
 DIAGONAL = "the image diagonal"
 PENALTY = "the penalty"
@@ -81,16 +81,16 @@ FORMULA = "as computed"
 
 @dataclass(frozen=True)
 class EmptyRule:
-    """The value of a metric when masks are empty: a number, :data:`LEFT_OUT`, or one of the three words above.
+    """The value of a metric for empty masks: a number, :data:`LEFT_OUT`, or one of the three words above.
 
     Attributes
     ----------
     both:
-        both masks are empty (lesion-wise: nothing is left to score).
+        Value if both masks are empty (lesion-wise: there is nothing to score).
     prediction:
-        only the prediction is: everything was missed (lesion-wise: one missed lesion).
+        Value if only the prediction is empty: everything was missed (lesion-wise: a missed lesion).
     reference:
-        only the reference is: everything predicted is false (lesion-wise: one false lesion).
+        Value if only the reference is empty: the whole prediction is false (lesion-wise: a false lesion).
     """
 
     both: float | str
@@ -100,7 +100,7 @@ class EmptyRule:
 
 @dataclass(frozen=True)
 class Convention:
-    """A named set of rules for empty masks, with where it comes from."""
+    """A set of rules for empty masks and its source."""
 
     source: str
     rules: Mapping[str, EmptyRule]
@@ -147,20 +147,20 @@ CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
 LESION_RULES: Mapping[str, EmptyRule] = MappingProxyType(
     {LESION_DICE: EmptyRule(1.0, 0.0, 0.0), LESION_HD95: EmptyRule(0.0, PENALTY, PENALTY)}
 )
-"""The same for all lesion-wise conventions; ``both`` means that nothing is left to score."""
+"""Shared by all lesion-wise conventions; ``both`` means that there is nothing to score."""
 
 
 def empty_value(
     metric: str, convention: str, *, prediction_empty: bool, reference_empty: bool, diagonal: float = math.nan
 ) -> float | None:
-    """What the convention says about a pair with an empty mask; None where the metric's formula decides.
+    """The value of a metric for a pair with an empty mask; None where the metric's formula applies.
 
     Parameters
     ----------
     metric, convention:
-        names from :data:`METRICS` and :data:`CONVENTIONS`.
+        Names from :data:`METRICS` and :data:`CONVENTIONS`.
     diagonal:
-        length of the image's diagonal, millimetres.
+        Length of the image diagonal in millimetres.
     """
     rule = _rule(metric, convention)
     if prediction_empty and reference_empty:
@@ -179,14 +179,16 @@ def empty_value(
 def empty_rules_text(
     convention: str = BRATS, metrics: Iterable[str] = (DICE, HD95), *, lesion_convention: str | None = None
 ) -> str:
-    """The rules for empty masks in words, a line per metric: what belongs under every table of metrics.
+    """Describe the rules for empty masks, one line per metric, as a note under a table of metrics.
 
     Parameters
     ----------
     convention:
-        a name from :data:`CONVENTIONS`.
+        A name from :data:`CONVENTIONS`.
     metrics:
-        the metrics in the table; lesion-wise ones need ``lesion_convention``, a name from :data:`LESION_CONVENTIONS`.
+        The metrics in the table.
+    lesion_convention:
+        A name from :data:`LESION_CONVENTIONS`; required for lesion-wise metrics.
     """
     metrics = list(metrics)
     lines = []
@@ -259,20 +261,20 @@ class LesionConvention:
     Attributes
     ----------
     source:
-        the release it was read from.
+        The code that defines it.
     dilation:
-        reference components whose dilations touch are one lesion, and a predicted lesion that touches the dilation
-        belongs to it: iterations of the 18-neighbourhood.
+        Iterations of dilation with the 18-neighbourhood. Reference components whose dilations touch are one lesion, and
+        a predicted lesion that touches the dilation belongs to it.
     min_volume:
-        reference lesions of at most this many mm3 are not scored.
+        Reference lesions of at most this volume (mm3) are not scored.
     penalty_mm:
         HD95 of a missed or false lesion; None: the image diagonal.
     group_predictions:
-        predicted components are grouped by dilation as well, and groups of at most ``min_volume`` *voxels* dropped.
+        Group predicted components by dilation too, and drop groups of at most ``min_volume`` *voxels*.
     region_dilation, region_min_volume:
-        regions with other numbers.
+        Regions with a different dilation or minimum volume.
     partners:
-        lesions of a region that touch the same lesion of a partner are one lesion, partner after partner.
+        Lesions of a region that touch the same lesion of a partner count as one lesion, partner after partner.
     """
 
     source: str
@@ -345,7 +347,7 @@ LESION_CONVENTIONS: Mapping[str, LesionConvention] = MappingProxyType(
 
 
 def lesion_convention_named(name: str) -> LesionConvention:
-    """Look a lesion-wise convention up; ValueError names the known ones."""
+    """Look up a lesion-wise convention; an unknown name is an InputError that lists the known ones."""
     if name not in LESION_CONVENTIONS:
         raise InputError(f"unknown lesion-wise convention {name!r}; known are {', '.join(LESION_CONVENTIONS)}")
     return LESION_CONVENTIONS[name]

@@ -1,9 +1,9 @@
 """Lesion-wise Dice and HD95 as BraTS 2023 and 2024 define them.
 
 Every lesion of the reference counts the same, whatever its size, and every false lesion counts as a lesion with the
-worst value. The numbers that the editions differ in are in
-:data:`~nnunetv2_mstkd.metrics.conventions.LESION_CONVENTIONS`. Dice is that of the organisers' code; HD95 of a
-lesion is the one of :mod:`~nnunetv2_mstkd.metrics.surface`, where theirs weights distances by surface area.
+worst value. :data:`~nnunetv2_mstkd.metrics.conventions.LESION_CONVENTIONS` has the numbers that differ by edition.
+Dice is that of the organisers' code; HD95 is the one of :mod:`~nnunetv2_mstkd.metrics.surface`, where theirs weights
+distances by surface area.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from nnunetv2_mstkd.metrics.conventions import (
     LesionConvention,
     lesion_convention_named,
 )
-from nnunetv2_mstkd.metrics.masks import bounding_box, check_masks, check_spacing, grown, image_diagonal
-from nnunetv2_mstkd.metrics.surface import check_hd95_variant, hd95_of, surface_distances
+from nnunetv2_mstkd.metrics.masks import bounding_box, check_masks, check_spacing, grow, image_diagonal
+from nnunetv2_mstkd.metrics.surface import hd95_of, surface_distances
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Lesion:
     Attributes
     ----------
     volume_mm3:
-        its size.
+        The size of the lesion.
     predicted:
-        how many predicted lesions belong to it; 0: it was missed.
+        Number of predicted lesions that belong to it; 0: it was missed.
     dice, hd95_mm:
-        against all predicted lesions that belong to it.
+        Scores against all predicted lesions that belong to it.
     scored:
-        False where it is too small to count.
+        False if it is too small to count.
     """
 
     volume_mm3: float
@@ -56,13 +56,13 @@ class LesionwiseScores:
     Attributes
     ----------
     dice, hd95_mm:
-        means over the scored lesions and the false ones.
+        Means over the scored lesions and the false ones.
     true_positives, false_negatives:
-        scored lesions that were found and missed.
+        Numbers of scored lesions that were found and missed.
     false_positives:
-        predicted lesions that belong to no lesion of the reference, not even to one too small to be scored.
+        Number of predicted lesions that belong to no lesion of the reference, not even to one too small to be scored.
     lesions:
-        all lesions of the reference, in scan order.
+        All lesions of the reference, in scan order.
     """
 
     dice: float
@@ -81,33 +81,24 @@ def lesionwise(
     *,
     region: str = "WT",
     partners: Sequence[tuple[np.ndarray, np.ndarray, str]] = (),
-    hd95_variant: str = "pooled",
 ) -> LesionwiseScores:
     """Lesion-wise Dice and HD95 of one region.
 
     Parameters
     ----------
     prediction, reference:
-        bool, equal shape, 2-D or 3-D.
+        Boolean masks of equal shape, 2-D or 3-D.
     spacing:
-        millimetres, in the order of the array's axes.
+        Millimetres per axis, in the order of the array's axes.
     convention:
-        a name from :data:`~nnunetv2_mstkd.metrics.conventions.LESION_CONVENTIONS`.
+        A name from :data:`~nnunetv2_mstkd.metrics.conventions.LESION_CONVENTIONS`.
     region:
-        its name; in 2024 the numbers of ET, NETC and RC are their own.
+        Name of the region; some conventions have other numbers for ET, NETC and RC.
     partners:
-        (prediction, reference, region) of the tissues that join lesions of this one, in the convention's order;
+        (prediction, reference, region) of the tissues that join lesions of this region, in the convention's order;
         :func:`lesionwise_regions` finds them by name.
-    hd95_variant:
-        see :func:`~nnunetv2_mstkd.metrics.surface.hd95`.
-
-    Raises
-    ------
-    ValueError
-        for wrong masks, spacing or names.
     """
     settings = lesion_convention_named(convention)
-    check_hd95_variant(hd95_variant)
     check_masks(prediction, reference)
     for other_prediction, other_reference, _ in partners:
         check_masks(other_prediction, other_reference)
@@ -121,9 +112,9 @@ def lesionwise(
     box = bounding_box(np.logical_or.reduce(masks))
     if box is None:
         return _scores([], 0, penalty)
-    # everything below happens near the masks: the box needs room for the widest dilation, and one voxel to touch in
+    # everything below happens near the masks: the box needs room for the widest dilation and one voxel more
     reach = max(settings.dilation_of(name) for name in (region, *(pair[2] for pair in partners)))
-    box = grown(box, reach + 1, prediction.shape)
+    box = grow(box, reach + 1, prediction.shape)
 
     wanted = _lesions(reference[box], region, settings, predicted=False)
     found = _lesions(prediction[box], region, settings, predicted=True)
@@ -137,15 +128,15 @@ def lesionwise(
     lesions = []
     for number, part in enumerate(ndimage.find_objects(wanted), start=1):
         own = belongs[number]
-        # one voxel of air: the box of a flat lesion must not pass for a 2-D image
-        part = grown(_hull([part, *(of_found[other - 1] for other in own)]), 1, wanted.shape)
+        # one voxel of margin, or the box of a flat lesion would count as a 2-D image
+        part = grow(_hull([part, *(of_found[other - 1] for other in own)]), 1, wanted.shape)
         lesion, matched = wanted[part] == number, np.isin(found[part], list(own))
         volume = int(np.count_nonzero(lesion)) * voxel
         dice, distance = float(LESION_RULES[LESION_DICE].prediction), penalty
         if own:
             sizes = int(np.count_nonzero(matched)) + int(np.count_nonzero(lesion))
             dice = 2 * int(np.count_nonzero(matched & lesion)) / sizes
-            distance = hd95_of(surface_distances(matched, lesion, steps), variant=hd95_variant)
+            distance = hd95_of(surface_distances(matched, lesion, steps))
         lesions.append(Lesion(volume, len(own), dice, distance, volume > settings.min_volume_of(region)))
     false = int(found.max()) - len(set().union(*belongs.values()))
     return _scores(lesions, false, penalty)
@@ -158,21 +149,22 @@ def lesionwise_regions(
     convention: str = "brats2023_gli",
     *,
     regions: Sequence[str] | None = None,
-    hd95_variant: str = "pooled",
 ) -> dict[str, LesionwiseScores]:
     """Lesion-wise Dice and HD95 of several regions of a case, with the partners that the convention names.
 
     Parameters
     ----------
     predictions, references:
-        masks by region name, among them those of the partners: for ET in ``brats2024_gli`` also NETC and RC.
+        Masks by region name, including those of the partners: for ET in ``brats2024_gli`` also NETC and RC.
+    spacing, convention:
+        As for :func:`lesionwise`.
     regions:
-        those to score; default all of ``predictions``.
+        The regions to score; default all of ``predictions``.
 
     Raises
     ------
     ValueError
-        where a region or the partner of one has no mask, and as :func:`lesionwise`.
+        If a region or its partner has no mask.
     """
     settings = lesion_convention_named(convention)
     scores = {}
@@ -192,7 +184,6 @@ def lesionwise_regions(
             convention,
             region=region,
             partners=[(predictions[name], references[name], name) for name in names],
-            hd95_variant=hd95_variant,
         )
     return scores
 
@@ -278,8 +269,7 @@ def _pairs(first: np.ndarray, second: np.ndarray) -> set[tuple[int, int]]:
 
 def _belongings(wanted: np.ndarray, found: np.ndarray, dilation: int) -> dict[int, set[int]]:
     """Which predicted lesions touch the dilation of each lesion of the reference."""
-    # The dilation of a lesion is made of whole components of the dilated mask: two lesions never share one, for they
-    # would be one lesion. So one dilation serves all lesions.
+    # Two lesions never share a component of the dilated mask, or they would be one lesion: one dilation serves all.
     areas = _components(_dilated(wanted > 0, dilation))
     owner = np.zeros(int(areas.max()) + 1, dtype=wanted.dtype)
     owner[areas[wanted > 0]] = wanted[wanted > 0]

@@ -1,4 +1,4 @@
-"""What every metric asks of its masks and its spacing, and cropping to the part of the image that matters."""
+"""Checks of masks and spacing that all metrics share, and cropping to the foreground."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ MM3_PER_ML = 1000.0
 
 
 def check_masks(prediction: np.ndarray, reference: np.ndarray) -> None:
-    """Refuse what is not a pair of boolean masks of equal shape.
-
-    Raises
-    ------
-    ValueError
-        for something else than an array, another type than bool, different shapes, or an image without voxels.
-    """
+    """Raise ValueError unless both masks are non-empty boolean arrays of equal shape."""
     for name, mask in (("prediction", prediction), ("reference", reference)):
         if not isinstance(mask, np.ndarray):
             raise ValueError(f"the {name} is a {type(mask).__name__}, expected a numpy array of type bool")
@@ -41,14 +35,14 @@ def check_spacing(spacing: Sequence[float], num_axes: int) -> tuple[float, ...]:
     Parameters
     ----------
     spacing:
-        millimetres, in the order of the array's axes. nnU-Net's ``properties["spacing"]`` has this order; nibabel's
-        zooms (x, y, z) have it for an array from nibabel; SimpleITK's ``GetSpacing()`` (x, y, z) must be reversed for
+        Millimetres per axis, in the order of the array's axes. nnU-Net's ``properties["spacing"]`` has this order, and
+        so have nibabel's zooms for an array from nibabel; SimpleITK's ``GetSpacing()`` (x, y, z) must be reversed for
         an array from ``GetArrayFromImage`` (z, y, x).
 
     Raises
     ------
     ValueError
-        unless there is one positive finite number per axis.
+        Unless there is one positive finite number per axis.
     """
     values = tuple(np.ravel(np.asarray(spacing, dtype=float)).tolist())
     if len(values) != num_axes:
@@ -62,7 +56,7 @@ def check_spacing(spacing: Sequence[float], num_axes: int) -> tuple[float, ...]:
 
 
 def image_diagonal(shape: Sequence[int], spacing: Sequence[float]) -> float:
-    """Length of the image's diagonal in millimetres, 373.13 for the 240 x 240 x 155 voxels of BraTS."""
+    """Length of the image diagonal in millimetres, 373.13 for the 240 x 240 x 155 voxels of BraTS."""
     return math.sqrt(sum((size * step) ** 2 for size, step in zip(shape, spacing, strict=True)))
 
 
@@ -70,7 +64,7 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
     """The smallest box with all voxels of a mask, None for an empty mask."""
     box: list[slice] = []
     for axis in range(mask.ndim):
-        # what the axes before have cut off need not be looked at again
+        # cropped by the previous axes, which saves time
         hit = mask[tuple(box)].any(axis=tuple(other for other in range(mask.ndim) if other != axis))
         found = np.flatnonzero(hit)
         if len(found) == 0:
@@ -79,8 +73,8 @@ def bounding_box(mask: np.ndarray) -> tuple[slice, ...] | None:
     return tuple(box)
 
 
-def grown(box: Sequence[slice], margin: int, shape: Sequence[int]) -> tuple[slice, ...]:
-    """The box with ``margin`` more voxels on every side, as far as the image goes."""
+def grow(box: Sequence[slice], margin: int, shape: Sequence[int]) -> tuple[slice, ...]:
+    """Extend a box by ``margin`` voxels on every side, clipped to the image."""
     return tuple(
         slice(max(0, part.start - margin), min(size, part.stop + margin)) for part, size in zip(box, shape, strict=True)
     )

@@ -1,6 +1,6 @@
-"""Metrics of a pair of masks: overlap and volume here, surfaces and lesions in their own modules.
+"""Overlap and volume metrics of a pair of boolean masks, and :func:`score`, which computes all voxel metrics in one go.
 
-:func:`score` computes all of them in one go. Masks are boolean arrays; make one from a segmentation with ``np.isin``.
+Make a mask from a segmentation with ``np.isin``.
 """
 
 from __future__ import annotations
@@ -21,26 +21,7 @@ from nnunetv2_mstkd.metrics.conventions import (
     empty_value,
 )
 from nnunetv2_mstkd.metrics.masks import MM3_PER_ML, check_masks, check_spacing, image_diagonal
-from nnunetv2_mstkd.metrics.surface import (
-    check_hd95_variant,
-    check_tolerance,
-    hd95,
-    hd95_of,
-    normalized_surface_dice,
-    normalized_surface_dice_of,
-    surface_distances,
-)
-
-__all__ = [
-    "dice",
-    "hd95",
-    "normalized_surface_dice",
-    "precision",
-    "relative_volume_error",
-    "score",
-    "sensitivity",
-    "volume_error_ml",
-]
+from nnunetv2_mstkd.metrics.surface import check_tolerance, hd95_of, normalized_surface_dice_of, surface_distances
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
@@ -49,42 +30,37 @@ def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRA
     Parameters
     ----------
     prediction, reference:
-        bool, equal shape.
+        Boolean masks of equal shape.
     convention:
-        the rule for empty masks: ``"brats"`` (both empty: 1) or ``"nnunet"`` (both empty: NaN, left out of the mean).
-
-    Raises
-    ------
-    ValueError
-        for wrong masks or an unknown convention.
+        The rules for empty masks: ``"brats"`` (both empty: 1) or ``"nnunet"`` (both empty: NaN, excluded from means).
     """
     return _overlap(DICE, prediction, reference, convention)
 
 
 def sensitivity(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Share of the reference that was found, |P and R| / |R|. Parameters and errors as for :func:`dice`."""
+    """Fraction of the reference that was found, |P and R| / |R|. Parameters as for :func:`dice`."""
     return _overlap(SENSITIVITY, prediction, reference, convention)
 
 
 def precision(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Share of the prediction that is right, |P and R| / |P|. Parameters and errors as for :func:`dice`."""
+    """Fraction of the prediction that is correct, |P and R| / |P|. Parameters as for :func:`dice`."""
     return _overlap(PRECISION, prediction, reference, convention)
 
 
 def relative_volume_error(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Signed error of the volume, (|P| - |R|) / |R|; -1 where everything was missed. Parameters as for :func:`dice`."""
+    """Signed volume error (|P| - |R|) / |R|; -1 if everything was missed. Parameters as for :func:`dice`."""
     return _overlap(RELATIVE_VOLUME_ERROR, prediction, reference, convention)
 
 
 def volume_error_ml(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
-    """Signed error of the volume in millilitres; positive where the prediction is too large.
+    """Signed volume error in millilitres; positive if the prediction is too large.
 
     Parameters
     ----------
     prediction, reference:
-        bool, equal shape.
+        Boolean masks of equal shape.
     spacing:
-        millimetres, in the order of the array's axes.
+        Millimetres per axis, in the order of the array's axes.
     """
     check_masks(prediction, reference)
     steps = check_spacing(spacing, prediction.ndim)
@@ -98,40 +74,36 @@ def score(
     *,
     convention: str = BRATS,
     tolerance: float = 1.0,
-    hd95_variant: str = "pooled",
+    surfaces: bool = True,
 ) -> dict[str, float]:
-    """All metrics of a pair of masks, by name, with each voxel counted and each surface found once.
+    """All voxel metrics of a pair of masks by name; voxels are counted and surfaces extracted once.
 
     Parameters
     ----------
     prediction, reference:
-        bool, equal shape.
+        Boolean masks of equal shape.
     spacing:
-        millimetres, in the order of the array's axes.
+        Millimetres per axis, in the order of the array's axes.
     convention:
-        the rule for empty masks.
+        The rules for empty masks.
     tolerance:
-        of the normalised surface Dice, millimetres.
-    hd95_variant:
-        see :func:`~nnunetv2_mstkd.metrics.surface.hd95`.
+        Tolerance of the normalised surface Dice in millimetres.
+    surfaces:
+        Also compute hd95 and nsd, which take most of the time.
 
     Returns
     -------
     dict with the keys dice, hd95, nsd, sensitivity, precision, volume_error_ml and relative_volume_error.
-
-    Raises
-    ------
-    ValueError
-        for wrong masks, spacing, tolerance, variant or convention.
     """
     check_masks(prediction, reference)
     check_tolerance(tolerance)
-    check_hd95_variant(hd95_variant)
     steps = check_spacing(spacing, prediction.ndim)
     counts = _counts(prediction, reference)
     scores = {name: _from_counts(name, counts, convention) for name in (DICE, SENSITIVITY, PRECISION)}
     scores[VOLUME_ERROR] = _volume_error(counts[1], counts[2], steps)
     scores[RELATIVE_VOLUME_ERROR] = _from_counts(RELATIVE_VOLUME_ERROR, counts, convention)
+    if not surfaces:
+        return scores
     empty = {"prediction_empty": counts[1] == 0, "reference_empty": counts[2] == 0}
     if any(empty.values()):
         diagonal = image_diagonal(prediction.shape, steps)
@@ -141,7 +113,7 @@ def score(
             scores[name] = value
     else:
         distances = surface_distances(prediction, reference, steps)
-        scores[HD95] = hd95_of(distances, variant=hd95_variant)
+        scores[HD95] = hd95_of(distances)
         scores[NSD] = normalized_surface_dice_of(distances, tolerance)
     return scores
 

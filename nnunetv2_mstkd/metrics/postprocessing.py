@@ -1,6 +1,6 @@
-"""Removal of a small enhancing tumour, a step of its own that no metric ever takes by itself.
+"""Relabelling a small enhancing tumour: a separate step that no metric applies by itself.
 
-A few predicted voxels where the reference has no enhancing tumour cost a whole case (Dice 0 in place of 1), so many
+A few predicted voxels where the reference has no enhancing tumour cost a whole case (Dice 0 instead of 1), so many
 entries to BraTS, and some missing-modality papers ("ETpp"), drop a prediction below a size. Numbers with and without
 it are not comparable: name it wherever it was used.
 """
@@ -12,36 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.metrics.masks import MM3_PER_ML, check_masks, check_spacing
-
-
-def drop_small_region(
-    mask: np.ndarray,
-    *,
-    min_voxels: int | None = None,
-    min_ml: float | None = None,
-    spacing: Sequence[float] | None = None,
-) -> np.ndarray:
-    """Empty the mask of a region that is smaller than a threshold; the other regions' masks stay as they are.
-
-    The missing-modality literature (RFNet, mmFormer) does this to ET below 500 voxels.
-
-    Parameters
-    ----------
-    mask:
-        bool.
-    min_voxels, min_ml:
-        exactly one of them; a mask of this size or more is kept.
-    spacing:
-        millimetres, in the order of the array's axes; for ``min_ml``.
-
-    Returns
-    -------
-    A new mask, either equal to the given one or empty.
-    """
-    check_masks(mask, mask)
-    threshold = _threshold(mask.ndim, min_voxels, min_ml, spacing)
-    return mask.copy() if np.count_nonzero(mask) >= threshold else np.zeros_like(mask)
+from nnunetv2_mstkd.metrics.masks import MM3_PER_ML, check_spacing
 
 
 def relabel_small_region(
@@ -55,21 +26,21 @@ def relabel_small_region(
 ) -> np.ndarray:
     """Relabel a class that is smaller than a threshold.
 
-    nnU-Net 1 gives the label of the necrosis to a small enhancing tumour, which leaves tumour core and whole tumour as
-    they are; ``replacement=0`` takes the voxels out of these as well.
+    nnU-Net 1 gives the label of the necrosis to a small enhancing tumour, which leaves tumour core and whole tumour
+    unchanged; ``replacement=0`` removes the voxels from these too.
 
     Parameters
     ----------
     segmentation:
-        integer labels.
+        Integer labels.
     labels:
-        the class, or several that count together.
+        The class, or several that count together.
     replacement:
-        the label that takes their place.
+        The label they are replaced with.
     min_voxels, min_ml:
-        exactly one of them; a class of this size or more is kept.
+        The threshold, as exactly one of the two; a class of this size or more is kept.
     spacing:
-        millimetres, in the order of the array's axes; for ``min_ml``.
+        Millimetres per axis, in the order of the array's axes; required for ``min_ml``.
 
     Returns
     -------
@@ -100,7 +71,7 @@ def _threshold(num_axes: int, min_voxels: int | None, min_ml: float | None, spac
     else:
         if spacing is None:
             raise InputError("a threshold in millilitres needs the spacing, in millimetres per axis")
-        # a hair less: a volume of exactly the threshold is kept, whatever the rounding of the spacing
+        # slightly lower: a volume of exactly the threshold is kept, whatever the rounding of the spacing
         threshold = float(min_ml or 0) * MM3_PER_ML / float(np.prod(check_spacing(spacing, num_axes))) * (1 - 1e-9)
     if not 0 < threshold < np.inf:
         raise InputError(f"the threshold {min_voxels if min_ml is None else min_ml!r} is not positive and finite")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from nnunetv2_mstkd.losses.relative import standardize_channels
+from nnunetv2_mstkd.networks.standardization import standardize_channels
 
 _NEGATIVE_SLOPE = 0.2
 

@@ -14,16 +14,15 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
-from nnunetv2_mstkd.networks.plans_unet import Halves, build_unet
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
 
 MIN_WIDTH = 4
 """Channels that a stage of a one-modality encoder keeps at least."""
 
 
-def scaled_widths(features_per_stage: int | Sequence[int], stages: int, width: float) -> list[int]:
+def scaled_widths(plan: UNetPlan, width: float) -> list[int]:
     """Channels per stage of a one-modality encoder of ``width`` times the planned channels."""
-    planned = [features_per_stage] * stages if isinstance(features_per_stage, int) else list(features_per_stage)
-    return [max(MIN_WIDTH, round(width * features)) for features in planned]
+    return [max(MIN_WIDTH, round(width * planned)) for planned in plan.shape.widths]
 
 
 class ModalityEncoders(nn.ModuleList):
@@ -75,40 +74,27 @@ class StageFusion(nn.Module):
         return [fuse(stage.flatten(1, 2)) for fuse, stage in zip(self.stages, stages, strict=True)]
 
 
-def build_modality_encoders(
-    architecture_class: str,
-    architecture_kwargs: dict[str, Any],
-    requires_import: Sequence[str],
-    num_modalities: int,
-    num_output_channels: int,
-    deep_supervision: bool,
-    width: float,
-) -> tuple[ModalityEncoders, StageFusion, nn.Module]:
-    """Encoders, fusion and the plans' decoder.
+def build_modality_encoders(plan: UNetPlan, width: float) -> tuple[ModalityEncoders, StageFusion, nn.Module]:
+    """Build one encoder per modality, their fusion and the plans' decoder.
 
     Parameters
     ----------
-    architecture_class, architecture_kwargs, requires_import:
-        of the plans configuration.
-    num_modalities, num_output_channels, deep_supervision:
-        as nnU-Net gives them.
-    width:
-        channels of a one-modality encoder over the planned ones.
-
-    Raises
-    ------
-    ValueError
-        if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
+    plan
+        The U-Net with all modalities as input.
+    width
+        Channels of a one-modality encoder over the planned ones.
     """
-
-    def build(channels: int, **changes: Any) -> Halves:
-        kwargs = {**architecture_kwargs, **changes}
-        return build_unet(architecture_class, kwargs, requires_import, channels, num_output_channels, deep_supervision)
-
-    widths = scaled_widths(architecture_kwargs["features_per_stage"], architecture_kwargs["n_stages"], width)
-    encoders = ModalityEncoders(build(1, features_per_stage=widths).encoder for _ in range(num_modalities))
-    planned = build(1)
-    fusion = StageFusion(planned.encoder, widths, num_modalities)
+    widths = scaled_widths(plan, width)
+    single = plan.replace(num_modalities=1)
+    encoders = ModalityEncoders(single.replace(widths=widths).build().encoder for _ in range(plan.num_modalities))
+    planned = single.build()
+    fusion = StageFusion(planned.encoder, widths, plan.num_modalities)
     decoder = planned.decoder
     del decoder.encoder  # it keeps the encoder it was built for, whose weights would be saved and never used
     return encoders, fusion, decoder
+
+
+def mask_features(features: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
+    """Set the features of absent modalities to zero: features (B, C, F, *grid), available bool (B, C)."""
+    keep = available.reshape(*available.shape, *[1] * (features.ndim - 2))
+    return torch.where(keep, features, features.new_zeros(()))

@@ -21,8 +21,16 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import complete_image, scratch_folder
+from nnunetv2_mstkd.nnunet.description import read_json
+from nnunetv2_mstkd.nnunet.folders import dataset_number
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.reading import Reader
+
+DATA_KEYS = (
+    "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)  # fmt: skip
+"""Entries of a configuration that preprocessed data depend on."""
 
 # ---- before the network --------------------------------------------------------------------------------------------
 
@@ -88,6 +96,44 @@ def read_preprocessed(folder: Path, name: str) -> tuple[np.ndarray, dict[str, An
 def read_properties(folder: Path, name: str) -> dict[str, Any]:
     """Read the properties of a preprocessed case, without its voxels."""
     return infer_dataset_class(str(folder))(str(folder), [name]).load_case(name)[-1]
+
+
+def check_preprocessed_with(file: Path, plans: PlansManager, configuration: ConfigurationManager) -> None:
+    """Refuse preprocessed data if the plans file beside them differs from the model's in what the data depend on.
+
+    Parameters
+    ----------
+    file
+        Plans file in the data set's folder; if it does not exist, nothing is known.
+    plans, configuration
+        Those of the model.
+    """
+    if not file.is_file():
+        return
+    found = PlansManager(read_json(file))
+    changed: list[str] = []
+    for name in found.plans.get("configurations", {}):
+        other = found.get_configuration(name).configuration
+        if other.get("data_identifier") != configuration.data_identifier:
+            continue
+        keys = [key for key in DATA_KEYS if other.get(key) != configuration.configuration.get(key)]
+        if found.transpose_forward != plans.transpose_forward:
+            keys.append("transpose_forward")
+        if not keys:
+            return
+        changed += keys
+    if changed:
+        raise InputError(
+            f"{file} has another {changed[0]} than the plans that the model was trained with, so the preprocessed data "
+            f"may not be the model's. Evaluate from the images: --mask-first, or -i IMAGES -l LABELS -o OUT"
+        )
+
+
+def preprocess_command(plans: PlansManager, configuration: ConfigurationManager) -> str:
+    """Return the command that makes the preprocessed data of a configuration."""
+    name = configuration.data_identifier.removeprefix(f"{plans.plans_name}_")
+    number = dataset_number(plans.dataset_name)
+    return f"nnUNetv2_preprocess -d {number} -plans_name {plans.plans_name} -c {name}"
 
 
 # ---- after the network ---------------------------------------------------------------------------------------------

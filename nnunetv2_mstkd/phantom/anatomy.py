@@ -28,7 +28,7 @@ class Anatomy:
     gm: np.ndarray
     csf: np.ndarray
     brain: np.ndarray
-    """bool; what every modality shows, outside of it images are exactly 0"""
+    """bool; images are exactly 0 outside"""
     depth: np.ndarray
     """distance to the brain's outer surface in mm, 0 outside"""
     supratentorial: np.ndarray
@@ -56,7 +56,7 @@ def make_anatomy(kind: str, grid: Grid, rng: np.random.Generator) -> Anatomy:
     Raises
     ------
     ValueError
-        If `kind` is unknown, or if it is ``"mni"`` and nilearn is not installed.
+        If `kind` is unknown, or ``"mni"`` without nilearn.
     """
     if kind not in ANATOMIES:
         raise InputError(f"unknown phantom anatomy {kind!r}; known anatomies: {', '.join(ANATOMIES)}")
@@ -98,12 +98,12 @@ def _ellipsoid(z, y, x, center, radii) -> np.ndarray:
 
 
 def _inside(distance: np.ndarray, spacing: float) -> np.ndarray:
-    """Part of a voxel that lies inside a surface at a signed distance (positive inside)."""
+    """Fraction of a voxel inside a surface at a signed distance (positive inside)."""
     return np.clip(distance / np.float32(spacing) + np.float32(0.5), 0, 1)
 
 
 def _sheet(distance: np.ndarray, half_width: float, spacing: float) -> np.ndarray:
-    """Part of a voxel that is covered by a sheet whose middle lies at an unsigned distance."""
+    """Fraction of a voxel covered by a sheet whose middle is at an unsigned distance."""
     half = np.float32(0.5 * spacing)
     overlap = np.minimum(distance + half, half_width) - np.maximum(distance - half, -half_width)
     return np.clip(overlap / np.float32(spacing), 0, 1)

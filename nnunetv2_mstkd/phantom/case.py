@@ -41,8 +41,8 @@ def make_case(seed: int, *, spacing: float = 2.0, recipe: str = "default", anato
     Parameters
     ----------
     seed
-        Non-negative integer of any size; the same seed and arguments give the same case, bit for bit with the same
-        versions of numpy, scipy and SimpleITK. One seed at two spacings gives about the same patient, with other noise.
+        Non-negative integer of any size; the same arguments give the same case, bit for bit with the same versions of
+        numpy, scipy and SimpleITK. One seed at two spacings gives nearly the same patient, with different noise.
     spacing
         Edge of the cubic voxels in mm, 1 to 6.
     recipe
@@ -53,7 +53,7 @@ def make_case(seed: int, *, spacing: float = 2.0, recipe: str = "default", anato
     Raises
     ------
     ValueError
-        If an argument is out of its range.
+        If an argument is out of range.
 
     Notes
     -----
@@ -62,7 +62,7 @@ def make_case(seed: int, *, spacing: float = 2.0, recipe: str = "default", anato
     """
     check_arguments(spacing=spacing, recipe=recipe, anatomy=anatomy, seed=seed)
     numbers = get_recipe(recipe)
-    # separate streams: a change in one stage (say another number of vessels) leaves the others' draws alone
+    # separate streams: a change in one stage, such as the number of vessels, does not affect the draws of the others
     for_anatomy, for_tumor, for_images = (np.random.default_rng(s) for s in np.random.SeedSequence(seed).spawn(3))
     grid = Grid(float(spacing))
     brain = make_anatomy(anatomy, grid, for_anatomy)
@@ -72,7 +72,7 @@ def make_case(seed: int, *, spacing: float = 2.0, recipe: str = "default", anato
 
 
 def check_arguments(*, spacing: float, recipe: str, anatomy: str, seed: int) -> None:
-    """Raise a one-line ValueError if an argument of `make_case` is out of its range."""
+    """Raise ValueError if an argument of :func:`make_case` is out of range."""
     low, high = SPACING_RANGE_MM
     if not low <= spacing <= high:
         raise InputError(f"spacing must be between {low:g} and {high:g} mm, found {spacing:g}")

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import statistics
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +17,12 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.completeness import written_whole
+from nnunetv2_mstkd.images.atomic import complete_image
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 
 GENERATOR_VERSION = 1
-"""Raised whenever the same arguments give other images, so that an old folder is not taken for a new one."""
+"""Incremented when the same arguments give different images, so that old folders are not mistaken for new ones."""
 
 RECORD = "phantom.json"
 FILE_ENDING = ".nii.gz"
@@ -52,19 +53,18 @@ def write_dataset(
 ) -> Written:
     """Write ``DatasetXXX_name`` with imagesTr, labelsTr, imagesTs, labelsTs, dataset.json and phantom.json.
 
-    A case depends on the seed, its split and its number only: more cases, or another number of workers, leave the
-    existing ones as they are. Training cases are called phantom_000, ..., test cases phantom_test_000, ...; the two
-    never share a seed. The folder appears when it is complete: it is written under another name beside its place and
-    renamed.
+    A case depends only on the seed, its split and its number, not on the number of cases or workers. Training cases are
+    called phantom_000, ..., test cases phantom_test_000, ...; the two never share a seed. The folder appears when it is
+    complete: it is written under another name and renamed.
 
     Parameters
     ----------
     folder_raw
-        nnU-Net's raw folder (``nnUNet_raw``); created if it does not exist.
+        nnU-Net's raw folder (``nnUNet_raw``); created if necessary.
     dataset_id
-        1 to 999.
+        Number of the data set, 1 to 999.
     name
-        Letters, digits, ``_`` and ``-``.
+        Name of the data set: letters, digits, ``_`` and ``-``.
     cases, test_cases
         Numbers of training (at least 1) and test cases (at least 0).
     spacing, recipe, anatomy
@@ -77,17 +77,17 @@ def write_dataset(
     progress
         Show a progress bar.
     overwrite
-        Replace an existing folder, if it was written by this function; other data sets are never replaced.
+        Replace an existing folder that this function wrote; other data sets are never replaced.
 
     Returns
     -------
     Written
-        The folder, and whether it was written now; False means that it already held exactly these cases.
+        The folder, and whether it was written now; if not, it already held exactly these cases.
 
     Raises
     ------
     ValueError
-        If an argument is out of its range, the folder holds something else, or the id belongs to another data set.
+        If an argument is out of range, the folder holds something else, or the id belongs to another data set.
     """
     check_arguments(spacing=spacing, recipe=recipe, anatomy=anatomy, seed=seed)
     if not 1 <= dataset_id <= 999:
@@ -126,7 +126,7 @@ def write_dataset(
         )
 
     folder_raw.mkdir(parents=True, exist_ok=True)
-    # nnU-Net looks for names that start with "Dataset", so that an unfinished folder is invisible to it
+    # nnU-Net looks for names that start with "Dataset", so it does not see an unfinished folder
     unfinished = folder_raw / f".{folder.name}.{os.getpid()}.unfinished"
     try:
         _write_all(unfinished, parameters, recipe, workers, progress)
@@ -144,7 +144,7 @@ def write_dataset(
 
 
 def read_record(folder: Path | str) -> dict:
-    """Read phantom.json: ``parameters`` (all that the images depend on) and ``cases`` (id -> volumes in ml by region).
+    """Read phantom.json: ``parameters`` of the images and ``cases``, which maps each case to its volumes in ml.
 
     Raises
     ------
@@ -157,14 +157,27 @@ def read_record(folder: Path | str) -> dict:
     return json.loads(path.read_text())
 
 
+def describe_volumes(folder: Path) -> list[str]:
+    """A line per region with the distribution of its volumes."""
+    cases = read_record(folder)["cases"].values()
+    lines = []
+    for region in REGIONS:
+        values = [case[region] for case in cases]
+        lines.append(
+            f"{region}: median {statistics.median(values):.1f} ml, {min(values):.1f} to {max(values):.1f} ml, "
+            f"absent in {values.count(0)} of {len(values)}"
+        )
+    return lines
+
+
 def default_workers() -> int:
-    """One process per core that this process may use, at most 8."""
+    """Number of cores that this process may use, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(8, cores)
 
 
 def case_seed(seed: int, split: str, number: int) -> int:
-    """Seed of one case: 128 bits, independent of how many cases there are."""
+    """Seed of one case: 128 bits, independent of the number of cases."""
     words = np.random.SeedSequence(seed, spawn_key=(("train", "test").index(split), number)).generate_state(4)
     return sum(int(word) << (32 * i) for i, word in enumerate(words))
 
@@ -251,5 +264,5 @@ def _write_image(array: np.ndarray, case: Case, path: Path) -> None:
     image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
     x, y, z = case.origin
     image.SetOrigin((-x, -y, z))
-    with written_whole(path):
+    with complete_image(path):
         sitk.WriteImage(image, str(path), useCompression=True)

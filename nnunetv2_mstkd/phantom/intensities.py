@@ -89,7 +89,7 @@ def _case_means(recipe: Recipe, rng: np.random.Generator) -> dict[str, list[floa
 
 
 def _vessels(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """Part of each voxel taken by contrast-filled vessels: curves on which two smooth fields vanish, near fluid."""
+    """Fraction of each voxel in contrast-filled vessels: curves on which two smooth fields vanish, near fluid."""
     grid = anatomy.grid
     vessels = np.zeros(grid.shape, np.float32)
     for _ in range(recipe.vessel_fields):
@@ -113,7 +113,7 @@ def _vessels(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Gene
 
 
 def _periventricular(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """Brightness added around the ventricles on FLAIR, as seen with age."""
+    """Brightness around the ventricles on FLAIR, as is common with age."""
     strength = rng.uniform(*recipe.periventricular)
     noise = smooth_noise(rng, anatomy.grid, 8.0)
     ventricles = anatomy.ventricles
@@ -125,13 +125,13 @@ def _periventricular(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.ran
 
 
 def _choroid(anatomy: Anatomy, rng: np.random.Generator) -> np.ndarray:
-    """Part of each ventricle voxel taken by the enhancing choroid plexus."""
+    """Fraction of each ventricle voxel in the enhancing choroid plexus."""
     noise = smooth_noise(rng, anatomy.grid, 6.0)
     return (np.clip(noise - 0.8, 0, 1) * anatomy.csf * anatomy.ventricles).astype(np.float32)
 
 
 def _acquire(image: np.ndarray, anatomy: Anatomy, recipe: Recipe, channel: int, rng: np.random.Generator) -> np.ndarray:
-    """What a scanner and its software do: gamma, coil bias, thick slices, Rician noise, gain, skull stripping."""
+    """Effects of a scanner and its software: gamma, coil bias, thick slices, Rician noise, gain, skull stripping."""
     grid = anatomy.grid
     gamma = rng.uniform(*recipe.gamma)
     bias = recipe.bias_amplitude[channel] * np.clip(smooth_noise(rng, grid, 70.0), -2, 2) / 1.5

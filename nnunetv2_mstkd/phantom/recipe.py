@@ -1,9 +1,9 @@
-"""What the phantom is made of: tissue means, variability, noise and the shape of the lesions, per named recipe.
+"""The numbers of the phantom: tissue means, variability, noise and the shape of the lesions, per named recipe.
 
-The means started as medians over six public BraTS cases, relative to white matter (four of them with algorithm masks,
-not expert ones), and were then adjusted, inside the range of those cases, until the phantom met the contrast table in
-:mod:`nnunetv2_mstkd.phantom.contrast`. That table is therefore a fit, not a blind test. The numbers describe a contrast
-pattern (which modality shows which region), not a patient population.
+The means started as medians over six public BraTS cases, relative to white matter (four of them with masks of an
+algorithm), and were then adjusted, within the range of those cases, until the phantom met the contrast table in
+``tests/phantom_contrast.py``. That table is therefore a fit, not a blind test. The numbers describe a contrast pattern
+(which modality shows which region), not a patient population.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LABELS = {"background": 0, "edema": 1, "necrosis": 2, "enhancing": 3}
 """Integer labels of the phantom; "necrosis" is the whole non-enhancing core (NCR and NET, as in BraTS)."""
 
 REGIONS = {"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}
-"""Region name -> labels, in the nesting order that nnU-Net's regions_class_order (1, 2, 3) writes back."""
+"""Maps each region to its labels, in the nesting order of nnU-Net's regions_class_order (1, 2, 3)."""
 
 CLASSES = ("WM", "GM", "CSF", "ED", "NCR", "NET", "ET")
 """Tissue classes of the intensity model. NCR and NET share one label but not one appearance."""
@@ -79,12 +79,12 @@ class Recipe:
     core_fraction: tuple[float, float] = (0.18, 0.55)
     rim_mm: tuple[float, float] = (2.4, 6.4)
     rim_fill_minimum: float = 0.75
-    """enhancing part of the voxels of a rim that is much thinner than a voxel"""
+    """enhancing share of the voxels of a rim that is much thinner than a voxel"""
     rim_gap_fraction: tuple[float, float] = (0.05, 0.30)
     no_enhancement_probability: float = 0.12
     front_density: float = 0.6
     infiltration_gm: float = 0.25
-    """How much of the edema signal reaches gray matter; white matter takes all of it."""
+    """share of the edema signal in gray matter; it is 1 in white matter"""
 
     # look-alikes
     vessel_radius_mm: float = 1.0
@@ -104,19 +104,13 @@ HARD = replace(
     vessel_radius_mm=1.3,
     vessel_fields=5,
 )
-"""Enhancing tumor that is harder to find on T1ce: it varies more, its rim is thin, vessels are dense."""
+"""Enhancing tumor is harder to find on T1ce: it varies more, its rim is thin, and vessels are dense."""
 
 RECIPES = {recipe.name: recipe for recipe in (DEFAULT, HARD)}
 
 
 def get_recipe(name: str) -> Recipe:
-    """Look a recipe up by its name.
-
-    Raises
-    ------
-    ValueError
-        If there is no such recipe; the message names the known ones.
-    """
+    """Look up a recipe by name; ValueError names the known ones."""
     if name not in RECIPES:
         raise InputError(f"unknown phantom recipe {name!r}; known recipes: {', '.join(RECIPES)}")
     return RECIPES[name]

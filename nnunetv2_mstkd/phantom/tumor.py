@@ -23,11 +23,11 @@ class Tumor:
     label: np.ndarray
     """uint8, values as in recipe.LABELS"""
     net: np.ndarray
-    """bool; the solid part (NET) of the label "necrosis", the rest is fluid (NCR)"""
+    """bool; the solid part (NET) of the label "necrosis"; the rest is fluid (NCR)"""
     density: np.ndarray
     """float32; cell density, 1 in the middle of the whole tumor and `Recipe.front_density` at its border"""
     rim_fill: np.ndarray
-    """float32; which part of an enhancing voxel enhances, below 1 where the rim is thinner than a voxel"""
+    """float32; fraction of an enhancing voxel that enhances, below 1 where the rim is thinner than a voxel"""
 
 
 def grow_tumor(anatomy: Anatomy, recipe: Recipe, rng: np.random.Generator) -> Tumor:
@@ -42,7 +42,7 @@ def grow_tumor(anatomy: Anatomy, recipe: Recipe, rng: np.random.Generator) -> Tu
     Returns
     -------
     Tumor
-        Its labels are nested (core inside the whole tumor) and inside the brain.
+        Labels are nested (core inside the whole tumor) and inside the brain.
     """
     grid = anatomy.grid
     volume_ml = float(

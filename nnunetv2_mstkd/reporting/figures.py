@@ -1,12 +1,11 @@
 """Figures of an evaluation (heat map, curve over the number of modalities, Shapley bars) and of a comparison.
 
-They are drawn without pyplot, so that no window system is asked for and nothing global is kept.
+They are drawn without pyplot, which needs no window system and keeps no global state.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.statistics.bootstrap import cube, mean
 from nnunetv2_mstkd.statistics.shapley import MODALITY
@@ -27,17 +26,17 @@ from nnunetv2_mstkd.statistics.tests import AGAINST, DIFFERENCE
 COLORS = "colorblind"
 
 
-def heat_map(results: pd.DataFrame, *, metric: str = "dice", models: Sequence[str] | None = None) -> Figure:
+def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     """Mean of every subset (rows) and region (columns), a panel per model, all on one scale.
 
     Parameters
     ----------
     results:
-        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    metric, models:
-        which values; default Dice of all models.
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    metric:
+        Name of the metric.
     """
-    data = cube(results, metric, models=models)
+    data = cube(results, metric)
     factor, label = _scale(metric)
     means = mean(data.values, axis=1) * factor
     panels = len(data.models)
@@ -69,21 +68,18 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice", models: Sequence[st
     return figure
 
 
-def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice", region: str | None = None) -> Figure:
+def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice") -> Figure:
     """Mean against the number of available modalities with its interval, a line per model and a panel per region.
 
     Parameters
     ----------
     counts:
-        from :func:`~nnunetv2_mstkd.statistics.tests.mean_by_count`.
+        From :func:`~nnunetv2_mstkd.statistics.tests.mean_by_count`.
     metric:
-        the one that it was made of, for the labels.
-    region:
-        the only one to draw; default all.
+        The metric it was made of, for the labels.
     """
-    regions = list(dict.fromkeys(counts[REGION])) if region is None else [region]
-    models = list(dict.fromkeys(counts[MODEL]))
-    _refuse_empty(counts[counts[REGION].isin(regions)], "the table of means by number of modalities")
+    _refuse_empty(counts, "the table of means by number of modalities")
+    regions, models = (list(dict.fromkeys(counts[column])) for column in (REGION, MODEL))
     factor, label = _scale(metric)
     figure = _figure(1.2 + 2.6 * len(regions), 3.2 if len(models) == 1 else 3.6)
     axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
@@ -91,7 +87,7 @@ def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice", region: str | 
     for axis, name in zip(axes, regions, strict=True):
         for number, (model, color) in enumerate(zip(models, colors, strict=True)):
             part = counts[(counts[REGION] == name) & (counts[MODEL] == model)].sort_values(MODALITIES)
-            # a little apart, or the intervals of different models hide each other
+            # slightly apart, or the intervals of different models would hide each other
             shift = 0.08 * (number - (len(models) - 1) / 2)
             values = part[VALUE].to_numpy() * factor
             distances = _distances(part, factor)
@@ -112,9 +108,9 @@ def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
     Parameters
     ----------
     values:
-        from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
+        From :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
     metric:
-        the one that it was made of, for the labels.
+        The metric it was made of, for the labels.
     """
     _refuse_empty(values, "the table of Shapley values")
     regions, models, names = (list(dict.fromkeys(values[column])) for column in (REGION, MODEL, MODALITY))
@@ -147,11 +143,11 @@ def differences_plot(
     Parameters
     ----------
     overall:
-        from :func:`~nnunetv2_mstkd.statistics.tests.compare`.
+        From :func:`~nnunetv2_mstkd.statistics.tests.compare`.
     by_count, by_subset:
-        from ``compare_by_count`` and ``compare_subsets`` of each pair, with the columns model and against.
+        From ``compare_by_count`` and ``compare_subsets`` of each pair, with the columns model and against.
     metric:
-        the one that they were made of, for the labels.
+        The metric they were made of, for the labels.
 
     Returns
     -------
@@ -210,14 +206,14 @@ def differences_plot(
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
-    """Write a figure, whole or not at all; the ending of the name (png, pdf, svg) is the format."""
+    """Write a figure atomically, in the format of the file name's ending (png, pdf, svg)."""
     path = Path(path)
     formats = figure.canvas.get_supported_filetypes()
     ending = path.suffix.removeprefix(".").lower()
     if ending not in formats:
         raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .png, .pdf or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(path) as scratch:
+    with atomic_write(path) as scratch:
         figure.savefig(scratch, format=ending, dpi=dpi)
 
 
@@ -234,7 +230,7 @@ def _scale(metric: str) -> tuple[float, str]:
 
 
 def _distances(table: pd.DataFrame, factor: float) -> np.ndarray:
-    """What error bars are made of: how far the limits lie below and above the value, shape (2, rows)."""
+    """Error bars: how far the limits lie below and above the value, shape (2, rows)."""
     value, low, high = (table[column].to_numpy() * factor for column in (VALUE, "low", "high"))
     return np.stack([value - low, high - value]).clip(0)
 

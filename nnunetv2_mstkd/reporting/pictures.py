@@ -1,4 +1,4 @@
-"""Pictures as data URIs, so that a page needs no other file."""
+"""Pictures as data URIs, so that a page is a single file."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,16 @@ import seaborn as sns
 from PIL import Image
 from scipy import ndimage
 
-from nnunetv2_mstkd.evaluation.strips import CaseStrip
+from nnunetv2_mstkd.evaluation.montage import Montage
 
 OPACITY = 150
-"""Of a label over the image, of 255."""
+"""Opacity of a label over the image, out of 255."""
 
 MARGIN = 3
-"""Pixels around what a strip shows."""
+"""Pixels around the contents of a picture."""
 
 FINE = 192
-"""Pixels of an overlay at least, or the outline, one pixel wide, would hide the labels of small images."""
+"""Minimum edge of an overlay in pixels; in smaller ones the outline, one pixel wide, would hide the labels."""
 
 Color = tuple[int, int, int]
 IGNORED: Color = (128, 128, 128)
@@ -44,11 +45,11 @@ def overlay_uri(labels: np.ndarray, colors: Mapping[int, Color], outline: np.nda
     Parameters
     ----------
     labels:
-        integers, shape (rows, columns); those without a colour are transparent.
+        Integer labels, shape (rows, columns); labels without a colour are transparent.
     colors:
-        by label.
+        Colour of each label.
     outline:
-        a mask whose border is drawn in white on top.
+        A mask whose border is drawn on top in white.
     """
     times = max(1, math.ceil(FINE / max(labels.shape)))
     labels = _enlarged(labels, times)
@@ -70,7 +71,7 @@ def overlay_uri(labels: np.ndarray, colors: Mapping[int, Color], outline: np.nda
 
 
 def label_colors(labels: list[int], ignore_label: int | None) -> dict[int, Color]:
-    """A colour per label that colour-blind people can tell apart (up to ten); grey for what is not counted."""
+    """A colour per label, safe for colour-blind readers up to ten labels; grey for the ignore label."""
     shown = [label for label in labels if label not in (0, ignore_label)]
     palette = sns.color_palette("colorblind" if len(shown) <= 10 else "husl", len(shown))
     colors: dict[int, Color] = {}
@@ -80,25 +81,25 @@ def label_colors(labels: list[int], ignore_label: int | None) -> dict[int, Color
     return colors if ignore_label is None else {**colors, ignore_label: IGNORED}
 
 
-def cropped(strip: CaseStrip) -> CaseStrip:
-    """Without the empty border around the images and labels."""
-    shown = strip.images.any(axis=0) | (strip.reference != 0)
-    for segmentation in strip.segmentations.values():
+def cropped(montage: Montage) -> Montage:
+    """Remove the empty border around the images and labels."""
+    shown = montage.images.any(axis=0) | (montage.reference != 0)
+    for segmentation in montage.segmentations.values():
         shown |= segmentation != 0
     if not shown.any():
-        return strip
+        return montage
     rows, columns = (_extent(shown.any(axis=axis)) for axis in (1, 0))
     window = (rows, columns)
-    segmentations = {subset: labels[window] for subset, labels in strip.segmentations.items()}
-    images = strip.images[:, rows, columns]
-    return CaseStrip(strip.axis, strip.index, strip.depth, images, strip.reference[window], segmentations)
+    segmentations = {subset: labels[window] for subset, labels in montage.segmentations.items()}
+    images = montage.images[:, rows, columns]
+    return replace(montage, images=images, reference=montage.reference[window], segmentations=segmentations)
 
 
-def clearest_image(strip: CaseStrip) -> int:
-    """The channel in which what is labelled differs most from the rest of the image."""
-    labelled = strip.reference != 0
+def clearest_image(montage: Montage) -> int:
+    """The channel in which the labelled region differs most from the rest of the image."""
+    labelled = montage.reference != 0
     contrasts = []
-    for image in strip.images.astype(float):
+    for image in montage.images.astype(float):
         there = image > 0
         inside, outside = image[there & labelled], image[there & ~labelled]
         spread = image[there].std() if there.any() else 0.0

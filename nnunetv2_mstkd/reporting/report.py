@@ -1,274 +1,165 @@
-"""``report.html``: an evaluation as one file to look at, with everything in it and nothing loaded from elsewhere."""
+"""The files of an evaluation: results.csv, tables, figures, report.html and summary.json, and the text to print."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from datetime import datetime, timezone
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import numpy as np
 import pandas as pd
 
-import nnunetv2_mstkd
-from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE, write_results, write_text
+from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
-from nnunetv2_mstkd.evaluation.strips import CaseStrip
-from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
-from nnunetv2_mstkd.reporting.findings import Findings, overall_table, points, spread_table
-from nnunetv2_mstkd.reporting.tables import SubsetContent, subset_content
+from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
+from nnunetv2_mstkd.reporting import figures
+from nnunetv2_mstkd.reporting.page import FIGURE_TITLES, Pictures, html_report
+from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
+from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
-
-WIDE = 16
-"""From this number of subsets a table has a row per subset instead of a column, and only one case is unfolded."""
-
-FIGURE_TITLES = {
-    "heat_map.png": "Dice of every subset and region",
-    "curve.png": "Dice against the number of modalities",
-    "shapley.png": "What each modality is worth: exact Shapley values of the Dice",
-}
+from nnunetv2_mstkd.statistics.tests import HIGH, LOW
 
 
-@dataclass(frozen=True)
-class Strips:
-    """Which cases are pictured.
+class Evaluation(Findings):
+    """The findings of an evaluation, and where they were written.
 
     Attributes
     ----------
-    number:
-        how many: one is the worst, two are the worst and the best, more are spread between them.
-    load:
-        the pictures of a case by fold and name; None for a case without.
+    folder:
+        The output folder.
+    text:
+        All findings as text, as ``mstkd evaluate`` prints them.
     """
 
-    number: int
-    load: Callable[[str, str], CaseStrip | None]
+    def __init__(self, measured: Measured, folder: Path) -> None:
+        super().__init__(measured.results)
+        self.folder = folder
+        self.text = _text(self, measured.rules, measured.near)
 
 
-def html_report(
-    findings: Findings,
-    rules: Rules,
-    run: Mapping[str, Any],
-    near: tuple[int, int] | None,
-    figures: Mapping[str, Path],
-    strips: Strips,
-    *,
-    now: datetime | None = None,
-) -> str:
-    """The page.
+def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
+    """Write all files of an evaluation, each of them atomically.
 
     Parameters
     ----------
-    findings:
-        of one model.
-    rules, run, near:
-        how it was evaluated; see :func:`~nnunetv2_mstkd.reporting.subset_report.write_report`.
-    figures:
-        PNG files by name, those of :data:`FIGURE_TITLES` that there are.
-    strips:
-        which cases are pictured.
-    now:
-        the date of the page; default today.
-
-    Returns
-    -------
-    HTML. All names are escaped, and the page's own policy forbids scripts other than its one, and any connection.
+    measured:
+        The results.
+    output:
+        An existing folder.
+    pictures:
+        Number of cases to picture.
     """
-    loader = jinja2.PackageLoader("nnunetv2_mstkd.reporting")
-    environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    # ours, and not escaped
-    script, style = (loader.get_source(environment, f"report.{ending}")[0] for ending in ("js", "css"))
-    cases = _case_means(findings)
-    folds = ", ".join(findings.folds)
-    return environment.get_template("report.html").render(
-        title=f"{findings.model}: {findings.trainer}, fold{'s' if len(findings.folds) > 1 else ''} {folds}",
-        date=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d"),
-        version=nnunetv2_mstkd.__version__,
-        findings=findings,
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
-        summaries=list(_summaries(findings)),
-        figures=[_figure(name, figures[name]) for name in FIGURE_TITLES if name in figures],
-        strips=[_strip(number, place, findings, rules, strips) for number, place in enumerate(_places(cases, strips))],
-        legend=_legend(rules),
-        many=len(findings.subsets) >= WIDE,
-        channels=list(run["channels"]),
-        worst=_worst_cases(cases, findings, rules),
-        settings=[(key.replace("_", " "), _words(value)) for key, value in run.items()],
-        near=None if near is None else {"voxels": near[0], "of": near[1], "logit": NEAR},
-    )
+    evaluation = Evaluation(measured, output)
+    rules, near = measured.rules, measured.near
+    write_results(evaluation.results, output / RESULTS)
+    for fmt, name in TABLES.items():
+        write_text(_tables(evaluation.results, rules, fmt), output / name)
+    drawn = _write_figures(evaluation, output)
+    shown = Pictures(pictures, measured.records.load_montage)
+    write_text(html_report(evaluation, rules, measured.settings, near, drawn, shown), output / REPORT)
+    # last: mstkd predict looks for it
+    write_json(output / SUMMARY, _summary(evaluation, measured))
+    return evaluation
 
 
-def _words(value: Any) -> str:
-    """A setting as text."""
-    if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {_words(inner)}" for key, inner in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "-" if value is None else str(value)
-
-
-# ---- tables --------------------------------------------------------------------------------------------------------
-
-
-def _subset_table(findings: Findings, rules: Rules, metric: str) -> dict[str, Any]:
-    content: SubsetContent = subset_content(
-        findings.results, metric=metric, convention=rules.convention, lesion_convention=rules.lesion_convention
-    )
-    return {
-        "title": metric_named(metric).label,
-        "modalities": content.data.modalities,
-        "subsets": content.data.subsets,
-        "regions": content.data.regions,
-        "available": content.available.tolist(),
-        "texts": content.texts[0].tolist(),
-        "notes": content.notes,
-        "long": len(content.data.subsets) >= WIDE,
+def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:
+    """Draw the figures, remove those of an earlier run with other subsets, and return the files by name."""
+    drawings = {
+        "heat_map.png": lambda: figures.heat_map(findings.results),
+        "curve.png": lambda: figures.curve_by_count(findings.by_count),
     }
-
-
-def _summaries(findings: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Title and table, one after the other."""
-    yield "Over all evaluated subsets, and the worst one", overall_table(findings.summary)
-    if findings.by_count[MODALITIES].nunique() > 1:
-        yield "By number of modalities", spread_table(findings.by_count, MODALITIES)
-    if findings.gap is not None:
-        yield "Points lost against the full input", spread_table(findings.gap, SUBSET)
     if findings.shapley is not None:
-        yield "What each modality is worth: exact Shapley values, points", spread_table(findings.shapley, MODALITY)
+        drawings["shapley.png"] = lambda: figures.shapley_bars(findings.shapley)
+    for name in FIGURE_TITLES:
+        if name in drawings:
+            figures.save_figure(drawings[name](), output / name)
+        else:
+            (output / name).unlink(missing_ok=True)
+    return {name: output / name for name in drawings}
 
 
-def _figure(name: str, file: Path) -> dict[str, str]:
-    from nnunetv2_mstkd.reporting.pictures import file_uri
-
-    return {"name": name.removesuffix(".png"), "title": FIGURE_TITLES[name], "source": file_uri(file)}
+# ---- summary.json --------------------------------------------------------------------------------------------------
 
 
-# ---- cases ---------------------------------------------------------------------------------------------------------
-
-
-def _case_means(findings: Findings) -> pd.DataFrame:
-    """Dice of each case (index: fold and case), worst first.
-
-    Columns: each region's mean over the subsets; ``mean`` of all; ``worst`` subset and ``worst_value``, its mean over
-    the regions; ``full``, the same with all modalities, NaN where they were not evaluated.
-    """
-    dice = findings.results[findings.results[METRIC] == DICE]
-    keys = [FOLD, CASE]
-    by_region = dice.groupby([*keys, REGION], sort=False)[VALUE].mean().unstack(REGION)
-    by_subset = dice.groupby([*keys, SUBSET], sort=False)[VALUE].mean().unstack(SUBSET)[findings.subsets]
-    table = pd.DataFrame(index=by_region.index)
-    table["mean"] = dice.groupby(keys, sort=False)[VALUE].mean()
-    filled = by_subset.fillna(np.inf)
-    table["worst"], table["worst_value"] = filled.idxmin(axis=1), by_subset.min(axis=1)
-    table["full"] = by_subset[findings.subsets[-1]] if findings.gap is not None else math.nan
-    # behind a key of its own: a region may be called as one of the columns
-    table = pd.concat({"case": table, "region": by_region[list(dict.fromkeys(dice[REGION]))]}, axis=1)
-    return table.sort_values(("case", "mean"), kind="stable")
-
-
-def _worst_cases(cases: pd.DataFrame, findings: Findings, rules: Rules) -> dict[str, Any]:
-    """All cases, worst first: heads, and rows of text with the value to sort by."""
-    full = findings.gap is not None
-    several = len(findings.subsets) > 1
-    heads = ["case", "fold", "mean", *rules.regions]
-    heads += ["worst subset", "its mean"] if several else []
-    heads += ["full input"] if full else []
-    rows = []
-    for (fold, case), row in zip(cases.index, cases.to_dict("records"), strict=True):
-        numbers = [row["case", "mean"], *(row["region", region] for region in rules.regions)]
-        cells = [{"text": case, "key": None}, {"text": fold, "key": None}, *map(_cell, numbers)]
-        if several:
-            cells += [{"text": row["case", "worst"], "key": None}, _cell(row["case", "worst_value"])]
-        rows.append([*cells, _cell(row["case", "full"])] if full else cells)
-    return {"heads": heads, "rows": rows}
-
-
-def _cell(value: float) -> dict[str, Any]:
-    """A number as text and as what the column is sorted by; cells of text have None there."""
-    return {"text": points(value), "key": "" if math.isnan(value) else value}
-
-
-def _places(cases: pd.DataFrame, strips: Strips) -> list[tuple[str, str, str, float]]:
-    """Fold, case, rank in words and mean Dice of the cases that are pictured."""
-    number = min(strips.number, len(cases))
-    found = []
-    for place in np.unique(np.linspace(0, len(cases) - 1, number).round().astype(int)) if number else []:
-        fold, case = cases.index[place]
-        found.append((fold, case, _rank(int(place), len(cases), number), cases["case", "mean"].iloc[place]))
-    return found
-
-
-def _rank(place: int, of: int, number: int) -> str:
-    if place == 0:
-        return "worst"
-    if place == of - 1:
-        return "best"
-    if number % 2 and place == round((of - 1) / 2):
-        return "median"
-    return f"number {place + 1} of {of} from the worst"
-
-
-def _strip(
-    number: int, place: tuple[str, str, str, float], findings: Findings, rules: Rules, strips: Strips
-) -> dict[str, Any]:
-    from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, grey_uri, label_colors, overlay_uri
-
-    fold, case, rank, mean = place
-    about = {"number": number, "case": case, "fold": fold, "rank": rank, "mean": points(mean)}
-    stored = strips.load(fold, case)
-    if stored is None:
-        return {**about, "groups": None}
-    strip = cropped(stored)
-    colors = label_colors(list(rules.labels), rules.ignore_label)
-    outline = strip.reference != 0
-    if rules.ignore_label is not None:
-        outline &= strip.reference != rules.ignore_label
-    dice = findings.results.query(f"{METRIC} == @DICE and {FOLD} == @fold and {CASE} == @case")
-    values = dict(zip(zip(dice[SUBSET], dice[REGION], strict=True), dice[VALUE], strict=True))
-    groups: dict[int, list[dict[str, Any]]] = {}
-    for subset in findings.subsets:
-        if subset in strip.segmentations:
-            below = [(region, points(values[subset, region])) for region in rules.regions]
-            source = overlay_uri(strip.segmentations[subset], colors, outline)
-            size = subset.count(SEPARATOR) + 1
-            groups.setdefault(size, []).append({"name": subset, "source": source, "values": below})
-    shown = clearest_image(strip)
-    return {
-        **about,
-        "slice": strip.index + 1,
-        "depth": strip.depth,
-        "aspect": f"{strip.reference.shape[1]} / {strip.reference.shape[0]}",
-        "background": grey_uri(strip.images[shown]),
-        "images": [grey_uri(image) if image.any() else None for image in strip.images],
-        "shown": shown,
-        "reference": overlay_uri(strip.reference, colors),
-        "groups": [(f"{size} modalit{'y' if size == 1 else 'ies'}", pictures) for size, pictures in groups.items()],
+def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
+    rules = measured.rules
+    subsets: dict[str, dict[str, dict[str, float | None]]] = {
+        subset: {region: {} for region in rules.regions} for subset in findings.subsets
     }
+    for row in findings.by_subset.to_dict("records"):
+        subsets[row[SUBSET]][row[REGION]][row["metric"]] = _number(row[VALUE])
+    overall = findings.summary.to_dict("records")
+    content: dict[str, Any] = {
+        "model": findings.model,
+        "trainer": findings.trainer,
+        "folds": findings.folds,
+        "cases": len(findings.cases),
+        "patients": findings.num_patients,
+        **measured.settings,
+        "empty_masks": empty_rules_text(
+            rules.convention, rules.metrics, lesion_convention=rules.lesion_convention
+        ).splitlines(),
+        "subsets": subsets,
+        "mean_over_subsets": {row[REGION]: _interval(row) for row in overall},
+        "worst_subset": {row[REGION]: {"subset": row["worst_subset"], DICE: _number(row["worst"])} for row in overall},
+        "by_number_of_modalities": _nested(findings.by_count, MODALITIES),
+        "loss_against_full_input": None if findings.gap is None else _nested(findings.gap, SUBSET),
+        "shapley": None if findings.shapley is None else _nested(findings.shapley, MODALITY),
+        "warnings": findings.warnings,
+    }
+    if measured.near is not None:
+        content["near_decision"] = {"logit": NEAR, "voxels": measured.near[0], "of": measured.near[1]}
+    return content
 
 
-def _legend(rules: Rules) -> list[dict[str, str]]:
-    """Colour and name of each label: the regions that it belongs to."""
-    from nnunetv2_mstkd.reporting.pictures import label_colors
+def _nested(table: pd.DataFrame, column: str) -> dict[str, dict[str, dict[str, float | None]]]:
+    """region -> value of ``column`` -> value with its interval."""
+    nested: dict[str, dict[str, dict[str, float | None]]] = {}
+    for row in table.to_dict("records"):
+        nested.setdefault(row[REGION], {})[str(row[column])] = _interval(row)
+    return nested
 
-    entries = []
-    for label, color in label_colors(list(rules.labels), rules.ignore_label).items():
-        regions = [region for region, labels in rules.regions.items() if label in labels]
-        name = "not counted" if label == rules.ignore_label else ", ".join(regions) or f"label {label}"
-        entries.append({"color": "#{:02x}{:02x}{:02x}".format(*color), "name": name})
-    return entries
+
+def _interval(row: Mapping[Hashable, Any]) -> dict[str, float | None]:
+    return {DICE: _number(row[VALUE]), LOW: _number(row[LOW]), HIGH: _number(row[HIGH])}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None  # JSON has no NaN
+
+
+# ---- tables and text -----------------------------------------------------------------------------------------------
+
+
+def _tables(results: pd.DataFrame, rules: Rules, fmt: str) -> str:
+    parts = []
+    for name in rules.metrics:
+        title = metric_named(name).label
+        heading = f"## {title}" if fmt == MARKDOWN else f"% {title}"
+        parts.append(f"{heading}\n\n{_table(results, rules, name, fmt)}\n")
+    return "\n".join(parts)
+
+
+def _table(results: pd.DataFrame, rules: Rules, metric: str, fmt: str) -> str:
+    return subset_table(
+        results, metric=metric, fmt=fmt, convention=rules.convention, lesion_convention=rules.lesion_convention
+    )
+
+
+def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str:
+    """All findings, as printed."""
+    parts = [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name, TEXT)}" for name in rules.metrics]
+    patients = findings.num_patients
+    interval = f"95 % interval over {patients} patients" if patients > 1 else "one patient, no interval"
+    parts += [f"{title} ({interval})\n\n{frame_table(table, fmt=TEXT)}" for title, table in finding_tables(findings)]
+    if near is not None:
+        parts.append(
+            f"{near[0]} of {near[1]} voxels ({near[0] / max(near[1], 1):.2g} of all) lie within {NEAR:g} logit of the "
+            f"decision. Predicting several subsets at once changes logits by rounding, so only these may differ from "
+            f"--stack 1"
+        )
+    parts += [f"warning: {text}" for text in findings.warnings]
+    return "\n\n".join(parts)

@@ -1,28 +1,36 @@
-"""Tables in Markdown and LaTeX.
+"""Tables as plain text, Markdown and LaTeX.
 
-:func:`subset_table` has the layout of the missing-modality literature: a column per subset, with a row of dots per
-modality on top that shows which are available, then a row per region and model, and the average as last column. The
-rules for empty masks stand below.
+:func:`subset_table` has the layout of the missing-modality literature: a column per subset under rows of dots that show
+which modalities are available, then a row per region and model, and the average as last column. The rules for empty
+masks stand below.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import SEPARATOR
+from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
 from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
 from nnunetv2_mstkd.statistics.bootstrap import Cube, cube, mean
+from nnunetv2_mstkd.statistics.findings import Findings
+from nnunetv2_mstkd.statistics.shapley import MODALITY
+from nnunetv2_mstkd.statistics.tests import HIGH, LOW
 
-FORMATS = ("markdown", "latex")
-AVAILABLE = {"markdown": "\u25cf", "latex": r"$\bullet$"}
-MISSING = {"markdown": "\u25cb", "latex": r"$\circ$"}
-AVERAGE_HEAD = {"markdown": "average", "latex": "Avg."}
+TEXT = "text"
+MARKDOWN = "markdown"
+LATEX = "latex"
+FORMATS = (TEXT, MARKDOWN, LATEX)
+"""Plain text has the layout of Markdown, but nothing is escaped."""
+
+AVAILABLE = "\u25cf"
+MISSING = "\u25cb"
 NO_VALUE = "-"
 
 _LATEX_ESCAPES = str.maketrans(
@@ -45,10 +53,7 @@ def subset_table(
     results: pd.DataFrame,
     *,
     metric: str = "dice",
-    fmt: str = "markdown",
-    models: Sequence[str] | None = None,
-    regions: Sequence[str] | None = None,
-    digits: int | None = None,
+    fmt: str = MARKDOWN,
     convention: str = BRATS,
     lesion_convention: str | None = None,
 ) -> str:
@@ -57,48 +62,38 @@ def subset_table(
     Parameters
     ----------
     results:
-        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`. With several models the best one of each
+        column is bold.
     metric:
-        shares are printed in percent.
+        Name of the metric; fractions are printed in percent.
     fmt:
-        ``"markdown"``, or ``"latex"`` (needs the package booktabs).
-    models, regions:
-        which, and in which order; default all. With several models the best one of each column is bold.
-    digits:
-        after the point; default 1 for percent and 2 for other units.
+        ``"text"``, ``"markdown"``, or ``"latex"``, which needs the package booktabs.
     convention, lesion_convention:
-        the rules that the values were computed with, for the text below.
+        The rules that the values were computed with, for the text below.
 
     Returns
     -------
-    The table and the text below it, with the number of cases and, where there are any, of values that were left out.
+    The table and the text below it, with the number of cases and, if there are any, of values that were left out.
 
     Raises
     ------
-    ValueError
-        for an unknown format, metric or convention, and for incomplete results.
+    InputError
+        For an unknown format, metric or convention, and for incomplete results.
     """
     _check_format(fmt)
-    content = subset_content(
-        results,
-        metric=metric,
-        models=models,
-        regions=regions,
-        digits=digits,
-        convention=convention,
-        lesion_convention=lesion_convention,
-    )
+    content = subset_content(results, metric=metric, convention=convention, lesion_convention=lesion_convention)
     data, several = content.data, len(content.data.models) > 1
     texts = _emphasised(content, fmt)
+    dots = (r"$\bullet$", r"$\circ$") if fmt == LATEX else (AVAILABLE, MISSING)
     head = [
-        [escaped(name, fmt), *([""] if several else []), *((AVAILABLE if dot else MISSING)[fmt] for dot in dots), ""]
-        for name, dots in zip(data.modalities, content.available, strict=True)
+        [escaped(name, fmt), *([""] if several else []), *(dots[0] if there else dots[1] for there in row), ""]
+        for name, row in zip(data.modalities, content.available, strict=True)
     ]
-    head[0][-1] = AVERAGE_HEAD[fmt]
+    head[0][-1] = "Avg." if fmt == LATEX else "average"
     body = []
     for r, region in enumerate(data.regions):
         for m, model in enumerate(data.models):
-            name = escaped(region, fmt) if m == 0 or fmt == "markdown" else ""
+            name = escaped(region, fmt) if m == 0 or fmt != LATEX else ""
             body.append([name, *([escaped(model, fmt)] if several else []), *texts[m, :, r]])
     groups = len(data.models) if several else 0
     lines = _layout(head, body, fmt, groups, named=2 if several else 1)
@@ -106,18 +101,18 @@ def subset_table(
 
 
 class SubsetContent(NamedTuple):
-    """What stands in a table of subsets, before any layout.
+    """The content of a table of subsets, before any layout.
 
     Attributes
     ----------
     data:
-        the values that it is made of.
+        The values that it is made of.
     available:
         bool, shape (modalities, subsets).
     texts, best:
-        shape (models, subsets and their average, regions): means as text, and whether a model is the best of several.
+        Means as text, and whether a model is the best of several; shape (models, subsets and their average, regions).
     notes:
-        sentences that belong below, the rules for empty masks among them.
+        Sentences for below the table, including the rules for empty masks.
     """
 
     data: Cube
@@ -128,24 +123,17 @@ class SubsetContent(NamedTuple):
 
 
 def subset_content(
-    results: pd.DataFrame,
-    *,
-    metric: str = "dice",
-    models: Sequence[str] | None = None,
-    regions: Sequence[str] | None = None,
-    digits: int | None = None,
-    convention: str = BRATS,
-    lesion_convention: str | None = None,
+    results: pd.DataFrame, *, metric: str = "dice", convention: str = BRATS, lesion_convention: str | None = None
 ) -> SubsetContent:
     """The content of :func:`subset_table`, which explains the parameters."""
     kind = metric_named(metric)
     notes = empty_rules_text(convention, [metric], lesion_convention=lesion_convention).splitlines()
-    data = cube(results, metric, models=models, regions=regions)
-    factor, unit, decimals = (100, "%", 1) if kind.unit == "%" else (1, kind.unit, 2)
+    data = cube(results, metric)
+    factor, unit, digits = (100, "%", 1) if kind.unit == "%" else (1, kind.unit, 2)
     # (models, subsets and their average, regions)
     means = mean(data.values, axis=1) * factor
     means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
-    texts, best = _texts(means, decimals if digits is None else digits, kind.better)
+    texts, best = _texts(means, digits, kind.better)
     about = f"{kind.label} in {unit}, mean of {len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
     left_out = int(np.isnan(data.values).sum())
     if left_out:
@@ -156,11 +144,8 @@ def subset_content(
     return SubsetContent(data, available, texts, best, notes)
 
 
-def frame_table(table: pd.DataFrame, *, fmt: str = "markdown", digits: int = 3) -> str:
-    """Any table, for example one of :mod:`~nnunetv2_mstkd.statistics.tests`, in Markdown or LaTeX.
-
-    Floats are rounded to ``digits``; a smaller p-value is printed as ``<0.001``.
-    """
+def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) -> str:
+    """Any table; floats are rounded to ``digits``, and a smaller p-value is printed as ``<0.001``."""
     _check_format(fmt)
 
     def text(value: object, column: str) -> str:
@@ -168,7 +153,7 @@ def frame_table(table: pd.DataFrame, *, fmt: str = "markdown", digits: int = 3) 
             if np.isnan(value):
                 return NO_VALUE
             if column in ("p", "p_corrected") and value < 10**-digits:
-                return f"<{10**-digits:.{digits}f}" if fmt == "markdown" else f"$<${10**-digits:.{digits}f}"
+                return f"{'$<$' if fmt == LATEX else '<'}{10**-digits:.{digits}f}"
             return f"{value:.{digits}f}"
         return escaped(str(value), fmt)
 
@@ -180,9 +165,57 @@ def frame_table(table: pd.DataFrame, *, fmt: str = "markdown", digits: int = 3) 
     return "\n".join(_layout(head, body, fmt, 0, named=1))
 
 
+# ---- the findings of one model -------------------------------------------------------------------------------------
+
+
+def finding_tables(findings: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The tables of an evaluation as text, each with its title."""
+    yield "Dice over all evaluated subsets, and the worst one", overall_table(findings.summary)
+    if findings.by_count[MODALITIES].nunique() > 1:
+        yield "Dice by number of modalities", spread_table(findings.by_count, MODALITIES)
+    if findings.gap is not None:
+        yield "Points of Dice lost against the full input", spread_table(findings.gap, SUBSET)
+    if findings.shapley is not None:
+        title = "Contribution of each modality: exact Shapley values, points of Dice"
+        yield title, spread_table(findings.shapley, MODALITY)
+
+
+def overall_table(table: pd.DataFrame) -> pd.DataFrame:
+    """``Findings.summary`` as text: region, mean with its interval, worst subset."""
+    rows = [
+        (row[REGION], percent(row), f"{row['worst_subset']} ({points(row['worst'])})")
+        for row in table.to_dict("records")
+    ]
+    return pd.DataFrame(rows, columns=["region", "mean", "worst subset"])
+
+
+def spread_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """A row per value of ``column`` and a column per region, in percent with the interval, as text."""
+    regions = list(dict.fromkeys(table[REGION]))
+    cells = {(row[column], row[REGION]): percent(row) for row in table.to_dict("records")}
+    rows = [(str(key), *(cells[key, region] for region in regions)) for key in dict.fromkeys(table[column])]
+    return pd.DataFrame(rows, columns=[column, *regions])
+
+
+def percent(row: Mapping[Hashable, Any]) -> str:
+    """A value with its interval, times 100."""
+    limits = "" if not math.isfinite(row[LOW]) else f" [{points(row[LOW])}, {points(row[HIGH])}]"
+    return f"{points(row[VALUE])}{limits}"
+
+
+def points(value: float) -> str:
+    """A fraction times 100."""
+    return NO_VALUE if not math.isfinite(value) else f"{round(100 * value, 1) + 0.0:.1f}"  # no -0.0
+
+
+# ---- layout --------------------------------------------------------------------------------------------------------
+
+
 def escaped(text: str, fmt: str) -> str:
-    """Text that has no meaning to the format; a name in a results file may be anything."""
-    if fmt == "latex":
+    """Escape what has a meaning in the format; a name in a results file may be anything."""
+    if fmt == TEXT:
+        return text
+    if fmt == LATEX:
         return text.translate(_LATEX_ESCAPES)
     # an underscore within a word has no meaning
     return re.sub(r"([\\|*]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
@@ -194,12 +227,12 @@ def _check_format(fmt: str) -> None:
 
 
 def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values as text, and where a model is the best one of several; both of the shape of ``means``."""
+    """Values as text, and where a model is the best of several; both of the shape of ``means``."""
     rounded = means.round(digits) + 0.0  # no -0.0
     texts = np.array([f"{value:.{digits}f}" for value in rounded.ravel()], dtype=object).reshape(means.shape)
     texts[np.isnan(means)] = NO_VALUE
     badness = np.where(np.isnan(rounded), np.inf, np.abs(rounded) if better == 0 else -better * rounded)
-    # equal as printed: none of them is better as far as the table shows
+    # values that are printed alike share the best place
     best = (badness == badness.min(axis=0)) & np.isfinite(badness) & (len(means) > 1)
     return texts, best
 
@@ -209,14 +242,14 @@ def _emphasised(content: SubsetContent, fmt: str) -> np.ndarray:
     texts = content.texts.copy()
     for position in np.argwhere(content.best):
         text = texts[tuple(position)]
-        texts[tuple(position)] = f"**{text}**" if fmt == "markdown" else rf"\textbf{{{text}}}"
+        texts[tuple(position)] = rf"\textbf{{{text}}}" if fmt == LATEX else f"**{text}**"
     return texts
 
 
 def _layout(head: list[list[str]], body: list[list[str]], fmt: str, group: int, *, named: int) -> list[str]:
     """Lines of a table: the rows of the head, a rule, the body; the first ``named`` columns are names."""
     columns = len(head[0])
-    if fmt == "latex":
+    if fmt == LATEX:
         rows = [" & ".join(row) + r" \\" for row in body]
         if group:
             for position in range(group, len(body), group)[::-1]:
@@ -245,7 +278,7 @@ def _layout(head: list[list[str]], body: list[list[str]], fmt: str, group: int, 
 
 
 def _below(notes: list[str], fmt: str) -> str:
-    if fmt == "markdown":
+    if fmt != LATEX:
         return "\n".join(f"* {escaped(note, fmt)}" for note in notes)
     return "\n".join(
         [r"\par\footnotesize", *(rf"{escaped(note, fmt)}.\\" for note in notes[:-1]), f"{escaped(notes[-1], fmt)}."]

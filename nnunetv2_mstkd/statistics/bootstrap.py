@@ -1,8 +1,8 @@
-"""From the long table of results to arrays, and the bootstrap over patients that all intervals come from."""
+"""From the long table of results to arrays, and the bootstrap over patients behind all intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,12 +24,15 @@ from nnunetv2_mstkd.evaluation.results import (
 from nnunetv2_mstkd.metrics.conventions import metric_named
 
 SAMPLES = 10_000
-"""Enough for the tails that 45 corrected intervals ask for (15 subsets, 3 regions)."""
+"""Enough for the tails that 45 corrected intervals need (15 subsets, 3 regions)."""
 
 AVERAGE = "average"
-"""Stands in the column ``region`` for the mean over the regions."""
+"""In the column ``region``: the mean over the regions."""
 
 _CHUNK = 500
+
+
+# ---- arrays --------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,11 @@ class Cube:
     Attributes
     ----------
     values:
-        shape (models, cases, subsets, regions); NaN where a case has no value.
-    models, cases, subsets, regions, modalities:
-        what stands along the axes, and the modalities in channel order.
+        Shape (models, cases, subsets, regions); NaN where a case has no value.
+    models, cases, subsets, regions:
+        Names along the axes.
+    modalities:
+        Names of the modalities in channel order.
     """
 
     values: np.ndarray
@@ -58,7 +63,7 @@ class Cube:
 
     @property
     def full(self) -> int:
-        """Position of the subset with all modalities; ValueError where it was not evaluated."""
+        """Position of the subset with all modalities; InputError if it was not evaluated."""
         if self.sizes[-1] < len(self.modalities):
             raise InputError(
                 f"the results have no values of the full input {SEPARATOR.join(self.modalities)}; evaluate it too"
@@ -74,16 +79,16 @@ def cube(
     Parameters
     ----------
     results:
-        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     metric:
-        its name.
+        Name of the metric.
     models, regions:
-        which, and in which order; default all, as they come.
+        The models and regions to use, in this order; default all, in order of appearance.
 
     Raises
     ------
-    ValueError
-        where the metric, a model or a region has no values, or a model lacks a case, subset or region that others have.
+    InputError
+        If the metric, a model or a region has no values, or a model lacks a case, subset or region that others have.
     """
     metric_named(metric)
     if METRIC not in results.columns:
@@ -128,91 +133,120 @@ def _chosen(table: pd.DataFrame, column: str, wanted: Sequence[str] | None) -> l
 
 
 def mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
-    """Mean without the NaN; NaN, and no warning, where there is nothing else."""
+    """Mean without NaN; NaN, without a warning, where there is nothing else."""
     valid = ~np.isnan(values)
     count = valid.sum(axis=axis)
     total = np.where(valid, values, 0.0).sum(axis=axis)
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
 
-def patient_numbers(cases: Sequence[str], patients: Mapping[str, str] | None) -> np.ndarray:
-    """The patient of each case as a number 0, 1 ...
+def long_table(axes: Mapping[str, Iterable], **columns: np.ndarray) -> pd.DataFrame:
+    """A table with a row per element of arrays.
 
     Parameters
     ----------
-    cases:
-        identifiers.
+    axes:
+        Column name of each axis, in the order of the axes, and the labels along it.
+    columns:
+        Arrays whose shape is the numbers of labels, by column name.
+    """
+    index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
+    return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index=index).reset_index()
+
+
+# ---- bootstrap -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """A bootstrap over patients, each of whom brings all their cases (Field and Welsh 2007, cluster bootstrap).
+
+    Attributes
+    ----------
     patients:
-        patient by case; None: every case is a patient of its own. See
+        Patient by case; None: every case is a separate patient. See
         :func:`~nnunetv2_mstkd.evaluation.results.patients_of`.
-
-    Raises
-    ------
-    ValueError
-        where a case has no patient.
-    """
-    if patients is None:
-        return np.arange(len(cases))
-    missing = [case for case in cases if case not in patients]
-    if missing:
-        raise InputError(f"no patient is given for case {missing[0]}{' and others' if len(missing) > 1 else ''}")
-    return np.unique([patients[case] for case in cases], return_inverse=True)[1].ravel()
-
-
-def bootstrap_means(values: np.ndarray, patients: np.ndarray, samples: int, seed: int) -> np.ndarray:
-    """Means over resampled patients, each of which brings all its cases (Field and Welsh 2007, cluster bootstrap).
-
-    Parameters
-    ----------
-    values:
-        shape (cases, K); NaN are left out.
-    patients:
-        shape (cases,), from :func:`patient_numbers`.
     samples:
-        number of resamples, at least 1.
-
-    Returns
-    -------
-    Array of shape (samples, K). The same ``seed`` draws the same patients, whatever the values.
-    """
-    if samples < 1:
-        raise InputError(f"{samples} resamples; expected at least 1")
-    number = int(patients.max()) + 1
-    generator = np.random.default_rng(seed)
-    valid = ~np.isnan(values)
-    filled = np.where(valid, values, 0.0)
-    means = []
-    for begin in range(0, samples, _CHUNK):
-        drawn = generator.multinomial(number, np.full(number, 1 / number), size=min(_CHUNK, samples - begin))
-        weights = drawn[:, patients].astype(float)
-        count = weights @ valid
-        means.append(np.divide(weights @ filled, count, out=np.full(count.shape, np.nan), where=count > 0))
-    return np.concatenate(means)
-
-
-def interval(resampled: np.ndarray, patients: np.ndarray, level: float | np.ndarray = 0.95) -> np.ndarray:
-    """Percentile interval of resampled numbers.
-
-    Parameters
-    ----------
-    resampled:
-        shape (samples, K).
-    patients:
-        what the samples were drawn from; a single patient says nothing about others, so the interval is NaN.
+        Number of resamples, at least 1.
+    seed:
+        The same seed draws the same patients, whatever the values.
     level:
-        coverage, one for all or one for each, shape (K,).
-
-    Returns
-    -------
-    Array of shape (2, K): lower and upper limits.
+        Coverage of the intervals.
     """
-    levels = np.broadcast_to(np.asarray(level, dtype=float), resampled.shape[1:])
-    if np.any((levels <= 0) | (levels >= 1)):
-        raise InputError(f"the level {level} of an interval does not lie between 0 and 1")
-    limits = np.full((2, *resampled.shape[1:]), np.nan)
-    if patients.max() > 0:
-        for column, coverage in enumerate(levels):
-            present = resampled[:, column][~np.isnan(resampled[:, column])]
-            if len(present):
-                limits[:, column] = np.quantile(present, [(1 - coverage) / 2, (1 + coverage) / 2])
-    return limits
+
+    patients: Mapping[str, str] | None = None
+    samples: int = SAMPLES
+    seed: int = 0
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise InputError(f"{self.samples} resamples; expected at least 1")
+
+    def groups(self, cases: Sequence[str]) -> np.ndarray:
+        """The patient of each case as a number 0, 1 ...; InputError if a case has no patient."""
+        if self.patients is None:
+            return np.arange(len(cases))
+        missing = [case for case in cases if case not in self.patients]
+        if missing:
+            raise InputError(f"no patient is given for case {missing[0]}{' and others' if len(missing) > 1 else ''}")
+        return np.unique([self.patients[case] for case in cases], return_inverse=True)[1].ravel()
+
+    def means(self, values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+        """Means over resampled patients, without NaN.
+
+        Parameters
+        ----------
+        values:
+            Shape (cases, ...).
+        groups:
+            Shape (cases,), from :meth:`groups`.
+
+        Returns
+        -------
+        Array of shape (samples, ...).
+        """
+        flat = values.reshape(len(values), -1)
+        valid = ~np.isnan(flat)
+        filled = np.where(valid, flat, 0.0)
+        number = int(groups.max()) + 1
+        generator = np.random.default_rng(self.seed)
+        means = []
+        for begin in range(0, self.samples, _CHUNK):
+            size = min(_CHUNK, self.samples - begin)
+            weights = generator.multinomial(number, np.full(number, 1 / number), size=size)[:, groups].astype(float)
+            count = weights @ valid
+            means.append(np.divide(weights @ filled, count, out=np.full(count.shape, np.nan), where=count > 0))
+        return np.concatenate(means).reshape(self.samples, *values.shape[1:])
+
+    def limits(
+        self, resampled: np.ndarray, groups: np.ndarray, level: float | np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Lower and upper limits of the percentile intervals of resampled numbers.
+
+        Parameters
+        ----------
+        resampled:
+            Shape (samples, ...).
+        groups:
+            From :meth:`groups`; a single patient says nothing about others, so the limits are NaN.
+        level:
+            Coverage, one for all or of shape (...); default :attr:`level`.
+
+        Returns
+        -------
+        Two arrays of shape (...).
+        """
+        shape = resampled.shape[1:]
+        levels = np.broadcast_to(np.asarray(self.level if level is None else level, dtype=float), shape)
+        if np.any((levels <= 0) | (levels >= 1)):
+            raise InputError(f"the level {levels.ravel()[0]:g} of an interval does not lie between 0 and 1")
+        limits = np.full((2, *shape), np.nan)
+        if groups.max() > 0:
+            for place in np.ndindex(shape):
+                column = (slice(None), *place)
+                present = resampled[column][~np.isnan(resampled[column])]
+                if len(present):
+                    tail = (1 - levels[place]) / 2
+                    limits[column] = np.quantile(present, [tail, 1 - tail])
+        return limits[0], limits[1]

@@ -1,14 +1,14 @@
-"""Which evaluations are compared: finding them, and refusing those that do not measure the same thing.
+"""Comparing evaluated models case by case: which evaluations, whether they measure the same, and all tables.
 
-What is compared are the results of ``mstkd evaluate``, case by case. Everything here works on text and tables; no model
-is loaded.
+Everything here works on the files of ``mstkd evaluate``; no model is loaded.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.evaluation.files import FOLDER, RESULTS, SUMMARY
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
     FOLD,
@@ -31,8 +30,9 @@ from nnunetv2_mstkd.evaluation.results import (
     read_results,
     subset_order,
 )
+from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS, SUMMARY
 from nnunetv2_mstkd.metrics.conventions import LESION_RULES, NSD, metric_named
-from nnunetv2_mstkd.statistics.bootstrap import SAMPLES
+from nnunetv2_mstkd.statistics.bootstrap import Bootstrap
 from nnunetv2_mstkd.statistics.tests import (
     AGAINST,
     compare,
@@ -43,7 +43,7 @@ from nnunetv2_mstkd.statistics.tests import (
 )
 
 RULES = {"convention": "convention for empty masks", "regions": "labels in its regions"}
-"""Keys of summary.json in which models must agree: their numbers have another meaning otherwise."""
+"""Keys of summary.json in which models must agree, because the numbers mean something else otherwise."""
 
 CIRCUMSTANCES = {
     "dataset": "data set",
@@ -54,27 +54,26 @@ CIRCUMSTANCES = {
     "step_size": "step size",
     "mask_first": "mask_first",
 }
-"""Keys in which models may differ, which is then said."""
-
+"""Keys in which models may differ, which is then noted."""
 
 LEVEL = 0.05
-"""A reader looks for p-values below it."""
+"""Readers look for p-values below it."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluatedModel:
     """The results of one model.
 
     Attributes
     ----------
     name:
-        of the model; no other one of the comparison has it.
+        Name of the model, unique in a comparison.
     file:
-        where they were read from.
+        The file they were read from.
     results:
-        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`; one model.
+        The long table, of this model only; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     settings:
-        the content of summary.json beside the file; empty where there is none.
+        Content of summary.json beside the file; empty if there is none.
     """
 
     name: str
@@ -83,44 +82,45 @@ class Evaluation:
     settings: dict[str, Any]
 
     def distinct(self, column: str) -> list[str]:
-        """What stands in a column, in order."""
+        """The distinct values of a column, in order of appearance."""
         return list(dict.fromkeys(self.results[column]))
+
+
+Models = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
 
 
-def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
+def read_evaluations(models: Models) -> list[EvaluatedModel]:
     """Read the evaluations of two or more models.
 
     Parameters
     ----------
-    arguments:
-        ``PATH`` or ``NAME=PATH``; a path is a model folder, a folder with ``results.csv``, or such a file. Without a
-        name the model is called as its results say, and a file may hold several models.
+    models:
+        Path by name, or a list of paths and of texts ``"NAME=PATH"``. A path is a model folder, a folder with
+        ``results.csv``, or such a file. Without a name the model has the name in its results, and a file may hold
+        several models.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        for a path without an evaluation, a file given twice, two models of one name, or a single model.
+    MissingFileError, InputError
+        For a path without an evaluation, a duplicate file or name, or a single model.
     """
-    found: list[Evaluation] = []
-    files: dict[Path, str] = {}
-    for argument in arguments:
-        name, path = _name_and_path(argument)
+    if isinstance(models, Mapping):
+        named: list[tuple[str | None, Path]] = [(name, Path(path)) for name, path in models.items()]
+    else:
+        named = [_name_and_path(str(each)) for each in models]
+    found: list[EvaluatedModel] = []
+    seen: dict[Path, Path] = {}
+    for name, path in named:
         file = _results_file(path)
-        before = files.setdefault(file.resolve(), argument)
-        if before is not argument:
-            raise InputError(f"{before} and {argument} are the same file {file}; name two different evaluations")
-        results = read_results(file)
-        models = list(dict.fromkeys(results[MODEL]))
-        if name is not None and len(models) > 1:
-            raise InputError(f"{file} holds the models {', '.join(models)}; leave out the name {name}=")
-        settings = _settings(file.with_name(SUMMARY))
-        for model in models:
-            part = results[results[MODEL] == model].reset_index(drop=True)
-            part[MODEL] = name or model
-            found.append(Evaluation(name or model, file, part, settings))
+        if file.resolve() in seen:
+            raise InputError(
+                f"{seen[file.resolve()]} and {path} are the same file {file}; name two different evaluations"
+            )
+        seen[file.resolve()] = path
+        found += _read(name, file)
     for first, second in itertools.combinations(found, 2):
         if first.name == second.name:
             raise InputError(
@@ -128,17 +128,18 @@ def read_evaluations(arguments: Sequence[str]) -> list[Evaluation]:
                 f"mstkd compare A={first.file} B={second.file}"
             )
     if len(found) < 2:
-        raise InputError(f"{found[0].file} holds one model, {found[0].name}; a comparison needs at least two")
+        about = f"{found[0].file} holds one model, {found[0].name}" if found else "no model is given"
+        raise InputError(f"{about}; a comparison needs at least two")
     return found
 
 
-def _name_and_path(argument: str) -> tuple[str | None, Path]:
-    name, separator, rest = argument.partition("=")
+def _name_and_path(text: str) -> tuple[str | None, Path]:
+    name, separator, rest = text.partition("=")
     # a path may contain the sign too
-    if not separator or Path(argument).exists():
-        return None, Path(argument)
+    if not separator or Path(text).exists():
+        return None, Path(text)
     if not name.strip() or not rest:
-        raise InputError(f"{argument!r} is neither a path nor NAME=PATH")
+        raise InputError(f"{text!r} is neither a path nor NAME=PATH")
     return name.strip(), Path(rest)
 
 
@@ -157,6 +158,20 @@ def _results_file(path: Path) -> Path:
     )
 
 
+def _read(name: str | None, file: Path) -> list[EvaluatedModel]:
+    """The models of a file; a name is for the only one."""
+    results, settings = read_results(file), _settings(file.with_name(SUMMARY))
+    models = list(dict.fromkeys(results[MODEL]))
+    if name is not None and len(models) > 1:
+        raise InputError(f"{file} holds the models {', '.join(models)}; leave out the name {name}=")
+    found = []
+    for model in models:
+        part = results[results[MODEL] == model].reset_index(drop=True)
+        part[MODEL] = name or model
+        found.append(EvaluatedModel(name or model, file, part, settings))
+    return found
+
+
 def _settings(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
@@ -172,43 +187,46 @@ def _settings(file: Path) -> dict[str, Any]:
 # ---- checking ------------------------------------------------------------------------------------------------------
 
 
-def check_comparable(evaluations: Sequence[Evaluation], metrics: Sequence[str]) -> None:
-    """Refuse evaluations that do not measure the same thing.
-
-    Raises
-    ------
-    ValueError
-        naming two models and what differs: modalities or their order, subsets, regions, rules; or a model without
-        values of a metric.
-    """
+def check_comparable(models: Sequence[EvaluatedModel], metrics: Sequence[str]) -> None:
+    """Refuse models that were not measured in the same way: other modalities, subsets, regions, rules or metrics."""
     for metric in metrics:
         metric_named(metric)
-        for evaluation in evaluations:
-            known = evaluation.distinct(METRIC)
+        for model in models:
+            known = model.distinct(METRIC)
             if metric not in known:
                 raise InputError(
-                    f"{evaluation.name} has no values of {metric}, it has {', '.join(known)}; evaluate it with "
+                    f"{model.name} has no values of {metric}, it has {', '.join(known)}; evaluate it with "
                     f"--metrics {' '.join(dict.fromkeys([*known, metric]))}"
                 )
-    first = evaluations[0]
-    for other in evaluations[1:]:
+    keys = dict(RULES)
+    if any(metric in LESION_RULES for metric in metrics):
+        keys["lesion_convention"] = "lesion-wise convention"
+    if NSD in metrics:
+        keys["tolerance"] = "tolerance of the normalised surface Dice"
+    first = models[0]
+    for other in models[1:]:
         _check_modalities(first, other)
         _check_same(first, other, SUBSET, "--subsets")
         _check_same(first, other, REGION, None)
-        keys = dict(RULES)
-        if any(metric in LESION_RULES for metric in metrics):
-            keys["lesion_convention"] = "lesion-wise convention"
-        if NSD in metrics:
-            keys["tolerance"] = "tolerance of the normalised surface Dice"
-        for key, words in keys.items():
-            if key in first.settings and key in other.settings and first.settings[key] != other.settings[key]:
-                raise InputError(
-                    f"{first.name} and {other.name} were measured with another {words}: {first.settings[key]} and "
-                    f"{other.settings[key]}; evaluate one of them again"
-                )
+        for words, mine, theirs in _different(first, other, keys):
+            raise InputError(
+                f"{first.name} and {other.name} were measured with another {words}: {mine} and {theirs}; evaluate one "
+                f"of them again"
+            )
 
 
-def _check_modalities(first: Evaluation, other: Evaluation) -> None:
+def _different(
+    first: EvaluatedModel, other: EvaluatedModel, keys: Mapping[str, str]
+) -> list[tuple[str, object, object]]:
+    """The settings in which two models differ, in words, and their values."""
+    return [
+        (words, first.settings[key], other.settings[key])
+        for key, words in keys.items()
+        if key in first.settings and key in other.settings and first.settings[key] != other.settings[key]
+    ]
+
+
+def _check_modalities(first: EvaluatedModel, other: EvaluatedModel) -> None:
     mine, theirs = (modality_order(each.results[SUBSET]) for each in (first, other))
     if mine == theirs:
         return
@@ -219,7 +237,7 @@ def _check_modalities(first: Evaluation, other: Evaluation) -> None:
     )
 
 
-def _check_same(first: Evaluation, other: Evaluation, column: str, option: str | None) -> None:
+def _check_same(first: EvaluatedModel, other: EvaluatedModel, column: str, option: str | None) -> None:
     mine, theirs = set(first.distinct(column)), set(other.distinct(column))
     if mine == theirs:
         return
@@ -235,129 +253,117 @@ def _check_same(first: Evaluation, other: Evaluation, column: str, option: str |
 # ---- comparing -----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class MetricComparison:
-    """The comparison by one metric.
-
-    Attributes
-    ----------
-    metric:
-        its name.
-    overall, per_case:
-        :func:`~nnunetv2_mstkd.statistics.tests.compare` and ``paired_differences`` of all pairs.
-    by_count, by_subset:
-        ``compare_by_count`` and ``compare_subsets`` of all pairs, with the columns model and against in front.
-    """
-
-    metric: str
-    overall: pd.DataFrame
-    by_count: pd.DataFrame
-    by_subset: pd.DataFrame
-    per_case: pd.DataFrame
-
-
 @dataclass
 class Comparison:
     """Models compared case by case, on the cases that all of them have.
 
+    The tables have the columns metric, model and against, and those of the function that is named.
+
     Attributes
     ----------
-    evaluations:
-        from :func:`read_evaluations`, checked.
+    models:
+        From :func:`read_evaluations`.
     metrics:
-        names.
+        Names of the metrics.
     baseline:
-        the model that all others are compared with; None: each with each.
-    samples, seed, level:
-        of the bootstrap.
-    cases, patients:
-        that are compared; see :func:`~nnunetv2_mstkd.evaluation.results.patients_of`.
-    not_compared:
-        by model: cases that another model lacks.
-    parts:
-        a comparison per metric.
+        The model that all others are compared with; None: all pairs are compared.
+    bootstrap:
+        The bootstrap of the intervals; its patients are those of the cases.
+    cases, not_compared:
+        The cases that are compared, and by model those that another model lacks.
+    overall, by_count, by_subset, per_case:
+        :func:`~nnunetv2_mstkd.statistics.tests.compare`, ``compare_by_count``, ``compare_subsets`` and
+        ``paired_differences``.
     ranks:
-        over all metrics; None where values are left out (nan), which have no rank.
+        ``rank_table`` over all metrics; None if values are left out (nan), which have no rank.
     notes:
-        what a reader must know about this comparison, a sentence each.
+        What a reader must know about this comparison, a sentence each.
     """
 
-    evaluations: Sequence[Evaluation]
+    models: Sequence[EvaluatedModel]
     metrics: Sequence[str] = ("dice",)
     baseline: str | None = None
-    samples: int = SAMPLES
-    seed: int = 0
-    level: float = 0.95
+    bootstrap: Bootstrap = field(init=False)
     cases: list[str] = field(init=False)
-    patients: dict[str, str] = field(init=False)
     not_compared: dict[str, list[str]] = field(init=False)
-    parts: list[MetricComparison] = field(init=False)
+    overall: pd.DataFrame = field(init=False)
+    by_count: pd.DataFrame = field(init=False)
+    by_subset: pd.DataFrame = field(init=False)
+    per_case: pd.DataFrame = field(init=False)
     ranks: pd.DataFrame | None = field(init=False)
     notes: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        check_comparable(self.evaluations, self.metrics)
+        check_comparable(self.models, self.metrics)
         self._choose_cases()
-        results = pd.concat([each.results for each in self.evaluations], ignore_index=True)
+        results = pd.concat([each.results for each in self.models], ignore_index=True)
         results = results[results[CASE].isin(self.cases) & results[METRIC].isin(self.metrics)]
-        options: dict[str, Any] = {
-            "patients": self.patients,
-            "samples": self.samples,
-            "seed": self.seed,
-            "level": self.level,
-        }
-        self.parts = [self._compare(results, metric, options) for metric in self.metrics]
+        self.overall = self._by_metric(compare, results, baseline=self.baseline, bootstrap=self.bootstrap)
+        self.per_case = self._by_metric(paired_differences, results, baseline=self.baseline)
+        self.by_count = self._by_metric(self._of_pairs, results, pairwise=compare_by_count)
+        self.by_subset = self._by_metric(self._of_pairs, results, pairwise=compare_subsets)
         complete = not results[VALUE].isna().any()
-        self.ranks = rank_table(results, metrics=self.metrics, **options) if complete else None
-        self.notes = self._notes()
+        self.ranks = rank_table(results, metrics=self.metrics, bootstrap=self.bootstrap) if complete else None
+        self.notes = [
+            *self._notes_on_cases(),
+            *self._notes_on_tests(),
+            *self._notes_on_settings(),
+            *self._notes_on_folds(),
+        ]
 
     @property
     def num_patients(self) -> int:
-        return len(set(self.patients.values()))
+        assert self.bootstrap.patients is not None
+        return len(set(self.bootstrap.patients.values()))
 
     @property
     def subsets(self) -> tuple[str, ...]:
-        subsets = self.evaluations[0].distinct(SUBSET)
+        subsets = self.models[0].distinct(SUBSET)
         return subset_order(subsets, modality_order(subsets))
 
     def _choose_cases(self) -> None:
-        of_model = {each.name: set(each.distinct(CASE)) for each in self.evaluations}
+        of_model = {each.name: set(each.distinct(CASE)) for each in self.models}
         shared = set.intersection(*of_model.values())
         if not shared:
             counts = ", ".join(f"{name} has {len(cases)} (such as {min(cases)})" for name, cases in of_model.items())
             raise InputError(f"no case was evaluated with all models: {counts}; evaluate them on the same cases")
         self.cases = sorted(shared)
-        self.patients = patients_of(self.cases)
+        self.bootstrap = Bootstrap(patients_of(self.cases))
         self.not_compared = {name: sorted(cases - shared) for name, cases in of_model.items()}
 
-    def _compare(self, results: pd.DataFrame, metric: str, options: dict[str, Any]) -> MetricComparison:
-        overall = compare(results, metric=metric, baseline=self.baseline, **options)
-        pairs = list(dict.fromkeys(zip(overall[MODEL], overall[AGAINST], strict=True)))
+    def _by_metric(self, function: Callable[..., pd.DataFrame], results: pd.DataFrame, **options: Any) -> pd.DataFrame:
+        tables = {metric: function(results, metric=metric, **options) for metric in self.metrics}
+        for metric, table in tables.items():
+            table.insert(0, METRIC, metric)
+        return pd.concat(tables.values(), ignore_index=True)
 
-        def of_pairs(function: Any) -> pd.DataFrame:
-            tables = []
-            for model, against in pairs:
-                table = function(results, model, against, metric=metric, **options)
-                table.insert(0, MODEL, model)
-                table.insert(1, AGAINST, against)
-                tables.append(table)
-            return pd.concat(tables, ignore_index=True)
+    def _of_pairs(self, results: pd.DataFrame, *, metric: str, pairwise: Callable[..., pd.DataFrame]) -> pd.DataFrame:
+        tables = []
+        for model, against in dict.fromkeys(zip(self.overall[MODEL], self.overall[AGAINST], strict=True)):
+            table = pairwise(results, model, against, metric=metric, bootstrap=self.bootstrap)
+            table.insert(0, MODEL, model)
+            table.insert(1, AGAINST, against)
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True)
 
-        per_case = paired_differences(results, metric=metric, baseline=self.baseline)
-        return MetricComparison(metric, overall, of_pairs(compare_by_count), of_pairs(compare_subsets), per_case)
+    def _notes_on_cases(self) -> list[str]:
+        return [
+            f"not compared, because only some models have them: {', '.join(cases[:3])}"
+            f"{f' and {len(cases) - 3} more' if len(cases) > 3 else ''} of {name}"
+            for name, cases in self.not_compared.items()
+            if cases
+        ]
 
-    def _notes(self) -> list[str]:
+    def _notes_on_tests(self) -> list[str]:
         notes = []
-        for name, cases in self.not_compared.items():
-            if cases:
-                more = f" and {len(cases) - 3} more" if len(cases) > 3 else ""
-                notes.append(
-                    f"not compared, because only some models have them: {', '.join(cases[:3])}{more} of {name}"
-                )
-        lowest = min(1.0, 2.0 ** (1 - self.num_patients))  # when all differences have one sign
-        tables = {"over all subsets": "overall", "by number of modalities": "by_count", "by subset": "by_subset"}
-        for words, name in tables.items():
-            number = _tests_together(getattr(self.parts[0], name))
+        lowest = min(1.0, 2.0 ** (1 - self.num_patients))  # if all differences have one sign
+        tables = {
+            "over all subsets": self.overall,
+            "by number of modalities": self.by_count,
+            "by subset": self.by_subset,
+        }
+        for words, table in tables.items():
+            number = _tests_together(table[table[METRIC] == self.metrics[0]])
             if lowest * number > LEVEL:
                 notes.append(
                     f"{words}: with {self.num_patients} patient{'s' if self.num_patients > 1 else ''} and {number} "
@@ -365,20 +371,26 @@ class Comparison:
                 )
         if self.ranks is None:
             notes.append("no ranking: values are left out (nan) and have no rank; evaluate with --convention brats")
-        first = self.evaluations[0]
-        for other in self.evaluations[1:]:
-            notes += [
-                f"another {words}: {first.name} {first.settings[key]}, {other.name} {other.settings[key]}"
-                for key, words in CIRCUMSTANCES.items()
-                if key in first.settings and key in other.settings and first.settings[key] != other.settings[key]
-            ]
-        unknown = [each.name for each in self.evaluations if not each.settings]
+        return notes
+
+    def _notes_on_settings(self) -> list[str]:
+        first = self.models[0]
+        notes = [
+            f"another {words}: {first.name} {mine}, {other.name} {theirs}"
+            for other in self.models[1:]
+            for words, mine, theirs in _different(first, other, CIRCUMSTANCES)
+        ]
+        unknown = [each.name for each in self.models if not each.settings]
         if unknown:
             notes.append(
                 f"no {SUMMARY} beside the results of {', '.join(unknown)}: whether they were measured with the same "
                 f"rules and options is not known"
             )
-        for each in self.evaluations:
+        return notes
+
+    def _notes_on_folds(self) -> list[str]:
+        notes = []
+        for each in self.models:
             folds = each.results.groupby(CASE)[FOLD].nunique()
             several = [case for case in self.cases if folds[case] > 1]
             if several:
@@ -386,7 +398,7 @@ class Comparison:
         return notes
 
     def about(self) -> list[dict[str, Any]]:
-        """Each model in a few words, for the files that are written."""
+        """A description of each model for the files of the comparison."""
         return [
             {
                 "model": each.name,
@@ -396,12 +408,12 @@ class Comparison:
                 "cases": len(each.distinct(CASE)),
                 "not_compared": self.not_compared[each.name],
             }
-            for each in self.evaluations
+            for each in self.models
         ]
 
 
 def _tests_together(table: pd.DataFrame) -> int:
-    """How many tests Holm's procedure corrects together: all rows, or those of a pair where each pair has its own."""
+    """How many tests Holm's procedure corrects together: all rows, or those of a pair if each pair has its own."""
     if "level" not in table:
         return int(table["p"].notna().sum())
     return int(table["p"].notna().groupby([table[MODEL], table[AGAINST]]).sum().max())

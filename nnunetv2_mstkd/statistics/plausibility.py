@@ -1,12 +1,13 @@
 """Warnings about results that contradict what the modalities show.
 
 Gadolinium makes the enhancing tumour visible on T1ce, and oedema is bright on T2 and FLAIR. Results that say otherwise
-mostly mean swapped channels, a modality that was never removed, or images of another protocol.
+mostly mean swapped channels, a modality that was never removed, or images of another protocol. A warning needs
+evidence: the interval over patients decides, so a few cases raise no alarm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -15,8 +16,9 @@ import pandas as pd
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import SEPARATOR
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import Cube, cube, mean
-from nnunetv2_mstkd.statistics.shapley import MAX_PLAYERS, shapley_matrix, subset_columns
+from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, Cube, cube, mean
+from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, shapley_matrix, subset_columns
+from nnunetv2_mstkd.statistics.tests import DEFAULT
 
 SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
@@ -36,42 +38,46 @@ REGION_SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 SLACK = 0.02
-"""Differences of the mean below it are noise; 2 points of Dice."""
+"""Smaller differences of the mean do not matter; 2 points of Dice."""
+
+MIN_PATIENTS = 6
+"""With fewer patients no two-sided test on paired differences can reach 5 % (2 / 2^6 = 3 %)."""
 
 
-def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice") -> list[str]:
-    """Say which results of which model contradict what the modalities show.
+def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> list[str]:
+    """Report the results of each model that contradict what the modalities show.
 
     The rules are: ET is better with T1ce than without it, and no modality adds more to it; WT from FLAIR or T2 alone is
-    better than from T1 alone; the full input is not clearly worse than a subset of it; two subsets do not give the same
-    value in every case.
+    better than from T1 alone; the full input is not worse than a subset of it; two subsets do not give the same value
+    in every case. A difference counts if its interval over patients lies above :data:`SLACK` entirely and there are at
+    least :data:`MIN_PATIENTS` patients.
 
     Parameters
     ----------
     results:
-        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`; modalities and regions are known by their usual names.
+        The long table; modalities and regions are recognised by their usual names.
     metric:
-        one of which higher is better.
+        A metric of which higher is better.
+    bootstrap:
+        The bootstrap of the intervals.
 
     Returns
     -------
-    A sentence per finding; an empty list where nothing is strange. Rules without the subsets they need are skipped.
+    A sentence per finding. Rules without the subsets they need are skipped.
     """
     if metric_named(metric).better <= 0:
         raise InputError(f"the rules are about metrics of which higher is better, not {metric}")
     data = cube(results, metric)
-    # (models, subsets, regions)
-    means = mean(data.values, axis=1)
-    warnings = []
+    warnings: list[str] = []
     for m, model in enumerate(data.models):
         for r, region in enumerate(data.regions):
-            of_subset = dict(zip(data.subsets, means[m, :, r].tolist(), strict=True))
-            where = f"{model}, {region}"
-            warnings += _full_is_best(of_subset, data, where)
+            evidence = _Evidence(data, data.values[m, :, :, r], bootstrap)
+            found = [*_full_is_best(evidence)]
             if _known(region, REGION_SPELLINGS) == "ET":
-                warnings += _contrast_agent(of_subset, data, where)
+                found += _contrast_agent(evidence)
             if _known(region, REGION_SPELLINGS) == "WT":
-                warnings += _oedema(of_subset, data, where)
+                found += _oedema(evidence)
+            warnings += [f"{model}, {region}: {text}" for text in found]
         warnings += _identical(data, m)
     return warnings
 
@@ -81,79 +87,112 @@ def _known(name: str, spellings: Mapping[str, tuple[str, ...]]) -> str | None:
     return next((known for known, others in spellings.items() if folded in others), None)
 
 
-def _modality(known: str, modalities: Sequence[str]) -> str | None:
-    """This data set's name of a modality."""
-    return next((name for name in modalities if _known(name, SPELLINGS) == known), None)
+class _Evidence:
+    """The values of a model and a region, and how sure differences between its subsets are.
+
+    Attributes
+    ----------
+    data:
+        Names of subsets and modalities.
+    means:
+        Mean of each subset.
+    """
+
+    def __init__(self, data: Cube, values: np.ndarray, bootstrap: Bootstrap) -> None:
+        self.data, self.means = data, mean(values, axis=0)
+        self._bootstrap, self._groups = bootstrap, bootstrap.groups(data.cases)
+        self._resampled = bootstrap.means(values, self._groups)
+        self.enough = len(np.unique(self._groups)) >= MIN_PATIENTS
+
+    def modality(self, known: str) -> str | None:
+        """This data set's name of a modality."""
+        return next((name for name in self.data.modalities if _known(name, SPELLINGS) == known), None)
+
+    def value(self, subset: str) -> float:
+        return float(self.means[self.data.subsets.index(subset)])
+
+    def limits(self, weights: Mapping[str, float], candidates: int = 1) -> tuple[float, float]:
+        """The interval of a weighted sum of subsets, which has to be the extreme one of several candidates."""
+        used = [self.data.subsets.index(subset) for subset in weights]
+        resampled = self._resampled[:, used] @ np.array(list(weights.values()))
+        level = 1 - (1 - self._bootstrap.level) / candidates
+        low, high = self._bootstrap.limits(resampled, self._groups, level)
+        return float(low), float(high)
+
+    def exceeds(self, weights: Mapping[str, float], candidates: int = 1) -> bool:
+        """Whether a weighted sum of subsets is above :data:`SLACK`, beyond chance."""
+        return self.enough and self.limits(weights, candidates)[0] > SLACK
 
 
-def _contrast_agent(of_subset: dict[str, float], data: Cube, where: str) -> list[str]:
-    contrast = _modality("T1ce", data.modalities)
-    if contrast is None:
-        return []
-    by_members = {frozenset(subset.split(SEPARATOR)): value for subset, value in of_subset.items()}
-    gains = [
-        value - by_members[members - {contrast}]
-        for members, value in by_members.items()
+def _full_is_best(evidence: _Evidence) -> Iterator[str]:
+    data = evidence.data
+    if data.sizes[-1] < len(data.modalities) or np.isnan(evidence.means).all():
+        return
+    full, best = data.subsets[-1], data.subsets[int(np.nanargmax(evidence.means))]
+    if best != full and evidence.exceeds({best: 1, full: -1}, candidates=len(data.subsets) - 1):
+        yield (
+            f"{best} is better ({100 * evidence.value(best):.1f}) than the full input "
+            f"({100 * evidence.value(full):.1f}). Are the channels in the order of the training?"
+        )
+
+
+def _contrast_agent(evidence: _Evidence) -> Iterator[str]:
+    data, contrast = evidence.data, evidence.modality("T1ce")
+    if contrast is None or not evidence.enough:
+        return
+    by_members = {frozenset(subset.split(SEPARATOR)): subset for subset in data.subsets}
+    pairs = [
+        (subset, by_members[members - {contrast}])
+        for members, subset in by_members.items()
         if contrast in members and members - {contrast} in by_members
     ]
-    warnings = []
-    if gains and np.mean(gains) <= 0:
-        warnings.append(
-            f"{where}: adding {contrast} changes the mean by {100 * np.mean(gains):+.1f} points, yet only {contrast} "
-            f"shows enhancement. Are channels swapped, or was {contrast} not removed where it should be missing?"
-        )
-    if len(data.subsets) == 2 ** len(data.modalities) - 1 and len(data.modalities) <= MAX_PLAYERS:
-        values = np.array(list(of_subset.values()))[subset_columns(data)]
-        shares = dict(zip(data.modalities, shapley_matrix(len(data.modalities))[:, 1:] @ values, strict=True))
+    if pairs:
+        weights = {subset: sign / len(pairs) for pair in pairs for subset, sign in zip(pair, (1, -1), strict=True)}
+        if evidence.limits(weights)[1] <= 0:
+            gain = np.mean([evidence.value(with_it) - evidence.value(without) for with_it, without in pairs])
+            yield (
+                f"adding {contrast} changes the mean by {100 * gain:+.1f} points, yet only {contrast} shows "
+                f"enhancement. Are channels swapped, or was {contrast} not removed where it should be missing?"
+            )
+    if len(data.subsets) == 2 ** len(data.modalities) - 1 and len(data.modalities) <= MAX_MODALITIES:
+        ordered = [data.subsets[column] for column in subset_columns(data)]
+        rows = dict(zip(data.modalities, shapley_matrix(len(data.modalities))[:, 1:], strict=True))
+        shares = {name: sum(row * [evidence.value(subset) for subset in ordered]) for name, row in rows.items()}
         best = max(shares, key=lambda name: shares[name])
-        if shares[best] > shares[contrast] + SLACK:
-            warnings.append(
-                f"{where}: {best} adds more ({100 * shares[best]:.1f} points of Shapley value) than {contrast} "
+        difference = dict(zip(ordered, rows[best] - rows[contrast], strict=True))
+        if best != contrast and evidence.exceeds(difference, candidates=len(rows) - 1):
+            yield (
+                f"{best} adds more ({100 * shares[best]:.1f} points of Shapley value) than {contrast} "
                 f"({100 * shares[contrast]:.1f}). Are these two channels swapped?"
             )
-    return warnings
 
 
-def _oedema(of_subset: dict[str, float], data: Cube, where: str) -> list[str]:
-    names = {known: _modality(known, data.modalities) for known in ("T1", "T2", "FLAIR")}
-    alone = {known: of_subset[name] for known, name in names.items() if name in of_subset}
+def _oedema(evidence: _Evidence) -> Iterator[str]:
+    names = {known: evidence.modality(known) for known in ("T1", "T2", "FLAIR")}
+    alone = {known: name for known, name in names.items() if name in evidence.data.subsets}
     if "T1" not in alone or len(alone) == 1:
-        return []
-    best = max((known for known in alone if known != "T1"), key=lambda known: alone[known])
-    if alone["T1"] <= alone[best] + SLACK:
-        return []
-    return [
-        f"{where}: {names['T1']} alone is better ({100 * alone['T1']:.1f}) than {names[best]} alone "
-        f"({100 * alone[best]:.1f}), yet oedema is bright there and hardly seen on {names['T1']}. Are channels swapped?"
-    ]
+        return
+    t1 = alone.pop("T1")
+    best = max(alone.values(), key=evidence.value)
+    if evidence.exceeds({t1: 1, best: -1}):
+        yield (
+            f"{t1} alone is better ({100 * evidence.value(t1):.1f}) than {best} alone "
+            f"({100 * evidence.value(best):.1f}), yet oedema is bright there and hardly seen on {t1}. Are channels "
+            f"swapped?"
+        )
 
 
-def _full_is_best(of_subset: dict[str, float], data: Cube, where: str) -> list[str]:
-    if data.sizes[-1] < len(data.modalities):
-        return []
-    full = data.subsets[-1]
-    best = max(of_subset, key=lambda subset: of_subset[subset])
-    if not of_subset[best] > of_subset[full] + SLACK:
-        return []
-    return [
-        f"{where}: {best} is better ({100 * of_subset[best]:.1f}) than the full input ({100 * of_subset[full]:.1f}). "
-        f"Are the channels in the order of the training?"
-    ]
-
-
-def _identical(data: Cube, m: int) -> list[str]:
-    """Subsets with the same values in all cases and regions: the modality between them was never looked at."""
+def _identical(data: Cube, m: int) -> Iterator[str]:
+    """Subsets with the same values in all cases and regions: the modality between them was never removed."""
     groups: dict[bytes, list[str]] = {}
     for subset, values in zip(data.subsets, data.values[m].transpose(1, 0, 2), strict=True):
         # perfect, empty and missing values repeat by themselves
         if np.any((values > 0) & (values < 1)):
             groups.setdefault(values.tobytes(), []).append(subset)
-    warnings = []
     for subsets in groups.values():
         if len(subsets) > 1:
             more = f" and {len(subsets) - 3} more" if len(subsets) > 3 else ""
-            warnings.append(
+            yield (
                 f"{data.models[m]}: {', '.join(subsets[:3])}{more} give the same value in every case. Were modalities "
                 f"removed that should be missing?"
             )
-    return warnings

@@ -1,33 +1,23 @@
-"""Summaries and comparisons of models over all subsets of modalities.
+"""Summaries of a model and paired comparisons of models over all subsets of modalities.
 
-All functions take the long table of :mod:`~nnunetv2_mstkd.evaluation.results` and give a table back. Intervals come
-from resampled patients: pass ``patients`` where a patient has several cases. Shapley values are in
-:mod:`~nnunetv2_mstkd.statistics.shapley`, warnings about implausible results in
-:mod:`~nnunetv2_mstkd.statistics.plausibility`.
+All functions take the long table of :mod:`~nnunetv2_mstkd.evaluation.results` and return a table. Intervals are over
+resampled patients: pass a :class:`~nnunetv2_mstkd.statistics.bootstrap.Bootstrap` with ``patients`` if a patient has
+several cases.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
 from scipy import stats
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import CASE, MODALITIES, MODEL, REGION, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.results import CASE, MODALITIES, MODEL, REGION, SEPARATOR, SUBSET
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import (
-    AVERAGE,
-    SAMPLES,
-    Cube,
-    bootstrap_means,
-    cube,
-    interval,
-    mean,
-    patient_numbers,
-)
+from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, Bootstrap, Cube, cube, long_table, mean
 
 LOW = "low"
 HIGH = "high"
@@ -36,21 +26,13 @@ AGAINST = "against"
 P = "p"
 P_CORRECTED = "p_corrected"
 
-CORRECTIONS = ("holm", "bonferroni")
+DEFAULT = Bootstrap()
 
 
 # ---- one model -----------------------------------------------------------------------------------------------------
 
 
-def summary(
-    results: pd.DataFrame,
-    *,
-    metric: str = "dice",
-    patients: Mapping[str, str] | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
-) -> pd.DataFrame:
+def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Mean over all subsets with its interval, and the worst subset.
 
     Returns
@@ -59,27 +41,17 @@ def summary(
     """
     data = cube(results, metric)
     everything, regions = _with_average(data.values, data.regions)
-    values, low, high = _estimates(mean(everything, axis=2), _Resampling(data.cases, patients, samples, seed), level)
+    value, low, high = _estimates(mean(everything, axis=2), data.cases, bootstrap)
     by_subset = mean(everything, axis=1)
-    badness = _badness(by_subset, metric)
-    rows = []
-    for m, model in enumerate(data.models):
-        for r, region in enumerate(regions):
-            subset = _worst(badness[m, :, r])
-            worst = data.subsets[subset], by_subset[m, subset, r]
-            rows.append((model, region, values[m, r], low[m, r], high[m, r], *worst))
-    return pd.DataFrame(rows, columns=[MODEL, REGION, VALUE, LOW, HIGH, "worst_subset", "worst"])
+    # NaN is never the worst; if there is nothing else, the first subset is
+    places = np.nan_to_num(_badness(by_subset, metric), nan=-np.inf).argmax(axis=1)
+    worst = np.take_along_axis(by_subset, places[:, None], axis=1)
+    names = np.array(data.subsets)[places]
+    axes = {MODEL: data.models, REGION: regions}
+    return long_table(axes, value=value, low=low, high=high, worst_subset=names, worst=worst)
 
 
-def mean_by_count(
-    results: pd.DataFrame,
-    *,
-    metric: str = "dice",
-    patients: Mapping[str, str] | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
-) -> pd.DataFrame:
+def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Mean by number of available modalities, over all subsets of that size.
 
     Returns
@@ -90,26 +62,13 @@ def mean_by_count(
     everything, regions = _with_average(data.values, data.regions)
     sizes = np.unique(data.sizes)
     per_case = np.stack([mean(everything[:, :, data.sizes == size], axis=2) for size in sizes], axis=2)
-    values, low, high = _estimates(per_case, _Resampling(data.cases, patients, samples, seed), level)
-    rows = [
-        (model, region, int(size), values[m, k, r], low[m, k, r], high[m, k, r])
-        for m, model in enumerate(data.models)
-        for r, region in enumerate(regions)
-        for k, size in enumerate(sizes)
-    ]
-    return pd.DataFrame(rows, columns=[MODEL, REGION, MODALITIES, VALUE, LOW, HIGH])
+    value, low, high = (part.swapaxes(1, 2) for part in _estimates(per_case, data.cases, bootstrap))
+    axes = {MODEL: data.models, REGION: regions, MODALITIES: sizes}
+    return long_table(axes, value=value, low=low, high=high)
 
 
-def gap_to_full(
-    results: pd.DataFrame,
-    *,
-    metric: str = "dice",
-    patients: Mapping[str, str] | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
-) -> pd.DataFrame:
-    """How much each subset loses against the full input, case by case.
+def gap_to_full(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """The loss of each subset against the full input, case by case.
 
     Returns
     -------
@@ -118,16 +77,11 @@ def gap_to_full(
     """
     data = cube(results, metric)
     badness = _badness(data.values, metric)
-    gaps, regions = _with_average(badness - badness[:, :, [data.full]], data.regions)
-    values, low, high = _estimates(gaps, _Resampling(data.cases, patients, samples, seed), level)
-    rows = [
-        (model, region, subset, int(data.sizes[k]), values[m, k, r], low[m, k, r], high[m, k, r])
-        for m, model in enumerate(data.models)
-        for r, region in enumerate(regions)
-        for k, subset in enumerate(data.subsets)
-        if k != data.full
-    ]
-    return pd.DataFrame(rows, columns=[MODEL, REGION, SUBSET, MODALITIES, VALUE, LOW, HIGH])
+    # the full input is the last subset
+    gaps, regions = _with_average(badness[:, :, : data.full] - badness[:, :, [data.full]], data.regions)
+    value, low, high = (part.swapaxes(1, 2) for part in _estimates(gaps, data.cases, bootstrap))
+    axes = {MODEL: data.models, REGION: regions, SUBSET: data.subsets[: data.full]}
+    return _with_sizes(long_table(axes, value=value, low=low, high=high))
 
 
 # ---- several models ------------------------------------------------------------------------------------------------
@@ -139,54 +93,52 @@ def compare(
     metric: str = "dice",
     models: Sequence[str] | None = None,
     baseline: str | None = None,
-    patients: Mapping[str, str] | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> pd.DataFrame:
     """Paired comparison of models; the value of a case is its mean over the subsets.
 
-    Difference and interval are over cases, resampled by patient. The two-sided Wilcoxon signed-rank test sees one
-    difference per patient, for it takes them as independent. Its p-values are corrected by Holm (1979) over all rows.
+    The two-sided Wilcoxon signed-rank test assumes independent differences, so it gets one per patient. Its p-values
+    are corrected by Holm (1979) over all rows.
 
     Parameters
     ----------
     results:
-        see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    metric:
+        Name of the metric. Volume errors are compared by absolute value.
     models:
-        two or more; default all.
+        Two or more models; default all.
     baseline:
-        the model that all others are compared with; default each one with each other.
-    patients:
-        patient by case; None: every case is a patient.
+        The model that all others are compared with; default: all pairs are compared.
+    bootstrap:
+        The bootstrap of the intervals.
 
     Returns
     -------
     Table with the columns model, against, region (each one and their ``average``), difference (model - against), low,
-    high, p, p_corrected, cases, patients. Values that one of the two lacks (NaN) are left out of both. Errors of volume
-    are compared by their size.
+    high, p, p_corrected, cases, patients. A value that one of the two models lacks (NaN) is left out of both.
     """
     data = cube(results, metric, models=models)
     pairs = _pairs(data.models, baseline)
     per_case, regions = _differences(data, metric, pairs)
-    resampling = _Resampling(data.cases, patients, samples, seed)
-    values, low, high = _estimates(per_case, resampling, level)
+    groups = bootstrap.groups(data.cases)
+    values, low, high = _estimates(per_case, data.cases, bootstrap)
     rows = []
     for k, (first, second) in enumerate(pairs):
         for r, region in enumerate(regions):
             used = ~np.isnan(per_case[k, :, r])
-            numbers = int(used.sum()), len(np.unique(resampling.groups[used]))
-            estimate = values[k, r], low[k, r], high[k, r], wilcoxon(per_case[k, :, r], resampling.groups)
+            numbers = int(used.sum()), len(np.unique(groups[used]))
+            estimate = values[k, r], low[k, r], high[k, r], wilcoxon(per_case[k, :, r], groups)
             rows.append((data.models[first], data.models[second], region, *estimate, *numbers))
     table = pd.DataFrame(rows, columns=[MODEL, AGAINST, REGION, DIFFERENCE, LOW, HIGH, P, "cases", "patients"])
-    table.insert(table.columns.get_loc(P) + 1, P_CORRECTED, corrected(table[P].to_numpy())[0])
+    table.insert(table.columns.get_loc(P) + 1, P_CORRECTED, holm(table[P].to_numpy())[0])
     return table
 
 
 def paired_differences(
     results: pd.DataFrame, *, metric: str = "dice", models: Sequence[str] | None = None, baseline: str | None = None
 ) -> pd.DataFrame:
-    """What :func:`compare` is about, case by case: differences of the means over all subsets.
+    """The differences behind :func:`compare`, case by case.
 
     Returns
     -------
@@ -195,33 +147,23 @@ def paired_differences(
     data = cube(results, metric, models=models)
     pairs = _pairs(data.models, baseline)
     per_case, regions = _differences(data, metric, pairs)
-    rows = [
-        (data.models[first], data.models[second], case, region, per_case[k, c, r])
-        for k, (first, second) in enumerate(pairs)
-        for c, case in enumerate(data.cases)
-        for r, region in enumerate(regions)
-    ]
-    return pd.DataFrame(rows, columns=[MODEL, AGAINST, CASE, REGION, DIFFERENCE])
+    tables = []
+    for (first, second), differences in zip(pairs, per_case, strict=True):
+        table = long_table({CASE: data.cases, REGION: regions}, difference=differences)
+        table.insert(0, MODEL, data.models[first])
+        table.insert(1, AGAINST, data.models[second])
+        tables.append(table)
+    return pd.concat(tables, ignore_index=True)
 
 
 def compare_subsets(
-    results: pd.DataFrame,
-    model: str,
-    against: str,
-    *,
-    metric: str = "dice",
-    patients: Mapping[str, str] | None = None,
-    correction: str = "holm",
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
+    results: pd.DataFrame, model: str, against: str, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT
 ) -> pd.DataFrame:
     """Paired comparison of two models subset by subset, with corrected tests and intervals.
 
-    There are m = subsets x regions comparisons. With Holm's correction the interval of the k-th smallest p-value has
-    the level 1 - (1 - level) / (m - k + 1), the one at which Holm's step-down procedure looks at it, so that intervals
-    and tests tell the same story; that all intervals hold together with probability ``level`` is only true for
-    ``"bonferroni"``, which gives each the level 1 - (1 - level) / m.
+    There are m = subsets x regions comparisons. The interval of the k-th smallest p-value has the level
+    1 - (1 - level) / (m - k + 1) at which Holm's step-down procedure examines it, so that intervals and tests agree. It
+    does not follow that all intervals hold together with probability ``level``.
 
     Returns
     -------
@@ -229,27 +171,12 @@ def compare_subsets(
     """
     data = cube(results, metric, models=[model, against])
     unsigned = _unsigned(data.values, metric)
-    differences = unsigned[0] - unsigned[1]
-    tested = _tested(differences, _Resampling(data.cases, patients, samples, seed), level, correction)
-    rows = [
-        (subset, int(data.sizes[k]), region, *(part[k, r] for part in tested))
-        for k, subset in enumerate(data.subsets)
-        for r, region in enumerate(data.regions)
-    ]
-    return pd.DataFrame(rows, columns=[SUBSET, MODALITIES, REGION, *_TESTED])
+    tested = _tested(unsigned[0] - unsigned[1], data.cases, bootstrap)
+    return _with_sizes(long_table({SUBSET: data.subsets, REGION: data.regions}, **tested))
 
 
 def compare_by_count(
-    results: pd.DataFrame,
-    model: str,
-    against: str,
-    *,
-    metric: str = "dice",
-    patients: Mapping[str, str] | None = None,
-    correction: str = "holm",
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
+    results: pd.DataFrame, model: str, against: str, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT
 ) -> pd.DataFrame:
     """Paired comparison of two models by number of available modalities; see :func:`compare_subsets`.
 
@@ -266,13 +193,7 @@ def compare_by_count(
     differences, regions = _with_average(unsigned[0] - unsigned[1], data.regions)
     sizes = np.unique(data.sizes)
     per_case = np.stack([mean(differences[:, data.sizes == size], axis=1) for size in sizes], axis=1)
-    tested = _tested(per_case, _Resampling(data.cases, patients, samples, seed), level, correction)
-    rows = [
-        (int(size), region, *(part[k, r] for part in tested))
-        for k, size in enumerate(sizes)
-        for r, region in enumerate(regions)
-    ]
-    return pd.DataFrame(rows, columns=[MODALITIES, REGION, *_TESTED])
+    return long_table({MODALITIES: sizes, REGION: regions}, **_tested(per_case, data.cases, bootstrap))
 
 
 def rank_table(
@@ -280,12 +201,9 @@ def rank_table(
     *,
     metrics: Sequence[str] = ("dice",),
     models: Sequence[str] | None = None,
-    patients: Mapping[str, str] | None = None,
-    samples: int = SAMPLES,
-    seed: int = 0,
-    level: float = 0.95,
+    bootstrap: Bootstrap = DEFAULT,
 ) -> pd.DataFrame:
-    """Rank models as BraTS does, and tell how stable the ranking is.
+    """Rank models as BraTS does, with the stability of the ranking.
 
     Models are ranked within each case, subset, region and metric, ties sharing their mean rank; the mean of these ranks
     decides. Stability as in Wiesenfarth et al., Sci. Rep. 11:2369 (2021): the ranking is repeated on resampled
@@ -293,14 +211,14 @@ def rank_table(
 
     Returns
     -------
-    Table, best model first, with the columns model, rank, mean_rank, low, high (interval of the rank), first (share of
-    resamples in which the model, alone or tied, is best).
+    Table, best model first, with the columns model, rank, mean_rank, low, high (interval of the rank), first (fraction
+    of resamples in which the model, alone or tied, is best).
 
     Raises
     ------
-    ValueError
-        with fewer than two models, for values that are NaN, which have no rank (use the convention "brats"), and where
-        metrics were evaluated on different cases.
+    InputError
+        With fewer than two models, for NaN values, which have no rank (use the convention "brats"), and if metrics were
+        evaluated on different cases.
     """
     ranks: list[np.ndarray] = []
     names: tuple[str, ...] = ()
@@ -320,11 +238,11 @@ def rank_table(
     if len(names) < 2:
         raise InputError(f"a ranking needs at least two models, found {', '.join(names) or 'no metric'}")
     per_case = np.mean(ranks, axis=0)
-    resampling = _Resampling(cases, patients, samples, seed)
+    groups = bootstrap.groups(cases)
     means = per_case.mean(axis=1)
     # rounded: means of the same ranks in another order must tie
-    resampled = stats.rankdata(resampling.means(per_case.T).round(9), axis=1, method="min").astype(float)
-    low, high = interval(resampled, resampling.groups, level)
+    resampled = stats.rankdata(bootstrap.means(per_case.T, groups).round(9), axis=1, method="min").astype(float)
+    low, high = bootstrap.limits(resampled, groups)
     first = (resampled == 1).mean(axis=0)
     places = stats.rankdata(means.round(9), method="min").astype(int)
     rows = zip(names, places, means, low, high, first, strict=True)
@@ -341,13 +259,13 @@ def wilcoxon(differences: np.ndarray, patients: np.ndarray) -> float:
     Parameters
     ----------
     differences:
-        shape (cases,); NaN are left out, zeros are dropped as Wilcoxon did.
+        Shape (cases,); NaN are left out, zeros are dropped as Wilcoxon did.
     patients:
-        shape (cases,), a number per patient.
+        Shape (cases,), a number per patient.
 
     Returns
     -------
-    The p-value; 1 where all differences are zero, NaN where there are none.
+    The p-value; 1 if all differences are zero, NaN if there are none.
     """
     used = ~np.isnan(differences)
     if not used.any():
@@ -357,91 +275,71 @@ def wilcoxon(differences: np.ndarray, patients: np.ndarray) -> float:
     return float(stats.wilcoxon(means).pvalue) if means.any() else 1.0
 
 
-def corrected(p_values: np.ndarray, level: float = 0.95, correction: str = "holm") -> tuple[np.ndarray, np.ndarray]:
-    """Correct p-values for their number (Holm 1979, or Bonferroni).
+def holm(p_values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Correct p-values for their number by Holm's procedure (1979).
 
     Parameters
     ----------
     p_values:
-        shape (m,); NaN are no tests and stay NaN.
+        Shape (m,); NaN are no tests and stay NaN.
     level:
-        of an interval without correction.
+        Coverage of an uncorrected interval.
 
     Returns
     -------
     Corrected p-values and the corrected levels of the matching intervals, shape (m,) each.
     """
-    if correction not in CORRECTIONS:
-        raise InputError(f"unknown correction {correction!r}; known are {', '.join(CORRECTIONS)}")
     adjusted = np.full(len(p_values), np.nan)
     tested = np.flatnonzero(~np.isnan(p_values))
     factors = np.full(len(p_values), max(1, len(tested)), dtype=float)
-    if correction == "holm":
-        order = tested[np.argsort(p_values[tested], kind="stable")]
-        factors[order] = len(tested) - np.arange(len(tested))
-        adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * factors[order]))
-    else:
-        adjusted[tested] = np.minimum(1, p_values[tested] * factors[tested])
+    order = tested[np.argsort(p_values[tested], kind="stable")]
+    factors[order] = len(tested) - np.arange(len(tested))
+    adjusted[order] = np.minimum(1, np.maximum.accumulate(p_values[order] * factors[order]))
     return adjusted, 1 - (1 - level) / factors
 
 
-class _Resampling:
-    """Who is resampled, how often, and from which seed."""
-
-    def __init__(self, cases: Sequence[str], patients: Mapping[str, str] | None, samples: int, seed: int) -> None:
-        self.groups = patient_numbers(cases, patients)
-        self.samples = samples
-        self.seed = seed
-
-    def means(self, values: np.ndarray) -> np.ndarray:
-        """Resampled means, shape (samples, K), of values of shape (cases, K)."""
-        return bootstrap_means(values, self.groups, self.samples, self.seed)
-
-
 def _estimates(
-    values: np.ndarray, resampling: _Resampling, level: float | np.ndarray
+    values: np.ndarray, cases: Sequence[str], bootstrap: Bootstrap, level: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Means over the cases with lower and upper limits.
 
     Parameters
     ----------
     values:
-        shape (N, cases, ...).
+        Shape (N, cases, ...).
     level:
-        of the intervals: one for all, or shape (N, ...).
+        Coverage of each interval, shape (N, ...); default that of the bootstrap.
 
     Returns
     -------
     Three arrays of shape (N, ...).
     """
     by_case = np.moveaxis(values, 1, 0)
-    shape = by_case.shape[1:]
-    levels = np.broadcast_to(level, shape).ravel()
-    low, high = interval(resampling.means(by_case.reshape(len(by_case), -1)), resampling.groups, levels)
-    return mean(by_case, axis=0), low.reshape(shape), high.reshape(shape)
+    groups = bootstrap.groups(cases)
+    return mean(by_case, axis=0), *bootstrap.limits(bootstrap.means(by_case, groups), groups, level)
 
 
-def _tested(differences: np.ndarray, resampling: _Resampling, level: float, correction: str) -> tuple[np.ndarray, ...]:
-    """Means of paired differences with corrected intervals and tests.
-
-    Parameters
-    ----------
-    differences:
-        shape (cases, K, regions).
+def _tested(differences: np.ndarray, cases: Sequence[str], bootstrap: Bootstrap) -> dict[str, np.ndarray]:
+    """Means of paired differences, shape (cases, K, regions), with corrected intervals and tests.
 
     Returns
     -------
-    Arrays of shape (K, regions), one per entry of ``_TESTED``.
+    Arrays of shape (K, regions) by the columns of a table.
     """
     shape = differences.shape[1:]
-    columns = differences.reshape(len(differences), -1).T
-    p_values = np.array([wilcoxon(column, resampling.groups) for column in columns])
-    adjusted, levels = corrected(p_values, level, correction)
-    values, low, high = (part[0] for part in _estimates(differences[None], resampling, levels.reshape(1, *shape)))
-    return values, low, high, levels.reshape(shape), p_values.reshape(shape), adjusted.reshape(shape)
+    groups = bootstrap.groups(cases)
+    p_values = np.array([wilcoxon(column, groups) for column in differences.reshape(len(differences), -1).T])
+    adjusted, levels = (part.reshape(shape) for part in holm(p_values, bootstrap.level))
+    value, low, high = (part[0] for part in _estimates(differences[None], cases, bootstrap, levels[None]))
+    intervals = {DIFFERENCE: value, LOW: low, HIGH: high, "level": levels}
+    return {**intervals, P: p_values.reshape(shape), P_CORRECTED: adjusted}
 
 
-_TESTED = (DIFFERENCE, LOW, HIGH, "level", P, P_CORRECTED)
+def _with_sizes(table: pd.DataFrame) -> pd.DataFrame:
+    """Insert the number of modalities behind each subset."""
+    sizes = [subset.count(SEPARATOR) + 1 for subset in table[SUBSET]]
+    table.insert(table.columns.get_loc(SUBSET) + 1, MODALITIES, sizes)
+    return table
 
 
 def _differences(data: Cube, metric: str, pairs: Sequence[tuple[int, int]]) -> tuple[np.ndarray, tuple[str, ...]]:
@@ -463,22 +361,17 @@ def _pairs(models: Sequence[str], baseline: str | None) -> list[tuple[int, int]]
 
 
 def _with_average(values: np.ndarray, regions: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Add the mean over the regions, the last axis, as one more where there are several and it is not there already."""
+    """Append the mean over the regions, the last axis, if there are several and it is not there already."""
     if len(regions) == 1 or AVERAGE in regions:
         return values, regions
     return np.concatenate([values, mean(values, axis=-1)[..., None]], axis=-1), (*regions, AVERAGE)
 
 
 def _unsigned(values: np.ndarray, metric: str) -> np.ndarray:
-    """Values of a metric whose sign says nothing about better or worse lose it."""
+    """Absolute values for a metric whose sign says nothing about better or worse."""
     return np.abs(values) if metric_named(metric).better == 0 else values
 
 
 def _badness(values: np.ndarray, metric: str) -> np.ndarray:
     """Values turned so that lower is better."""
     return -values if metric_named(metric).better > 0 else _unsigned(values, metric)
-
-
-def _worst(badness: np.ndarray) -> int:
-    """Position of the worst value; the first one where all are NaN."""
-    return 0 if np.isnan(badness).all() else int(np.nanargmax(badness))

@@ -1,86 +1,85 @@
-"""An adversary beside the student: a discriminator, its optimiser and its own step."""
+"""An adversary beside the student: a discriminator of features, its optimiser and its own step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from nnunetv2_mstkd.losses import gsme
+from nnunetv2_mstkd.losses.style import adversarial_student_term, discriminator_loss
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator, mean_logit
-from nnunetv2_mstkd.training.distillation import DistillationTrainer, Target
 
-DISCRIMINATOR_LR = 1e-4
-DISCRIMINATOR_BETAS = (0.9, 0.99)
+LEARNING_RATE = 1e-4
+BETAS = (0.9, 0.99)
 
 
-class AdversarialTrainer(DistillationTrainer):
-    """Distillation whose term ``adversarial`` asks a discriminator of features; without that term it builds none."""
+class Adversary:
+    """Tells the teacher's features (real) from the student's (fake); the student is trained to be taken for real.
 
-    discriminator: Any = None
-    discriminator_optimizer: Any = None
-    """With its optimiser; None without the term."""
-    _discriminator_input: torch.Tensor | None = None
+    Parameters
+    ----------
+    channels, dimensions
+        Channels and spatial axes of what ``style_of`` returns.
+    style_of
+        From a network's output to the discriminator's input, (B, channels, *grid) float32. The discriminator
+        standardises the channels itself.
+    device
+        Device of the discriminator.
+    distributed
+        Average its gradients over the processes of a multi-GPU training.
+    """
 
-    def discriminator_channels(self) -> int:
-        """Channels of :meth:`style_of`."""
-        raise NotImplementedError
+    def __init__(
+        self,
+        channels: int,
+        dimensions: int,
+        style_of: Callable[[Any], torch.Tensor],
+        device: torch.device,
+        *,
+        distributed: bool = False,
+    ) -> None:
+        self._style_of = style_of
+        self.discriminator = PatchDiscriminator(channels, dimensions=dimensions).to(device)
+        self.optimizer = torch.optim.Adam(self.discriminator.parameters(), LEARNING_RATE, betas=BETAS)
+        self._trained: torch.nn.Module = self.discriminator
+        if distributed:
+            self._trained = DistributedDataParallel(
+                self.discriminator, device_ids=[device] if device.type == "cuda" else None
+            )
 
-    def style_of(self, features: Any) -> torch.Tensor:
-        """Input of the discriminator, (B, channels, *grid) float32; it standardises the channels itself."""
-        raise NotImplementedError
-
-    def initialize(self) -> None:
-        super().initialize()
-        self.discriminator = self.discriminator_optimizer = self._discriminator_input = None
-        if "adversarial" not in self.weights:
-            return
-        dimensions = len(self.configuration_manager.patch_size)
-        self.discriminator = PatchDiscriminator(self.discriminator_channels(), dimensions=dimensions)
-        self.discriminator.to(self.device)
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), DISCRIMINATOR_LR, betas=DISCRIMINATOR_BETAS
-        )
-        self.discriminator_step = self.discriminator
-        if self.is_ddp:
-            device_ids = [self.local_rank] if self.device.type == "cuda" else None
-            self.discriminator_step = DistributedDataParallel(self.discriminator, device_ids=device_ids)
-
-    def adversarial_term(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
-        """What the student pays for being told from the teacher."""
+    def term(self, student: Any, teacher: Any = None, target: Any = None) -> torch.Tensor:
+        """Return the student's loss for being told from the teacher; the discriminator gets no gradient."""
         self.discriminator.requires_grad_(False)
-        term = gsme.adversarial_student_term(mean_logit(self.discriminator(self.style_of(student))))
+        loss = adversarial_student_term(mean_logit(self.discriminator(self._style_of(student))))
         self.discriminator.requires_grad_(True)
-        return term
+        return loss
 
-    def keep_for_update(self, student: Any, teacher: Any) -> None:
-        if self.discriminator is not None:
-            self._discriminator_input = torch.cat([self.style_of(teacher), self.style_of(student).detach()])
+    def remember(self, student: Any, teacher: Any) -> torch.Tensor:
+        """Return what :meth:`step` needs of both outputs, without a graph: (2 B, channels, *grid), teacher first."""
+        return torch.cat([self._style_of(teacher), self._style_of(student).detach()])
 
-    def after_update(self, batch: dict) -> None:
-        """The discriminator's own step: teacher features are real, the student's are fake."""
-        super().after_update(batch)
-        if self._discriminator_input is None:
-            return
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
-        real, fake = mean_logit(self.discriminator_step(self._discriminator_input)).chunk(2)
-        gsme.discriminator_loss(real, fake).backward()
+    def step(self, remembered: torch.Tensor) -> None:
+        """Take the discriminator's own optimiser step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        real, fake = mean_logit(self._trained(remembered)).chunk(2)
+        discriminator_loss(real, fake).backward()
         for parameter in self.discriminator.parameters():
-            # an overflow in mixed precision costs the student a skipped step; Adam would keep the NaN for ever
-            parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
-        self.discriminator_optimizer.step()
-        self._discriminator_input = None
+            # an overflow in mixed precision costs the student a skipped step; Adam would keep the NaN forever
+            if parameter.grad is not None:
+                parameter.grad.nan_to_num_(0.0, 0.0, 0.0)
+        self.optimizer.step()
 
-    def extra_state(self) -> dict[str, Any]:
-        state = super().extra_state()
-        if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["discriminator_optimizer"] = self.discriminator_optimizer.state_dict()
-        return state
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and optimiser, for the checkpoint."""
+        return {
+            "discriminator": self.discriminator.state_dict(),
+            "discriminator_optimizer": self.optimizer.state_dict(),
+        }
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
-        if self.discriminator is not None and "discriminator" in state:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state_dict` returned; a state without a discriminator changes nothing."""
+        if "discriminator" in state:
             self.discriminator.load_state_dict(state["discriminator"])
-            self.discriminator_optimizer.load_state_dict(state["discriminator_optimizer"])
+            self.optimizer.load_state_dict(state["discriminator_optimizer"])

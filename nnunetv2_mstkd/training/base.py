@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 from multiprocessing.process import BaseProcess
@@ -11,8 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
-from batchgenerators.utilities.file_and_folder_operations import isfile, join, load_json
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 
@@ -20,23 +21,29 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import DivergenceError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import clear_scratch
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.loader_processes import one_line_for_dead_processes, started_by
+from nnunetv2_mstkd.nnunet.folders import BEST, FINAL, model_folder_name
+from nnunetv2_mstkd.nnunet.plans import BLOCK
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
+from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
+from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.training.progress import TermLog
-from nnunetv2_mstkd.training.settings import BLOCK, Settings, SettingsError, network_keys
-from nnunetv2_mstkd.training.step import CheckedStepTrainer
+from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Section, Settings, TeacherSettings
+from nnunetv2_mstkd.training.step import Losses, LossMonitor
 
 
-class SettingsTrainer(CheckedStepTrainer):
+class SettingsTrainer(nnUNetTrainer):
     """nnU-Net's trainer, with the ``"mstkd"`` block of the plans as its settings.
 
     The block is completed and written back into the plans before anything is built, so that it reaches the checkpoint,
     the model folder's plans.json and, with it, prediction.
     """
 
-    network_sections: ClassVar[tuple[str, ...]] = ()
-    """Sections of the settings that this trainer's network is built from: weights fit no other values of their
-    :func:`~nnunetv2_mstkd.training.settings.network_keys`."""
+    sections: ClassVar[tuple[type[Section], ...]] = (ScheduleSettings,)
+    """Sections of the settings that this trainer reads, besides those of its network's design."""
+    design: ClassVar[NetworkDesign | None] = None
+    """How the network is made from the plans; None: nnU-Net's own way, whatever the plans name."""
 
     def __init__(
         self,
@@ -48,106 +55,188 @@ class SettingsTrainer(CheckedStepTrainer):
     ) -> None:
         plans.setdefault("continue_training", False)
         manager = PlansManager(plans).get_configuration(configuration)
-        settings = Settings.from_block(manager.configuration.get(BLOCK))
+        settings = self.read_settings(manager)
         # all that can be refused is refused here, before nnU-Net makes the output folder
         self.check_plans(manager, dataset_json, settings)
-        settings = self.resolve(settings, manager)
+        settings = self.resolve(settings, manager, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        given = self.configuration_manager.configuration.get(BLOCK) or {}
-        self._given_network = {
-            section: [key for key in given.get(section) or {} if key in network_keys(section)]
-            for section in self.network_sections
-        }
+        self._given = dict(self.configuration_manager.configuration.get(BLOCK) or {})
         self._resumed = False
         self._split: dict[str, list[str]] | None = None
         self._initial_sum = 0.0
         self._loader_processes: list[BaseProcess] = []
-        self.terms = TermLog(self.logger, self.output_folder)
-        self.adopt(settings)
+        self._step_in_epoch = 0
+        self.monitor = LossMonitor(lambda line: self.print_to_log_file(line))
+        self.term_log = TermLog(self.logger, self.output_folder)
+        self.apply_settings(settings)
 
-    # ---- settings ----------------------------------------------------------------------------------------------
+    # ---- settings and network ----------------------------------------------------------------------------------
 
     @classmethod
-    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+    def all_sections(cls) -> tuple[type[Section], ...]:
+        """Sections of the trainer and of its network."""
+        return tuple(dict.fromkeys((*cls.sections, *(cls.design.sections if cls.design else ()))))
+
+    @classmethod
+    def read_settings(cls, configuration_manager: ConfigurationManager, *, strict: bool = True) -> Settings:
+        """Read the trainer's settings from a plans configuration."""
+        return Settings.read(configuration_manager.configuration.get(BLOCK), cls.all_sections(), strict=strict)
+
+    @classmethod
+    def check_plans(cls, configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
         """Refuse, before anything is written, what this trainer cannot train.
 
         Raises
         ------
-        NotImplementedError
-            for the second stage of a cascade.
+        UserError
+            For the second stage of a cascade, and what the network's design refuses.
         """
         if configuration_manager.previous_stage_name is not None:
             raise UnsupportedError(
                 f"{cls.__name__} does not support the cascade (the configuration continues "
                 f"{configuration_manager.previous_stage_name}); train 2d, 3d_fullres or 3d_lowres"
             )
+        if cls.design is not None:
+            cls.design.check(UNetPlan.of(configuration_manager), settings, modalities.modality_names(dataset_json))
 
     @classmethod
-    def resolve(cls, settings: Settings, configuration_manager) -> Settings:
-        """Fill the settings that depend on the plans; without a network of our own there are none."""
-        return settings
+    def resolve(cls, settings: Settings, configuration_manager: ConfigurationManager, dataset_json: dict) -> Settings:
+        """Fill in the settings that depend on plans and data set."""
+        if cls.design is None:
+            return settings
+        return cls.design.resolve(settings, UNetPlan.of(configuration_manager), modalities.modality_names(dataset_json))
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> Any:
+        """Build the network as its plans describe it; called by training and, on the class, by prediction."""
+        if cls.design is None:
+            return nnUNetTrainer.build_network_architecture(
+                plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+            )
+        plan = UNetPlan.of(
+            configuration_manager,
+            num_modalities=num_input_channels,
+            num_outputs=num_output_channels,
+            deep_supervision=enable_deep_supervision,
+        )
+        # at prediction sections of trainers that are not installed here do not matter
+        settings = cls.read_settings(configuration_manager, strict=False)
+        return cls.design.build(plan, cls.design.resolve(settings, plan))
 
     def epochs(self, settings: Settings) -> int:
-        return settings.schedule.epochs
+        """Length of the training."""
+        return settings[ScheduleSettings].epochs
 
-    def adopt(self, settings: Settings) -> None:
-        """Take settings over: complete them, write them into the plans, set nnU-Net's own attributes."""
-        self.settings = self.resolve(settings, self.configuration_manager)
+    def apply_settings(self, settings: Settings) -> None:
+        """Complete the settings, write them into the plans and set nnU-Net's own attributes."""
+        self.settings = self.resolve(settings, self.configuration_manager, self.dataset_json)
         block = self.settings.to_block()
         self.plans_manager.plans["configurations"][self.configuration_name][BLOCK] = block
         self.configuration_manager.configuration[BLOCK] = block
-        schedule = self.settings.schedule
+        schedule = self.settings[ScheduleSettings]
         self.num_epochs = self.epochs(self.settings)
         self.num_iterations_per_epoch = schedule.iterations
         self.num_val_iterations_per_epoch = schedule.validation_iterations
         self.initial_lr = schedule.learning_rate
         self.save_every = schedule.checkpoint_interval(self.num_epochs)
 
-    def _refuse_other_network(self, stored: Settings, source: str) -> None:
-        there, here = stored.to_block(), self.settings.to_block()
-        for section, keys in self._given_network.items():
-            for key in keys:
-                if there[section][key] != here[section][key]:
-                    raise SettingsError(
-                        f"the plans ask for {section}.{key} = {here[section][key]!r}, {source} was trained with "
-                        f"{there[section][key]!r}. Put the old value back, or train it as a configuration of its own "
-                        f"(mstkd configure)"
-                    )
-
-    def _refuse_mixed_folds(self) -> None:
-        """All folds of a model folder share one plans.json, so they must share the network."""
-        plans_file = join(self.output_folder_base, "plans.json")
-        if not isfile(plans_file):
-            return
-        others = [
-            path.parent.name
-            for path in sorted(Path(self.output_folder_base).glob("fold_*/checkpoint_*.pth"))
-            if path.parent.name != f"fold_{self.fold}"
-        ]
-        if not others:
-            return
-        there = load_json(plans_file)["configurations"].get(self.configuration_name, {}).get(BLOCK) or {}
-        here = self.settings.to_block()
-        changed = [
-            f"{section}.{key} is {old!r} there and {here[section].get(key)!r} here"
-            for section in self.network_sections
-            for key, old in (there.get(section) or {}).items()
-            if key in network_keys(section) and old != here[section].get(key)
-        ]
-        if changed:
-            listed = ", ".join(changed)
-            raise SettingsError(
-                f"{others[0]} in {self.output_folder_base} was trained with another network: {listed}. Train this one "
-                f"as a configuration of its own (mstkd configure)"
-            )
-
-    # ---- training ----------------------------------------------------------------------------------------------
-
     @property
     def plain_network(self) -> Any:
         """The network without the wrappers of DDP and torch.compile."""
         network = self.network.module if self.is_ddp else self.network
         return network._orig_mod if isinstance(network, OptimizedModule) else network
+
+    def initialize(self) -> None:
+        self._seed_everything(-1)
+        super().initialize()
+        self._step_in_epoch = 0
+        self._initial_sum = self._weight_sum()
+
+    def configure_optimizers(self):
+        network = getattr(self.network, "_orig_mod", self.network)  # compiled, but not yet wrapped for DDP
+        added = [] if self.design is None else self.design.added_modules(network)
+        return build_optimizer(network, self.settings[ScheduleSettings], self.num_epochs, self.weight_decay, added)
+
+    # ---- one training step ---------------------------------------------------------------------------------------
+
+    def train_step(self, batch: dict) -> dict:
+        """Take one step of the optimiser.
+
+        Returns
+        -------
+        ``loss``, the segmentation loss as nnU-Net logs it, and ``terms``, the values of all terms by name.
+        """
+        if isinstance(self.lr_scheduler, WarmupPolyScheduler):
+            self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
+        data, target = self._to_device(batch)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            losses = self.compute_losses(data, target)
+        self.backward(losses.total)
+        values = self.monitor.read(
+            losses,
+            self.grad_scaler,
+            moment=f"epoch {self.current_epoch}, iteration {self._step_in_epoch}",
+            cases=batch.get("keys", ["unknown"]),
+        )
+        self._update_weights()
+        self.after_step(losses)
+        self._step_in_epoch += 1
+        return {"loss": values["segmentation"], "terms": values}
+
+    def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
+        """Run the forward pass and the loss of one step, under autocast: nnU-Net's own here.
+
+        Parameters
+        ----------
+        data
+            Complete batch (B, C, *spatial) on the device.
+        target
+            Tensor, or a list of tensors under deep supervision.
+        """
+        loss = self.loss(self.network(data), target)
+        return Losses(loss, {"segmentation": loss})
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a loss, scaled where the training is in mixed precision."""
+        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+
+    def clip_groups(self) -> list[torch.nn.Module]:
+        """Return the modules whose gradients are clipped to a norm of 12 (nnU-Net's), each separately."""
+        return [self.network]
+
+    def after_step(self, losses: Losses) -> None:
+        """Override for what follows the optimiser's step, such as an adversary's own."""
+
+    def _update_weights(self) -> None:
+        if self.grad_scaler is not None:
+            self.grad_scaler.unscale_(self.optimizer)
+        for module in self.clip_groups():
+            torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
+        if self.grad_scaler is None:
+            self.optimizer.step()
+        else:
+            self.grad_scaler.step(self.optimizer)
+            self.grad_scaler.update()
+
+    def _to_device(self, batch: dict) -> tuple[torch.Tensor, Any]:
+        data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
+        if isinstance(target, list):
+            return data, [level.to(self.device, non_blocking=True) for level in target]
+        return data, target.to(self.device, non_blocking=True)
+
+    def _autocast(self):
+        # nnU-Net's rule: only CUDA gains from autocast
+        return torch.autocast("cuda") if self.device.type == "cuda" else contextlib.nullcontext()
+
+    # ---- training ------------------------------------------------------------------------------------------------
 
     @property
     def iteration(self) -> int:
@@ -156,26 +245,23 @@ class SettingsTrainer(CheckedStepTrainer):
 
     @property
     def total_iterations(self) -> int:
+        """Training steps of the whole training."""
         return self.num_epochs * self.num_iterations_per_epoch
 
-    def initialize(self) -> None:
-        self._seed_everything(-1)
-        super().initialize()
-        self._step_in_epoch = 0
-        self._initial_sum = self._weight_sum()
-
-    def added_modules(self, network: Any) -> list[torch.nn.Module]:
-        """Hook: what the network has beyond the plans' U-Net, trained with AdamW at ``schedule.transformer_lr``."""
-        return []
-
-    def configure_optimizers(self):
-        network = getattr(self.network, "_orig_mod", self.network)  # compiled, but not yet wrapped for DDP
-        added = self.added_modules(network)
-        return build_optimizer(network, self.settings.schedule, self.num_epochs, self.weight_decay, added)
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done; ``--c`` then only repeats the validation."""
+        return self.current_epoch >= self.num_epochs
 
     def on_train_start(self) -> None:
         if self.local_rank == 0:  # which writes plans.json next, while the others would read it
-            self._refuse_mixed_folds()
+            refuse_mixed_folds(
+                Path(self.output_folder_base),
+                self.configuration_name,
+                self.fold,
+                self._network_sections(),
+                self.settings,
+            )
         if not self.was_initialized:
             self.initialize()
         train, validation = self.do_split()
@@ -187,18 +273,18 @@ class SettingsTrainer(CheckedStepTrainer):
             self._save_missing_best()
 
     def _save_missing_best(self) -> None:
-        """nnU-Net saves latest, then best; here goes on what was killed in between."""
+        """Save the best checkpoint if the training was killed after nnU-Net saved the latest one, before the best."""
         scores = self.logger.get_value("ema_fg_dice", step=None)
-        if not self._resumed or self.current_epoch >= self.num_epochs or not scores[-1] > max(scores[:-1], default=-1):
+        if not self._resumed or self.finished or not scores[-1] > max(scores[:-1], default=-1):
             return
-        best = Path(self.output_folder, "checkpoint_best.pth")
+        best = Path(self.output_folder, BEST)
         if not best.is_file() or checkpoints.read(best)["current_epoch"] < self.current_epoch:
             self.current_epoch -= 1
             self.save_checkpoint(str(best))
             self.current_epoch += 1
 
     def prepare_training(self) -> None:
-        """Called once before the first epoch, before nnU-Net writes anything: weights to start from."""
+        """Load weights to start from; called once before the first epoch, before nnU-Net writes anything."""
         if self._resumed or self.initial_source is None:
             return
         path = self._initial_checkpoint(self.initial_source)
@@ -207,15 +293,15 @@ class SettingsTrainer(CheckedStepTrainer):
     @property
     def initial_source(self) -> str | None:
         """``schedule.init_from``; None for the trainer that it names, from which others of the configuration start."""
-        source = self.settings.schedule.init_from
+        source = self.settings[ScheduleSettings].init_from
         return None if source == type(self).__name__ else source
 
     def _initial_checkpoint(self, source: str) -> Path:
         results = Path(self.output_folder_base).parents[1]
         if source.endswith(".pth"):
             return Path(source) if Path(source).is_absolute() else results / source
-        name = f"{source}__{self.plans_manager.plans_name}__{self.configuration_name}"
-        return Path(self.output_folder_base).parent / name / f"fold_{self.fold}" / "checkpoint_final.pth"
+        name = model_folder_name(source, self.plans_manager.plans_name, self.configuration_name)
+        return Path(self.output_folder_base).parent / name / f"fold_{self.fold}" / FINAL
 
     def _start_from(self, weights: dict[str, torch.Tensor], source: str) -> None:
         # another memory format or number of threads adds up in another order
@@ -230,25 +316,25 @@ class SettingsTrainer(CheckedStepTrainer):
             self.print_to_log_file(f"  not in it or of another shape: {name}")
 
     def _weight_sum(self) -> float:
-        """Tells whether somebody loaded weights after the network was built."""
+        """Sum of absolute weights: it changes if weights are loaded after the network was built."""
         return float(sum(parameter.detach().cpu().double().abs().sum() for parameter in self.network.parameters()))
 
     def get_dataloaders(self):
-        loaders, self._loader_processes = started_by(super().get_dataloaders)
+        loaders, self._loader_processes = start_workers(super().get_dataloaders)
         return loaders
 
     def run_training(self) -> None:
-        """nnU-Net's loop.
+        """Run nnU-Net's loop.
 
         Raises
         ------
-        ChildProcessError
-            if a process of a data loader died.
+        WorkerError
+            If a process of a data loader died.
         """
-        with one_line_for_dead_processes(self._moment, lambda: self._loader_processes):
+        with report_dead_workers(self._moment, lambda: self._loader_processes):
             try:
                 super().run_training()
-            except RuntimeError:  # as after the last epoch: nobody else ends the processes that are left
+            except RuntimeError:  # as after the last epoch: nothing else ends the processes that are left
                 for loader in (self.dataloader_train, self.dataloader_val):
                     if isinstance(loader, NonDetMultiThreadedAugmenter):
                         loader._finish()
@@ -269,20 +355,13 @@ class SettingsTrainer(CheckedStepTrainer):
         self._step_in_epoch = 0
         super().on_train_epoch_start()
 
-    def train_step(self, batch: dict) -> dict:
-        if isinstance(self.lr_scheduler, WarmupPolyScheduler):
-            self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
-        result = self.optimise(batch)
-        self._step_in_epoch += 1
-        return result
-
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         """Stop a training that has diverged before nnU-Net saves its weights over the last good checkpoint.
 
         Raises
         ------
-        FloatingPointError
-            if no step of the epoch had a finite loss.
+        DivergenceError
+            If no step of the epoch had a finite loss.
         """
         if not np.isfinite([output["loss"] for output in train_outputs]).any():
             raise DivergenceError(
@@ -294,12 +373,12 @@ class SettingsTrainer(CheckedStepTrainer):
 
     def on_epoch_end(self) -> None:
         if self.local_rank == 0:
-            self.terms.plot(self.current_epoch)
+            self.term_log.plot(self.current_epoch)
         super().on_epoch_end()
 
     def _seed_everything(self, epoch: int) -> None:
         """With a seed in the settings, an epoch depends on (seed, fold, epoch, rank) only; so a resumed run repeats."""
-        seed = self.settings.schedule.seed
+        seed = self.settings[ScheduleSettings].seed
         if seed is None:
             return
         fold = 1000 if self.fold == "all" else int(self.fold)
@@ -309,17 +388,18 @@ class SettingsTrainer(CheckedStepTrainer):
         np.random.seed(int(state[0]))  # nnU-Net's loaders draw from the global state
         torch.manual_seed(int(state[1]))
 
-    # ---- checkpoints -------------------------------------------------------------------------------------------
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def extra_state(self) -> dict[str, Any]:
-        """What goes to ``checkpoint["mstkd"]``: tensors and plain Python only, nothing that prediction needs."""
+        """Return what goes to ``checkpoint["mstkd"]``: tensors and plain Python, nothing that prediction needs."""
         return {"split": self._split}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`extra_state` returned."""
         self._split = state.get("split")
 
     def save_checkpoint(self, filename: str) -> None:
-        """nnU-Net's checkpoint with one more key, written to a temporary file first: never half a file."""
+        """Write nnU-Net's checkpoint with one more key, to a temporary file first: never half a file."""
         if self.local_rank != 0:
             return
         if self.disable_checkpointing:
@@ -341,26 +421,31 @@ class SettingsTrainer(CheckedStepTrainer):
             filename,
         )
 
+    def _network_sections(self) -> tuple[type[Section], ...]:
+        return self.design.sections if self.design else ()
+
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continue from, or validate, a checkpoint; its own settings win over those of the preprocessed plans.
 
         Raises
         ------
         SettingsError
-            if the preprocessed plans explicitly ask for another network.
+            If the preprocessed plans explicitly ask for another network.
         """
         content = checkpoints.read(filename_or_checkpoint)
         plans = content["init_args"]["plans"]["configurations"].get(self.configuration_name, {})
         if plans.get(BLOCK) is not None:
-            stored = Settings.from_block(plans[BLOCK])
-            self._refuse_other_network(stored, str(filename_or_checkpoint))
-            self.adopt(stored)
+            stored = Settings.read(plans[BLOCK], self.all_sections())
+            refuse_other_network(
+                self._given, self._network_sections(), self.settings, stored, str(filename_or_checkpoint)
+            )
+            self.apply_settings(stored)
         self._restore(content)
         self._resumed = True
         self.load_extra_state(content.get(BLOCK) or {})
 
     def _restore(self, content: dict[str, Any]) -> None:
-        """What nnU-Net's own method takes from a checkpoint; that one unpickles the file, and takes no content."""
+        """Take over what nnU-Net's own method takes; that one unpickles the file, and takes no content."""
         if not self.was_initialized:
             self.initialize()
         self.plain_network.load_state_dict(content["network_weights"])
@@ -379,29 +464,31 @@ class SettingsTrainer(CheckedStepTrainer):
 class FullModalityTrainer(SettingsTrainer):
     """nnUNetTrainer with epochs, iterations, save interval and seed from the settings, and nothing else changed.
 
-    The floor of every comparison: a model that has only ever seen complete input, given zeros. nnU-Net itself cannot
-    be given a budget, its number of iterations is fixed.
+    The simplest baseline of every comparison: a model that has only ever seen complete input, given zeros. nnU-Net's
+    own trainer has a fixed number of iterations, so it cannot be given a budget.
     """
 
 
-def check_subsets(cls: type, configuration_manager, dataset_json: dict, settings: Settings) -> None:
-    """What every trainer that takes modalities away needs: at least two of them, and a zero that stays zero."""
+def check_subsets(configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
+    """Check what every trainer that takes modalities away needs: at least two of them, and a zero that stays zero."""
     names = modalities.modality_names(dataset_json)
     modalities.check_count(len(names))
     modalities.check_normalization(configuration_manager.normalization_schemes)
-    settings.sampler.build(names)
+    settings[SamplerSettings].build(names)
 
 
 class TeacherTrainer(FullModalityTrainer):
-    """A frozen teacher-to-be: full modality, with its own number of epochs.
+    """Trains a full-modality teacher, with its own number of epochs.
 
-    It refuses what its student would refuse, before the time for a teacher is spent.
+    It refuses what its student would refuse, before time is spent on a teacher.
     """
 
+    sections: ClassVar[tuple[type[Section], ...]] = (*FullModalityTrainer.sections, TeacherSettings, SamplerSettings)
+
     @classmethod
-    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+    def check_plans(cls, configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
         super().check_plans(configuration_manager, dataset_json, settings)
-        check_subsets(cls, configuration_manager, dataset_json, settings)
+        check_subsets(configuration_manager, dataset_json, settings)
 
     def epochs(self, settings: Settings) -> int:
-        return settings.teacher.epochs or settings.schedule.epochs
+        return settings[TeacherSettings].epochs or super().epochs(settings)

@@ -1,23 +1,21 @@
-"""Base of the distilling trainers: a frozen full-modality teacher beside a student with missing modalities."""
+"""The base of distilling trainers: a frozen full-modality teacher beside a student with missing modalities."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
-from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.losses.dmld import teacher_advantage
+from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.ramp import ramp
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, StepLoss, Target
-from nnunetv2_mstkd.training.settings import Settings
+from nnunetv2_mstkd.nnunet.folders import dataset_number
+from nnunetv2_mstkd.training.adversary import Adversary
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
+from nnunetv2_mstkd.training.settings import DistillationSettings, Section, TeacherSettings
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
-
-Term = Callable[[Any, Any, Target], torch.Tensor]
-"""``term(student, teacher, target) -> scalar``, with what the two networks returned."""
 
 
 class DistillationTrainer(ModalityDropoutTrainer):
@@ -28,44 +26,67 @@ class DistillationTrainer(ModalityDropoutTrainer):
     alone.
     """
 
+    sections: ClassVar[tuple[type[Section], ...]] = (
+        *ModalityDropoutTrainer.sections,
+        TeacherSettings,
+        DistillationSettings,
+    )
     teacher_trainer: ClassVar[type]
-    own_terms: ClassVar[tuple[str, ...]] = ()
-    """Terms that read the student alone: they need no teacher, and neither ramp nor fade touches their weights."""
-    teacher: Any = None
-    """The frozen network, compiled where the student is; None where no term needs it."""
+    """Trainer whose final checkpoint of the same fold is the teacher."""
+    adversarial_term: ClassVar[str] = "adversarial"
+    """Name of the term that needs an adversary; without an active term of that name none is built."""
+    logit_terms: ClassVar[tuple[str, ...]] = ()
+    """Terms per voxel, which ``distillation.where`` restricts."""
+    feature_terms: ClassVar[tuple[str, ...]] = ()
+    """Terms that compare features, so that teacher and student need features of equal shape."""
     _teacher_identity: dict[str, str] | None = None
-
-    def distillation_weights(self) -> Mapping[str, float]:
-        """Weights by term name; only the terms above 0."""
-        raise NotImplementedError
-
-    def distillation_terms(self) -> Mapping[str, Term]:
-        """The terms by name. One of weight 0 is neither computed nor logged."""
-        raise NotImplementedError
 
     @property
     def needs_teacher(self) -> bool:
-        return any(name not in self.own_terms for name in self.weights)
+        """Whether any active term compares with a teacher."""
+        return any(term.needs_teacher for term in self.terms)
 
-    def forward_student(self, data: torch.Tensor) -> Any:
-        """The student's output with what the active terms read; has ``logits``."""
+    def is_active(self, *names: str) -> bool:
+        """Whether any of these terms has a weight above 0."""
+        return any(term.name in names for term in self.terms)
+
+    def active(self, names: Sequence[str]) -> list[str]:
+        """Return those of the names that are active terms."""
+        return [name for name in names if self.is_active(name)]
+
+    # ---- adversary -----------------------------------------------------------------------------------------------
+
+    def style_channels(self) -> int:
+        """Channels of :meth:`style_of`."""
         raise NotImplementedError
 
-    def forward_teacher(self, data: torch.Tensor) -> Any:
-        """The teacher's output with what the active terms read; has ``logits``."""
+    def style_of(self, features: Any) -> torch.Tensor:
+        """Return the discriminator's input, (B, channels, *grid) float32, from a network's output."""
         raise NotImplementedError
 
-    def adopt(self, settings: Settings) -> None:
-        super().adopt(settings)
-        self.weights = dict(self.distillation_weights())
+    def adversarial(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
+        """The adversarial term; the adversary is built with the network, after the terms are listed."""
+        return self.adversary.term(student)
 
-    # ---- teacher -----------------------------------------------------------------------------------------------
+    def initialize(self) -> None:
+        super().initialize()
+        self.adversary = None
+        if self.is_active(self.adversarial_term):
+            self.adversary = Adversary(
+                self.style_channels(),
+                len(self.configuration_manager.patch_size),
+                self.style_of,
+                self.device,
+                distributed=self.is_ddp,
+            )
+
+    # ---- teacher -------------------------------------------------------------------------------------------------
 
     def prepare_training(self) -> None:
         super().prepare_training()
-        if self.current_epoch >= self.num_epochs:
-            return  # --c on a finished training only repeats the validation
-        warm_start = self.settings.teacher.warm_start and self.initial_source is None and not self._resumed
+        if self.finished:
+            return
+        warm_start = self.settings[TeacherSettings].warm_start and self.initial_source is None and not self._resumed
         if not self.needs_teacher and not warm_start:
             return
         teacher = self._load_teacher()
@@ -76,15 +97,14 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     def _load_teacher(self) -> Teacher:
         results = Path(self.output_folder_base).parent
-        dataset = self.plans_manager.dataset_name
         path = find_teacher(
             results,
             trainer=self.teacher_trainer.__name__,
             plans=self.plans_manager.plans,
             configuration=self.configuration_name,
             fold=self.fold,
-            wanted=self.settings.teacher.configuration,
-            dataset=int(dataset[7:10]) if dataset[7:10].isdigit() else dataset,
+            wanted=self.settings[TeacherSettings].configuration,
+            dataset=dataset_number(self.plans_manager.dataset_name),
         )
         teacher = load_teacher(
             path,
@@ -101,7 +121,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
             raise InputError(
                 f"the teacher was replaced since this training started: {teacher.identity['path']} has weights "
                 f"{teacher.identity['sha256'][:12]}, the checkpoint was trained with {stored['path']} "
-                f"{stored['sha256'][:12]}. Put the old teacher back, or start this training anew without --c"
+                f"{stored['sha256'][:12]}. Restore the old teacher, or start this training anew without --c"
             )
         self.check_teacher(teacher)
         self._teacher_identity = teacher.identity
@@ -109,69 +129,53 @@ class DistillationTrainer(ModalityDropoutTrainer):
         return teacher
 
     def check_teacher(self, teacher: Teacher) -> None:
-        """Hook: refuse a teacher whose features do not have the shapes that active terms match."""
+        """Refuse a teacher whose encoder has other widths or strides, if active terms compare features.
 
-    def check_same_encoder(self, teacher: Teacher, active: list[str]) -> None:
-        """Refuse a teacher whose encoder has other widths or strides, if there are ``active`` terms on features."""
+        Raises
+        ------
+        InputError
+            Naming the difference and the terms.
+        """
+        active = self.active(self.feature_terms)
+        if not active:
+            return
         encoder: Any = self.plain_network.encoder
         other: Any = teacher.network.encoder
         for name, here, there in (
             ("channels per stage", list(encoder.output_channels), list(other.output_channels)),
             ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),
         ):
-            if active and here != there:
+            if here != there:
                 raise InputError(
                     f"teacher {teacher.identity['path']} has the {name} {there}, the student {here}; the terms "
                     f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
                 )
 
-    def extra_state(self) -> dict[str, Any]:
-        return {**super().extra_state(), "teacher": self._teacher_identity}
+    # ---- loss ----------------------------------------------------------------------------------------------------
 
-    def load_extra_state(self, state: dict[str, Any]) -> None:
-        super().load_extra_state(state)
-        self._teacher_identity = state.get("teacher")
-
-    # ---- loss --------------------------------------------------------------------------------------------------
-
-    def weight_factor(self) -> float:
-        """Common factor of all term weights at this iteration: ramp at the start, linear fade at the end."""
-        settings = self.settings.distillation
+    def teacher_factor(self) -> float:
+        """Ramp at the start, linear fade at the end."""
+        settings = self.settings[DistillationSettings]
         factor = ramp(self.iteration, self.total_iterations, settings.ramp) if settings.ramp > 0 else 1.0
         left = 1 - self.iteration / self.total_iterations
         return factor * (min(1.0, left / settings.fade) if settings.fade > 0 else 1.0)
 
-    def compute_loss(self, data: torch.Tensor, target: Any, availability: torch.Tensor) -> StepLoss:
-        if not self.weights:
-            return super().compute_loss(data, target, availability)
-        teacher = None
-        if self.needs_teacher:
-            with torch.no_grad():
-                teacher = self.forward_teacher(data)
-        student = self.forward_student(modalities.mask_modalities(data, availability))
-        segmentation = self.loss(student.logits, target)
-        deep = isinstance(student.logits, (list, tuple))
-        if deep:
-            student = student._replace(logits=student.logits[0])
-        label = self.read_target(target[0] if deep else target)
-        values = {"segmentation": segmentation}
-        total, factor = segmentation, self.weight_factor()
-        terms = self.distillation_terms()
-        with torch.autocast(self.device.type, enabled=False):
-            if teacher is not None:
-                label = label._replace(weight=self.voxel_weight(student, teacher, label))
-            for name, weight in self.weights.items():
-                values[name] = terms[name](student, teacher, label)
-                total = total + (1.0 if name in self.own_terms else factor) * weight * values[name]
-        self.keep_for_update(student, teacher)
-        return StepLoss(total, values)
-
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """1 where the teacher is more right than the student, if the settings ask to distil only there."""
-        if self.settings.distillation.where == "everywhere":
+        everywhere = self.settings[DistillationSettings].where == "everywhere"
+        if everywhere or teacher is None or not self.is_active(*self.logit_terms):
             return None
         regions = self.label_manager.has_regions
         return teacher_advantage(student.logits, teacher.logits, target.label, regions=regions, valid=target.valid)
 
-    def keep_for_update(self, student: Any, teacher: Any) -> None:
-        """Hook: what a second optimiser's own step needs after the backward pass."""
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def extra_state(self) -> dict[str, Any]:
+        adversary = {} if self.adversary is None else self.adversary.state_dict()
+        return {**super().extra_state(), "teacher": self._teacher_identity, **adversary}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        super().load_extra_state(state)
+        self._teacher_identity = state.get("teacher")
+        if self.adversary is not None:
+            self.adversary.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""A data loader's process that dies is told in one line: nnU-Net's loaders show the tracebacks of three threads."""
+"""Report a dead data-loader worker in one line: nnU-Net's loaders show the tracebacks of three threads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from batchgenerators.dataloading import nondet_multi_threaded_augmenter
 from nnunetv2.utilities.default_n_proc_DA import get_allowed_n_proc_DA
 
-from nnunetv2_mstkd.errors import wants_traceback
+from nnunetv2_mstkd.errors import WorkerError, wants_traceback
 
 DEAD = "background workers are no longer alive"
 """What nnU-Net and batchgenerators say of dead processes, and of such that ended themselves after an error."""
@@ -25,8 +25,8 @@ CAUSES = {
 }
 
 
-def started_by(make: Callable[[], Any]) -> tuple[Any, list[BaseProcess]]:
-    """The result of a call, and the processes that it has started."""
+def start_workers(make: Callable[[], Any]) -> tuple[Any, list[BaseProcess]]:
+    """Return the result of a call, and the processes that it has started."""
     before = multiprocessing.active_children()
     result = make()
     return result, [process for process in multiprocessing.active_children() if process not in before]
@@ -46,9 +46,7 @@ def cause_of_death(processes: Iterable[BaseProcess]) -> str:
 
 
 @contextmanager
-def one_line_for_dead_processes(
-    where: Callable[[], str], processes: Callable[[], Iterable[BaseProcess]]
-) -> Iterator[None]:
+def report_dead_workers(where: Callable[[], str], processes: Callable[[], Iterable[BaseProcess]]) -> Iterator[None]:
     """Turn what nnU-Net raises for a dead process of a data loader into one line.
 
     Parameters
@@ -60,7 +58,7 @@ def one_line_for_dead_processes(
 
     Raises
     ------
-    ChildProcessError
+    WorkerError
         what happened, when, and what helps.
     """
     with _without_their_threads():
@@ -70,7 +68,7 @@ def one_line_for_dead_processes(
             if DEAD not in str(error):
                 raise
             number = get_allowed_n_proc_DA()
-            raise ChildProcessError(
+            raise WorkerError(
                 f"{where()} a process of the data loader {cause_of_death(processes())}. The last checkpoint is "
                 f"untouched: ask for more memory or use fewer processes (nnUNet_n_proc_DA={number // 2}, here "
                 f"{number}), and continue with --c"

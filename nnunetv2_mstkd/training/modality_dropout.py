@@ -1,20 +1,22 @@
-"""nnU-Net with random missing modalities: the bar that published methods rarely clear, and the base of all others."""
+"""nnU-Net with random missing modalities: the control of every comparison, and the base of all methods."""
 
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.utilities.collate_outputs import collate_outputs
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed as dist
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer, check_subsets
-from nnunetv2_mstkd.training.settings import Settings
-from nnunetv2_mstkd.training.step import StepLoss
+from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Section, Settings
+from nnunetv2_mstkd.training.step import Losses, Term
 
 
 class Target(NamedTuple):
@@ -22,13 +24,13 @@ class Target(NamedTuple):
 
     Attributes
     ----------
-    label:
+    label
         (B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background.
-    foreground:
+    foreground
         bool, (B, 1, *spatial): any region or label above 0.
-    valid:
+    valid
         bool, (B, 1, *spatial): not the ignore label; None where the data set has none.
-    weight:
+    weight
         float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike.
     """
 
@@ -44,17 +46,25 @@ class ModalityDropoutTrainer(SettingsTrainer):
     Subsets are drawn after augmentation (which would make a zeroed channel non-zero) and applied on the device.
     Online validation goes through a fixed list of subsets, so that ``checkpoint_best`` is the best one for missing
     modalities; ``train_losses`` of nnU-Net's log is the segmentation loss alone.
+
+    A method is a subclass with ``terms`` beside the segmentation loss; see :meth:`compute_losses`.
     """
 
-    @classmethod
-    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
-        super().check_plans(configuration_manager, dataset_json, settings)
-        check_subsets(cls, configuration_manager, dataset_json, settings)
+    sections: ClassVar[tuple[type[Section], ...]] = (*SettingsTrainer.sections, SamplerSettings)
+    teacher: Any = None
+    """A frozen network that sees complete input; None where no term compares with one."""
+    adversary: Any = None
+    """A discriminator with an optimiser of its own; see :class:`nnunetv2_mstkd.training.adversary.Adversary`."""
 
-    def adopt(self, settings: Settings) -> None:
-        super().adopt(settings)
+    @classmethod
+    def check_plans(cls, configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        check_subsets(configuration_manager, dataset_json, settings)
+
+    def apply_settings(self, settings: Settings) -> None:
+        super().apply_settings(settings)
         names = modalities.modality_names(self.dataset_json)
-        self.sampler = self.settings.sampler.build(names)
+        self.sampler = self.settings[SamplerSettings].build(names)
         self.validation_subsets = modalities.validation_subsets(len(names))
         self.num_val_iterations_per_epoch = max(
             self.num_val_iterations_per_epoch,
@@ -62,34 +72,83 @@ class ModalityDropoutTrainer(SettingsTrainer):
         )
         self._subset_generator = torch.Generator()
         self._subset_generator.seed()
+        self.terms = self.make_terms()
+
+    def make_terms(self) -> tuple[Term, ...]:
+        """Return the terms beside the segmentation loss, in the order in which they are logged; here none."""
+        return ()
 
     def _seed_everything(self, epoch: int) -> None:
         super()._seed_everything(epoch)
-        if self.settings.schedule.seed is not None:
+        if self.settings[ScheduleSettings].seed is not None:
             self._subset_generator.manual_seed(int(torch.randint(2**31, ())))
 
-    # ---- training ----------------------------------------------------------------------------------------------
+    # ---- one training step -------------------------------------------------------------------------------------
 
     def draw_availability(self, batch_size: int) -> torch.Tensor:
-        """Which modalities each sample keeps in this step: bool, (B, C), on the CPU."""
+        """Draw which modalities each sample keeps in this step: bool, (B, C), on the CPU."""
         return self.sampler.sample(batch_size, generator=self._subset_generator)
 
-    def compute_loss(self, data: torch.Tensor, target: Any, availability: torch.Tensor) -> StepLoss:
-        """Forward pass and loss of one step, under autocast.
+    def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
+        """Segment a random subset of each sample; add the weighted terms. The whole of a step's forward pass.
 
         Parameters
         ----------
-        data:
-            complete batch (B, C, *spatial) on the device.
-        target:
-            tensor, or a list of tensors under deep supervision.
-        availability:
-            bool, (B, C).
+        data
+            Complete batch (B, C, *spatial) on the device.
+        target
+            Tensor, or a list of tensors under deep supervision.
         """
-        return super().step_loss(modalities.mask_modalities(data, availability), target)
+        inputs = modalities.mask_modalities(data, self.draw_availability(len(data)))
+        if not self.terms:
+            loss = self.loss(self.network(inputs), target)
+            return Losses(loss, {"segmentation": loss})
 
-    def step_loss(self, data: torch.Tensor, target: Any) -> StepLoss:
-        return self.compute_loss(data, target, self.draw_availability(len(data)))
+        teacher = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                teacher = self.forward_teacher(data)
+        student = self.forward_student(inputs, data)
+        total = self.loss(student.logits, target)
+        values = {"segmentation": total}
+        student = student._replace(logits=finest(student.logits))
+        with torch.autocast(self.device.type, enabled=False):
+            label = self.read_target(target[0] if isinstance(target, list) else target)
+            label = label._replace(weight=self.voxel_weight(student, teacher, label))
+            factor = self.teacher_factor()
+            for term in self.terms:
+                value = values[term.name] = term.function(student, teacher, label)
+                total = total + term.weight * (factor if term.needs_teacher else 1.0) * value
+        remembered = None if self.adversary is None else self.adversary.remember(student, teacher)
+        return Losses(total, values, remembered)
+
+    def after_step(self, losses: Losses) -> None:
+        if losses.adversary_input is not None:
+            self.adversary.step(losses.adversary_input)
+
+    def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
+        """Run the network for a step with terms; the output is a NamedTuple with ``logits`` and what terms read.
+
+        Parameters
+        ----------
+        inputs
+            Batch (B, C, *spatial) with absent modalities zero.
+        complete
+            The same batch with all modalities. Nothing of it may reach the logits.
+        """
+        raise NotImplementedError
+
+    def forward_teacher(self, complete: torch.Tensor) -> Any:
+        """Run the teacher on complete input, under no_grad."""
+        raise NotImplementedError
+
+    def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
+        """Return how much each voxel counts in the logit terms, (B, 1, *spatial); None: all alike."""
+        return None
+
+    def teacher_factor(self) -> float:
+        """Common factor of the weights of all terms that need the teacher, at this iteration."""
+        return 1.0
 
     def read_target(self, target: torch.Tensor) -> Target:
         """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
@@ -103,8 +162,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return Target(label, label > 0, valid)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        names = train_outputs[0]["names"]
-        means = np.mean([output["terms"] for output in train_outputs], 0)
+        names = list(train_outputs[0]["terms"])
+        means = np.mean([[output["terms"][name] for name in names] for output in train_outputs], 0)
         if self.is_ddp:
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, means)
@@ -114,7 +173,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     def log_terms(self, values: dict[str, float]) -> None:
         """One line in the log file, one entry in nnU-Net's logger."""
-        self.terms.log(values, self.current_epoch)
+        self.term_log.log(values, self.current_epoch)
         self.print_to_log_file("terms: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     # ---- online validation --------------------------------------------------------------------------------------
@@ -186,7 +245,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
 
 def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over the entries that are not NaN; NaN, without NumPy's warning, where there is none."""
+    """Mean over the entries that are not NaN; NaN, without NumPy's warning, where all are."""
     known = ~np.isnan(values)
     count = known.sum(axis)
     return np.where(count > 0, np.where(known, values, 0.0).sum(axis) / np.maximum(count, 1), np.nan)

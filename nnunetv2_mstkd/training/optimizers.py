@@ -100,7 +100,7 @@ def build_optimizer(
     weight_decay:
         nnU-Net's, for SGD.
     added_modules:
-        what is trained with AdamW at ``transformer_lr`` (weight decay 0.05, none on norms, biases and positions)
+        what is trained with AdamW at ``added_lr`` (weight decay 0.05, none on norms, biases and positions)
         unless the schedule names ``adam``, the published recipe's optimiser for everything.
     """
     added_modules = list(added_modules)
@@ -115,11 +115,11 @@ def build_optimizer(
         {
             "params": [parameter for key, parameter in added.items() if (key in decayed) == decays],
             "weight_decay": TRANSFORMER_WEIGHT_DECAY if decays else 0.0,
-            "initial_lr": schedule.transformer_lr,
+            "initial_lr": schedule.added_lr,
             "warmup": True,
         }
         for decays in (True, False)
     ]
-    transformer = torch.optim.AdamW(groups, schedule.transformer_lr)
+    transformer = torch.optim.AdamW(groups, schedule.added_lr)
     optimizer = JointOptimizer(_unet_optimizer(unet, schedule, weight_decay), transformer)
     return optimizer, WarmupPolyScheduler(optimizer, epochs)

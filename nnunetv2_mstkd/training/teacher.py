@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet.folders import FINAL, model_folder_name
+from nnunetv2_mstkd.nnunet.plans import BLOCK, lineage
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
-from nnunetv2_mstkd.training.settings import BLOCK
-
-FINISHED = "checkpoint_final.pth"
+from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.settings import Settings
 
 
 class Teacher(NamedTuple):
@@ -30,22 +30,14 @@ class Teacher(NamedTuple):
         its tensors by name, for the student's warm start.
     identity:
         ``trainer``, ``path`` below nnUNet_results and ``sha256`` of the weights; what a student's checkpoint keeps.
-    network_settings:
-        the resolved ``network`` section that it was built with.
+    settings:
+        what it was built with.
     """
 
     network: torch.nn.Module
     weights: dict[str, torch.Tensor]
     identity: dict[str, str]
-    network_settings: dict[str, Any]
-
-
-def candidate_configurations(plans: Mapping, configuration: str) -> Iterator[str]:
-    """The configuration itself, then those that it inherits from, nearest first."""
-    name: str | None = configuration
-    while name is not None:
-        yield name
-        name = plans["configurations"][name].get("inherits_from")
+    settings: Settings
 
 
 def teacher_configuration(
@@ -71,8 +63,8 @@ def teacher_configuration(
     """
     if wanted is not None:
         return wanted
-    configurations = list(candidate_configurations(plans, configuration))
-    for checkpoint in (FINISHED, "checkpoint_*.pth"):
+    configurations = list(lineage(plans, configuration))
+    for checkpoint in (FINAL, "checkpoint_*.pth"):
         for name in configurations:
             if any(_fold_folder(results_folder, trainer, plans, name, fold).glob(checkpoint)):
                 return name
@@ -80,7 +72,7 @@ def teacher_configuration(
 
 
 def _fold_folder(results_folder: Path, trainer: str, plans: Mapping, configuration: str, fold: int | str) -> Path:
-    return results_folder / f"{trainer}__{plans['plans_name']}__{configuration}" / f"fold_{fold}"
+    return results_folder / model_folder_name(trainer, plans["plans_name"], configuration) / f"fold_{fold}"
 
 
 def find_teacher(
@@ -111,16 +103,16 @@ def find_teacher(
         results_folder, trainer=trainer, plans=plans, configuration=configuration, fold=fold, wanted=wanted
     )
     folder = _fold_folder(results_folder, trainer, plans, name, fold)
-    if (folder / FINISHED).is_file():
-        return folder / FINISHED
+    if (folder / FINAL).is_file():
+        return folder / FINAL
     command = f"nnUNetv2_train {dataset} {name} {fold} -tr {trainer}"
     if plans["plans_name"] != "nnUNetPlans":
         command += f" -p {plans['plans_name']}"
     if any(folder.glob("checkpoint_*.pth")):
         raise MissingFileError(
-            f"the teacher of fold {fold} is not finished: {folder} has no {FINISHED}. Continue it first: {command} --c"
+            f"the teacher of fold {fold} is not finished: {folder} has no {FINAL}. Continue it first: {command} --c"
         )
-    raise MissingFileError(f"no teacher for fold {fold}: {folder / FINISHED} does not exist. Train it first: {command}")
+    raise MissingFileError(f"no teacher for fold {fold}: {folder / FINAL} does not exist. Train it first: {command}")
 
 
 def _same_network(plans: Mapping, first: str, second: str) -> bool:
@@ -133,7 +125,7 @@ def load_teacher(
     path: Path,
     *,
     results_root: Path,
-    trainer: type[nnUNetTrainer],
+    trainer: type[SettingsTrainer],
     student_configuration: ConfigurationManager,
     student_plans: PlansManager,
     dataset_json: Mapping,
@@ -183,8 +175,7 @@ def load_teacher(
         "sha256": checkpoints.fingerprint(weights),
     }
     network = network.to(device).eval().requires_grad_(False)
-    block = configuration.configuration.get(BLOCK) or {}
-    return Teacher(network, weights, identity, dict(block.get("network") or {}))
+    return Teacher(network, weights, identity, trainer.read_settings(configuration, strict=False))
 
 
 def _facts(plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping, split) -> dict[str, Any]:

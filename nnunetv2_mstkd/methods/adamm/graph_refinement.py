@@ -6,8 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from nnunetv2_mstkd.methods.mstkd.attention import TransformerBlock
-from nnunetv2_mstkd.methods.mstkd.network import default_heads
+from nnunetv2_mstkd.networks.attention import TransformerBlock, default_heads
 
 _EPSILON = 1e-6
 

@@ -6,19 +6,25 @@ planned, and every part starts as an exact identity and passes samples with all 
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods.adamm.adapters import MIN_HIDDEN, AdapterBank, SubsetIndex
 from nnunetv2_mstkd.methods.adamm.graph_refinement import GraphRefinement
-from nnunetv2_mstkd.networks.plans_unet import Geometry, Halves, build_unet
+from nnunetv2_mstkd.methods.adamm.presence_gate import PresenceGate
+from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.networks.decoding import decode
+from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
+from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.settings import Section, Settings, SettingsError
 
 MIN_POSITIONS = 512
 """Distillation and graph work on the deepest encoder stage with at least so many positions (8^3)."""
@@ -29,7 +35,7 @@ MAX_FULL_BANK = 5
 LIMIT_FULL_BANK = 8
 """254 subsets; beyond, a full bank is larger than any U-Net."""
 
-PARTS_OFF: dict[str, Any] = {"adapters": False, "refinement": "off", "presence": False}
+PARTS_OFF = AdaMMSettings(adapters=False, refinement="off", presence=False)
 """Settings of the teacher's network: the plans' own, which only returns its features."""
 
 
@@ -54,30 +60,29 @@ class Features(NamedTuple):
     presence: torch.Tensor | None
 
 
-def resolve(adamm: dict[str, Any], num_modalities: int) -> dict[str, Any]:
-    """Decide ``bank: auto`` of the ``adamm`` settings.
+def choose_bank(section: AdaMMSettings, num_modalities: int) -> str:
+    """Decide ``bank: auto``.
 
     Raises
     ------
-    ValueError
-        for a full bank of more than eight modalities.
+    SettingsError
+        For a full bank of more than eight modalities.
     """
-    bank = adamm["bank"]
+    bank: str = section.bank
     if bank == "auto":
-        listed = bool(adamm["subsets"])
-        bank = "full" if num_modalities <= MAX_FULL_BANK and not listed else "factorised"
+        bank = "full" if num_modalities <= MAX_FULL_BANK and not section.subsets else "factorised"
     if bank == "full" and num_modalities > LIMIT_FULL_BANK:
-        raise InputError(
+        raise SettingsError(
             f"setting adamm.bank is 'full' for {num_modalities} modalities, which would be {2**num_modalities - 2} "
             f"adapters per stage; expected at most {LIMIT_FULL_BANK} modalities. Use 'factorised', and name frequent "
             f"subsets in adamm.subsets"
         )
-    return {**adamm, "bank": bank}
+    return bank
 
 
-def distillation_stage(geometry: Geometry) -> int:
+def distillation_stage(shape: UNetShape) -> int:
     """The deepest encoder stage with at least 512 positions, or the first one if none has."""
-    fitting = [stage for stage, grid in enumerate(geometry.grids) if math.prod(grid) >= MIN_POSITIONS]
+    fitting = [stage for stage, grid in enumerate(shape.grids) if math.prod(grid) >= MIN_POSITIONS]
     return fitting[-1] if fitting else 0
 
 
@@ -106,48 +111,39 @@ class AdaptiveUNet(nn.Module):
 
     Parameters
     ----------
-    unet:
-        a network with ``encoder`` and ``decoder`` of dynamic_network_architectures.
-    geometry:
-        sizes of the U-Net.
-    adamm:
-        resolved settings, see :func:`resolve`; ``subsets`` as channel numbers, ``"#0+#2"``.
-    num_modalities, num_outputs:
-        C input channels and K output channels.
+    plan
+        The U-Net to build, with C input channels and K output channels.
+    section
+        Resolved settings; ``subsets`` as channel numbers, ``"#0+#2"``.
 
     Attributes
     ----------
-    availability:
-        bool, (1, C) or (B, C): which modalities the case has, if that is known; None: seen from each patch. See
-        :func:`nnunetv2_mstkd.modalities.known_availability`.
-    gate:
-        probability of presence below which prediction may delete an output channel of a case; 0: never.
-    presence_seen:
-        the largest presence logits, (B, K), since it was set to a tensor of (1, K); None: not recorded.
+    availability
+        bool, (1, C) or (B, C): which modalities the case has, set for the time of a prediction; None: seen from each
+        patch. See :func:`nnunetv2_mstkd.modalities.known_availability`.
     """
 
-    def __init__(
-        self, unet: Halves, geometry: Geometry, adamm: dict[str, Any], num_modalities: int, num_outputs: int
-    ) -> None:
+    def __init__(self, plan: UNetPlan, section: AdaMMSettings) -> None:
         super().__init__()
+        unet, shape, num_modalities = plan.build(), plan.shape, plan.num_modalities
         self.encoder, self.decoder = unet.encoder, unet.decoder
         self.availability: torch.Tensor | None = None
-        self.presence_seen: torch.Tensor | None = None
-        self.gate = float(adamm.get("gate", 0.0))
-        self.stage = distillation_stage(geometry)
-        self.pooling = _pooling(geometry, self.stage)
-        stages, dimensions = len(geometry.widths), len(geometry.grids[0])
+        self._gate: PresenceGate | None = None
+        self.gate = section.gate
+        self.stage = distillation_stage(shape)
+        self.pooling = _pooling(shape, self.stage)
+        stages = len(shape.widths)
         self.presence_stage = max(0, stages - 3)  # stride 2, or 1 where there is no other
         self.subsets = self.encoder_adapters = self.decoder_adapters = self.refinement = self.presence = None
-        if adamm["adapters"]:
-            codes, factorised = _rows(adamm, num_modalities)
+        if section.adapters:
+            codes, factorised = _rows(section, num_modalities)
             self.subsets = SubsetIndex(num_modalities, codes, factorised=factorised)
 
             def banks(widths: Sequence[int]) -> nn.ModuleList:
                 return nn.ModuleList(
                     AdapterBank(
                         width,
-                        max(MIN_HIDDEN, width // adamm["reduction"]),
+                        max(MIN_HIDDEN, width // section.reduction),
                         num_modalities,
                         len(codes),
                         factorised=factorised,
@@ -155,14 +151,14 @@ class AdaptiveUNet(nn.Module):
                     for width in widths
                 )
 
-            self.encoder_adapters = banks(geometry.widths[1:])
-            self.decoder_adapters = banks(geometry.widths[-2::-1])
-        if adamm["refinement"] != "off":
-            nodes = adamm["nodes"] if adamm["refinement"] == "graph" else 0
-            self.refinement = GraphRefinement(geometry.widths[self.stage], nodes, dimensions)
-        if adamm["presence"]:
-            width = geometry.widths[stages - 2 - self.presence_stage]
-            self.presence = PresenceHead(width, num_outputs, dimensions)
+            self.encoder_adapters = banks(shape.widths[1:])
+            self.decoder_adapters = banks(shape.widths[-2::-1])
+        if section.refinement != "off":
+            nodes = section.nodes if section.refinement == "graph" else 0
+            self.refinement = GraphRefinement(shape.widths[self.stage], nodes, plan.dimensions)
+        if section.presence:
+            width = shape.widths[stages - 2 - self.presence_stage]
+            self.presence = PresenceHead(width, plan.num_outputs, plan.dimensions)
 
     def added_modules(self) -> list[nn.Module]:
         """Adapters and graph; the presence head, a sister of the segmentation layers, is trained as they are."""
@@ -203,24 +199,41 @@ class AdaptiveUNet(nn.Module):
             skips.append(y)
         if self.refinement is not None:
             skips[self.stage] = self.refinement(skips[self.stage], shared[self.stage], partial)
-        seen = None if return_features else self.presence_seen
-        presence, outputs = None, []
-        low, last = skips[-1], len(self.decoder.stages) - 1
-        for stage in range(len(self.decoder.stages)):
-            low = torch.cat((self.decoder.transpconvs[stage](low), skips[-(stage + 2)]), 1)
-            low = self.decoder.stages[stage](low)
+        presence: list[torch.Tensor] = []
+
+        def visit(stage: int, features: torch.Tensor) -> torch.Tensor:
             if self.decoder_adapters is not None:
-                low = self.decoder_adapters[stage](low, selection)
-            if self.presence is not None and stage == self.presence_stage and (return_features or seen is not None):
-                presence = self.presence(low)
-            if self.decoder.deep_supervision or stage == last:
-                outputs.append(self.decoder.seg_layers[stage](low))
-        logits = outputs[::-1] if self.decoder.deep_supervision else outputs[0]
-        if seen is not None and presence is not None:
-            self.presence_seen = torch.maximum(seen, presence)
+                features = self.decoder_adapters[stage](features, selection)
+            if self.presence is not None and stage == self.presence_stage and (return_features or self._gate):
+                presence.append(self.presence(features))
+            return features
+
+        logits = decode(self.decoder, skips, visit)
         if not return_features:
+            if self._gate is not None and presence:
+                self._gate.see(presence[0])
             return logits
-        return Features(logits, shared[self.stage], self._style(shared) if return_style else (), presence)
+        style = self._style(shared) if return_style else ()
+        return Features(logits, shared[self.stage], style, presence[0] if presence else None)
+
+    @contextlib.contextmanager
+    def conditioned(
+        self, availability: torch.Tensor, label_manager: Any, student: int | None = None
+    ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+        """Tell the network what a prediction is about; see :func:`nnunetv2_mstkd.inference.conditioning.conditioned`.
+
+        Yields
+        ------
+        A function that deletes from the logits (S, K, *spatial) of a case what the presence head has not seen in any
+        of its patches, if ``adamm.gate`` is above 0.
+        """
+        self.availability = availability
+        if self.gate > 0 and self.presence is not None:
+            self._gate = PresenceGate(self.gate, label_manager, availability.device)
+        try:
+            yield (lambda logits: logits) if self._gate is None else self._gate.apply
+        finally:
+            self.availability = self._gate = None
 
     def _style(self, shared: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Enter, joined and leave: what AdaMM's style bottleneck is made of, without its learned projection."""
@@ -230,55 +243,55 @@ class AdaptiveUNet(nn.Module):
         return maps[-2] if len(maps) > 1 else maps[-1], torch.cat(maps, 1), maps[-1]
 
 
-def _pooling(geometry: Geometry, stage: int) -> list[tuple[int, tuple[int, ...]]]:
+def _pooling(shape: UNetShape, stage: int) -> list[tuple[int, tuple[int, ...]]]:
     """The up to two stages above ``stage``, finest first, with the steps that bring them to its grid."""
     levels = []
     for above in range(max(0, stage - 2), stage):
-        steps = zip(*geometry.strides[above + 1 : stage + 1], strict=True)
+        steps = zip(*shape.strides[above + 1 : stage + 1], strict=True)
         levels.append((above, tuple(math.prod(step) for step in steps)))
     return levels
 
 
-def style_channels(geometry: Geometry) -> int:
+def style_channels(shape: UNetShape) -> int:
     """Channels of the joined style map."""
-    stage = distillation_stage(geometry)
-    return sum(geometry.widths[max(0, stage - 2) : stage + 1])
+    stage = distillation_stage(shape)
+    return sum(shape.widths[max(0, stage - 2) : stage + 1])
 
 
-def _rows(adamm: dict[str, Any], num_modalities: int) -> tuple[list[int], bool]:
+def _rows(section: AdaMMSettings, num_modalities: int) -> tuple[list[int], bool]:
     """Codes of the subsets with adapters of their own, and whether the others share a factorised bank."""
     full = 2**num_modalities - 1
-    if adamm["bank"] == "full":
+    if section.bank == "full":
         return list(range(1, full)), False
     names = [f"#{channel}" for channel in range(num_modalities)]
-    codes = [modalities.subset_code(modalities.parse_subset(text, names)) for text in adamm["subsets"]]
+    codes = [modalities.subset_code(modalities.parse_subset(text, names)) for text in section.subsets]
     return [code for code in codes if code != full], True
 
 
-def build(
-    architecture_class: str,
-    architecture_kwargs: dict,
-    requires_import: Sequence[str],
-    patch_size: Sequence[int],
-    adamm: dict[str, Any],
-    num_input_channels: int,
-    num_output_channels: int,
-    deep_supervision: bool,
-) -> AdaptiveUNet:
-    """Build the network from the plans; ``adamm`` is the resolved section (see :func:`resolve`).
+class AdaptiveDesign(NetworkDesign):
+    """The student's network."""
 
-    Raises
-    ------
-    ValueError
-        if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
-    """
-    unet = build_unet(
-        architecture_class,
-        architecture_kwargs,
-        requires_import,
-        num_input_channels,
-        num_output_channels,
-        deep_supervision,
-    )
-    geometry = Geometry.of(architecture_kwargs, patch_size)
-    return AdaptiveUNet(unet, geometry, adamm, num_input_channels, num_output_channels)
+    sections: ClassVar[tuple[type[Section], ...]] = (AdaMMSettings,)
+
+    def check(self, plan: UNetPlan, settings: Settings, names: Sequence[str]) -> None:
+        super().check(plan, settings, names)
+        settings[AdaMMSettings].channel_numbers(names)
+
+    def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
+        section = settings[AdaMMSettings]
+        # prediction builds the network without dataset.json, so subsets are stored by channel number
+        subsets = section.subsets if names is None else section.channel_numbers(names)
+        return settings.replace(AdaMMSettings, bank=choose_bank(section, plan.num_modalities), subsets=subsets)
+
+    def build(self, plan: UNetPlan, settings: Settings) -> AdaptiveUNet:
+        return AdaptiveUNet(plan, settings[AdaMMSettings])
+
+    def added_modules(self, network: Any) -> list[nn.Module]:
+        return network.added_modules()
+
+
+class PlainDesign(NetworkDesign):
+    """The teacher's network: the plans' own, able to return the features of its encoder."""
+
+    def build(self, plan: UNetPlan, settings: Settings) -> AdaptiveUNet:
+        return AdaptiveUNet(plan, PARTS_OFF)

@@ -7,9 +7,11 @@ either fits in front of the plain U-Net and of the one with a multi-scale transf
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
@@ -17,9 +19,13 @@ from torch.nn import functional
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.medmap.losses import gaussian_alignment, mixture_alignment, renormalized_weights
-from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet
-from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders
-from nnunetv2_mstkd.networks.plans_unet import Geometry, build_unet
+from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
+from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet, TransformerDesign
+from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
+from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
+from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.settings import Section, Settings, require
 
 MAX_STEM_FEATURES = 4
 """Channels per modality of the stem at most, unless the settings say more."""
@@ -44,43 +50,51 @@ class Aligned(NamedTuple):
     alignment: torch.Tensor
 
 
+class AlignedFeatures(NamedTuple):
+    """What a training step reads from MST-KDNet's network behind an aligning front.
+
+    Attributes
+    ----------
+    logits, attention, maps, f_enc, f_t, f_dec
+        As in :class:`nnunetv2_mstkd.methods.mstkd.network.Features`.
+    alignment
+        As in :class:`Aligned`.
+    """
+
+    logits: torch.Tensor | list[torch.Tensor]
+    attention: tuple[torch.Tensor, ...]
+    maps: tuple[torch.Tensor, ...]
+    f_enc: torch.Tensor
+    f_t: torch.Tensor
+    f_dec: torch.Tensor
+    alignment: torch.Tensor
+
+
 class ModalityAnchor(nn.Module):
     """Anchor of one stage: the modalities' weights, the alignment loss, and imputation.
 
     Parameters
     ----------
-    num_modalities, features:
+    num_modalities, features
         C and F of the features (B, C, F, *grid).
-    anchor:
-        ``star``: the weighted mean of all modalities (P*_mix); ``fixed``: one modality (P^k_mix); ``gaussian``: a
-        learned Gaussian per channel; ``normal``: the standard normal distribution.
-    fixed_channel:
-        k of ``fixed``.
-    normalize, detach_anchor:
-        see :func:`~nnunetv2_mstkd.methods.medmap.losses.mixture_alignment`; of ``star`` and ``fixed`` only, because for
-        standardised features the other two would be constant.
+    section
+        Settings of the anchor: ``star`` is the weighted mean of all modalities (P*_mix), ``fixed`` one modality
+        (P^k_mix), ``gaussian`` a learned Gaussian per channel, ``normal`` the standard normal distribution.
+        ``normalize`` and ``detach_anchor`` act on ``star`` and ``fixed`` only: for standardised features the other two
+        would be constant.
     """
 
     fixed: torch.Tensor
 
-    def __init__(
-        self,
-        num_modalities: int,
-        features: int,
-        *,
-        anchor: str,
-        fixed_channel: int | None,
-        normalize: bool,
-        detach_anchor: bool,
-    ) -> None:
+    def __init__(self, num_modalities: int, features: int, section: MedMAPSettings) -> None:
         super().__init__()
-        self.anchor, self.normalize, self.detach_anchor = anchor, normalize, detach_anchor
+        self.anchor, self.normalize, self.detach_anchor = section.anchor, section.normalize, section.detach_anchor
         self.weight_logits = nn.Parameter(torch.zeros(num_modalities))
-        if anchor == "gaussian":
+        if self.anchor == "gaussian":
             start = torch.full((features,), VARIANCE_START - VARIANCE_FLOOR)
             self.mean = nn.Parameter(torch.zeros(features))
             self.raw_variance = nn.Parameter(start.expm1().log())  # inverse of softplus
-        one_hot = torch.arange(num_modalities) == (-1 if fixed_channel is None else fixed_channel)
+        one_hot = torch.arange(num_modalities) == (-1 if section.fixed_channel is None else section.fixed_channel)
         self.register_buffer("fixed", one_hot.float(), persistent=False)
 
     @property
@@ -102,7 +116,7 @@ class ModalityAnchor(nn.Module):
             bool, shape (B, C).
         """
         keep = available.reshape(*available.shape, *[1] * (z.ndim - 2))
-        kept = torch.where(keep, z, z.new_zeros(()))
+        kept = mask_features(z, available)
         weights = renormalized_weights(self.weights, available).to(z.dtype)
         mixture = (weights[:, None] @ kept.flatten(2)).unflatten(2, z.shape[2:])  # (B, 1, F, *grid)
         return torch.where(keep, z, mixture)
@@ -130,14 +144,15 @@ class AlignedStem(nn.Module):
     ----------
     encoder:
         the plans' encoder, for its convolutions' kind, first kernel size and non-linearity.
-    num_modalities, features:
-        C and F.
-    anchor:
-        arguments of :class:`ModalityAnchor`.
+    num_modalities
+        C.
+    section
+        Resolved settings; F is ``features``.
     """
 
-    def __init__(self, encoder: Any, num_modalities: int, features: int, anchor: Mapping[str, Any]) -> None:
+    def __init__(self, encoder: Any, num_modalities: int, section: MedMAPSettings) -> None:
         super().__init__()
+        features = section.features or 1
         convolution, kernel = encoder.conv_op, encoder.kernel_sizes[0]
         dimensions = 2 if issubclass(convolution, nn.Conv2d) else 3
         kernel = [kernel] * dimensions if isinstance(kernel, int) else list(kernel)
@@ -153,7 +168,7 @@ class AlignedStem(nn.Module):
             ]
         self.layers = nn.Sequential(*layers)
         self.num_modalities = num_modalities
-        self.anchor = ModalityAnchor(num_modalities, features, **anchor)
+        self.anchor = ModalityAnchor(num_modalities, features, section)
         self.apply(InitWeights_He(1e-2))
 
     def forward(self, x: torch.Tensor, available: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -174,20 +189,16 @@ class AlignedEncoders(nn.Module):
         of all modalities.
     widths:
         channels per stage.
-    stages:
-        ``ends``: the first one and the bottleneck; ``all``.
-    anchor:
-        arguments of :class:`ModalityAnchor`.
+    section
+        Settings of the anchors, and which stages have one.
     """
 
-    def __init__(
-        self, encoders: ModalityEncoders, widths: Sequence[int], stages: str, anchor: Mapping[str, Any]
-    ) -> None:
+    def __init__(self, encoders: ModalityEncoders, widths: Sequence[int], section: MedMAPSettings) -> None:
         super().__init__()
         self.encoders = encoders
-        aligned = range(len(widths)) if stages == "all" else sorted({0, len(widths) - 1})
+        aligned = range(len(widths)) if section.stages == "all" else sorted({0, len(widths) - 1})
         self.anchors = nn.ModuleDict(
-            {str(stage): ModalityAnchor(len(encoders), widths[stage], **anchor) for stage in aligned}
+            {str(stage): ModalityAnchor(len(encoders), widths[stage], section) for stage in aligned}
         )
 
     def forward(self, x: torch.Tensor, available: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -198,8 +209,7 @@ class AlignedEncoders(nn.Module):
                 aligned.append(z)
                 fused.append(self.anchors[str(stage)](z, available))
             else:
-                keep = available.reshape(*available.shape, *[1] * (z.ndim - 2))
-                fused.append(torch.where(keep, z, z.new_zeros(())))
+                fused.append(mask_features(z, available))
         return fused, aligned
 
     def alignment(self, features: Sequence[torch.Tensor], present: torch.Tensor) -> torch.Tensor:
@@ -213,7 +223,19 @@ class _AlignedInput(nn.Module):
 
     front: AlignedStem | AlignedEncoders
     availability: torch.Tensor | None = None
-    """bool, (1, C) or (B, C), on the device, set by prediction; None: channels that are zero are absent."""
+    """bool, (1, C) or (B, C), on the device, set for the time of a prediction; None: channels that are zero are
+    absent."""
+
+    @contextlib.contextmanager
+    def conditioned(
+        self, availability: torch.Tensor, label_manager: Any, student: int | None = None
+    ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+        """Tell the network which modalities a case has; see :mod:`nnunetv2_mstkd.inference.conditioning`."""
+        self.availability = availability
+        try:
+            yield lambda logits: logits
+        finally:
+            self.availability = None
 
     def enter(self, x: torch.Tensor, complete: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
         """Input of the encoder, and the alignment loss if the complete batch is given."""
@@ -221,7 +243,7 @@ class _AlignedInput(nn.Module):
         if complete is None:
             return self.front(x, available)[0], None
         y, features = self.front(complete, available)
-        return y, self.front.alignment(features, modalities.detect_availability(complete))
+        return y, self.front.alignment(features, modalities.known_availability(complete))
 
 
 class MedMAPUNet(_AlignedInput):
@@ -261,77 +283,88 @@ class MedMAPUNet(_AlignedInput):
 
 
 class MedMAPTransformerUNet(MultiScaleTransformerUNet, _AlignedInput):
-    """MST-KDNet's network behind an aligning front; parameters as for the two classes it combines."""
+    """MST-KDNet's network behind an aligning front.
+
+    Parameters
+    ----------
+    front, encoder, decoder
+        As for :class:`MedMAPUNet`.
+    plan, section
+        For the transformer, see :class:`~nnunetv2_mstkd.methods.mstkd.network.MultiScaleTransformerUNet`.
+    """
 
     def __init__(
         self,
         front: AlignedStem | AlignedEncoders,
         encoder: nn.Module,
         decoder: nn.Module,
-        geometry: Geometry,
-        network: dict[str, Any],
+        plan: UNetPlan,
+        section: NetworkSettings,
     ) -> None:
-        super().__init__(_Halves(encoder, decoder), geometry, network)
+        super().__init__(_Parts(encoder, decoder), plan.shape, section)
         self.front = front
 
     def forward(self, x: torch.Tensor, *, complete: torch.Tensor | None = None, **options: bool):
-        """As :class:`MultiScaleTransformerUNet`; features with ``complete`` also have the ``alignment``."""
+        """Segment as MST-KDNet's network does; features with ``complete`` are :data:`AlignedFeatures`."""
         y, alignment = self.enter(x, complete)
         output: Any = super().forward(y, **options)
-        return output if alignment is None else output._replace(alignment=alignment)
+        return output if alignment is None else AlignedFeatures(**output._asdict(), alignment=alignment)
 
 
-class _Halves(NamedTuple):
+class _Parts(NamedTuple):
     encoder: nn.Module
     decoder: nn.Module
 
 
-def resolve(medmap: Mapping[str, Any], architecture_kwargs: Mapping[str, Any], num_modalities: int) -> dict[str, Any]:
-    """The ``medmap`` settings with ``features`` set: half of the planned finest width for all modalities, 1 ... 4 each.
+class AlignedDesign(NetworkDesign):
+    """The plans' U-Net behind an aligning front."""
 
-    So the stem stays cheap beside the U-Net's finest stage, whatever the plans.
-    """
-    widths = architecture_kwargs["features_per_stage"]
-    finest = widths if isinstance(widths, int) else widths[0]
-    features = max(1, min(MAX_STEM_FEATURES, finest // (2 * num_modalities)))
-    return {**medmap, "features": features if medmap["features"] is None else medmap["features"]}
+    sections: ClassVar[tuple[type[Section], ...]] = (MedMAPSettings,)
 
-
-def build(
-    architecture_class: str,
-    architecture_kwargs: dict[str, Any],
-    requires_import: Sequence[str],
-    patch_size: Sequence[int],
-    medmap: Mapping[str, Any],
-    num_modalities: int,
-    num_output_channels: int,
-    deep_supervision: bool,
-    network: dict[str, Any] | None = None,
-) -> MedMAPUNet | MedMAPTransformerUNet:
-    """Build the network from the plans and the section ``medmap`` of the settings, see :func:`resolve`.
-
-    With the resolved section ``network`` it gets a multi-scale transformer, too.
-
-    Raises
-    ------
-    ValueError
-        if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
-    """
-    anchor = {key: medmap[key] for key in ("anchor", "fixed_channel", "normalize", "detach_anchor")}
-    plans = (architecture_class, architecture_kwargs, requires_import)
-    front: AlignedStem | AlignedEncoders
-    encoder: Any
-    if medmap["placement"] == "stem":
-        width = num_modalities * medmap["features"]
-        unet = build_unet(*plans, width, num_output_channels, deep_supervision)
-        encoder, decoder = unet.encoder, unet.decoder
-        front = AlignedStem(encoder, num_modalities, medmap["features"], anchor)
-    else:
-        encoders, encoder, decoder = build_modality_encoders(
-            *plans, num_modalities, num_output_channels, deep_supervision, medmap["width"]
+    def check(self, plan: UNetPlan, settings: Settings, names: Sequence[str]) -> None:
+        super().check(plan, settings, names)
+        fixed = settings[MedMAPSettings].fixed_channel
+        require(
+            fixed is None or fixed < len(names),
+            "medmap.fixed_channel",
+            fixed,
+            f"a channel number of the data set: 0 ... {len(names) - 1} ({', '.join(names)})",
         )
+
+    def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
+        """``features``: half of the planned finest width for all modalities, so that the stem stays cheap beside it."""
+        if settings[MedMAPSettings].features is not None:
+            return settings
+        features = plan.shape.widths[0] // (2 * plan.num_modalities)
+        return settings.replace(MedMAPSettings, features=max(1, min(MAX_STEM_FEATURES, features)))
+
+    def build(self, plan: UNetPlan, settings: Settings) -> Any:
+        return MedMAPUNet(*self.parts(plan, settings[MedMAPSettings]))
+
+    def parts(
+        self, plan: UNetPlan, section: MedMAPSettings
+    ) -> tuple[AlignedStem | AlignedEncoders, nn.Module, nn.Module]:
+        """Build front, encoder and decoder."""
+        if section.placement == "stem":
+            unet = plan.replace(num_modalities=plan.num_modalities * (section.features or 1)).build()
+            return AlignedStem(unet.encoder, plan.num_modalities, section), unet.encoder, unet.decoder
+        encoders, fusion, decoder = build_modality_encoders(plan, section.width)
         first: Any = encoders[0]
-        front = AlignedEncoders(encoders, first.output_channels, medmap["stages"], anchor)
-    if network is None:
-        return MedMAPUNet(front, encoder, decoder)
-    return MedMAPTransformerUNet(front, encoder, decoder, Geometry.of(architecture_kwargs, patch_size), network)
+        return AlignedEncoders(encoders, first.output_channels, section), fusion, decoder
+
+
+class AlignedTransformerDesign(AlignedDesign):
+    """MST-KDNet's network behind an aligning front."""
+
+    transformer = TransformerDesign()
+    sections: ClassVar[tuple[type[Section], ...]] = (*TransformerDesign.sections, *AlignedDesign.sections)
+
+    def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
+        return self.transformer.resolve(super().resolve(settings, plan, names), plan, names)
+
+    def build(self, plan: UNetPlan, settings: Settings) -> MedMAPTransformerUNet:
+        parts = self.parts(plan, settings[MedMAPSettings])
+        return MedMAPTransformerUNet(*parts, plan, settings[NetworkSettings])
+
+    def added_modules(self, network: Any) -> list[nn.Module]:
+        return self.transformer.added_modules(network)

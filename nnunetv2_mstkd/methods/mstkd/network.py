@@ -8,17 +8,22 @@ back into the U-Net are zero-initialised.
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.methods.mstkd.attention import TransformerBlock
-from nnunetv2_mstkd.networks.plans_unet import Geometry, Halves, build_unet
+from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
+from nnunetv2_mstkd.networks.attention import TransformerBlock, default_heads
+from nnunetv2_mstkd.networks.decoding import decode
+from nnunetv2_mstkd.nnunet.unet import EncoderDecoder, UNetPlan, UNetShape
+from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.settings import Section, Settings, require
 
 MIN_STYLE_POSITIONS = 512
 """Style is matched on the deepest decoder stage with at least this many positions (8^3)."""
@@ -44,8 +49,6 @@ class Features(NamedTuple):
         multi-scale maps z of MS-TKD, deep to shallow, each (B, width of the stage, *grid of the stage).
     f_enc, f_t, f_dec:
         encoder stage, transformer pyramid and decoder stage on the style grid (GSME), each (B, channels, *grid).
-    alignment:
-        scalar alignment loss of a network that aligns its modalities (MedMAP); None for others.
     """
 
     logits: torch.Tensor | list[torch.Tensor]
@@ -54,7 +57,6 @@ class Features(NamedTuple):
     f_enc: torch.Tensor
     f_t: torch.Tensor
     f_dec: torch.Tensor
-    alignment: torch.Tensor | None = None
 
 
 def token_patch(grid: Sequence[int], max_tokens: int) -> tuple[int, ...]:
@@ -69,15 +71,8 @@ def token_patch(grid: Sequence[int], max_tokens: int) -> tuple[int, ...]:
     return tuple(grid)
 
 
-def resolve(network: dict[str, Any], architecture_kwargs: dict, patch_size: Sequence[int]) -> dict[str, Any]:
+def resolve(section: NetworkSettings, plan: UNetPlan) -> NetworkSettings:
     """Fill the nulls of the ``network`` settings from the plans.
-
-    Parameters
-    ----------
-    network:
-        section ``network`` of the settings as a plain dict.
-    architecture_kwargs, patch_size:
-        of the plans configuration.
 
     Returns
     -------
@@ -86,56 +81,41 @@ def resolve(network: dict[str, Any], architecture_kwargs: dict, patch_size: Sequ
 
     Raises
     ------
-    ValueError
-        if a given number does not fit the network (heads that do not divide the width, more taps than stages).
+    SettingsError
+        If a given number does not fit the network (heads that do not divide the width, more taps than stages).
     """
-    geometry = Geometry.of(architecture_kwargs, patch_size)
-    width, grid = geometry.widths[-1], geometry.grids[-1]
-    stages = len(geometry.widths)
+    shape = plan.shape
+    width, grid, stages = shape.widths[-1], shape.grids[-1], len(shape.widths)
     if stages < 2:
         raise InputError(f"the plans' network has {stages} stage; the multi-scale transformer needs at least 2")
-    resolved = dict(network)
-    resolved["taps"] = min(4, stages) if network["taps"] is None else network["taps"]
-    if resolved["taps"] > stages:
-        raise InputError(
-            f"setting network.taps is {resolved['taps']}, expected at most the {stages} stages of the plans"
-        )
-    resolved["heads"] = default_heads(width) if network["heads"] is None else network["heads"]
-    if width % resolved["heads"]:
-        raise InputError(
-            f"setting network.heads is {resolved['heads']}, expected a divisor of the bottleneck width {width}"
-        )
-    patch = token_patch(grid, network["max_tokens"]) if network["patch"] is None else tuple(network["patch"])
-    if len(patch) != len(grid) or any(edge > size for edge, size in zip(patch, grid, strict=True)):
-        raise InputError(
-            f"setting network.patch is {list(patch)}, expected {len(grid)} edges of at most those of the bottleneck "
-            f"grid, {list(grid)}"
-        )
-    resolved["patch"] = list(patch)
-    if network["depth"] is None:
-        resolved["depth"] = _affordable_depth(geometry, architecture_kwargs, resolved)
-    elif network["depth"] % resolved["taps"]:
-        raise InputError(
-            f"setting network.depth is {network['depth']}, expected a multiple of taps ({resolved['taps']})"
-        )
+    taps = min(4, stages) if section.taps is None else section.taps
+    require(taps <= stages, "network.taps", taps, f"at most the {stages} stages of the plans")
+    heads = default_heads(width) if section.heads is None else section.heads
+    require(width % heads == 0, "network.heads", heads, f"a divisor of the bottleneck width {width}")
+    patch = token_patch(grid, section.max_tokens) if section.patch is None else section.patch
+    require(
+        len(patch) == len(grid) and all(edge <= size for edge, size in zip(patch, grid, strict=True)),
+        "network.patch",
+        list(patch),
+        f"{len(grid)} edges of at most those of the bottleneck grid, {list(grid)}",
+    )
+    resolved = dataclasses.replace(section, taps=taps, heads=heads, patch=patch)
+    if section.depth is None:
+        return dataclasses.replace(resolved, depth=_affordable_depth(plan, resolved))
+    require(section.depth % taps == 0, "network.depth", section.depth, f"a multiple of taps ({taps})")
     return resolved
 
 
-def default_heads(width: int) -> int:
-    """Number of heads of 32 ... 64 channels, as near to 48 as can be; where no divisor gives that, the nearest one."""
-    divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
-    return min(divisors, key=lambda h: (not 32 <= width // h <= 64, abs(math.log2(width / h / 48)), h))
-
-
-def _affordable_depth(geometry: Geometry, architecture_kwargs: dict, resolved: dict[str, Any]) -> int:
-    unet_parameters, unet_flops = _unet_cost(geometry, architecture_kwargs)
-    width, taps = geometry.widths[-1], resolved["taps"]
-    tokens = math.prod(math.ceil(e / p) for e, p in zip(geometry.grids[-1], resolved["patch"], strict=True))
-    pyramid_parameters, pyramid_flops = _pyramid_cost(geometry, taps)
-    patching = width**2 * math.prod(resolved["patch"])  # of the convolution into tokens, and of the one back
+def _affordable_depth(plan: UNetPlan, section: NetworkSettings) -> int:
+    shape, taps, patch = plan.shape, section.taps or 0, section.patch or ()
+    unet_parameters, unet_flops = _unet_cost(shape, plan.architecture_kwargs)
+    width = shape.widths[-1]
+    tokens = math.prod(math.ceil(edge / step) for edge, step in zip(shape.grids[-1], patch, strict=True))
+    pyramid_parameters, pyramid_flops = _pyramid_cost(shape, taps)
+    patching = width**2 * math.prod(patch)  # of the convolution into tokens, and of the one back
     pyramid_parameters += 2 * patching
     pyramid_flops += (1 + taps) * patching * tokens
-    block_parameters = (4 + 2 * resolved["mlp_ratio"]) * width**2
+    block_parameters = (4 + 2 * section.mlp_ratio) * width**2
     block_flops = block_parameters * tokens + 2 * tokens**2 * width
     floor = taps * math.ceil(4 / taps)
     for depth in range(taps * (MAX_DEPTH // taps), floor, -taps):
@@ -146,7 +126,7 @@ def _affordable_depth(geometry: Geometry, architecture_kwargs: dict, resolved: d
     return floor
 
 
-def _convolutions(architecture_kwargs: dict, stage: int, stages: int, decoder: bool) -> int:
+def _convolutions(architecture_kwargs: Mapping[str, Any], stage: int, stages: int, decoder: bool) -> int:
     key = "n_conv_per_stage_decoder" if decoder else "n_conv_per_stage"
     count = architecture_kwargs.get(key)
     if count is None:  # residual blocks of two convolutions each
@@ -157,24 +137,24 @@ def _convolutions(architecture_kwargs: dict, stage: int, stages: int, decoder: b
     return count[stages - 2 - stage] if decoder else count[stage]
 
 
-def _unet_cost(geometry: Geometry, architecture_kwargs: dict) -> tuple[float, float]:
+def _unet_cost(shape: UNetShape, architecture_kwargs: Mapping[str, Any]) -> tuple[float, float]:
     """Parameters and multiply-adds of one forward pass of the plans' U-Net.
 
     What depends on the numbers of modalities and labels is left out, so the shares taken of them are safe.
     """
-    stages = len(geometry.widths)
+    stages = len(shape.widths)
     parameters = flops = 0.0
     # the stem before residual blocks already gives the first width; a plain encoder's first convolution is left out
-    below = 0 if "n_conv_per_stage" in architecture_kwargs else geometry.widths[0]
-    for stage, (width, grid) in enumerate(zip(geometry.widths, geometry.grids, strict=True)):
+    below = 0 if "n_conv_per_stage" in architecture_kwargs else shape.widths[0]
+    for stage, (width, grid) in enumerate(zip(shape.widths, shape.grids, strict=True)):
         kernel = architecture_kwargs["kernel_sizes"][stage]
         taps = math.prod(kernel) if isinstance(kernel, (list, tuple)) else kernel ** len(grid)
         count = _convolutions(architecture_kwargs, stage, stages, decoder=False)
         weights = taps * (below * width + (count - 1) * width**2)
         if stage < stages - 1:
-            deeper = geometry.widths[stage + 1] * width * math.prod(geometry.strides[stage + 1])
+            deeper = shape.widths[stage + 1] * width * math.prod(shape.strides[stage + 1])
             decoder = taps * width**2 * (1 + _convolutions(architecture_kwargs, stage, stages, decoder=True))
-            flops += deeper * math.prod(geometry.grids[stage + 1])
+            flops += deeper * math.prod(shape.grids[stage + 1])
             parameters += deeper
             weights += decoder
         parameters += weights
@@ -183,20 +163,20 @@ def _unet_cost(geometry: Geometry, architecture_kwargs: dict) -> tuple[float, fl
     return parameters, flops
 
 
-def _pyramid_cost(geometry: Geometry, taps: int) -> tuple[float, float]:
+def _pyramid_cost(shape: UNetShape, taps: int) -> tuple[float, float]:
     """The same for the transposed convolutions and the projections back into the U-Net."""
-    parameters = float(geometry.widths[-1] ** 2)
-    flops = parameters * math.prod(geometry.grids[-1])
+    parameters = float(shape.widths[-1] ** 2)
+    flops = parameters * math.prod(shape.grids[-1])
     for level in range(1, taps):
-        incoming = geometry.widths[-1]
+        incoming = shape.widths[-1]
         for step in range(1, level + 1):
-            width = geometry.widths[-1 - step]
-            weights = incoming * width * math.prod(geometry.strides[-step])
+            width = shape.widths[-1 - step]
+            weights = incoming * width * math.prod(shape.strides[-step])
             parameters += weights
-            flops += weights * math.prod(geometry.grids[-step])
+            flops += weights * math.prod(shape.grids[-step])
             incoming = width
         parameters += incoming**2
-        flops += incoming**2 * math.prod(geometry.grids[-1 - level])
+        flops += incoming**2 * math.prod(shape.grids[-1 - level])
     return parameters, flops
 
 
@@ -209,26 +189,25 @@ class MultiScaleTransformer(nn.Module):
 
     Parameters
     ----------
-    geometry:
-        sizes of the U-Net.
-    depth, heads, taps, patch, mlp_ratio:
-        resolved ``network`` settings, see :func:`resolve`.
+    shape
+        Sizes of the U-Net.
+    section
+        Resolved settings, see :func:`resolve`.
     """
 
-    def __init__(
-        self, geometry: Geometry, *, depth: int, heads: int, taps: int, patch: Sequence[int], mlp_ratio: float
-    ) -> None:
+    def __init__(self, shape: UNetShape, section: NetworkSettings) -> None:
         super().__init__()
-        width, dimensions = geometry.widths[-1], len(geometry.grids[-1])
+        depth, taps, heads = section.depth or 0, section.taps or 0, section.heads or 0
+        width, dimensions = shape.widths[-1], len(shape.grids[-1])
         convolution: type[Any] = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
         transposed: type[Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
-        self.patch = tuple(patch)
+        self.patch = tuple(section.patch or ())
         self.tapped = tuple(depth // taps * (index + 1) - 1 for index in range(taps))
-        tokens = [math.ceil(edge / step) for edge, step in zip(geometry.grids[-1], self.patch, strict=True)]
+        tokens = [math.ceil(edge / step) for edge, step in zip(shape.grids[-1], self.patch, strict=True)]
         self.embed = convolution(width, width, self.patch, self.patch)
         self.position = nn.Parameter(torch.zeros(1, width, *tokens))
         nn.init.trunc_normal_(self.position, std=0.02)
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, mlp_ratio) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, section.mlp_ratio) for _ in range(depth))
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(taps))
         self.unpatch = transposed(width, width, self.patch, self.patch)
         self.pyramids = nn.ModuleList()
@@ -237,7 +216,7 @@ class MultiScaleTransformer(nn.Module):
             layers: list[nn.Module] = []
             incoming = width
             for step in range(1, level + 1):
-                stride, outgoing = geometry.strides[-step], geometry.widths[-1 - step]
+                stride, outgoing = shape.strides[-step], shape.widths[-1 - step]
                 if step > 1:
                     layers.append(nn.LeakyReLU(inplace=True))
                 layers.append(transposed(incoming, outgoing, stride, stride))
@@ -306,24 +285,17 @@ class MultiScaleTransformerUNet(nn.Module):
 
     Parameters
     ----------
-    unet:
-        a network with ``encoder`` and ``decoder`` of dynamic_network_architectures.
-    geometry, network:
-        sizes and resolved settings.
+    unet
+        A network with ``encoder`` and ``decoder`` of dynamic_network_architectures.
+    shape, section
+        Its sizes, and resolved settings.
     """
 
-    def __init__(self, unet: Halves, geometry: Geometry, network: dict[str, Any]) -> None:
+    def __init__(self, unet: EncoderDecoder, shape: UNetShape, section: NetworkSettings) -> None:
         super().__init__()
         self.encoder, self.decoder = unet.encoder, unet.decoder
-        self.transformer = MultiScaleTransformer(
-            geometry,
-            depth=network["depth"],
-            heads=network["heads"],
-            taps=network["taps"],
-            patch=network["patch"],
-            mlp_ratio=network["mlp_ratio"],
-        )
-        self.style_level = style_level(geometry, network["taps"])
+        self.transformer = MultiScaleTransformer(shape, section)
+        self.style_level = style_level(shape, section.taps or 0)
 
     def forward(
         self,
@@ -337,13 +309,13 @@ class MultiScaleTransformerUNet(nn.Module):
 
         Parameters
         ----------
-        x:
-            shape (B, C, *spatial); absent modalities are zero.
-        return_features:
-            also return what the distillation terms read.
-        return_attention:
-            compute the attention maps explicitly (needs ``return_features``).
-        pool_encoder:
+        x
+            Batch (B, C, *spatial); absent modalities are zero.
+        return_features
+            Also return what the distillation terms read.
+        return_attention
+            Compute the attention maps explicitly (needs ``return_features``).
+        pool_encoder
             f_enc as in the paper: max-pooled from the encoder stage above the style grid.
 
         Returns
@@ -355,20 +327,17 @@ class MultiScaleTransformerUNet(nn.Module):
         f_enc: Any = self._encoder_feature(skips, pool_encoder) if return_features else None
         for level, addition in enumerate(additions):
             skips[-1 - level] = skips[-1 - level] + addition
-        f_dec: Any = None
-        outputs = []
-        low, last = skips[-1], len(self.decoder.stages) - 1
-        for stage in range(len(self.decoder.stages)):
-            low = torch.cat((self.decoder.transpconvs[stage](low), skips[-(stage + 2)]), 1)
-            low = self.decoder.stages[stage](low)
+        stages: list[torch.Tensor] = []
+
+        def visit(stage: int, features: torch.Tensor) -> torch.Tensor:
             if stage + 1 == self.style_level:
-                f_dec = low
-            if self.decoder.deep_supervision or stage == last:
-                outputs.append(self.decoder.seg_layers[stage](low))
-        logits = outputs[::-1] if self.decoder.deep_supervision else outputs[0]
+                stages.append(features)
+            return features
+
+        logits = decode(self.decoder, skips, visit)
         if not return_features:
             return logits
-        return Features(logits, tuple(attention), tuple(maps), f_enc, maps[self.style_level], f_dec)
+        return Features(logits, tuple(attention), tuple(maps), f_enc, maps[self.style_level], stages[0])
 
     def _encoder_feature(self, skips: list[torch.Tensor], pool: bool) -> torch.Tensor:
         own = skips[-1 - self.style_level]
@@ -379,45 +348,28 @@ class MultiScaleTransformerUNet(nn.Module):
         pooling = functional.max_pool3d if own.ndim == 5 else functional.max_pool2d
         return pooling(above, stride, stride)
 
-    def transformer_parameters(self) -> list[nn.Parameter]:
-        """Parameters that the plain U-Net does not have."""
-        return list(self.transformer.parameters())
 
-
-def style_level(geometry: Geometry, taps: int) -> int:
+def style_level(shape: UNetShape, taps: int) -> int:
     """Stages above the bottleneck at which style is matched; never the bottleneck itself.
 
     The deepest decoder stage of at least 512 positions that has a pyramid level, else the largest that has one.
     """
     for level in range(1, taps):
-        if math.prod(geometry.grids[-1 - level]) >= MIN_STYLE_POSITIONS:
+        if math.prod(shape.grids[-1 - level]) >= MIN_STYLE_POSITIONS:
             return level
     return taps - 1
 
 
-def build(
-    architecture_class: str,
-    architecture_kwargs: dict,
-    requires_import: Sequence[str],
-    patch_size: Sequence[int],
-    network: dict[str, Any],
-    num_input_channels: int,
-    num_output_channels: int,
-    deep_supervision: bool,
-) -> MultiScaleTransformerUNet:
-    """Build the network from the plans; ``network`` is the resolved section (see :func:`resolve`).
+class TransformerDesign(NetworkDesign):
+    """The network of MST-KDNet's teacher and student."""
 
-    Raises
-    ------
-    ValueError
-        if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
-    """
-    unet = build_unet(
-        architecture_class,
-        architecture_kwargs,
-        requires_import,
-        num_input_channels,
-        num_output_channels,
-        deep_supervision,
-    )
-    return MultiScaleTransformerUNet(unet, Geometry.of(architecture_kwargs, patch_size), network)
+    sections: ClassVar[tuple[type[Section], ...]] = (NetworkSettings,)
+
+    def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
+        return settings.replace(NetworkSettings, **resolve(settings[NetworkSettings], plan).to_dict())
+
+    def build(self, plan: UNetPlan, settings: Settings) -> MultiScaleTransformerUNet:
+        return MultiScaleTransformerUNet(plan.build(), plan.shape, settings[NetworkSettings])
+
+    def added_modules(self, network: Any) -> list[nn.Module]:
+        return [network.transformer]

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders
-from nnunetv2_mstkd.networks.plans_unet import build_unet
+from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
+from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
+from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.settings import Section, Settings
 
 
 class StudentOutput(NamedTuple):
@@ -52,23 +57,21 @@ class Student(nn.Module):
         y: Any = x
         if self.modality_encoders is not None:
             available = modalities.known_availability(x, availability)
-            y = []
-            for stage in self.modality_encoders(x):
-                keep = available.reshape(*available.shape, *[1] * (stage.ndim - 2))
-                y.append(torch.where(keep, stage, stage.new_zeros(())))
+            y = [mask_features(stage, available) for stage in self.modality_encoders(x)]
         skips = self.encoder(y)
         return StudentOutput(self.decoder(skips), skips[-1])
 
 
 class MutualNet(nn.Module):
-    """Two students, initialised each for itself, without shared weights.
+    """Two students, initialised separately, without shared weights.
 
     Attributes
     ----------
-    availability:
-        bool, (1, C) or (B, C), on the device, set by prediction; None: channels that are zero are absent.
-    only:
-        number of the one student that predicts, 0 or 1; None: the mean of both. Neither is in the state dict.
+    availability
+        bool, (1, C) or (B, C), on the device, set for the time of a prediction; None: channels that are zero are
+        absent.
+    only
+        Number of the one student that predicts, 0 or 1; None: the mean of both.
     """
 
     def __init__(self, students: Sequence[Student]) -> None:
@@ -76,6 +79,20 @@ class MutualNet(nn.Module):
         self.students = nn.ModuleList(students)
         self.availability: torch.Tensor | None = None
         self.only: int | None = None
+
+    @contextlib.contextmanager
+    def conditioned(
+        self, availability: torch.Tensor, label_manager: Any, student: int | None = None
+    ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+        """Tell the network what a prediction is about; see :func:`nnunetv2_mstkd.inference.conditioning.conditioned`.
+
+        ``student`` counts from 1; None: the mean of both predicts.
+        """
+        self.availability, self.only = availability, None if student is None else student - 1
+        try:
+            yield lambda logits: logits
+        finally:
+            self.availability = self.only = None
 
     def forward(self, x: torch.Tensor, *, other: torch.Tensor | None = None, student: int | None = None):
         """Segment a batch.
@@ -106,31 +123,19 @@ class MutualNet(nn.Module):
         return (first + second) / 2
 
 
-def build(
-    architecture_class: str,
-    architecture_kwargs: dict[str, Any],
-    requires_import: Sequence[str],
-    smml: Mapping[str, Any],
-    num_modalities: int,
-    num_output_channels: int,
-    deep_supervision: bool,
-) -> MutualNet:
-    """Build the network from the plans and the section ``smml`` of the settings.
+class MutualDesign(NetworkDesign):
+    """The network of SMML."""
 
-    Raises
-    ------
-    ValueError
-        if the plans name a network that is neither PlainConvUNet nor ResidualEncoderUNet.
-    """
-    students = []
-    arguments = (architecture_class, architecture_kwargs, requires_import)
-    for _ in range(2):
-        if smml["light"]:
-            unet = build_unet(*arguments, num_modalities, num_output_channels, deep_supervision)
-            students.append(Student(unet.encoder, unet.decoder, None))
-        else:
-            encoders, fusion, decoder = build_modality_encoders(
-                *arguments, num_modalities, num_output_channels, deep_supervision, smml["width"]
-            )
-            students.append(Student(fusion, decoder, encoders))
-    return MutualNet(students)
+    sections: ClassVar[tuple[type[Section], ...]] = (SMMLSettings,)
+
+    def build(self, plan: UNetPlan, settings: Settings) -> MutualNet:
+        section = settings[SMMLSettings]
+        students = []
+        for _ in range(2):
+            if section.light:
+                unet = plan.build()
+                students.append(Student(unet.encoder, unet.decoder, None))
+            else:
+                encoders, fusion, decoder = build_modality_encoders(plan, section.width)
+                students.append(Student(fusion, decoder, encoders))
+        return MutualNet(students)

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import UnsupportedError
-from nnunetv2_mstkd.methods.smml import losses as mutual
-from nnunetv2_mstkd.methods.smml import semantic_prior
-from nnunetv2_mstkd.methods.smml.network import MutualNet, StudentOutput, build
+from nnunetv2_mstkd.methods.smml import losses, semantic_prior
+from nnunetv2_mstkd.methods.smml.network import MutualDesign, StudentOutput
 from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
-from nnunetv2_mstkd.networks.plans_unet import check_architecture
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, StepLoss, Target
+from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
+from nnunetv2_mstkd.networks.decoding import finest
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
 from nnunetv2_mstkd.training.optimizers import build_optimizer
-from nnunetv2_mstkd.training.settings import BLOCK, Settings, SettingsError
+from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Settings, SettingsError
+from nnunetv2_mstkd.training.step import Losses
 
 
 class SMMLTrainer(ModalityDropoutTrainer):
@@ -30,7 +31,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
     and prior stay outside the network: a trained model predicts without them.
     """
 
-    network_sections: ClassVar[tuple[str, ...]] = ("smml",)
+    design = MutualDesign()
     refiners: torch.nn.ModuleList | None = None
     average: semantic_prior.MovingAverage | None = None
     _file_network: semantic_prior.FileNetwork | None = None
@@ -38,32 +39,12 @@ class SMMLTrainer(ModalityDropoutTrainer):
     @classmethod
     def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
         super().check_plans(configuration_manager, dataset_json, settings)
-        check_architecture(configuration_manager.network_arch_class_name)
-        sampler = settings.sampler
+        sampler = settings[SamplerSettings]
         if sampler.kind in ("fixed", "weighted") and len(sampler.subsets or sampler.weights) < 2:
             raise SettingsError(
                 "the sampler has one subset; the two students need two different ones. Name at least two in "
                 "sampler.subsets or sampler.weights"
             )
-
-    @staticmethod
-    def build_network_architecture(
-        plans_manager,
-        configuration_manager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> MutualNet:
-        """The network as its plans describe it; called by training and, on the class, by prediction."""
-        return build(
-            configuration_manager.network_arch_class_name,
-            configuration_manager.network_arch_init_kwargs,
-            configuration_manager.network_arch_init_kwargs_req_import,
-            Settings.from_block(configuration_manager.configuration.get(BLOCK)).to_block()["smml"],
-            num_input_channels,
-            num_output_channels,
-            enable_deep_supervision,
-        )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         for student in self.plain_network.students:
@@ -73,7 +54,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
 
     def configure_optimizers(self):
         """One optimiser over the students and their refinement networks, which are made here."""
-        smml = self.settings.smml
+        smml = self.smml
         network = getattr(self.network, "_orig_mod", self.network)  # compiled, but not yet wrapped for DDP
         trained = [network]
         self.refiners = self.average = None
@@ -86,11 +67,13 @@ class SMMLTrainer(ModalityDropoutTrainer):
             trained.append(self.refiners)
         if smml.prior == "self":
             self.average = semantic_prior.MovingAverage(network.students[0], smml.ema)
-        return build_optimizer(torch.nn.ModuleList(trained), self.settings.schedule, self.num_epochs, self.weight_decay)
+        return build_optimizer(
+            torch.nn.ModuleList(trained), self.settings[ScheduleSettings], self.num_epochs, self.weight_decay
+        )
 
     def initialize(self) -> None:
         super().initialize()
-        if self.is_ddp and self.settings.smml.sequential:
+        if self.is_ddp and self.smml.sequential:
             raise UnsupportedError(
                 "smml.sequential runs one student at a time, which training on several GPUs does not support; set it "
                 "to false"
@@ -101,16 +84,21 @@ class SMMLTrainer(ModalityDropoutTrainer):
             self.refine = [DistributedDataParallel(refiner, device_ids=device_ids) for refiner in self.refine]
 
     @property
+    def smml(self) -> SMMLSettings:
+        """The method's own section."""
+        return self.settings[SMMLSettings]
+
+    @property
     def _num_modalities(self) -> int:
         return len(modalities.modality_names(self.dataset_json))
 
     def prepare_training(self) -> None:
         super().prepare_training()
-        if self.current_epoch >= self.num_epochs:
-            return  # --c on a finished training only repeats the validation
+        if self.finished:
+            return
         if self.average is not None and not self._resumed:
             self.average.restart(self.plain_network.students[0])
-        prior = self.settings.smml.prior
+        prior = self.smml.prior
         if prior == "checkpoint":
             self._file_network = semantic_prior.FileNetwork(
                 self._prior_path,
@@ -132,7 +120,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
     @property
     def _prior_path(self) -> Path:
         """Of the priors that have one; the settings refuse those without."""
-        return Path(self.settings.smml.prior_path or "").expanduser()
+        return Path(self.smml.prior_path or "").expanduser()
 
     def _prior_source(self) -> Path:
         from nnunetv2.paths import nnUNet_raw
@@ -145,14 +133,14 @@ class SMMLTrainer(ModalityDropoutTrainer):
 
     def get_tr_and_val_datasets(self):
         train, validation = super().get_tr_and_val_datasets()
-        if self.settings.smml.prior == "precomputed":
+        if self.smml.prior == "precomputed":
             train = semantic_prior.PriorDataset(train, self._prior_folder())
         return train, validation
 
     def get_training_transforms(self, *args: Any, **kwargs: Any):
         """nnU-Net's, with the label maps of the prior handed over once image and segmentation are in place."""
         pipeline = super().get_training_transforms(*args, **kwargs)
-        if self.settings.smml.prior == "precomputed":
+        if self.smml.prior == "precomputed":
             names = [type(transform).__name__ for transform in pipeline.transforms]
             ends = [names.index(name) for name in semantic_prior.TARGET_TRANSFORMS if name in names]
             pipeline.transforms.insert(min(ends, default=len(names)), semantic_prior.MovePriorToImage())
@@ -173,16 +161,17 @@ class SMMLTrainer(ModalityDropoutTrainer):
         """The second student's subsets, each different from the first's: bool, (B, C), on the CPU."""
         return self.sampler.sample_other(availability, generator=self._subset_generator)
 
-    def clipped_together(self) -> list[torch.nn.Module]:
+    def clip_groups(self) -> list[torch.nn.Module]:
         return [*self.plain_network.students, *(self.refiners or ())]
 
     @property
     def warm(self) -> bool:
         """Whether the pixel-level constraint and the guidance have begun."""
-        return self.iteration >= self.settings.smml.warmup * self.total_iterations
+        return self.iteration >= self.smml.warmup * self.total_iterations
 
-    def compute_loss(self, data: torch.Tensor, target: Any, availability: torch.Tensor) -> StepLoss:
+    def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
         data, labels = data[:, : self._num_modalities], data[:, self._num_modalities :]
+        availability = self.draw_availability(len(data))
         subsets = (availability, self.draw_partner(availability))
         inputs = [modalities.mask_modalities(data, subset) for subset in subsets]
         label = self.read_target(target[0] if isinstance(target, (list, tuple)) else target)
@@ -191,7 +180,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
             maps = self._prior_maps(data, labels, (subsets[0] | subsets[1]).any(0).cpu())
             priors = [modalities.mask_modalities(maps, subset) for subset in subsets]
 
-        if self.settings.smml.sequential:
+        if self.smml.sequential:
             with torch.no_grad():
                 peer = self.network(inputs[1], student=1)
             # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
@@ -210,7 +199,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss + other_loss
         means = {name: (value + other_terms[name]) / 2 for name, value in terms.items()}
-        return StepLoss(total, means)
+        return Losses(total, means)
 
     def _student_loss(
         self,
@@ -222,17 +211,17 @@ class SMMLTrainer(ModalityDropoutTrainer):
         prior: torch.Tensor | None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one student and its refinement network, and the terms without their weights."""
-        smml = self.settings.smml
+        smml = self.smml
         heads = {"regions": self.label_manager.has_regions, "valid": label.valid}
-        logits, zero = _finest(own), _finest(own).new_zeros((), dtype=torch.float32)
+        logits, zero = finest(own.logits), finest(own.logits).new_zeros((), dtype=torch.float32)
         terms = {"segmentation": self.loss(own.logits, target)}
         total = terms["segmentation"]
         if smml.pixel:
             terms["pixel"] = zero
             if self.warm:
-                terms["pixel"] = mutual.reliable_exchange(
+                terms["pixel"] = losses.reliable_exchange(
                     logits,
-                    _finest(peer),
+                    finest(peer.logits),
                     label.label,
                     tau=smml.tau,
                     require_correct=smml.require_correct,
@@ -241,8 +230,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 )
             total = total + smml.pixel * terms["pixel"]
         if smml.feature:
-            terms["feature"] = mutual.relational_consistency(
-                own.bottleneck, peer.bottleneck.detach(), _finest(peer).detach(), label.label, **heads
+            terms["feature"] = losses.relational_consistency(
+                own.bottleneck, peer.bottleneck.detach(), finest(peer.logits).detach(), label.label, **heads
             )
             total = total + smml.feature * terms["feature"]
         if prior is not None:
@@ -251,12 +240,11 @@ class SMMLTrainer(ModalityDropoutTrainer):
             terms["refinement"] = (self.loss.loss if deep else self.loss)(refined, target[0] if deep else target)
             total = total + terms["refinement"]
             if smml.guidance:
-                terms["guidance"] = mutual.refined_guidance(logits, refined, **heads) if self.warm else zero
+                terms["guidance"] = losses.refined_guidance(logits, refined, **heads) if self.warm else zero
                 total = total + smml.guidance * terms["guidance"]
         return total, terms
 
-    def after_update(self, batch: dict) -> None:
-        super().after_update(batch)
+    def after_step(self, losses: Losses) -> None:
         if self.average is not None:
             self.average.update(self.plain_network.students[0])
 
@@ -278,10 +266,6 @@ class SMMLTrainer(ModalityDropoutTrainer):
             self.average.load_state_dict(state["average"])
 
 
-def _finest(output: StudentOutput) -> torch.Tensor:
-    return output.logits[0] if isinstance(output.logits, (list, tuple)) else output.logits
-
-
 def _detached(output: StudentOutput) -> StudentOutput:
     """Without the graph, so that its memory is free."""
-    return StudentOutput(_finest(output).detach(), output.bottleneck.detach())
+    return StudentOutput(finest(output.logits).detach(), output.bottleneck.detach())

@@ -1,8 +1,0 @@
-"""BraTS 2018: the same as ``mstkd convert brats2018``, as a script."""
-
-import sys
-
-from nnunetv2_mstkd.dataset_conversion.options import main
-
-if __name__ == "__main__":
-    sys.exit(main("brats2018"))

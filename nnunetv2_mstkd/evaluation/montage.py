@@ -1,0 +1,192 @@
+"""One slice of a case segmented from every subset, stored beside the case's results for the report.
+
+The slice is chosen from the label before the network runs, so that each background process cuts it out of the
+segmentation that it has just measured: no picture costs a prediction.
+"""
+
+from __future__ import annotations
+
+import math
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.images.atomic import atomic_write
+
+LONGEST = 256
+"""Maximum edge of a picture in pixels; larger slices are subsampled."""
+
+_ZERO = 1e-6
+
+
+@dataclass(frozen=True)
+class SliceView:
+    """A slice of an image in its original geometry, sampled as square pixels.
+
+    Attributes
+    ----------
+    axis, index, depth:
+        The axis across which the slice lies, its index, and the number of slices.
+    rows, columns:
+        Voxel indices along the two other axes, one per pixel.
+    reference:
+        The label in the slice, shape (rows, columns).
+    """
+
+    axis: int
+    index: int
+    depth: int
+    rows: np.ndarray
+    columns: np.ndarray
+    reference: np.ndarray
+
+    def cut(self, volume: np.ndarray) -> np.ndarray:
+        """The pixels of a volume of the label's shape."""
+        return np.take(volume, self.index, axis=self.axis)[np.ix_(self.rows, self.columns)]
+
+
+def choose_view(label: np.ndarray, spacing: Sequence[float], ignore_label: int | None = None) -> SliceView:
+    """Choose the slice with the most labelled voxels, across the axis with the thickest slices.
+
+    Where nothing is labelled it is the middle slice. Of equal axes the first is taken: the axial one, as nnU-Net reads.
+
+    Parameters
+    ----------
+    label:
+        Integer labels, three axes.
+    spacing:
+        Millimetres per axis, in the order of the axes.
+    ignore_label:
+        A label that counts as background.
+    """
+    single = [axis for axis, size in enumerate(label.shape) if size == 1]
+    axis = single[0] if single else int(np.argmax(np.round(spacing, 3)))
+    labelled = label != 0
+    if ignore_label is not None:
+        labelled &= label != ignore_label
+    others = tuple(other for other in range(label.ndim) if other != axis)
+    counts = labelled.sum(axis=others)
+    index = int(counts.argmax()) if counts.any() else label.shape[axis] // 2
+    sizes = [label.shape[other] for other in others]
+    edges = [float(spacing[other]) for other in others]
+    pixel = max(min(edges), max(size * edge for size, edge in zip(sizes, edges, strict=True)) / LONGEST)
+    rows, columns = (
+        _voxels(size, max(1, math.floor(size * edge / pixel + 0.5))) for size, edge in zip(sizes, edges, strict=True)
+    )
+    reference = np.take(label, index, axis=axis)[np.ix_(rows, columns)]
+    return SliceView(axis, index, label.shape[axis], rows, columns, reference)
+
+
+def _voxels(size: int, pixels: int) -> np.ndarray:
+    """The voxels under the centres of pixels."""
+    return ((np.arange(pixels) + 0.5) * size / pixels).astype(int)
+
+
+def slice_images(
+    data: np.ndarray, properties: Mapping[str, Any], view: SliceView, transpose: Sequence[int]
+) -> np.ndarray:
+    """The images in a slice, from the output of nnU-Net's preprocessor.
+
+    Parameters
+    ----------
+    data:
+        Preprocessed image, shape (C, *spatial): transposed, cropped and resampled.
+    properties:
+        Properties from the preprocessor.
+    view:
+        The slice, in the original geometry.
+    transpose:
+        ``transpose_forward`` of the plans.
+
+    Returns
+    -------
+    uint8, shape (C, rows, columns), 0 outside the crop and where an image is zero; each channel has its own window.
+    """
+    wanted = [np.array([view.index])] * 3
+    first, second = (axis for axis in range(3) if axis != view.axis)
+    wanted[first], wanted[second] = view.rows, view.columns
+    places, inside = [], []
+    for axis, original in enumerate(transpose):
+        low, high = properties["bbox_used_for_cropping"][axis]
+        position = np.floor((wanted[original] - low + 0.5) * data.shape[1 + axis] / (high - low)).astype(int)
+        inside.append((wanted[original] >= low) & (wanted[original] < high))
+        places.append(position.clip(0, data.shape[1 + axis] - 1))
+    mask = inside[0][:, None, None] & inside[1][None, :, None] & inside[2][None, None, :]
+    window = (slice(None), *np.ix_(*places))
+    images = data[window] * mask
+    # back to the original order of axes, then without the one across which the slice lies
+    back = [list(transpose).index(axis) for axis in range(3)]
+    images = images.transpose(0, *(1 + axis for axis in back)).squeeze(1 + view.axis)
+    return np.stack([_windowed(image) for image in images])
+
+
+def _windowed(image: np.ndarray) -> np.ndarray:
+    """Grey values from 1, the darkest percent, to 255; exact zeros, which are air or an absent image, stay 0."""
+    there = np.abs(image) > _ZERO
+    if not there.any():
+        return np.zeros(image.shape, np.uint8)
+    low, high = np.percentile(image[there], [1, 99.5])
+    grey = 1 + 254 * ((image - low) / max(high - low, _ZERO)).clip(0, 1)
+    return np.where(there, grey.round(), 0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Montage:
+    """The pictures of a case.
+
+    Attributes
+    ----------
+    axis, index, depth:
+        The slice; see :class:`SliceView`.
+    images:
+        uint8, shape (C, rows, columns).
+    reference:
+        Label values, shape (rows, columns).
+    segmentations:
+        Label values by subset, each of shape (rows, columns).
+    """
+
+    axis: int
+    index: int
+    depth: int
+    images: np.ndarray
+    reference: np.ndarray
+    segmentations: dict[str, np.ndarray]
+
+    def with_older(self, older: Montage | None) -> Montage:
+        """Add the subsets of an earlier run if it shows the same slice of the same label."""
+        if older is None or older.index != self.index or not np.array_equal(older.reference, self.reference):
+            return self
+        return replace(self, segmentations={**older.segmentations, **self.segmentations})
+
+
+def write_montage(montage: Montage, file: Path) -> None:
+    """Write the pictures of a case atomically."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(file) as scratch, scratch.open("wb") as stream:
+        np.savez_compressed(
+            stream,
+            place=np.array([montage.axis, montage.index, montage.depth]),
+            images=montage.images,
+            reference=montage.reference,
+            subsets=np.array(list(montage.segmentations), dtype=str),
+            segmentations=np.stack(list(montage.segmentations.values())),
+        )
+
+
+def read_montage(file: Path) -> Montage | None:
+    """Read the pictures of a case; None if there are none, InputError if the file is damaged."""
+    if not file.is_file():
+        return None
+    try:
+        with np.load(file, allow_pickle=False) as content:
+            axis, index, depth = content["place"].tolist()
+            segmentations = dict(zip(content["subsets"].tolist(), content["segmentations"], strict=True))
+            return Montage(axis, index, depth, content["images"], content["reference"], segmentations)
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error

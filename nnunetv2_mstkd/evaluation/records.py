@@ -1,0 +1,173 @@
+"""The results of an evaluation on disk, one file per case, so that an interrupted run can continue."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_montage
+from nnunetv2_mstkd.evaluation.results import COLUMNS, SEPARATOR
+from nnunetv2_mstkd.evaluation.scoring import SubsetScore
+from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.nnunet.folders import check_file_name
+
+CASES = "cases"
+RUN = "run.json"
+
+
+class CaseRecords:
+    """The results of all cases, on disk.
+
+    ``cases/run.json`` holds what all results have in common, ``cases/fold_0/CASE.json`` the results of a case and
+    ``CASE.npz`` its pictures. Every file is written atomically.
+
+    Parameters
+    ----------
+    output:
+        Output folder of the evaluation.
+    run:
+        Model, options and rules: what the results of one table must share.
+    restart:
+        Discard earlier results, on disk when :meth:`begin` is called.
+
+    Raises
+    ------
+    InputError
+        If the earlier results were made with another ``run``.
+    """
+
+    def __init__(self, output: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
+        self.folder = output / CASES
+        self._run = json.loads(json.dumps(run))
+        self._discard = restart
+        if not restart and (self.folder / RUN).is_file():
+            before = _read(self.folder / RUN)
+            for key, value in self._run.items():
+                if before.get(key) != value:
+                    raise InputError(
+                        f"{output} was evaluated with {key} {before.get(key)!r}, now it is {value!r}; take the same "
+                        f"options, another folder (-o), or --restart"
+                    )
+        self._weights: dict[str, str] = {}
+
+    def use_weights(self, fold: str, fingerprint: str) -> None:
+        """Register the weights of a fold; :meth:`load` refuses cases that other weights predicted."""
+        self._weights[fold] = fingerprint
+
+    def begin(self) -> None:
+        """Call before the first case is predicted, after all checks."""
+        if self._discard and self.folder.is_dir():
+            shutil.rmtree(self.folder)
+        self._discard = False
+        self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
+
+    def load(self, fold: str, case: str) -> dict[str, SubsetScore]:
+        """The results of a case by subset; empty if there are none yet.
+
+        Raises
+        ------
+        InputError
+            If the file is damaged or was made with other weights of the fold.
+        """
+        file = self._file(fold, case)
+        if self._discard or not file.is_file():
+            return {}
+        content = _read(file)
+        try:
+            if content["weights"] != self._weights[fold]:
+                raise InputError(
+                    f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
+                    f"evaluate again with --restart"
+                )
+            return {
+                subset: SubsetScore(_with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]))
+                for subset, entry in content["subsets"].items()
+            }
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"{file} is no record of an evaluation ({error!r}); evaluate again with --restart"
+            ) from error
+
+    def load_montage(self, fold: str, case: str) -> Montage | None:
+        """The pictures of a case; None if there are none."""
+        return None if self._discard else read_montage(self._file(fold, case, "npz"))
+
+    def save(self, fold: str, case: str, scores: Mapping[str, SubsetScore], montage: Montage) -> None:
+        """Write all results of a case and its pictures; pictures of an earlier run with other subsets are kept."""
+        # before the results, which say that a case is complete
+        write_montage(montage.with_older(self.load_montage(fold, case)), self._file(fold, case, "npz"))
+        file = self._file(fold, case)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / RUN).is_file():
+            write_json(self.folder / RUN, self._run)  # not earlier: a run without results must not bind later ones
+        subsets = {
+            subset: {"values": _without_nan(score.values), "near": score.near, "voxels": score.voxels}
+            for subset, score in scores.items()
+        }
+        write_json(file, {"weights": self._weights[fold], "subsets": subsets})
+
+    def table(
+        self, cases: Iterable[tuple[str, str]], subsets: Sequence[str], *, model: str, trainer: str
+    ) -> tuple[pd.DataFrame, tuple[int, int]]:
+        """The long table of complete cases.
+
+        Parameters
+        ----------
+        cases:
+            Fold and name of each case; all ``subsets`` of each are on record.
+        model, trainer:
+            Contents of the first two columns.
+
+        Returns
+        -------
+        The table (see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`), and the numbers of voxels close to the
+        decision and of all voxels.
+        """
+        rows, near, voxels = [], 0, 0
+        for fold, case in cases:
+            scores = self.load(fold, case)
+            for subset in subsets:
+                score = scores[subset]
+                near, voxels = near + score.near, voxels + score.voxels
+                size = subset.count(SEPARATOR) + 1
+                rows += [
+                    (model, trainer, fold, case, subset, size, region, metric, value)
+                    for region, values in score.values.items()
+                    for metric, value in values.items()
+                ]
+        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels)
+
+    def _file(self, fold: str, case: str, ending: str = "json") -> Path:
+        return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is no record of an evaluation; evaluate again with --restart")
+    return content
+
+
+def _without_nan(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+    """JSON has no NaN."""
+    return {
+        region: {metric: None if math.isnan(value) else value for metric, value in of_region.items()}
+        for region, of_region in values.items()
+    }
+
+
+def _with_nan(values: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+    return {
+        region: {metric: math.nan if value is None else float(value) for metric, value in of_region.items()}
+        for region, of_region in values.items()
+    }

@@ -1,0 +1,327 @@
+"""Evaluating a model on many subsets of its modalities: one preprocessing per case, several subsets per forward pass.
+
+The network runs in this process. Reading and preprocessing happen ahead of it, resampling and metrics behind it, both
+in background processes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.evaluation.cases import LabelledCase, check_cases, fold_cases, folder_cases, prepare
+from nnunetv2_mstkd.evaluation.montage import Montage, SliceView, slice_images
+from nnunetv2_mstkd.evaluation.records import CaseRecords
+from nnunetv2_mstkd.evaluation.request import Request
+from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, score_prediction
+from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
+from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
+from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
+from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet.checkpoints import noted_split
+from nnunetv2_mstkd.nnunet.folders import find_checkpoints, parse_folds, refuse_same_folder, trained_folds
+from nnunetv2_mstkd.nnunet.model import find_device, load_predictor
+
+IMAGES_AHEAD = 2
+"""Preprocessed images that wait for the network; each is as large as all channels of a case."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation has measured.
+
+    Attributes
+    ----------
+    results:
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    rules:
+        The rules that the values were computed with.
+    settings:
+        What all results have in common, for summary.json.
+    near:
+        Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone.
+    records:
+        The records of all cases, which have their pictures.
+    """
+
+    results: pd.DataFrame
+    rules: Rules
+    settings: dict[str, Any]
+    near: tuple[int, int] | None
+    records: CaseRecords
+
+
+@dataclass
+class OpenCase:
+    """A case, and what is known of it so far.
+
+    Attributes
+    ----------
+    case:
+        The case.
+    scores:
+        Its results by subset.
+    images:
+        The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction.
+    """
+
+    case: LabelledCase
+    scores: dict[str, SubsetScore]
+    images: np.ndarray | None = None
+
+    def show(self, images: np.ndarray) -> None:
+        """Add the images in the slice: with mask_first each prediction sees only the channels of its subset."""
+        known = images if self.images is None else self.images
+        self.images = np.where(known.any((1, 2), keepdims=True), known, images)
+
+    def montage(self, view: SliceView) -> Montage:
+        """The pictures of the subsets that were predicted in this run."""
+        assert self.images is not None
+        slices = {subset: score.slice for subset, score in self.scores.items() if score.slice is not None}
+        return Montage(view.axis, view.index, view.depth, self.images, view.reference, slices)
+
+
+class Evaluator:
+    """Predicts and measures what is not on record yet; everything is checked when it is made.
+
+    Parameters
+    ----------
+    request:
+        What to evaluate, and how.
+
+    Raises
+    ------
+    InputError, MissingFileError
+        For a model, options or cases that cannot be used.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._refuse_other_folders()
+        self.predictors = self._load()
+        self.model = next(iter(self.predictors.values()))
+        self.names = modalities.modality_names(self.model.dataset_json)
+        self.subsets = self._choose_subsets()
+        self.rules = self._rules()
+        self.cases = self._find_cases()
+        self.settings = self._settings()
+        self.records = CaseRecords(request.output_folder, self.settings, restart=request.restart)
+        for fold, predictor in self.predictors.items():
+            self.records.use_weights(fold, "+".join(map(checkpoints.fingerprint, predictor.list_of_parameters)))
+        opened = [OpenCase(case, self.records.load(case.fold, case.name)) for case in self.cases]
+        self.unfinished = [each for each in opened if self._missing(each)]
+        self.views = check_cases(
+            [each.case for each in self.unfinished],
+            self.model.plans_manager,
+            self.rules,
+            self.names,
+            threads=max(1, request.preprocessing_processes),
+            progress=request.progress,
+        )
+        self.stack = self._stack()
+
+    def run(self) -> Measured:
+        """Predict and measure the missing subsets of all cases, and read all results."""
+        request, tasks = self.request, len(self.cases) * len(self.subsets)
+        missing = sum(len(self._missing(each)) for each in self.unfinished)
+        self.records.begin()
+        request.report(
+            f"{self.settings['folder']}: cases: {len(self.cases)}, already evaluated: "
+            f"{len(self.cases) - len(self.unfinished)}; subsets: {len(self.subsets)}, "
+            f"{'one at a time' if self.stack == 1 else f'up to {self.stack} in one forward pass'}"
+        )
+        with (
+            tqdm(total=tasks, initial=tasks - missing, unit="subset", disable=not request.progress) as bar,
+            workers(request.preprocessing_processes, len(self.unfinished)) as preparing,
+            workers(request.scoring_processes, missing) as scoring,
+        ):
+            for fold, predictor in self.predictors.items():
+                cases = [each for each in self.unfinished if each.case.fold == fold]
+                self._evaluate(predictor, cases, preparing, scoring, bar)
+        results, near = self.records.table(
+            [(case.fold, case.name) for case in self.cases],
+            list(self.subsets),
+            model=request.name or self.settings["folder"],
+            trainer=self.model.trainer_name,
+        )
+        return Measured(results, self.rules, self.settings, near if self.stack > 1 else None, self.records)
+
+    # ---- before the first prediction -------------------------------------------------------------------------------
+
+    def _refuse_other_folders(self) -> None:
+        """Refuse an output folder that is the model's, or holds the images or labels."""
+        folders = {
+            "folder of images": self.request.images,
+            "folder of labels": self.request.labels,
+            "model folder": self.request.model_folder,
+        }
+        for what, folder in folders.items():
+            if folder is not None:
+                refuse_same_folder(self.request.output_folder, folder, what)
+
+    def _load(self) -> dict[str, Any]:
+        """A predictor for each group of folds, by the folds as text: each fold alone, or all for a folder of images."""
+        request = self.request
+        device = find_device(request.device)
+        if request.folds is None:
+            folds = trained_folds(request.model_folder, request.checkpoint)
+        else:
+            folds = parse_folds(list(dict.fromkeys(request.folds)))
+            find_checkpoints(request.model_folder, folds, request.checkpoint)
+        groups = [(fold,) for fold in folds] if request.images is None else [folds]
+        return {
+            "+".join(map(str, group)): load_predictor(
+                request.model_folder,
+                group,
+                request.checkpoint,
+                device=device,
+                trust=request.trust,
+                tile_step_size=request.step_size,
+                use_mirroring=request.mirroring,
+                perform_everything_on_device=request.on_device,
+                allow_tqdm=False,  # there is one bar, over cases and subsets
+            )
+            for group in groups
+        }
+
+    def _choose_subsets(self) -> dict[str, list[bool]]:
+        rows = choose_subsets(self.names, subsets=self.request.subsets, available=self.request.available)
+        check_zero_is_missing(rows, self.names, self.model.configuration_manager.normalization_schemes)
+        return {modalities.subset_name(row, self.names): row for row in rows.tolist()}
+
+    def _rules(self) -> Rules:
+        return rules_of(
+            self.model.dataset_json,
+            self.model.label_manager,
+            metrics=self.request.all_metrics,
+            convention=self.request.convention,
+            lesion_convention=self.request.lesions,
+            tolerance=self.request.tolerance,
+        )
+
+    def _find_cases(self) -> list[LabelledCase]:
+        """All cases, each with the folds that predict it."""
+        request, dataset_json = self.request, self.model.dataset_json
+        if request.images is not None and request.labels is not None:
+            (folds,) = self.predictors
+            return folder_cases(request.images, request.labels, folds, dataset_json, self.names, self._channels())
+        if "all" in self.predictors:
+            print("warning: fold all was trained on the very cases that it is evaluated on here", file=sys.stderr)
+        model = self.model.plans_manager, self.model.configuration_manager, dataset_json
+        return [
+            case
+            for fold in self.predictors
+            for case in fold_cases(fold, self._noted_split(fold), *model, from_images=request.mask_first)
+        ]
+
+    def _noted_split(self, fold: str) -> dict[str, list[str]] | None:
+        try:
+            return noted_split(self.request.model_folder / f"fold_{fold}" / self.request.checkpoint)
+        except InputError:
+            if self.request.trust:  # nnU-Net has loaded it
+                return None
+            raise
+
+    def _channels(self) -> list[int]:
+        """The channels that a case has.
+
+        Not only those of a subset: what preprocessing sees must not depend on which subsets one call asks for.
+        """
+        return modalities.parse_subset(self.request.available or modalities.ALL, self.names).nonzero().ravel().tolist()
+
+    def _settings(self) -> dict[str, Any]:
+        """What all results of one output folder have in common."""
+        request, rules = self.request, self.rules
+        settings = {
+            "folder": request.model_folder.resolve().name,
+            "dataset": self.model.plans_manager.dataset_name,
+            "source": "validation" if request.images is None else str(request.images.resolve()),
+            "labels": None if request.labels is None else str(request.labels.resolve()),
+            "checkpoint": request.checkpoint,
+            "mirroring": request.mirroring,
+            "step_size": request.step_size,
+            "mask_first": request.mask_first,
+            "channels": list(self.names),
+            "regions": {name: list(labels) for name, labels in rules.regions.items()},
+            "metrics": list(rules.metrics),
+            "convention": rules.convention,
+            "lesion_convention": rules.lesion_convention,
+            "tolerance": rules.tolerance,
+        }
+        if request.images is not None and not request.mask_first:
+            settings["preprocessed_from"] = [self.names[channel] for channel in self._channels()]
+        return settings
+
+    def _stack(self) -> int:
+        """Subsets per forward pass; it shrinks if the device runs out of memory."""
+        if self.request.mask_first:
+            return 1
+        batch_size = self.model.configuration_manager.batch_size
+        return self.request.stack or default_stack(batch_size, len(self.subsets), self.model.device)
+
+    # ---- predicting and measuring ----------------------------------------------------------------------------------
+
+    def _evaluate(
+        self, predictor: Any, cases: Sequence[OpenCase], preparing: Executor, scoring: Executor, bar: tqdm
+    ) -> None:
+        """Predict and measure the missing subsets of the cases of a predictor, which cannot be used afterwards."""
+        model = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+        jobs = [(each, subsets) for each in cases for subsets in self._batches(each)]
+        stacked = SubsetPredictor(predictor, self.stack)
+        backlog = Backlog(scoring, partial(self._add, bar))
+        processes = self.request.scoring_processes
+        arguments = ((each.case, self._absent(subsets), *model) for each, subsets in jobs)
+        prepared = ahead(preparing, prepare, arguments, IMAGES_AHEAD)
+        try:
+            for (each, subsets), (data, properties) in zip(jobs, prepared, strict=True):
+                case, view = each.case, self._view(each)
+                bar.set_description(f"fold {case.fold}, {case.name}")
+                each.show(slice_images(data, properties, view, predictor.plans_manager.transpose_forward))
+                rows = torch.tensor([self.subsets[subset] for subset in subsets])
+                for subset, logits in zip(subsets, stacked.logits(torch.from_numpy(data), rows), strict=True):
+                    measured = logits, properties, case.label, *model, self.rules, view
+                    backlog.submit((each, subset), score_prediction, *measured)
+                    # logits wait in memory for a free process
+                    backlog.collect(processes + stacked.stack if processes else 0)
+            backlog.collect()
+        finally:
+            stacked.close()
+        self.stack = stacked.stack
+
+    def _add(self, bar: tqdm, label: tuple[OpenCase, str], score: SubsetScore) -> None:
+        """Add the result of a subset, and write those of a case that is complete."""
+        each, subset = label
+        each.scores[subset] = score
+        if not self._missing(each):
+            self.records.save(each.case.fold, each.case.name, each.scores, each.montage(self._view(each)))
+            each.scores, each.images = {}, None  # on disk now; the pictures of many cases fill memory
+        bar.update()
+
+    def _missing(self, case: OpenCase) -> list[str]:
+        """The subsets without a result."""
+        return [subset for subset in self.subsets if subset not in case.scores]
+
+    def _batches(self, case: OpenCase) -> list[list[str]]:
+        """The missing subsets, those together that are predicted from one preprocessed image."""
+        missing = self._missing(case)
+        return [[subset] for subset in missing] if self.request.mask_first else [missing]
+
+    def _absent(self, subsets: Sequence[str]) -> tuple[int, ...]:
+        """The channels to remove before preprocessing."""
+        if not self.request.mask_first:
+            return ()
+        return tuple(channel for channel, available in enumerate(self.subsets[subsets[0]]) if not available)
+
+    def _view(self, case: OpenCase) -> SliceView:
+        return self.views[case.case.fold, case.case.name]

@@ -1,0 +1,13 @@
+"""Names of the files of an evaluation. They are here because a prediction looks up the Dice to expect; stdlib only."""
+
+from __future__ import annotations
+
+FOLDER = "subsets"
+"""The evaluation's folder in the model folder."""
+
+RESULTS = "results.csv"
+SUMMARY = "summary.json"
+"""``{"subsets": {"T1ce+FLAIR": {"WT": {"dice": 0.8, ...}, ...}, ...}, ...}``"""
+
+TABLES = {"markdown": "tables.md", "latex": "tables.tex"}
+REPORT = "report.html"

@@ -1,0 +1,38 @@
+"""Checks that all losses on logits share."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check_logits(student: torch.Tensor, teacher: torch.Tensor, regions: bool) -> None:
+    if student.shape != teacher.shape or student.ndim < 3:
+        raise ValueError(
+            f"found student logits {tuple(student.shape)} and teacher logits {tuple(teacher.shape)}, expected equal "
+            "shapes (B, K, *spatial)"
+        )
+    if not regions and student.shape[1] < 2:
+        raise ValueError("found one softmax channel, expected at least two; one overlapping region needs regions=True")
+
+
+def check_map(name: str, voxel_map: torch.Tensor, logits: torch.Tensor, *, boolean: bool) -> None:
+    expected = (logits.shape[0], 1, *logits.shape[2:])
+    if tuple(voxel_map.shape) != expected or (boolean and voxel_map.dtype != torch.bool):
+        raise ValueError(
+            f"{name} has shape {tuple(voxel_map.shape)} and type {voxel_map.dtype}, expected {expected}"
+            + (" and torch.bool" if boolean else "")
+        )
+
+
+def valid_map(valid: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
+    if valid is None:
+        return torch.ones_like(logits[:, :1], dtype=torch.bool)
+    check_map("valid", valid, logits, boolean=True)
+    return valid
+
+
+def weigh(values: torch.Tensor, voxel_weight: torch.Tensor | None) -> torch.Tensor:
+    if voxel_weight is None:
+        return values
+    check_map("voxel_weight", voxel_weight, values, boolean=False)
+    return values * voxel_weight.detach().float()

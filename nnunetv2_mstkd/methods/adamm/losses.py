@@ -1,0 +1,186 @@
+"""The terms of AdaMM ("No Modality Left Behind") that no other method uses.
+
+The output-level term of its distillation (BBDM), which its released code inherits from SMU-Net; lesion presence and the
+reliability weight that follows from it (LGRM).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional
+
+from nnunetv2_mstkd.losses.logits import check_logits
+
+_FLOOR = 1e-3
+
+
+def probability_consistency(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    regions: bool,
+    valid: torch.Tensor | None = None,
+    voxel_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared difference of the foreground probabilities, relative to how much foreground both see.
+
+    ``loss = sum(w (p^m - p^f)^2) / (sum((p^m)^2 + (p^f)^2) + 1e-3 n)`` per sample over its n valid voxels and
+    foreground heads, then the mean over the batch.
+
+    Changed against AdaMM's released code, a mean squared error with a weight that rises to 10: that falls with the
+    lesion's share of the patch; here a lesion of any size counts alike down to about a thousandth of the patch, below
+    which the floor keeps noise from being amplified. The teacher gets no gradient.
+
+    Parameters
+    ----------
+    student, teacher : Tensor, shape (B, K, *spatial)
+        Logits of K overlapping regions (sigmoid) or K classes (softmax, class 0 is the background).
+    regions : bool
+        True for region heads, False for softmax classes.
+    valid : Tensor of bool, shape (B, 1, *spatial), optional
+        False at voxels to leave out (ignore label).
+    voxel_weight : Tensor, shape (B, 1, *spatial), at least 0, optional
+        Factor w; the denominator does not depend on it, so that distillation fades as fewer voxels ask for it.
+
+    Returns
+    -------
+    Tensor of float32, scalar in [0, 1]; 0 for equal logits and when no voxel is valid.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    """
+    check_logits(student, teacher, regions)
+    with torch.autocast(device_type=student.device.type, enabled=False):
+        ours, theirs = foreground_probabilities(student, regions), foreground_probabilities(teacher.detach(), regions)
+        difference = (ours - theirs).square()
+        size = ours.square() + theirs.square()
+        if voxel_weight is not None:
+            difference = difference * voxel_weight.detach()
+        count: float | torch.Tensor = float(ours[0].numel())
+        if valid is not None:
+            difference, size = torch.where(valid, difference, 0.0), torch.where(valid, size, 0.0)
+            count = valid.flatten(1).sum(1).clamp_min(1) * ours.shape[1]
+        return (difference.flatten(1).sum(1) / (size.flatten(1).sum(1) + _FLOOR * count)).mean()
+
+
+def foreground_probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Sigmoid of regions, or softmax without class 0, in float32; shape (B, foreground heads, *spatial)."""
+    return logits.float().sigmoid() if regions else logits.float().softmax(1)[:, 1:]
+
+
+_SMOOTH = 1e-5
+
+
+class Presence(NamedTuple):
+    """What a patch contains.
+
+    Attributes
+    ----------
+    target:
+        float, (B, H): 1 where foreground head h has a voxel in the sample.
+    known:
+        bool, (B,): False for a sample without a valid voxel, about which nothing can be said.
+    """
+
+    target: torch.Tensor
+    known: torch.Tensor
+
+
+def presence_target(label: torch.Tensor, heads: int, *, regions: bool, valid: torch.Tensor | None = None) -> Presence:
+    """Which foreground heads have any voxel in each sample.
+
+    Parameters
+    ----------
+    label : Tensor
+        (B, H, *spatial) of 0 and 1 for regions, (B, 1, *spatial) of class numbers otherwise.
+    heads : int
+        H: regions, or classes without the background.
+    regions : bool
+        True for region heads.
+    valid : Tensor of bool, shape (B, 1, *spatial), optional
+        False at voxels to leave out (ignore label).
+    """
+    if regions:
+        found = label.bool()
+        found = (found if valid is None else found & valid).flatten(2).any(2)
+    else:
+        # of the background's number there is always enough to put in the place of voxels that are left out
+        classes = (label if valid is None else torch.where(valid, label, 0)).flatten(1)
+        found = torch.stack([(classes == number).any(1) for number in range(1, heads + 1)], 1)
+    known = torch.ones_like(found[:, 0]) if valid is None else valid.flatten(1).any(1)
+    return Presence(found.float(), known)
+
+
+def presence_loss(logits: torch.Tensor, presence: Presence) -> torch.Tensor:
+    """Binary cross-entropy of the presence logits (B, H), mean over the samples about which something is known.
+
+    Returns
+    -------
+    Tensor of float32, scalar, at least 0; 0 when nothing is known.
+    """
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        loss = functional.binary_cross_entropy_with_logits(logits.float(), presence.target, reduction="none").mean(1)
+        known = presence.known.float()
+        return (loss * known).sum() / known.sum().clamp_min(1.0)
+
+
+def presence_gap(logits: torch.Tensor, presence: Presence) -> torch.Tensor:
+    """``|q - t|``, how wrong the presence head is: (B, H) in [0, 1], without a graph; 0 where nothing is known."""
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        return (logits.detach().float().sigmoid() - presence.target).abs() * presence.known[:, None]
+
+
+def reliability_dice(
+    logits: torch.Tensor,
+    label: torch.Tensor,
+    gap: torch.Tensor,
+    *,
+    regions: bool,
+    batch_dice: bool,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """What the reliability weight r = 1 + gap adds to the Dice part of a segmentation loss.
+
+    ``loss = mean over samples and heads of gap (1 - Dice)``: added to nnU-Net's own loss it makes that loss's Dice part
+    ``r (1 - Dice)``. Dice is soft, with nnU-Net's sums (no squares), over the foreground heads.
+
+    Changed against AdaMM's released code: the weight is detached (there the product also trains the presence head), and
+    cross-entropy stays as it is.
+
+    Parameters
+    ----------
+    logits : Tensor, shape (B, K, *spatial)
+    label : Tensor
+        (B, K, *spatial) of 0 and 1 for regions, (B, 1, *spatial) of class numbers otherwise.
+    gap : Tensor, shape (B, H)
+        :func:`presence_gap`; H = K regions, or K - 1 classes.
+    regions : bool
+        True for region heads.
+    batch_dice : bool
+        Dice of the whole batch, as the plans may ask for; the gap is averaged over the batch then.
+    valid : Tensor of bool, shape (B, 1, *spatial), optional
+        False at voxels to leave out.
+
+    Returns
+    -------
+    Tensor of float32, scalar in [0, 1].
+    """
+    with torch.autocast(device_type=logits.device.type, enabled=False):
+        found = foreground_probabilities(logits, regions)
+        if regions:
+            wanted = label.bool()
+        else:
+            wanted = label == torch.arange(1, logits.shape[1], device=label.device).reshape(
+                1, -1, *[1] * (label.ndim - 2)
+            )
+        if valid is not None:
+            found, wanted = torch.where(valid, found, 0.0), wanted & valid
+        overlap = torch.where(wanted, found, 0.0).flatten(2).sum(2)
+        size = found.flatten(2).sum(2) + wanted.flatten(2).sum(2)
+        if batch_dice:
+            overlap, size, gap = overlap.sum(0), size.sum(0), gap.mean(0)
+        return (gap * (1 - (2 * overlap + _SMOOTH) / (size + _SMOOTH))).mean()

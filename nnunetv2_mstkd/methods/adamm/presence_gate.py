@@ -1,0 +1,54 @@
+"""Deleting labels and regions of which a network says, after a whole case, that there is nothing (AdaMM's LGRM)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+_BELOW = 20.0
+"""A deleted region's logit, negative; a deleted label's distance below the smallest logit of the case."""
+
+
+class PresenceGate:
+    """Records what a network says about presence in all patches of a case, and applies it to the case's logits.
+
+    A case has a label or region with the largest probability that any patch, mirrored patch and fold gave to it: one
+    patch that finds it is enough to keep it.
+
+    Parameters
+    ----------
+    threshold
+        Probability of presence below which a label or region is deleted, above 0.
+    label_manager
+        nnU-Net's.
+    device
+        Where the network runs.
+    """
+
+    def __init__(self, threshold: float, label_manager: Any, device: torch.device) -> None:
+        self.threshold, self._labels = threshold, label_manager
+        self.seen = torch.full((1, label_manager.num_segmentation_heads), -torch.inf, device=device)
+
+    def see(self, presence: torch.Tensor) -> None:
+        """Record the presence logits of a patch, shape (S, K); all patches of a case have the same number of rows."""
+        self.seen = torch.maximum(self.seen, presence)
+
+    def apply(self, logits: np.ndarray) -> np.ndarray:
+        """Delete what is not there from the logits of a case, shape (S, K, *spatial), in place."""
+        present = self.seen.sigmoid().cpu().numpy() >= self.threshold
+        for row, there in zip(logits, present, strict=True):
+            low = float(row.min())
+            for head in self._deleted(there):
+                # finite: nnU-Net interpolates logits
+                row[head] = -_BELOW if self._labels.has_regions else low - _BELOW
+        return logits
+
+    def _deleted(self, present: np.ndarray) -> list[int]:
+        """Heads to delete: the absent ones, and regions that lie within an absent one; never the background."""
+        absent = np.flatnonzero(~present).tolist()
+        if not self._labels.has_regions:
+            return [head for head in absent if head > 0]
+        regions = [set(np.atleast_1d(region).tolist()) for region in self._labels.foreground_regions]
+        return [head for head, region in enumerate(regions) if any(region <= regions[missing] for missing in absent)]

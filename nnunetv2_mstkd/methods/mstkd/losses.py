@@ -1,0 +1,276 @@
+"""Distillation terms of MST-KDNet that no other method uses: MS-TKD, equations (2)-(4), and DMLD, equations (5)-(8).
+
+Paper: "Bridging the Gap in Missing Modalities: Leveraging Knowledge Distillation and Style Matching for Brain Tumor
+Segmentation", MICCAI 2025. The two summands of equation (4) are two functions, so that each has its own weight. Logit
+standardisation: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024. Style matching (GSME),
+equations (9)-(11), is in :mod:`nnunetv2_mstkd.losses.style`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional
+
+from nnunetv2_mstkd.losses.logits import check_logits, check_map, valid_map, weigh
+from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums
+from nnunetv2_mstkd.networks.standardization import standardize_channels
+
+# A standardised map of fewer positions is almost fixed by the standardisation itself and carries no pattern to match.
+_FEWEST_POSITIONS = 8
+
+
+def _check_pairs(student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> None:
+    if len(student_maps) == 0 or len(student_maps) != len(teacher_maps):
+        raise ValueError(
+            f"found {len(student_maps)} student and {len(teacher_maps)} teacher maps, expected equal numbers, "
+            "at least 1 each"
+        )
+    for index, (student, teacher) in enumerate(zip(student_maps, teacher_maps, strict=True)):
+        if student.shape != teacher.shape:
+            raise ValueError(
+                f"map {index} has shape {tuple(student.shape)} in the student and {tuple(teacher.shape)} in the "
+                "teacher, expected equal shapes"
+            )
+
+
+def _extreme_values(maps: Sequence[torch.Tensor]) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    # Times N the mean entry is 1 for any N. The ratio ignores a common factor; without it the products, about N^-2,
+    # would sink below the 1e-6 that guards the division.
+    attention = torch.stack([attention_map.float() * attention_map.shape[-1] for attention_map in maps], dim=1)
+    return attention, tuple(
+        extreme.unsqueeze(1) for extreme in (attention.amax(1), attention.amin(1), attention.mean(1))
+    )
+
+
+def extreme_value_distillation(
+    student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """Extreme-value distillation of attention maps, the first summand of MS-TKD.
+
+    With A_max, A_min and A_mean the element-wise maximum, minimum and mean over the L extracted attention maps
+    (equation 2), ``EV_1 = A_max * A``, ``EV_2 = A_min * A``, ``EV_3 = A_mean * A`` for each extracted A (equation 3),
+    and
+
+    ``loss = mean over samples of sum((EV^f - EV^m)^2) / (sum((EV^f)^2) + sum((EV^m)^2) + 1e-6)``
+
+    (first half of equation 4, changed) where both sums run over the three EVs, the L maps, heads, rows and columns.
+
+    Changed against MST-KDNet (MICCAI 2025): equation (4) is a mean squared error. Rows of A sum to 1 over N tokens, so
+    an EV is about N^-2 and the error about N^-4, which is why the released code multiplies by 1e8. The ratio has no
+    such factor: it is between 0 and 1 for any N. The relative weight of layers and EVs is that of the paper. The
+    teacher gets no gradient.
+
+    Parameters
+    ----------
+    student_maps, teacher_maps : sequence of L tensors, shape (B, heads, N, N)
+        Row-stochastic attention maps (after the softmax) of the tapped layers, in the same order.
+
+    Returns
+    -------
+    Tensor of float32, scalar in [0, 1].
+
+    Raises
+    ------
+    ValueError
+        If the numbers of maps or their shapes differ, or the list is empty.
+    """
+    _check_pairs(student_maps, teacher_maps)
+    with torch.autocast(device_type=student_maps[0].device.type, enabled=False):
+        student, student_extremes = _extreme_values(student_maps)
+        teacher, teacher_extremes = _extreme_values([teacher_map.detach() for teacher_map in teacher_maps])
+        sums = [
+            squared_sums(student_extreme * student, teacher_extreme * teacher)
+            for student_extreme, teacher_extreme in zip(student_extremes, teacher_extremes, strict=True)
+        ]
+        difference, size = (torch.stack(parts).sum(0) for parts in zip(*sums, strict=True))
+        return ratio_of_sums(difference, size)
+
+
+def multiscale_map_matching(student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Matching of the transformer's multi-scale maps, the second summand of MS-TKD.
+
+    ``loss = mean over levels of rel(S(z^m), S(z^f))``   (second half of equation 4, changed)
+
+    with S the standardisation of every channel over space, (z - mean) / sqrt(var + 1e-5), and rel the relative
+    difference of :func:`nnunetv2_mstkd.losses.relative.relative_difference`. Levels of fewer than 8 positions are left
+    out.
+
+    Changed against MST-KDNet (MICCAI 2025): the paper's mean squared error of raw maps depends on the scale that each
+    level happens to have and asks the student to copy it; here where a feature is active is matched, not how strongly
+    the network scales it, and every level counts the same. The teacher gets no gradient.
+
+    Parameters
+    ----------
+    student_maps, teacher_maps : sequence of tensors, shape (B, channels, *spatial)
+        One map per level, in the same order; levels may differ in channels and grid.
+
+    Returns
+    -------
+    Tensor of float32, scalar in [0, 2]; zero without a graph when no level has 8 positions.
+
+    Raises
+    ------
+    ValueError
+        If the numbers of maps or their shapes differ, or the list is empty.
+    """
+    _check_pairs(student_maps, teacher_maps)
+    levels = [
+        relative_difference(standardize_channels(student), standardize_channels(teacher.detach()))
+        for student, teacher in zip(student_maps, teacher_maps, strict=True)
+        if math.prod(student.shape[2:]) >= _FEWEST_POSITIONS
+    ]
+    if not levels:
+        return torch.zeros((), dtype=torch.float32, device=student_maps[0].device)
+    return torch.stack(levels).mean()
+
+
+# ---- DMLD: the highest-resolution logits -----------------------------------------------------------------------------
+
+
+def logit_discrepancy(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    regions: bool,
+    valid: torch.Tensor | None = None,
+    voxel_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Squared difference of the logits, relative to the teacher's (equation 5, changed).
+
+    ``loss = sum(w (l^m - l^f)^2) / max(sum((l^f)^2), number of elements)`` over the valid voxels and the heads of the
+    batch. For softmax heads the mean over the classes of each voxel is subtracted from both logits first.
+
+    Changed against MST-KDNet (MICCAI 2025): the paper's plain mean squared error grows with the square of the teacher's
+    confidence; the denominator takes that away and, being at least the number of elements, never amplifies small
+    logits. A constant added to all classes changes no softmax, hence the subtraction. The teacher gets no gradient.
+
+    Parameters
+    ----------
+    student, teacher : Tensor, shape (B, K, *spatial)
+        Logits of K overlapping regions (sigmoid) or K classes (softmax).
+    regions : bool
+        True for region heads, False for softmax classes.
+    valid : Tensor of bool, shape (B, 1, *spatial), optional
+        False at voxels to leave out (ignore label), whatever they contain. None: all are valid.
+    voxel_weight : Tensor, shape (B, 1, *spatial), at least 0, optional
+        Factor w of each voxel's squared difference. The denominator does not depend on it, so that distillation fades
+        as fewer voxels ask for it. None is the factor 1, the paper's formula.
+
+    Returns
+    -------
+    Tensor of float32, scalar, at least 0; 0 when no voxel is valid.
+
+    Raises
+    ------
+    ValueError
+        If shapes or types do not fit.
+    """
+    check_logits(student, teacher, regions)
+    valid = valid_map(valid, student)
+    with torch.autocast(device_type=student.device.type, enabled=False):
+        # Zeros come in before any arithmetic: 0 * NaN is NaN, in the gradient too.
+        student = torch.where(valid, student.float(), 0.0)
+        teacher = torch.where(valid, teacher.detach().float(), 0.0)
+        if not regions:
+            student = student - student.mean(1, keepdim=True)
+            teacher = teacher - teacher.mean(1, keepdim=True)
+        squared = (student - teacher).square().sum(1, keepdim=True)
+        difference = torch.where(valid, weigh(squared, voxel_weight), 0.0).sum()
+        elements = valid.sum().float() * student.shape[1]
+        # The numerator is 0 without a valid voxel; the 1 only avoids 0 / 0 there.
+        return difference / torch.maximum(teacher.square().sum(), elements).clamp_min(1.0)
+
+
+def _log_probabilities(logits: torch.Tensor, regions: bool, tau: float) -> torch.Tensor:
+    if regions:
+        logits = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+    if logits.shape[1] == 2:
+        # Two standardised entries are +-1 in some order; the plain tempered softmax keeps the confidence.
+        return functional.log_softmax(logits / tau, dim=1)
+    centred = logits - logits.mean(1, keepdim=True)
+    return functional.log_softmax(centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1.0) / tau, dim=1)
+
+
+def _group_mean(values: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    count = group.sum()
+    return torch.where(group, values, 0.0).sum() / count.clamp_min(1).float(), (count > 0).float()
+
+
+def standardized_kl(
+    student: torch.Tensor,
+    teacher: torch.Tensor,
+    *,
+    regions: bool,
+    target_foreground: torch.Tensor,
+    valid: torch.Tensor | None = None,
+    tau: float = 2.0,
+    voxel_weight: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Kullback-Leibler divergence of standardised logits, foreground and rest in equal parts (equations 6-8, changed).
+
+    ``Z = (l - mean_k) / (tau sqrt(var_k + 1))``, ``q = softmax(Z)``, ``KL = sum_k q^f log(q^f / q^m)`` per voxel,
+    population variance over the class axis, and
+
+    ``loss = tau^2 * 1/2 (mean of w KL over the foreground + mean of w KL over the rest)``
+
+    The foreground is the valid voxels where the target or the teacher (a region logit > 0, or another class above class
+    0) is foreground. Regions become a class vector by a zero background logit in front, l = [0, l_1, ..., l_K]. A
+    vector of two entries (two classes, or one region) is not standardised: ``q = softmax(l / tau)``.
+
+    Changed against MST-KDNet (MICCAI 2025) and Sun et al. (CVPR 2024):
+
+    * var + 1 instead of a standard deviation + 1e-7, whose gradient is about 1e6 at nearly equal logits;
+    * the class axis is standardised, as Sun et al. do; the released MST-KDNet code standardises the last axis of space;
+    * two entries standardise to +-1 whatever the logits, which leaves no gradient, hence the plain tempered softmax;
+    * means per group, because a patch is mostly background, which would drown the tumour in a single mean.
+
+    The teacher gets no gradient.
+
+    Parameters
+    ----------
+    student, teacher : Tensor, shape (B, K, *spatial)
+        Logits of K overlapping regions (sigmoid) or K classes (softmax, class 0 is the background).
+    regions : bool
+        True for region heads, False for softmax classes.
+    target_foreground : Tensor of bool, shape (B, 1, *spatial)
+        True where the label is not background; of no effect at voxels that are not valid.
+    valid : Tensor of bool, shape (B, 1, *spatial), optional
+        False at voxels to leave out (ignore label), whatever they contain. None: all are valid.
+    tau : float
+        Temperature, greater than 0. The released code uses 7.
+    voxel_weight : Tensor, shape (B, 1, *spatial), at least 0, optional
+        Factor w of each voxel's divergence. Means are over numbers of voxels, not over sums of weights, so that
+        distillation fades as fewer voxels ask for it. None is the factor 1, the paper's formula.
+
+    Returns
+    -------
+    Tensor of float32, scalar. A group without voxels is left out of the mean of the two; 0 when no voxel is valid.
+
+    Raises
+    ------
+    ValueError
+        If shapes or types do not fit or tau is not positive.
+    """
+    check_logits(student, teacher, regions)
+    check_map("target_foreground", target_foreground, student, boolean=True)
+    if tau <= 0:
+        raise ValueError(f"found temperature tau = {tau}, expected a number greater than 0")
+    valid = valid_map(valid, student)
+    with torch.autocast(device_type=student.device.type, enabled=False):
+        student = torch.where(valid, student.float(), 0.0)
+        teacher = torch.where(valid, teacher.detach().float(), 0.0)
+        background = torch.zeros_like(teacher[:, :1]) if regions else teacher[:, :1]
+        regions_or_classes = teacher if regions else teacher[:, 1:]
+        teacher_foreground = regions_or_classes.amax(1, keepdim=True) > background
+        foreground = target_foreground | teacher_foreground
+
+        student_log = _log_probabilities(student, regions, tau)
+        teacher_log = _log_probabilities(teacher, regions, tau)
+        divergence = (teacher_log.exp() * (teacher_log - student_log)).sum(1, keepdim=True)
+        divergence = weigh(divergence, voxel_weight)
+        inside, has_inside = _group_mean(divergence, valid & foreground)
+        rest, has_rest = _group_mean(divergence, valid & ~foreground)
+        return tau**2 * (inside + rest) / (has_inside + has_rest).clamp_min(1.0)

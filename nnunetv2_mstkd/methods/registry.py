@@ -1,0 +1,43 @@
+"""All trainers: this package's, and those that other installed packages register."""
+
+from __future__ import annotations
+
+import warnings
+from importlib.metadata import entry_points
+from typing import Any
+
+from nnunetv2_mstkd import methods
+from nnunetv2_mstkd.training.base import SettingsTrainer
+
+GROUP = "nnunetv2_mstkd.trainers"
+"""Entry-point group in which another package names its trainers: ``MyTrainer = "my_package.trainer:MyTrainer"``."""
+
+
+def trainers() -> dict[str, type[SettingsTrainer]]:
+    """Return the trainers by name, this package's first. Their sections of the settings are known from then on.
+
+    A registered trainer that cannot be imported, is no :class:`SettingsTrainer`, or takes a name that is in use is left
+    out with a warning: it must not stop the others.
+    """
+    found: dict[str, type[SettingsTrainer]] = {name: getattr(methods, name) for name in methods.__all__}
+    for entry in entry_points(group=GROUP):
+        try:
+            trainer = entry.load()
+            problem = _problem(entry.name, trainer, found)
+        except Exception as error:  # whatever that package does when it is imported
+            problem = f"it cannot be imported ({type(error).__name__}: {error})"
+        if problem is None:
+            found[entry.name] = trainer
+        else:
+            warnings.warn(f"the registered trainer {entry.name} ({entry.value}) is left out: {problem}", stacklevel=2)
+    return found
+
+
+def _problem(name: str, trainer: Any, found: dict[str, type[SettingsTrainer]]) -> str | None:
+    if not (isinstance(trainer, type) and issubclass(trainer, SettingsTrainer)):
+        return f"it does not derive from {SettingsTrainer.__module__}.{SettingsTrainer.__name__}"
+    if trainer.__name__ != name:
+        return f"its class is called {trainer.__name__}, and nnU-Net finds trainers by the name of their class"
+    if found.get(name, trainer) is not trainer:
+        return "another trainer has this name"
+    return None

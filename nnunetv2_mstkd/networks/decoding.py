@@ -1,0 +1,41 @@
+"""nnU-Net's decoder, stage by stage, for networks that look at or change its features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+def decode(
+    decoder: Any, skips: Sequence[torch.Tensor], visit: Callable[[int, torch.Tensor], torch.Tensor]
+) -> torch.Tensor | list[torch.Tensor]:
+    """Run a ``UNetDecoder`` of dynamic_network_architectures.
+
+    Parameters
+    ----------
+    decoder
+        The decoder.
+    skips
+        Features per encoder stage, finest first; the bottleneck is the last entry.
+    visit
+        Called with each decoder stage's number (0: the deepest) and features; returns the features to continue with.
+
+    Returns
+    -------
+    What the decoder itself returns: logits (B, K, *spatial), or a list of these, finest first, under deep supervision.
+    """
+    outputs = []
+    features, last = skips[-1], len(decoder.stages) - 1
+    for stage in range(len(decoder.stages)):
+        features = torch.cat((decoder.transpconvs[stage](features), skips[-(stage + 2)]), 1)
+        features = visit(stage, decoder.stages[stage](features))
+        if decoder.deep_supervision or stage == last:
+            outputs.append(decoder.seg_layers[stage](features))
+    return outputs[::-1] if decoder.deep_supervision else outputs[0]
+
+
+def finest(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return the full-resolution logits of a network's output, with or without deep supervision."""
+    return logits if isinstance(logits, torch.Tensor) else logits[0]

@@ -1,0 +1,151 @@
+"""The U-Net that nnU-Net planned: its sizes, and building it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from nnunetv2_mstkd.errors import InputError
+
+FAMILIES = ("PlainConvUNet", "ResidualEncoderUNet")
+"""Networks of dynamic_network_architectures that our networks are built around."""
+
+
+class EncoderDecoder(Protocol):
+    """A U-Net of dynamic_network_architectures, whose modules have no types."""
+
+    @property
+    def encoder(self) -> Any: ...
+
+    @property
+    def decoder(self) -> Any: ...
+
+
+class UNetShape(NamedTuple):
+    """Sizes of a U-Net per stage, finest first.
+
+    Attributes
+    ----------
+    widths
+        Channels.
+    strides
+        Strides of the first convolution, per axis.
+    grids
+        Spatial sizes of the feature maps of one patch.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[tuple[int, ...], ...]
+    grids: tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class UNetPlan:
+    """Everything that a network is built from.
+
+    Attributes
+    ----------
+    architecture_class, architecture_kwargs, requires_import
+        ``architecture`` of a plans configuration.
+    patch_size
+        Voxels per axis, 2-D or 3-D.
+    num_modalities
+        Input channels C.
+    num_outputs
+        Output channels K: segmentation heads.
+    deep_supervision
+        Whether the decoder returns logits of every stage.
+    """
+
+    architecture_class: str
+    architecture_kwargs: Mapping[str, Any]
+    requires_import: tuple[str, ...]
+    patch_size: tuple[int, ...]
+    num_modalities: int
+    num_outputs: int = 1
+    deep_supervision: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        configuration: Any,
+        *,
+        num_modalities: int | None = None,
+        num_outputs: int = 1,
+        deep_supervision: bool = False,
+    ) -> UNetPlan:
+        """Read nnU-Net's ConfigurationManager; by default it has as many modalities as normalisation schemes."""
+        return cls(
+            configuration.network_arch_class_name,
+            configuration.network_arch_init_kwargs,
+            tuple(configuration.network_arch_init_kwargs_req_import),
+            tuple(configuration.patch_size),
+            len(configuration.normalization_schemes) if num_modalities is None else num_modalities,
+            num_outputs,
+            deep_supervision,
+        )
+
+    @property
+    def dimensions(self) -> int:
+        """2 or 3."""
+        return len(self.patch_size)
+
+    @property
+    def shape(self) -> UNetShape:
+        """Sizes per stage."""
+        kwargs = self.architecture_kwargs
+        stages, widths = int(kwargs["n_stages"]), kwargs["features_per_stage"]
+        strides = [
+            tuple(stride) if isinstance(stride, (list, tuple)) else (int(stride),) * self.dimensions
+            for stride in kwargs["strides"]
+        ]
+        grid, grids = self.patch_size, []
+        for stride in strides:
+            grid = tuple(math.ceil(edge / step) for edge, step in zip(grid, stride, strict=True))
+            grids.append(grid)
+        return UNetShape(
+            tuple(widths) if isinstance(widths, (list, tuple)) else (int(widths),) * stages,
+            tuple(strides),
+            tuple(grids),
+        )
+
+    def replace(self, *, num_modalities: int | None = None, widths: Sequence[int] | None = None) -> UNetPlan:
+        """Return a copy with other input channels or other channels per stage."""
+        kwargs = dict(self.architecture_kwargs)
+        if widths is not None:
+            kwargs["features_per_stage"] = list(widths)
+        channels = self.num_modalities if num_modalities is None else num_modalities
+        return dataclasses.replace(self, architecture_kwargs=kwargs, num_modalities=channels)
+
+    def check(self) -> None:
+        """Raise InputError if the plans name neither a PlainConvUNet nor a ResidualEncoderUNet."""
+        family = self.architecture_class.rsplit(".", 1)[-1]
+        if family not in FAMILIES:
+            raise InputError(
+                f"the plans ask for the network {family}; this trainer's network is built on {' or '.join(FAMILIES)}. "
+                f"Plan with nnU-Net's default or a ResEnc planner"
+            )
+
+    def build(self) -> EncoderDecoder:
+        """Build the plans' own network, initialised as nnU-Net does.
+
+        Raises
+        ------
+        InputError
+            If it is neither a PlainConvUNet nor a ResidualEncoderUNet.
+        """
+        from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+        self.check()
+        return get_network_from_plans(
+            self.architecture_class,
+            dict(self.architecture_kwargs),
+            self.requires_import,
+            self.num_modalities,
+            self.num_outputs,
+            allow_init=True,
+            deep_supervision=self.deep_supervision,
+        )

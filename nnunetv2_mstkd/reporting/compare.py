@@ -1,0 +1,278 @@
+"""Compare evaluated models case by case: a page in Markdown, all numbers as JSON, a figure, and the text to print."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+import nnunetv2_mstkd
+from nnunetv2_mstkd.errors import ExistingFileError
+from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET, write_text
+from nnunetv2_mstkd.metrics.conventions import Metric, metric_named
+from nnunetv2_mstkd.reporting.tables import MARKDOWN, NO_VALUE, TEXT, escaped, frame_table
+from nnunetv2_mstkd.statistics.comparison import Comparison, Models, read_evaluations
+from nnunetv2_mstkd.statistics.tests import AGAINST, DIFFERENCE, HIGH, LOW, P_CORRECTED, P
+
+PAGE = "comparison.md"
+NUMBERS = "comparison.json"
+FIGURE = "comparison.png"
+
+
+class ModelComparison(Comparison):
+    """A comparison of models; its tables are pandas data frames."""
+
+    @property
+    def text(self) -> str:
+        """The comparison in short, as ``mstkd compare`` prints it."""
+        return _text(self)
+
+
+def compare(
+    models: Models,
+    *,
+    metrics: Sequence[str] = ("dice",),
+    baseline: str | None = None,
+    output: Path | str | None = None,
+) -> ModelComparison:
+    """Compare two or more evaluated models case by case, over all subsets of modalities.
+
+    Parameters
+    ----------
+    models:
+        Path by name, ``{"ours": path, ...}``, or a list of paths, whose models have the names in their results. A path
+        is a model folder, its folder ``subsets``, or a file ``results.csv``.
+    metrics:
+        Metrics to compare by; the figure shows the first.
+    baseline:
+        Name of the model that all others are compared with; default: all pairs are compared.
+    output:
+        Folder for comparison.md, .json and .png, made if absent; default: nothing is written.
+
+    Returns
+    -------
+    A comparison with ``text`` and the data frames ``overall``, ``by_count``, ``by_subset``, ``per_case`` and ``ranks``.
+
+    Raises
+    ------
+    InputError, MissingFileError
+        If a model was not evaluated, or the models were not measured in the same way.
+    """
+    output = None if output is None else Path(output)
+    if output is not None and output.exists() and not output.is_dir():
+        raise ExistingFileError(f"the output folder {output} is a file")
+    comparison = ModelComparison(read_evaluations(models), metrics=tuple(dict.fromkeys(metrics)), baseline=baseline)
+    if output is not None:
+        _write(comparison, output)
+    return comparison
+
+
+def _write(comparison: Comparison, output: Path) -> None:
+    """Write all files of a comparison, each of them atomically."""
+    # here, because it imports matplotlib
+    from nnunetv2_mstkd.reporting.figures import differences_plot, save_figure
+
+    metric = comparison.metrics[0]
+    tables = [_part(table, metric) for table in (comparison.overall, comparison.by_count, comparison.by_subset)]
+    save_figure(differences_plot(*tables, metric=metric), output / FIGURE)
+    write_text(json.dumps(_numbers(comparison), indent=2) + "\n", output / NUMBERS)
+    write_text(_page(comparison), output / PAGE)
+
+
+def _part(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The rows of a metric."""
+    return table[table[METRIC] == metric].drop(columns=METRIC)
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def _numbers(comparison: Comparison) -> dict[str, Any]:
+    tables = {
+        "overall": comparison.overall,
+        "by_number_of_modalities": comparison.by_count,
+        "subsets": comparison.by_subset,
+        "per_case": comparison.per_case,
+    }
+    return {
+        "package_version": nnunetv2_mstkd.__version__,
+        "models": comparison.about(),
+        "cases": comparison.cases,
+        "patients": comparison.num_patients,
+        "subsets": list(comparison.subsets),
+        "bootstrap": {
+            "unit": "patient",
+            "samples": comparison.bootstrap.samples,
+            "seed": comparison.bootstrap.seed,
+            "level": comparison.bootstrap.level,
+        },
+        "test": "two-sided Wilcoxon signed-rank test on the patients' mean differences; Holm's correction",
+        "notes": comparison.notes,
+        "metrics": {
+            metric: {
+                "better": {1: "higher", -1: "lower", 0: "closer to zero"}[metric_named(metric).better],
+                **{key: _records(_part(table, metric)) for key, table in tables.items()},
+            }
+            for metric in comparison.metrics
+        },
+        "ranks": None if comparison.ranks is None else _records(comparison.ranks),
+    }
+
+
+def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
+    """Rows for JSON, which has no NaN."""
+    return [
+        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
+        for row in table.to_dict("records")
+    ]
+
+
+# ---- text ----------------------------------------------------------------------------------------------------------
+
+
+def _page(comparison: Comparison) -> str:
+    names = " against ".join(escaped(each.name, MARKDOWN) for each in comparison.models)
+    lines = [f"# {names}", "", _compared(comparison), "", _models(comparison), "", *_bullets(comparison.notes)]
+    for name in comparison.metrics:
+        metric = metric_named(name)
+        lines += [f"## {metric.label}", "", _direction(metric), ""]
+        lines += ["### Mean over all subsets", "", _overall(comparison, name, MARKDOWN), ""]
+        for title, table, column in (
+            ("By number of modalities", comparison.by_count, MODALITIES),
+            ("By subset", comparison.by_subset, SUBSET),
+        ):
+            lines += [f"### {title}", "", _differences(_part(table, name), column, metric, MARKDOWN), ""]
+    if comparison.ranks is not None:
+        lines += ["## Ranks", "", _ranks(comparison, MARKDOWN), "", _about_ranks(comparison), ""]
+    label = metric_named(comparison.metrics[0]).label
+    lines += [f"![Differences of {label} with intervals]({FIGURE})", "", *_method(comparison)]
+    return "\n".join(lines) + "\n"
+
+
+def _text(comparison: Comparison) -> str:
+    """The short version, as printed."""
+    parts = [_compared(comparison)]
+    for name in comparison.metrics:
+        metric, counts = metric_named(name), _part(comparison.by_count, name)
+        region = counts[REGION].iloc[-1]
+        parts.append(f"{metric.label}: {_direction(metric)}\n\n{_overall(comparison, name, TEXT)}")
+        table = _differences(counts[counts[REGION] == region], MODALITIES, metric, TEXT)
+        parts.append(f"by number of modalities, {region}\n\n{table}")
+    if comparison.ranks is not None:
+        parts.append(f"{_ranks(comparison, TEXT)}\n\n{_about_ranks(comparison)}")
+    parts += [f"note: {note}" for note in comparison.notes]
+    return "\n\n".join(parts)
+
+
+def _compared(comparison: Comparison) -> str:
+    counts = {
+        "case": len(comparison.cases),
+        "patient": comparison.num_patients,
+        "subset": len(comparison.subsets),
+    }
+    cases, patients, subsets = (f"{number} {noun}{'s' * (number != 1)}" for noun, number in counts.items())
+    return f"Compared on {cases} of {patients}, {subsets} of modalities."
+
+
+def _models(comparison: Comparison) -> str:
+    rows = [
+        (each["model"], each["trainer"], " ".join(each["folds"]), each["cases"], len(each["not_compared"]))
+        for each in comparison.about()
+    ]
+    return frame_table(pd.DataFrame(rows, columns=["model", "trainer", "folds", "cases", "of these not compared"]))
+
+
+def _direction(metric: Metric) -> str:
+    unit = "points" if metric.unit == "%" else metric.unit
+    better = {1: "a positive one is a gain", -1: "a negative one is a gain", 0: "of sizes; a negative one is a gain"}
+    return f"differences (model - against) in {unit}; {better[metric.better]}"
+
+
+def _overall(comparison: Comparison, name: str, fmt: str) -> str:
+    rows = [
+        (row[MODEL], row[AGAINST], row[REGION], _interval(row, metric_named(name)), row[P], row[P_CORRECTED])
+        for row in _part(comparison.overall, name).to_dict("records")
+    ]
+    return _table(rows, [MODEL, AGAINST, REGION, "difference [interval]", P, "p (Holm)"], fmt)
+
+
+def _differences(table: pd.DataFrame, column: str, metric: Metric, fmt: str) -> str:
+    """A row per pair and value of ``column``, and two columns per region: difference and corrected p-value."""
+    regions = list(dict.fromkeys(table[REGION]))
+    several = len(table[[MODEL, AGAINST]].drop_duplicates()) > 1
+    rows = []
+    for (model, against, key), group in table.groupby([MODEL, AGAINST, column], sort=False):
+        by_region = {row[REGION]: row for row in group.to_dict("records")}
+        cells = [(_interval(by_region[region], metric), by_region[region][P_CORRECTED]) for region in regions]
+        pair = (model, against) if several else ()
+        rows.append((*pair, str(key), *(each for of_region in cells for each in of_region)))
+    heads = [*((MODEL, AGAINST) if several else ()), column]
+    return _table(rows, [*heads, *(head for region in regions for head in (region, "p (Holm)"))], fmt)
+
+
+def _ranks(comparison: Comparison, fmt: str) -> str:
+    assert comparison.ranks is not None
+    rows = [
+        (
+            row["rank"],
+            row[MODEL],
+            f"{row['mean_rank']:.2f}",
+            NO_VALUE if math.isnan(row[LOW]) else f"{row[LOW]:.0f} to {row[HIGH]:.0f}",
+            f"{100 * row['first']:.0f} %",
+        )
+        for row in comparison.ranks.to_dict("records")
+    ]
+    return _table(rows, ["rank", MODEL, "mean rank", "interval of the rank", "first in resamples"], fmt)
+
+
+def _about_ranks(comparison: Comparison) -> str:
+    labels = ", ".join(metric_named(name).label for name in comparison.metrics)
+    return f"Ranked within each case, subset and region by {labels}; the ranking is repeated on resampled patients."
+
+
+def _method(comparison: Comparison) -> list[str]:
+    bootstrap = comparison.bootstrap
+    return _bullets(
+        [
+            f"Intervals: {100 * bootstrap.level:g} %, {bootstrap.samples} resamples of patients (seed "
+            f"{bootstrap.seed}), each of which brings all its cases. Where subsets or numbers of modalities are "
+            f"tested together, the level of an interval is that of Holm's procedure at its p-value.",
+            "p: two-sided Wilcoxon signed-rank test on the mean differences of patients. p (Holm): corrected within "
+            "its table, over all its rows and regions; in tables by subset or number within each pair of models.",
+            "Research use. The numbers describe these cases; they say nothing about other scanners, sites or patients, "
+            "and nothing about clinical benefit.",
+        ]
+    )
+
+
+def _bullets(sentences: list[str]) -> list[str]:
+    return [*(f"* {escaped(sentence, MARKDOWN)}" for sentence in sentences), *([""] if sentences else [])]
+
+
+def _table(rows: list[tuple], columns: list[str], fmt: str) -> str:
+    """A table whose column names may repeat; floats are p-values."""
+    text: Callable[[Any], str] = lambda value: _p(value) if isinstance(value, float) else str(value)  # noqa: E731
+    return frame_table(pd.DataFrame([[text(value) for value in row] for row in rows], columns=columns), fmt=fmt)
+
+
+def _p(value: float) -> str:
+    if math.isnan(value):
+        return NO_VALUE
+    return "<0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _interval(row: dict[Any, Any], metric: Metric) -> str:
+    factor = 100 if metric.unit == "%" else 1
+    value, low, high = (row[key] * factor for key in (DIFFERENCE, LOW, HIGH))
+    if math.isnan(value):
+        return NO_VALUE
+    limits = "" if math.isnan(low) else f" [{_signed(low)}, {_signed(high)}]"
+    return f"{_signed(value)}{limits}"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # no -0.00

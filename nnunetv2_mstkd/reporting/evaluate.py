@@ -1,0 +1,112 @@
+"""Measure a model on subsets of its modalities, and write tables, figures and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.evaluation.request import Request
+from nnunetv2_mstkd.evaluation.run import Evaluator
+from nnunetv2_mstkd.reporting.report import Evaluation, write_report
+
+
+def evaluate(
+    model_folder: Path | str,
+    *,
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    trust: bool = False,
+    name: str | None = None,
+    images: Path | str | None = None,
+    labels: Path | str | None = None,
+    output: Path | str | None = None,
+    subsets: Sequence[str] = (),
+    available: str | None = None,
+    mask_first: bool = False,
+    metrics: Sequence[str] = ("dice", "hd95"),
+    convention: str = "brats",
+    lesion_convention: str | None = None,
+    tolerance: float = 1.0,
+    stack: int | None = None,
+    pictures: int = 3,
+    restart: bool = False,
+    step_size: float = 0.5,
+    mirroring: bool = True,
+    device: str | torch.device = "cuda",
+    on_device: bool = True,
+    preprocessing_processes: int = 3,
+    scoring_processes: int = 3,
+    progress: bool = False,
+    report: Callable[[str], None] = lambda line: None,
+) -> Evaluation:
+    """Measure a trained model, of any trainer, on subsets of its modalities.
+
+    Results are kept per case, so that an interrupted evaluation continues when it is called again.
+
+    Parameters
+    ----------
+    model_folder:
+        nnU-Net's folder of a trained model, with plans.json.
+    folds:
+        Folds to evaluate, each on its own validation cases, or averaged on ``images``; default all that are trained.
+    checkpoint:
+        File name of the checkpoint.
+    trust:
+        Let nnU-Net load the model, which executes whatever its files contain.
+    name:
+        Name of the model in tables; default the name of its folder.
+    images, labels:
+        Folders of ``CASE_000k`` and ``CASE`` files; default the validation cases of each fold.
+    output:
+        Output folder; default ``subsets`` in the model folder.
+    subsets:
+        Subsets to evaluate, such as ``["T1ce+FLAIR", "all"]``; default all of them.
+    available:
+        Evaluate only subsets of these modalities, such as ``"T1,FLAIR"``.
+    mask_first:
+        Remove channels before preprocessing, as if they had never existed.
+    metrics:
+        Metrics to compute; Dice is always computed.
+    convention:
+        Rules for empty masks, ``"brats"`` or ``"nnunet"``.
+    lesion_convention:
+        Convention of lesion-wise metrics; default ``"brats2023_gli"``.
+    tolerance:
+        Tolerance of the normalised surface Dice in millimetres.
+    stack:
+        Subsets per forward pass; default by the batch size.
+    pictures:
+        Number of cases pictured in the report: 1 is the worst, 2 the worst and the best, and so on.
+    restart:
+        Discard earlier results.
+    step_size, mirroring:
+        Step of the sliding window, relative to the patch, and test-time mirroring.
+    device:
+        The device of the network.
+    on_device:
+        Collect the logits on the device; False for huge images.
+    preprocessing_processes, scoring_processes:
+        Background processes; 0: in this process.
+    progress:
+        Show a progress bar.
+    report:
+        Called with a line that says what is about to be done.
+
+    Returns
+    -------
+    The tables, and the text that ``mstkd evaluate`` prints.
+
+    Raises
+    ------
+    InputError, MissingFileError
+        For options, models or cases that cannot be used; nothing has been predicted then.
+    """
+    options = locals().copy()  # all arguments
+    del options["pictures"]
+    request = Request(**options)
+    if pictures < 0:
+        raise InputError(f"--strips is {pictures}, expected a number of cases, or 0 for no pictures")
+    return write_report(Evaluator(request).run(), request.output_folder, pictures)

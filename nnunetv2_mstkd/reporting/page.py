@@ -1,0 +1,264 @@
+"""``report.html``: an evaluation as a single, self-contained page."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+import pandas as pd
+
+import nnunetv2_mstkd
+from nnunetv2_mstkd.evaluation.montage import Montage
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, REGION, SEPARATOR, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
+from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
+from nnunetv2_mstkd.reporting.pictures import (
+    clearest_image,
+    cropped,
+    file_uri,
+    grey_uri,
+    label_colors,
+    overlay_uri,
+)
+from nnunetv2_mstkd.reporting.tables import finding_tables, points, subset_content
+from nnunetv2_mstkd.statistics.findings import Findings
+
+WIDE = 16
+"""From this number of subsets on, a table has a row per subset instead of a column, and only one case is unfolded."""
+
+FIGURE_TITLES = {
+    "heat_map.png": "Dice of every subset and region",
+    "curve.png": "Dice against the number of modalities",
+    "shapley.png": "Contribution of each modality: exact Shapley values of the Dice",
+}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Which cases are pictured.
+
+    Attributes
+    ----------
+    number:
+        Number of cases: 1 is the worst, 2 are the worst and the best, more are spread between them.
+    load:
+        Returns the pictures of a case by fold and name; None if it has none.
+    """
+
+    number: int
+    load: Callable[[str, str], Montage | None]
+
+
+def html_report(
+    findings: Findings,
+    rules: Rules,
+    run: Mapping[str, Any],
+    near: tuple[int, int] | None,
+    figures: Mapping[str, Path],
+    pictures: Pictures,
+    *,
+    now: datetime | None = None,
+) -> str:
+    """The page as HTML.
+
+    All names are escaped, and the page's own policy forbids connections and all scripts but its own.
+
+    Parameters
+    ----------
+    findings:
+        The findings about one model.
+    rules, run, near:
+        How it was evaluated; see :class:`~nnunetv2_mstkd.evaluation.run.Measured`, where ``run`` is ``settings``.
+    figures:
+        PNG files by their names in :data:`FIGURE_TITLES`.
+    pictures:
+        The cases that are pictured.
+    now:
+        Date of the page; default today.
+    """
+    loader = jinja2.PackageLoader("nnunetv2_mstkd.reporting")
+    environment = jinja2.Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    # our own, not escaped
+    script, style = (loader.get_source(environment, f"report.{ending}")[0] for ending in ("js", "css"))
+    cases = _case_means(findings)
+    folds = ", ".join(findings.folds)
+    return environment.get_template("report.html").render(
+        title=f"{findings.model}: {findings.trainer}, fold{'s' if len(findings.folds) > 1 else ''} {folds}",
+        date=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d"),
+        version=nnunetv2_mstkd.__version__,
+        findings=findings,
+        style=style,
+        script=script,
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
+        summaries=list(finding_tables(findings)),
+        figures=[_figure(name, figures[name]) for name in FIGURE_TITLES if name in figures],
+        montages=[
+            _montage(number, place, findings, rules, pictures) for number, place in enumerate(_places(cases, pictures))
+        ],
+        legend=_legend(rules),
+        many=len(findings.subsets) >= WIDE,
+        channels=list(run["channels"]),
+        worst=_worst_cases(cases, findings, rules),
+        settings=[(key.replace("_", " "), _words(value)) for key, value in run.items()],
+        near=None if near is None else {"voxels": near[0], "of": near[1], "logit": NEAR},
+    )
+
+
+def _words(value: Any) -> str:
+    """A setting as text."""
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {_words(inner)}" for key, inner in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(str, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "-" if value is None else str(value)
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def _subset_table(findings: Findings, rules: Rules, metric: str) -> dict[str, Any]:
+    content = subset_content(
+        findings.results, metric=metric, convention=rules.convention, lesion_convention=rules.lesion_convention
+    )
+    return {
+        "title": metric_named(metric).label,
+        "modalities": content.data.modalities,
+        "subsets": content.data.subsets,
+        "regions": content.data.regions,
+        "available": content.available.tolist(),
+        "texts": content.texts[0].tolist(),
+        "notes": content.notes,
+        "long": len(content.data.subsets) >= WIDE,
+    }
+
+
+def _figure(name: str, file: Path) -> dict[str, str]:
+    return {"name": name.removesuffix(".png"), "title": FIGURE_TITLES[name], "source": file_uri(file)}
+
+
+# ---- cases ---------------------------------------------------------------------------------------------------------
+
+
+def _case_means(findings: Findings) -> pd.DataFrame:
+    """Dice of each case (index: fold and case), worst first.
+
+    Columns: each region's mean over the subsets; ``mean`` of all; ``worst`` subset and ``worst_value``, its mean over
+    the regions; ``full``, the same with all modalities, NaN where they were not evaluated.
+    """
+    dice = findings.results[findings.results[METRIC] == DICE]
+    keys = [FOLD, CASE]
+    by_region = dice.groupby([*keys, REGION], sort=False)[VALUE].mean().unstack(REGION)
+    by_subset = dice.groupby([*keys, SUBSET], sort=False)[VALUE].mean().unstack(SUBSET)[findings.subsets]
+    table = pd.DataFrame(index=by_region.index)
+    table["mean"] = dice.groupby(keys, sort=False)[VALUE].mean()
+    filled = by_subset.fillna(np.inf)
+    table["worst"], table["worst_value"] = filled.idxmin(axis=1), by_subset.min(axis=1)
+    table["full"] = by_subset[findings.subsets[-1]] if findings.gap is not None else math.nan
+    # under separate keys: a region may have the name of a column
+    table = pd.concat({"case": table, "region": by_region[list(dict.fromkeys(dice[REGION]))]}, axis=1)
+    return table.sort_values(("case", "mean"), kind="stable")
+
+
+def _worst_cases(cases: pd.DataFrame, findings: Findings, rules: Rules) -> dict[str, Any]:
+    """All cases, worst first: column heads, and rows of text with the values to sort by."""
+    full = findings.gap is not None
+    several = len(findings.subsets) > 1
+    heads = ["case", "fold", "mean", *rules.regions]
+    heads += ["worst subset", "its mean"] if several else []
+    heads += ["full input"] if full else []
+    rows = []
+    for (fold, case), row in zip(cases.index, cases.to_dict("records"), strict=True):
+        numbers = [row["case", "mean"], *(row["region", region] for region in rules.regions)]
+        cells = [{"text": case, "key": None}, {"text": fold, "key": None}, *map(_cell, numbers)]
+        if several:
+            cells += [{"text": row["case", "worst"], "key": None}, _cell(row["case", "worst_value"])]
+        rows.append([*cells, _cell(row["case", "full"])] if full else cells)
+    return {"heads": heads, "rows": rows}
+
+
+def _cell(value: float) -> dict[str, Any]:
+    """A number as text, and as the key by which the column is sorted; it is None in cells of text."""
+    return {"text": points(value), "key": "" if math.isnan(value) else value}
+
+
+def _places(cases: pd.DataFrame, pictures: Pictures) -> list[tuple[str, str, str, float]]:
+    """Fold, case, rank in words and mean Dice of the cases that are pictured."""
+    number = min(pictures.number, len(cases))
+    found = []
+    for place in np.unique(np.linspace(0, len(cases) - 1, number).round().astype(int)) if number else []:
+        fold, case = cases.index[place]
+        found.append((fold, case, _rank(int(place), len(cases), number), cases["case", "mean"].iloc[place]))
+    return found
+
+
+def _rank(place: int, of: int, number: int) -> str:
+    if place == 0:
+        return "worst"
+    if place == of - 1:
+        return "best"
+    if number % 2 and place == round((of - 1) / 2):
+        return "median"
+    return f"number {place + 1} of {of} from the worst"
+
+
+def _montage(
+    number: int, place: tuple[str, str, str, float], findings: Findings, rules: Rules, pictures: Pictures
+) -> dict[str, Any]:
+    fold, case, rank, mean = place
+    about = {"number": number, "case": case, "fold": fold, "rank": rank, "mean": points(mean)}
+    stored = pictures.load(fold, case)
+    if stored is None:
+        return {**about, "groups": None}
+    montage = cropped(stored)
+    colors = label_colors(list(rules.labels), rules.ignore_label)
+    outline = montage.reference != 0
+    if rules.ignore_label is not None:
+        outline &= montage.reference != rules.ignore_label
+    dice = findings.results.query(f"{METRIC} == @DICE and {FOLD} == @fold and {CASE} == @case")
+    values = dict(zip(zip(dice[SUBSET], dice[REGION], strict=True), dice[VALUE], strict=True))
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for subset in findings.subsets:
+        if subset in montage.segmentations:
+            below = [(region, points(values[subset, region])) for region in rules.regions]
+            source = overlay_uri(montage.segmentations[subset], colors, outline)
+            size = subset.count(SEPARATOR) + 1
+            groups.setdefault(size, []).append({"name": subset, "source": source, "values": below})
+    shown = clearest_image(montage)
+    return {
+        **about,
+        "slice": montage.index + 1,
+        "depth": montage.depth,
+        "aspect": f"{montage.reference.shape[1]} / {montage.reference.shape[0]}",
+        "background": grey_uri(montage.images[shown]),
+        "images": [grey_uri(image) if image.any() else None for image in montage.images],
+        "shown": shown,
+        "reference": overlay_uri(montage.reference, colors),
+        "groups": [(f"{size} modalit{'y' if size == 1 else 'ies'}", of_size) for size, of_size in groups.items()],
+    }
+
+
+def _legend(rules: Rules) -> list[dict[str, str]]:
+    """Colour and name of each label: the regions that it belongs to."""
+    entries = []
+    for label, color in label_colors(list(rules.labels), rules.ignore_label).items():
+        regions = [region for region, labels in rules.regions.items() if label in labels]
+        name = "not counted" if label == rules.ignore_label else ", ".join(regions) or f"label {label}"
+        entries.append({"color": "#{:02x}{:02x}{:02x}".format(*color), "name": name})
+    return entries

@@ -1,0 +1,75 @@
+"""Weights and settings that belong together: refusing to mix those of two networks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_mstkd.nnunet.plans import BLOCK, read_plans
+from nnunetv2_mstkd.training.settings import Section, Settings, SettingsError, translate
+
+
+def refuse_other_network(
+    given: Mapping[str, Any], sections: Iterable[type[Section]], here: Settings, stored: Settings, source: str
+) -> None:
+    """Refuse a checkpoint whose network differs from the one that the preprocessed plans explicitly ask for.
+
+    Parameters
+    ----------
+    given
+        Block of the preprocessed plans, before it was completed.
+    sections
+        Sections that the network is built from.
+    here, stored
+        Settings of the preprocessed plans and of the checkpoint.
+    source
+        Where the checkpoint is, for the message.
+
+    Raises
+    ------
+    SettingsError
+        Naming the first key that differs.
+    """
+    wanted = translate(given)
+    for section in sections:
+        mine, theirs = here[section].to_dict(), stored[section].to_dict()
+        for key in section.network_keys():
+            if key in wanted.get(section.NAME, {}) and theirs[key] != mine[key]:
+                raise SettingsError(
+                    f"the plans ask for {section.NAME}.{key} = {mine[key]!r}, {source} was trained with "
+                    f"{theirs[key]!r}. Restore the old value, or train it as a separate configuration "
+                    f"(mstkd configure)"
+                )
+
+
+def refuse_mixed_folds(
+    model_folder: Path, configuration: str, fold: int | str, sections: Iterable[type[Section]], settings: Settings
+) -> None:
+    """Refuse a fold with another network than the other folds of its model folder, which share one plans.json.
+
+    Raises
+    ------
+    SettingsError
+        Naming all keys that differ.
+    """
+    plans_file = model_folder / "plans.json"
+    others = [
+        path.parent.name
+        for path in sorted(model_folder.glob("fold_*/checkpoint_*.pth"))
+        if path.parent.name != f"fold_{fold}"
+    ]
+    if not others or not plans_file.is_file():
+        return
+    there = translate(read_plans(plans_file)["configurations"].get(configuration, {}).get(BLOCK))
+    changed = [
+        f"{section.NAME}.{key} is {old!r} there and {settings[section].to_dict()[key]!r} here"
+        for section in sections
+        for key, old in there.get(section.NAME, {}).items()
+        if key in section.network_keys() and old != settings[section].to_dict()[key]
+    ]
+    if changed:
+        raise SettingsError(
+            f"{others[0]} in {model_folder} was trained with another network: {', '.join(changed)}. Train this fold as "
+            f"a separate configuration (mstkd configure)"
+        )
