@@ -388,7 +388,7 @@ def test_dry_run_only_prints(phantom, capsys):
         (["--folds", "5"], "the folds 0 to 4"),  # of nnU-Net, or of its splits_final.json
         (["--folds", "-1"], "folds are numbers from 0"),
         (["--folds", "1", "1"], "--folds names 1 twice"),
-        (["--trainer", "NoTrainer"], "no trainer 'NoTrainer'"),
+        (["--trainer", "NoTrainer"], "trainer 'NoTrainer' was not found"),
         (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
         (["--jobs", "0"], "expected numbers from 1"),
         (["-p", "Other"], "nnUNetv2_plan_and_preprocess"),

@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.crossval._host import (
-    dataset_number,
-    find_dataset_folder,
-    find_trainer,
-    inherited,
-    nnunet_folder,
-    number_of_folds,
-    read_plans,
-)
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder, nnunet_folder
+from nnunetv2_mstkd.nnunet.plans import inherited, read_plans
+from nnunetv2_mstkd.nnunet.splits import number_of_folds
+from nnunetv2_mstkd.nnunet.trainers import find_trainer
 
 
 @dataclass(frozen=True)
@@ -152,8 +147,9 @@ def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training
     ValueError
         If nnU-Net finds no trainer of that name.
     """
+    from nnunetv2_mstkd.nnunet.plans import BLOCK
     from nnunetv2_mstkd.training.distillation import DistillationTrainer
-    from nnunetv2_mstkd.training.settings import BLOCK, Settings
+    from nnunetv2_mstkd.training.settings import Settings
     from nnunetv2_mstkd.training.teacher import teacher_configuration
 
     trainer = find_trainer(model.trainer)
