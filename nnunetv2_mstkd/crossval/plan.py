@@ -149,16 +149,16 @@ def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training
     """
     from nnunetv2_mstkd.nnunet.plans import BLOCK
     from nnunetv2_mstkd.training.distillation import DistillationTrainer
-    from nnunetv2_mstkd.training.settings import Settings
+    from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
     from nnunetv2_mstkd.training.teacher import teacher_configuration
 
     trainer = find_trainer(model.trainer)
     if not issubclass(trainer, DistillationTrainer):
         return None
-    settings = Settings.from_block(inherited(plans, model.configuration, BLOCK))
+    settings = Settings.read(inherited(plans, model.configuration, BLOCK), (TeacherSettings,), strict=False)
     name = trainer.teacher_trainer.__name__
     configuration = teacher_configuration(
         model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold,
-        wanted=settings.teacher.configuration,
+        wanted=settings[TeacherSettings].configuration,
     )  # fmt: skip
     return dataclasses.replace(model, trainer=name, configuration=configuration)
