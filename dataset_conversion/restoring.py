@@ -15,7 +15,7 @@ import SimpleITK as sitk
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.images.geometry import geometry_of, read_image
-from nnunetv2_mstkd.nnunet.file_names import check_file_name
+from nnunetv2_mstkd.nnunet.folders import check_file_name
 
 from .description import HIGHEST_LABEL, RECORD_KEY
 from .releases import RELEASES

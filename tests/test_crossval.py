@@ -379,6 +379,8 @@ def test_dry_run_only_prints(phantom, capsys):
     assert "nnUNetv2_train 902 tiny 0 -tr MSTKDTeacherTrainer -p nnUNetPlans -device cpu" in printed
     assert "after: train MSTKDTeacherTrainer (tiny), fold 0" in printed
     assert "mstkd evaluate -d 902 -c tiny -tr MSTKDTrainer -p nnUNetPlans -f 0" in printed
+    assert printed.splitlines()[0].split()[0] == "waiting"
+    assert printed.endswith("0 of 3 steps are done\n")
     assert list(phantom.results.iterdir()) == []
 
 
@@ -388,7 +390,7 @@ def test_dry_run_only_prints(phantom, capsys):
         (["--folds", "5"], "the folds 0 to 4"),  # of nnU-Net, or of its splits_final.json
         (["--folds", "-1"], "folds are numbers from 0"),
         (["--folds", "1", "1"], "--folds names 1 twice"),
-        (["--trainer", "NoTrainer"], "no trainer 'NoTrainer'"),
+        (["--trainer", "NoTrainer"], "trainer 'NoTrainer' was not found"),
         (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
         (["--jobs", "0"], "expected numbers from 1"),
         (["-p", "Other"], "nnUNetv2_plan_and_preprocess"),
@@ -476,6 +478,9 @@ def test_validates_evaluates_and_shows_trained_models(models, capsys, monkeypatc
     assert (folder / "subsets" / "results.csv").is_file()
     assert "--val" in (models.results / models.dataset / "crossval" / f"{folder.name}.fold_0.train.log").read_text()
 
+    assert command("--folds", "0", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "nnUNetv2_train" not in printed and printed.endswith("3 of 3 steps are done\n")
     assert cli.main(["status", str(PHANTOM), CONFIGURATION, "--folds", "0", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["done"] * 3 + ["waiting"] * 4

@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.crossval._host import (
-    dataset_number,
-    find_dataset_folder,
-    find_trainer,
-    inherited,
-    nnunet_folder,
-    number_of_folds,
-    read_plans,
-)
+from nnunetv2_mstkd.crossval._host import find_trainer, number_of_folds
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder, nnunet_folder
+from nnunetv2_mstkd.nnunet.plans import BLOCK, inherited, read_plans
 
 
 @dataclass(frozen=True)
@@ -153,16 +147,16 @@ def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training
         If nnU-Net finds no trainer of that name.
     """
     from nnunetv2_mstkd.training.distillation import DistillationTrainer
-    from nnunetv2_mstkd.training.settings import BLOCK, Settings
+    from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
     from nnunetv2_mstkd.training.teacher import teacher_configuration
 
     trainer = find_trainer(model.trainer)
     if not issubclass(trainer, DistillationTrainer):
         return None
-    settings = Settings.from_block(inherited(plans, model.configuration, BLOCK))
+    block = inherited(plans, model.configuration, BLOCK)
+    wanted = Settings.read(block, [TeacherSettings], strict=False)[TeacherSettings].configuration
     name = trainer.teacher_trainer.__name__
     configuration = teacher_configuration(
-        model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold,
-        wanted=settings.teacher.configuration,
-    )  # fmt: skip
+        model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold, wanted=wanted
+    )
     return dataclasses.replace(model, trainer=name, configuration=configuration)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.crossval._host import read_plans
 from nnunetv2_mstkd.crossval.steps import Step, Training
 from nnunetv2_mstkd.demo import steps
 from nnunetv2_mstkd.demo.inputs import write_subset_inputs
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
+from nnunetv2_mstkd.nnunet.plans import read_plans
 from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
-from nnunetv2_mstkd.training.settings import TERMS
 
 DATASET = 901
 NAME = "Demo"
@@ -189,7 +189,7 @@ class Demo:
         found = [self._configure(CONFIGURATION, PARENT, values, FEATURES)]
         if self.options.controls:
             found.append(self._configure(EQUAL_BUDGET, CONFIGURATION, {"schedule.epochs": self.epochs(CONTROLS[0])}))
-            without = {f"distillation.{term}": 0.0 for term in TERMS}
+            without = {f"mstkd.{term}": 0.0 for term in TERMS}
             found.append(self._configure(NO_DISTILLATION, CONFIGURATION, without))
         return found
 
