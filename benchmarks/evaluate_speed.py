@@ -34,7 +34,7 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.evaluation.cases import LabelledCase, prepare
 from nnunetv2_mstkd.evaluation.scoring import near_decision, rules_of, score_prediction
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor
-from nnunetv2_mstkd.inference.input_folder import Case
+from nnunetv2_mstkd.nnunet.input_folder import Case
 
 CHANNELS = 4
 SHAPES = {"small": (56, 72, 56), "medium": (96, 112, 96), "brats": (155, 240, 240)}

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
 
 if TYPE_CHECKING:
     import torch
@@ -74,7 +74,7 @@ class Meter:
             fraction = kept_epochs(trainer.num_epochs).get(trainer.current_epoch + 1)
             if fraction is not None:
                 trainer.save_checkpoint(str(folder / kept_name(fraction)))
-        with scratch_file(folder / COST) as scratch:
+        with atomic_write(folder / COST) as scratch:
             scratch.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,7 +11,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.nnunet.splits import read_splits
 
 MAX_FOLDS = 5
 SEED = 12345
@@ -21,7 +21,6 @@ SEED = 12345
 Splits = list[dict[str, list[str]]]
 """Content of ``splits_final.json``: for each fold the cases to train on and those to validate on."""
 
-PARTS = ("train", "val", "test")
 CASE_COLUMNS = ("case", "name", "id", "subject_id", "case_id", "subject", "brats_id")
 PART_COLUMNS = ("part", "split", "set", "subset")
 
@@ -145,7 +144,7 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
             raise MissingFileError(f"no file {file}")
         suffix = file.suffix.lower()
         if suffix == ".json":
-            parts.update(enumerate(_read_json(file)))
+            parts.update(enumerate(read_splits(file)))
         elif suffix == ".csv" and (table := _read_table(file)):
             parts[0] |= table
         else:
@@ -193,24 +192,15 @@ def without(splits: Splits, skipped: Iterable[str]) -> Splits:
 def write_splits(splits: Splits, path: Path) -> None:
     """Write ``splits_final.json`` atomically; its folder is created if necessary."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(path) as scratch:
-        scratch.write_text(json.dumps(splits, indent=4) + "\n", encoding="utf-8")
+    write_json(path, splits, indent=4)
 
 
 def present_splits(path: Path) -> Splits | None:
     """The content of ``splits_final.json``; None if it does not exist or has another form."""
     try:
-        return _read_json(path)
+        return read_splits(path)
     except (OSError, ValueError):
         return None
-
-
-def _read_json(file: Path) -> Splits:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        return [{part: [str(case) for case in fold[part]] for part in PARTS if part in fold} for fold in content]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{file} is not as nnU-Net's splits_final.json: {' '.join(str(error).split())}") from error
 
 
 def _read_table(file: Path) -> Mapping[str, list[str]] | None:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import SimpleITK as sitk
 
-from nnunetv2_mstkd.images.completeness import written_whole
+from nnunetv2_mstkd.images.atomic import complete_image
 from nnunetv2_mstkd.images.geometry import Geometry, read_image
 
 from .cases import Case
@@ -102,6 +102,6 @@ def _write(image: sitk.Image, geometry: Geometry, target: Path) -> None:
     image.SetOrigin(geometry.origin)
     image.SetDirection(geometry.direction)
     unfinished = target.with_name(f".{target.name}")
-    with written_whole(unfinished):
+    with complete_image(unfinished):
         sitk.WriteImage(image, str(unfinished), useCompression=True, imageIO="NiftiImageIO")
     os.replace(unfinished, target)

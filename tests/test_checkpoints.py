@@ -53,7 +53,7 @@ def test_what_nnunet_writes_reads_back(tmp_path):
         assert torch.equal(found["network_weights"][name], tensor)
 
 
-def test_what_is_written_reads_back_and_nothing_else_stays_in_the_folder(tmp_path):
+def test_write_and_read(tmp_path):
     path = tmp_path / "checkpoint_latest.pth"
     checkpoints.write(content(), path)
     assert torch.equal(checkpoints.read(str(path))["network_weights"]["half"], weights()["half"])
@@ -83,14 +83,14 @@ def test_a_writer_that_dies_leaves_the_old_file(tmp_path, monkeypatch, error):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_writer_that_dies_before_the_first_file_leaves_none(tmp_path, monkeypatch):
+def test_writer_killed_before_first_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("read-only")))
     with pytest.raises(OSError, match="read-only"):
         checkpoints.write(content(), tmp_path / "checkpoint_latest.pth")
     assert os.listdir(tmp_path) == []
 
 
-def test_the_old_file_stays_readable_while_the_new_one_is_written(tmp_path, monkeypatch):
+def test_old_file_is_readable_during_write(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint_latest.pth"
     checkpoints.write(content(), path)
     save, seen = torch.save, []
@@ -122,7 +122,7 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path, kept):
     assert "\n" not in str(error.value)
 
 
-def test_damage_anywhere_in_the_header_raises_nothing_but_value_errors(tmp_path):
+def test_damaged_header_is_a_value_error(tmp_path):
     path = tmp_path / "checkpoint_final.pth"
     checkpoints.write(content(), path)
     whole = path.read_bytes()
@@ -186,7 +186,7 @@ def test_a_pickled_module_is_refused_by_name(tmp_path):
 # ---- fingerprint ---------------------------------------------------------------------------------------------------
 
 
-def test_the_fingerprint_does_not_depend_on_file_name_or_order(tmp_path):
+def test_fingerprint_ignores_file_name_and_order(tmp_path):
     expected = checkpoints.fingerprint(weights())
     assert len(expected) == 64
     shuffled = dict(reversed(weights().items()))
@@ -197,7 +197,7 @@ def test_the_fingerprint_does_not_depend_on_file_name_or_order(tmp_path):
     assert (tmp_path / "checkpoint_final.pth").read_bytes() != (tmp_path / "another_name.pth").read_bytes()
 
 
-def test_the_fingerprint_does_not_depend_on_memory_layout_or_gradients():
+def test_fingerprint_ignores_layout_and_gradients():
     changed = weights()
     tensor = changed["conv.weight"].to(memory_format=torch.channels_last)
     changed["conv.weight"] = nn.Parameter(tensor)
@@ -212,7 +212,7 @@ def test_the_fingerprint_changes_with_one_bit_of_any_tensor(name):
     assert checkpoints.fingerprint(changed) != checkpoints.fingerprint(weights())
 
 
-def test_the_fingerprint_sees_the_sign_of_zero_names_shapes_and_types():
+def test_fingerprint_sees_names_shapes_types_and_zero_sign():
     base = {"a": torch.zeros(2, 3)}
     others = [
         {"a": -torch.zeros(2, 3)},
@@ -240,7 +240,7 @@ class Shared(nn.Module):
         self.head = nn.Linear(3, 4)
 
 
-def test_tensors_of_equal_name_and_shape_are_loaded_and_the_rest_is_listed():
+def test_load_matching():
     network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 4))
     own = {name: value.clone() for name, value in network.state_dict().items()}
     given = {"0.weight": torch.full((3, 2), 5.0), "1.weight": torch.zeros(9, 3), "2.weight": torch.zeros(1)}

@@ -12,7 +12,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.nnunet.configuration import derive, describe, read_plans, write_configuration
+from nnunetv2_mstkd.methods.configuration import configure, describe
+from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
 from nnunetv2_mstkd.training.settings import RECIPES, SECTIONS, Settings
 
 NAME = "3d_fullres_short"
@@ -25,7 +26,7 @@ def resolved(plans: dict, name: str, entry: dict) -> dict:
 
 
 def block(*assignments: tuple[str, str, object], plans: dict | None = None, parent: str = "3d_fullres") -> dict:
-    return derive(plans or hand_plans.plans(), parent, "other", assignments=assignments)["mstkd"]
+    return configure(plans or hand_plans.plans(), parent, "other", assignments=assignments)["mstkd"]
 
 
 def output_shape(configuration: dict) -> list[int]:
@@ -47,9 +48,9 @@ def output_shape(configuration: dict) -> list[int]:
 # ---- the block -----------------------------------------------------------------------------------------------------
 
 
-def test_a_new_configuration_inherits_everything_and_adds_a_complete_block():
+def test_new_configuration_inherits_and_adds_block():
     plans = hand_plans.plans()
-    entry = derive(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)])
+    entry = configure(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)])
     assert set(entry) == {"inherits_from", "mstkd"}
     assert entry["inherits_from"] == "3d_fullres"
     assert entry["mstkd"] == Settings().replace("schedule", epochs=5).to_block()
@@ -63,22 +64,22 @@ def test_a_new_configuration_inherits_everything_and_adds_a_complete_block():
 def test_the_given_plans_are_left_alone():
     plans = hand_plans.plans()
     before = copy.deepcopy(plans)
-    derive(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)], features=[8, 16], patch_size=[32] * 3)
+    configure(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)], features=[8, 16], patch_size=[32] * 3)
     assert plans == before
 
 
-def test_the_block_of_the_parent_is_inherited_over_generations():
+def test_block_is_inherited_over_generations():
     plans = hand_plans.plans()
-    plans["configurations"]["a"] = derive(plans, "3d_fullres", "a", assignments=[("schedule", "epochs", 5)])
-    plans["configurations"]["b"] = derive(plans, "a", "b", assignments=[("distillation", "kl", 3)])
-    entry = derive(plans, "b", "c", assignments=[("schedule", "seed", 1)], batch_size=7)
+    plans["configurations"]["a"] = configure(plans, "3d_fullres", "a", assignments=[("schedule", "epochs", 5)])
+    plans["configurations"]["b"] = configure(plans, "a", "b", assignments=[("distillation", "kl", 3)])
+    entry = configure(plans, "b", "c", assignments=[("schedule", "seed", 1)], batch_size=7)
     assert entry["mstkd"]["schedule"]["epochs"] == 5
     assert entry["mstkd"]["distillation"]["kl"] == 3
     assert entry["mstkd"]["schedule"]["seed"] == 1
     assert resolved(plans, "c", entry)["batch_size"] == 7
 
 
-def test_a_block_that_was_put_into_the_parent_by_hand_is_inherited_and_completed():
+def test_partial_block_is_completed():
     plans = hand_plans.plans()
     plans["configurations"]["3d_fullres"]["mstkd"] = {"schedule": {"epochs": 5}}
     assert block(plans=plans) == Settings().replace("schedule", epochs=5).to_block()
@@ -88,7 +89,7 @@ ASSIGNMENTS = [("distillation", "recipe", "paper"), ("distillation", "kl", 3), (
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_a_recipe_sets_its_weights_and_what_stands_beside_it_wins_in_any_order(order):
+def test_assignments_override_recipe_in_any_order(order):
     found = block(*(ASSIGNMENTS[index] for index in order))
     expected = {**Settings().to_block()["distillation"], **RECIPES["paper"], "recipe": "paper", "kl": 3}
     assert found["distillation"] == expected
@@ -101,7 +102,7 @@ def test_an_optimiser_that_stands_beside_a_recipe_wins(reverse):
     assert block(*(assignments[::-1] if reverse else assignments))["schedule"]["optimizer"] == "adamw"
 
 
-def test_a_recipe_replaces_what_the_parent_says_about_distillation_and_optimiser_only():
+def test_recipe_replaces_distillation_and_optimiser():
     plans = hand_plans.plans()
     plans["configurations"]["3d_fullres"]["mstkd"] = {
         "distillation": {"kl": 3, "tau": 5},
@@ -114,9 +115,9 @@ def test_a_recipe_replaces_what_the_parent_says_about_distillation_and_optimiser
     assert found["teacher"]["epochs"] == 9
 
 
-def test_the_default_recipe_leads_back_from_that_of_the_paper():
+def test_default_recipe_undoes_paper_recipe():
     plans = hand_plans.plans()
-    plans["configurations"]["paper"] = derive(
+    plans["configurations"]["paper"] = configure(
         plans, "3d_fullres", "paper", assignments=[("distillation", "recipe", "paper")]
     )
     assert block(plans=plans, parent="paper")["schedule"]["optimizer"] == "adam"
@@ -144,9 +145,9 @@ def test_impossible_settings_are_refused(assignment, message):
 def test_network_settings_are_checked_against_the_new_widths():
     plans = hand_plans.plans()
     settings = [("network", "heads", 5)]
-    assert derive(plans, "3d_fullres", NAME, assignments=settings)["mstkd"]["network"]["heads"] == 5
+    assert configure(plans, "3d_fullres", NAME, assignments=settings)["mstkd"]["network"]["heads"] == 5
     with pytest.raises(ValueError, match="expected a divisor of the bottleneck width 64"):
-        derive(plans, "3d_fullres", NAME, assignments=settings, features=[8, 16, 32, 64, 64])
+        configure(plans, "3d_fullres", NAME, assignments=settings, features=[8, 16, 32, 64, 64])
 
 
 # ---- names and parents ---------------------------------------------------------------------------------------------
@@ -155,32 +156,32 @@ def test_network_settings_are_checked_against_the_new_widths():
 @pytest.mark.parametrize("name", ["2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"])
 def test_a_standard_configuration_is_never_written(name):
     with pytest.raises(ValueError, match="nnU-Net's own configuration"):
-        derive(hand_plans.plans(), "3d_fullres", name)
+        configure(hand_plans.plans(), "3d_fullres", name)
 
 
 @pytest.mark.parametrize("name", ["", "a__b", "a b", "a/b", "..", "_a", "a_", "-a", "a.b", "ä", "a\n"])
 def test_a_name_that_would_break_folder_names_is_refused(name):
     with pytest.raises(ValueError, match="part of a folder name"):
-        derive(hand_plans.plans(), "3d_fullres", name)
+        configure(hand_plans.plans(), "3d_fullres", name)
 
 
 def test_an_unknown_parent_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="no configuration '3d'; there are 2d, 3d_lowres, 3d_fullres"):
-        derive(hand_plans.plans(), "3d", NAME)
+        configure(hand_plans.plans(), "3d", NAME)
 
 
 def test_the_second_stage_of_a_cascade_is_refused():
     with pytest.raises(ValueError, match="second stage of a cascade"):
-        derive(hand_plans.plans(), "3d_cascade_fullres", NAME)
+        configure(hand_plans.plans(), "3d_cascade_fullres", NAME)
 
 
-def test_a_configuration_cannot_inherit_from_itself_or_its_own_child():
+def test_no_circular_inheritance():
     plans = hand_plans.plans()
-    plans["configurations"]["a"] = derive(plans, "3d_fullres", "a")
-    plans["configurations"]["b"] = derive(plans, "a", "b")
+    plans["configurations"]["a"] = configure(plans, "3d_fullres", "a")
+    plans["configurations"]["b"] = configure(plans, "a", "b")
     for parent in ("a", "b"):
         with pytest.raises(ValueError, match=f"a cannot inherit from {parent}"):
-            derive(plans, parent, "a")
+            configure(plans, parent, "a")
 
 
 # ---- widths and patch ----------------------------------------------------------------------------------------------
@@ -189,7 +190,7 @@ def test_a_configuration_cannot_inherit_from_itself_or_its_own_child():
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "resenc"])
 def test_other_widths_keep_the_geometry(residual):
     plans = hand_plans.plans(residual=residual)
-    entry = derive(plans, "3d_fullres", NAME, features=[8, 16, 32, 64, 80])
+    entry = configure(plans, "3d_fullres", NAME, features=[8, 16, 32, 64, 80])
     kwargs = plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]
     assert entry["architecture"]["arch_kwargs"] == {**kwargs, "features_per_stage": [8, 16, 32, 64, 80]}
     assert entry["patch_size"] == [64, 64, 64]
@@ -207,11 +208,9 @@ def test_other_widths_keep_the_geometry(residual):
         ("2d", [64, 48], [64, 48], 4, [8, 6]),
     ],
 )
-def test_another_patch_changes_stages_and_strides_by_the_rule_of_nnunet(
-    residual, parent, patch, expected_patch, stages, deepest
-):
+def test_patch_changes_topology_by_nnunet_rule(residual, parent, patch, expected_patch, stages, deepest):
     plans = hand_plans.plans(residual=residual)
-    entry = derive(plans, parent, "other", patch_size=patch)
+    entry = configure(plans, parent, "other", patch_size=patch)
     kwargs = entry["architecture"]["arch_kwargs"]
     widths = plans["configurations"][parent]["architecture"]["arch_kwargs"]["features_per_stage"]
     dimensions = len(patch)
@@ -228,7 +227,7 @@ def test_another_patch_changes_stages_and_strides_by_the_rule_of_nnunet(
 
 def test_thick_slices_are_pooled_late_as_nnunet_does():
     plans = hand_plans.plans()
-    entry = derive(plans, "3d_thin", "other", patch_size=[16, 64, 64])
+    entry = configure(plans, "3d_thin", "other", patch_size=[16, 64, 64])
     kwargs = entry["architecture"]["arch_kwargs"]
     assert kwargs["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2], [1, 2, 2]]
     assert kwargs["kernel_sizes"] == [[1, 3, 3], *[[3, 3, 3]] * 4]
@@ -236,9 +235,9 @@ def test_thick_slices_are_pooled_late_as_nnunet_does():
 
 
 @pytest.mark.parametrize("widths", [[8, 16], [8, 16, 32], [8, 16, 32, 64]])
-def test_fewer_widths_give_fewer_stages_also_for_thick_slices(widths):
+def test_fewer_widths_give_fewer_stages(widths):
     plans = hand_plans.plans()
-    entry = derive(plans, "3d_thin", "other", features=widths, patch_size=[16, 64, 64])
+    entry = configure(plans, "3d_thin", "other", features=widths, patch_size=[16, 64, 64])
     kwargs = entry["architecture"]["arch_kwargs"]
     assert kwargs["features_per_stage"] == widths
     assert kwargs["strides"] == [[1, 1, 1], [1, 2, 2], [2, 2, 2], [2, 2, 2]][: len(widths)]
@@ -246,18 +245,18 @@ def test_fewer_widths_give_fewer_stages_also_for_thick_slices(widths):
     assert output_shape(resolved(plans, "other", entry)) == [1, 4, 16, 64, 64]
 
 
-def test_the_deepest_stage_always_has_full_kernels_as_in_nnunet():
+def test_deepest_stage_has_full_kernels():
     plans = hand_plans.plans()
     plans["configurations"]["3d_thin"]["spacing"] = [5.0, 1.0, 1.0]
-    entry = derive(plans, "3d_thin", "other", features=[8, 16], patch_size=[16, 64, 64])
+    entry = configure(plans, "3d_thin", "other", features=[8, 16], patch_size=[16, 64, 64])
     assert entry["architecture"]["arch_kwargs"]["kernel_sizes"] == [[1, 3, 3], [3, 3, 3]]
-    entry = derive(plans, "3d_thin", "other", features=[8, 16, 32], patch_size=[16, 64, 64])
+    entry = configure(plans, "3d_thin", "other", features=[8, 16, 32], patch_size=[16, 64, 64])
     assert entry["architecture"]["arch_kwargs"]["kernel_sizes"] == [[1, 3, 3], [1, 3, 3], [3, 3, 3]]
 
 
 def test_a_planned_patch_that_is_thin_may_get_other_widths():
     plans = hand_plans.plans()
-    entry = derive(plans, "3d_thin", "other", features=[8, 16, 32, 48])
+    entry = configure(plans, "3d_thin", "other", features=[8, 16, 32, 48])
     assert entry["patch_size"] == [6, 64, 64]
     assert output_shape(resolved(plans, "other", entry)) == [1, 4, 6, 64, 64]
 
@@ -265,8 +264,8 @@ def test_a_planned_patch_that_is_thin_may_get_other_widths():
 def test_one_width_more_needs_a_patch_that_permits_it():
     plans = hand_plans.plans()
     with pytest.raises(ValueError, match=r"6 stages do not fit a patch of \[64, 64, 64\]: nnU-Net's rule allows 5"):
-        derive(plans, "3d_fullres", NAME, features=[8] * 6)
-    entry = derive(plans, "3d_fullres", NAME, features=[8] * 6, patch_size=[128] * 3)
+        configure(plans, "3d_fullres", NAME, features=[8] * 6)
+    entry = configure(plans, "3d_fullres", NAME, features=[8] * 6, patch_size=[128] * 3)
     assert entry["architecture"]["arch_kwargs"]["n_stages"] == 6
 
 
@@ -283,11 +282,11 @@ def test_one_width_more_needs_a_patch_that_permits_it():
 )
 def test_an_impossible_geometry_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        derive(hand_plans.plans(), "3d_fullres", NAME, **options)
+        configure(hand_plans.plans(), "3d_fullres", NAME, **options)
 
 
-def test_the_description_lists_what_differs_from_the_defaults():
-    entry = derive(
+def test_describe_lists_differences():
+    entry = configure(
         hand_plans.plans(), "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)], features=[8] * 5, batch_size=3
     )
     lines = describe(entry)
@@ -312,7 +311,7 @@ def plans_file(tmp_path, monkeypatch):
 
 
 def test_a_configuration_is_added_and_the_others_stay(plans_file):
-    entry = derive(read_plans(plans_file), "3d_fullres", NAME)
+    entry = configure(read_plans(plans_file), "3d_fullres", NAME)
     write_configuration(plans_file, NAME, entry)
     found = read_plans(plans_file)
     assert found["configurations"].pop(NAME) == entry
@@ -320,9 +319,9 @@ def test_a_configuration_is_added_and_the_others_stay(plans_file):
     assert sorted(os.listdir(plans_file.parent)) == ["dataset.json", "nnUNetPlans.json"]
 
 
-def test_other_content_under_the_same_name_is_kept_unless_told_otherwise(plans_file):
-    first = derive(read_plans(plans_file), "3d_fullres", NAME)
-    second = derive(read_plans(plans_file), "3d_fullres", NAME, batch_size=5)
+def test_overwrite_is_needed_for_other_content(plans_file):
+    first = configure(read_plans(plans_file), "3d_fullres", NAME)
+    second = configure(read_plans(plans_file), "3d_fullres", NAME, batch_size=5)
     write_configuration(plans_file, NAME, first)
     before = plans_file.read_bytes()
     write_configuration(plans_file, NAME, first)
@@ -337,7 +336,7 @@ def test_a_writer_that_dies_leaves_the_old_plans(plans_file, monkeypatch):
     before = plans_file.read_bytes()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
     with pytest.raises(OSError, match="no space left"):
-        write_configuration(plans_file, NAME, derive(read_plans(plans_file), "3d_fullres", NAME))
+        write_configuration(plans_file, NAME, configure(read_plans(plans_file), "3d_fullres", NAME))
     assert plans_file.read_bytes() == before
     assert sorted(os.listdir(plans_file.parent)) == ["dataset.json", "nnUNetPlans.json"]
 
@@ -355,12 +354,12 @@ def test_a_file_that_is_no_plans_file_is_refused(tmp_path):
 # ---- mstkd configure -----------------------------------------------------------------------------------------------
 
 
-def configure(*arguments: str) -> int:
+def run_configure(*arguments: str) -> int:
     return cli.main(["configure", "-d", "912", "--name", NAME, *arguments])
 
 
-def test_the_command_writes_the_configuration_and_says_what_differs(plans_file, capsys):
-    assert configure("--epochs", "5", "--seed", "0", "--set", "distillation.kl=0", "--batch-size", "3") == 0
+def test_command_writes_and_prints(plans_file, capsys):
+    assert run_configure("--epochs", "5", "--seed", "0", "--set", "distillation.kl=0", "--batch-size", "3") == 0
     entry = read_plans(plans_file)["configurations"][NAME]
     assert entry["inherits_from"] == "3d_fullres"
     assert entry["batch_size"] == 3
@@ -370,7 +369,7 @@ def test_the_command_writes_the_configuration_and_says_what_differs(plans_file, 
     assert lines[1:] == ["schedule.epochs = 5", "schedule.seed = 0", "distillation.kl = 0.0", "batch_size = 3"]
 
 
-def test_the_command_takes_parent_widths_patch_and_data_set_name(plans_file):
+def test_command_takes_parent_widths_and_patch(plans_file):
     arguments = ["-c", "2d", "--features", "8", "16", "32", "--patch", "64", "64"]
     assert cli.main(["configure", "-d", "Dataset912_Hand", "--name", "2d_small", *arguments]) == 0
     entry = read_plans(plans_file)["configurations"]["2d_small"]
@@ -382,19 +381,19 @@ def test_the_command_takes_parent_widths_patch_and_data_set_name(plans_file):
 def test_the_command_applies_a_recipe_whatever_the_order(plans_file, reverse):
     options = ["distillation.recipe=paper", "distillation.kl=3"]
     arguments = [part for option in (options[::-1] if reverse else options) for part in ("--set", option)]
-    assert configure(*arguments) == 0
+    assert run_configure(*arguments) == 0
     found = read_plans(plans_file)["configurations"][NAME]["mstkd"]
     assert (found["distillation"]["kl"], found["distillation"]["discrepancy"]) == (3, 10)
     assert found["schedule"]["optimizer"] == "adam"
 
 
-def test_the_command_may_be_repeated_and_asks_before_it_replaces(plans_file, capsys):
-    assert configure("--epochs", "5") == 0
-    assert configure("--epochs", "5") == 0
-    assert configure("--epochs", "6") == 2
+def test_command_is_idempotent(plans_file, capsys):
+    assert run_configure("--epochs", "5") == 0
+    assert run_configure("--epochs", "5") == 0
+    assert run_configure("--epochs", "6") == 2
     assert "--overwrite" in capsys.readouterr().err
     assert read_plans(plans_file)["configurations"][NAME]["mstkd"]["schedule"]["epochs"] == 5
-    assert configure("--epochs", "6", "--overwrite") == 0
+    assert run_configure("--epochs", "6", "--overwrite") == 0
     assert read_plans(plans_file)["configurations"][NAME]["mstkd"]["schedule"]["epochs"] == 6
 
 
@@ -418,9 +417,9 @@ def test_the_command_may_be_repeated_and_asks_before_it_replaces(plans_file, cap
         (["--batch-size", "0"], "batch size is 0"),
     ],
 )
-def test_a_mistake_is_one_clear_line_exit_code_two_and_an_untouched_file(plans_file, capsys, arguments, message):
+def test_command_refuses_mistakes_in_one_line(plans_file, capsys, arguments, message):
     before = plans_file.read_bytes()
-    assert configure(*arguments) == 2
+    assert run_configure(*arguments) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -431,5 +430,5 @@ def test_a_mistake_is_one_clear_line_exit_code_two_and_an_untouched_file(plans_f
 
 def test_the_command_needs_the_folder_of_nnunet(plans_file, capsys, monkeypatch):
     monkeypatch.delenv("nnUNet_preprocessed")
-    assert configure() == 2
+    assert run_configure() == 2
     assert "export nnUNet_preprocessed=FOLDER" in capsys.readouterr().err

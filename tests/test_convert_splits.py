@@ -143,7 +143,7 @@ def test_unreadable_lists_are_named(tmp_path):
     with pytest.raises(ValueError, match="puts a into 'first', expected train, val or test"):
         read_lists([tmp_path / "split.csv"])
     (tmp_path / "splits.json").write_text('{"train": 1}')
-    with pytest.raises(ValueError, match=r"is not as nnU-Net's splits_final\.json"):
+    with pytest.raises(ValueError, match="is no list of splits"):
         read_lists([tmp_path / "splits.json"])
 
 

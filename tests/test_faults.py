@@ -24,9 +24,9 @@ from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion import conversion
 from nnunetv2_mstkd.errors import UserError
 from nnunetv2_mstkd.evaluation import run as run_module
-from nnunetv2_mstkd.images.completeness import written_whole
+from nnunetv2_mstkd.images.atomic import complete_image
 from nnunetv2_mstkd.inference import prediction
-from nnunetv2_mstkd.nnunet import case_steps, checkpoints
+from nnunetv2_mstkd.nnunet import checkpoints, preprocessing
 from nnunetv2_mstkd.training.step import MAX_SKIPPED_STEPS
 
 FULL = [trainers.FullModalityTrainer, trainers.MSTKDTeacherTrainer, trainers.AdaMMTeacherTrainer]
@@ -74,7 +74,7 @@ def test_itk_says_nothing_of_a_full_disk_and_we_do(tmp_path):
         write(tmp_path / "a.nii.gz", noise)  # no exception
     assert (tmp_path / "a.nii.gz").stat().st_size == 5000
     with pytest.raises(OSError, match=r"a\.nii\.gz could not be written whole .*; is the disk full"):  # noqa: SIM117
-        with written_whole(tmp_path / "a.nii.gz"):
+        with complete_image(tmp_path / "a.nii.gz"):
             pass
 
 
@@ -82,7 +82,7 @@ def test_itk_says_nothing_of_a_full_disk_and_we_do(tmp_path):
 def test_a_full_disk_is_one_line_in_every_format(tmp_path, ending):
     noise = np.random.default_rng(0).integers(0, 99, (30, 30, 30)).astype(np.uint8)
     file = tmp_path / f"a{ending}"
-    with pytest.raises(OSError) as stop, full_disk(5000), written_whole(file):
+    with pytest.raises(OSError) as stop, full_disk(5000), complete_image(file):
         write(file, noise)
     assert re.fullmatch(
         rf"{re.escape(str(file))} could not be written whole \(.+\); is the disk full\?", str(stop.value)
@@ -91,7 +91,7 @@ def test_a_full_disk_is_one_line_in_every_format(tmp_path, ending):
 
 @pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), ValueError("a defect")])
 def test_other_errors_while_an_image_is_written_are_no_full_disk(tmp_path, error):
-    with pytest.raises(type(error), match=str(error)), written_whole(tmp_path / "a.mha"):
+    with pytest.raises(type(error), match=str(error)), complete_image(tmp_path / "a.mha"):
         raise error
 
 
@@ -102,14 +102,14 @@ def test_a_prediction_that_has_no_room_is_not_a_finished_case(folders, capsys, m
         write(path.with_name(path.name.replace(".nii.gz", ending)), read(path))
         if ending != ".nii.gz":
             path.unlink()
-    real = case_steps.export_prediction_from_logits
+    real = preprocessing.export_prediction_from_logits
 
     def export(*arguments):
         with full_disk(60):
             real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(case_steps, "export_prediction_from_logits", export)
+        patch.setattr(preprocessing, "export_prediction_from_logits", export)
         assert predict(folders, model, "--disable_progress_bar") == 2
     assert "could not be written whole" in error_of(capsys)
     assert record(folders / "out")["cases"] == {}
@@ -186,7 +186,7 @@ def terminate(*_: object) -> None:
 
 def test_sigterm_ends_a_prediction_cleanly_and_a_second_call_does_the_rest(folders, capsys, monkeypatch):
     model = write_model(trainers.ModalityDropoutTrainer)
-    real, exported = case_steps.export_prediction_from_logits, []
+    real, exported = preprocessing.export_prediction_from_logits, []
 
     def export(*arguments):
         real(*arguments)
@@ -195,7 +195,7 @@ def test_sigterm_ends_a_prediction_cleanly_and_a_second_call_does_the_rest(folde
             terminate()
 
     with monkeypatch.context() as patch:
-        patch.setattr(case_steps, "export_prediction_from_logits", export)
+        patch.setattr(preprocessing, "export_prediction_from_logits", export)
         assert predict(folders, model, "--disable_progress_bar") == errors.EXIT_TERMINATED
     assert capsys.readouterr().err == "mstkd predict: terminated\n"
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
@@ -204,7 +204,7 @@ def test_sigterm_ends_a_prediction_cleanly_and_a_second_call_does_the_rest(folde
     assert not [name for name in files(folders / "out") if ".part" in name]
 
     again = []
-    real_step = case_steps.preprocess_case
+    real_step = preprocessing.preprocess_case
 
     def preprocess(case, *more):
         again.append(case.name)

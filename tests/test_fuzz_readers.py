@@ -21,7 +21,7 @@ from nnunetv2_mstkd.evaluation.records import CaseRecords
 from nnunetv2_mstkd.evaluation.results import COLUMNS, check_results, read_results
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.record import Record
-from nnunetv2_mstkd.nnunet.model_folder import check_description
+from nnunetv2_mstkd.nnunet.description import check_description
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
 from nnunetv2_mstkd.training.settings import Settings
 

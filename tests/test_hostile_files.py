@@ -22,9 +22,9 @@ from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion.restoring import restoration
 from nnunetv2_mstkd.evaluation.montage import Montage
 from nnunetv2_mstkd.evaluation.records import CaseRecords
-from nnunetv2_mstkd.nnunet.file_names import check_file_name
+from nnunetv2_mstkd.nnunet.description import find_format
+from nnunetv2_mstkd.nnunet.folders import check_file_name
 from nnunetv2_mstkd.nnunet.model import load_predictor
-from nnunetv2_mstkd.nnunet.model_folder import find_format
 from nnunetv2_mstkd.nnunet.safe_plans import check_architecture, open_plans
 from nnunetv2_mstkd.training.teacher import load_teacher
 
@@ -73,7 +73,7 @@ def refused(capsys: pytest.CaptureFixture, code: int) -> str:
 # ---- pickles -------------------------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_that_is_a_program_is_refused_by_predict_and_evaluate(folders, model, capsys):
+def test_checkpoint_with_code_is_refused_by_commands(folders, model, capsys):
     marker = folders / "executed"
     poison(model / "fold_0" / "checkpoint_final.pth", marker)
     write_dataset(model)
@@ -264,7 +264,7 @@ def test_nnunets_own_resampling_functions_are_accepted(name):
 
 
 @pytest.mark.parametrize("name", ["SimpleITKIO", "NibabelIO", "NibabelIOWithReorient", "Tiff3DIO", "NaturalImage2DIO"])
-def test_nnunets_own_readers_are_accepted_and_others_are_not_called_by_fill_missing(folders, model, name):
+def test_fill_missing_accepts_only_nnunet_readers(folders, model, name):
     edit(model / "plans.json", lambda content: content.update(image_reader_writer=name))
     assert find_format(None, model)[1].__name__ == name
     edit(model / "plans.json", lambda content: content.update(image_reader_writer="tifffile"))
@@ -354,7 +354,7 @@ def calls(tree: ast.AST):
     return (node for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
-def test_the_package_has_one_place_that_reads_pickles_and_none_that_runs_text():
+def test_source_has_no_unsafe_calls():
     """No eval, exec, shell, unsafe YAML or NumPy pickle, and torch.load only with weights_only."""
     loads = []
     for folder in (PACKAGE, PACKAGE.parent / "dataset_conversion"):

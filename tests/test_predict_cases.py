@@ -127,7 +127,7 @@ def test_an_all_zero_image_is_an_absent_modality(folders, model):
     }
 
 
-def test_a_network_that_asks_is_told_the_availability_of_each_case(folders, model, monkeypatch):
+def test_networks_are_told_the_availability(folders, model, monkeypatch):
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
     told, predictors = [], []
@@ -145,14 +145,6 @@ def test_a_network_that_asks_is_told_the_availability_of_each_case(folders, mode
     seen = [tuple(value[0].nonzero().flatten().tolist()) for value in told]
     assert list(dict.fromkeys(seen)) == [(0, 1, 2, 3), (2,), (1, 3)]
     assert predictors[0].network.availability is None
-
-
-def test_a_network_that_does_not_ask_is_left_alone(folders, model):
-    from nnunetv2_mstkd.nnunet.model import load_predictor, set_availability
-
-    predictor = load_predictor(model, (0,), device=torch.device("cpu"))
-    set_availability(predictor, (True, False, True, False))
-    assert not hasattr(predictor.network, "availability")
 
 
 @pytest.fixture
@@ -203,7 +195,7 @@ def test_folders_that_must_stay_are_no_output_folder(folders, model, capsys, oth
     assert (files(folders / "in"), files(model)) == before
 
 
-def test_an_absent_modality_that_would_not_be_zero_is_a_problem(folders, capsys):
+def test_absent_modality_must_stay_zero(folders, capsys):
     schemes = ["CTNormalization", "ZScoreNormalization", "ZScoreNormalization", "ZScoreNormalization"]
     model = write_model(trainer_class("nnUNetTrainer"), schemes=schemes)
     assert predict(folders, model) == 2
@@ -239,7 +231,7 @@ def test_a_configuration_belongs_to_a_data_set(folders, capsys):
     assert "-d needs -c CONFIGURATION" in capsys.readouterr().err
 
 
-def test_geometry_of_the_segmentation_is_that_of_the_first_image(folders, model):
+def test_geometry_is_that_of_the_first_image(folders, model):
     assert predict(folders, model) == 0
     found = sitk.ReadImage(str(folders / "out" / "one.nii.gz"))
     image = sitk.ReadImage(str(folders / "in" / "one_0002.nii.gz"))

@@ -41,12 +41,14 @@ def model(folders: Path) -> Path:
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Replace nnU-Net's exporter by a function of the real one's arguments, which gets the real one first."""
-    from nnunetv2_mstkd.nnunet import case_steps
+    from nnunetv2_mstkd.nnunet import preprocessing
 
-    real = case_steps.export_prediction_from_logits
+    real = preprocessing.export_prediction_from_logits
 
     def install(function: Callable) -> None:
-        monkeypatch.setattr(case_steps, "export_prediction_from_logits", lambda *arguments: function(real, *arguments))
+        monkeypatch.setattr(
+            preprocessing, "export_prediction_from_logits", lambda *arguments: function(real, *arguments)
+        )
 
     return install
 
@@ -87,7 +89,7 @@ def test_without_the_option_every_case_is_predicted_again(folders, model, export
     assert exported == ["complete", "one", "two"]
 
 
-def test_a_segmentation_of_an_earlier_run_does_not_count_as_done(folders, model, export):
+def test_unrecorded_segmentation_is_not_done(folders, model, export):
     """The earlier one may have had another model: what counts is the record of the run that is continued."""
     assert predict(folders, model) == 0
 
@@ -110,7 +112,7 @@ def test_a_continued_run_needs_the_probabilities_too(folders, model, export):
     assert exported == ["complete", "one", "two"]
 
 
-def test_a_case_whose_images_have_become_more_or_fewer_is_predicted_again(folders, model, export):
+def test_added_or_removed_images_are_noticed(folders, model, export):
     """The sequence that was missing at night is there in the morning."""
     assert predict(folders, model) == 0
     late = folders / "in" / "one_0003.nii.gz"
@@ -129,7 +131,7 @@ def test_a_case_whose_images_have_become_more_or_fewer_is_predicted_again(folder
     assert exported == ["one", "one"]
 
 
-def test_a_case_whose_image_was_replaced_is_predicted_again(folders, model, export):
+def test_replaced_images_are_noticed(folders, model, export):
     """A sequence that is sent a second time has the name of the first."""
     assert predict(folders, model) == 0
     before = (folders / "out" / "two.nii.gz").read_bytes()
@@ -152,7 +154,7 @@ def test_a_case_whose_image_was_replaced_is_predicted_again(folders, model, expo
     assert exported == ["two", "two"]
 
 
-def test_an_image_that_is_replaced_while_its_case_is_predicted_is_not_taken_for_the_new_one(folders, model, export):
+def test_images_replaced_during_prediction_are_noticed(folders, model, export):
     exported = []
 
     def replace_meanwhile(real, *arguments):
@@ -210,10 +212,10 @@ def test_a_killed_run_leaves_whole_segmentations_only(folders, model):
     code = (
         "import sys, time, torch; torch.set_num_threads(1)\n"
         "from nnunetv2_mstkd import cli\n"
-        "from nnunetv2_mstkd.inference import case_steps\n"
-        "real = case_steps.export_prediction_from_logits\n"
+        "from nnunetv2_mstkd.nnunet import preprocessing\n"
+        "real = preprocessing.export_prediction_from_logits\n"
         # the kill most likely comes when a file is written and not yet in its place
-        "case_steps.export_prediction_from_logits = lambda *arguments: (real(*arguments), time.sleep(0.2))\n"
+        "preprocessing.export_prediction_from_logits = lambda *arguments: (real(*arguments), time.sleep(0.2))\n"
         "sys.exit(cli.main(sys.argv[1:]))"
     )
     options = ["-i", str(folders / "in"), "-o", str(folders / "out"), "-m", str(model), "-f", "0", "-device", "cpu"]
@@ -240,7 +242,7 @@ def test_a_killed_run_leaves_whole_segmentations_only(folders, model):
         np.testing.assert_array_equal(array, read(folders / "whole" / name))
 
 
-def test_the_segmentation_is_put_in_its_place_after_the_probabilities(folders, model, monkeypatch):
+def test_segmentation_is_written_last(folders, model, monkeypatch):
     """It is what a continued run takes for a finished case."""
     order = []
     real = os.replace

@@ -32,7 +32,7 @@ def fill(folders: Path, *options: str) -> int:
     return cli.main(["fill-missing", "-i", str(folders / "in"), "-o", str(folders / "full"), *which, *options])
 
 
-def test_images_are_copied_and_absent_ones_are_zeros_on_the_same_grid(folders, capsys):
+def test_copies_images_and_adds_zeros(folders, capsys):
     before = files(folders / "in")
     assert fill(folders) == 0
     written = files(folders / "full")
@@ -102,7 +102,7 @@ def test_the_folder_appears_complete_or_not_at_all(folders, monkeypatch, capsys)
     assert sorted(os.listdir(folders)) == before
 
 
-def test_an_empty_folder_is_filled_and_another_one_is_refused(folders, capsys):
+def test_output_folder_must_be_empty(folders, capsys):
     (folders / "full").mkdir()
     assert fill(folders) == 0
     before = files(folders / "full")
@@ -126,7 +126,7 @@ def test_the_plans_say_which_reader(folders):
     from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
     from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 
-    from nnunetv2_mstkd.nnunet.model_folder import find_format
+    from nnunetv2_mstkd.nnunet.description import find_format
 
     assert find_format("901", None)[1] is SimpleITKIO  # by the ending
     preprocessed = folders / "preprocessed" / tiny.DATASET

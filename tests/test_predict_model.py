@@ -14,9 +14,10 @@ from predict_inputs import write_model
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd import methods as trainers
-from nnunetv2_mstkd.nnunet.model import find_trainer, load_predictor
-from nnunetv2_mstkd.nnunet.model_folder import find_checkpoints, find_model_folder, parse_folds
+from nnunetv2_mstkd.nnunet.folders import find_checkpoints, find_model_folder, parse_folds
+from nnunetv2_mstkd.nnunet.model import load_predictor
 from nnunetv2_mstkd.nnunet.safe_plans import check_architecture
+from nnunetv2_mstkd.nnunet.trainers import find_trainer
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def test_a_model_is_found_as_nnunet_finds_it(results, model, dataset):
     assert found == model == Path(get_output_folder(dataset, "MSTKDTrainer", "nnUNetPlans", "tiny"))
 
 
-def test_a_model_that_is_not_there_is_answered_with_those_that_are(results, model):
+def test_missing_model_lists_the_others(results, model):
     with pytest.raises(FileNotFoundError) as caught:
         find_model_folder("901", "nnUNetTrainer", "nnUNetPlans", "tiny")
     message = str(caught.value)
@@ -66,7 +67,7 @@ def test_a_model_that_is_not_there_is_answered_with_those_that_are(results, mode
     assert message.endswith("are: MSTKDTrainer__nnUNetPlans__tiny")
 
 
-def test_data_sets_are_named_with_the_folder_that_was_searched(results, model, monkeypatch):
+def test_missing_data_set_names_the_folder(results, model, monkeypatch):
     with pytest.raises(FileNotFoundError, match=rf"no folder Dataset902_\* in {results} \(nnUNet_results\)"):
         find_model_folder("902", "MSTKDTrainer", "nnUNetPlans", "tiny")
     (results / "Dataset901_Other").mkdir()
@@ -162,7 +163,7 @@ class Dangerous:
         return os.system, (f"touch {self.file}",)
 
 
-def test_a_checkpoint_that_would_execute_something_is_refused(model, tmp_path):
+def test_checkpoint_with_code_is_refused(model, tmp_path):
     sign = tmp_path / "executed"
     edit_checkpoint(model, lambda content: content.update(evil=Dangerous(sign)))
     with pytest.raises(ValueError, match=r"is refused.*--trust leaves the loading to nnU-Net"):
@@ -272,8 +273,13 @@ def test_the_cascade_is_refused_with_a_way_out(results):
 
 @pytest.mark.parametrize("name", ["NoSuchTrainer", "os", "not a name", "Tuple"])
 def test_a_trainer_that_is_none_is_refused(name):
-    with pytest.raises(ValueError, match=f"the trainer '{name}' of the checkpoint was not found"):
+    with pytest.raises(ValueError, match=f"the trainer '{name}' was not found; install"):
         find_trainer(name)
+
+
+def test_a_misspelt_trainer_is_answered_with_the_right_one():
+    with pytest.raises(ValueError, match=r"did you mean MSTKDTrainer\?"):
+        find_trainer("MSTKDTrainr")
 
 
 def test_trainers_are_found_without_a_word(capsys):
@@ -282,19 +288,19 @@ def test_trainers_are_found_without_a_word(capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_a_trainer_of_the_old_signature_is_left_to_nnunet(monkeypatch):
+def test_a_trainer_of_the_old_signature_is_left_to_nnunet(model, monkeypatch):
     class Old(nnUNetTrainer):
         @staticmethod
         def build_network_architecture(architecture_class_name, arch_init_kwargs, *others):
             raise AssertionError
 
-    from nnunetv2_mstkd.nnunet import model as module
+    from nnunetv2_mstkd.nnunet import trainers as module
 
     monkeypatch.setattr(module, "recursive_find_trainer_class_by_name", lambda name: Old)
     with pytest.raises(ValueError, match=r"signature of nnU-Net before 2\.7; --trust"):
-        find_trainer("Old")
+        load_predictor(model, (0,), device=CPU)
 
 
-def test_trainers_of_this_package_are_found_when_the_automatic_start_is_off(model, monkeypatch):
+def test_trainers_are_found_without_autoload(model, monkeypatch):
     monkeypatch.delenv("nnUNet_extTrainer", raising=False)
     assert load_predictor(model, (0,), device=CPU).trainer_name == "MSTKDTrainer"

@@ -28,7 +28,7 @@ class Lazy(Executor):
 
 
 @pytest.mark.parametrize("limit", [0, 1, 3, 99])
-def test_results_come_in_order_with_a_limit_of_those_that_wait(limit):
+def test_results_are_in_order_and_limited(limit):
     pool = Lazy()
     for number, result in enumerate(ahead(pool, lambda value: value**2, ((value,) for value in range(6)), limit)):
         assert result == number**2
@@ -43,7 +43,7 @@ def test_without_processes_a_call_runs_at_once_and_here():
             pool.submit(divmod, 1, 0)
 
 
-def test_a_process_runs_the_call_elsewhere_and_passes_its_error_on():
+def test_process_returns_results_and_errors():
     with workers(1, 5) as pool:
         assert pool.submit(os.getpid).result() != os.getpid()
         with pytest.raises(ZeroDivisionError):

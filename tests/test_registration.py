@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mstkd.nnunet import registration as _register
+from nnunetv2_mstkd.nnunet import registration
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("nnunetv2_mstkd", "dataset_conversion")
@@ -146,7 +146,7 @@ def facts(environment: Environment) -> dict:
     return json.loads(environment.run(probe, environment.elsewhere / "from_child").splitlines()[-1])
 
 
-def test_nnunet_finds_every_trainer_without_a_variable_set_by_the_user(facts):
+def test_nnunet_finds_every_trainer(facts):
     assert facts["module"].startswith("nnunetv2_mstkd.methods.")
     assert facts["all_found"]
 
@@ -155,7 +155,7 @@ def test_nnunet_finds_the_trainer_in_a_spawned_child(facts):
     assert facts["module_in_child"] == facts["module"]
 
 
-def test_the_trainer_and_its_transforms_pickle_after_the_look_up(facts):
+def test_trainer_and_transforms_pickle(facts):
     assert facts["still_imported"] and facts["class_pickles"] and facts["transforms_pickle"]
 
 
@@ -163,7 +163,7 @@ def test_starting_python_imports_nothing_heavy(facts):
     assert facts["imported_at_start"] == []
 
 
-def test_the_installation_under_test_is_the_one_that_answered(facts, environment, checkout):
+def test_installation_under_test_answers(facts, environment, checkout):
     roots = {environment.site_packages.resolve(), checkout.resolve()}
     assert Path(facts["package"]).resolve().parents[1] in roots
     assert facts["variable"] == str(Path(facts["package"]).parent / "nnunet" / "_trainer_path")
@@ -214,15 +214,15 @@ def test_uninstalling_leaves_nothing_and_nnunet_works(kind, wheel, checkout, tmp
     assert "dataset_name_id_conversion" in printed and "nnUNet_extTrainer" not in printed
 
 
-def test_the_wheel_holds_every_module_and_nothing_outside_its_package(wheel):
+def test_wheel_holds_exactly_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     expected = {"nnunetv2_mstkd/py.typed", *STARTUP_FILES}
     for source, inside in zip(SOURCES, ("nnunetv2_mstkd", "nnunetv2_mstkd/dataset_conversion"), strict=True):
         modules = (path.relative_to(ROOT / source).as_posix() for path in (ROOT / source).rglob("*.py"))
         expected |= {f"{inside}/{module}" for module in modules}
-    templates = ROOT / "nnunetv2_mstkd" / "evaluation" / "templates"
-    expected |= {f"nnunetv2_mstkd/evaluation/templates/{file.name}" for file in templates.iterdir()}
+    templates = ROOT / "nnunetv2_mstkd" / "reporting" / "templates"
+    expected |= {f"nnunetv2_mstkd/reporting/templates/{file.name}" for file in templates.iterdir()}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
@@ -230,36 +230,36 @@ def test_both_start_up_files_name_the_same_function(wheel):
     with zipfile.ZipFile(wheel) as archive:
         legacy, modern = (archive.read(name).decode().strip() for name in sorted(STARTUP_FILES))
     module, _, function = modern.partition(":")
-    assert pkgutil.resolve_name(modern) is _register.autoload
+    assert pkgutil.resolve_name(modern) is registration.autoload
     assert legacy == f"import {module}; {module}.{function}()"
 
 
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        (None, [_register.TRAINER_PATH]),
-        ("", [_register.TRAINER_PATH]),
-        ("mine", ["mine", _register.TRAINER_PATH]),
-        (os.pathsep.join(["mine", "", "yours"]), ["mine", "yours", _register.TRAINER_PATH]),
-        (os.pathsep.join([_register.TRAINER_PATH, "mine"]), [_register.TRAINER_PATH, "mine"]),
+        (None, [registration.TRAINER_PATH]),
+        ("", [registration.TRAINER_PATH]),
+        ("mine", ["mine", registration.TRAINER_PATH]),
+        (os.pathsep.join(["mine", "", "yours"]), ["mine", "yours", registration.TRAINER_PATH]),
+        (os.pathsep.join([registration.TRAINER_PATH, "mine"]), [registration.TRAINER_PATH, "mine"]),
     ],
 )
 def test_registering_once_or_twice_gives_the_same(monkeypatch, value, expected):
-    monkeypatch.setenv(_register.EXTERNAL_TRAINERS, value or "")
+    monkeypatch.setenv(registration.EXTERNAL_TRAINERS, value or "")
     if value is None:
-        monkeypatch.delenv(_register.EXTERNAL_TRAINERS)
+        monkeypatch.delenv(registration.EXTERNAL_TRAINERS)
     for _ in range(2):
-        _register.register()
-        assert os.environ[_register.EXTERNAL_TRAINERS].split(os.pathsep) == expected
+        registration.register()
+        assert os.environ[registration.EXTERNAL_TRAINERS].split(os.pathsep) == expected
 
 
 @pytest.mark.parametrize(
     ("value", "registers"), [("1", True), ("", True), ("true", True), ("0", False), (" False ", False), ("no", False)]
 )
-def test_only_a_clear_no_switches_the_automatic_registration_off(monkeypatch, value, registers):
-    monkeypatch.setenv(_register.EXTERNAL_TRAINERS, "mine")
-    monkeypatch.setenv(_register.AUTOLOAD, value)
-    _register.autoload()
-    assert (_register.TRAINER_PATH in os.environ[_register.EXTERNAL_TRAINERS]) is registers
-    _register.register()
-    assert _register.TRAINER_PATH in os.environ[_register.EXTERNAL_TRAINERS]
+def test_only_a_clear_no_switches_autoload_off(monkeypatch, value, registers):
+    monkeypatch.setenv(registration.EXTERNAL_TRAINERS, "mine")
+    monkeypatch.setenv(registration.AUTOLOAD, value)
+    registration.autoload()
+    assert (registration.TRAINER_PATH in os.environ[registration.EXTERNAL_TRAINERS]) is registers
+    registration.register()
+    assert registration.TRAINER_PATH in os.environ[registration.EXTERNAL_TRAINERS]

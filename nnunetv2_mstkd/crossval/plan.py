@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.crossval._host import find_trainer, number_of_folds
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder, nnunet_folder
 from nnunetv2_mstkd.nnunet.plans import BLOCK, inherited, read_plans
+from nnunetv2_mstkd.nnunet.splits import number_of_folds
+from nnunetv2_mstkd.nnunet.trainers import find_trainer
 
 
 @dataclass(frozen=True)

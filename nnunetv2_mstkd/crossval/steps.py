@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from nnunetv2_mstkd.crossval._host import read_splits
 from nnunetv2_mstkd.crossval.locks import Lock
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS
 from nnunetv2_mstkd.nnunet.folders import CHECKPOINTS, FINAL, model_folder_name
+from nnunetv2_mstkd.nnunet.splits import read_splits
 
 LOGS = "crossval"
 """Folder below nnUNet_results/DATASET for logs and locks of steps."""

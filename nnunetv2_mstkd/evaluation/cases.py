@@ -15,20 +15,19 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.montage import SliceView, choose_view
 from nnunetv2_mstkd.evaluation.scoring import Rules, read_label
 from nnunetv2_mstkd.images.geometry import TOLERANCE
-from nnunetv2_mstkd.inference.checks import Checker, listed
-from nnunetv2_mstkd.inference.input_folder import Case, find_cases
+from nnunetv2_mstkd.inference.checks import Checker, format_problems
 from nnunetv2_mstkd.modalities import modality_names
-from nnunetv2_mstkd.nnunet.case_steps import preprocess_case
-from nnunetv2_mstkd.nnunet.evaluation_support import (
+from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+from nnunetv2_mstkd.nnunet.input_folder import Case, find_cases, training_cases
+from nnunetv2_mstkd.nnunet.preprocessing import (
     check_preprocessed_with,
     identifiers,
+    preprocess_case,
     preprocess_command,
     read_preprocessed,
     read_properties,
-    training_cases,
-    validation_cases,
 )
-from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+from nnunetv2_mstkd.nnunet.splits import validation_cases
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def folder_cases(
     ending = dataset_json["file_ending"]
     cases, problems = find_cases(images, ending, names)
     if problems:
-        raise InputError(f"the images in {images} are not as expected:{listed(problems)}")
+        raise InputError(f"the images in {images} are not as expected:{format_problems(problems)}")
     for case in cases:
         absent = [names[channel] for channel in available if case.files[channel] is None]
         if absent:
@@ -242,7 +241,7 @@ def _check_case(case: LabelledCase, plans: Any, rules: Rules, checker: Checker) 
 def _check_images(case: Case, checker: Checker) -> None:
     checked, problems = checker.check(case)
     if problems:
-        raise InputError(f"the images of {case.name} cannot be evaluated:{listed(problems)}")
+        raise InputError(f"the images of {case.name} cannot be evaluated:{format_problems(problems)}")
     if checked.all_zero:
         raise InputError(
             f"{', '.join(checker.names[channel] for channel in checked.all_zero)} of case {case.name} is zero "

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
 
 LONGEST = 256
 """Maximum edge of a picture in pixels; larger slices are subsampled."""
@@ -168,7 +168,7 @@ class Montage:
 def write_montage(montage: Montage, file: Path) -> None:
     """Write the pictures of a case atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(file) as scratch, scratch.open("wb") as stream:
+    with atomic_write(file) as scratch, scratch.open("wb") as stream:
         np.savez_compressed(
             stream,
             place=np.array([montage.axis, montage.index, montage.depth]),

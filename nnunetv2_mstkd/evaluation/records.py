@@ -15,8 +15,8 @@ from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_montage
 from nnunetv2_mstkd.evaluation.results import COLUMNS, SEPARATOR
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
-from nnunetv2_mstkd.inference.record import write_json
-from nnunetv2_mstkd.nnunet.file_names import check_file_name
+from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.nnunet.folders import check_file_name
 
 CASES = "cases"
 RUN = "run.json"

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import METRICS, metric_named
 
 MODEL = "model"
@@ -130,7 +130,7 @@ def write_text(text: str, path: str | os.PathLike[str]) -> None:
     """Write a text file in UTF-8 atomically; missing folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(path) as scratch:
+    with atomic_write(path) as scratch:
         scratch.write_text(text, encoding="utf-8", newline="\n")
 
 

@@ -29,9 +29,9 @@ from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.nnunet.evaluation_support import find_device, noted_split, refuse_same_folder, trained_folds
-from nnunetv2_mstkd.nnunet.model import load_predictor
-from nnunetv2_mstkd.nnunet.model_folder import find_checkpoints, parse_folds
+from nnunetv2_mstkd.nnunet.checkpoints import noted_split
+from nnunetv2_mstkd.nnunet.folders import find_checkpoints, parse_folds, refuse_same_folder, trained_folds
+from nnunetv2_mstkd.nnunet.model import find_device, load_predictor
 
 IMAGES_AHEAD = 2
 """Preprocessed images that wait for the network; each is as large as all channels of a case."""

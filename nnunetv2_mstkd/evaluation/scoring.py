@@ -28,7 +28,7 @@ from nnunetv2_mstkd.metrics.conventions import (
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
-from nnunetv2_mstkd.nnunet.evaluation_support import segment
+from nnunetv2_mstkd.nnunet.preprocessing import segment
 
 NEAR = 0.05
 """Logit. Another stack size changes logits by rounding, far less than this; voxels farther away keep their label."""

@@ -17,7 +17,7 @@ from torch import nn
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.conditioning import conditioned
-from nnunetv2_mstkd.nnunet.evaluation_support import free_memory
+from nnunetv2_mstkd.nnunet.model import free_memory
 
 TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
 """Default stack in training batches: on a GPU more fit without gradients, on a CPU larger ones are slower again

@@ -116,6 +116,3 @@ def complete_image(path: Path) -> Iterator[None]:
 
 def _incomplete(path: Path, reason: str) -> WriteError:
     return WriteError(f"{path} could not be written completely ({reason}); is the disk full?")
-
-
-scratch_file = atomic_write

@@ -1,22 +1,19 @@
-"""Whether an image file is all there: ITK reads a truncated or damaged NIfTI file as zeros, without a word."""
+"""Whether an image file is complete: ITK silently reads the missing rest of a truncated NIfTI file as zeros."""
 
 from __future__ import annotations
 
 import gzip
 import math
-import re
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-import SimpleITK as sitk
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.geometry import read_geometry, read_image
+from nnunetv2_mstkd.images.geometry import last_line, pixel_bytes, read_geometry
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 GIPL_HEADER_BYTES = 256
@@ -26,9 +23,9 @@ GZIP = 31
 
 
 def check_complete(path: Path) -> int:
-    """Refuse a truncated NIfTI or GIPL file: ITK reads zeros or leftovers for the missing rest, without a word.
+    """Refuse a truncated NIfTI or GIPL file, whose missing rest ITK silently reads as zeros or leftovers.
 
-    Other formats are left to their readers, which notice.
+    The readers of other formats notice by themselves.
 
     Returns
     -------
@@ -36,18 +33,14 @@ def check_complete(path: Path) -> int:
 
     Raises
     ------
-    ValueError
-        if bytes are missing, a compressed file fails its checksum, or the header cannot be read.
+    InputError
+        If bytes are missing, a compressed file fails its checksum, or the header cannot be read.
     """
     name = path.name.lower()
     if name.endswith(NIFTI_ENDINGS):
         return _check_nifti(path, gzip.open if name.endswith(".gz") else open)
     if name.endswith(".gipl"):
-        voxels = math.prod(read_geometry(path).size)
-        reader = sitk.ImageFileReader()
-        reader.SetFileName(str(path))
-        reader.ReadImageInformation()
-        expected = GIPL_HEADER_BYTES + voxels * sitk.Image([1, 1], reader.GetPixelID()).GetSizeOfPixelComponent()
+        expected = GIPL_HEADER_BYTES + math.prod(read_geometry(path).size) * pixel_bytes(path)
         _refuse_truncated(path.stat().st_size, expected)
     return 0
 
@@ -113,42 +106,6 @@ def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
         return False
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[None]:
-    """Refuse an image that the block has written if it is not whole.
-
-    On a full disk ITK writes what has room of a NIfTI or small NRRD file, and says nothing; for MHA it tells at length.
-    The readers of formats other than NIfTI notice what is missing.
-
-    Raises
-    ------
-    OSError
-        naming the file.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("itk(::)? ?error", str(error), re.IGNORECASE):
-            raise
-        raise _not_whole(path, last_line(error)) from error
-    try:
-        check_complete(path)
-        if not path.name.lower().endswith(NIFTI_ENDINGS):
-            read_image(path)
-    except ValueError as error:
-        raise _not_whole(path, str(error)) from error
-
-
-def _not_whole(path: Path, reason: str) -> OSError:
-    return OSError(f"{path} could not be written whole ({reason}); is the disk full?")
-
-
 def count_not_finite(values: np.ndarray) -> int:
     """Return the number of NaN and infinite values."""
     return values.size - int(np.count_nonzero(np.isfinite(values)))
-
-
-def last_line(error: Exception) -> str:
-    """Return the last line of an error: ITK's first ones say where in ITK."""
-    lines = str(error).strip().splitlines()
-    return lines[-1].strip() if lines else type(error).__name__

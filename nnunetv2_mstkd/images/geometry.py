@@ -1,22 +1,37 @@
-"""Where an image lies in space, read from its header, and whether two images lie in the same place."""
+"""The grid of an image: reading it from the file header, and comparing two of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
+import nibabel
 import numpy as np
 import SimpleITK as sitk
+from nibabel.affines import voxel_sizes
 
 from nnunetv2_mstkd.errors import InputError
 
 TOLERANCE = 1e-3
-"""How far spacing and origin (mm) and direction cosines of one case's files may be apart: rounding in their headers."""
+"""Largest difference between the files of one case in spacing and origin (mm) and direction cosines: rounding."""
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """The grid of a scalar image: voxels per axis, mm per voxel, the first voxel's place (mm), direction cosines."""
+    """The grid of a scalar image.
+
+    Attributes
+    ----------
+    size
+        Voxels per axis.
+    spacing
+        Size of a voxel in mm.
+    origin
+        Position of the first voxel in mm.
+    direction
+        Direction cosines of the axes, row by row.
+    """
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
@@ -40,10 +55,32 @@ def read_geometry(path: Path) -> Geometry:
 
     Raises
     ------
-    ValueError
+    InputError
         If SimpleITK cannot read it, or if it is not one scalar image of two or three dimensions.
     """
     return geometry_of(image_reader(path))
+
+
+def read_affine(path: Path) -> Geometry:
+    """Read the header of a NIfTI file as nibabel understands it: in its axes (RAS), sheared ones too.
+
+    Raises
+    ------
+    InputError
+        If it is not one scalar image of three dimensions.
+    """
+    image: Any = nibabel.load(path)
+    if len(image.shape) != 3:
+        raise InputError(f"has {len(image.shape)} dimensions, expected one scalar image of 3 dimensions")
+    spacing = voxel_sizes(image.affine)
+    direction = image.affine[:3, :3] / spacing
+    return Geometry(image.shape, tuple(spacing), tuple(image.affine[:3, 3]), tuple(direction.ravel()))
+
+
+def read_nifti_voxels(path: Path) -> np.ndarray:
+    """Read the voxels of a NIfTI file in SimpleITK's order of axes: shape (z, y, x)."""
+    image: Any = nibabel.load(path)
+    return np.asarray(image.dataobj).transpose()
 
 
 def image_reader(path: Path) -> sitk.ImageFileReader:
@@ -51,7 +88,7 @@ def image_reader(path: Path) -> sitk.ImageFileReader:
 
     Raises
     ------
-    ValueError
+    InputError
         If SimpleITK cannot read it.
     """
     reader = sitk.ImageFileReader()
@@ -59,7 +96,7 @@ def image_reader(path: Path) -> sitk.ImageFileReader:
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
-        raise InputError(f"cannot be read: {reason(error)}") from error
+        raise InputError(f"cannot be read: {last_line(error)}") from error
     return reader
 
 
@@ -74,7 +111,7 @@ def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -
 
     Raises
     ------
-    ValueError
+    InputError
         If it is not one scalar image of two or three dimensions, or not of so many volumes.
     """
     dimension = image.GetDimension()
@@ -102,18 +139,24 @@ def read_image(path: Path) -> sitk.Image:
 
     Raises
     ------
-    ValueError
+    InputError
         If SimpleITK cannot read it.
     """
     try:
         return sitk.ReadImage(str(path))
     except RuntimeError as error:
-        raise InputError(f"cannot be read: {reason(error)}") from error
+        raise InputError(f"cannot be read: {last_line(error)}") from error
 
 
-def reason(error: RuntimeError) -> str:
-    """Return the last line of an ITK error, which says what is wrong; the ones before say where in ITK."""
-    return str(error).strip().splitlines()[-1].strip()
+def pixel_bytes(path: Path) -> int:
+    """Return the number of bytes per voxel of an image file."""
+    return sitk.Image([1, 1], image_reader(path).GetPixelID()).GetSizeOfPixelComponent()
+
+
+def last_line(error: Exception) -> str:
+    """Return the last line of an error: ITK's first lines say where in ITK it was raised."""
+    lines = str(error).strip().splitlines()
+    return lines[-1].strip() if lines else type(error).__name__
 
 
 def _short(values: tuple[float, ...]) -> str:

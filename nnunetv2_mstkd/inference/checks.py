@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.images.geometry import Geometry
-from nnunetv2_mstkd.inference.input_folder import Case, Problem
-from nnunetv2_mstkd.nnunet.reading import read_checked
+from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
+from nnunetv2_mstkd.nnunet.reading import Channel, Reader, read_checked
 
 
 @dataclass(frozen=True)
@@ -21,16 +20,16 @@ class Checker:
 
     Attributes
     ----------
-    names:
-        of the C channels.
-    reader:
-        nnU-Net's reader of the plans.
-    normalization_schemes:
-        of the plans, one per channel; None where no network is going to see the cases.
+    names
+        Names of the C channels.
+    reader
+        The reader that the plans name.
+    normalization_schemes
+        nnU-Net's normalisation of each channel; None where no network is going to see the cases.
     """
 
     names: Sequence[str]
-    reader: type[BaseReaderWriter]
+    reader: Reader
     normalization_schemes: Sequence[str] | None = None
 
     def check(self, case: Case) -> tuple[Case, list[Problem]]:
@@ -47,28 +46,17 @@ class Checker:
         for channel, path in enumerate(case.files):
             if path is None:
                 continue
-            where = f"{self.names[channel]} ({path.name})"
             try:
                 found = read_checked(path, self.reader)
             except (ValueError, OSError) as error:
-                texts.append(f"{where} {error}")
+                texts.append(f"{self.names[channel]} ({path.name}) {error}")
                 continue
-            low, high = float(found.image.min()), float(found.image.max())
-            if found.not_finite:
-                texts.append(f"{where} has {found.not_finite} of {found.image.size} voxels that are NaN or infinite")
-            elif low == high == 0:
+            if not found.not_finite and not found.image.any():
                 zero.append(channel)
                 continue
-            elif low == high:
-                texts.append(f"{where} is constant, {low:g} everywhere; an absent modality is zero or has no file")
+            texts += [f"{self.names[channel]} ({path.name}) {text}" for text in _wrong_voxels(found)]
             grids[channel] = found.grid
-        if grids:
-            first, reference = next(iter(grids.items()))
-            texts += [
-                f"{self.names[channel]} has {difference} as in {self.names[first]}; resample it to the same grid"
-                for channel, geometry in grids.items()
-                for difference in reference.differences(geometry)
-            ]
+        texts += self._other_grids(grids)
         checked = replace(case.without(zero), all_zero=tuple(zero))
         if not any(checked.availability):
             texts.append("has no modality" + (", only all-zero images" if zero else ""))
@@ -78,7 +66,7 @@ class Checker:
     def check_all(
         self, cases: Sequence[Case], *, threads: int = 1, progress: bool = False
     ) -> tuple[list[Case], list[Problem]]:
-        """Check many cases at a time, with a progress bar; both lists in the order of the cases."""
+        """Check many cases at a time, with a progress bar; both lists are in the order of the cases."""
         checked, problems = [], []
         pool = ThreadPoolExecutor(max(1, threads))  # threads do: reading releases the interpreter's lock
         try:
@@ -90,23 +78,50 @@ class Checker:
             pool.shutdown(cancel_futures=True)
         return checked, problems
 
+    def _other_grids(self, grids: Mapping[int, Geometry]) -> list[str]:
+        """What differs between the first image's grid and those of the others."""
+        if not grids:
+            return []
+        first, reference = next(iter(grids.items()))
+        return [
+            f"{self.names[channel]} has {difference} as in {self.names[first]}; resample it to the same grid"
+            for channel, geometry in grids.items()
+            for difference in reference.differences(geometry)
+        ]
+
     def _absent_but_not_zero(self, case: Case) -> list[str]:
-        texts = []
-        for name, available, scheme in zip(
-            self.names, case.availability, self.normalization_schemes or (), strict=False
-        ):
-            if not available and scheme not in modalities.ZERO_KEEPING_NORMALIZATIONS:
-                texts.append(f"{name} is absent, but {scheme} turns the zeros of an absent channel into other values")
-        return texts
+        """Absent channels whose normalisation turns zero into another value."""
+        schemes = self.normalization_schemes or ()
+        return [
+            f"{name} is absent, but {scheme} turns the zeros of an absent channel into other values"
+            for name, available, scheme in zip(self.names, case.availability, schemes, strict=False)
+            if not available and scheme not in modalities.ZERO_KEEPING_NORMALIZATIONS
+        ]
+
+
+def _wrong_voxels(channel: Channel) -> list[str]:
+    """Whether the voxels of an image that is not zero everywhere are unusable."""
+    if channel.not_finite:
+        return [f"has {channel.not_finite} of {channel.image.size} voxels that are NaN or infinite"]
+    low, high = float(channel.image.min()), float(channel.image.max())
+    if low == high:
+        return [f"is constant, {low:g} everywhere; an absent modality is zero or has no file"]
+    return []
 
 
 def split_good(cases: Sequence[Case], problems: Iterable[Problem]) -> list[Case]:
-    """The cases without a problem of their own."""
+    """Return the cases that have no problem."""
     bad = {problem.case for problem in problems}
     return [case for case in cases if case.name not in bad]
 
 
-def listed(problems: Sequence[Problem]) -> str:
-    """All problems, one indented line each, those of one case together."""
+def count_problems(problems: Sequence[Problem]) -> str:
+    """``3 problems in 2 cases``."""
+    number, bad = len(problems), len({problem.case for problem in problems if problem.case is not None})
+    return f"{number} problem{'s' * (number != 1)} in {bad} case{'s' * (bad != 1)}"
+
+
+def format_problems(problems: Sequence[Problem]) -> str:
+    """List all problems, one indented line each, those of one case together."""
     lines = sorted(f"{problem.case}: {problem.text}" if problem.case else problem.text for problem in problems)
     return "".join(f"\n  {line}" for line in lines)

@@ -1,63 +1,63 @@
-"""Telling a network, for the time of one prediction, what it must know about the case.
+"""Telling a network what it must know about a case for the time of its prediction.
 
-A network with a method ``conditioned(availability, label_manager, student)``, a context manager, does this itself.
+Nothing else in prediction and evaluation knows what a network asks for. A network offers it by a context manager
+``conditioned(availability, label_manager, student)`` of the same meaning as :func:`conditioned` here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.inference.presence_gate import PresenceGate
+from nnunetv2_mstkd.nnunet.model import plain_network
+
+Finish: TypeAlias = Callable[[np.ndarray], np.ndarray]
+"""Finishes the logits of a case, shape (S, K, *spatial)."""
 
 
 @contextmanager
 def conditioned(
     network: torch.nn.Module, availability: torch.Tensor, label_manager: Any, *, student: int | None = None
-) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
-    """Tell a network which modalities the next prediction has.
+) -> Iterator[Finish]:
+    """Tell a network which modalities a case has, while the block predicts it.
 
     Parameters
     ----------
-    network:
-        Any network; the wrapper of torch.compile is removed.
-    availability:
-        bool, shape (S, C), on the device: a row per sample of the batches to come.
-    label_manager:
-        nnU-Net's label manager.
-    student:
-        Number, from 1, of the student that predicts; None: the network decides.
+    network
+        The network that predicts, with or without the wrapper of torch.compile.
+    availability
+        Tensor of bool on the network's device, shape (S, C): one row for each subset that is predicted at once.
+    label_manager
+        nnU-Net's label manager of the model.
+    student
+        Which of the network's students predicts, counted from 1. None: all of them together.
 
     Yields
     ------
-    A function that finishes the logits of a case, shape (S, K, *spatial); the identity for most networks.
+    A function that finishes the logits of the case, in place; for most networks it changes nothing.
+
+    Raises
+    ------
+    InputError
+        If the network has no such student.
     """
-    plain: Any = getattr(network, "_orig_mod", network)
-    students = len(getattr(plain, "students", ()))
-    if student is not None and not 1 <= student <= students:
-        has = f"students 1 to {students}" if students else "one network and no students"
-        raise InputError(f"--student is {student}, but the model has {has}")
+    plain: Any = plain_network(network)
+    check_student(plain, student)
     if hasattr(plain, "conditioned"):
         with plain.conditioned(availability, label_manager, student) as finish:
             yield finish
-        return
-    gate = PresenceGate(plain, label_manager)
-    asks = hasattr(plain, "availability")
-    if student is not None:
-        plain.only = student - 1
-    if asks:
-        plain.availability = availability
-    gate.start(availability.device)
-    try:
-        yield gate.apply
-    finally:
-        gate.stop()
-        if asks:
-            plain.availability = None
-        if student is not None:
-            plain.only = None
+    else:
+        yield lambda logits: logits
+
+
+def check_student(network: torch.nn.Module, student: int | None) -> None:
+    """Raise InputError unless the network has this student; None stands for all of them."""
+    students = len(getattr(plain_network(network), "students", ()))
+    if student is not None and not 1 <= student <= students:
+        has = f"students 1 to {students}" if students else "one network and no students"
+        raise InputError(f"--student is {student}, but the model has {has}")

@@ -1,10 +1,10 @@
-"""The Dice that an evaluation in the model folder leads to expect of each subset of modalities."""
+"""The Dice to expect of each subset of modalities, from an evaluation of the model."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_mstkd import modalities
@@ -15,14 +15,14 @@ SUMMARY = Path(evaluation_files.FOLDER, evaluation_files.SUMMARY)
 
 
 def read_expected_dice(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, float]]:
-    """Mean Dice per subset and region, from the evaluation that lies in a model folder.
+    """Read the mean Dice per subset and region from the evaluation in a model folder.
 
     Parameters
     ----------
-    model_folder:
+    model_folder
         nnU-Net's folder of a trained model.
-    names:
-        of its C channels.
+    names
+        Names of its C channels.
 
     Returns
     -------
@@ -31,8 +31,8 @@ def read_expected_dice(model_folder: Path, names: Sequence[str]) -> dict[int, di
 
     Raises
     ------
-    ValueError
-        if the file is no such evaluation, or one of other modalities.
+    InputError
+        If the file is no such evaluation, or one of other modalities.
     """
     file = model_folder / SUMMARY
     if not file.is_file():
@@ -50,3 +50,8 @@ def read_expected_dice(model_folder: Path, names: Sequence[str]) -> dict[int, di
             f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
         ) from error
     return expected
+
+
+def format_dice(dice: Mapping[str, float] | None) -> str:
+    """``WT 0.912, TC 0.874``; empty where nothing is known."""
+    return ", ".join(f"{region} {value:.3f}" for region, value in (dice or {}).items())

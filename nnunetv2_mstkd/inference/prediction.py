@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 
+import numpy as np
 import torch
-from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
-from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from nnunetv2.utilities.helpers import empty_cache
 from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.inference.input_folder import Case
-from nnunetv2_mstkd.inference.presence_gate import PresenceGate
-from nnunetv2_mstkd.inference.workers import ahead, workers
-from nnunetv2_mstkd.nnunet.case_steps import export_case, preprocess_case
-from nnunetv2_mstkd.nnunet.model import plain_network, set_availability
+from nnunetv2_mstkd.inference.conditioning import conditioned
+from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
+from nnunetv2_mstkd.nnunet.input_folder import Case
+from nnunetv2_mstkd.nnunet.model import free_memory, nnUNetPredictor
+from nnunetv2_mstkd.nnunet.preprocessing import export_case, preprocess_case
+
+EXPORTS_AHEAD = 2
+"""Cases beside those in the export processes whose logits may wait, as in nnU-Net: a slow disk must not fill memory."""
 
 
 def is_written(name: str, output: Path, file_ending: str, save_probabilities: bool) -> bool:
-    """Whether a case's output is there, by nnU-Net's own rule."""
+    """Whether the output of a case exists, by nnU-Net's own rule."""
     endings = [file_ending, ".npz"] if save_probabilities else [file_ending]
     return all((output / f"{name}{ending}").is_file() for ending in endings)
+
+
+def predict_logits(
+    predictor: nnUNetPredictor, data: np.ndarray, availability: Sequence[bool], *, student: int | None = None
+) -> np.ndarray:
+    """Predict a preprocessed case.
+
+    Parameters
+    ----------
+    predictor
+        From :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`.
+    data
+        Array of float32, shape (C, *spatial), with zeros for absent modalities.
+    availability
+        True for each modality that the case has.
+    student
+        See :func:`~nnunetv2_mstkd.inference.conditioning.conditioned`.
+
+    Returns
+    -------
+    Logits of shape (K, *spatial).
+    """
+    row = torch.tensor([list(availability)], dtype=torch.bool, device=predictor.device)
+    with conditioned(predictor.network, row, predictor.label_manager, student=student) as finish:
+        logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
+        return finish(logits[None])[0]
 
 
 def predict_cases(
@@ -32,74 +57,58 @@ def predict_cases(
     cases: Sequence[Case],
     output: Path,
     *,
+    student: int | None = None,
     save_probabilities: bool = False,
     preprocessing_processes: int = 0,
     export_processes: int = 0,
     progress: bool = False,
     on_written: Callable[[Case], None] = lambda case: None,
 ) -> None:
-    """Predict checked cases.
+    """Predict checked cases and write their segmentations.
 
     Parameters
     ----------
-    predictor:
-        from :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`.
-    cases:
-        checked, with at least one image each.
-    output:
-        an existing folder for ``CASE`` + the data set's file ending.
-    save_probabilities:
-        also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
-    preprocessing_processes, export_processes:
-        in the background; 0: in this process.
-    progress:
-        show a bar with case and subset.
-    on_written:
-        called for each case when its segmentation is in the folder.
+    predictor
+        From :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`.
+    cases
+        Checked cases with at least one image each.
+    output
+        Existing folder for ``CASE`` + the data set's file ending.
+    student
+        See :func:`~nnunetv2_mstkd.inference.conditioning.conditioned`.
+    save_probabilities
+        Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
+    preprocessing_processes, export_processes
+        Number of background processes; 0 runs everything in this process.
+    progress
+        Show a bar with case and subset.
+    on_written
+        Called for each case when its segmentation is in the folder.
     """
-    plans, configuration = predictor.plans_manager, predictor.configuration_manager
-    dataset_json = predictor.dataset_json
+    plans, configuration, dataset_json = (
+        predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
+    )  # fmt: skip
     names = modalities.modality_names(dataset_json)
-    gate = PresenceGate(plain_network(predictor), predictor.label_manager)
-    exports: deque[tuple[Case, Future]] = deque()
 
-    def finish(limit: int) -> None:
-        while exports and (len(exports) > limit or exports[0][1].done()):
-            case, future = exports.popleft()
-            future.result()
-            on_written(case)
-            bar.update()
+    def written(case: Case, _: None) -> None:
+        on_written(case)
+        bar.update()
 
     with (
         tqdm(total=len(cases), unit="case", disable=not progress) as bar,
         workers(preprocessing_processes, len(cases)) as preparing,
         workers(export_processes, len(cases)) as exporting,
     ):
+        exports = Backlog(exporting, written)
         arguments = ((case, plans, configuration, dataset_json, predictor.verbose_preprocessing) for case in cases)
         prepared = ahead(preparing, preprocess_case, arguments, preprocessing_processes)
         try:
             for case, (data, properties) in zip(cases, prepared, strict=True):
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
-                set_availability(predictor, case.availability)
-                gate.start(predictor.device)
-                logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
-                logits = gate.apply(logits[None])[0]
-                task = exporting.submit(
-                    export_case,
-                    case.name,
-                    output,
-                    logits,
-                    properties,
-                    configuration,
-                    plans,
-                    dataset_json,
-                    save_probabilities,
-                )
-                exports.append((case, task))
-                finish(export_processes + 2 if export_processes else 0)  # as nnU-Net: a slow disk must not fill memory
-            finish(0)
+                logits = predict_logits(predictor, data, case.availability, student=student)
+                what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
+                exports.submit(case, export_case, *what)
+                exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
+            exports.collect()
         finally:
-            set_availability(predictor, None)
-            gate.stop()
-            compute_gaussian.cache_clear()
-            empty_cache(predictor.device)
+            free_memory(predictor.device)

@@ -11,15 +11,16 @@ from typing import Any
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.atomic import scratch_file
-from nnunetv2_mstkd.inference.input_folder import Case
+from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.inference.expected_dice import format_dice
+from nnunetv2_mstkd.nnunet.input_folder import Case
 
 SAVE_INTERVAL = 2.0
-"""Seconds between two versions of the file: thousands of cases would otherwise write it thousands of times."""
+"""Seconds between two versions of the file, which thousands of cases would otherwise write thousands of times."""
 
 
 def record_name(part_id: int = 0, num_parts: int = 1) -> str:
-    """File name of the record; each of several processes with one output folder writes its own."""
+    """Return the file name of the record; of several processes with one output folder, each writes its own."""
     return "predictions.json" if num_parts == 1 else f"predictions_part{part_id}of{num_parts}.json"
 
 
@@ -28,21 +29,21 @@ class Record:
 
     Parameters
     ----------
-    file:
-        where it is kept; other files of the same folder are nnU-Net's own.
-    run:
-        everything that all predictions of the folder have in common: model, folds, dropped modalities ...
-    names:
-        of the C channels.
-    expected:
-        :func:`~nnunetv2_mstkd.inference.expected_dice.read_expected_dice`.
-    resume:
-        keep the cases of an earlier run.
+    file
+        File to keep it in; other files of the same folder are nnU-Net's own.
+    run
+        Everything that all predictions of the folder have in common: model, folds, dropped modalities ...
+    names
+        Names of the C channels.
+    expected
+        See :func:`~nnunetv2_mstkd.inference.expected_dice.read_expected_dice`.
+    resume
+        Keep the cases of an earlier run.
 
     Raises
     ------
-    ValueError
-        if an earlier run that is to be continued had another model or other options.
+    InputError
+        If an earlier run that is to be continued had another model or other options.
     """
 
     def __init__(
@@ -57,28 +58,31 @@ class Record:
         self.file, self.names, self.expected = file, names, expected
         self.resumed = resume and file.is_file()
         self.run = json.loads(json.dumps(run))
-        self.cases: dict[str, Any] = {}
+        self.cases: dict[str, Any] = self._read_cases() if self.resumed else {}
         self._saved = -float("inf")
-        if self.resumed:
-            try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-                self.cases = {str(name): _checked(entry) for name, entry in before["cases"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise InputError(f"{file} is no record of predictions; leave out --continue_prediction") from error
-            for key, value in self.run.items():
-                if before.get(key) != value:
-                    raise InputError(
-                        f"{file.parent} was predicted with {key} {before.get(key)!r}, now it is {value!r}; continue "
-                        f"with the same options, or leave out --continue_prediction"
-                    )
 
-    def is_of(self, case: Case) -> bool:
-        """Whether the case was predicted from the images that it has now; one may have come or been replaced later."""
+    def _read_cases(self) -> dict[str, Any]:
+        """The cases of the run that is continued."""
+        try:
+            before = json.loads(self.file.read_text(encoding="utf-8"))
+            cases = {str(name): _checked(entry) for name, entry in before["cases"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{self.file} is no record of predictions; leave out --continue_prediction") from error
+        for key, value in self.run.items():
+            if before.get(key) != value:
+                raise InputError(
+                    f"{self.file.parent} was predicted with {key} {before.get(key)!r}, now it is {value!r}; continue "
+                    f"with the same options, or leave out --continue_prediction"
+                )
+        return cases
+
+    def has(self, case: Case) -> bool:
+        """Whether the case was predicted from the images that it has now; some may be new, or replaced, since."""
         entry = self.cases.get(case.name)
         return entry is not None and entry.get("images") == self._images(case)
 
     def _images(self, case: Case) -> dict[str, str | None]:
-        """Stamps by modality; those of dropped ones do not count."""
+        """Stamps by modality, without those of dropped ones."""
         return {
             name: stamp
             for channel, (name, stamp) in enumerate(zip(self.names, case.stamps, strict=True))
@@ -86,7 +90,7 @@ class Record:
         }
 
     def add(self, case: Case) -> None:
-        """Note that a case's segmentation is written."""
+        """Note that the segmentation of a case is written."""
         availability = case.availability
         entry: dict[str, Any] = {
             "subset": modalities.subset_name(availability, self.names),
@@ -103,32 +107,26 @@ class Record:
             self.save()
 
     def save(self) -> None:
-        """Write the file; it is at any moment the old or the new one."""
+        """Write the file."""
         write_json(self.file, {**self.run, "cases": dict(sorted(self.cases.items()))})
         self._saved = time.monotonic()
 
     def by_subset(self) -> list[str]:
-        """One line per subset: how many cases have it, and the Dice to expect."""
+        """Return one line per subset: how many cases have it, and the Dice to expect."""
         lines = []
         counts = Counter(entry["subset"] for entry in self.cases.values())
         for subset, count in sorted(counts.items(), key=lambda item: -item[1]):
             dice = next(entry.get("expected_dice") for entry in self.cases.values() if entry["subset"] == subset)
-            expected = ", ".join(f"{region} {value:.3f}" for region, value in (dice or {}).items())
+            expected = format_dice(dice)
             lines.append(f"{subset}: {count}" + (f" (expected Dice: {expected})" if expected else ""))
         return lines
 
 
 def _checked(entry: Any) -> dict[str, Any]:
-    """A case's entry, if what it says of modalities and Dice is readable."""
+    """Return a case's entry if it can be read."""
     dice = entry.get("expected_dice") or {}
     texts = [entry["subset"], *entry["modalities"], *entry.get("all_zero", [])]
     numbers = all(isinstance(value, (int, float)) for value in dice.values())
     if not numbers or not all(isinstance(text, str) for text in texts):
         raise ValueError
     return entry
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file so that it is at any moment absent, the old or the whole new one."""
-    with scratch_file(file) as scratch:
-        scratch.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

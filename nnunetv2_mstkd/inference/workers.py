@@ -1,4 +1,4 @@
-"""Background processes for preprocessing and export, or none: the same calls in this very process."""
+"""Background processes for preprocessing and export, or the same calls in this process."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from typing import Any
 
 from nnunetv2_mstkd.errors import WorkerError
 
-PRELOADED = "nnunetv2_mstkd.nnunet.case_steps"
-"""Brings torch and nnU-Net, whose import takes seconds."""
+PRELOADED = "nnunetv2_mstkd.nnunet.preprocessing"
+"""Imports torch and nnU-Net, which takes seconds."""
 
 
 class _InThisProcess(Executor):
@@ -28,16 +28,16 @@ class _InThisProcess(Executor):
 
 
 def start_server() -> None:
-    """Begin to import what background processes need, beside what this process does next.
+    """Start to import what background processes need, while this process does something else.
 
-    On Linux the processes are then copies of one that has imported everything, itself started afresh: a copy of this
+    On Linux they are then copies of a process that has imported everything. It is a fresh one, because copies of this
     process could not use CUDA. Elsewhere each process imports for itself, and this does nothing.
     """
     if sys.platform == "linux":
-        from multiprocessing import forkserver  # there is none on Windows
+        from multiprocessing import forkserver  # not on Windows
 
         multiprocessing.set_forkserver_preload([PRELOADED])
-        # inherited: Ctrl-C while the server imports is for this process alone
+        # the server inherits this: only this process gets a Ctrl-C
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         forkserver.ensure_running()
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -45,14 +45,14 @@ def start_server() -> None:
 
 @contextmanager
 def workers(processes: int, tasks: int) -> Iterator[Executor]:
-    """An executor of so many processes, at most one per task; 0: everything runs in this process, at once.
+    """Yield an executor of so many processes, at most one per task; with 0 calls run at once in this process.
 
-    An error or interrupt in the block waits for the calls that are running and drops those that are not.
+    After an error or interrupt in the block, running calls are finished and waiting ones are dropped.
 
     Raises
     ------
-    ChildProcessError
-        if a process died.
+    WorkerError
+        If a process died.
     """
     if processes == 0:
         yield _InThisProcess()
@@ -71,7 +71,7 @@ def workers(processes: int, tasks: int) -> Iterator[Executor]:
 
 
 def ahead(pool: Executor, function: Callable, arguments: Iterable[tuple], limit: int) -> Iterator[Any]:
-    """The results of ``function(*arguments)`` in order, with at most ``limit`` more of them under way or waiting."""
+    """Yield the results of ``function(*arguments)`` in order, while at most ``limit`` others are running or waiting."""
     pending: deque[Future] = deque()
     for each in arguments:
         pending.append(pool.submit(function, *each))
@@ -108,7 +108,7 @@ class Backlog:
 
 
 def _start_worker() -> None:
-    """Leave Ctrl-C to the parent, and do not outlive it: a pool's idle process waits for ever."""
+    """Leave Ctrl-C to the parent, and do not outlive it: an idle process of a pool waits indefinitely."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     if parent is not None:

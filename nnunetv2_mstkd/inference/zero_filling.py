@@ -1,106 +1,118 @@
-"""Writing zero images for the absent channels, for stock ``nnUNetv2_predict``."""
+"""Writing zero images for absent channels, for stock ``nnUNetv2_predict``."""
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import SimpleITK as sitk
-from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
-from nnunetv2_mstkd.errors import ExistingFileError
-from nnunetv2_mstkd.images.completeness import written_whole
-from nnunetv2_mstkd.images.geometry import read_image
-from nnunetv2_mstkd.inference.input_folder import Case
-from nnunetv2_mstkd.nnunet.reading import read_checked, read_grid
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.images.atomic import atomic_folder, complete_image, scratch_folder
+from nnunetv2_mstkd.images.writing import write_on_grid_of
+from nnunetv2_mstkd.inference.checks import Checker
+from nnunetv2_mstkd.inference.selection import select
+from nnunetv2_mstkd.nnunet.description import find_format
+from nnunetv2_mstkd.nnunet.folders import refuse_same_folder
+from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
+from nnunetv2_mstkd.nnunet.reading import Channel, Reader, read_checked, read_grid
+
+THREADS = 2
 
 
-def fill_folder(
-    cases: Sequence[Case],
+class FilledFolder(NamedTuple):
+    """What was written: the cases, each with this number of channels, and how many images are zero."""
+
+    cases: list[Case]
+    channels: int
+    zeros: int
+    problems: list[Problem]
+
+
+def fill_missing(
+    images: Path,
     output: Path,
-    reader: type[BaseReaderWriter],
-    file_ending: str,
     *,
+    dataset: str | None = None,
+    model: Path | None = None,
+    drop: str | None = None,
+    skip_bad: bool = False,
     link: bool = False,
     progress: bool = False,
-) -> int:
-    """Write every case with one file per channel; the folder appears when it is complete.
+) -> FilledFolder:
+    """Copy an input folder and add a zero image for every absent modality.
 
     Parameters
     ----------
-    cases:
-        checked, with at least one image each.
-    output:
-        a folder that does not exist yet, or is empty.
-    reader:
-        nnU-Net's reader of the data set, which writes the zeros too.
-    file_ending:
-        of the data set.
-    link:
-        symbolic links instead of copies of the images.
-
-    Returns
-    -------
-    Number of zero images written.
+    images
+        Folder of ``CASE_000k`` files, any of which may be absent; only read.
+    output
+        New or empty folder; it appears when it is complete.
+    dataset, model
+        Number or name of the data set, or the folder of a trained model.
+    drop
+        Modalities to treat as absent, for example ``T1ce,FLAIR``.
+    skip_bad
+        Leave bad cases out instead of refusing all.
+    link
+        Make symbolic links instead of copies of the images.
+    progress
+        Show a bar.
 
     Raises
     ------
-    FileExistsError
-        if the folder holds anything: nnU-Net takes every file in it for a channel.
+    MissingFileError, InputError
+        If the data set is unknown, there is no input, or something is wrong with it.
+    ExistingFileError
+        If the output folder holds anything: nnU-Net takes every file in it for a channel.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ExistingFileError(
-            f"{output} is not empty, and nnU-Net would predict everything in it; choose a new folder"
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    written = 0
-    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as scratch:
-        # a folder inside: the scratch folder itself is readable by its owner only
-        unfinished = Path(scratch, "new")
-        unfinished.mkdir()
-        for case in tqdm(cases, "filling", unit="case", disable=not progress):
-            written += _fill_case(case, unfinished, reader, file_ending, link)
-        if output.exists():
-            output.rmdir()
-        unfinished.rename(output)
-    return written
+    refuse_same_folder(output, images, "input folder")
+    dataset_json, reader = find_format(dataset, model)
+    ending = dataset_json["file_ending"]
+    names = modalities.modality_names(dataset_json)
+    checker = Checker(names, reader)
+    selection = select(
+        images, ending, checker, drop=drop, skip_bad=skip_bad, threads=THREADS, progress=progress, verb="written"
+    )
+    with atomic_folder(output) as folder:
+        cases = tqdm(selection.cases, "filling", unit="case", disable=not progress)
+        zeros = sum(_fill_case(case, folder, reader, ending, link) for case in cases)
+    return FilledFolder(selection.cases, len(names), zeros, selection.problems)
 
 
-def _fill_case(case: Case, folder: Path, reader: type[BaseReaderWriter], file_ending: str, link: bool) -> int:
-    targets = [folder / f"{case.name}_{channel:04d}{file_ending}" for channel in range(len(case.files))]
+def _fill_case(case: Case, folder: Path, reader: Reader, file_ending: str, link: bool) -> int:
+    """Write all channels of a case and return how many of them are zero images."""
     first = next(path for path in case.files if path is not None)
     reference = read_checked(first, reader)
     sidecar = first.with_name(f"{case.name}.json")  # nnU-Net's 3-D TIFF reader looks for the spacing there
     if sidecar.is_file():
         shutil.copyfile(sidecar, folder / sidecar.name)
-    absent = [target for target, path in zip(targets, case.files, strict=True) if path is None]
-    for target, path in zip(targets, case.files, strict=True):
+    absent = []
+    for channel, path in enumerate(case.files):
+        target = folder / f"{case.name}_{channel:04d}{file_ending}"
         if path is None:
+            absent.append(target)
             continue
         own = read_grid(path, reader)
         if own is not None and not np.allclose(own.spacing, reference.grid.spacing):
-            _write_on_grid_of(first, path, target)  # nnU-Net's reader stops where roundings differ that much
+            write_on_grid_of(first, path, target)  # nnU-Net's reader stops where roundings differ that much
         elif link:
             target.symlink_to(path.resolve())
         else:
             shutil.copyfile(path, target)
     if absent:
-        with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:  # the TIFF writer leaves a sidecar of its own
-            zero = Path(scratch, f"zero{file_ending}")
-            with written_whole(zero):
-                reader().write_seg(np.zeros(reference.image.shape, np.uint8), str(zero), reference.properties)
-            for target in absent:
-                shutil.copyfile(zero, target)
+        _write_zeros(reference, absent, reader)
     return len(absent)
 
 
-def _write_on_grid_of(reference: Path, path: Path, target: Path) -> None:
-    image = read_image(path)
-    image.CopyInformation(read_image(reference))
-    with written_whole(target):
-        sitk.WriteImage(image, os.fspath(target), useCompression=True)
+def _write_zeros(reference: Channel, targets: Sequence[Path], reader: Reader) -> None:
+    """Write the same zero image, on the grid of a channel, to several files."""
+    with scratch_folder(targets[0]) as scratch:  # the TIFF writer leaves a sidecar of its own
+        zero = scratch / targets[0].name
+        with complete_image(zero):
+            reader().write_seg(np.zeros(reference.image.shape, np.uint8), str(zero), reference.properties)
+        for target in targets:
+            shutil.copyfile(zero, target)

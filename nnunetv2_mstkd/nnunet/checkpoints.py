@@ -14,11 +14,12 @@ import numpy as np
 import torch
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError, WriteError
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
+from nnunetv2_mstkd.nnunet.plans import BLOCK
 
 
 def _allowed_types() -> list[Any]:
-    """The types besides tensors and plain Python that nnU-Net's checkpoints hold: NumPy scalars in its log."""
+    """Types beside tensors and plain Python that nnU-Net's checkpoints hold: the NumPy scalars of its log."""
     scalar = np.float64(0).__reduce__()[0]
     dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
     return [
@@ -34,10 +35,10 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
 
     Raises
     ------
-    FileNotFoundError
-        if there is no such file.
-    ValueError
-        if the file is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python.
+    MissingFileError
+        If the file does not exist.
+    InputError
+        If it is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python.
     """
     path = Path(path)
     if not path.is_file():
@@ -68,16 +69,16 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
 
 
 def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint so that ``path`` is at any moment absent, the old file or the whole new one.
+    """Write a checkpoint atomically.
 
     Raises
     ------
-    OSError
-        if it cannot be written: no room, no permission.
+    WriteError
+        If it cannot be written: no space, no permission.
     """
     path = Path(path)
     try:
-        with scratch_file(path) as scratch, scratch.open("wb") as file:
+        with atomic_write(path) as scratch, scratch.open("wb") as file:
             torch.save(dict(content), file)
             file.flush()
             os.fsync(file.fileno())
@@ -91,10 +92,21 @@ def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
         ) from error
 
 
-def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
-    """SHA-256 over the sorted tensor names and the tensors' bytes.
+def noted_split(path: str | os.PathLike) -> dict[str, list[str]] | None:
+    """Read which cases a training was trained and validated on, ``{"train": [...], "val": [...]}``.
 
-    Not over the file: the archive inside a checkpoint changes with the file's name.
+    Returns
+    -------
+    None if the checkpoint does not say; those of this package's trainers do.
+    """
+    noted = read(path).get(BLOCK)
+    return noted.get("split") if isinstance(noted, Mapping) else None
+
+
+def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
+    """Return the SHA-256 of the sorted tensor names and the tensors' bytes.
+
+    The file itself has no such fingerprint: the archive inside a checkpoint changes with the file's name.
     """
     digest = hashlib.sha256()
     for name in sorted(weights):
@@ -114,8 +126,8 @@ def load_matching(network: torch.nn.Module, weights: Mapping[str, torch.Tensor])
 
     Raises
     ------
-    ValueError
-        if nothing matches.
+    InputError
+        If nothing matches.
     """
     own = network.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}

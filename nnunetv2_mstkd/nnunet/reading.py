@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
-import nibabel
 import numpy as np
-from nibabel.affines import voxel_sizes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
+from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
-from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.completeness import check_complete, count_not_finite, last_line
-from nnunetv2_mstkd.images.geometry import Geometry, read_geometry
+from nnunetv2_mstkd.images.completeness import check_complete, count_not_finite
+from nnunetv2_mstkd.images.geometry import Geometry, last_line, read_affine, read_geometry, read_nifti_voxels
+
+Reader: TypeAlias = type[BaseReaderWriter]
+"""One of nnU-Net's classes that read and write images."""
 
 
 class Channel(NamedTuple):
@@ -22,72 +26,95 @@ class Channel(NamedTuple):
 
     Attributes
     ----------
-    grid:
-        where the image lies.
-    image:
-        its voxels as nnU-Net sees them: float32, shape (x, y, z) in the reader's axis order.
-    properties:
-        of the reader; nnU-Net's exporter needs them.
-    not_finite:
-        number of voxels that are NaN or infinite in the file. ITK's NIfTI reader turns them into zeros.
+    grid
+        The grid of the image.
+    image
+        Its voxels as nnU-Net sees them: float32, shape (x, y, z) in the reader's axis order.
+    properties
+        What nnU-Net's exporter needs to know from the reader.
+    not_finite
+        Number of voxels that are NaN or infinite in the file. ITK's NIfTI reader turns them into zeros.
     """
 
     grid: Geometry
     image: np.ndarray
-    properties: dict
+    properties: dict[str, Any]
     not_finite: int
 
 
-def read_checked(path: Path, reader: type[BaseReaderWriter]) -> Channel:
+def read_checked(path: Path, reader: Reader) -> Channel:
     """Read one channel of a case.
 
     Parameters
     ----------
-    path:
-        image file of any format that the reader supports.
-    reader:
-        nnU-Net's reader of the plans.
+    path
+        Image file of any format that the reader supports.
+    reader
+        The reader that the plans name.
 
     Raises
     ------
-    ValueError
-        if the file cannot be read, is truncated or holds more than one image; the message begins with a verb.
+    InputError
+        If the file cannot be read, is truncated or holds more than one image; the message begins with a verb.
     """
     in_file = check_complete(path)
     grid = read_grid(path, reader)
     image, properties = _read(path, reader)
     if image.shape[0] != 1:
         raise InputError(f"holds {image.shape[0]} images, expected one file per channel")
-    if grid is None:  # formats without a place in space
+    if grid is None:
         grid = Geometry(tuple(image.shape[1:]), tuple(properties["spacing"]), (), ())
     return Channel(grid, image[0], properties, max(in_file, count_not_finite(image)))
 
 
-def read_grid(path: Path, reader: type[BaseReaderWriter]) -> Geometry | None:
-    """Where an image lies, from its header and as the reader's own library understands it; None: the format is silent.
+def read_grid(path: Path, reader: Reader) -> Geometry | None:
+    """Read the grid of an image from its header, as the reader's own library understands it.
+
+    Returns
+    -------
+    None for a format that says nothing about space, such as PNG.
 
     Raises
     ------
-    ValueError
-        if the header cannot be read or is not that of one scalar image.
+    InputError
+        If the header cannot be read or is not that of one scalar image.
     """
     if issubclass(reader, SimpleITKIO):
         return read_geometry(path)
-    if not issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
-        return None
-    # ITK refuses sheared axes, which are a reason to use this reader
-    image: Any = nibabel.load(path)
-    if len(image.shape) != 3:
-        raise InputError(f"has {len(image.shape)} dimensions, expected one scalar image of 3 dimensions")
-    spacing = voxel_sizes(image.affine)
-    direction = image.affine[:3, :3] / spacing
-    return Geometry(image.shape, tuple(spacing), tuple(image.affine[:3, 3]), tuple(direction.ravel()))
+    if issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
+        return read_affine(path)  # ITK refuses sheared axes, which are a reason to use this reader
+    return None
 
 
-def _read(path: Path, reader: type[BaseReaderWriter]) -> tuple[np.ndarray, dict]:
+def _read(path: Path, reader: Reader) -> tuple[np.ndarray, dict[str, Any]]:
     try:
         return reader().read_images([str(path)])
     except MemoryError:
         raise
     except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
         raise InputError(f"cannot be read or is truncated: {last_line(error)}") from error
+
+
+def as_written(segmentation: np.ndarray, properties: Mapping[str, Any], reader: Reader) -> np.ndarray:
+    """Return a segmentation as an array of the voxels that nnU-Net's reader writes.
+
+    Parameters
+    ----------
+    segmentation
+        Labels in the reader's orientation, shape (z, y, x), as nnU-Net gives them to its method ``write_seg``.
+    properties
+        The reader's properties of the images.
+    reader
+        The reader that the plans name.
+
+    Returns
+    -------
+    Array in the orientation of the images, of two axes for two-dimensional images.
+    """
+    if issubclass(reader, (SimpleITKIOWithReorient, NibabelIOWithReorient)):
+        with tempfile.TemporaryDirectory() as folder:  # they turn it back while they write it
+            path = Path(folder, "segmentation.nii")
+            reader().write_seg(segmentation, str(path), dict(properties))
+            return read_nifti_voxels(path)
+    flat = issubclass(reader, NaturalImage2DIO) or len(properties.get("sitk_stuff", {}).get("spacing", ())) == 2
+    return segmentation[0] if flat else segmentation

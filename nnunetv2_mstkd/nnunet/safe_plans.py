@@ -1,8 +1,8 @@
-"""Plans of others: what they name is looked at before nnU-Net imports and calls it.
+"""Opening plans of others: what they name is checked before nnU-Net imports and calls it.
 
 A plans.json is code. nnU-Net looks up a network, its layers, an image reader, a preprocessor, normalisations and
-resampling functions by the names that stand there, in whatever module has an attribute of that name, and calls what it
-finds with arguments of the file: ``"nonlin": "logging.basicConfig"`` empties a file.
+resampling functions by the names in it, in whatever module has an attribute of that name, and calls what it finds with
+arguments from the file: ``"nonlin": "logging.basicConfig"`` empties a file.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.nnunet.file_names import check_file_name
+from nnunetv2_mstkd.nnunet.folders import check_file_name
 
 NETWORK_PACKAGES = ("dynamic_network_architectures.architectures", "nnunetv2_mstkd.networks")
 LAYER_PACKAGES = ("torch.nn", "dynamic_network_architectures")
@@ -53,32 +53,53 @@ ARCHITECTURE_KEYS = ("network_class_name", "arch_kwargs", "_kw_requires_import")
 def open_plans(
     plans: Mapping[str, Any], name: str, source: str, hint: str = ""
 ) -> tuple[PlansManager, ConfigurationManager]:
-    """Plans and one of their configurations, after a look at everything in them that nnU-Net would import or call.
+    """Open a configuration of plans, after checking everything in it that nnU-Net would import or call.
 
     Parameters
     ----------
-    plans:
-        content of a plans.json.
-    name:
-        of the configuration.
-    source:
-        where the plans are from, for messages.
-    hint:
-        what to do about a name that is refused, for the message.
+    plans
+        Content of a plans.json.
+    name
+        Name of the configuration.
+    source
+        Where the plans were read, for messages.
+    hint
+        What to do about a name that is refused, for the message.
 
     Raises
     ------
-    ValueError
-        naming the entry that is missing, or is not what it should be.
+    InputError
+        If an entry is missing, or is not what it should be.
     """
+    manager, configuration = _complete(plans, name, source)
+    for key, value in (
+        ("dataset_name", manager.dataset_name),
+        ("plans_name", manager.plans_name),
+        ("data_identifier", configuration.data_identifier),
+    ):
+        check_file_name(value, f"{key} in {source}")
+    _check_grid(configuration, source)
+    named = [(key, manager.plans[key]) for key in ("image_reader_writer", "label_manager") if key in manager.plans]
+    named.append(("preprocessor_name", configuration.preprocessor_name))
+    named += [("normalization_schemes", scheme) for scheme in configuration.normalization_schemes]
+    for key, value in named:
+        find_class(key, value, source, hint)
+    for key in RESAMPLING_KEYS:
+        _check_resampling(key, configuration.configuration[key], source, hint)
+    check_architecture(configuration, source, hint)
+    return manager, configuration
+
+
+def _complete(plans: Mapping[str, Any], name: str, source: str) -> tuple[PlansManager, ConfigurationManager]:
+    """nnU-Net's view of plans that have all the keys it needs."""
     try:
         manager = PlansManager(dict(plans))
         configuration = manager.get_configuration(name)
-        architecture = configuration.configuration["architecture"]
+        content = configuration.configuration
         for table, keys in (
             (manager.plans, PLANS_KEYS),
-            (configuration.configuration, CONFIGURATION_KEYS),
-            (architecture, ARCHITECTURE_KEYS),
+            (content, CONFIGURATION_KEYS),
+            (content["architecture"], ARCHITECTURE_KEYS),
         ):
             for key in keys:
                 table[key]
@@ -87,29 +108,16 @@ def open_plans(
     except (TypeError, AttributeError, RuntimeError, RecursionError) as error:
         text = " ".join(str(error).split())
         raise InputError(f"{source} holds no plans of nnU-Net v2 ({type(error).__name__}: {text})") from error
-    check_file_name(manager.dataset_name, f"dataset_name in {source}")
-    check_file_name(manager.plans_name, f"plans_name in {source}")
-    check_file_name(configuration.data_identifier, f"data_identifier in {source}")
-    _check_grid(configuration, source)
-    for key in ("image_reader_writer", "label_manager"):
-        if key in manager.plans:
-            find_class(key, manager.plans[key], source, hint)
-    find_class("preprocessor_name", configuration.preprocessor_name, source, hint)
-    for scheme in configuration.normalization_schemes:
-        find_class("normalization_schemes", scheme, source, hint)
-    for key in RESAMPLING_KEYS:
-        _check_resampling(key, configuration.configuration[key], source, hint)
-    check_architecture(configuration, source, hint)
     return manager, configuration
 
 
 def find_class(key: str, name: Any, source: str, hint: str = "") -> type:
-    """The class that nnU-Net finds for an entry of :data:`CLASSES`.
+    """Return the class that nnU-Net finds for an entry of :data:`CLASSES`.
 
     Raises
     ------
-    ValueError
-        if it finds none, or anything but such a class of its own.
+    InputError
+        If it finds none, or anything but such a class of its own.
     """
     package, base = CLASSES[key]
     return _accept(
@@ -122,13 +130,7 @@ def find_class(key: str, name: Any, source: str, hint: str = "") -> type:
 
 
 def check_architecture(configuration: ConfigurationManager, source: str = "plans.json", hint: str = "") -> None:
-    """Refuse plans whose network is made of anything but network layers: nnU-Net calls whatever they name.
-
-    Raises
-    ------
-    ValueError
-        naming the entry.
-    """
+    """Refuse plans whose network is made of anything but network layers: nnU-Net calls whatever they name."""
     imported, kwargs = configuration.network_arch_init_kwargs_req_import, configuration.network_arch_init_kwargs
     if not isinstance(kwargs, Mapping):
         raise InputError(f"arch_kwargs in {source} is no table")
@@ -180,7 +182,7 @@ def _check_resampling(key: str, name: Any, source: str, hint: str) -> None:
 
 
 def _find(name: Any, package: str) -> Any:
-    """What nnU-Net's search by name gives."""
+    """Search by name, as nnU-Net does."""
     if not isinstance(name, str) or not name.isidentifier():
         return None
     folder = Path(nnunetv2.__path__[0], *package.split(".")[1:])
@@ -188,7 +190,7 @@ def _find(name: Any, package: str) -> Any:
 
 
 def _locate(name: Any, packages: Sequence[str]) -> Any:
-    """What nnU-Net's import by full name gives; only modules of ``packages`` are imported for it."""
+    """Import by full name, as nnU-Net does, but only from modules of ``packages``."""
     if not isinstance(name, str) or not re.fullmatch(rf"({'|'.join(map(re.escape, packages))})(\.[A-Za-z]\w*)+", name):
         return None
     with contextlib.suppress(pydoc.ErrorDuringImport):

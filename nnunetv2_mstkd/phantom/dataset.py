@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.completeness import written_whole
+from nnunetv2_mstkd.images.atomic import complete_image
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 
@@ -264,5 +264,5 @@ def _write_image(array: np.ndarray, case: Case, path: Path) -> None:
     image.SetDirection((-1.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, 0.0, 1.0))
     x, y, z = case.origin
     image.SetOrigin((-x, -y, z))
-    with written_whole(path):
+    with complete_image(path):
         sitk.WriteImage(image, str(path), useCompression=True)

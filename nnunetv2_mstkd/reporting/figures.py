@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.statistics.bootstrap import cube, mean
 from nnunetv2_mstkd.statistics.shapley import MODALITY
@@ -213,7 +213,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150)
     if ending not in formats:
         raise InputError(f"{path} ends in {path.suffix or 'nothing'}; expected .png, .pdf or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with scratch_file(path) as scratch:
+    with atomic_write(path) as scratch:
         figure.savefig(scratch, format=ending, dpi=dpi)
 
 

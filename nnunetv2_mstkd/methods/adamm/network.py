@@ -21,6 +21,7 @@ from nnunetv2_mstkd.methods.adamm.adapters import MIN_HIDDEN, AdapterBank, Subse
 from nnunetv2_mstkd.methods.adamm.graph_refinement import GraphRefinement
 from nnunetv2_mstkd.methods.adamm.presence_gate import PresenceGate
 from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import decode
 from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
 from nnunetv2_mstkd.training.design import NetworkDesign
@@ -103,7 +104,7 @@ class PresenceHead(nn.Module):
         return logits.logsumexp(2) - math.log(logits.shape[2])
 
 
-class AdaptiveUNet(nn.Module):
+class AdaptiveUNet(AvailabilityAware):
     """The plans' network, optionally with adapters, graph refinement and a presence head.
 
     ``encoder`` and ``decoder`` keep their names in the state dict, so that weights of the plain network load and
@@ -116,18 +117,12 @@ class AdaptiveUNet(nn.Module):
     section
         Resolved settings; ``subsets`` as channel numbers, ``"#0+#2"``.
 
-    Attributes
-    ----------
-    availability
-        bool, (1, C) or (B, C): which modalities the case has, set for the time of a prediction; None: seen from each
-        patch. See :func:`nnunetv2_mstkd.modalities.known_availability`.
     """
 
     def __init__(self, plan: UNetPlan, section: AdaMMSettings) -> None:
         super().__init__()
         unet, shape, num_modalities = plan.build(), plan.shape, plan.num_modalities
         self.encoder, self.decoder = unet.encoder, unet.decoder
-        self.availability: torch.Tensor | None = None
         self._gate: PresenceGate | None = None
         self.gate = section.gate
         self.stage = distillation_stage(shape)
@@ -185,7 +180,7 @@ class AdaptiveUNet(nn.Module):
         """
         selection = partial = None
         if self.subsets is not None or self.refinement is not None:
-            availability = modalities.known_availability(x, self.availability)
+            availability = self.available(x)
             partial = (~availability.all(1)).float()
             selection = None if self.subsets is None else self.subsets(availability)
         stem = getattr(self.encoder, "stem", None)
@@ -227,13 +222,13 @@ class AdaptiveUNet(nn.Module):
         A function that deletes from the logits (S, K, *spatial) of a case what the presence head has not seen in any
         of its patches, if ``adamm.gate`` is above 0.
         """
-        self.availability = availability
         if self.gate > 0 and self.presence is not None:
             self._gate = PresenceGate(self.gate, label_manager, availability.device)
         try:
-            yield (lambda logits: logits) if self._gate is None else self._gate.apply
+            with super().conditioned(availability, label_manager) as unchanged:
+                yield unchanged if self._gate is None else self._gate.apply
         finally:
-            self.availability = self._gate = None
+            self._gate = None
 
     def _style(self, shared: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Enter, joined and leave: what AdaMM's style bottleneck is made of, without its learned projection."""

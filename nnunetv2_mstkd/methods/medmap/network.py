@@ -7,11 +7,9 @@ either fits in front of the plain U-Net and of the one with a multi-scale transf
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
@@ -22,6 +20,7 @@ from nnunetv2_mstkd.methods.medmap.losses import gaussian_alignment, mixture_ali
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
 from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet, TransformerDesign
 from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
+from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
@@ -218,28 +217,14 @@ class AlignedEncoders(nn.Module):
         return torch.stack(losses).mean()
 
 
-class _AlignedInput(nn.Module):
+class _AlignedInput(AvailabilityAware):
     """What both networks share: which modalities there are, and the front's answer."""
 
     front: AlignedStem | AlignedEncoders
-    availability: torch.Tensor | None = None
-    """bool, (1, C) or (B, C), on the device, set for the time of a prediction; None: channels that are zero are
-    absent."""
-
-    @contextlib.contextmanager
-    def conditioned(
-        self, availability: torch.Tensor, label_manager: Any, student: int | None = None
-    ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
-        """Tell the network which modalities a case has; see :mod:`nnunetv2_mstkd.inference.conditioning`."""
-        self.availability = availability
-        try:
-            yield lambda logits: logits
-        finally:
-            self.availability = None
 
     def enter(self, x: torch.Tensor, complete: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
         """Input of the encoder, and the alignment loss if the complete batch is given."""
-        available = modalities.known_availability(x, self.availability)
+        available = self.available(x)
         if complete is None:
             return self.front(x, available)[0], None
         y, features = self.front(complete, available)

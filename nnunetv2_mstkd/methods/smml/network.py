@@ -12,6 +12,7 @@ from torch import nn
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
+from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
@@ -62,14 +63,11 @@ class Student(nn.Module):
         return StudentOutput(self.decoder(skips), skips[-1])
 
 
-class MutualNet(nn.Module):
+class MutualNet(AvailabilityAware):
     """Two students, initialised separately, without shared weights.
 
     Attributes
     ----------
-    availability
-        bool, (1, C) or (B, C), on the device, set for the time of a prediction; None: channels that are zero are
-        absent.
     only
         Number of the one student that predicts, 0 or 1; None: the mean of both.
     """
@@ -77,7 +75,6 @@ class MutualNet(nn.Module):
     def __init__(self, students: Sequence[Student]) -> None:
         super().__init__()
         self.students = nn.ModuleList(students)
-        self.availability: torch.Tensor | None = None
         self.only: int | None = None
 
     @contextlib.contextmanager
@@ -88,11 +85,12 @@ class MutualNet(nn.Module):
 
         ``student`` counts from 1; None: the mean of both predicts.
         """
-        self.availability, self.only = availability, None if student is None else student - 1
+        self.only = None if student is None else student - 1
         try:
-            yield lambda logits: logits
+            with super().conditioned(availability, label_manager) as unchanged:
+                yield unchanged
         finally:
-            self.availability = self.only = None
+            self.only = None
 
     def forward(self, x: torch.Tensor, *, other: torch.Tensor | None = None, student: int | None = None):
         """Segment a batch.

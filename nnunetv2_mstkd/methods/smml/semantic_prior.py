@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import scratch_file
+from nnunetv2_mstkd.images.atomic import atomic_write
 
 
 def probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
@@ -250,7 +250,7 @@ def prepare_label_maps(
         properties = load_pickle(os.path.join(cases.source_folder, f"{case}.pkl"))
         shape = tuple(cases.load_case(case)[0].shape[1:])
         maps = [_preprocess(path, reader, properties, shape, allowed, plans, configuration) for path in paths]
-        with scratch_file(maps_file) as scratch, scratch.open("wb") as stream:
+        with atomic_write(maps_file) as scratch, scratch.open("wb") as stream:
             np.save(stream, np.concatenate(maps).astype(np.int8 if max(allowed) < 128 else np.int16))
         stamp_file.write_text(stamp, encoding="utf-8")
 

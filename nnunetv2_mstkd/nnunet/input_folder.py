@@ -1,14 +1,16 @@
-"""Finding the cases in an input folder in which any channel's file may be absent."""
+"""Finding the cases in a folder of nnU-Net inputs, in which any channel's file may be absent."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.errors import MissingFileError
 
@@ -23,19 +25,19 @@ IMAGE_ENDINGS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One case of an input folder.
+    """One case and its images.
 
     Attributes
     ----------
-    name:
-        the case id, CASE of ``CASE_0000.nii.gz``.
-    files:
-        one entry per channel; None where the modality is absent.
-    all_zero:
-        channels that have a file, which is zero everywhere and so counts as absent.
-    stamps:
-        one entry per channel: size and time of the last change of the file that was found, None without one;
-        does not tell cases apart.
+    name
+        The case id: CASE of ``CASE_0000.nii.gz``.
+    files
+        One entry per channel; None where the modality is absent.
+    all_zero
+        Channels whose file is zero everywhere and so counts as absent.
+    stamps
+        One entry per channel: size and time of the last change of its file, None without one. Cases are compared
+        without them.
     """
 
     name: str
@@ -49,7 +51,7 @@ class Case:
         return tuple(path is not None for path in self.files)
 
     def without(self, channels: Sequence[int]) -> Case:
-        """A copy in which these channels are absent."""
+        """Return a copy in which these channels are absent."""
         return replace(self, files=tuple(None if c in channels else path for c, path in enumerate(self.files)))
 
 
@@ -65,12 +67,12 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
 
     Parameters
     ----------
-    folder:
-        with ``CASE_000k`` + ``file_ending``; any of a case's files may be absent.
-    file_ending:
-        of the data set, for example ``.nii.gz``.
-    names:
-        of the C channels.
+    folder
+        Folder of files ``CASE_000k`` + ``file_ending``; any of a case's files may be absent.
+    file_ending
+        File ending of the data set, for example ``.nii.gz``.
+    names
+        Names of the C channels.
 
     Returns
     -------
@@ -78,8 +80,8 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
 
     Raises
     ------
-    FileNotFoundError
-        if there is no such folder or no input in it.
+    MissingFileError
+        If the folder does not exist or holds no input.
     """
     if not folder.is_dir():
         raise MissingFileError(f"no input folder {folder}")
@@ -94,28 +96,56 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
             problems += _stray(path, file_ending)
             continue
         name, channel = match[1], int(match[2])
+        files = found[name]  # also without a valid channel: such a case is reported, too
         if channel < len(names):
-            found[name][channel] = path
+            files[channel] = path
         else:
-            found[name]  # the case is there, with all its files wrong
-            problems.append(
-                Problem(
-                    name,
-                    f"{path.name} has the channel number {channel}; the data set has the {len(names)} channels "
-                    f"{', '.join(f'{c:04d} {text}' for c, text in enumerate(names))}",
-                )
-            )
+            problems.append(_unknown_channel(name, path, channel, names))
     if not found:
-        listed = "".join(f"\n  {problem.text}" for problem in problems)
         raise MissingFileError(
             f"no input in {folder}: expected files such as CASE_0000{file_ending} with one number per channel "
-            f"({', '.join(names)}){listed}"
+            f"({', '.join(names)})" + "".join(f"\n  {problem.text}" for problem in problems)
         )
-    cases = []
-    for name in sorted(found):
-        files = tuple(found[name].get(channel) for channel in range(len(names)))
-        cases.append(Case(name, files, stamps=tuple(None if path is None else _stamp(path) for path in files)))
+    cases = [_case(name, [found[name].get(channel) for channel in range(len(names))]) for name in sorted(found)]
     return cases, problems + _same_names(cases)
+
+
+def training_cases(raw: Path, channels: int) -> dict[str, Case]:
+    """Find the training cases of a data set in nnU-Net's raw format, by name.
+
+    Parameters
+    ----------
+    raw
+        Folder of the data set below nnUNet_raw.
+    channels
+        Number of images that each case must have.
+
+    Raises
+    ------
+    MissingFileError
+        If an image does not exist.
+    """
+    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+
+    from nnunetv2_mstkd.nnunet.description import read_json
+
+    dataset_json: Mapping[str, Any] = read_json(raw / "dataset.json")
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+    cases = {}
+    for name, entry in found.items():
+        images = tuple(Path(path) for path in entry["images"])
+        absent = next((path for path in images if not path.is_file()), None)
+        if absent is not None:
+            raise MissingFileError(f"the image {absent} of case {name} does not exist")
+        if len(images) != channels:
+            raise MissingFileError(f"{raw}: case {name} has {len(images)} images, expected {channels}")
+        cases[name] = Case(str(name), images)
+    return cases
+
+
+def _case(name: str, files: Sequence[Path | None]) -> Case:
+    return Case(name, tuple(files), stamps=tuple(None if path is None else _stamp(path) for path in files))
 
 
 def _stamp(path: Path) -> str:
@@ -127,8 +157,15 @@ def _stamp(path: Path) -> str:
         return ""  # reading it says why, unless only its time is beyond the calendar
 
 
+def _unknown_channel(name: str, path: Path, channel: int, names: Sequence[str]) -> Problem:
+    known = ", ".join(f"{number:04d} {text}" for number, text in enumerate(names))
+    return Problem(
+        name, f"{path.name} has the channel number {channel}; the data set has the {len(names)} channels {known}"
+    )
+
+
 def _stray(path: Path, file_ending: str) -> list[Problem]:
-    """A file that nnU-Net would silently leave out, or cut to a wrong case name."""
+    """Report a file that nnU-Net would silently leave out, or cut to a wrong case name."""
     if path.name.endswith(file_ending):
         expected = f"CASE_0000{file_ending}"
         return [Problem(None, f"{path.name} has no channel number of four digits, expected a name such as {expected}")]
@@ -141,7 +178,7 @@ def _stray(path: Path, file_ending: str) -> list[Problem]:
 
 
 def _same_names(cases: Sequence[Case]) -> list[Problem]:
-    """Case ids whose segmentations would overwrite one another where file names have no upper and lower case."""
+    """Report case ids whose segmentations overwrite one another where file names ignore upper and lower case."""
     by_name: dict[str, list[str]] = defaultdict(list)
     for case in cases:
         by_name[case.name.casefold()].append(case.name)

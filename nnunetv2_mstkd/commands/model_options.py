@@ -1,0 +1,152 @@
+"""Options that `mstkd predict`, `evaluate` and `fill-missing` share, each declared once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.nnunet.folders import FINAL, find_model_folder
+
+if TYPE_CHECKING:
+    import torch
+
+    from nnunetv2_mstkd.nnunet.input_folder import Problem
+
+DEVICES = ("cuda", "cpu", "mps")
+EXIT_LEFT_OUT = 1
+
+
+# ---- declaring -----------------------------------------------------------------------------------------------------
+
+
+def add_input(parser: argparse._ActionsContainer, *, required: bool = True) -> None:
+    """Declare ``-i``, the folder of images of which any may be absent."""
+    parser.add_argument("-i", metavar="IN", type=Path, required=required, help="folder of CASE_000k files; only read")
+
+
+def add_case_selection(parser: argparse._ActionsContainer) -> None:
+    """Declare ``--drop`` and ``--skip-bad``."""
+    parser.add_argument(
+        "--drop", metavar="T1ce,FLAIR", help="act as if these modalities were absent; their files are not read"
+    )
+    parser.add_argument(
+        "--skip-bad", action="store_true", help="go on with the good cases; lists the others and exits with 1"
+    )
+
+
+def add_dataset_or_model(parser: argparse._ActionsContainer) -> None:
+    """Declare ``-d`` and ``-m``, of which one is required."""
+    group = parser.add_mutually_exclusive_group(required=True)
+    group.add_argument("-d", metavar="ID", help="data set, number or name")
+    group.add_argument("-m", metavar="MODEL", type=Path, help="folder of a trained model, with plans.json")
+
+
+def add_model(parser: argparse._ActionsContainer, *, folds: Sequence[int] | None = None) -> None:
+    """Declare which trained model: ``-d -c -tr -p`` or ``-m``, and ``-f``, ``-chk`` and ``--trust``.
+
+    Parameters
+    ----------
+    parser
+        A parser or a group of it.
+    folds
+        Default of ``-f``; None stands for all folds that are trained.
+    """
+    add_dataset_or_model(parser)
+    parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, for example 3d_fullres")
+    default = "all that are trained" if folds is None else " ".join(map(str, folds))
+    parser.add_argument("-f", "--folds", metavar="FOLD", nargs="+", default=folds, help=f"folds (default: {default})")
+    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer (default: %(default)s)")
+    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    parser.add_argument("-chk", metavar="FILE", default=FINAL, help="checkpoint file name (default: %(default)s)")
+    parser.add_argument(
+        "--trust", action="store_true", help="let nnU-Net load the model: this executes whatever its files contain"
+    )
+
+
+def add_run(parser: argparse._ActionsContainer, *, export: str = "export") -> None:
+    """Declare how the network runs: ``-step_size --disable_tta -npp -nps -device --not_on_device``, and the bar.
+
+    Parameters
+    ----------
+    parser
+        A parser or a group of it.
+    export
+        What the processes of ``-nps`` do.
+    """
+    parser.add_argument(
+        "-step_size", metavar="S", type=float, default=0.5, help="step of the sliding window (default: %(default)s)"
+    )
+    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
+    for option, work in (("npp", "preprocessing"), ("nps", export)):
+        parser.add_argument(
+            f"-{option}",
+            metavar="N",
+            type=int,
+            default=whole_number_from_environment(f"nnUNet_{option}", 3),
+            help=f"processes for {work} (default: %(default)s)",
+        )
+    parser.add_argument("-device", choices=DEVICES, default=DEVICES[0], help="default: %(default)s")
+    parser.add_argument("--not_on_device", action="store_true", help="collect results in main memory: for huge images")
+    add_progress(parser)
+
+
+def add_progress(parser: argparse._ActionsContainer) -> None:
+    """Declare ``--disable_progress_bar``."""
+    parser.add_argument("--disable_progress_bar", action="store_true", help="for jobs without a terminal")
+
+
+def whole_number_from_environment(variable: str, default: int) -> int:
+    """Return the value of an environment variable, or the default where it holds no whole number."""
+    value = os.environ.get(variable, "")
+    return int(value) if value.isdigit() else default
+
+
+# ---- using ---------------------------------------------------------------------------------------------------------
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse impossible values of the options of :func:`add_model` and :func:`add_run`, and warn of ``--trust``."""
+    if args.d is not None and args.c is None:
+        raise InputError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
+    if args.m is not None and not args.m.is_dir():
+        raise MissingFileError(f"no model folder {args.m}")
+    if not 0 < args.step_size <= 1:
+        raise InputError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
+    if min(args.npp, args.nps) < 0:
+        raise InputError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")
+    if args.trust:
+        print("warning: --trust unpickles the checkpoint, which executes whatever it contains", file=sys.stderr)
+
+
+def model_folder(args: argparse.Namespace) -> Path:
+    """Return the folder of the model that the options of :func:`add_model` name."""
+    return args.m or find_model_folder(args.d, args.tr, args.p, args.c)
+
+
+def torch_device(name: str) -> torch.device:
+    """Return the torch device; as in nnUNetv2_predict, with one thread beside a GPU and all cores without."""
+    import torch
+
+    from nnunetv2_mstkd.nnunet.model import find_device
+
+    device = find_device(name)
+    if device.type != "cpu":
+        torch.set_num_threads(1)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
+    return device
+
+
+def report_left_out(problems: Sequence[Problem]) -> int:
+    """Print the problems of the cases that were left out on stderr; exit code 1 if there are any, else 0."""
+    from nnunetv2_mstkd.inference.checks import count_problems, format_problems
+
+    if not problems:
+        return 0
+    print(f"{count_problems(problems)}, left out:{format_problems(problems)}", file=sys.stderr)
+    return EXIT_LEFT_OUT

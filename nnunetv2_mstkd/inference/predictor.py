@@ -1,0 +1,421 @@
+"""The Python API of prediction: a trained model that segments cases whose modalities are partly absent."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.images.writing import ImageInMemory, write_given
+from nnunetv2_mstkd.inference.checks import Checker
+from nnunetv2_mstkd.inference.conditioning import check_student
+from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
+from nnunetv2_mstkd.inference.prediction import is_written, predict_cases, predict_logits
+from nnunetv2_mstkd.inference.record import Record, record_name
+from nnunetv2_mstkd.inference.selection import dropped_channels, select
+from nnunetv2_mstkd.nnunet import preprocessing
+from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder, trained_folds
+from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
+from nnunetv2_mstkd.nnunet.model import find_device, free_memory, load_predictor
+from nnunetv2_mstkd.nnunet.reading import as_written
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """The segmentation of one case.
+
+    Attributes
+    ----------
+    segmentation
+        Labels, as an array of the voxels that nnU-Net writes: shape (z, y, x), or (y, x) for two-dimensional images.
+    available
+        Names of the modalities that the case has, in channel order.
+    expected_dice
+        Mean Dice per region that an evaluation of the model found for these modalities; None without one. It describes
+        the cases of that evaluation and is no confidence for this one.
+    """
+
+    segmentation: np.ndarray = field(repr=False)
+    available: tuple[str, ...]
+    expected_dice: Mapping[str, float] | None
+    _probabilities: Callable[[], np.ndarray] = field(repr=False)
+    _save: Callable[[Path], None] = field(repr=False)
+
+    @property
+    def subset(self) -> str:
+        """The available modalities as one name: ``"T1+FLAIR"``."""
+        return modalities.SEPARATOR.join(self.available)
+
+    @cached_property
+    def probabilities(self) -> np.ndarray:
+        """Probability of each label or region, shape (K, z, y, x), as in nnU-Net's ``.npz`` files.
+
+        Computed when it is first asked for. If the model's image reader reorients images, so are these.
+        """
+        return self._probabilities()
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the segmentation with the geometry of the images, in any format of the model's image reader.
+
+        Raises
+        ------
+        InputError
+            If the reader does not know the format.
+        """
+        self._save(Path(path))
+
+
+@dataclass(frozen=True)
+class FolderResult:
+    """What became of the cases of a folder.
+
+    Attributes
+    ----------
+    predicted
+        Names of the cases that were predicted.
+    kept
+        Number of cases that were predicted before.
+    problems
+        Problems of the cases that were left out, and of files that belong to none.
+    record
+        The file that says what each case was predicted from.
+    subsets
+        One line per subset: how many cases have it, and the Dice to expect.
+    """
+
+    predicted: list[str]
+    kept: int
+    problems: list[Problem]
+    record: Path
+    subsets: list[str]
+
+
+class Predictor:
+    """A trained model that segments cases of which any modalities may be absent.
+
+    The trainer need not be one of this package. Needs none of nnU-Net's environment variables.
+
+    Parameters
+    ----------
+    model_folder
+        nnU-Net's folder of a trained model: ``.../TRAINER__PLANS__CONFIGURATION``.
+    folds
+        Folds whose weights are used, numbers or ``"all"``; the logits of several are averaged. None: all numbered folds
+        that have the checkpoint.
+    checkpoint
+        File name of the checkpoint in each fold.
+    device
+        Where the network runs: ``"cuda"``, ``"cpu"``, ``"mps"`` or a torch device.
+    mirroring
+        Average over mirrored images, as nnU-Net does. Without it prediction is faster and a little less accurate.
+    step_size
+        Step of the sliding window as a fraction of the patch, above 0 and at most 1.
+    student
+        Of a model with several students (SMML): predict with this one, counted from 1. None: the mean of all.
+    trust
+        Let nnU-Net load the files, which executes whatever they contain.
+    on_device
+        Collect results on the device; False is for images too large for it.
+    verbose
+        Print nnU-Net's own messages.
+
+    Attributes
+    ----------
+    modalities
+        Names of the C modalities, in channel order.
+    expected_dice
+        Expected Dice by :func:`~nnunetv2_mstkd.modalities.subset_code` and region, from an evaluation of the model;
+        empty without one.
+
+    Raises
+    ------
+    MissingFileError, InputError
+        If something is missing, damaged or does not fit together.
+    UnsupportedError
+        For the second stage of a cascade.
+
+    Examples
+    --------
+    >>> from nnunetv2_mstkd import Predictor
+    >>> predictor = Predictor(model_folder, folds=[0], device="cpu")
+    >>> predictor.modalities
+    ('T1', 'T1ce', 'T2', 'FLAIR')
+    >>> result = predictor.predict({"T1": t1_file, "flair": flair_file})
+    >>> result.available
+    ('T1', 'FLAIR')
+    >>> result.segmentation.shape == result.probabilities.shape[1:]
+    True
+    >>> result.save(output / "segmentation.nii.gz")
+    """
+
+    def __init__(
+        self,
+        model_folder: str | os.PathLike,
+        folds: Sequence[int | str] | int | str | None = None,
+        *,
+        checkpoint: str = FINAL,
+        device: str | torch.device = "cuda",
+        mirroring: bool = True,
+        step_size: float = 0.5,
+        student: int | None = None,
+        trust: bool = False,
+        on_device: bool = True,
+        verbose: bool = False,
+    ) -> None:
+        self.folder, self.checkpoint, self.student = Path(model_folder), checkpoint, student
+        if not self.folder.is_dir():
+            raise MissingFileError(f"no model folder {self.folder}")
+        if folds is None:
+            self.folds = trained_folds(self.folder, checkpoint)
+        else:
+            self.folds = parse_folds([folds] if isinstance(folds, (int, str)) else folds)
+        self._predictor = load_predictor(
+            self.folder,
+            self.folds,
+            checkpoint,
+            device=find_device(device),
+            trust=trust,
+            tile_step_size=step_size,
+            use_mirroring=mirroring,
+            perform_everything_on_device=on_device,
+            verbose=verbose,
+            verbose_preprocessing=verbose,
+            allow_tqdm=False,  # one bar, over the cases
+        )
+        check_student(self._predictor.network, student)
+        self.modalities = modalities.modality_names(self._predictor.dataset_json)
+        self.expected_dice = self._read_expected_dice()
+        self._checker = Checker(
+            self.modalities,
+            self._predictor.plans_manager.image_reader_writer_class,
+            self._predictor.configuration_manager.normalization_schemes,
+        )
+
+    def _read_expected_dice(self) -> dict[int, dict[str, float]]:
+        try:
+            return read_expected_dice(self.folder, self.modalities)
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
+            return {}
+
+    # ---- one case ------------------------------------------------------------------------------------------------
+
+    def predict(self, images: Mapping[str, str | os.PathLike | ImageInMemory]) -> Prediction:
+        """Segment one case.
+
+        Parameters
+        ----------
+        images
+            Modality -> its image. Modalities are named as in dataset.json, in upper or lower case; those that are not
+            named are absent, and so are images that are zero everywhere. An image is a file that the model's image
+            reader can read, a ``SimpleITK.Image``, or an array of shape (z, y, x) with the spacing of its axes in mm.
+            All must have the same grid.
+
+        Returns
+        -------
+        The same labels as ``mstkd predict`` gives for these images.
+
+        Raises
+        ------
+        InputError
+            For an unknown modality, an unreadable image, voxels that are NaN or infinite, a constant image, different
+            grids, and where no modality is left.
+
+        Examples
+        --------
+        >>> import SimpleITK
+        >>> image = SimpleITK.ReadImage(str(t1_file))
+        >>> array, spacing = SimpleITK.GetArrayFromImage(image), image.GetSpacing()[::-1]
+        >>> predictor.predict({"T1": image}).available
+        ('T1',)
+        >>> predictor.predict({"T1": (array, spacing)}).subset
+        'T1'
+        """
+        model = self._predictor
+        plans, configuration, reader = model.plans_manager, model.configuration_manager, self._checker.reader
+        with tempfile.TemporaryDirectory() as scratch:
+            case = self._checked_case(images, Path(scratch))
+            data, properties = preprocessing.preprocess_case(case, plans, configuration, model.dataset_json)
+        try:
+            logits = predict_logits(model, data, case.availability, student=self.student)
+        finally:
+            free_memory(model.device)
+        what = logits, properties, plans, configuration, model.label_manager
+        segmentation = preprocessing.segment(*what)
+        return Prediction(
+            segmentation=as_written(segmentation, properties, reader),
+            available=tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there),
+            expected_dice=self.expected_dice.get(modalities.subset_code(case.availability)),
+            _probabilities=partial(preprocessing.probabilities, *what),
+            _save=partial(preprocessing.write_segmentation, segmentation, properties, reader),
+        )
+
+    def _checked_case(self, images: Mapping[str, Any], scratch: Path) -> Case:
+        """Make a case of the images, those in memory as files in a scratch folder, and check it."""
+        files: list[Path | None] = [None] * len(self.modalities)
+        for name, image in images.items():
+            channel = self._channel(name)
+            if files[channel] is not None:
+                raise InputError(f"modality {self.modalities[channel]} is given twice")
+            files[channel] = self._as_file(image, channel, scratch)
+        if not images:
+            raise InputError(f"no image is given; name at least one of {', '.join(self.modalities)}")
+        case, problems = self._checker.check(Case("case", tuple(files)))
+        if problems:
+            raise InputError(f"the case cannot be predicted: {'; '.join(problem.text for problem in problems)}")
+        return case
+
+    def _channel(self, name: str) -> int:
+        known = [known.casefold() for known in self.modalities]
+        if name.strip().casefold() not in known:
+            raise InputError(f"unknown modality {name!r}; known are {', '.join(self.modalities)}")
+        return known.index(name.strip().casefold())
+
+    def _as_file(self, image: Any, channel: int, scratch: Path) -> Path:
+        if isinstance(image, (str, os.PathLike)):
+            if not Path(image).is_file():
+                raise MissingFileError(f"no file {image} (modality {self.modalities[channel]})")
+            return Path(image)
+        ending = self._predictor.dataset_json["file_ending"].removesuffix(".gz")  # nobody else reads the file
+        path = scratch / f"in_memory_{channel:04d}{ending}"
+        try:
+            write_given(image, path)
+        except InputError as error:
+            raise InputError(f"the image of {self.modalities[channel]} {error}") from error
+        return path
+
+    # ---- a folder ------------------------------------------------------------------------------------------------
+
+    def predict_folder(
+        self,
+        images: str | os.PathLike,
+        output: str | os.PathLike,
+        *,
+        drop: str | None = None,
+        skip_bad: bool = False,
+        continue_prediction: bool = False,
+        save_probabilities: bool = False,
+        part_id: int = 0,
+        num_parts: int = 1,
+        preprocessing_processes: int = 3,
+        export_processes: int = 3,
+        progress: bool = True,
+    ) -> FolderResult:
+        """Segment all cases of a folder, as ``mstkd predict`` does.
+
+        All cases are checked before the first one is predicted. A file ``predictions.json`` beside the segmentations
+        says what each one was predicted from.
+
+        Parameters
+        ----------
+        images
+            Folder of ``CASE_000k`` files, any of which may be absent; only read.
+        output
+            Folder for the segmentations, made if absent.
+        drop
+            Modalities to treat as absent, for example ``"T1ce,FLAIR"``.
+        skip_bad
+            Leave bad cases out instead of refusing all.
+        continue_prediction
+            Keep the cases of an earlier run whose images have not changed.
+        save_probabilities
+            Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
+        part_id, num_parts
+            Predict every ``num_parts``-th case, starting with number ``part_id``: several processes can share a folder.
+        preprocessing_processes, export_processes
+            Number of background processes; 0 runs everything in this process.
+        progress
+            Show a bar with case and subset.
+
+        Raises
+        ------
+        MissingFileError, InputError
+            If there is no input, with all problems of all cases, or if an earlier run had other options.
+
+        Examples
+        --------
+        >>> result = predictor.predict_folder(
+        ...     images, output / "segmentations", preprocessing_processes=0, export_processes=0, progress=False
+        ... )
+        >>> result.predicted, result.kept, result.problems
+        (['a', 'b'], 0, [])
+        >>> result.subsets
+        ['T1: 1', 'T1+FLAIR: 1']
+        """
+        images, output = Path(images), Path(output)
+        refuse_same_folder(output, images, "input folder")
+        refuse_same_folder(output, self.folder, "model folder")
+        if not 0 <= part_id < num_parts:
+            raise InputError(f"-part_id is {part_id}, expected 0 to {num_parts - 1} with -num_parts {num_parts}")
+        model, ending = self._predictor, self._predictor.dataset_json["file_ending"]
+        record = Record(
+            output / record_name(part_id, num_parts),
+            self._describe(drop),
+            self.modalities,
+            self.expected_dice,
+            resume=continue_prediction,
+        )
+
+        def is_done(case: Case) -> bool:
+            known = record.has(case) or not record.resumed
+            return continue_prediction and known and is_written(case.name, output, ending, save_probabilities)
+
+        selection = select(
+            images,
+            ending,
+            self._checker,
+            drop=drop,
+            part=slice(part_id, None, num_parts),
+            is_done=is_done,
+            skip_bad=skip_bad,
+            threads=preprocessing_processes,
+            progress=progress,
+            verb="predicted",
+        )
+        output.mkdir(parents=True, exist_ok=True)
+        # nnU-Net's postprocessing and evaluation look for these two
+        write_json(output / "dataset.json", model.dataset_json)
+        write_json(output / "plans.json", model.plans_manager.plans)
+        record.save()
+        try:
+            predict_cases(
+                model,
+                selection.cases,
+                output,
+                student=self.student,
+                save_probabilities=save_probabilities,
+                preprocessing_processes=preprocessing_processes,
+                export_processes=export_processes,
+                progress=progress,
+                on_written=record.add,
+            )
+        finally:
+            record.save()
+        names = [case.name for case in selection.cases]
+        return FolderResult(names, selection.done, selection.problems, record.file, record.by_subset())
+
+    def _describe(self, drop: str | None) -> dict[str, Any]:
+        """What the predictions of one output folder have in common, and what a continued run must repeat."""
+        return {
+            "model": self.folder.resolve().name,
+            "dataset": self._predictor.plans_manager.dataset_name,
+            "trainer": self._predictor.trainer_name,
+            "checkpoint": self.checkpoint,
+            "folds": list(self.folds),
+            "student": self.student,
+            "mirroring": self._predictor.use_mirroring,
+            "step_size": self._predictor.tile_step_size,
+            "channels": list(self.modalities),
+            "dropped": [self.modalities[channel] for channel in dropped_channels(drop, self.modalities)],
+        }

@@ -1,0 +1,235 @@
+"""What nnU-Net does with one case before and after the network.
+
+Background processes import this module, so it imports no more than they need.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from nnunetv2.configuration import default_num_processes
+from nnunetv2.inference.export_prediction import (
+    convert_predicted_logits_to_segmentation_with_correct_shape,
+    export_prediction_from_logits,
+)
+from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+
+from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.images.atomic import complete_image, scratch_folder
+from nnunetv2_mstkd.nnunet.description import read_json
+from nnunetv2_mstkd.nnunet.folders import dataset_number
+from nnunetv2_mstkd.nnunet.input_folder import Case
+from nnunetv2_mstkd.nnunet.reading import Reader
+
+DATA_KEYS = (
+    "spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "resampling_fn_data",
+    "resampling_fn_data_kwargs",
+)  # fmt: skip
+"""Entries of a configuration that preprocessed data depend on."""
+
+# ---- before the network --------------------------------------------------------------------------------------------
+
+
+def read_case(case: Case, reader: Reader) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read the images of a case as nnU-Net does, with zeros for its absent channels.
+
+    Parameters
+    ----------
+    case
+        A checked case with at least one image.
+    reader
+        The reader that the plans name.
+
+    Returns
+    -------
+    Array of float32, shape (C, x, y, z), and the reader's properties of the first image, whose geometry the
+    segmentation gets.
+    """
+    data, first = None, {}
+    for channel, path in enumerate(case.files):
+        if path is None:
+            continue
+        # one by one: nnU-Net's readers demand that the spacings of several files are equal to the last bit
+        image, properties = reader().read_images([str(path)])
+        if data is None:
+            data, first = np.zeros((len(case.files), *image.shape[1:]), np.float32), properties
+        data[channel] = image[0]
+    if data is None:
+        raise InputError(f"{case.name} has no modality")
+    return data, first
+
+
+def preprocess_case(
+    case: Case,
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    dataset_json: Mapping[str, Any],
+    verbose: bool = False,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read and preprocess a case as nnU-Net does: float32 of shape (C, *spatial), and what its exporter needs."""
+    data, properties = read_case(case, plans.image_reader_writer_class)
+    preprocessor = configuration.preprocessor_class(verbose=verbose)
+    data, _, properties = preprocessor.run_case_npy(data, None, properties, plans, configuration, dataset_json)
+    return data.astype(np.float32, copy=False), properties
+
+
+def identifiers(folder: Path) -> list[str]:
+    """Return the names of the cases in a folder of preprocessed data."""
+    try:
+        return list(infer_dataset_class(str(folder)).get_identifiers(str(folder)))
+    except (AssertionError, OSError, KeyError) as error:
+        raise MissingFileError(f"{folder} holds no preprocessed data of nnU-Net") from error
+
+
+def read_preprocessed(folder: Path, name: str) -> tuple[np.ndarray, dict[str, Any]]:
+    """Read a preprocessed case: float32 of shape (C, *spatial), and what nnU-Net's exporter needs."""
+    data, _, _, properties = infer_dataset_class(str(folder))(str(folder), [name]).load_case(name)
+    properties.pop("class_locations", None)  # a large list of foreground voxels, for training only
+    return np.asarray(data[:], dtype=np.float32), properties
+
+
+def read_properties(folder: Path, name: str) -> dict[str, Any]:
+    """Read the properties of a preprocessed case, without its voxels."""
+    return infer_dataset_class(str(folder))(str(folder), [name]).load_case(name)[-1]
+
+
+def check_preprocessed_with(file: Path, plans: PlansManager, configuration: ConfigurationManager) -> None:
+    """Refuse preprocessed data if the plans file beside them differs from the model's in what the data depend on.
+
+    Parameters
+    ----------
+    file
+        Plans file in the data set's folder; if it does not exist, nothing is known.
+    plans, configuration
+        Those of the model.
+    """
+    if not file.is_file():
+        return
+    found = PlansManager(read_json(file))
+    changed: list[str] = []
+    for name in found.plans.get("configurations", {}):
+        other = found.get_configuration(name).configuration
+        if other.get("data_identifier") != configuration.data_identifier:
+            continue
+        keys = [key for key in DATA_KEYS if other.get(key) != configuration.configuration.get(key)]
+        if found.transpose_forward != plans.transpose_forward:
+            keys.append("transpose_forward")
+        if not keys:
+            return
+        changed += keys
+    if changed:
+        raise InputError(
+            f"{file} has another {changed[0]} than the plans that the model was trained with, so the preprocessed data "
+            f"may not be the model's. Evaluate from the images: --mask-first, or -i IMAGES -l LABELS -o OUT"
+        )
+
+
+def preprocess_command(plans: PlansManager, configuration: ConfigurationManager) -> str:
+    """Return the command that makes the preprocessed data of a configuration."""
+    name = configuration.data_identifier.removeprefix(f"{plans.plans_name}_")
+    number = dataset_number(plans.dataset_name)
+    return f"nnUNetv2_preprocess -d {number} -plans_name {plans.plans_name} -c {name}"
+
+
+# ---- after the network ---------------------------------------------------------------------------------------------
+
+
+def segment(
+    logits: np.ndarray,
+    properties: Mapping[str, Any],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    labels: Any,
+    *,
+    threads: int = default_num_processes,
+) -> np.ndarray:
+    """Turn logits of the preprocessed image into labels of the original one, as nnU-Net's exporter does.
+
+    Parameters
+    ----------
+    logits
+        Array of shape (K, *spatial).
+    properties
+        From :func:`preprocess_case` or :func:`read_preprocessed`.
+    plans, configuration
+        Those of the model.
+    labels
+        nnU-Net's label manager of the model.
+    threads
+        How many torch uses for it.
+
+    Returns
+    -------
+    Array of integers, shape (x, y, z) in the reader's axis order.
+    """
+    return convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, plans, configuration, labels, properties, num_threads_torch=threads
+    )
+
+
+def probabilities(
+    logits: np.ndarray,
+    properties: Mapping[str, Any],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    labels: Any,
+) -> np.ndarray:
+    """Turn logits of the preprocessed image into the probabilities of nnU-Net's ``.npz`` files: (K, x, y, z)."""
+    return convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, plans, configuration, labels, properties, return_probabilities=True
+    )[1]
+
+
+def export_case(
+    name: str,
+    output: Path,
+    logits: np.ndarray,
+    properties: dict[str, Any],
+    configuration: ConfigurationManager,
+    plans: PlansManager,
+    dataset_json: dict[str, Any],
+    save_probabilities: bool,
+) -> None:
+    """Write a segmentation with nnU-Net's exporter; it appears complete or not at all.
+
+    Raises
+    ------
+    OSError
+        If the disk is full.
+    """
+    segmentation = name + dataset_json["file_ending"]
+    with scratch_folder(output / name) as scratch:
+        with complete_image(scratch / segmentation):
+            export_prediction_from_logits(
+                logits, properties, configuration, plans, dataset_json, str(scratch / name), save_probabilities
+            )
+        # the segmentation last: it says that the case is done
+        for file in sorted(scratch.iterdir(), key=lambda file: file.name == segmentation):
+            os.replace(file, output / file.name)
+
+
+def write_segmentation(segmentation: np.ndarray, properties: Mapping[str, Any], reader: Reader, path: Path) -> None:
+    """Write a segmentation with the geometry of its case, in any format that nnU-Net's reader knows.
+
+    Raises
+    ------
+    InputError
+        If it does not know the format.
+    OSError
+        If the disk is full.
+    """
+    known = list(reader.supported_file_endings)  # type: ignore[attr-defined]
+    if ".nii.gz" in known and ".nii" not in known:
+        known.append(".nii")
+    if not path.name.lower().endswith(tuple(known)):
+        raise InputError(f"{path} has no ending that {reader.__name__} can write, which are {', '.join(known)}")
+    with scratch_folder(path) as scratch:
+        with complete_image(scratch / path.name):
+            reader().write_seg(segmentation, str(scratch / path.name), dict(properties))
+        for file in scratch.iterdir():  # the TIFF writer also writes a sidecar
+            os.replace(file, path.with_name(file.name))

@@ -1,0 +1,47 @@
+"""Finding the class that ``-tr NAME`` means to nnU-Net."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+from collections.abc import Iterator
+
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.nnunet import registration
+
+
+def find_trainer(name: str) -> type[nnUNetTrainer]:
+    """Find a trainer among nnU-Net's own, those of this package and those of ``nnUNet_extTrainer``.
+
+    Raises
+    ------
+    InputError
+        If there is none of this name.
+    """
+    registration.register()
+    try:
+        if not name.isidentifier():
+            raise RuntimeError("no name of a class")
+        with contextlib.redirect_stdout(io.StringIO()):
+            return recursive_find_trainer_class_by_name(name)
+    except (ImportError, RuntimeError, AssertionError, TypeError) as error:
+        # the search has imported every trainer that it can find
+        close = difflib.get_close_matches(name, sorted(_names(nnUNetTrainer)), n=1, cutoff=0.8)
+        hint = f" (did you mean {close[0]}?)" if close else ""
+        reason = f": {error}" if isinstance(error, ImportError) else ""
+        raise InputError(
+            f"the trainer {name!r} was not found{hint}{reason}; install the package that has it, or set "
+            f"{registration.EXTERNAL_TRAINERS} to its folder"
+        ) from error
+
+
+def _names(trainer: type) -> Iterator[str]:
+    """The name of a class and those of all its subclasses."""
+    yield trainer.__name__
+    subclasses: list[type] = trainer.__subclasses__()
+    for subclass in subclasses:
+        yield from _names(subclass)

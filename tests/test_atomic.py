@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from nnunetv2_mstkd.images.atomic import atomic_folder, atomic_write, scratch_folder, write_json
+
+
+def test_file_appears_when_the_block_ends(tmp_path: Path):
+    target = tmp_path / "file.json"
+    target.write_text("old")
+    with atomic_write(target) as scratch:
+        scratch.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_old_file_survives_an_error(tmp_path: Path):
+    target = tmp_path / "file.json"
+    target.write_text("old")
+    with pytest.raises(KeyboardInterrupt), atomic_write(target) as scratch:
+        scratch.write_text("half")
+        raise KeyboardInterrupt
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_json_that_cannot_be_written_keeps_the_old_file(tmp_path: Path):
+    write_json(tmp_path / "a.json", {"ä": 1})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": object()})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ä": 1}
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path, exists):
+    target = tmp_path / "new" / "folder"
+    if exists:
+        target.mkdir(parents=True)
+    with atomic_folder(target) as scratch:
+        (scratch / "a").touch()
+        assert not (target / "a").exists()
+    assert os.listdir(target) == ["a"] and os.listdir(target.parent) == ["folder"]
+    with pytest.raises(FileExistsError, match="is not empty"), atomic_folder(target):
+        pass
+
+
+def test_after_an_error_there_is_no_folder(tmp_path: Path):
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "folder") as scratch:
+        (scratch / "a").touch()
+        raise KeyboardInterrupt
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_scratch_folder_begins_empty_and_is_removed(tmp_path: Path):
+    leftover = tmp_path / ".case.part"
+    leftover.mkdir()
+    (leftover / "half").touch()
+    with scratch_folder(tmp_path / "case") as scratch:
+        assert scratch == leftover and os.listdir(scratch) == []
+    assert os.listdir(tmp_path) == []
