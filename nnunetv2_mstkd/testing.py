@@ -236,8 +236,10 @@ def batch(trainer: Any, *, batch_size: int | None = None, seed: int = 0) -> dict
         members = [torch.as_tensor(np.atleast_1d(region)) for region in regions]
         target = torch.cat([torch.isin(values, member) for member in members], 1)
     if trainer.enable_deep_supervision:
-        scales = trainer._get_deep_supervision_scales()
-        target = [target[(..., *(slice(None, None, round(1 / step)) for step in scale))] for scale in scales]
+        everywhere, target = target, []
+        for scale in trainer._get_deep_supervision_scales():
+            grid = (..., *(slice(None, None, round(1 / step)) for step in scale))
+            target.append(everywhere[grid])
     return {"data": data, "target": target, "keys": [f"case_{number}" for number in range(size)]}
 
 

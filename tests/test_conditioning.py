@@ -57,12 +57,3 @@ def test_a_network_that_does_not_ask():
 def test_a_student_that_does_not_exist(network, student, message):
     with pytest.raises(ValueError, match=message), conditioned(network, ROWS, LABELS, student=student):
         pass
-
-
-def test_networks_forget_after_an_error():
-    network = torch.nn.Identity()
-    network.availability, network.only, network.students = None, None, (None, None)
-    with pytest.raises(KeyboardInterrupt), conditioned(network, ROWS, LABELS, student=1):
-        assert network.availability is ROWS and network.only == 0
-        raise KeyboardInterrupt
-    assert network.availability is None and network.only is None

@@ -73,7 +73,7 @@ def test_itk_says_nothing_of_a_full_disk_and_we_do(tmp_path):
     with full_disk(5000):
         write(tmp_path / "a.nii.gz", noise)  # no exception
     assert (tmp_path / "a.nii.gz").stat().st_size == 5000
-    with pytest.raises(OSError, match=r"a\.nii\.gz could not be written whole .*; is the disk full"):  # noqa: SIM117
+    with pytest.raises(OSError, match=r"a\.nii\.gz could not be written completely .*; is the disk full"):  # noqa: SIM117
         with complete_image(tmp_path / "a.nii.gz"):
             pass
 
@@ -85,7 +85,7 @@ def test_a_full_disk_is_one_line_in_every_format(tmp_path, ending):
     with pytest.raises(OSError) as stop, full_disk(5000), complete_image(file):
         write(file, noise)
     assert re.fullmatch(
-        rf"{re.escape(str(file))} could not be written whole \(.+\); is the disk full\?", str(stop.value)
+        rf"{re.escape(str(file))} could not be written completely \(.+\); is the disk full\?", str(stop.value)
     )
 
 
@@ -111,7 +111,7 @@ def test_a_prediction_that_has_no_room_is_not_a_finished_case(folders, capsys, m
     with monkeypatch.context() as patch:
         patch.setattr(preprocessing, "export_prediction_from_logits", export)
         assert predict(folders, model, "--disable_progress_bar") == 2
-    assert "could not be written whole" in error_of(capsys)
+    assert "could not be written completely" in error_of(capsys)
     assert record(folders / "out")["cases"] == {}
     assert not [name for name in files(folders / "out") if name.endswith(ending)]
     assert predict(folders, model, "--continue_prediction") == 0
@@ -171,7 +171,7 @@ def test_a_conversion_without_room_is_no_data_set(folders, capsys):
     with full_disk(250):
         assert cli.main(command) == 2
     error = error_of(capsys)
-    assert "could not be written whole" in error or "File too large" in error
+    assert "could not be written completely" in error or "File too large" in error
     assert not list((folders / "raw").glob("Dataset*"))
     assert cli.main(command) == 0
     assert len(list((folders / "raw" / "Dataset007_Toy" / "imagesTr").iterdir())) == 3

@@ -16,8 +16,9 @@ import pytest
 import torch
 from conftest import PHANTOM, read_plans, train
 
+from nnunetv2_mstkd.inference.conditioning import conditioned
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.nnunet.model import load_predictor, set_availability
+from nnunetv2_mstkd.nnunet.model import load_predictor
 
 ARCHIVE = Path(__file__).with_name("fixtures") / "models_0_1.tar.xz"
 CONFIGURATION = "old"
@@ -62,8 +63,8 @@ def test_predicts_as_before(phantom, old, trainer):
     expected = np.load(old / "logits.npz")
     for name, subset in SUBSETS.items():
         image = torch.from_numpy(expected["image"]) * torch.tensor(subset)[:, None, None, None]
-        set_availability(predictor, subset)
-        found = predictor.predict_logits_from_preprocessed_data(image).float().numpy()
+        with conditioned(predictor.network, torch.tensor([subset]), predictor.label_manager):
+            found = predictor.predict_logits_from_preprocessed_data(image).float().numpy()
         np.testing.assert_allclose(found, expected[f"{trainer}_{name}"], atol=1e-5)
         assert np.array_equal(found > 0, expected[f"{trainer}_{name}"] > 0)
 

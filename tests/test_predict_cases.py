@@ -23,6 +23,7 @@ from predict_inputs import (
 )
 
 from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.networks.availability import AvailabilityAware
 
 
 @pytest.fixture
@@ -133,7 +134,7 @@ def test_networks_are_told_the_availability(folders, model, monkeypatch):
     told, predictors = [], []
 
     def manual(self, network, *arguments):
-        network.availability = None
+        network.conditioned = AvailabilityAware.conditioned.__get__(network)
         network.register_forward_pre_hook(lambda module, inputs: told.append(module.availability))
         predictors.append(self)
         real(self, network, *arguments)

@@ -84,16 +84,18 @@ def validation_cases(
 
         names = identifiers(data)
     else:
-        names = _of_fold(preprocessed / SPLITS, int(fold)).get("val", [])
+        names = _of_fold(preprocessed / SPLITS, int(fold))
     if not names:
         raise InputError(f"fold {fold} of {preprocessed.name} has no validation cases")
     return sorted(names)
 
 
-def _of_fold(file: Path, fold: int) -> dict[str, list[str]]:
+def _of_fold(file: Path, fold: int) -> list[str]:
     if not file.is_file():
         raise MissingFileError(f"no validation cases of fold {fold}: {file} does not exist")
     splits = read_splits(file)
     if fold >= len(splits):
         raise InputError(f"no validation cases of fold {fold}: {file} has the folds 0 to {len(splits) - 1}")
-    return splits[fold]
+    if "val" not in splits[fold]:
+        raise InputError(f"{file} is no list of splits such as nnU-Net's: fold {fold} has no entry val")
+    return splits[fold]["val"]
