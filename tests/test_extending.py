@@ -68,7 +68,7 @@ def test_every_command_knows_it(call, phantom, tmp_path):
     folders = [fold.parent, phantom.fold("FullModalityTrainer", configuration="strong").parent]
     assert "MatchingTrainer" in call("mstkd", "compare", *folders, "-o", tmp_path / "comparison")
     steps = call("mstkd", "crossval", PHANTOM, "strong", "--trainer", "MatchingTrainer", "--folds", 1, "--dry-run")
-    assert "train FullModalityTrainer (strong), fold 1" in steps and "train MatchingTrainer (strong), fold 1" in steps
+    assert "train FullModalityTrainer (tiny), fold 1" in steps and "train MatchingTrainer (strong), fold 1" in steps
 
 
 def test_unknown_section_without_the_package(phantom, capsys):

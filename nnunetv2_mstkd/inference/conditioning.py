@@ -1,7 +1,8 @@
 """Telling a network what it must know about a case for the time of its prediction.
 
-Nothing else in prediction and evaluation knows what a network asks for. A network offers it by a context manager
-``conditioned(availability, label_manager, student)`` of the same meaning as :func:`conditioned` here.
+nnU-Net gives a network patches and nothing else. A network that must know more offers a context manager
+``conditioned(availability, label_manager, student)`` of the same meaning as :func:`conditioned` here; nothing in
+prediction and evaluation knows what it does with it.
 """
 
 from __future__ import annotations
