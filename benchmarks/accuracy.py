@@ -51,8 +51,9 @@ from accuracy_rows import (
 from gradient_ratio import GRADIENTS
 from measured_training import read_cost
 
-from nnunetv2_mstkd.crossval.steps import FINAL, Progress, Step, Train, Training
+from nnunetv2_mstkd.crossval.steps import Progress, Step, Train, Training
 from nnunetv2_mstkd.inference.evaluation_files import RESULTS, SUMMARY
+from nnunetv2_mstkd.nnunet.folders import FINAL
 from nnunetv2_mstkd.processes import command_path
 
 HERE = Path(__file__).resolve().parent

@@ -379,6 +379,8 @@ def test_dry_run_only_prints(phantom, capsys):
     assert "nnUNetv2_train 902 tiny 0 -tr MSTKDTeacherTrainer -p nnUNetPlans -device cpu" in printed
     assert "after: train MSTKDTeacherTrainer (tiny), fold 0" in printed
     assert "mstkd evaluate -d 902 -c tiny -tr MSTKDTrainer -p nnUNetPlans -f 0" in printed
+    assert printed.splitlines()[0].split()[0] == "waiting"
+    assert printed.endswith("0 of 3 steps are done\n")
     assert list(phantom.results.iterdir()) == []
 
 
@@ -476,6 +478,9 @@ def test_validates_evaluates_and_shows_trained_models(models, capsys, monkeypatc
     assert (folder / "subsets" / "results.csv").is_file()
     assert "--val" in (models.results / models.dataset / "crossval" / f"{folder.name}.fold_0.train.log").read_text()
 
+    assert command("--folds", "0", "--dry-run") == 0
+    printed = capsys.readouterr().out
+    assert "nnUNetv2_train" not in printed and printed.endswith("3 of 3 steps are done\n")
     assert cli.main(["status", str(PHANTOM), CONFIGURATION, "--folds", "0", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["done"] * 3 + ["waiting"] * 4

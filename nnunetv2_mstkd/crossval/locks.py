@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.atomic import atomic_write
+from nnunetv2_mstkd.images.atomic import write_json
 
 NO_ANSWER = "state not known: squeue does not answer"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "COMPLETING")
@@ -74,8 +74,7 @@ class Lock:
         """Make another process of this machine, or a SLURM job, the owner of the lock that this process holds."""
         content = {"host": socket.gethostname(), "since": _now()}
         content |= {"job": job} if job is not None else _process(int(pid or os.getpid()))
-        with atomic_write(self.file) as scratch:
-            scratch.write_text(json.dumps(content), encoding="utf-8")
+        write_json(self.file, content)
 
     def release(self) -> None:
         """Unlock the step."""

@@ -11,7 +11,7 @@ from typing import Any
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder, nnunet_folder
-from nnunetv2_mstkd.nnunet.plans import inherited, read_plans
+from nnunetv2_mstkd.nnunet.plans import BLOCK, inherited, read_plans
 from nnunetv2_mstkd.nnunet.splits import number_of_folds
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
 
@@ -147,7 +147,6 @@ def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training
     ValueError
         If nnU-Net finds no trainer of that name.
     """
-    from nnunetv2_mstkd.nnunet.plans import BLOCK
     from nnunetv2_mstkd.training.distillation import DistillationTrainer
     from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
     from nnunetv2_mstkd.training.teacher import teacher_configuration
@@ -155,10 +154,10 @@ def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training
     trainer = find_trainer(model.trainer)
     if not issubclass(trainer, DistillationTrainer):
         return None
-    settings = Settings.read(inherited(plans, model.configuration, BLOCK), (TeacherSettings,), strict=False)
+    block = inherited(plans, model.configuration, BLOCK)
+    wanted = Settings.read(block, [TeacherSettings], strict=False)[TeacherSettings].configuration
     name = trainer.teacher_trainer.__name__
     configuration = teacher_configuration(
-        model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold,
-        wanted=settings[TeacherSettings].configuration,
-    )  # fmt: skip
+        model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold, wanted=wanted
+    )
     return dataclasses.replace(model, trainer=name, configuration=configuration)

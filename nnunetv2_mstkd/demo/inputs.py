@@ -10,6 +10,7 @@ import SimpleITK as sitk
 import torch
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.images.atomic import atomic_folder
 
 JOIN = "__"
 """Between case and subset in a file name: ``case__T1ce+FLAIR_0000.nii.gz``."""
@@ -37,20 +38,17 @@ def write_subset_inputs(images: Path, folder: Path, names: Sequence[str], subset
     identifiers = [f"{case}{JOIN}{modalities.subset_name(row, names)}" for case in cases for row in subsets.tolist()]
     if folder.is_dir():
         return identifiers
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    for case in cases:
-        for channel in range(len(names)):
-            source = images / f"{case}_{channel:04d}.nii.gz"
-            image = sitk.ReadImage(str(source))
-            zero = sitk.Image(image.GetSize(), image.GetPixelID())
-            zero.CopyInformation(image)
-            for row in subsets.tolist():
-                target = unfinished / f"{case}{JOIN}{modalities.subset_name(row, names)}_{channel:04d}.nii.gz"
-                if row[channel]:
-                    shutil.copyfile(source, target)
-                else:
-                    sitk.WriteImage(zero, str(target), useCompression=True)
-    unfinished.rename(folder)
+    with atomic_folder(folder) as unfinished:
+        for case in cases:
+            for channel in range(len(names)):
+                source = images / f"{case}_{channel:04d}.nii.gz"
+                image = sitk.ReadImage(str(source))
+                zero = sitk.Image(image.GetSize(), image.GetPixelID())
+                zero.CopyInformation(image)
+                for row in subsets.tolist():
+                    target = unfinished / f"{case}{JOIN}{modalities.subset_name(row, names)}_{channel:04d}.nii.gz"
+                    if row[channel]:
+                        shutil.copyfile(source, target)
+                    else:
+                        sitk.WriteImage(zero, str(target), useCompression=True)
     return identifiers

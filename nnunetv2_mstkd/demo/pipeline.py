@@ -13,7 +13,7 @@ from nnunetv2_mstkd.crossval.steps import Step, Training
 from nnunetv2_mstkd.demo import steps
 from nnunetv2_mstkd.demo.inputs import write_subset_inputs
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.atomic import atomic_write
+from nnunetv2_mstkd.images.atomic import write_json
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet.plans import read_plans
 from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
@@ -259,14 +259,12 @@ class Demo:
                 self._save_record()
 
     def _save_record(self) -> None:
-        with atomic_write(self.folder / "demo.json") as scratch:
-            scratch.write_text(json.dumps(self.record, indent=2))
+        write_json(self.folder / "demo.json", self.record)
 
     def _write_split(self) -> None:
         cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
         split = {"train": cases[:-VALIDATION_CASES], "val": cases[-VALIDATION_CASES:]}
-        with atomic_write(self.preprocessed / "splits_final.json") as scratch:
-            scratch.write_text(json.dumps([split], indent=4))
+        write_json(self.preprocessed / "splits_final.json", [split], indent=4)
 
     # ---- time ----------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import complete_image
+from nnunetv2_mstkd.images.atomic import complete_image, scratch_folder, write_json
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 
@@ -125,21 +125,16 @@ def write_dataset(
             "choose another id with -d"
         )
 
-    folder_raw.mkdir(parents=True, exist_ok=True)
-    # nnU-Net looks for names that start with "Dataset", so it does not see an unfinished folder
-    unfinished = folder_raw / f".{folder.name}.{os.getpid()}.unfinished"
-    try:
-        _write_all(unfinished, parameters, recipe, workers, progress)
-        _write_json(unfinished / "dataset.json", _dataset_json(name, cases, parameters))
+    with scratch_folder(folder) as unfinished:
+        volumes = _write_cases(unfinished, parameters, recipe, workers, progress)
+        write_json(unfinished / RECORD, {"parameters": parameters, "cases": volumes})
+        write_json(unfinished / "dataset.json", _dataset_json(name, cases, parameters))
+        replaced = unfinished.with_suffix(".replaced")
+        shutil.rmtree(replaced, ignore_errors=True)
         if folder.exists():
-            replaced = unfinished.with_suffix(".replaced")
             folder.rename(replaced)
-            unfinished.rename(folder)
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     return Written(folder, True)
 
 
@@ -214,11 +209,10 @@ def _dataset_json(name: str, cases: int, parameters: dict) -> dict:
     }
 
 
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
-
-
-def _write_all(folder: Path, parameters: dict, recipe: str, workers: int | None, progress: bool) -> None:
+def _write_cases(
+    folder: Path, parameters: dict, recipe: str, workers: int | None, progress: bool
+) -> dict[str, dict[str, float]]:
+    """Write the images and labels of all cases; return their volumes."""
     jobs = []
     for split, suffix, prefix in (("train", "Tr", "phantom_"), ("test", "Ts", "phantom_test_")):
         for kind in ("images", "labels"):
@@ -245,7 +239,7 @@ def _write_all(folder: Path, parameters: dict, recipe: str, workers: int | None,
                 except BaseException:
                     pool.shutdown(wait=True, cancel_futures=True)
                     raise
-    _write_json(folder / RECORD, {"parameters": parameters, "cases": {job[0]: volumes[job[0]] for job in jobs}})
+    return {job[0]: volumes[job[0]] for job in jobs}
 
 
 def _write_case(folder: Path, identifier: str, suffix: str, seed: int, arguments: dict) -> dict[str, float]:
