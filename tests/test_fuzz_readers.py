@@ -21,9 +21,9 @@ from nnunetv2_mstkd.evaluation.records import CaseRecords
 from nnunetv2_mstkd.evaluation.results import COLUMNS, check_results, read_results
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.record import Record
+from nnunetv2_mstkd.methods.configuration import complete_block
 from nnunetv2_mstkd.nnunet.description import check_description
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
-from nnunetv2_mstkd.training.settings import Settings
 
 quick = settings(
     max_examples=80,
@@ -97,11 +97,11 @@ def takes_or_refuses(read: Callable[[], Any], *also: type[Exception]) -> Any:
 
 
 @quick
-@given(changed(json.loads(json.dumps(Settings().to_block()))))
+@given(changed(json.loads(json.dumps(complete_block(None)))))
 def test_settings(block):
-    found = takes_or_refuses(lambda: Settings.from_block(block))
+    found = takes_or_refuses(lambda: complete_block(block))
     if found is not None:
-        assert Settings.from_block(found.to_block()) == found
+        assert complete_block(found) == found
 
 
 DESCRIPTION = {
