@@ -251,16 +251,6 @@ class SubsetSampler:
         return second
 
 
-def sample_subsets(batch_size: int, num_modalities: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Draw which modalities each sample keeps, uniformly over the 2^C - 1 non-empty subsets.
-
-    Returns
-    -------
-    Tensor of bool, shape (batch_size, num_modalities); True where the modality is available. No row is all False.
-    """
-    return SubsetSampler(num_modalities).sample(batch_size, generator=generator)
-
-
 def mask_modalities(batch: torch.Tensor, availability: torch.Tensor) -> torch.Tensor:
     """Set the absent channels of each sample to exactly zero.
 
@@ -286,23 +276,6 @@ def mask_modalities(batch: torch.Tensor, availability: torch.Tensor) -> torch.Te
         raise ValueError("a sample keeps no modality; at least one channel must stay available")
     keep = availability.to(batch.device, non_blocking=True).reshape(*batch.shape[:2], *[1] * (batch.ndim - 2))
     return torch.where(keep, batch, batch.new_zeros(()))
-
-
-def detect_availability(batch: torch.Tensor) -> torch.Tensor:
-    """Find the available modalities of each sample: those that are not zero everywhere.
-
-    A sample whose channels are *all* zero (a patch in the air) tells nothing and counts as complete.
-
-    Parameters
-    ----------
-    batch:
-        shape (B, C, *spatial).
-
-    Returns
-    -------
-    Tensor of bool on the batch's device, shape (B, C); no row is all False.
-    """
-    return known_availability(batch)
 
 
 def known_availability(batch: torch.Tensor, availability: torch.Tensor | None = None) -> torch.Tensor:

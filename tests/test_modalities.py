@@ -245,13 +245,13 @@ def test_the_fixed_sampler_draws_its_subsets_equally_often_and_nothing_else():
 
 
 def test_each_sample_of_a_batch_gets_its_own_subset():
-    rows = modalities.sample_subsets(64, 4, generator=torch.Generator().manual_seed(0))
+    rows = SubsetSampler(4).sample(64, generator=torch.Generator().manual_seed(0))
     assert len(codes_of(rows).unique()) > 10
 
 
 @pytest.mark.parametrize("count", [2, 16])
 def test_every_modality_is_kept_about_half_of_the_time_whatever_their_number(count):
-    rows = modalities.sample_subsets(DRAWS, count, generator=torch.Generator().manual_seed(0))
+    rows = SubsetSampler(count).sample(DRAWS, generator=torch.Generator().manual_seed(0))
     probability = 2 ** (count - 1) / (2**count - 1)
     deviation = 5 * math.sqrt(probability * (1 - probability) / DRAWS)
     assert (rows.double().mean(0) - probability).abs().max() < deviation
@@ -355,20 +355,20 @@ def test_an_availability_of_another_shape_or_without_any_modality_is_refused():
 @pytest.mark.parametrize("shape", SHAPES, ids=["2d", "3d"])
 def test_availability_is_found_from_channels_that_are_zero_everywhere(shape):
     masked = modalities.mask_modalities(torch.randn(shape), AVAILABILITY.clone())
-    assert torch.equal(modalities.detect_availability(masked), AVAILABILITY)
+    assert torch.equal(modalities.known_availability(masked), AVAILABILITY)
 
 
 def test_one_voxel_that_is_not_zero_makes_a_channel_available():
     batch = torch.zeros(1, 3, 4, 4)
     batch[0, 1, 3, 3] = -1e-30
     batch[0, 2] = -0.0
-    assert modalities.detect_availability(batch).tolist() == [[False, True, False]]
+    assert modalities.known_availability(batch).tolist() == [[False, True, False]]
 
 
 def test_a_sample_that_is_zero_in_all_channels_counts_as_complete_and_its_neighbour_does_not():
     batch = torch.zeros(2, 3, 4, 4)
     batch[1, 0] = 1
-    assert modalities.detect_availability(batch).tolist() == [[True] * 3, [True, False, False]]
+    assert modalities.known_availability(batch).tolist() == [[True] * 3, [True, False, False]]
 
 
 def test_what_is_said_about_the_case_wins_over_what_the_patch_shows():

@@ -167,7 +167,7 @@ def test_time_points_of_brats_belong_to_one_patient():
 
 
 def test_results_are_read_and_compared_without_pytorch():
-    names = ["metrics.lesionwise", "metrics.overlap", "metrics.postprocessing", "statistics.findings"]
+    names = ["metrics.lesionwise", "metrics.overlap", "statistics.findings"]
     names += ["reporting.compare", "reporting.figures"]
     imports = "; ".join(f"import nnunetv2_mstkd.{name}" for name in names)
     code = f"{imports}; import sys; print('torch' in sys.modules, 'nnunetv2' in sys.modules)"
