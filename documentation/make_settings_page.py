@@ -45,8 +45,10 @@ def page() -> str:
         if not users:
             continue
         intro = (inspect.getdoc(section) or "").split("\n\n")[0].replace("\n", " ").replace(":class:", "")
-        used = "all trainers" if len(users) == len(own) else ", ".join(f"`{user}`" for user in users)
-        lines += [f"## `{name}`", "", intro.replace("``", "`"), "", f"Read by {used}.", "", *table(section), ""]
+        lines += [f"## `{name}`", "", intro.replace("``", "`"), ""]
+        if not section.__module__.startswith("nnunetv2_mstkd.training."):
+            lines += [f"Read by {', '.join(f'`{user}`' for user in users)}.", ""]
+        lines += [*table(section), ""]
     lines += ["## Renamed keys", "", "Names of earlier versions are still read.", "", "| was | is |", "|---|---|"]
     lines += [f"| `{old}` | `{new}` |" for old, new in RENAMED.items()]
     return "\n".join([*lines, ""])
