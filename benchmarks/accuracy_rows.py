@@ -158,6 +158,7 @@ ROWS: tuple[Row, ...] = (
         first="AdaMMTeacherTrainer",
         terms=True,
     ),
+    Row(name="conditioned", title="ModalityConditionedTrainer", kind="method", trainer="ModalityConditionedTrainer"),
     Row(name="medmap", title="MedMAPTrainer", kind="method", trainer="MedMAPTrainer", terms=True),
     Row(name="smml", title="SMMLTrainer", kind="method", trainer="SMMLTrainer", terms=True),
     _dedicated("FLAIR"),

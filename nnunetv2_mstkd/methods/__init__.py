@@ -1,6 +1,7 @@
 """One folder per method. This module is the table of the trainers that ``-tr`` finds: a new one is a line here."""
 
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTeacherTrainer, AdaMMTrainer
+from nnunetv2_mstkd.methods.conditioned.trainer import ModalityConditionedTrainer
 from nnunetv2_mstkd.methods.medmap.trainer import MedMAPMSTKDTrainer, MedMAPTrainer
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrainer
 from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
@@ -15,6 +16,7 @@ __all__ = [
     "MSTKDTrainer",
     "MedMAPMSTKDTrainer",
     "MedMAPTrainer",
+    "ModalityConditionedTrainer",
     "ModalityDropoutTrainer",
     "SMMLTrainer",
 ]

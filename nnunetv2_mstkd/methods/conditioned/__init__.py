@@ -1,0 +1,1 @@
+"""Modality dropout with a network that is conditioned on the available modalities."""
