@@ -13,13 +13,15 @@ import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_montage
-from nnunetv2_mstkd.evaluation.results import COLUMNS, SEPARATOR
+from nnunetv2_mstkd.evaluation.results import COLUMNS, read_object, subset_size
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.images.atomic import write_json
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
 CASES = "cases"
 RUN = "run.json"
+RECORD = "record of an evaluation", "evaluate again with --restart"
+"""What a file is, and what to do about one that is not."""
 
 
 class CaseRecords:
@@ -48,7 +50,7 @@ class CaseRecords:
         self._run = json.loads(json.dumps(run))
         self._discard = restart
         if not restart and (self.folder / RUN).is_file():
-            before = _read(self.folder / RUN)
+            before = read_object(self.folder / RUN, *RECORD)
             for key, value in self._run.items():
                 if before.get(key) != value:
                     raise InputError(
@@ -79,21 +81,19 @@ class CaseRecords:
         file = self._file(fold, case)
         if self._discard or not file.is_file():
             return {}
-        content = _read(file)
+        content = read_object(file, *RECORD)
+        if content.get("weights") != self._weights[fold]:
+            raise InputError(
+                f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
+                f"evaluate again with --restart"
+            )
         try:
-            if content["weights"] != self._weights[fold]:
-                raise InputError(
-                    f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
-                    f"evaluate again with --restart"
-                )
             return {
                 subset: SubsetScore(_with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]))
                 for subset, entry in content["subsets"].items()
             }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{file} is no record of an evaluation ({error!r}); evaluate again with --restart"
-            ) from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{file} is no {RECORD[0]} ({error!r}); {RECORD[1]}") from error
 
     def load_montage(self, fold: str, case: str) -> Montage | None:
         """The pictures of a case; None if there are none."""
@@ -136,9 +136,8 @@ class CaseRecords:
             for subset in subsets:
                 score = scores[subset]
                 near, voxels = near + score.near, voxels + score.voxels
-                size = subset.count(SEPARATOR) + 1
                 rows += [
-                    (model, trainer, fold, case, subset, size, region, metric, value)
+                    (model, trainer, fold, case, subset, subset_size(subset), region, metric, value)
                     for region, values in score.values.items()
                     for metric, value in values.items()
                 ]
@@ -146,16 +145,6 @@ class CaseRecords:
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
         return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is no record of an evaluation; evaluate again with --restart")
-    return content
 
 
 def _without_nan(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:

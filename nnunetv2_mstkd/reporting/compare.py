@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,11 +11,13 @@ import pandas as pd
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import ExistingFileError
-from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET, write_text
+from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET
+from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.metrics.conventions import Metric, metric_named
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, NO_VALUE, TEXT, escaped, frame_table
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.comparison import Comparison, Models, read_evaluations
-from nnunetv2_mstkd.statistics.tests import AGAINST, DIFFERENCE, HIGH, LOW, P_CORRECTED, P
+from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE, P_CORRECTED, P
 
 PAGE = "comparison.md"
 NUMBERS = "comparison.json"
@@ -79,8 +80,8 @@ def _write(comparison: Comparison, output: Path) -> None:
     metric = comparison.metrics[0]
     tables = [_part(table, metric) for table in (comparison.overall, comparison.by_count, comparison.by_subset)]
     save_figure(differences_plot(*tables, metric=metric), output / FIGURE)
-    write_text(json.dumps(_numbers(comparison), indent=2) + "\n", output / NUMBERS)
-    write_text(_page(comparison), output / PAGE)
+    write_json(output / NUMBERS, _numbers(comparison))
+    write_text(output / PAGE, _page(comparison))
 
 
 def _part(table: pd.DataFrame, metric: str) -> pd.DataFrame:

@@ -19,9 +19,9 @@ from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import cube, mean
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, cube, mean
 from nnunetv2_mstkd.statistics.shapley import MODALITY
-from nnunetv2_mstkd.statistics.tests import AGAINST, DIFFERENCE
+from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE
 
 COLORS = "colorblind"
 
@@ -74,7 +74,7 @@ def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice") -> Figure:
     Parameters
     ----------
     counts:
-        From :func:`~nnunetv2_mstkd.statistics.tests.mean_by_count`.
+        From :func:`~nnunetv2_mstkd.statistics.findings.mean_by_count`.
     metric:
         The metric it was made of, for the labels.
     """
@@ -143,7 +143,7 @@ def differences_plot(
     Parameters
     ----------
     overall:
-        From :func:`~nnunetv2_mstkd.statistics.tests.compare`.
+        From :func:`~nnunetv2_mstkd.statistics.significance.compare`.
     by_count, by_subset:
         From ``compare_by_count`` and ``compare_subsets`` of each pair, with the columns model and against.
     metric:
@@ -231,7 +231,7 @@ def _scale(metric: str) -> tuple[float, str]:
 
 def _distances(table: pd.DataFrame, factor: float) -> np.ndarray:
     """Error bars: how far the limits lie below and above the value, shape (2, rows)."""
-    value, low, high = (table[column].to_numpy() * factor for column in (VALUE, "low", "high"))
+    value, low, high = (table[column].to_numpy() * factor for column in (VALUE, LOW, HIGH))
     return np.stack([value - low, high - value]).clip(0)
 
 

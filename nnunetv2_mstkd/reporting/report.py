@@ -9,18 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE, write_results, write_text
+from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE, write_results
 from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
-from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.page import FIGURE_TITLES, Pictures, html_report
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
-from nnunetv2_mstkd.statistics.tests import HIGH, LOW
 
 
 class Evaluation(Findings):
@@ -56,10 +56,10 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
     rules, near = measured.rules, measured.near
     write_results(evaluation.results, output / RESULTS)
     for fmt, name in TABLES.items():
-        write_text(_tables(evaluation.results, rules, fmt), output / name)
+        write_text(output / name, _tables(evaluation.results, rules, fmt))
     drawn = _write_figures(evaluation, output)
     shown = Pictures(pictures, measured.records.load_montage)
-    write_text(html_report(evaluation, rules, measured.settings, near, drawn, shown), output / REPORT)
+    write_text(output / REPORT, html_report(evaluation, rules, measured.settings, near, drawn, shown))
     # last: mstkd predict looks for it
     write_json(output / SUMMARY, _summary(evaluation, measured))
     return evaluation

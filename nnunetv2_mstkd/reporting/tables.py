@@ -18,10 +18,9 @@ import pandas as pd
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
 from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
-from nnunetv2_mstkd.statistics.bootstrap import Cube, cube, mean
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
-from nnunetv2_mstkd.statistics.tests import HIGH, LOW
 
 TEXT = "text"
 MARKDOWN = "markdown"
