@@ -35,14 +35,9 @@ class CaseRecords:
     output:
         Output folder of the evaluation.
     run:
-        Model, options and rules: what the results of one table must share.
+        Model, options and rules: what the results of one table must share; otherwise an InputError is raised.
     restart:
         Discard earlier results, on disk when :meth:`begin` is called.
-
-    Raises
-    ------
-    InputError
-        If the earlier results were made with another ``run``.
     """
 
     def __init__(self, output: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -71,13 +66,7 @@ class CaseRecords:
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
 
     def load(self, fold: str, case: str) -> dict[str, SubsetScore]:
-        """The results of a case by subset; empty if there are none yet.
-
-        Raises
-        ------
-        InputError
-            If the file is damaged or was made with other weights of the fold.
-        """
+        """The results of a case by subset; empty if there are none yet, InputError if made with other weights."""
         file = self._file(fold, case)
         if self._discard or not file.is_file():
             return {}
@@ -116,19 +105,9 @@ class CaseRecords:
     def table(
         self, cases: Iterable[tuple[str, str]], subsets: Sequence[str], *, model: str, trainer: str
     ) -> tuple[pd.DataFrame, tuple[int, int]]:
-        """The long table of complete cases.
+        """The long table of complete cases, and the numbers of voxels close to the decision and of all voxels.
 
-        Parameters
-        ----------
-        cases:
-            Fold and name of each case; all ``subsets`` of each are on record.
-        model, trainer:
-            Contents of the first two columns.
-
-        Returns
-        -------
-        The table (see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`), and the numbers of voxels close to the
-        decision and of all voxels.
+        ``cases`` are their folds and names. For the table see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
         """
         rows, near, voxels = [], 0, 0
         for fold, case in cases:

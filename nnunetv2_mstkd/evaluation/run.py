@@ -39,46 +39,25 @@ IMAGES_AHEAD = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation has measured.
-
-    Attributes
-    ----------
-    results:
-        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    rules:
-        The rules that the values were computed with.
-    settings:
-        What all results have in common, for summary.json.
-    near:
-        Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone.
-    records:
-        The records of all cases, which have their pictures.
-    """
+    """What an evaluation has measured: the long table, the rules of its values, and the records with the pictures."""
 
     results: pd.DataFrame
     rules: Rules
     settings: dict[str, Any]
+    """What all results have in common, for summary.json."""
     near: tuple[int, int] | None
+    """Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone."""
     records: CaseRecords
 
 
 @dataclass
 class OpenCase:
-    """A case, and what is known of it so far.
-
-    Attributes
-    ----------
-    case:
-        The case.
-    scores:
-        Its results by subset.
-    images:
-        The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction.
-    """
+    """A case, and what is known of it so far."""
 
     case: LabelledCase
     scores: dict[str, SubsetScore]
     images: np.ndarray | None = None
+    """The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction."""
 
     def show(self, images: np.ndarray) -> None:
         """Add the images in the slice: with mask_first each prediction sees only the channels of its subset."""
@@ -93,22 +72,18 @@ class OpenCase:
 
 
 class Evaluator:
-    """Predicts and measures what is not on record yet; everything is checked when it is made.
-
-    Parameters
-    ----------
-    request:
-        What to evaluate, and how.
-
-    Raises
-    ------
-    InputError, MissingFileError
-        For a model, options or cases that cannot be used.
-    """
+    """Predicts and measures what is not on record yet; model, options and cases are checked when it is made."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._refuse_other_folders()
+        others = {
+            "folder of images": request.images,
+            "folder of labels": request.labels,
+            "model folder": request.model_folder,
+        }
+        for what, folder in others.items():
+            if folder is not None:
+                refuse_same_folder(request.output_folder, folder, what)
         self.predictors = self._load()
         self.model = next(iter(self.predictors.values()))
         self.names = modalities.modality_names(self.model.dataset_json)
@@ -158,17 +133,6 @@ class Evaluator:
         return Measured(results, self.rules, self.settings, near if self.stack > 1 else None, self.records)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
-
-    def _refuse_other_folders(self) -> None:
-        """Refuse an output folder that is the model's, or holds the images or labels."""
-        folders = {
-            "folder of images": self.request.images,
-            "folder of labels": self.request.labels,
-            "model folder": self.request.model_folder,
-        }
-        for what, folder in folders.items():
-            if folder is not None:
-                refuse_same_folder(self.request.output_folder, folder, what)
 
     def _load(self) -> dict[str, Any]:
         """A predictor for each group of folds, by the folds as text: each fold alone, or all for a folder of images."""
