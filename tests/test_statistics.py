@@ -397,6 +397,12 @@ def test_wilcoxon_drops_zeros_and_missing_values():
     assert s.wilcoxon(np.array([1.0, -1.0]), np.array([0, 0])) == 1
 
 
+def test_rounding_does_not_break_ties_of_the_wilcoxon_test():
+    # 0.3 - 0.2 is a little less than 0.1: three gains of 0.1 and three losses are no difference
+    differences = np.array([0.3 - 0.2] * 3 + [-0.1] * 3)
+    assert s.wilcoxon(differences, np.arange(6)) == pytest.approx(1)
+
+
 # ---- ranking -------------------------------------------------------------------------------------------------------
 
 

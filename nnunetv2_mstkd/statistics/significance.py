@@ -205,8 +205,9 @@ def wilcoxon(differences: np.ndarray, patients: np.ndarray) -> float:
     used = ~np.isnan(differences)
     if not used.any():
         return float("nan")
-    numbers = patients[used]
-    means = np.bincount(numbers, differences[used])[np.unique(numbers)] / np.bincount(numbers)[np.unique(numbers)]
+    _, numbers, cases = np.unique(patients[used], return_inverse=True, return_counts=True)
+    # rounded: equal differences must tie, and those that cancel must be zero
+    means = (np.bincount(numbers, differences[used]) / cases).round(9)
     return float(stats.wilcoxon(means).pvalue) if means.any() else 1.0
 
 
