@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,19 +156,19 @@ def folder_cases(
 
 
 def check_cases(
-    cases: Iterable[LabelledCase],
+    cases: Sequence[LabelledCase],
     plans: Any,
     rules: Rules,
     names: Sequence[str],
     *,
     threads: int = 1,
     progress: bool = False,
-) -> dict[tuple[str, str], SliceView]:
+) -> list[SliceView]:
     """Read all labels, and all images that are not preprocessed yet, before the network runs.
 
     Returns
     -------
-    The slice of each case to show, by fold and name.
+    The slice of each case to show.
 
     Raises
     ------
@@ -176,15 +176,13 @@ def check_cases(
         For the first case with a file that cannot be read, a label with unknown values, or a label that does not lie
         where its image lies.
     """
-    cases = list(cases)
     checker = Checker(names, plans.image_reader_writer_class)
     pool = ThreadPoolExecutor(max(1, threads))  # threads suffice: reading releases the interpreter's lock
     try:
         found = pool.map(lambda case: _check_case(case, plans, rules, checker), cases)
-        views = list(tqdm(found, "checking", len(cases), unit="case", disable=not progress, leave=False))
+        return list(tqdm(found, "checking", len(cases), unit="case", disable=not progress, leave=False))
     finally:
         pool.shutdown(cancel_futures=True)
-    return {(case.fold, case.name): view for case, view in zip(cases, views, strict=True)}
 
 
 def _check_case(case: LabelledCase, plans: Any, rules: Rules, checker: Checker) -> SliceView:

@@ -7,7 +7,7 @@ in background processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,8 @@ class OpenCase:
 
     case: LabelledCase
     scores: dict[str, SubsetScore]
+    view: SliceView
+    """The slice to show."""
     images: np.ndarray | None = None
     """The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction."""
 
@@ -64,9 +66,10 @@ class OpenCase:
         known = images if self.images is None else self.images
         self.images = np.where(known.any((1, 2), keepdims=True), known, images)
 
-    def montage(self, view: SliceView) -> Montage:
+    def montage(self) -> Montage:
         """The pictures of the subsets that were predicted in this run."""
         assert self.images is not None
+        view = self.view
         slices = {subset: score.slice for subset, score in self.scores.items() if score.slice is not None}
         return Montage(view.axis, view.index, view.depth, self.images, view.reference, slices)
 
@@ -94,22 +97,23 @@ class Evaluator:
         self.records = CaseRecords(request.output_folder, self.settings, restart=request.restart)
         for fold, predictor in self.predictors.items():
             self.records.use_weights(fold, "+".join(map(checkpoints.fingerprint, predictor.list_of_parameters)))
-        opened = [OpenCase(case, self.records.load(case.fold, case.name)) for case in self.cases]
-        self.unfinished = [each for each in opened if self._missing(each)]
-        self.views = check_cases(
-            [each.case for each in self.unfinished],
+        on_record = [(case, self.records.load(case.fold, case.name)) for case in self.cases]
+        unfinished = [(case, scores) for case, scores in on_record if self._missing(scores)]
+        views = check_cases(
+            [case for case, _ in unfinished],
             self.model.plans_manager,
             self.rules,
             self.names,
             threads=max(1, request.preprocessing_processes),
             progress=request.progress,
         )
+        self.unfinished = [OpenCase(case, scores, view) for (case, scores), view in zip(unfinished, views, strict=True)]
         self.stack = self._stack()
 
     def run(self) -> Measured:
         """Predict and measure the missing subsets of all cases, and read all results."""
         request, tasks = self.request, len(self.cases) * len(self.subsets)
-        missing = sum(len(self._missing(each)) for each in self.unfinished)
+        missing = sum(len(self._missing(each.scores)) for each in self.unfinished)
         self.records.begin()
         request.report(
             f"{self.settings['folder']}: cases: {len(self.cases)}, already evaluated: "
@@ -249,12 +253,12 @@ class Evaluator:
         prepared = ahead(preparing, prepare, arguments, IMAGES_AHEAD)
         try:
             for (each, subsets), (data, properties) in zip(jobs, prepared, strict=True):
-                case, view = each.case, self._view(each)
+                case = each.case
                 bar.set_description(f"fold {case.fold}, {case.name}")
-                each.show(slice_images(data, properties, view, predictor.plans_manager.transpose_forward))
+                each.show(slice_images(data, properties, each.view, predictor.plans_manager.transpose_forward))
                 rows = torch.tensor([self.subsets[subset] for subset in subsets])
                 for subset, logits in zip(subsets, stacked.logits(torch.from_numpy(data), rows), strict=True):
-                    measured = logits, properties, case.label, *model, self.rules, view
+                    measured = logits, properties, case.label, *model, self.rules, each.view
                     backlog.submit((each, subset), score_prediction, *measured)
                     # logits wait in memory for a free process
                     backlog.collect(processes + stacked.stack if processes else 0)
@@ -267,18 +271,18 @@ class Evaluator:
         """Add the result of a subset, and write those of a case that is complete."""
         each, subset = label
         each.scores[subset] = score
-        if not self._missing(each):
-            self.records.save(each.case.fold, each.case.name, each.scores, each.montage(self._view(each)))
+        if not self._missing(each.scores):
+            self.records.save(each.case.fold, each.case.name, each.scores, each.montage())
             each.scores, each.images = {}, None  # on disk now; the pictures of many cases fill memory
         bar.update()
 
-    def _missing(self, case: OpenCase) -> list[str]:
+    def _missing(self, scores: Mapping[str, SubsetScore]) -> list[str]:
         """The subsets without a result."""
-        return [subset for subset in self.subsets if subset not in case.scores]
+        return [subset for subset in self.subsets if subset not in scores]
 
     def _batches(self, case: OpenCase) -> list[list[str]]:
         """The missing subsets, those together that are predicted from one preprocessed image."""
-        missing = self._missing(case)
+        missing = self._missing(case.scores)
         return [[subset] for subset in missing] if self.request.mask_first else [missing]
 
     def _absent(self, subsets: Sequence[str]) -> tuple[int, ...]:
@@ -286,6 +290,3 @@ class Evaluator:
         if not self.request.mask_first:
             return ()
         return tuple(channel for channel, available in enumerate(self.subsets[subsets[0]]) if not available)
-
-    def _view(self, case: OpenCase) -> SliceView:
-        return self.views[case.case.fold, case.case.name]

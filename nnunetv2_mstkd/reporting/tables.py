@@ -77,7 +77,8 @@ def subset_table(
     _check_format(fmt)
     content = subset_content(results, metric=metric, convention=convention, lesion_convention=lesion_convention)
     data, several = content.data, len(content.data.models) > 1
-    texts = _emphasised(content, fmt)
+    before, after = (r"\textbf{", "}") if fmt == LATEX else ("**", "**")
+    texts = np.where(content.best, before + content.texts + after, content.texts)
     dots = (r"$\bullet$", r"$\circ$") if fmt == LATEX else (AVAILABLE, MISSING)
     head = [
         [escaped(name, fmt), *([""] if several else []), *(dots[0] if there else dots[1] for there in row), ""]
@@ -227,15 +228,6 @@ def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.
     # values that are printed alike share the best place
     best = (badness == badness.min(axis=0)) & np.isfinite(badness) & (len(means) > 1)
     return texts, best
-
-
-def _emphasised(content: SubsetContent, fmt: str) -> np.ndarray:
-    """The texts with the best ones bold."""
-    texts = content.texts.copy()
-    for position in np.argwhere(content.best):
-        text = texts[tuple(position)]
-        texts[tuple(position)] = rf"\textbf{{{text}}}" if fmt == LATEX else f"**{text}**"
-    return texts
 
 
 def _layout(head: list[list[str]], body: list[list[str]], fmt: str, group: int, *, named: int) -> list[str]:
