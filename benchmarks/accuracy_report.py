@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 
 from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE, patients_of
 from nnunetv2_mstkd.phantom.dataset import DISCLAIMER
-from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, Bootstrap
-from nnunetv2_mstkd.statistics.tests import HIGH, LOW, mean_by_count, summary
+from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, HIGH, LOW, Bootstrap
+from nnunetv2_mstkd.statistics.findings import mean_by_count, summary
 
 KIND_COLORS = {"floor": "0.5", "control": "tab:orange", "method": "tab:blue", "ablation": "tab:cyan"}
 

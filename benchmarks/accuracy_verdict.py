@@ -24,8 +24,8 @@ from nnunetv2_mstkd.evaluation.results import (
     VALUE,
     patients_of,
 )
-from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, SAMPLES, Bootstrap
-from nnunetv2_mstkd.statistics.tests import DIFFERENCE, HIGH, LOW, P, compare, compare_subsets
+from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, HIGH, LOW, SAMPLES, Bootstrap
+from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE, P, compare, compare_subsets
 
 DICE = "dice"
 
@@ -98,9 +98,9 @@ def subset_differences(results: pd.DataFrame, first: str, second: str, *, sample
     """First minus second in Dice points per subset (mean over regions), with Holm-corrected intervals and tests."""
     table = regions_averaged(results)
     bootstrap = Bootstrap(patients_of(table[CASE].unique()), samples)
-    found = compare_subsets(table, first, second, metric=DICE, bootstrap=bootstrap)
+    found = compare_subsets(table, models=[first, second], metric=DICE, bootstrap=bootstrap)
     found[[DIFFERENCE, LOW, HIGH]] *= 100
-    return found.drop(columns=REGION)
+    return found.drop(columns=[MODEL, AGAINST, REGION])
 
 
 def best_of(results: pd.DataFrame, names: Sequence[str]) -> str | None:

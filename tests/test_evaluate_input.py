@@ -15,6 +15,7 @@ from evaluate_inputs import CASES, empty_folders, evaluate, label_image, refused
 from predict_inputs import CHANNELS, TURNED, read, trainer_class, write, write_case, write_model
 
 from nnunetv2_mstkd import errors, modalities
+from nnunetv2_mstkd.evaluation.records import CaseRecords
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 
@@ -215,6 +216,7 @@ def test_a_case_without_a_modality(model, capsys, folder, nnunet_folders):
     (nnunet_folders / "in" / "case_0002.nii.gz").unlink()
     assert "has no T2 of case case" in refused(capsys, model, *folder)
     assert "--available T0,T1,T3" in refused(capsys, model, *folder)
+    assert "--available T0,T1,T3" in refused(capsys, model, *folder, "--available", "T2")
     assert "has no T2 of case case" in refused(capsys, model, *folder, "--subsets", "T0")
     assert reaches_the_network(capsys, model, *folder, "--available", "T0,T1,T3")
 
@@ -333,3 +335,14 @@ def test_a_channel_that_does_not_stay_zero_must_not_be_absent():
     with pytest.raises(ValueError, match="B is absent from a subset, but CTNormalization turns"):
         check_zero_is_missing(torch.tensor([[True, True], [True, False]]), ("A", "B"), schemes)
     check_zero_is_missing(torch.tensor([[True, True], [False, True]]), ("A", "B"), schemes)
+
+
+@pytest.mark.parametrize("entry", [{"values": {"WT": {"dice": "much"}}, "near": 0, "voxels": 1}, {}, 7])
+def test_a_damaged_record_of_a_case_is_a_users_error(tmp_path, entry):
+    records = CaseRecords(tmp_path, {})
+    records.use_weights("0", "w")
+    file = tmp_path / "cases" / "fold_0" / "case.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"weights": "w", "subsets": {"T0": entry}}))
+    with pytest.raises(errors.InputError, match="no record of an evaluation"):
+        records.load("0", "case")

@@ -308,3 +308,11 @@ def test_one_subset_alone_has_a_page_too(tmp_path):
     frame.loc[frame["case"] == "fine", "value"] = np.nan
     missing = Page(report(tmp_path, frame, load=lambda fold, case: None))
     assert [each["data-key"] for each in missing.all("td") if "data-key" in each].count("") == 3
+
+
+def test_a_case_without_a_value_is_neither_the_worst_nor_the_best(tmp_path):
+    frame = results()
+    frame.loc[frame["case"] == "fine", "value"] = np.nan
+    found = Page(report(tmp_path, frame))
+    summaries = [re.match(r"(.*): (\w+), mean Dice", text) for text in found.texts if ", mean Dice" in text]
+    assert [match.groups() for match in summaries] == [(EVIL, "worst"), ("middling", "best")]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nnunetv2_mstkd.evaluation.results import COLUMNS
-from nnunetv2_mstkd.statistics import tests as s
+from nnunetv2_mstkd.statistics import findings
+from nnunetv2_mstkd.statistics import significance as s
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, cube
 from nnunetv2_mstkd.statistics.plausibility import plausibility_warnings
 from nnunetv2_mstkd.statistics.shapley import shapley, shapley_matrix
@@ -227,7 +228,7 @@ def test_an_incomplete_table_is_refused_with_what_is_missing():
 
 def test_summary_of_a_worked_example():
     frame = table(TWO | {("M", subset, "WT"): [1.0, 0.8] for subset in ("T1", "T1ce", "T1+T1ce")})
-    found = s.summary(frame, **QUICK)
+    found = findings.summary(frame, **QUICK)
     assert found["region"].tolist() == ["ET", "WT", "average"]
     enhancing = row(found, region="ET")
     # case means 1.6 / 3 and 2.2 / 3
@@ -239,26 +240,26 @@ def test_summary_of_a_worked_example():
 
 def test_the_worst_subset_by_metric():
     values = {("M", "T1", "ET"): [3.0], ("M", "T1ce", "ET"): [-9.0], ("M", "T1+T1ce", "ET"): [1.0]}
-    assert s.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
+    assert findings.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
     values[("M", "T1ce", "ET")] = [9.0]
-    assert s.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
+    assert findings.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
     values[("M", "T1ce", "ET")] = [2.0]
-    assert s.summary(table(values, "hd95"), metric="hd95")["worst_subset"].item() == "T1"
+    assert findings.summary(table(values, "hd95"), metric="hd95")["worst_subset"].item() == "T1"
 
 
 def test_mean_by_count_is_over_all_subsets_of_a_size():
-    found = s.mean_by_count(table(TWO), **QUICK)
+    found = findings.mean_by_count(table(TWO), **QUICK)
     assert found["modalities"].tolist() == [1, 2]
     assert found["value"].tolist() == pytest.approx([(0.2 + 0.6 + 0.4 + 0.8) / 4, 0.9])
 
 
 def test_a_positive_gap_is_a_loss():
-    found = s.gap_to_full(table(TWO), **QUICK)
+    found = findings.gap_to_full(table(TWO), **QUICK)
     assert found["subset"].tolist() == ["T1", "T1ce"]
     assert found["value"].tolist() == pytest.approx([0.6, 0.2])
     assert found[["low", "high"]].to_numpy() == pytest.approx(np.array([[0.6, 0.6], [0.2, 0.2]]))
     values = {("M", "T1", "ET"): [30.0], ("M", "T1ce", "ET"): [4.0], ("M", "T1+T1ce", "ET"): [5.0]}
-    assert s.gap_to_full(table(values, "hd95"), metric="hd95")["value"].tolist() == [25.0, -1.0]
+    assert findings.gap_to_full(table(values, "hd95"), metric="hd95")["value"].tolist() == [25.0, -1.0]
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------
@@ -329,13 +330,13 @@ def test_equal_models_do_not_differ():
 
 
 def test_intervals_of_subsets_have_the_level_of_their_test():
-    found = s.compare_subsets(two_models(), "new", "old", **QUICK)
+    found = s.compare_subsets(two_models(), baseline="old", **QUICK)
     changed, same = row(found, subset="T1"), row(found, subset="T2")
     assert changed["difference"] == pytest.approx(2 * GAINS.mean()) and same["difference"] == 0
     assert (changed["p"], changed["p_corrected"], changed["level"]) == pytest.approx((1 / 16, 2 / 16, 0.975))
     assert (same["p"], same["p_corrected"], same["level"]) == pytest.approx((1, 1, 0.95))
     wide, narrow = (
-        s.compare_subsets(two_models(), "new", "old", bootstrap=Bootstrap(samples=2000, level=level))
+        s.compare_subsets(two_models(), baseline="old", bootstrap=Bootstrap(samples=2000, level=level))
         for level in (0.95, 0.5)
     )
     assert wide["low"][0] < narrow["low"][0] < narrow["high"][0] < wide["high"][0]
@@ -344,7 +345,7 @@ def test_intervals_of_subsets_have_the_level_of_their_test():
 def test_comparison_by_number_of_modalities():
     frame = two_models()
     both = frame[frame["subset"] == "T1"].assign(subset="T1+T2", modalities=2)
-    found = s.compare_by_count(pd.concat([frame, both]), "new", "old", **QUICK)
+    found = s.compare_by_count(pd.concat([frame, both]), baseline="old", **QUICK)
     assert found["modalities"].tolist() == [1, 2]
     assert found["difference"].tolist() == pytest.approx([GAINS.mean(), 2 * GAINS.mean()])
     assert found["p_corrected"].tolist() == pytest.approx([2 / 16, 2 / 16])
@@ -364,7 +365,7 @@ def test_a_comparison_needs_two_known_models():
     with pytest.raises(ValueError, match="no model older; they have old, new"):
         s.compare(two_models(), baseline="older")
     with pytest.raises(ValueError, match="no model older"):
-        s.compare_subsets(two_models(), "new", "older")
+        s.compare_subsets(two_models(), baseline="older")
 
 
 def test_holm_of_a_worked_example():
@@ -394,6 +395,12 @@ def test_wilcoxon_drops_zeros_and_missing_values():
     assert math.isnan(s.wilcoxon(np.array([NAN]), np.arange(1)))
     # two time points that cancel out are no difference
     assert s.wilcoxon(np.array([1.0, -1.0]), np.array([0, 0])) == 1
+
+
+def test_rounding_does_not_break_ties_of_the_wilcoxon_test():
+    # 0.3 - 0.2 is a little less than 0.1: three gains of 0.1 and three losses are no difference
+    differences = np.array([0.3 - 0.2] * 3 + [-0.1] * 3)
+    assert s.wilcoxon(differences, np.arange(6)) == pytest.approx(1)
 
 
 # ---- ranking -------------------------------------------------------------------------------------------------------

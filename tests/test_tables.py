@@ -10,8 +10,8 @@ import pytest
 from nnunetv2_mstkd.evaluation.results import COLUMNS
 from nnunetv2_mstkd.reporting import figures, tables
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap
+from nnunetv2_mstkd.statistics.findings import mean_by_count
 from nnunetv2_mstkd.statistics.shapley import shapley
-from nnunetv2_mstkd.statistics.tests import mean_by_count
 
 SUBSETS = ("T1", "T1ce", "T1+T1ce")
 QUICK = {"bootstrap": Bootstrap(samples=50)}

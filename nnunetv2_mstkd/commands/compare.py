@@ -21,21 +21,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help=f"model folders, their folders {FOLDER}, or files {RESULTS}; NAME is the model's name in the comparison",
     )
-    parser.add_argument(
-        *("-o", "--output"),
-        metavar="OUT",
-        type=Path,
-        default=Path("comparison"),
-        help="output folder, made if absent (default: ./%(default)s)",
-    )
-    parser.add_argument(
-        "--metrics",
-        metavar="METRIC",
-        nargs="+",
-        default=("dice",),
-        help="metrics to compare by (default: dice); the figure shows the first",
-    )
-    parser.add_argument("--baseline", metavar="NAME", help="compare all others with it (default: all pairs)")
+    add = parser.add_argument
+    output = "output folder, made if absent (default: ./%(default)s)"
+    add("-o", "--output", metavar="OUT", type=Path, default=Path("comparison"), help=output)
+    metrics = "metrics to compare by (default: dice); the figure shows the first"
+    add("--metrics", metavar="METRIC", nargs="+", default=("dice",), help=metrics)
+    add("--baseline", metavar="NAME", help="compare all others with it (default: all pairs)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -11,8 +11,8 @@ from nnunetv2_mstkd.inference.evaluation_files import FOLDER, REPORT
 from nnunetv2_mstkd.inference.workers import start_server
 
 SAME_NAME = (
-    "trust", "name", "subsets", "available", "mask_first", "metrics", "convention", "lesion_convention", "tolerance",
-    "restart",
+    "folds", "trust", "name", "images", "labels", "output", "subsets", "available", "mask_first", "metrics",
+    "convention", "lesion_convention", "tolerance", "stack", "pictures", "restart", "step_size",
 )  # fmt: skip
 """Options that :func:`~nnunetv2_mstkd.reporting.evaluate.evaluate` calls by the same name."""
 
@@ -28,9 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = model.add_argument
     add("--name", help="name of the model in tables (default: that of its folder)")
     add = parser.add_argument_group("which cases (default: the validation cases of each fold)").add_argument
-    add("-i", metavar="IMAGES", type=Path, help="folder of CASE_000k files; folds are then averaged")
-    add("-l", metavar="LABELS", type=Path, help="folder of their labels")
-    add("-o", metavar="OUT", type=Path, help=f"output folder (default: {FOLDER} in the model folder)")
+    add("-i", dest="images", metavar="IMAGES", type=Path, help="folder of CASE_000k files; folds are then averaged")
+    add("-l", dest="labels", metavar="LABELS", type=Path, help="folder of their labels")
+    add("-o", dest="output", metavar="OUT", type=Path, help=f"output folder (default: {FOLDER} in the model folder)")
     add = parser.add_argument_group("which subsets, and what is measured").add_argument
     add("--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help="only these; all: the full input (default: all)")
     add("--available", metavar="T1,FLAIR", help="only subsets of these modalities: those that you have")
@@ -42,7 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run = parser.add_argument_group("how")
     add = run.add_argument
     add("--stack", metavar="N", type=int, help="subsets per forward pass (default: by the batch size)")
-    add("--strips", metavar="N", type=int, default=3, help=f"cases in {REPORT} (default: 3, worst, median and best)")
+    cases = f"cases in {REPORT} (default: 3, worst, median and best)"
+    add("--strips", dest="pictures", metavar="N", type=int, default=3, help=cases)
     add("--restart", action="store_true", help="discard earlier results")
     options.add_run(run, export="resampling and metrics")
 
@@ -56,14 +57,7 @@ def run(args: argparse.Namespace) -> None:
 
     evaluation = evaluate(
         options.model_folder(args),
-        folds=args.folds,
         checkpoint=args.chk,
-        images=args.i,
-        labels=args.l,
-        output=args.o,
-        stack=args.stack,
-        pictures=args.strips,
-        step_size=args.step_size,
         mirroring=not args.disable_tta,
         device=options.torch_device(args.device),
         on_device=not args.not_on_device,

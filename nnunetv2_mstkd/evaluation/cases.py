@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,46 +32,24 @@ from nnunetv2_mstkd.nnunet.splits import validation_cases
 
 @dataclass(frozen=True)
 class LabelledCase:
-    """A case to evaluate.
-
-    Attributes
-    ----------
-    name:
-        Identifier of the case.
-    fold:
-        The fold whose weights predict it, as text.
-    label:
-        File of the reference segmentation.
-    preprocessed:
-        Folder of nnU-Net's preprocessed data; None: the images are preprocessed during the evaluation.
-    images:
-        Image files per channel, if ``preprocessed`` is None.
-    """
+    """A case to evaluate, with its label; either it is preprocessed, or its images are during the evaluation."""
 
     name: str
     fold: str
+    """The fold whose weights predict it, as text."""
     label: Path
     preprocessed: Path | None = None
+    """Folder of nnU-Net's preprocessed data."""
     images: Case | None = None
 
 
 def prepare(
     case: LabelledCase, absent: Sequence[int], plans: Any, configuration: Any, dataset_json: dict
 ) -> tuple[np.ndarray, dict]:
-    """Read or make the network's input.
+    """The network's input, float32 of shape (C, *spatial), and the properties for nnU-Net's exporter.
 
-    Parameters
-    ----------
-    case:
-        The case.
-    absent:
-        Channels to remove before preprocessing; only for a case with images.
-    plans, configuration, dataset_json:
-        nnU-Net's plans manager and configuration manager, and the content of dataset.json.
-
-    Returns
-    -------
-    float32, shape (C, *spatial), and the properties for nnU-Net's exporter.
+    The channels ``absent`` are removed before preprocessing, which is possible for a case with images. The model is
+    given by nnU-Net's plans manager and configuration manager, and the content of its dataset.json.
     """
     if case.images is not None:
         return preprocess_case(case.images.without(absent), plans, configuration, dataset_json, False)
@@ -91,16 +69,14 @@ def fold_cases(
     *,
     from_images: bool = False,
 ) -> list[LabelledCase]:
-    """The validation cases of a fold.
+    """The validation cases of a fold, a number or ``"all"``.
 
     Parameters
     ----------
-    fold:
-        Number, or ``"all"``.
     split:
         The split that the checkpoint notes; None: it notes none, and ``splits_final.json`` decides.
     plans, configuration, dataset_json:
-        Those of the model.
+        The model, as for :func:`prepare`.
     from_images:
         Take the images in nnUNet_raw instead of the preprocessed data.
 
@@ -135,16 +111,12 @@ def fold_cases(
 def folder_cases(
     images: Path, labels: Path, fold: str, dataset_json: dict, names: Sequence[str], available: Sequence[int]
 ) -> list[LabelledCase]:
-    """The cases of a folder of images, each with a label of the same name.
+    """The cases of a folder of ``CASE_000k`` images, each with a label ``CASE``.
 
     Parameters
     ----------
-    images, labels:
-        Folders of ``CASE_000k`` and ``CASE`` files.
     fold:
         The fold whose weights predict the cases.
-    dataset_json:
-        Content of the model's dataset.json.
     names:
         Names of the C channels.
     available:
@@ -164,9 +136,10 @@ def folder_cases(
     for case in cases:
         absent = [names[channel] for channel in available if case.files[channel] is None]
         if absent:
+            there = [name for name, file in zip(names, case.files, strict=True) if file is not None]
             raise MissingFileError(
                 f"{images} has no {' and no '.join(absent)} of case {case.name}; evaluate only what is there: "
-                f"--available {','.join(names[channel] for channel in available if case.files[channel] is not None)}"
+                f"--available {','.join(there)}"
             )
     missing = [case.name for case in cases if not (labels / f"{case.name}{ending}").is_file()]
     if missing:
@@ -183,19 +156,19 @@ def folder_cases(
 
 
 def check_cases(
-    cases: Iterable[LabelledCase],
+    cases: Sequence[LabelledCase],
     plans: Any,
     rules: Rules,
     names: Sequence[str],
     *,
     threads: int = 1,
     progress: bool = False,
-) -> dict[tuple[str, str], SliceView]:
+) -> list[SliceView]:
     """Read all labels, and all images that are not preprocessed yet, before the network runs.
 
     Returns
     -------
-    The slice of each case to show, by fold and name.
+    The slice of each case to show.
 
     Raises
     ------
@@ -203,15 +176,13 @@ def check_cases(
         For the first case with a file that cannot be read, a label with unknown values, or a label that does not lie
         where its image lies.
     """
-    cases = list(cases)
     checker = Checker(names, plans.image_reader_writer_class)
     pool = ThreadPoolExecutor(max(1, threads))  # threads suffice: reading releases the interpreter's lock
     try:
         found = pool.map(lambda case: _check_case(case, plans, rules, checker), cases)
-        views = list(tqdm(found, "checking", len(cases), unit="case", disable=not progress, leave=False))
+        return list(tqdm(found, "checking", len(cases), unit="case", disable=not progress, leave=False))
     finally:
         pool.shutdown(cancel_futures=True)
-    return {(case.fold, case.name): view for case, view in zip(cases, views, strict=True)}
 
 
 def _check_case(case: LabelledCase, plans: Any, rules: Rules, checker: Checker) -> SliceView:

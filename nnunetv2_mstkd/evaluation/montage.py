@@ -26,24 +26,18 @@ _ZERO = 1e-6
 
 @dataclass(frozen=True)
 class SliceView:
-    """A slice of an image in its original geometry, sampled as square pixels.
-
-    Attributes
-    ----------
-    axis, index, depth:
-        The axis across which the slice lies, its index, and the number of slices.
-    rows, columns:
-        Voxel indices along the two other axes, one per pixel.
-    reference:
-        The label in the slice, shape (rows, columns).
-    """
+    """A slice of an image in its original geometry, sampled as square pixels."""
 
     axis: int
+    """The axis across which the slice lies."""
     index: int
     depth: int
+    """Number of slices along the axis."""
     rows: np.ndarray
     columns: np.ndarray
+    """Voxel indices along the two other axes, one per pixel."""
     reference: np.ndarray
+    """The label in the slice, shape (rows, columns)."""
 
     def cut(self, volume: np.ndarray) -> np.ndarray:
         """The pixels of a volume of the label's shape."""
@@ -54,15 +48,7 @@ def choose_view(label: np.ndarray, spacing: Sequence[float], ignore_label: int |
     """Choose the slice with the most labelled voxels, across the axis with the thickest slices.
 
     Where nothing is labelled it is the middle slice. Of equal axes the first is taken: the axial one, as nnU-Net reads.
-
-    Parameters
-    ----------
-    label:
-        Integer labels, three axes.
-    spacing:
-        Millimetres per axis, in the order of the axes.
-    ignore_label:
-        A label that counts as background.
+    The label has three axes, the spacing is in millimetres per axis, and the ignore label counts as background.
     """
     single = [axis for axis, size in enumerate(label.shape) if size == 1]
     axis = single[0] if single else int(np.argmax(np.round(spacing, 3)))
@@ -137,26 +123,17 @@ def _windowed(image: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Montage:
-    """The pictures of a case.
-
-    Attributes
-    ----------
-    axis, index, depth:
-        The slice; see :class:`SliceView`.
-    images:
-        uint8, shape (C, rows, columns).
-    reference:
-        Label values, shape (rows, columns).
-    segmentations:
-        Label values by subset, each of shape (rows, columns).
-    """
+    """The pictures of a case in a slice; for its place see :class:`SliceView`."""
 
     axis: int
     index: int
     depth: int
     images: np.ndarray
+    """uint8, shape (C, rows, columns)."""
     reference: np.ndarray
+    """Label values, shape (rows, columns)."""
     segmentations: dict[str, np.ndarray]
+    """Label values by subset, each of shape (rows, columns)."""
 
     def with_older(self, older: Montage | None) -> Montage:
         """Add the subsets of an earlier run if it shows the same slice of the same label."""

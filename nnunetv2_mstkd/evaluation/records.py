@@ -13,13 +13,15 @@ import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_montage
-from nnunetv2_mstkd.evaluation.results import COLUMNS, SEPARATOR
+from nnunetv2_mstkd.evaluation.results import COLUMNS, read_object, subset_size
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.images.atomic import write_json
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
 CASES = "cases"
 RUN = "run.json"
+RECORD = "record of an evaluation", "evaluate again with --restart"
+"""What a file is, and what to do about one that is not."""
 
 
 class CaseRecords:
@@ -33,14 +35,9 @@ class CaseRecords:
     output:
         Output folder of the evaluation.
     run:
-        Model, options and rules: what the results of one table must share.
+        Model, options and rules: what the results of one table must share; otherwise an InputError is raised.
     restart:
         Discard earlier results, on disk when :meth:`begin` is called.
-
-    Raises
-    ------
-    InputError
-        If the earlier results were made with another ``run``.
     """
 
     def __init__(self, output: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
@@ -48,7 +45,7 @@ class CaseRecords:
         self._run = json.loads(json.dumps(run))
         self._discard = restart
         if not restart and (self.folder / RUN).is_file():
-            before = _read(self.folder / RUN)
+            before = read_object(self.folder / RUN, *RECORD)
             for key, value in self._run.items():
                 if before.get(key) != value:
                     raise InputError(
@@ -69,31 +66,23 @@ class CaseRecords:
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
 
     def load(self, fold: str, case: str) -> dict[str, SubsetScore]:
-        """The results of a case by subset; empty if there are none yet.
-
-        Raises
-        ------
-        InputError
-            If the file is damaged or was made with other weights of the fold.
-        """
+        """The results of a case by subset; empty if there are none yet, InputError if made with other weights."""
         file = self._file(fold, case)
         if self._discard or not file.is_file():
             return {}
-        content = _read(file)
+        content = read_object(file, *RECORD)
+        if content.get("weights") != self._weights[fold]:
+            raise InputError(
+                f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
+                f"evaluate again with --restart"
+            )
         try:
-            if content["weights"] != self._weights[fold]:
-                raise InputError(
-                    f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
-                    f"evaluate again with --restart"
-                )
             return {
                 subset: SubsetScore(_with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]))
                 for subset, entry in content["subsets"].items()
             }
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{file} is no record of an evaluation ({error!r}); evaluate again with --restart"
-            ) from error
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{file} is no {RECORD[0]} ({error!r}); {RECORD[1]}") from error
 
     def load_montage(self, fold: str, case: str) -> Montage | None:
         """The pictures of a case; None if there are none."""
@@ -116,19 +105,9 @@ class CaseRecords:
     def table(
         self, cases: Iterable[tuple[str, str]], subsets: Sequence[str], *, model: str, trainer: str
     ) -> tuple[pd.DataFrame, tuple[int, int]]:
-        """The long table of complete cases.
+        """The long table of complete cases, and the numbers of voxels close to the decision and of all voxels.
 
-        Parameters
-        ----------
-        cases:
-            Fold and name of each case; all ``subsets`` of each are on record.
-        model, trainer:
-            Contents of the first two columns.
-
-        Returns
-        -------
-        The table (see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`), and the numbers of voxels close to the
-        decision and of all voxels.
+        ``cases`` are their folds and names. For the table see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
         """
         rows, near, voxels = [], 0, 0
         for fold, case in cases:
@@ -136,9 +115,8 @@ class CaseRecords:
             for subset in subsets:
                 score = scores[subset]
                 near, voxels = near + score.near, voxels + score.voxels
-                size = subset.count(SEPARATOR) + 1
                 rows += [
-                    (model, trainer, fold, case, subset, size, region, metric, value)
+                    (model, trainer, fold, case, subset, subset_size(subset), region, metric, value)
                     for region, values in score.values.items()
                     for metric, value in values.items()
                 ]
@@ -146,16 +124,6 @@ class CaseRecords:
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
         return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"
-
-
-def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is no record of an evaluation; evaluate again with --restart")
-    return content
 
 
 def _without_nan(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:

@@ -18,10 +18,7 @@ DEFAULT_LESIONS = "brats2023_gli"
 class Request:
     """The arguments of :func:`nnunetv2_mstkd.reporting.evaluate.evaluate` that decide what is predicted and measured.
 
-    Raises
-    ------
-    InputError, MissingFileError
-        For values that are impossible or do not go together.
+    Values that are impossible or do not go together are refused.
     """
 
     model_folder: Path

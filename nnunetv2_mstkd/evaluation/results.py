@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import atomic_write
+from nnunetv2_mstkd.images.atomic import write_text
 from nnunetv2_mstkd.metrics.conventions import METRICS, metric_named
 
 MODEL = "model"
@@ -25,19 +26,17 @@ REGION = "region"
 METRIC = "metric"
 VALUE = "value"
 
-COLUMNS: Mapping[str, str] = MappingProxyType(
-    {
-        MODEL: "name of the model in tables, unique among the models of a comparison",
-        TRAINER: "class of its trainer",
-        FOLD: "fold that predicted the case, as text; several folds of one case are averaged",
-        CASE: "identifier of the case",
-        SUBSET: "available modalities joined by +, for example T1ce+FLAIR",
-        MODALITIES: "their number",
-        REGION: "region or class, for example ET",
-        METRIC: f"one of {', '.join(METRICS)}",
-        VALUE: "the number; empty or nan: left out of every mean",
-    }
-)
+COLUMNS: Mapping[str, str] = {
+    MODEL: "name of the model in tables, unique among the models of a comparison",
+    TRAINER: "class of its trainer",
+    FOLD: "fold that predicted the case, as text; several folds of one case are averaged",
+    CASE: "identifier of the case",
+    SUBSET: "available modalities joined by +, for example T1ce+FLAIR",
+    MODALITIES: "their number",
+    REGION: "region or class, for example ET",
+    METRIC: f"one of {', '.join(METRICS)}",
+    VALUE: "the number; empty or nan: left out of every mean",
+}
 """Name and meaning of the columns, in the order of the file. Further columns are kept but not used."""
 
 KEY = (MODEL, TRAINER, FOLD, CASE, SUBSET, REGION, METRIC)
@@ -48,12 +47,7 @@ SEPARATOR = "+"
 
 
 def check_results(results: pd.DataFrame) -> pd.DataFrame:
-    """Check a table of results and return it with its columns in order and of the right types.
-
-    Parameters
-    ----------
-    results:
-        A table with at least the columns of :data:`COLUMNS`.
+    """Check a table of results, which has at least the :data:`COLUMNS`, and return it in their order.
 
     Returns
     -------
@@ -100,13 +94,7 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
-    """Read and check ``results.csv``.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If the file does not exist or is no such table; see :func:`check_results`.
-    """
+    """Read and check ``results.csv``; MissingFileError or InputError, as by :func:`check_results`."""
     path = Path(path)
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist; expected a table of results as mstkd evaluate writes it")
@@ -123,15 +111,25 @@ def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
 
 def write_results(results: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     """Check results and write them atomically, with all digits: reading gives the same table."""
-    write_text(check_results(results).to_csv(index=False, na_rep="nan", lineterminator="\n"), path)
-
-
-def write_text(text: str, path: str | os.PathLike[str]) -> None:
-    """Write a text file in UTF-8 atomically; missing folders are made."""
-    path = Path(path)
+    path, text = Path(path), check_results(results).to_csv(index=False, na_rep="nan", lineterminator="\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as scratch:
-        scratch.write_text(text, encoding="utf-8", newline="\n")
+    write_text(path, text)
+
+
+def read_object(file: Path, what: str, hint: str) -> dict[str, Any]:
+    """Read a JSON object that an evaluation wrote; for other content an InputError that names ``what`` and the hint."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged ({error}); {hint}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is no {what}; {hint}")
+    return content
+
+
+def subset_size(subset: str) -> int:
+    """Number of modalities of a subset."""
+    return subset.count(SEPARATOR) + 1
 
 
 def modality_order(subsets: Iterable[str]) -> tuple[str, ...]:

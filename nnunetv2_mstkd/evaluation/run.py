@@ -7,7 +7,7 @@ in background processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -39,76 +39,54 @@ IMAGES_AHEAD = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation has measured.
-
-    Attributes
-    ----------
-    results:
-        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    rules:
-        The rules that the values were computed with.
-    settings:
-        What all results have in common, for summary.json.
-    near:
-        Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone.
-    records:
-        The records of all cases, which have their pictures.
-    """
+    """What an evaluation has measured: the long table, the rules of its values, and the records with the pictures."""
 
     results: pd.DataFrame
     rules: Rules
     settings: dict[str, Any]
+    """What all results have in common, for summary.json."""
     near: tuple[int, int] | None
+    """Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone."""
     records: CaseRecords
 
 
 @dataclass
 class OpenCase:
-    """A case, and what is known of it so far.
-
-    Attributes
-    ----------
-    case:
-        The case.
-    scores:
-        Its results by subset.
-    images:
-        The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction.
-    """
+    """A case, and what is known of it so far."""
 
     case: LabelledCase
     scores: dict[str, SubsetScore]
+    view: SliceView
+    """The slice to show."""
     images: np.ndarray | None = None
+    """The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction."""
 
     def show(self, images: np.ndarray) -> None:
         """Add the images in the slice: with mask_first each prediction sees only the channels of its subset."""
         known = images if self.images is None else self.images
         self.images = np.where(known.any((1, 2), keepdims=True), known, images)
 
-    def montage(self, view: SliceView) -> Montage:
+    def montage(self) -> Montage:
         """The pictures of the subsets that were predicted in this run."""
         assert self.images is not None
+        view = self.view
         slices = {subset: score.slice for subset, score in self.scores.items() if score.slice is not None}
         return Montage(view.axis, view.index, view.depth, self.images, view.reference, slices)
 
 
 class Evaluator:
-    """Predicts and measures what is not on record yet; everything is checked when it is made.
-
-    Parameters
-    ----------
-    request:
-        What to evaluate, and how.
-
-    Raises
-    ------
-    InputError, MissingFileError
-        For a model, options or cases that cannot be used.
-    """
+    """Predicts and measures what is not on record yet; model, options and cases are checked when it is made."""
 
     def __init__(self, request: Request) -> None:
         self.request = request
-        self._refuse_other_folders()
+        others = {
+            "folder of images": request.images,
+            "folder of labels": request.labels,
+            "model folder": request.model_folder,
+        }
+        for what, folder in others.items():
+            if folder is not None:
+                refuse_same_folder(request.output_folder, folder, what)
         self.predictors = self._load()
         self.model = next(iter(self.predictors.values()))
         self.names = modalities.modality_names(self.model.dataset_json)
@@ -119,22 +97,23 @@ class Evaluator:
         self.records = CaseRecords(request.output_folder, self.settings, restart=request.restart)
         for fold, predictor in self.predictors.items():
             self.records.use_weights(fold, "+".join(map(checkpoints.fingerprint, predictor.list_of_parameters)))
-        opened = [OpenCase(case, self.records.load(case.fold, case.name)) for case in self.cases]
-        self.unfinished = [each for each in opened if self._missing(each)]
-        self.views = check_cases(
-            [each.case for each in self.unfinished],
+        on_record = [(case, self.records.load(case.fold, case.name)) for case in self.cases]
+        unfinished = [(case, scores) for case, scores in on_record if self._missing(scores)]
+        views = check_cases(
+            [case for case, _ in unfinished],
             self.model.plans_manager,
             self.rules,
             self.names,
             threads=max(1, request.preprocessing_processes),
             progress=request.progress,
         )
+        self.unfinished = [OpenCase(case, scores, view) for (case, scores), view in zip(unfinished, views, strict=True)]
         self.stack = self._stack()
 
     def run(self) -> Measured:
         """Predict and measure the missing subsets of all cases, and read all results."""
         request, tasks = self.request, len(self.cases) * len(self.subsets)
-        missing = sum(len(self._missing(each)) for each in self.unfinished)
+        missing = sum(len(self._missing(each.scores)) for each in self.unfinished)
         self.records.begin()
         request.report(
             f"{self.settings['folder']}: cases: {len(self.cases)}, already evaluated: "
@@ -158,17 +137,6 @@ class Evaluator:
         return Measured(results, self.rules, self.settings, near if self.stack > 1 else None, self.records)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
-
-    def _refuse_other_folders(self) -> None:
-        """Refuse an output folder that is the model's, or holds the images or labels."""
-        folders = {
-            "folder of images": self.request.images,
-            "folder of labels": self.request.labels,
-            "model folder": self.request.model_folder,
-        }
-        for what, folder in folders.items():
-            if folder is not None:
-                refuse_same_folder(self.request.output_folder, folder, what)
 
     def _load(self) -> dict[str, Any]:
         """A predictor for each group of folds, by the folds as text: each fold alone, or all for a folder of images."""
@@ -285,12 +253,12 @@ class Evaluator:
         prepared = ahead(preparing, prepare, arguments, IMAGES_AHEAD)
         try:
             for (each, subsets), (data, properties) in zip(jobs, prepared, strict=True):
-                case, view = each.case, self._view(each)
+                case = each.case
                 bar.set_description(f"fold {case.fold}, {case.name}")
-                each.show(slice_images(data, properties, view, predictor.plans_manager.transpose_forward))
+                each.show(slice_images(data, properties, each.view, predictor.plans_manager.transpose_forward))
                 rows = torch.tensor([self.subsets[subset] for subset in subsets])
                 for subset, logits in zip(subsets, stacked.logits(torch.from_numpy(data), rows), strict=True):
-                    measured = logits, properties, case.label, *model, self.rules, view
+                    measured = logits, properties, case.label, *model, self.rules, each.view
                     backlog.submit((each, subset), score_prediction, *measured)
                     # logits wait in memory for a free process
                     backlog.collect(processes + stacked.stack if processes else 0)
@@ -303,18 +271,18 @@ class Evaluator:
         """Add the result of a subset, and write those of a case that is complete."""
         each, subset = label
         each.scores[subset] = score
-        if not self._missing(each):
-            self.records.save(each.case.fold, each.case.name, each.scores, each.montage(self._view(each)))
+        if not self._missing(each.scores):
+            self.records.save(each.case.fold, each.case.name, each.scores, each.montage())
             each.scores, each.images = {}, None  # on disk now; the pictures of many cases fill memory
         bar.update()
 
-    def _missing(self, case: OpenCase) -> list[str]:
+    def _missing(self, scores: Mapping[str, SubsetScore]) -> list[str]:
         """The subsets without a result."""
-        return [subset for subset in self.subsets if subset not in case.scores]
+        return [subset for subset in self.subsets if subset not in scores]
 
     def _batches(self, case: OpenCase) -> list[list[str]]:
         """The missing subsets, those together that are predicted from one preprocessed image."""
-        missing = self._missing(case)
+        missing = self._missing(case.scores)
         return [[subset] for subset in missing] if self.request.mask_first else [missing]
 
     def _absent(self, subsets: Sequence[str]) -> tuple[int, ...]:
@@ -322,6 +290,3 @@ class Evaluator:
         if not self.request.mask_first:
             return ()
         return tuple(channel for channel, available in enumerate(self.subsets[subsets[0]]) if not available)
-
-    def _view(self, case: OpenCase) -> SliceView:
-        return self.views[case.case.fold, case.case.name]

@@ -36,31 +36,19 @@ NEAR = 0.05
 
 @dataclass(frozen=True)
 class Rules:
-    """What is measured, and how.
-
-    Attributes
-    ----------
-    regions:
-        Label values of each region, by name.
-    labels:
-        All values that a label image may have, including the ignore label.
-    metrics:
-        Names from :data:`~nnunetv2_mstkd.metrics.conventions.METRICS`.
-    ignore_label:
-        Voxels with this label count neither as predicted nor as reference; None: there is no such label.
-    convention, lesion_convention:
-        Rules for empty masks and for lesions, names from :mod:`~nnunetv2_mstkd.metrics.conventions`.
-    tolerance:
-        Tolerance of the normalised surface Dice in millimetres.
-    """
+    """What is measured, and how: names of metrics and rules are from :mod:`~nnunetv2_mstkd.metrics.conventions`."""
 
     regions: Mapping[str, tuple[int, ...]]
+    """Label values of each region, by name."""
     labels: tuple[int, ...]
+    """All values that a label image may have, including the ignore label."""
     metrics: tuple[str, ...] = (DICE, HD95)
     ignore_label: int | None = None
+    """Voxels with this label count neither as predicted nor as reference; None: there is no such label."""
     convention: str = BRATS
     lesion_convention: str | None = None
     tolerance: float = 1.0
+    """Of the normalised surface Dice, in millimetres."""
 
     def __post_init__(self) -> None:
         # both refuse unknown names
@@ -82,18 +70,9 @@ class Rules:
     def score(
         self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
     ) -> dict[str, dict[str, float]]:
-        """All metrics of all regions of a pair of label images.
+        """All metrics of all regions of a pair of label images of equal shape: region -> metric -> value.
 
-        Parameters
-        ----------
-        prediction, reference:
-            Integer labels of equal shape; axes with a single voxel are dropped, for a slice has no surface in space.
-        spacing:
-            Millimetres per axis, in the order of the axes.
-
-        Returns
-        -------
-        region -> metric -> value.
+        The spacing is in millimetres per axis. Axes with a single voxel are dropped: a slice has no surface in space.
         """
         # one axis stays if all are single
         kept = [axis for axis, size in enumerate(reference.shape) if size > 1] or [0]
@@ -133,14 +112,7 @@ class Rules:
 def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Rules:
     """The rules for a data set: its regions, or its labels if it has none.
 
-    Parameters
-    ----------
-    dataset_json:
-        Content of nnU-Net's dataset.json.
-    labels:
-        nnU-Net's label manager.
-    options:
-        Further attributes of :class:`Rules`.
+    ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`.
     """
     regions = {
         name: tuple(int(label) for label in np.atleast_1d(value))
@@ -154,25 +126,11 @@ def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Ru
 
 
 def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np.ndarray, dict]:
-    """Read a reference segmentation.
-
-    Parameters
-    ----------
-    path:
-        The image file.
-    reader:
-        nnU-Net's reader class of the plans.
-    labels:
-        The values that it may have.
+    """Read a reference segmentation with nnU-Net's reader class of the plans; refuse values other than ``labels``.
 
     Returns
     -------
     Integers, shape (x, y, z) in the reader's order of axes, and the reader's properties.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If it does not exist, cannot be read, is truncated, or has other values.
     """
     if not path.is_file():
         raise MissingFileError(f"the label {path} does not exist")
@@ -203,24 +161,16 @@ def _reference(path: Path, reader: type[Any], labels: tuple[int, ...]) -> np.nda
 
 @dataclass(frozen=True)
 class SubsetScore:
-    """Result of one case with one subset.
-
-    Attributes
-    ----------
-    values:
-        Values by region and metric: region -> metric -> value.
-    near:
-        Number of voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision).
-    voxels:
-        Number of voxels of the segmentation, in its original geometry.
-    slice:
-        The segmentation in the slice to show; None: none was requested, or the score was read from disk.
-    """
+    """Result of one case with one subset."""
 
     values: dict[str, dict[str, float]]
+    """region -> metric -> value."""
     near: int
+    """Voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision)."""
     voxels: int
+    """Voxels of the segmentation, in its original geometry."""
     slice: np.ndarray | None = field(default=None, compare=False)
+    """The segmentation in the slice to show; None: none was requested, or the score was read from disk."""
 
 
 def score_prediction(
@@ -237,23 +187,14 @@ def score_prediction(
 
     Parameters
     ----------
-    logits:
-        Shape (K, *spatial), in the geometry of the preprocessed image.
-    properties:
-        Properties from nnU-Net's preprocessor.
+    logits, properties:
+        Shape (K, *spatial), in the geometry of the preprocessed image, and the properties from nnU-Net's preprocessor.
     label:
-        File of the reference.
-    plans, configuration, dataset_json:
-        nnU-Net's plans manager and configuration manager, and the content of dataset.json.
-    rules:
-        What is measured.
+        File of the reference, which must have the shape of the image.
+    plans, configuration, dataset_json, rules:
+        The model, as for :func:`~nnunetv2_mstkd.evaluation.cases.prepare`, and what is measured.
     view:
         The slice to keep; None: none.
-
-    Raises
-    ------
-    InputError
-        If image and label differ in shape.
     """
     counting = _CountingLabels(plans.get_label_manager(dataset_json))
     segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
@@ -281,19 +222,15 @@ class _CountingLabels:
 
 
 def near_decision(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    """Where the margin to the decision is below :data:`NEAR`; bool, shape (*spatial).
+    """Where the margin of logits (K, *spatial) to the decision is below :data:`NEAR`; bool, shape (*spatial).
 
-    Parameters
-    ----------
-    logits:
-        Shape (K, *spatial).
-    regions:
-        Each channel is decided separately, at zero; otherwise the largest one wins, by its margin to the second.
+    With regions each channel is decided separately, at zero; otherwise the largest wins, by its margin to the second.
     """
     if regions:
         return (logits.abs() < NEAR).any(0)
     if len(logits) < 2:
         return torch.zeros(logits.shape[1:], dtype=torch.bool)
+    # twice as fast as topk
     first, second = torch.maximum(logits[0], logits[1]), torch.minimum(logits[0], logits[1])
     for channel in logits[2:]:
         second = torch.maximum(second, torch.minimum(first, channel))

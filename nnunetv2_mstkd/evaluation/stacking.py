@@ -25,18 +25,13 @@ TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
 
 
 class StackedNetwork(nn.Module):
-    """A network that sees one patch with several subsets of its modalities.
-
-    Attributes
-    ----------
-    subsets:
-        bool, shape (S, C), on the device; set before each image.
-    """
+    """A network that sees one patch with several subsets of its modalities."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
         self.subsets: torch.Tensor | None = None
+        """bool, shape (S, C), on the device; set before each image."""
 
     @property
     def plain_network(self) -> nn.Module:
@@ -93,12 +88,8 @@ class SubsetPredictor:
     def logits(self, data: torch.Tensor, subsets: torch.Tensor) -> Iterator[np.ndarray]:
         """The logits of each subset in turn, arrays of shape (K, *spatial) and type float16.
 
-        Parameters
-        ----------
-        data:
-            Preprocessed image, float32, shape (C, *spatial), with the modalities of all subsets.
-        subsets:
-            bool, shape (S, C), S at least 1; no row is all False.
+        The preprocessed image, float32 of shape (C, *spatial), has the modalities of all subsets: bool, shape (S, C),
+        no row all False.
         """
         if subsets.ndim != 2 or subsets.shape[1] != len(data) or not bool(subsets.any(1).all()):
             raise InputError(
@@ -141,16 +132,6 @@ class SubsetPredictor:
 
 
 def default_stack(batch_size: int, num_subsets: int, device: torch.device) -> int:
-    """The number of subsets per forward pass unless the user chooses one.
-
-    Parameters
-    ----------
-    batch_size:
-        Patches per training batch.
-    num_subsets:
-        Number of subsets to evaluate.
-    device:
-        The device of the network.
-    """
+    """The number of subsets per forward pass, from the patches per training batch, unless the user chooses one."""
     batches = TRAINING_BATCHES_CPU if device.type == "cpu" else TRAINING_BATCHES_GPU
     return max(1, min(num_subsets, batches * batch_size))

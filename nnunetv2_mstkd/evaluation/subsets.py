@@ -24,13 +24,7 @@ def choose_subsets(names: Sequence[str], *, subsets: Sequence[str] = (), availab
 
     Returns
     -------
-    Tensor of bool, shape (S, C).
-
-    Raises
-    ------
-    InputError
-        For an unknown modality, a duplicate or unavailable subset, and if all subsets of more than six modalities are
-        requested.
+    Tensor of bool, shape (S, C). All subsets of more than six modalities are refused.
     """
     there = modalities.parse_subset(modalities.ALL if available is None else available, names)
     if subsets:

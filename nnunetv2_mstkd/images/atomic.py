@@ -38,7 +38,7 @@ def clear_scratch(folder: Path, names: str) -> None:
 def write_text(file: Path, text: str) -> None:
     """Write a text file atomically, as UTF-8."""
     with atomic_write(file) as scratch:
-        scratch.write_text(text, encoding="utf-8")
+        scratch.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(file: Path, content: Any, *, indent: int = 2) -> None:

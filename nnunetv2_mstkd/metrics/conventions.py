@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
+from typing import NamedTuple
 
 from nnunetv2_mstkd.errors import InputError
 
@@ -24,42 +24,34 @@ LESION_DICE = "lesion_dice"
 LESION_HD95 = "lesion_hd95"
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A metric's name in tables, its unit, its range and which direction is better.
-
-    Attributes
-    ----------
-    label:
-        The printed name.
-    unit:
-        The printed unit; ``"%"`` for fractions, which are printed times 100.
-    better:
-        +1: higher is better; -1: lower is better; 0: closer to zero is better.
-    lowest, highest:
-        Range of possible values.
-    """
+class Metric(NamedTuple):
+    """A metric's name in tables, its unit, which direction is better, and the range of its values."""
 
     label: str
     unit: str
+    """``"%"`` for fractions, which are printed times 100."""
     better: int
+    """+1: higher is better; -1: lower is better; 0: closer to zero is better."""
     lowest: float
     highest: float
 
+    @property
+    def factor(self) -> int:
+        """Turns values into the printed unit."""
+        return 100 if self.unit == "%" else 1
 
-METRICS: Mapping[str, Metric] = MappingProxyType(
-    {
-        DICE: Metric("Dice", "%", +1, 0.0, 1.0),
-        HD95: Metric("HD95", "mm", -1, 0.0, math.inf),
-        NSD: Metric("NSD", "%", +1, 0.0, 1.0),
-        SENSITIVITY: Metric("sensitivity", "%", +1, 0.0, 1.0),
-        PRECISION: Metric("precision", "%", +1, 0.0, 1.0),
-        VOLUME_ERROR: Metric("volume error", "ml", 0, -math.inf, math.inf),
-        RELATIVE_VOLUME_ERROR: Metric("relative volume error", "%", 0, -1.0, math.inf),
-        LESION_DICE: Metric("lesion-wise Dice", "%", +1, 0.0, 1.0),
-        LESION_HD95: Metric("lesion-wise HD95", "mm", -1, 0.0, math.inf),
-    }
-)
+
+METRICS: Mapping[str, Metric] = {
+    DICE: Metric("Dice", "%", +1, 0.0, 1.0),
+    HD95: Metric("HD95", "mm", -1, 0.0, math.inf),
+    NSD: Metric("NSD", "%", +1, 0.0, 1.0),
+    SENSITIVITY: Metric("sensitivity", "%", +1, 0.0, 1.0),
+    PRECISION: Metric("precision", "%", +1, 0.0, 1.0),
+    VOLUME_ERROR: Metric("volume error", "ml", 0, -math.inf, math.inf),
+    RELATIVE_VOLUME_ERROR: Metric("relative volume error", "%", 0, -1.0, math.inf),
+    LESION_DICE: Metric("lesion-wise Dice", "%", +1, 0.0, 1.0),
+    LESION_HD95: Metric("lesion-wise HD95", "mm", -1, 0.0, math.inf),
+}
 
 
 def metric_named(name: str) -> Metric:
@@ -79,27 +71,18 @@ PENALTY = "the penalty"
 FORMULA = "as computed"
 
 
-@dataclass(frozen=True)
-class EmptyRule:
-    """The value of a metric for empty masks: a number, :data:`LEFT_OUT`, or one of the three words above.
-
-    Attributes
-    ----------
-    both:
-        Value if both masks are empty (lesion-wise: there is nothing to score).
-    prediction:
-        Value if only the prediction is empty: everything was missed (lesion-wise: a missed lesion).
-    reference:
-        Value if only the reference is empty: the whole prediction is false (lesion-wise: a false lesion).
-    """
+class EmptyRule(NamedTuple):
+    """The value of a metric for empty masks: a number, :data:`LEFT_OUT`, or one of the three words above."""
 
     both: float | str
+    """Both masks are empty (lesion-wise: there is nothing to score)."""
     prediction: float | str
+    """Only the prediction is empty: everything was missed (lesion-wise: a missed lesion)."""
     reference: float | str
+    """Only the reference is empty: the whole prediction is false (lesion-wise: a false lesion)."""
 
 
-@dataclass(frozen=True)
-class Convention:
+class Convention(NamedTuple):
     """A set of rules for empty masks and its source."""
 
     source: str
@@ -109,44 +92,39 @@ class Convention:
 BRATS = "brats"
 NNUNET = "nnunet"
 
-CONVENTIONS: Mapping[str, Convention] = MappingProxyType(
-    {
-        # HD95: 373.12866 in BraTS is the diagonal of 240 x 240 x 155 voxels of 1 mm; the diagonal suits other images.
-        # Sensitivity and NSD as in the code of BraTS 2023 and 2024; precision, which BraTS has not, by symmetry.
-        BRATS: Convention(
-            "BraTS 2018-2022; Dice as in the missing-modality literature, whose epsilon gives 1 for two empty masks",
-            MappingProxyType(
-                {
-                    DICE: EmptyRule(1.0, 0.0, 0.0),
-                    HD95: EmptyRule(0.0, DIAGONAL, DIAGONAL),
-                    NSD: EmptyRule(1.0, 0.0, 0.0),
-                    SENSITIVITY: EmptyRule(1.0, 0.0, 0.0),
-                    PRECISION: EmptyRule(1.0, 0.0, 0.0),
-                    VOLUME_ERROR: EmptyRule(FORMULA, FORMULA, FORMULA),
-                    RELATIVE_VOLUME_ERROR: EmptyRule(0.0, FORMULA, LEFT_OUT),
-                }
-            ),
-        ),
-        NNUNET: Convention(
-            "nnU-Net 2 (Dice) and nnU-Net 1 (the others): NaN, dropped by nanmean",
-            MappingProxyType(
-                {
-                    DICE: EmptyRule(LEFT_OUT, 0.0, 0.0),
-                    HD95: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
-                    NSD: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
-                    SENSITIVITY: EmptyRule(LEFT_OUT, 0.0, LEFT_OUT),
-                    PRECISION: EmptyRule(LEFT_OUT, LEFT_OUT, 0.0),
-                    VOLUME_ERROR: EmptyRule(FORMULA, FORMULA, FORMULA),
-                    RELATIVE_VOLUME_ERROR: EmptyRule(LEFT_OUT, FORMULA, LEFT_OUT),
-                }
-            ),
-        ),
-    }
-)
+CONVENTIONS: Mapping[str, Convention] = {
+    # HD95: 373.12866 in BraTS is the diagonal of 240 x 240 x 155 voxels of 1 mm; the diagonal suits other images.
+    # Sensitivity and NSD as in the code of BraTS 2023 and 2024; precision, which BraTS has not, by symmetry.
+    BRATS: Convention(
+        "BraTS 2018-2022; Dice as in the missing-modality literature, whose epsilon gives 1 for two empty masks",
+        {
+            DICE: EmptyRule(1.0, 0.0, 0.0),
+            HD95: EmptyRule(0.0, DIAGONAL, DIAGONAL),
+            NSD: EmptyRule(1.0, 0.0, 0.0),
+            SENSITIVITY: EmptyRule(1.0, 0.0, 0.0),
+            PRECISION: EmptyRule(1.0, 0.0, 0.0),
+            VOLUME_ERROR: EmptyRule(FORMULA, FORMULA, FORMULA),
+            RELATIVE_VOLUME_ERROR: EmptyRule(0.0, FORMULA, LEFT_OUT),
+        },
+    ),
+    NNUNET: Convention(
+        "nnU-Net 2 (Dice) and nnU-Net 1 (the others): NaN, dropped by nanmean",
+        {
+            DICE: EmptyRule(LEFT_OUT, 0.0, 0.0),
+            HD95: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
+            NSD: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
+            SENSITIVITY: EmptyRule(LEFT_OUT, 0.0, LEFT_OUT),
+            PRECISION: EmptyRule(LEFT_OUT, LEFT_OUT, 0.0),
+            VOLUME_ERROR: EmptyRule(FORMULA, FORMULA, FORMULA),
+            RELATIVE_VOLUME_ERROR: EmptyRule(LEFT_OUT, FORMULA, LEFT_OUT),
+        },
+    ),
+}
 
-LESION_RULES: Mapping[str, EmptyRule] = MappingProxyType(
-    {LESION_DICE: EmptyRule(1.0, 0.0, 0.0), LESION_HD95: EmptyRule(0.0, PENALTY, PENALTY)}
-)
+LESION_RULES: Mapping[str, EmptyRule] = {
+    LESION_DICE: EmptyRule(1.0, 0.0, 0.0),
+    LESION_HD95: EmptyRule(0.0, PENALTY, PENALTY),
+}
 """Shared by all lesion-wise conventions; ``both`` means that there is nothing to score."""
 
 
@@ -155,22 +133,13 @@ def empty_value(
 ) -> float | None:
     """The value of a metric for a pair with an empty mask; None where the metric's formula applies.
 
-    Parameters
-    ----------
-    metric, convention:
-        Names from :data:`METRICS` and :data:`CONVENTIONS`.
-    diagonal:
-        Length of the image diagonal in millimetres.
+    ``diagonal`` is the length of the image diagonal in millimetres.
     """
     rule = _rule(metric, convention)
-    if prediction_empty and reference_empty:
-        value = rule.both
-    elif prediction_empty:
-        value = rule.prediction
-    elif reference_empty:
-        value = rule.reference
-    else:
+    if not (prediction_empty or reference_empty):
         return None
+    one = rule.prediction if prediction_empty else rule.reference
+    value = rule.both if prediction_empty and reference_empty else one
     if value == FORMULA:
         return None
     return diagonal if value == DIAGONAL else float(value)
@@ -181,49 +150,37 @@ def empty_rules_text(
 ) -> str:
     """Describe the rules for empty masks, one line per metric, as a note under a table of metrics.
 
-    Parameters
-    ----------
-    convention:
-        A name from :data:`CONVENTIONS`.
-    metrics:
-        The metrics in the table.
-    lesion_convention:
-        A name from :data:`LESION_CONVENTIONS`; required for lesion-wise metrics.
+    The names are from :data:`CONVENTIONS`, :data:`METRICS` and, for lesion-wise metrics, :data:`LESION_CONVENTIONS`.
     """
     metrics = list(metrics)
     lines = []
     plain = [name for name in metrics if name not in LESION_RULES]
     if plain:
         lines.append(f"Empty masks ({convention}: {_convention(convention).source})")
-        for name in plain:
-            rule = _rule(name, convention)
-            words = [_word(value) for value in (rule.both, rule.prediction, rule.reference)]
-            if words[0] == words[1] == words[2]:
-                text = f"{words[0]} with any empty mask"
-            elif words[1] == words[2]:
-                text = f"both empty {words[0]}; one empty {words[1]}"
-            else:
-                text = f"both empty {words[0]}; only the prediction empty {words[1]}; only the reference {words[2]}"
-            lines.append(f"{metric_named(name).label}: {text}")
+    for name in plain:
+        both, prediction, reference = map(_word, _rule(name, convention))
+        if both == prediction == reference:
+            text = f"{both} with any empty mask"
+        elif prediction == reference:
+            text = f"both empty {both}; one empty {prediction}"
+        else:
+            text = f"both empty {both}; only the prediction empty {prediction}; only the reference {reference}"
+        lines.append(f"{metric_named(name).label}: {text}")
     lesionwise = [name for name in metrics if name in LESION_RULES]
-    if lesionwise:
-        if lesion_convention is None:
-            raise InputError(
-                f"{lesionwise[0]} needs the name of its lesion-wise convention; known are "
-                f"{', '.join(LESION_CONVENTIONS)}"
-            )
-        settings = lesion_convention_named(lesion_convention)
-        lines.append(f"Lesions ({lesion_convention}: {settings.source})")
-        for name in lesionwise:
-            rule = LESION_RULES[name]
-            penalty = DIAGONAL if settings.penalty_mm is None else f"{settings.penalty_mm:g} mm"
-            missed, false = (
-                penalty if value == PENALTY else _word(value) for value in (rule.prediction, rule.reference)
-            )
-            lines.append(
-                f"{metric_named(name).label}: nothing to score {_word(rule.both)}; a missed lesion {missed}; a false "
-                f"lesion {false}"
-            )
+    if not lesionwise:
+        return "\n".join(lines)
+    if lesion_convention is None:
+        raise InputError(
+            f"{lesionwise[0]} needs the name of its lesion-wise convention; known are {', '.join(LESION_CONVENTIONS)}"
+        )
+    settings = lesion_convention_named(lesion_convention)
+    lines.append(f"Lesions ({lesion_convention}: {settings.source})")
+    penalty = DIAGONAL if settings.penalty_mm is None else f"{settings.penalty_mm:g} mm"
+    for name in lesionwise:
+        nothing, missed, false = (penalty if value == PENALTY else _word(value) for value in LESION_RULES[name])
+        lines.append(
+            f"{metric_named(name).label}: nothing to score {nothing}; a missed lesion {missed}; a false lesion {false}"
+        )
     return "\n".join(lines)
 
 
@@ -250,41 +207,25 @@ def _rule(metric: str, convention: str) -> EmptyRule:
 # ---- lesion-wise conventions ---------------------------------------------------------------------------------------
 
 
-def _nothing() -> Mapping:
-    return MappingProxyType({})
-
-
 @dataclass(frozen=True)
 class LesionConvention:
-    """How an edition of BraTS counts lesions.
-
-    Attributes
-    ----------
-    source:
-        The code that defines it.
-    dilation:
-        Iterations of dilation with the 18-neighbourhood. Reference components whose dilations touch are one lesion, and
-        a predicted lesion that touches the dilation belongs to it.
-    min_volume:
-        Reference lesions of at most this volume (mm3) are not scored.
-    penalty_mm:
-        HD95 of a missed or false lesion; None: the image diagonal.
-    group_predictions:
-        Group predicted components by dilation too, and drop groups of at most ``min_volume`` *voxels*.
-    region_dilation, region_min_volume:
-        Regions with a different dilation or minimum volume.
-    partners:
-        Lesions of a region that touch the same lesion of a partner count as one lesion, partner after partner.
-    """
+    """How an edition of BraTS counts lesions."""
 
     source: str
+    """The code that defines it."""
     dilation: int
+    """Iterations of dilation with the 18-neighbourhood. Reference components whose dilations touch are one lesion, and
+    a predicted lesion that touches the dilation belongs to it."""
     min_volume: float
+    """Reference lesions of at most this volume (mm3) are not scored."""
     penalty_mm: float | None
+    """HD95 of a missed or false lesion; None: the image diagonal."""
     group_predictions: bool = False
-    region_dilation: Mapping[str, int] = field(default_factory=_nothing)
-    region_min_volume: Mapping[str, float] = field(default_factory=_nothing)
-    partners: Mapping[str, tuple[str, ...]] = field(default_factory=_nothing)
+    """Group predicted components by dilation too, and drop groups of at most ``min_volume`` *voxels*."""
+    region_dilation: Mapping[str, int] = field(default_factory=dict)
+    region_min_volume: Mapping[str, float] = field(default_factory=dict)
+    partners: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Lesions of a region that touch the same lesion of a partner count as one lesion, partner after partner."""
 
     def dilation_of(self, region: str) -> int:
         return self.region_dilation.get(region, self.dilation)
@@ -295,55 +236,36 @@ class LesionConvention:
 
 _YEAR_2023 = "rachitsaluja/BraTS-2023-Metrics, eval.py"
 _YEAR_2024 = "rachitsaluja/BraTS-2024-Metrics, metrics_{}.py"
+_NECROSIS_JOINS = {"ET": ("NETC",)}
 
-LESION_CONVENTIONS: Mapping[str, LesionConvention] = MappingProxyType(
-    {
-        "brats2023_gli": LesionConvention(_YEAR_2023, dilation=3, min_volume=50, penalty_mm=374),
-        "brats2023_ssa": LesionConvention(_YEAR_2023, dilation=3, min_volume=50, penalty_mm=374),
-        "brats2023_ped": LesionConvention(_YEAR_2023, dilation=3, min_volume=50, penalty_mm=374),
-        "brats2023_men": LesionConvention(_YEAR_2023, dilation=1, min_volume=50, penalty_mm=374),
-        "brats2023_met": LesionConvention(_YEAR_2023, dilation=1, min_volume=2, penalty_mm=374),
-        "brats2024_gli": LesionConvention(
-            _YEAR_2024.format("GLI"),
-            dilation=3,
-            min_volume=20,
-            penalty_mm=337,
-            group_predictions=True,
-            # SNFH stays at 3: the release asks for "SFNH", a name that no tissue has, where it sets 5
-            region_dilation=MappingProxyType({"NETC": 5, "RC": 5}),
-            region_min_volume=MappingProxyType({"ET": 10}),
-            partners=MappingProxyType(
-                {
-                    "ET": ("NETC", "RC"),
-                    "NETC": ("ET", "RC"),
-                    "RC": ("ET", "NETC"),
-                    "SNFH": ("ET", "RC", "NETC"),
-                }
-            ),
-        ),
-        "brats2024_ped": LesionConvention(
-            _YEAR_2024.format("PED"), dilation=5, min_volume=10, penalty_mm=374, group_predictions=True
-        ),
-        "brats2024_ssa": LesionConvention(
-            _YEAR_2024.format("SSA"),
-            dilation=3,
-            min_volume=50,
-            penalty_mm=374,
-            group_predictions=True,
-            partners=MappingProxyType({"ET": ("NETC",)}),
-        ),
-        "brats2024_men": LesionConvention(_YEAR_2024.format("MEN"), dilation=1, min_volume=50, penalty_mm=374),
-        # native grids of different size, so the penalty is each image's own diagonal (first version of the file: 374)
-        "brats2024_met": LesionConvention(
-            _YEAR_2024.format("MET"),
-            dilation=1,
-            min_volume=2,
-            penalty_mm=None,
-            group_predictions=True,
-            partners=MappingProxyType({"ET": ("NETC",)}),
-        ),
-    }
-)
+# source, dilation, minimum volume, penalty
+LESION_CONVENTIONS: Mapping[str, LesionConvention] = {
+    "brats2023_gli": LesionConvention(_YEAR_2023, 3, 50, 374),
+    "brats2023_ssa": LesionConvention(_YEAR_2023, 3, 50, 374),
+    "brats2023_ped": LesionConvention(_YEAR_2023, 3, 50, 374),
+    "brats2023_men": LesionConvention(_YEAR_2023, 1, 50, 374),
+    "brats2023_met": LesionConvention(_YEAR_2023, 1, 2, 374),
+    "brats2024_gli": LesionConvention(
+        _YEAR_2024.format("GLI"),
+        dilation=3,
+        min_volume=20,
+        penalty_mm=337,
+        group_predictions=True,
+        # SNFH stays at 3: the release asks for "SFNH", a name that no tissue has, where it sets 5
+        region_dilation={"NETC": 5, "RC": 5},
+        region_min_volume={"ET": 10},
+        partners={"ET": ("NETC", "RC"), "NETC": ("ET", "RC"), "RC": ("ET", "NETC"), "SNFH": ("ET", "RC", "NETC")},
+    ),
+    "brats2024_ped": LesionConvention(_YEAR_2024.format("PED"), 5, 10, 374, group_predictions=True),
+    "brats2024_ssa": LesionConvention(
+        _YEAR_2024.format("SSA"), 3, 50, 374, group_predictions=True, partners=_NECROSIS_JOINS
+    ),
+    "brats2024_men": LesionConvention(_YEAR_2024.format("MEN"), 1, 50, 374),
+    # native grids of different size, so the penalty is each image's own diagonal (first version of the file: 374)
+    "brats2024_met": LesionConvention(
+        _YEAR_2024.format("MET"), 1, 2, None, group_predictions=True, partners=_NECROSIS_JOINS
+    ),
+}
 
 
 def lesion_convention_named(name: str) -> LesionConvention:

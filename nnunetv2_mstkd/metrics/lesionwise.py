@@ -9,7 +9,7 @@ distances by surface area.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import cc3d
 import numpy as np
@@ -26,51 +26,29 @@ from nnunetv2_mstkd.metrics.masks import bounding_box, check_masks, check_spacin
 from nnunetv2_mstkd.metrics.surface import hd95_of, surface_distances
 
 
-@dataclass(frozen=True)
-class Lesion:
-    """A lesion of the reference.
-
-    Attributes
-    ----------
-    volume_mm3:
-        The size of the lesion.
-    predicted:
-        Number of predicted lesions that belong to it; 0: it was missed.
-    dice, hd95_mm:
-        Scores against all predicted lesions that belong to it.
-    scored:
-        False if it is too small to count.
-    """
+class Lesion(NamedTuple):
+    """A lesion of the reference, and its scores against all predicted lesions that belong to it."""
 
     volume_mm3: float
     predicted: int
+    """Number of predicted lesions that belong to it; 0: it was missed."""
     dice: float
     hd95_mm: float
     scored: bool
+    """False if it is too small to count."""
 
 
-@dataclass(frozen=True)
-class LesionwiseScores:
-    """Lesion-wise result of one region of one case.
-
-    Attributes
-    ----------
-    dice, hd95_mm:
-        Means over the scored lesions and the false ones.
-    true_positives, false_negatives:
-        Numbers of scored lesions that were found and missed.
-    false_positives:
-        Number of predicted lesions that belong to no lesion of the reference, not even to one too small to be scored.
-    lesions:
-        All lesions of the reference, in scan order.
-    """
+class LesionwiseScores(NamedTuple):
+    """Lesion-wise result of one region of one case: means over the scored lesions and the false ones, and counts."""
 
     dice: float
     hd95_mm: float
     true_positives: int
     false_negatives: int
     false_positives: int
+    """Predicted lesions that belong to no lesion of the reference, not even to one too small to be scored."""
     lesions: tuple[Lesion, ...]
+    """All lesions of the reference, in scan order."""
 
 
 def lesionwise(
@@ -160,11 +138,6 @@ def lesionwise_regions(
         As for :func:`lesionwise`.
     regions:
         The regions to score; default all of ``predictions``.
-
-    Raises
-    ------
-    ValueError
-        If a region or its partner has no mask.
     """
     settings = lesion_convention_named(convention)
     scores = {}
@@ -173,9 +146,8 @@ def lesionwise_regions(
         for name in (region, *names):
             if name not in predictions or name not in references:
                 missing = "references" if name in predictions else "predictions"
-                reason = (
-                    "" if name == region else f"; {convention} joins lesions of {region} that touch the same {name}"
-                )
+                joins = f"; {convention} joins lesions of {region} that touch the same {name}"
+                reason = "" if name == region else joins
                 raise ValueError(f"the {missing} have no mask of {name}{reason}. Pass its masks too")
         scores[region] = lesionwise(
             predictions[region],
@@ -192,12 +164,12 @@ def _scores(lesions: list[Lesion], false: int, penalty: float) -> LesionwiseScor
     scored = [lesion for lesion in lesions if lesion.scored]
     total = len(scored) + false
     if total == 0:
-        dice, distance = LESION_RULES[LESION_DICE].both, LESION_RULES[LESION_HD95].both
+        dice, distance = (float(LESION_RULES[name].both) for name in (LESION_DICE, LESION_HD95))
     else:
         dice = (sum(lesion.dice for lesion in scored) + false * float(LESION_RULES[LESION_DICE].reference)) / total
         distance = (sum(lesion.hd95_mm for lesion in scored) + false * penalty) / total
     hits = sum(lesion.predicted > 0 for lesion in scored)
-    return LesionwiseScores(float(dice), float(distance), hits, len(scored) - hits, false, tuple(lesions))
+    return LesionwiseScores(dice, distance, hits, len(scored) - hits, false, tuple(lesions))
 
 
 def _lesions(mask: np.ndarray, region: str, settings: LesionConvention, *, predicted: bool) -> np.ndarray:
@@ -253,8 +225,10 @@ def _touching(lesions: np.ndarray, others: np.ndarray) -> set[tuple[int, int]]:
     """Numbers of lesions and partners of which voxels are 18-neighbours or the same."""
     pairs: set[tuple[int, int]] = set()
     for shift in np.argwhere(_neighbours(lesions.ndim)) - 1:
-        here = tuple(slice(max(0, -step), size - max(0, step)) for step, size in zip(shift, lesions.shape, strict=True))
-        there = tuple(slice(max(0, step), size + min(0, step)) for step, size in zip(shift, lesions.shape, strict=True))
+        here, there = (
+            tuple(slice(max(0, -step), size - max(0, step)) for step, size in zip(way, lesions.shape, strict=True))
+            for way in (shift, -shift)
+        )
         pairs |= _pairs(lesions[here], others[there])
     return pairs
 

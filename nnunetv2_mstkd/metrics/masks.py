@@ -30,19 +30,11 @@ def check_masks(prediction: np.ndarray, reference: np.ndarray) -> None:
 
 
 def check_spacing(spacing: Sequence[float], num_axes: int) -> tuple[float, ...]:
-    """Return the spacing as floats.
+    """Return the spacing as floats; ValueError unless there is one positive finite number per axis.
 
-    Parameters
-    ----------
-    spacing:
-        Millimetres per axis, in the order of the array's axes. nnU-Net's ``properties["spacing"]`` has this order, and
-        so have nibabel's zooms for an array from nibabel; SimpleITK's ``GetSpacing()`` (x, y, z) must be reversed for
-        an array from ``GetArrayFromImage`` (z, y, x).
-
-    Raises
-    ------
-    ValueError
-        Unless there is one positive finite number per axis.
+    It is in millimetres per axis, in the order of the array's axes. nnU-Net's ``properties["spacing"]`` has this order,
+    and so have nibabel's zooms for an array from nibabel; SimpleITK's ``GetSpacing()`` (x, y, z) must be reversed for
+    an array from ``GetArrayFromImage`` (z, y, x).
     """
     values = tuple(np.ravel(np.asarray(spacing, dtype=float)).tolist())
     if len(values) != num_axes:

@@ -25,14 +25,9 @@ from nnunetv2_mstkd.metrics.surface import check_tolerance, hd95_of, normalized_
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Dice coefficient 2 |P and R| / (|P| + |R|) of two masks.
+    """Dice coefficient 2 |P and R| / (|P| + |R|) of two boolean masks of equal shape.
 
-    Parameters
-    ----------
-    prediction, reference:
-        Boolean masks of equal shape.
-    convention:
-        The rules for empty masks: ``"brats"`` (both empty: 1) or ``"nnunet"`` (both empty: NaN, excluded from means).
+    The rules for empty masks are ``"brats"`` (both empty: 1) or ``"nnunet"`` (both empty: NaN, excluded from means).
     """
     return _overlap(DICE, prediction, reference, convention)
 
@@ -55,12 +50,7 @@ def relative_volume_error(prediction: np.ndarray, reference: np.ndarray, *, conv
 def volume_error_ml(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
     """Signed volume error in millilitres; positive if the prediction is too large.
 
-    Parameters
-    ----------
-    prediction, reference:
-        Boolean masks of equal shape.
-    spacing:
-        Millimetres per axis, in the order of the array's axes.
+    The masks are boolean and of equal shape; the spacing is in millimetres per axis, in the order of their axes.
     """
     check_masks(prediction, reference)
     steps = check_spacing(spacing, prediction.ndim)
@@ -80,14 +70,8 @@ def score(
 
     Parameters
     ----------
-    prediction, reference:
-        Boolean masks of equal shape.
-    spacing:
-        Millimetres per axis, in the order of the array's axes.
-    convention:
-        The rules for empty masks.
-    tolerance:
-        Tolerance of the normalised surface Dice in millimetres.
+    prediction, reference, spacing, convention, tolerance:
+        As for :func:`volume_error_ml` and :func:`~nnunetv2_mstkd.metrics.surface.normalized_surface_dice`.
     surfaces:
         Also compute hd95 and nsd, which take most of the time.
 
@@ -105,16 +89,14 @@ def score(
     if not surfaces:
         return scores
     empty = {"prediction_empty": counts[1] == 0, "reference_empty": counts[2] == 0}
-    if any(empty.values()):
-        diagonal = image_diagonal(prediction.shape, steps)
-        for name in (HD95, NSD):
-            value = empty_value(name, convention, diagonal=diagonal, **empty)
-            assert value is not None, "no formula exists for a distance to nothing"
-            scores[name] = value
-    else:
+    if not any(empty.values()):
         distances = surface_distances(prediction, reference, steps)
-        scores[HD95] = hd95_of(distances)
-        scores[NSD] = normalized_surface_dice_of(distances, tolerance)
+        return scores | {HD95: hd95_of(distances), NSD: normalized_surface_dice_of(distances, tolerance)}
+    diagonal = image_diagonal(prediction.shape, steps)
+    for name in (HD95, NSD):
+        value = empty_value(name, convention, diagonal=diagonal, **empty)
+        assert value is not None, "no formula exists for a distance to nothing"
+        scores[name] = value
     return scores
 
 

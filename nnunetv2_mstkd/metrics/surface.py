@@ -14,13 +14,7 @@ from nnunetv2_mstkd.metrics.masks import bounding_box, check_masks, check_spacin
 
 
 class SurfaceDistances(NamedTuple):
-    """Distances in millimetres from each surface voxel of a mask to the nearest surface voxel of the other one.
-
-    Attributes
-    ----------
-    prediction, reference:
-        One distance per surface voxel of that mask.
-    """
+    """Distances in millimetres from each surface voxel of a mask to the nearest surface voxel of the other one."""
 
     prediction: np.ndarray
     reference: np.ndarray
@@ -35,15 +29,10 @@ def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Se
     Parameters
     ----------
     prediction, reference:
-        Boolean masks of equal shape, with any number of axes.
+        Boolean masks of equal shape, with any number of axes; an empty one is a ValueError, for which :func:`hd95` and
+        :func:`normalized_surface_dice` have rules.
     spacing:
         Millimetres per axis, in the order of the array's axes.
-
-    Raises
-    ------
-    ValueError
-        For invalid masks or spacing, and for an empty mask; :func:`hd95` and :func:`normalized_surface_dice` have rules
-        for those.
     """
     check_masks(prediction, reference)
     steps = check_spacing(spacing, prediction.ndim)
@@ -62,10 +51,8 @@ def hd95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
 
     Parameters
     ----------
-    prediction, reference:
-        Boolean masks of equal shape.
-    spacing:
-        Millimetres per axis, in the order of the array's axes.
+    prediction, reference, spacing:
+        As for :func:`surface_distances`.
     convention:
         The rules for empty masks, a name from :data:`~nnunetv2_mstkd.metrics.conventions.CONVENTIONS`.
     """
@@ -101,14 +88,10 @@ def normalized_surface_dice(
 
     Parameters
     ----------
-    prediction, reference:
-        Boolean masks of equal shape.
-    spacing:
-        Millimetres per axis, in the order of the array's axes.
+    prediction, reference, spacing, convention:
+        As for :func:`hd95`.
     tolerance:
         Millimetres, at least 0; a distance equal to it is within.
-    convention:
-        The rules for empty masks, a name from :data:`~nnunetv2_mstkd.metrics.conventions.CONVENTIONS`.
     """
     check_tolerance(tolerance)
     check_masks(prediction, reference)

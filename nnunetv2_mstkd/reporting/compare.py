@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,13 @@ import pandas as pd
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import ExistingFileError
-from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET, write_text
+from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET
+from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.metrics.conventions import Metric, metric_named
-from nnunetv2_mstkd.reporting.tables import MARKDOWN, NO_VALUE, TEXT, escaped, frame_table
+from nnunetv2_mstkd.reporting.tables import MARKDOWN, NO_VALUE, P_HOLM, TEXT, escaped, estimate, frame_table
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.comparison import Comparison, Models, read_evaluations
-from nnunetv2_mstkd.statistics.tests import AGAINST, DIFFERENCE, HIGH, LOW, P_CORRECTED, P
+from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE, P_CORRECTED, P
 
 PAGE = "comparison.md"
 NUMBERS = "comparison.json"
@@ -79,8 +80,8 @@ def _write(comparison: Comparison, output: Path) -> None:
     metric = comparison.metrics[0]
     tables = [_part(table, metric) for table in (comparison.overall, comparison.by_count, comparison.by_subset)]
     save_figure(differences_plot(*tables, metric=metric), output / FIGURE)
-    write_text(json.dumps(_numbers(comparison), indent=2) + "\n", output / NUMBERS)
-    write_text(_page(comparison), output / PAGE)
+    write_json(output / NUMBERS, _numbers(comparison))
+    write_text(output / PAGE, _page(comparison))
 
 
 def _part(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -92,6 +93,7 @@ def _part(table: pd.DataFrame, metric: str) -> pd.DataFrame:
 
 
 def _numbers(comparison: Comparison) -> dict[str, Any]:
+    drawn = comparison.bootstrap
     tables = {
         "overall": comparison.overall,
         "by_number_of_modalities": comparison.by_count,
@@ -104,12 +106,7 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
         "cases": comparison.cases,
         "patients": comparison.num_patients,
         "subsets": list(comparison.subsets),
-        "bootstrap": {
-            "unit": "patient",
-            "samples": comparison.bootstrap.samples,
-            "seed": comparison.bootstrap.seed,
-            "level": comparison.bootstrap.level,
-        },
+        "bootstrap": {"unit": "patient", "samples": drawn.samples, "seed": drawn.seed, "level": drawn.level},
         "test": "two-sided Wilcoxon signed-rank test on the patients' mean differences; Holm's correction",
         "notes": comparison.notes,
         "metrics": {
@@ -125,10 +122,7 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
 
 def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
     """Rows for JSON, which has no NaN."""
-    return [
-        {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in row.items()}
-        for row in table.to_dict("records")
-    ]
+    return table.astype(object).where(table.notna(), None).to_dict("records")
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
@@ -147,7 +141,7 @@ def _page(comparison: Comparison) -> str:
         ):
             lines += [f"### {title}", "", _differences(_part(table, name), column, metric, MARKDOWN), ""]
     if comparison.ranks is not None:
-        lines += ["## Ranks", "", _ranks(comparison, MARKDOWN), "", _about_ranks(comparison), ""]
+        lines += ["## Ranks", "", _ranks(comparison.ranks, MARKDOWN), "", _about_ranks(comparison), ""]
     label = metric_named(comparison.metrics[0]).label
     lines += [f"![Differences of {label} with intervals]({FIGURE})", "", *_method(comparison)]
     return "\n".join(lines) + "\n"
@@ -163,17 +157,13 @@ def _text(comparison: Comparison) -> str:
         table = _differences(counts[counts[REGION] == region], MODALITIES, metric, TEXT)
         parts.append(f"by number of modalities, {region}\n\n{table}")
     if comparison.ranks is not None:
-        parts.append(f"{_ranks(comparison, TEXT)}\n\n{_about_ranks(comparison)}")
+        parts.append(f"{_ranks(comparison.ranks, TEXT)}\n\n{_about_ranks(comparison)}")
     parts += [f"note: {note}" for note in comparison.notes]
     return "\n\n".join(parts)
 
 
 def _compared(comparison: Comparison) -> str:
-    counts = {
-        "case": len(comparison.cases),
-        "patient": comparison.num_patients,
-        "subset": len(comparison.subsets),
-    }
+    counts = {"case": len(comparison.cases), "patient": comparison.num_patients, "subset": len(comparison.subsets)}
     cases, patients, subsets = (f"{number} {noun}{'s' * (number != 1)}" for noun, number in counts.items())
     return f"Compared on {cases} of {patients}, {subsets} of modalities."
 
@@ -194,10 +184,11 @@ def _direction(metric: Metric) -> str:
 
 def _overall(comparison: Comparison, name: str, fmt: str) -> str:
     rows = [
-        (row[MODEL], row[AGAINST], row[REGION], _interval(row, metric_named(name)), row[P], row[P_CORRECTED])
+        (row[MODEL], row[AGAINST], row[REGION], _estimate(row, metric_named(name)), row[P], row[P_CORRECTED])
         for row in _part(comparison.overall, name).to_dict("records")
     ]
-    return _table(rows, [MODEL, AGAINST, REGION, "difference [interval]", P, "p (Holm)"], fmt)
+    columns = [MODEL, AGAINST, REGION, "difference [interval]", P, P_HOLM]
+    return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
 
 
 def _differences(table: pd.DataFrame, column: str, metric: Metric, fmt: str) -> str:
@@ -207,15 +198,19 @@ def _differences(table: pd.DataFrame, column: str, metric: Metric, fmt: str) -> 
     rows = []
     for (model, against, key), group in table.groupby([MODEL, AGAINST, column], sort=False):
         by_region = {row[REGION]: row for row in group.to_dict("records")}
-        cells = [(_interval(by_region[region], metric), by_region[region][P_CORRECTED]) for region in regions]
+        cells = [(_estimate(by_region[region], metric), by_region[region][P_CORRECTED]) for region in regions]
         pair = (model, against) if several else ()
         rows.append((*pair, str(key), *(each for of_region in cells for each in of_region)))
-    heads = [*((MODEL, AGAINST) if several else ()), column]
-    return _table(rows, [*heads, *(head for region in regions for head in (region, "p (Holm)"))], fmt)
+    heads = (head for region in regions for head in (region, P_HOLM))
+    columns = [*((MODEL, AGAINST) if several else ()), column, *heads]
+    return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
 
 
-def _ranks(comparison: Comparison, fmt: str) -> str:
-    assert comparison.ranks is not None
+def _estimate(row: dict[Any, Any], metric: Metric) -> str:
+    return estimate(row, DIFFERENCE, factor=metric.factor, digits=2, sign="+")
+
+
+def _ranks(ranks: pd.DataFrame, fmt: str) -> str:
     rows = [
         (
             row["rank"],
@@ -224,9 +219,10 @@ def _ranks(comparison: Comparison, fmt: str) -> str:
             NO_VALUE if math.isnan(row[LOW]) else f"{row[LOW]:.0f} to {row[HIGH]:.0f}",
             f"{100 * row['first']:.0f} %",
         )
-        for row in comparison.ranks.to_dict("records")
+        for row in ranks.to_dict("records")
     ]
-    return _table(rows, ["rank", MODEL, "mean rank", "interval of the rank", "first in resamples"], fmt)
+    columns = ["rank", MODEL, "mean rank", "interval of the rank", "first in resamples"]
+    return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
 
 
 def _about_ranks(comparison: Comparison) -> str:
@@ -251,28 +247,3 @@ def _method(comparison: Comparison) -> list[str]:
 
 def _bullets(sentences: list[str]) -> list[str]:
     return [*(f"* {escaped(sentence, MARKDOWN)}" for sentence in sentences), *([""] if sentences else [])]
-
-
-def _table(rows: list[tuple], columns: list[str], fmt: str) -> str:
-    """A table whose column names may repeat; floats are p-values."""
-    text: Callable[[Any], str] = lambda value: _p(value) if isinstance(value, float) else str(value)  # noqa: E731
-    return frame_table(pd.DataFrame([[text(value) for value in row] for row in rows], columns=columns), fmt=fmt)
-
-
-def _p(value: float) -> str:
-    if math.isnan(value):
-        return NO_VALUE
-    return "<0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def _interval(row: dict[Any, Any], metric: Metric) -> str:
-    factor = 100 if metric.unit == "%" else 1
-    value, low, high = (row[key] * factor for key in (DIFFERENCE, LOW, HIGH))
-    if math.isnan(value):
-        return NO_VALUE
-    limits = "" if math.isnan(low) else f" [{_signed(low)}, {_signed(high)}]"
-    return f"{_signed(value)}{limits}"
-
-
-def _signed(value: float) -> str:
-    return f"{round(value, 2) + 0.0:+.2f}"  # no -0.00

@@ -6,11 +6,14 @@ They are drawn without pyplot, which needs no window system and keeps no global 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -19,9 +22,9 @@ from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import cube, mean
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, cube, mean
 from nnunetv2_mstkd.statistics.shapley import MODALITY
-from nnunetv2_mstkd.statistics.tests import AGAINST, DIFFERENCE
+from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE
 
 COLORS = "colorblind"
 
@@ -29,31 +32,23 @@ COLORS = "colorblind"
 def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     """Mean of every subset (rows) and region (columns), a panel per model, all on one scale.
 
-    Parameters
-    ----------
-    results:
-        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    metric:
-        Name of the metric.
+    ``results`` is the long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     """
-    data = cube(results, metric)
-    factor, label = _scale(metric)
-    means = mean(data.values, axis=1) * factor
+    data, kind = cube(results, metric), metric_named(metric)
+    means = mean(data.values, axis=1) * kind.factor
     panels = len(data.models)
     width = 1.6 + 0.09 * max(map(len, data.subsets)) + panels * max(1.9, 0.6 * len(data.regions))
     figure = _figure(width, 1.4 + 0.26 * len(data.subsets))
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     finite = means[np.isfinite(means)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    better = metric_named(metric).better
-    colors = "viridis" if better > 0 else "viridis_r"
     for axis, model, values in zip(axes, data.models, means, strict=True):
         sns.heatmap(
             values,
             ax=axis,
             vmin=low,
             vmax=high,
-            cmap=colors,
+            cmap="viridis" if kind.better > 0 else "viridis_r",
             annot=True,
             fmt=".1f",
             annot_kws={"size": 8},
@@ -64,74 +59,48 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
         axis.set_title(model, fontsize=10)
         axis.tick_params(axis="x", rotation=0, labelsize=9, length=0)
         axis.tick_params(axis="y", rotation=0, labelsize=8, length=0)
-    figure.colorbar(axes[-1].collections[0], ax=axes.tolist(), label=label, fraction=0.05, pad=0.02)
+    figure.colorbar(axes[-1].collections[0], ax=axes.tolist(), label=_label(metric), fraction=0.05, pad=0.02)
     return figure
 
 
 def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice") -> Figure:
     """Mean against the number of available modalities with its interval, a line per model and a panel per region.
 
-    Parameters
-    ----------
-    counts:
-        From :func:`~nnunetv2_mstkd.statistics.tests.mean_by_count`.
-    metric:
-        The metric it was made of, for the labels.
+    ``counts`` is from :func:`~nnunetv2_mstkd.statistics.findings.mean_by_count`.
     """
-    _refuse_empty(counts, "the table of means by number of modalities")
-    regions, models = (list(dict.fromkeys(counts[column])) for column in (REGION, MODEL))
-    factor, label = _scale(metric)
-    figure = _figure(1.2 + 2.6 * len(regions), 3.2 if len(models) == 1 else 3.6)
-    axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
-    colors = sns.color_palette(COLORS, len(models))
-    for axis, name in zip(axes, regions, strict=True):
-        for number, (model, color) in enumerate(zip(models, colors, strict=True)):
-            part = counts[(counts[REGION] == name) & (counts[MODEL] == model)].sort_values(MODALITIES)
-            # slightly apart, or the intervals of different models would hide each other
-            shift = 0.08 * (number - (len(models) - 1) / 2)
-            values = part[VALUE].to_numpy() * factor
-            distances = _distances(part, factor)
-            places = part[MODALITIES].to_numpy() + shift
-            axis.errorbar(places, values, distances, label=model, color=color, marker="o", markersize=4, capsize=2)
-        axis.set_title(name, fontsize=10)
+
+    def draw(axis: Axes, part: pd.DataFrame, place: float, _: int, **style: Any) -> None:
+        part = part.sort_values(MODALITIES)
+        # slightly apart, or the intervals of different models would hide each other
+        places = part[MODALITIES].to_numpy() + 0.08 * place
+        axis.errorbar(places, part[VALUE].to_numpy(), _distances(part), marker="o", markersize=4, capsize=2, **style)
+
+    figure = _panels(_scaled(counts, metric), draw, width=2.6, label=_label(metric))
+    for axis in figure.axes:
         axis.set_xlabel("available modalities")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        _tidy(axis)
-    axes[0].set_ylabel(label)
-    _legend(figure, axes[0], len(models))
     return figure
 
 
 def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
     """Shapley value of each modality with its interval, a group of bars per modality and a panel per region.
 
-    Parameters
-    ----------
-    values:
-        From :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
-    metric:
-        The metric it was made of, for the labels.
+    ``values`` is from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
     """
-    _refuse_empty(values, "the table of Shapley values")
-    regions, models, names = (list(dict.fromkeys(values[column])) for column in (REGION, MODEL, MODALITY))
-    factor, label = _scale(metric)
-    figure = _figure(1.2 + len(regions) * max(2.4, 0.5 * len(names)), 3.2 if len(models) == 1 else 3.6)
-    axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
-    colors = sns.color_palette(COLORS, len(models))
-    width = 0.8 / len(models)
-    for axis, region in zip(axes, regions, strict=True):
-        for number, (model, color) in enumerate(zip(models, colors, strict=True)):
-            part = values[(values[REGION] == region) & (values[MODEL] == model)].set_index(MODALITY).loc[names]
-            heights = part[VALUE].to_numpy() * factor
-            distances = _distances(part, factor)
-            places = np.arange(len(names)) + width * (number - (len(models) - 1) / 2)
-            axis.bar(places, heights, 0.9 * width, yerr=distances, label=model, color=color, ecolor="0.3", capsize=2)
-        axis.set_title(region, fontsize=10)
+    values = _scaled(values, metric)
+    names = list(dict.fromkeys(values[MODALITY]))
+
+    def draw(axis: Axes, part: pd.DataFrame, place: float, of: int, **style: Any) -> None:
+        part, width = part.set_index(MODALITY).loc[names], 0.8 / of
+        places = np.arange(len(names)) + width * place
+        heights = part[VALUE].to_numpy()
+        axis.bar(places, heights, 0.9 * width, yerr=_distances(part), ecolor="0.3", capsize=2, **style)
+
+    label = f"Shapley value, {_label(metric)}"
+    figure = _panels(values, draw, width=max(2.4, 0.5 * len(names)), label=label)
+    for axis in figure.axes:
         axis.set_xticks(np.arange(len(names)), names)
         axis.axhline(0, color="0.3", linewidth=0.8)
-        _tidy(axis)
-    axes[0].set_ylabel(f"Shapley value, {label}")
-    _legend(figure, axes[0], len(models))
     return figure
 
 
@@ -142,33 +111,25 @@ def differences_plot(
 
     Parameters
     ----------
-    overall:
-        From :func:`~nnunetv2_mstkd.statistics.tests.compare`.
-    by_count, by_subset:
-        From ``compare_by_count`` and ``compare_subsets`` of each pair, with the columns model and against.
-    metric:
-        The metric they were made of, for the labels.
+    overall, by_count, by_subset:
+        From :func:`~nnunetv2_mstkd.statistics.significance.compare`, ``compare_by_count`` and ``compare_subsets``.
 
     Returns
     -------
     A panel per region, a row per subset or group of subsets and a colour per pair of models.
     """
-    _refuse_empty(by_subset, "the table of differences by subset")
     regions = list(dict.fromkeys(by_subset[REGION]))
     counts = {
         number: f"{number} modalit{'y' if number == 1 else 'ies'}" for number in dict.fromkeys(by_count[MODALITIES])
     }
     rows = ["all subsets", *counts.values(), *dict.fromkeys(by_subset[SUBSET])]
-    table = pd.concat(
-        [
-            overall.assign(row=rows[0]),
-            by_count.assign(row=by_count[MODALITIES].map(counts)),
-            by_subset.assign(row=by_subset[SUBSET]),
-        ],
-        ignore_index=True,
-    )
+    parts = [
+        overall.assign(row=rows[0]),
+        by_count.assign(row=by_count[MODALITIES].map(counts)),
+        by_subset.assign(row=by_subset[SUBSET]),
+    ]
+    table = _scaled(pd.concat(parts, ignore_index=True).rename(columns={DIFFERENCE: VALUE}), metric)
     pairs = list(dict.fromkeys(zip(overall[MODEL], overall[AGAINST], strict=True)))
-    factor, label = _scale(metric)
     width = 1.2 + 0.07 * max(map(len, rows)) + 2.6 * len(regions)
     figure = _figure(width, 1.6 + (0.2 + 0.07 * len(pairs)) * len(rows))
     axes = figure.subplots(1, len(regions), sharey=True, sharex=True, squeeze=False)[0]
@@ -178,13 +139,12 @@ def differences_plot(
         axis.axvline(0, color="0.3", linewidth=0.8)
         for number, (model, against) in enumerate(pairs):
             of_pair = (table[MODEL] == model) & (table[AGAINST] == against)
-            part = table[of_pair & (table[REGION] == region)].rename(columns={DIFFERENCE: VALUE})
+            part = table[of_pair & (table[REGION] == region)]
             shift = 0.6 * (number - (len(pairs) - 1) / 2) / len(pairs)
-            heights = part["row"].map(places).to_numpy() + shift
             axis.errorbar(
-                part[VALUE].to_numpy() * factor,
-                heights,
-                xerr=_distances(part, factor),
+                part[VALUE].to_numpy(),
+                part["row"].map(places).to_numpy() + shift,
+                xerr=_distances(part),
                 label=f"{model} - {against}",
                 color=colors[number],
                 linestyle="none",
@@ -193,13 +153,10 @@ def differences_plot(
                 capsize=2,
             )
         axis.axhline(len(counts) + 0.5, color="0.8", linewidth=0.8)
-        axis.set_title(region, fontsize=10)
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.grid(axis="x", color="0.9")
-        axis.set_axisbelow(True)
+        _finish(axis, region, grid="x")
     axes[0].set_yticks(range(len(rows)), rows, fontsize=8)
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
-    figure.supxlabel(f"difference of {label.replace('(%)', '(points)')}", fontsize=10)
+    figure.supxlabel(f"difference of {_label(metric).replace('(%)', '(points)')}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(pairs), 2), frameon=False, fontsize=9)
     return figure
@@ -223,30 +180,48 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _scale(metric: str) -> tuple[float, str]:
-    """Factor and label of an axis."""
-    kind = metric_named(metric)
-    return (100.0 if kind.unit == "%" else 1.0), f"{kind.label} ({kind.unit})"
+def _panels(table: pd.DataFrame, draw: Callable[..., None], *, width: float, label: str) -> Figure:
+    """A panel per region, in which ``draw(axis, part, place, number of models, label=, color=)`` draws each model.
+
+    The places of the models are centred at 0.
+    """
+    regions, models = (list(dict.fromkeys(table[column])) for column in (REGION, MODEL))
+    figure = _figure(1.2 + width * len(regions), 3.2 if len(models) == 1 else 3.6)
+    axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
+    colors = sns.color_palette(COLORS, len(models))
+    for axis, region in zip(axes, regions, strict=True):
+        for number, (model, color) in enumerate(zip(models, colors, strict=True)):
+            part = table[(table[REGION] == region) & (table[MODEL] == model)]
+            draw(axis, part, number - (len(models) - 1) / 2, len(models), label=model, color=color)
+        _finish(axis, region, grid="y")
+    axes[0].set_ylabel(label)
+    if len(models) > 1:
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(models), 4), frameon=False)
+    return figure
 
 
-def _distances(table: pd.DataFrame, factor: float) -> np.ndarray:
-    """Error bars: how far the limits lie below and above the value, shape (2, rows)."""
-    value, low, high = (table[column].to_numpy() * factor for column in (VALUE, "low", "high"))
-    return np.stack([value - low, high - value]).clip(0)
-
-
-def _tidy(axis) -> None:
+def _finish(axis: Axes, title: str, *, grid: Literal["x", "y"]) -> None:
+    axis.set_title(title, fontsize=10)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.grid(axis="y", color="0.9")
+    axis.grid(axis=grid, color="0.9")
     axis.set_axisbelow(True)
 
 
-def _legend(figure: Figure, axis, num_models: int) -> None:
-    if num_models > 1:
-        handles, labels = axis.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(num_models, 4), frameon=False)
+def _label(metric: str) -> str:
+    kind = metric_named(metric)
+    return f"{kind.label} ({kind.unit})"
 
 
-def _refuse_empty(table: pd.DataFrame, what: str) -> None:
+def _scaled(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The table with values and limits in the unit of the axis."""
     if len(table) == 0:
-        raise InputError(f"{what} has no rows to draw")
+        raise InputError("the table has no rows to draw")
+    columns = [VALUE, LOW, HIGH]
+    return table.assign(**(table[columns] * metric_named(metric).factor))
+
+
+def _distances(table: pd.DataFrame) -> np.ndarray:
+    """Error bars: how far the limits lie below and above the value, shape (2, rows)."""
+    value, low, high = (table[column].to_numpy() for column in (VALUE, LOW, HIGH))
+    return np.stack([value - low, high - value]).clip(0)

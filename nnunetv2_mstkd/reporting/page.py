@@ -17,17 +17,10 @@ import pandas as pd
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import Montage
-from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, REGION, SEPARATOR, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, REGION, SUBSET, VALUE, subset_size
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
-from nnunetv2_mstkd.reporting.pictures import (
-    clearest_image,
-    cropped,
-    file_uri,
-    grey_uri,
-    label_colors,
-    overlay_uri,
-)
+from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
 from nnunetv2_mstkd.reporting.tables import finding_tables, points, subset_content
 from nnunetv2_mstkd.statistics.findings import Findings
 
@@ -43,18 +36,12 @@ FIGURE_TITLES = {
 
 @dataclass(frozen=True)
 class Pictures:
-    """Which cases are pictured.
-
-    Attributes
-    ----------
-    number:
-        Number of cases: 1 is the worst, 2 are the worst and the best, more are spread between them.
-    load:
-        Returns the pictures of a case by fold and name; None if it has none.
-    """
+    """Which cases are pictured."""
 
     number: int
+    """Number of cases: 1 is the worst, 2 are the worst and the best, more are spread between them."""
     load: Callable[[str, str], Montage | None]
+    """Returns the pictures of a case by fold and name; None if it has none."""
 
 
 def html_report(
@@ -73,10 +60,9 @@ def html_report(
 
     Parameters
     ----------
-    findings:
-        The findings about one model.
-    rules, run, near:
-        How it was evaluated; see :class:`~nnunetv2_mstkd.evaluation.run.Measured`, where ``run`` is ``settings``.
+    findings, rules, run, near:
+        What was found about a model, and how it was evaluated; see :class:`~nnunetv2_mstkd.evaluation.run.Measured`,
+        where ``run`` is ``settings``.
     figures:
         PNG files by their names in :data:`FIGURE_TITLES`.
     pictures:
@@ -86,11 +72,7 @@ def html_report(
     """
     loader = jinja2.PackageLoader("nnunetv2_mstkd.reporting")
     environment = jinja2.Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     # our own, not escaped
     script, style = (loader.get_source(environment, f"report.{ending}")[0] for ending in ("js", "css"))
@@ -106,7 +88,11 @@ def html_report(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
         summaries=list(finding_tables(findings)),
-        figures=[_figure(name, figures[name]) for name in FIGURE_TITLES if name in figures],
+        figures=[
+            {"name": name.removesuffix(".png"), "title": title, "source": file_uri(figures[name])}
+            for name, title in FIGURE_TITLES.items()
+            if name in figures
+        ],
         montages=[
             _montage(number, place, findings, rules, pictures) for number, place in enumerate(_places(cases, pictures))
         ],
@@ -147,10 +133,6 @@ def _subset_table(findings: Findings, rules: Rules, metric: str) -> dict[str, An
         "notes": content.notes,
         "long": len(content.data.subsets) >= WIDE,
     }
-
-
-def _figure(name: str, file: Path) -> dict[str, str]:
-    return {"name": name.removesuffix(".png"), "title": FIGURE_TITLES[name], "source": file_uri(file)}
 
 
 # ---- cases ---------------------------------------------------------------------------------------------------------
@@ -200,6 +182,9 @@ def _cell(value: float) -> dict[str, Any]:
 
 def _places(cases: pd.DataFrame, pictures: Pictures) -> list[tuple[str, str, str, float]]:
     """Fold, case, rank in words and mean Dice of the cases that are pictured."""
+    # a case without a value is neither the worst nor the best
+    valued = cases[cases["case", "mean"].notna()]
+    cases = valued if len(valued) else cases
     number = min(pictures.number, len(cases))
     found = []
     for place in np.unique(np.linspace(0, len(cases) - 1, number).round().astype(int)) if number else []:
@@ -236,10 +221,12 @@ def _montage(
     groups: dict[int, list[dict[str, Any]]] = {}
     for subset in findings.subsets:
         if subset in montage.segmentations:
-            below = [(region, points(values[subset, region])) for region in rules.regions]
-            source = overlay_uri(montage.segmentations[subset], colors, outline)
-            size = subset.count(SEPARATOR) + 1
-            groups.setdefault(size, []).append({"name": subset, "source": source, "values": below})
+            picture = {
+                "name": subset,
+                "source": overlay_uri(montage.segmentations[subset], colors, outline),
+                "values": [(region, points(values[subset, region])) for region in rules.regions],
+            }
+            groups.setdefault(subset_size(subset), []).append(picture)
     shown = clearest_image(montage)
     return {
         **about,

@@ -40,16 +40,9 @@ def grey_uri(image: np.ndarray) -> str:
 
 
 def overlay_uri(labels: np.ndarray, colors: Mapping[int, Color], outline: np.ndarray | None = None) -> str:
-    """A transparent image that lies over a grey one.
+    """A transparent image of integer labels, shape (rows, columns), that lies over a grey one.
 
-    Parameters
-    ----------
-    labels:
-        Integer labels, shape (rows, columns); labels without a colour are transparent.
-    colors:
-        Colour of each label.
-    outline:
-        A mask whose border is drawn on top in white.
+    Labels without a colour are transparent; the border of the mask ``outline`` is drawn on top in white.
     """
     times = max(1, math.ceil(FINE / max(labels.shape)))
     labels = _enlarged(labels, times)
@@ -74,10 +67,10 @@ def label_colors(labels: list[int], ignore_label: int | None) -> dict[int, Color
     """A colour per label, safe for colour-blind readers up to ten labels; grey for the ignore label."""
     shown = [label for label in labels if label not in (0, ignore_label)]
     palette = sns.color_palette("colorblind" if len(shown) <= 10 else "husl", len(shown))
-    colors: dict[int, Color] = {}
-    for label, color in zip(shown, palette, strict=True):
-        red, green, blue = (round(255 * part) for part in color)
-        colors[label] = red, green, blue
+    colors = {
+        label: (round(255 * red), round(255 * green), round(255 * blue))
+        for label, (red, green, blue) in zip(shown, palette, strict=True)
+    }
     return colors if ignore_label is None else {**colors, ignore_label: IGNORED}
 
 
@@ -89,7 +82,7 @@ def cropped(montage: Montage) -> Montage:
     if not shown.any():
         return montage
     rows, columns = (_extent(shown.any(axis=axis)) for axis in (1, 0))
-    window = (rows, columns)
+    window = rows, columns
     segmentations = {subset: labels[window] for subset, labels in montage.segmentations.items()}
     images = montage.images[:, rows, columns]
     return replace(montage, images=images, reference=montage.reference[window], segmentations=segmentations)

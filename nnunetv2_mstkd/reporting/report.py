@@ -9,30 +9,22 @@ from typing import Any
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE, write_results, write_text
+from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE, write_results
 from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
-from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
-from nnunetv2_mstkd.reporting.page import FIGURE_TITLES, Pictures, html_report
+from nnunetv2_mstkd.reporting.page import Pictures, html_report
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
-from nnunetv2_mstkd.statistics.tests import HIGH, LOW
 
 
 class Evaluation(Findings):
-    """The findings of an evaluation, and where they were written.
-
-    Attributes
-    ----------
-    folder:
-        The output folder.
-    text:
-        All findings as text, as ``mstkd evaluate`` prints them.
-    """
+    """The findings of an evaluation, the output ``folder``, and the ``text`` that ``mstkd evaluate`` prints."""
 
     def __init__(self, measured: Measured, folder: Path) -> None:
         super().__init__(measured.results)
@@ -41,25 +33,15 @@ class Evaluation(Findings):
 
 
 def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
-    """Write all files of an evaluation, each of them atomically.
-
-    Parameters
-    ----------
-    measured:
-        The results.
-    output:
-        An existing folder.
-    pictures:
-        Number of cases to picture.
-    """
+    """Write all files of an evaluation to an existing folder, each atomically; ``pictures`` cases are shown."""
     evaluation = Evaluation(measured, output)
     rules, near = measured.rules, measured.near
     write_results(evaluation.results, output / RESULTS)
     for fmt, name in TABLES.items():
-        write_text(_tables(evaluation.results, rules, fmt), output / name)
+        write_text(output / name, _tables(evaluation.results, rules, fmt))
     drawn = _write_figures(evaluation, output)
     shown = Pictures(pictures, measured.records.load_montage)
-    write_text(html_report(evaluation, rules, measured.settings, near, drawn, shown), output / REPORT)
+    write_text(output / REPORT, html_report(evaluation, rules, measured.settings, near, drawn, shown))
     # last: mstkd predict looks for it
     write_json(output / SUMMARY, _summary(evaluation, measured))
     return evaluation
@@ -68,17 +50,16 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
 def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:
     """Draw the figures, remove those of an earlier run with other subsets, and return the files by name."""
     drawings = {
-        "heat_map.png": lambda: figures.heat_map(findings.results),
-        "curve.png": lambda: figures.curve_by_count(findings.by_count),
+        "heat_map.png": (figures.heat_map, findings.results),
+        "curve.png": (figures.curve_by_count, findings.by_count),
+        "shapley.png": (figures.shapley_bars, findings.shapley),
     }
-    if findings.shapley is not None:
-        drawings["shapley.png"] = lambda: figures.shapley_bars(findings.shapley)
-    for name in FIGURE_TITLES:
-        if name in drawings:
-            figures.save_figure(drawings[name](), output / name)
-        else:
+    for name, (draw, table) in drawings.items():
+        if table is None:
             (output / name).unlink(missing_ok=True)
-    return {name: output / name for name in drawings}
+        else:
+            figures.save_figure(draw(table), output / name)
+    return {name: output / name for name, (_, table) in drawings.items() if table is not None}
 
 
 # ---- summary.json --------------------------------------------------------------------------------------------------
@@ -135,12 +116,10 @@ def _number(value: float) -> float | None:
 
 
 def _tables(results: pd.DataFrame, rules: Rules, fmt: str) -> str:
-    parts = []
-    for name in rules.metrics:
-        title = metric_named(name).label
-        heading = f"## {title}" if fmt == MARKDOWN else f"% {title}"
-        parts.append(f"{heading}\n\n{_table(results, rules, name, fmt)}\n")
-    return "\n".join(parts)
+    mark = "##" if fmt == MARKDOWN else "%"
+    return "\n".join(
+        f"{mark} {metric_named(name).label}\n\n{_table(results, rules, name, fmt)}\n" for name in rules.metrics
+    )
 
 
 def _table(results: pd.DataFrame, rules: Rules, metric: str, fmt: str) -> str:

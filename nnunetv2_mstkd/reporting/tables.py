@@ -18,10 +18,10 @@ import pandas as pd
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
 from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
-from nnunetv2_mstkd.statistics.bootstrap import Cube, cube, mean
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
-from nnunetv2_mstkd.statistics.tests import HIGH, LOW
+from nnunetv2_mstkd.statistics.significance import P_CORRECTED, P
 
 TEXT = "text"
 MARKDOWN = "markdown"
@@ -33,19 +33,13 @@ AVAILABLE = "\u25cf"
 MISSING = "\u25cb"
 NO_VALUE = "-"
 
+P_HOLM = "p (Holm)"
+P_VALUES = (P, P_CORRECTED, P_HOLM)
+"""Columns of p-values, printed as ``<0.001`` where they are smaller."""
+
 _LATEX_ESCAPES = str.maketrans(
-    {
-        "\\": r"\textbackslash{}",
-        "&": r"\&",
-        "%": r"\%",
-        "$": r"\$",
-        "#": r"\#",
-        "_": r"\_",
-        "{": r"\{",
-        "}": r"\}",
-        "~": r"\textasciitilde{}",
-        "^": r"\textasciicircum{}",
-    }
+    {character: f"\\{character}" for character in "&%$#_{}"}
+    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
 
 
@@ -83,7 +77,8 @@ def subset_table(
     _check_format(fmt)
     content = subset_content(results, metric=metric, convention=convention, lesion_convention=lesion_convention)
     data, several = content.data, len(content.data.models) > 1
-    texts = _emphasised(content, fmt)
+    before, after = (r"\textbf{", "}") if fmt == LATEX else ("**", "**")
+    texts = np.where(content.best, before + content.texts + after, content.texts)
     dots = (r"$\bullet$", r"$\circ$") if fmt == LATEX else (AVAILABLE, MISSING)
     head = [
         [escaped(name, fmt), *([""] if several else []), *(dots[0] if there else dots[1] for there in row), ""]
@@ -95,28 +90,20 @@ def subset_table(
         for m, model in enumerate(data.models):
             name = escaped(region, fmt) if m == 0 or fmt != LATEX else ""
             body.append([name, *([escaped(model, fmt)] if several else []), *texts[m, :, r]])
-    groups = len(data.models) if several else 0
-    lines = _layout(head, body, fmt, groups, named=2 if several else 1)
+    lines = _layout(head, body, fmt, len(data.models) if several else 0, named=2 if several else 1)
     return "\n".join(lines) + "\n\n" + _below(content.notes, fmt)
 
 
 class SubsetContent(NamedTuple):
     """The content of a table of subsets, before any layout.
 
-    Attributes
-    ----------
-    data:
-        The values that it is made of.
-    available:
-        bool, shape (modalities, subsets).
-    texts, best:
-        Means as text, and whether a model is the best of several; shape (models, subsets and their average, regions).
-    notes:
-        Sentences for below the table, including the rules for empty masks.
+    ``texts`` are the means, ``best`` whether a model is the best of several, both of shape (models, subsets and their
+    average, regions); ``notes`` are sentences for below the table, including the rules for empty masks.
     """
 
     data: Cube
     available: np.ndarray
+    """bool, shape (modalities, subsets)."""
     texts: np.ndarray
     best: np.ndarray
     notes: list[str]
@@ -129,12 +116,11 @@ def subset_content(
     kind = metric_named(metric)
     notes = empty_rules_text(convention, [metric], lesion_convention=lesion_convention).splitlines()
     data = cube(results, metric)
-    factor, unit, digits = (100, "%", 1) if kind.unit == "%" else (1, kind.unit, 2)
     # (models, subsets and their average, regions)
-    means = mean(data.values, axis=1) * factor
+    means = mean(data.values, axis=1) * kind.factor
     means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
-    texts, best = _texts(means, digits, kind.better)
-    about = f"{kind.label} in {unit}, mean of {len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
+    texts, best = _texts(means, 1 if kind.unit == "%" else 2, kind.better)
+    about = f"{kind.label} in {kind.unit}, mean of {len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
     left_out = int(np.isnan(data.values).sum())
     if left_out:
         about += f"; {left_out} of {data.values.size} values left out"
@@ -145,14 +131,14 @@ def subset_content(
 
 
 def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) -> str:
-    """Any table; floats are rounded to ``digits``, and a smaller p-value is printed as ``<0.001``."""
+    """Any table, whose column names may repeat; floats are rounded to ``digits``."""
     _check_format(fmt)
 
     def text(value: object, column: str) -> str:
         if isinstance(value, float | np.floating):
             if np.isnan(value):
                 return NO_VALUE
-            if column in ("p", "p_corrected") and value < 10**-digits:
+            if column in P_VALUES and value < 10**-digits:
                 return f"{'$<$' if fmt == LATEX else '<'}{10**-digits:.{digits}f}"
             return f"{value:.{digits}f}"
         return escaped(str(value), fmt)
@@ -183,7 +169,7 @@ def finding_tables(findings: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
 def overall_table(table: pd.DataFrame) -> pd.DataFrame:
     """``Findings.summary`` as text: region, mean with its interval, worst subset."""
     rows = [
-        (row[REGION], percent(row), f"{row['worst_subset']} ({points(row['worst'])})")
+        (row[REGION], estimate(row), f"{row['worst_subset']} ({points(row['worst'])})")
         for row in table.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=["region", "mean", "worst subset"])
@@ -192,20 +178,27 @@ def overall_table(table: pd.DataFrame) -> pd.DataFrame:
 def spread_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """A row per value of ``column`` and a column per region, in percent with the interval, as text."""
     regions = list(dict.fromkeys(table[REGION]))
-    cells = {(row[column], row[REGION]): percent(row) for row in table.to_dict("records")}
+    cells = {(row[column], row[REGION]): estimate(row) for row in table.to_dict("records")}
     rows = [(str(key), *(cells[key, region] for region in regions)) for key in dict.fromkeys(table[column])]
     return pd.DataFrame(rows, columns=[column, *regions])
 
 
-def percent(row: Mapping[Hashable, Any]) -> str:
-    """A value with its interval, times 100."""
-    limits = "" if not math.isfinite(row[LOW]) else f" [{points(row[LOW])}, {points(row[HIGH])}]"
-    return f"{points(row[VALUE])}{limits}"
+def estimate(
+    row: Mapping[Hashable, Any], column: str = VALUE, *, factor: float = 100, digits: int = 1, sign: str = ""
+) -> str:
+    """A value with its interval."""
+    value, low, high = (number(row[name] * factor, digits, sign) for name in (column, LOW, HIGH))
+    return value if low == NO_VALUE else f"{value} [{low}, {high}]"
 
 
 def points(value: float) -> str:
     """A fraction times 100."""
-    return NO_VALUE if not math.isfinite(value) else f"{round(100 * value, 1) + 0.0:.1f}"  # no -0.0
+    return number(100 * value)
+
+
+def number(value: float, digits: int = 1, sign: str = "") -> str:
+    """A rounded number; with the sign ``"+"`` positive ones have one too."""
+    return NO_VALUE if not math.isfinite(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no -0.0
 
 
 # ---- layout --------------------------------------------------------------------------------------------------------
@@ -235,15 +228,6 @@ def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.
     # values that are printed alike share the best place
     best = (badness == badness.min(axis=0)) & np.isfinite(badness) & (len(means) > 1)
     return texts, best
-
-
-def _emphasised(content: SubsetContent, fmt: str) -> np.ndarray:
-    """The texts with the best ones bold."""
-    texts = content.texts.copy()
-    for position in np.argwhere(content.best):
-        text = texts[tuple(position)]
-        texts[tuple(position)] = rf"\textbf{{{text}}}" if fmt == LATEX else f"**{text}**"
-    return texts
 
 
 def _layout(head: list[list[str]], body: list[list[str]], fmt: str, group: int, *, named: int) -> list[str]:

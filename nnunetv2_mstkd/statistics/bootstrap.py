@@ -12,6 +12,7 @@ from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
     METRIC,
+    MODALITIES,
     MODEL,
     REGION,
     SEPARATOR,
@@ -20,6 +21,7 @@ from nnunetv2_mstkd.evaluation.results import (
     check_results,
     modality_order,
     subset_order,
+    subset_size,
 )
 from nnunetv2_mstkd.metrics.conventions import metric_named
 
@@ -29,6 +31,9 @@ SAMPLES = 10_000
 AVERAGE = "average"
 """In the column ``region``: the mean over the regions."""
 
+LOW, HIGH = "low", "high"
+"""Columns of the limits of an interval."""
+
 _CHUNK = 500
 
 
@@ -37,16 +42,9 @@ _CHUNK = 500
 
 @dataclass(frozen=True)
 class Cube:
-    """The values of one metric.
+    """The values of one metric, shape (models, cases, subsets, regions), and the names along the axes.
 
-    Attributes
-    ----------
-    values:
-        Shape (models, cases, subsets, regions); NaN where a case has no value.
-    models, cases, subsets, regions:
-        Names along the axes.
-    modalities:
-        Names of the modalities in channel order.
+    A value is NaN where a case has none. Modalities are in channel order, subsets by size.
     """
 
     values: np.ndarray
@@ -59,7 +57,12 @@ class Cube:
     @property
     def sizes(self) -> np.ndarray:
         """Number of modalities of each subset, shape (subsets,)."""
-        return np.array([subset.count(SEPARATOR) + 1 for subset in self.subsets])
+        return np.array([subset_size(subset) for subset in self.subsets])
+
+    def by_size(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of modalities, and means of values of shape (..., subsets, regions) over the subsets of each size."""
+        sizes = np.unique(self.sizes)
+        return sizes, np.stack([mean(values[..., self.sizes == size, :], axis=-2) for size in sizes], axis=-2)
 
     @property
     def full(self) -> int:
@@ -80,10 +83,8 @@ def cube(
     ----------
     results:
         The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    metric:
-        Name of the metric.
-    models, regions:
-        The models and regions to use, in this order; default all, in order of appearance.
+    metric, models, regions:
+        What to use, models and regions in this order; default all of them, in order of appearance.
 
     Raises
     ------
@@ -140,18 +141,33 @@ def mean(values: np.ndarray, axis: int | tuple[int, ...]) -> np.ndarray:
     return np.divide(total, count, out=np.full(np.shape(total), np.nan), where=count > 0)
 
 
-def long_table(axes: Mapping[str, Iterable], **columns: np.ndarray) -> pd.DataFrame:
-    """A table with a row per element of arrays.
+def unsigned(values: np.ndarray, metric: str) -> np.ndarray:
+    """Absolute values for a metric whose sign says nothing about better or worse."""
+    return np.abs(values) if metric_named(metric).better == 0 else values
 
-    Parameters
-    ----------
-    axes:
-        Column name of each axis, in the order of the axes, and the labels along it.
-    columns:
-        Arrays whose shape is the numbers of labels, by column name.
+
+def badness(values: np.ndarray, metric: str) -> np.ndarray:
+    """Values turned so that lower is better."""
+    return -values if metric_named(metric).better > 0 else unsigned(values, metric)
+
+
+def with_average(values: np.ndarray, regions: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Append the mean over the regions, the last axis, if there are several and it is not there already."""
+    if len(regions) == 1 or AVERAGE in regions:
+        return values, regions
+    return np.concatenate([values, mean(values, axis=-1)[..., None]], axis=-1), (*regions, AVERAGE)
+
+
+def long_table(axes: Mapping[str, Iterable], **columns: np.ndarray) -> pd.DataFrame:
+    """A table with a row per element of arrays: the labels along their axes, then the element of each array.
+
+    The number of modalities is inserted behind each subset.
     """
     index = pd.MultiIndex.from_product(list(axes.values()), names=list(axes))
-    return pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index=index).reset_index()
+    table = pd.DataFrame({name: values.ravel() for name, values in columns.items()}, index=index).reset_index()
+    if SUBSET in axes:
+        table.insert(list(axes).index(SUBSET) + 1, MODALITIES, table[SUBSET].map(subset_size))
+    return table
 
 
 # ---- bootstrap -----------------------------------------------------------------------------------------------------
@@ -161,17 +177,9 @@ def long_table(axes: Mapping[str, Iterable], **columns: np.ndarray) -> pd.DataFr
 class Bootstrap:
     """A bootstrap over patients, each of whom brings all their cases (Field and Welsh 2007, cluster bootstrap).
 
-    Attributes
-    ----------
-    patients:
-        Patient by case; None: every case is a separate patient. See
-        :func:`~nnunetv2_mstkd.evaluation.results.patients_of`.
-    samples:
-        Number of resamples, at least 1.
-    seed:
-        The same seed draws the same patients, whatever the values.
-    level:
-        Coverage of the intervals.
+    ``patients`` are the patients by case (:func:`~nnunetv2_mstkd.evaluation.results.patients_of`); None: every case is
+    a separate patient. The same seed draws the same patients, whatever the values; ``level`` is the coverage of the
+    intervals.
     """
 
     patients: Mapping[str, str] | None = None
@@ -193,19 +201,7 @@ class Bootstrap:
         return np.unique([self.patients[case] for case in cases], return_inverse=True)[1].ravel()
 
     def means(self, values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-        """Means over resampled patients, without NaN.
-
-        Parameters
-        ----------
-        values:
-            Shape (cases, ...).
-        groups:
-            Shape (cases,), from :meth:`groups`.
-
-        Returns
-        -------
-        Array of shape (samples, ...).
-        """
+        """Means over resampled patients, without NaN, shape (samples, ...), of values of shape (cases, ...)."""
         flat = values.reshape(len(values), -1)
         valid = ~np.isnan(flat)
         filled = np.where(valid, flat, 0.0)
@@ -222,7 +218,7 @@ class Bootstrap:
     def limits(
         self, resampled: np.ndarray, groups: np.ndarray, level: float | np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Lower and upper limits of the percentile intervals of resampled numbers.
+        """Lower and upper limits, each of shape (...), of the percentile intervals of resampled numbers.
 
         Parameters
         ----------
@@ -232,10 +228,6 @@ class Bootstrap:
             From :meth:`groups`; a single patient says nothing about others, so the limits are NaN.
         level:
             Coverage, one for all or of shape (...); default :attr:`level`.
-
-        Returns
-        -------
-        Two arrays of shape (...).
         """
         shape = resampled.shape[1:]
         levels = np.broadcast_to(np.asarray(self.level if level is None else level, dtype=float), shape)
@@ -250,3 +242,16 @@ class Bootstrap:
                     tail = (1 - levels[place]) / 2
                     limits[column] = np.quantile(present, [tail, 1 - tail])
         return limits[0], limits[1]
+
+    def estimates(
+        self, values: np.ndarray, cases: Sequence[str], level: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Means over the cases with lower and upper limits, each of shape (N, ...), of values (N, cases, ...).
+
+        ``level`` is the coverage of each interval, of shape (N, ...); default :attr:`level`.
+        """
+        by_case, groups = np.moveaxis(values, 1, 0), self.groups(cases)
+        return mean(by_case, axis=0), *self.limits(self.means(by_case, groups), groups, level)
+
+
+DEFAULT = Bootstrap()

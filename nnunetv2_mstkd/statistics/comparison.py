@@ -6,10 +6,9 @@ Everything here works on the files of ``mstkd evaluate``; no model is loaded.
 from __future__ import annotations
 
 import itertools
-import json
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +26,16 @@ from nnunetv2_mstkd.evaluation.results import (
     VALUE,
     modality_order,
     patients_of,
+    read_object,
     read_results,
     subset_order,
 )
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS, SUMMARY
 from nnunetv2_mstkd.metrics.conventions import LESION_RULES, NSD, metric_named
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap
-from nnunetv2_mstkd.statistics.tests import (
+from nnunetv2_mstkd.statistics.significance import (
     AGAINST,
+    P,
     compare,
     compare_by_count,
     compare_subsets,
@@ -62,24 +63,13 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The results of one model.
-
-    Attributes
-    ----------
-    name:
-        Name of the model, unique in a comparison.
-    file:
-        The file they were read from.
-    results:
-        The long table, of this model only; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    settings:
-        Content of summary.json beside the file; empty if there is none.
-    """
+    """The results of one model, whose name is unique in a comparison."""
 
     name: str
     file: Path
     results: pd.DataFrame
     settings: dict[str, Any]
+    """Content of summary.json beside the file; empty if there is none."""
 
     def distinct(self, column: str) -> list[str]:
         """The distinct values of a column, in order of appearance."""
@@ -93,14 +83,10 @@ Models = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
 
 
 def read_evaluations(models: Models) -> list[EvaluatedModel]:
-    """Read the evaluations of two or more models.
+    """Read the evaluations of two or more models: paths by name, or a list of paths and of texts ``"NAME=PATH"``.
 
-    Parameters
-    ----------
-    models:
-        Path by name, or a list of paths and of texts ``"NAME=PATH"``. A path is a model folder, a folder with
-        ``results.csv``, or such a file. Without a name the model has the name in its results, and a file may hold
-        several models.
+    A path is a model folder, a folder with ``results.csv``, or such a file. Without a name the model has the name in
+    its results, and a file may hold several models.
 
     Raises
     ------
@@ -160,7 +146,8 @@ def _results_file(path: Path) -> Path:
 
 def _read(name: str | None, file: Path) -> list[EvaluatedModel]:
     """The models of a file; a name is for the only one."""
-    results, settings = read_results(file), _settings(file.with_name(SUMMARY))
+    results, summary = read_results(file), file.with_name(SUMMARY)
+    settings = read_object(summary, "summary of an evaluation", "evaluate again") if summary.is_file() else {}
     models = list(dict.fromkeys(results[MODEL]))
     if name is not None and len(models) > 1:
         raise InputError(f"{file} holds the models {', '.join(models)}; leave out the name {name}=")
@@ -170,18 +157,6 @@ def _read(name: str | None, file: Path) -> list[EvaluatedModel]:
         part[MODEL] = name or model
         found.append(EvaluatedModel(name or model, file, part, settings))
     return found
-
-
-def _settings(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); evaluate again") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is no summary of an evaluation; evaluate again")
-    return content
 
 
 # ---- checking ------------------------------------------------------------------------------------------------------
@@ -242,7 +217,7 @@ def _check_same(first: EvaluatedModel, other: EvaluatedModel, column: str, optio
     if mine == theirs:
         return
     parts = [
-        f"only {name}: {', '.join(sorted(values)[:3])}{f' and {len(values) - 3} more' if len(values) > 3 else ''}"
+        f"only {name}: {_first(sorted(values))}"
         for name, values in ((first.name, mine - theirs), (other.name, theirs - mine))
         if values
     ]
@@ -253,7 +228,6 @@ def _check_same(first: EvaluatedModel, other: EvaluatedModel, column: str, optio
 # ---- comparing -----------------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Comparison:
     """Models compared case by case, on the cases that all of them have.
 
@@ -261,18 +235,14 @@ class Comparison:
 
     Attributes
     ----------
-    models:
-        From :func:`read_evaluations`.
-    metrics:
-        Names of the metrics.
-    baseline:
-        The model that all others are compared with; None: all pairs are compared.
-    bootstrap:
-        The bootstrap of the intervals; its patients are those of the cases.
-    cases, not_compared:
-        The cases that are compared, and by model those that another model lacks.
+    models, metrics, baseline:
+        What is compared: models from :func:`read_evaluations`, all pairs of them if the baseline is None.
+    bootstrap, num_patients:
+        The bootstrap of the intervals, over the patients of the cases, and their number.
+    cases, not_compared, subsets:
+        The cases that are compared, by model those that another model lacks, and the subsets in order.
     overall, by_count, by_subset, per_case:
-        :func:`~nnunetv2_mstkd.statistics.tests.compare`, ``compare_by_count``, ``compare_subsets`` and
+        :func:`~nnunetv2_mstkd.statistics.significance.compare`, ``compare_by_count``, ``compare_subsets`` and
         ``paired_differences``.
     ranks:
         ``rank_table`` over all metrics; None if values are left out (nan), which have no rank.
@@ -280,46 +250,25 @@ class Comparison:
         What a reader must know about this comparison, a sentence each.
     """
 
-    models: Sequence[EvaluatedModel]
-    metrics: Sequence[str] = ("dice",)
-    baseline: str | None = None
-    bootstrap: Bootstrap = field(init=False)
-    cases: list[str] = field(init=False)
-    not_compared: dict[str, list[str]] = field(init=False)
-    overall: pd.DataFrame = field(init=False)
-    by_count: pd.DataFrame = field(init=False)
-    by_subset: pd.DataFrame = field(init=False)
-    per_case: pd.DataFrame = field(init=False)
-    ranks: pd.DataFrame | None = field(init=False)
-    notes: list[str] = field(init=False)
-
-    def __post_init__(self) -> None:
-        check_comparable(self.models, self.metrics)
+    def __init__(
+        self, models: Sequence[EvaluatedModel], *, metrics: Sequence[str] = ("dice",), baseline: str | None = None
+    ) -> None:
+        check_comparable(models, metrics)
+        self.models, self.metrics, self.baseline = models, metrics, baseline
         self._choose_cases()
-        results = pd.concat([each.results for each in self.models], ignore_index=True)
-        results = results[results[CASE].isin(self.cases) & results[METRIC].isin(self.metrics)]
-        self.overall = self._by_metric(compare, results, baseline=self.baseline, bootstrap=self.bootstrap)
-        self.per_case = self._by_metric(paired_differences, results, baseline=self.baseline)
-        self.by_count = self._by_metric(self._of_pairs, results, pairwise=compare_by_count)
-        self.by_subset = self._by_metric(self._of_pairs, results, pairwise=compare_subsets)
+        patients = patients_of(self.cases)
+        self.bootstrap, self.num_patients = Bootstrap(patients), len(set(patients.values()))
+        self.subsets = subset_order(models[0].distinct(SUBSET), modality_order(models[0].distinct(SUBSET)))
+        results = pd.concat([each.results for each in models], ignore_index=True)
+        results = results[results[CASE].isin(self.cases) & results[METRIC].isin(metrics)]
+        self.per_case = self._by_metric(paired_differences, results)
+        self.overall, self.by_count, self.by_subset = (
+            self._by_metric(function, results, bootstrap=self.bootstrap)
+            for function in (compare, compare_by_count, compare_subsets)
+        )
         complete = not results[VALUE].isna().any()
-        self.ranks = rank_table(results, metrics=self.metrics, bootstrap=self.bootstrap) if complete else None
-        self.notes = [
-            *self._notes_on_cases(),
-            *self._notes_on_tests(),
-            *self._notes_on_settings(),
-            *self._notes_on_folds(),
-        ]
-
-    @property
-    def num_patients(self) -> int:
-        assert self.bootstrap.patients is not None
-        return len(set(self.bootstrap.patients.values()))
-
-    @property
-    def subsets(self) -> tuple[str, ...]:
-        subsets = self.models[0].distinct(SUBSET)
-        return subset_order(subsets, modality_order(subsets))
+        self.ranks = rank_table(results, metrics=metrics, bootstrap=self.bootstrap) if complete else None
+        self.notes = [*self._notes_on_cases(), *self._notes_on_tests(), *self._notes_on_settings()]
 
     def _choose_cases(self) -> None:
         of_model = {each.name: set(each.distinct(CASE)) for each in self.models}
@@ -328,34 +277,23 @@ class Comparison:
             counts = ", ".join(f"{name} has {len(cases)} (such as {min(cases)})" for name, cases in of_model.items())
             raise InputError(f"no case was evaluated with all models: {counts}; evaluate them on the same cases")
         self.cases = sorted(shared)
-        self.bootstrap = Bootstrap(patients_of(self.cases))
         self.not_compared = {name: sorted(cases - shared) for name, cases in of_model.items()}
 
     def _by_metric(self, function: Callable[..., pd.DataFrame], results: pd.DataFrame, **options: Any) -> pd.DataFrame:
-        tables = {metric: function(results, metric=metric, **options) for metric in self.metrics}
-        for metric, table in tables.items():
-            table.insert(0, METRIC, metric)
-        return pd.concat(tables.values(), ignore_index=True)
+        tables = {name: function(results, metric=name, baseline=self.baseline, **options) for name in self.metrics}
+        return pd.concat(tables, names=[METRIC, None]).reset_index(METRIC).reset_index(drop=True)
 
-    def _of_pairs(self, results: pd.DataFrame, *, metric: str, pairwise: Callable[..., pd.DataFrame]) -> pd.DataFrame:
-        tables = []
-        for model, against in dict.fromkeys(zip(self.overall[MODEL], self.overall[AGAINST], strict=True)):
-            table = pairwise(results, model, against, metric=metric, bootstrap=self.bootstrap)
-            table.insert(0, MODEL, model)
-            table.insert(1, AGAINST, against)
-            tables.append(table)
-        return pd.concat(tables, ignore_index=True)
+    def _notes_on_cases(self) -> Iterator[str]:
+        for name, cases in self.not_compared.items():
+            if cases:
+                yield f"not compared, because only some models have them: {_first(cases)} of {name}"
+        for each in self.models:
+            folds = each.results.groupby(CASE)[FOLD].nunique()
+            several = [case for case in self.cases if folds[case] > 1]
+            if several:
+                yield f"{len(several)} cases of {each.name} were predicted by several folds and are averaged"
 
-    def _notes_on_cases(self) -> list[str]:
-        return [
-            f"not compared, because only some models have them: {', '.join(cases[:3])}"
-            f"{f' and {len(cases) - 3} more' if len(cases) > 3 else ''} of {name}"
-            for name, cases in self.not_compared.items()
-            if cases
-        ]
-
-    def _notes_on_tests(self) -> list[str]:
-        notes = []
+    def _notes_on_tests(self) -> Iterator[str]:
         lowest = min(1.0, 2.0 ** (1 - self.num_patients))  # if all differences have one sign
         tables = {
             "over all subsets": self.overall,
@@ -365,37 +303,24 @@ class Comparison:
         for words, table in tables.items():
             number = _tests_together(table[table[METRIC] == self.metrics[0]])
             if lowest * number > LEVEL:
-                notes.append(
+                yield (
                     f"{words}: with {self.num_patients} patient{'s' if self.num_patients > 1 else ''} and {number} "
                     f"tests no corrected p-value can fall below {min(1.0, lowest * number):.2g}, whatever the models do"
                 )
         if self.ranks is None:
-            notes.append("no ranking: values are left out (nan) and have no rank; evaluate with --convention brats")
-        return notes
+            yield "no ranking: values are left out (nan) and have no rank; evaluate with --convention brats"
 
-    def _notes_on_settings(self) -> list[str]:
+    def _notes_on_settings(self) -> Iterator[str]:
         first = self.models[0]
-        notes = [
-            f"another {words}: {first.name} {mine}, {other.name} {theirs}"
-            for other in self.models[1:]
-            for words, mine, theirs in _different(first, other, CIRCUMSTANCES)
-        ]
+        for other in self.models[1:]:
+            for words, mine, theirs in _different(first, other, CIRCUMSTANCES):
+                yield f"another {words}: {first.name} {mine}, {other.name} {theirs}"
         unknown = [each.name for each in self.models if not each.settings]
         if unknown:
-            notes.append(
+            yield (
                 f"no {SUMMARY} beside the results of {', '.join(unknown)}: whether they were measured with the same "
                 f"rules and options is not known"
             )
-        return notes
-
-    def _notes_on_folds(self) -> list[str]:
-        notes = []
-        for each in self.models:
-            folds = each.results.groupby(CASE)[FOLD].nunique()
-            several = [case for case in self.cases if folds[case] > 1]
-            if several:
-                notes.append(f"{len(several)} cases of {each.name} were predicted by several folds and are averaged")
-        return notes
 
     def about(self) -> list[dict[str, Any]]:
         """A description of each model for the files of the comparison."""
@@ -414,6 +339,10 @@ class Comparison:
 
 def _tests_together(table: pd.DataFrame) -> int:
     """How many tests Holm's procedure corrects together: all rows, or those of a pair if each pair has its own."""
-    if "level" not in table:
-        return int(table["p"].notna().sum())
-    return int(table["p"].notna().groupby([table[MODEL], table[AGAINST]]).sum().max())
+    tests = table[P].notna()
+    return int(tests.groupby([table[MODEL], table[AGAINST]]).sum().max() if "level" in table else tests.sum())
+
+
+def _first(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -1,7 +1,12 @@
-"""Everything that is computed from the table of results of one model."""
+"""Everything that is computed from the table of results of one model.
+
+Intervals are over resampled patients: pass a :class:`~nnunetv2_mstkd.statistics.bootstrap.Bootstrap` with ``patients``
+if a patient has several cases.
+"""
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.evaluation.results import (
@@ -19,10 +24,9 @@ from nnunetv2_mstkd.evaluation.results import (
     patients_of,
     subset_order,
 )
-from nnunetv2_mstkd.statistics.bootstrap import Bootstrap
+from nnunetv2_mstkd.statistics.bootstrap import DEFAULT, Bootstrap, badness, cube, long_table, mean, with_average
 from nnunetv2_mstkd.statistics.plausibility import plausibility_warnings
 from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, shapley
-from nnunetv2_mstkd.statistics.tests import gap_to_full, mean_by_count, summary
 
 
 class Findings:
@@ -35,17 +39,15 @@ class Findings:
     by_subset:
         The mean over the cases, with the columns subset, modalities, region, metric, value.
     summary, by_count:
-        Mean Dice over all subsets with the worst subset, and by number of modalities; see
-        :mod:`~nnunetv2_mstkd.statistics.tests`.
+        Mean Dice over all subsets with the worst subset, and by number of modalities: :func:`summary` and
+        :func:`mean_by_count`.
     gap, shapley:
-        Loss of Dice against the full input, and Shapley values of the modalities; None if the subsets that they need
-        were not evaluated.
+        Loss of Dice against the full input (:func:`gap_to_full`), and Shapley values of the modalities; None if the
+        subsets that they need were not evaluated.
     warnings:
         Results that contradict what the modalities show.
-    model, trainer, folds, cases, subsets:
-        What was evaluated.
-    num_patients:
-        Number of patients, who may have several cases each.
+    model, trainer, folds, cases, subsets, num_patients:
+        What was evaluated. A patient may have several cases.
     """
 
     def __init__(self, results: pd.DataFrame) -> None:
@@ -66,3 +68,54 @@ class Findings:
         complete = len(self.subsets) == 2 ** len(modalities) - 1 and 1 < len(modalities) <= MAX_MODALITIES
         self.shapley = shapley(results, bootstrap=bootstrap) if complete else None
         self.warnings = plausibility_warnings(results, bootstrap=bootstrap)
+
+
+def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """Mean over all subsets with its interval, and the worst subset.
+
+    Returns
+    -------
+    Table with the columns model, region (each one and their ``average``), value, low, high, worst_subset, worst.
+    """
+    data = cube(results, metric)
+    everything, regions = with_average(data.values, data.regions)
+    value, low, high = bootstrap.estimates(mean(everything, axis=2), data.cases)
+    by_subset = mean(everything, axis=1)
+    # NaN is never the worst; if there is nothing else, the first subset is
+    places = np.nan_to_num(badness(by_subset, metric), nan=-np.inf).argmax(axis=1)
+    worst = np.take_along_axis(by_subset, places[:, None], axis=1)
+    names = np.array(data.subsets)[places]
+    axes = {MODEL: data.models, REGION: regions}
+    return long_table(axes, value=value, low=low, high=high, worst_subset=names, worst=worst)
+
+
+def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """Mean by number of available modalities, over all subsets of that size.
+
+    Returns
+    -------
+    Table with the columns model, region (each one and their ``average``), modalities, value, low, high.
+    """
+    data = cube(results, metric)
+    everything, regions = with_average(data.values, data.regions)
+    sizes, per_case = data.by_size(everything)
+    value, low, high = bootstrap.estimates(per_case.swapaxes(2, 3), data.cases)
+    axes = {MODEL: data.models, REGION: regions, MODALITIES: sizes}
+    return long_table(axes, value=value, low=low, high=high)
+
+
+def gap_to_full(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """The loss of each subset against the full input, case by case.
+
+    Returns
+    -------
+    Table with the columns model, region (each one and their ``average``), subset, modalities, value, low, high. A
+    positive value is a loss, whichever direction of the metric is better.
+    """
+    data = cube(results, metric)
+    bad = badness(data.values, metric)
+    # the full input is the last subset
+    gaps, regions = with_average(bad[:, :, : data.full] - bad[:, :, [data.full]], data.regions)
+    value, low, high = bootstrap.estimates(gaps.swapaxes(2, 3), data.cases)
+    axes = {MODEL: data.models, REGION: regions, SUBSET: data.subsets[: data.full]}
+    return long_table(axes, value=value, low=low, high=high)

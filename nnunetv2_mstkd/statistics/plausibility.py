@@ -8,7 +8,6 @@ evidence: the interval over patients decides, so a few cases raise no alarm.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
@@ -16,26 +15,21 @@ import pandas as pd
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import SEPARATOR
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, Cube, cube, mean
+from nnunetv2_mstkd.statistics.bootstrap import DEFAULT, Bootstrap, Cube, cube, mean
 from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, shapley_matrix, subset_columns
-from nnunetv2_mstkd.statistics.tests import DEFAULT
 
-SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "T1": ("t1", "t1n", "t1w", "t1-weighted", "t1_native"),
-        "T1ce": ("t1ce", "t1c", "t1gd", "t1-ce", "t1_ce", "t1+c", "cet1", "t1post", "t1km"),
-        "T2": ("t2", "t2w", "t2-weighted"),
-        "FLAIR": ("flair", "t2f", "t2flair", "t2-flair", "t2_flair"),
-    }
-)
+SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "T1": ("t1", "t1n", "t1w", "t1-weighted", "t1_native"),
+    "T1ce": ("t1ce", "t1c", "t1gd", "t1-ce", "t1_ce", "t1+c", "cet1", "t1post", "t1km"),
+    "T2": ("t2", "t2w", "t2-weighted"),
+    "FLAIR": ("flair", "t2f", "t2flair", "t2-flair", "t2_flair"),
+}
 """Names in lower case under which data sets have these modalities."""
 
-REGION_SPELLINGS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "ET": ("et", "enhancing tumor", "enhancing tumour", "enhancing"),
-        "WT": ("wt", "whole tumor", "whole tumour", "whole"),
-    }
-)
+REGION_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "ET": ("et", "enhancing tumor", "enhancing tumour", "enhancing"),
+    "WT": ("wt", "whole tumor", "whole tumour", "whole"),
+}
 
 SLACK = 0.02
 """Smaller differences of the mean do not matter; 2 points of Dice."""
@@ -52,14 +46,7 @@ def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootst
     in every case. A difference counts if its interval over patients lies above :data:`SLACK` entirely and there are at
     least :data:`MIN_PATIENTS` patients.
 
-    Parameters
-    ----------
-    results:
-        The long table; modalities and regions are recognised by their usual names.
-    metric:
-        A metric of which higher is better.
-    bootstrap:
-        The bootstrap of the intervals.
+    Modalities and regions are recognised by their usual names; the metric must be one of which higher is better.
 
     Returns
     -------
@@ -72,12 +59,9 @@ def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootst
     for m, model in enumerate(data.models):
         for r, region in enumerate(data.regions):
             evidence = _Evidence(data, data.values[m, :, :, r], bootstrap)
-            found = [*_full_is_best(evidence)]
-            if _known(region, REGION_SPELLINGS) == "ET":
-                found += _contrast_agent(evidence)
-            if _known(region, REGION_SPELLINGS) == "WT":
-                found += _oedema(evidence)
-            warnings += [f"{model}, {region}: {text}" for text in found]
+            of_region = {"ET": [_contrast_agent], "WT": [_oedema]}.get(_known(region, REGION_SPELLINGS) or "", [])
+            rules = [_full_is_best, *of_region]
+            warnings += [f"{model}, {region}: {text}" for rule in rules for text in rule(evidence)]
         warnings += _identical(data, m)
     return warnings
 
@@ -88,18 +72,10 @@ def _known(name: str, spellings: Mapping[str, tuple[str, ...]]) -> str | None:
 
 
 class _Evidence:
-    """The values of a model and a region, and how sure differences between its subsets are.
-
-    Attributes
-    ----------
-    data:
-        Names of subsets and modalities.
-    means:
-        Mean of each subset.
-    """
+    """The values of a model and a region, and how sure differences between its subsets are."""
 
     def __init__(self, data: Cube, values: np.ndarray, bootstrap: Bootstrap) -> None:
-        self.data, self.means = data, mean(values, axis=0)
+        self.data, self.means = data, mean(values, axis=0)  # the mean of each subset
         self._bootstrap, self._groups = bootstrap, bootstrap.groups(data.cases)
         self._resampled = bootstrap.means(values, self._groups)
         self.enough = len(np.unique(self._groups)) >= MIN_PATIENTS

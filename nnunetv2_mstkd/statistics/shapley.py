@@ -16,8 +16,7 @@ import pandas as pd
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SEPARATOR
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, Cube, cube, long_table, mean
-from nnunetv2_mstkd.statistics.tests import DEFAULT
+from nnunetv2_mstkd.statistics.bootstrap import DEFAULT, Bootstrap, Cube, cube, long_table, mean
 
 MAX_MODALITIES = 6
 """63 subsets, the most that are evaluated by default."""
@@ -34,15 +33,11 @@ def shapley_matrix(num_modalities: int) -> np.ndarray:
     """
     codes = np.arange(2**num_modalities)
     sizes = np.array([int(code).bit_count() for code in codes])
-    weights = np.array(
-        [math.factorial(s) * math.factorial(num_modalities - s - 1) for s in range(num_modalities)]
-    ) / math.factorial(num_modalities)
-    rows = []
-    for modality in range(num_modalities):
-        member = codes >> modality & 1 == 1
-        # a set counts positively if the modality joined it last, negatively if the modality is yet to join
-        rows.append(np.where(member, weights[sizes - 1], -weights[np.minimum(sizes, num_modalities - 1)]))
-    return np.stack(rows)
+    # |S|! (n - |S| - 1)! / n! by |S|
+    weights = np.array([1 / (num_modalities * math.comb(num_modalities - 1, s)) for s in range(num_modalities)])
+    member = codes >> np.arange(num_modalities)[:, None] & 1 == 1
+    # a set counts positively if the modality joined it last, negatively if the modality is yet to join
+    return np.where(member, weights[sizes - 1], -weights[np.minimum(sizes, num_modalities - 1)])
 
 
 def shapley(
@@ -55,13 +50,9 @@ def shapley(
     results:
         The long table with all 2^C - 1 subsets, C at most 6; see
         :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    metric:
-        Name of the metric.
     empty_value:
         v(nothing), the value without any input. Default 0, nothing is segmented, for metrics of which higher is better;
         others have no such value and need one here.
-    bootstrap:
-        The bootstrap of the intervals.
 
     Returns
     -------
@@ -98,7 +89,9 @@ def subset_columns(data: Cube) -> np.ndarray:
     wanted = range(1, 2 ** len(data.modalities))
     missing = [code for code in wanted if code not in codes]
     if missing:
-        names = ", ".join(_set_name(code, data.modalities) for code in missing[:3])
+        names = ", ".join(
+            SEPARATOR.join(name for bit, name in enumerate(data.modalities) if code >> bit & 1) for code in missing[:3]
+        )
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise InputError(f"Shapley values need all {len(wanted)} subsets; the results lack {names}{more}")
     return np.array([codes.index(code) for code in wanted])
@@ -107,7 +100,3 @@ def subset_columns(data: Cube) -> np.ndarray:
 def _apply(matrix: np.ndarray, values: np.ndarray, empty_value: float) -> np.ndarray:
     """Shapley values, shape (..., C), from the values of the non-empty sets, shape (..., 2^C - 1)."""
     return values @ matrix[:, 1:].T + empty_value * matrix[:, 0]
-
-
-def _set_name(code: int, modalities: tuple[str, ...]) -> str:
-    return SEPARATOR.join(name for number, name in enumerate(modalities) if code >> number & 1)
