@@ -46,13 +46,7 @@ class Lock:
         return _owner(content)
 
     def acquire(self) -> None:
-        """Lock the step for this process.
-
-        Raises
-        ------
-        RunningStepError
-            If it is locked.
-        """
+        """Lock the step for this process; RunningStepError if it is locked."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         content = {"host": socket.gethostname(), **_process(os.getpid()), "since": _now(), "waits": True}
         for _ in range(2):
@@ -72,9 +66,8 @@ class Lock:
 
     def pass_to(self, *, pid: int | None = None, job: str | None = None) -> None:
         """Make another process of this machine, or a SLURM job, the owner of the lock that this process holds."""
-        content = {"host": socket.gethostname(), "since": _now()}
-        content |= {"job": job} if job is not None else _process(int(pid or os.getpid()))
-        write_json(self.file, content)
+        owner = _process(pid or os.getpid()) if job is None else {"job": job}
+        write_json(self.file, {"host": socket.gethostname(), "since": _now(), **owner})
 
     def release(self) -> None:
         """Unlock the step."""
