@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
@@ -45,11 +46,11 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
 
     Raises
     ------
-    FileNotFoundError
+    MissingFileError
         If `source`, a list of cases or a folder of nnU-Net does not exist.
-    FileExistsError
+    ExistingFileError
         If the data set, or its split, exists and was made from something else or with other options.
-    ValueError
+    InputError
         If nothing can be converted as requested; with ``strict`` also if any case has a problem. Nothing is written.
     """
     options = options or Options()
@@ -62,12 +63,9 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     job = Job(Path(os.path.abspath(source)), target, description, options)
 
     found = find_cases(
-        job.source,
-        description,
-        allow_missing=options.allow_missing,
-        unlabelled_as_test=options.unlabelled_as_test,
+        job.source, description, allow_missing=options.allow_missing, unlabelled_as_test=options.unlabelled_as_test,
         follow_links=options.follow_links,
-    )
+    )  # fmt: skip
     if listed:
         folds.refuse_unknown_cases(listed, tests, found.names)
     _draw_tests(found, job)
@@ -101,13 +99,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
 
 
 def dataset_name(dataset_id: int, name: str) -> str:
-    """Return nnU-Net's name of a data set, ``Dataset226_BraTS`` for 226 and ``BraTS``.
-
-    Raises
-    ------
-    ValueError
-        If nnU-Net could not read it back.
-    """
+    """Return nnU-Net's name of a data set, ``Dataset226_BraTS`` for 226 and ``BraTS``, which it must read back."""
     if not 1 <= dataset_id <= 999:
         raise InputError(f"the data set's number is {dataset_id}, expected 1 to 999")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or "__" in name:
@@ -200,9 +192,8 @@ def _convert(job: Job, found: Found, report: Report) -> None:
         headers: Headers = {}
         skipped = dict(found.problems)
         finished = []
-        for record in job.for_each(
-            found.cases, lambda case: _one(job, case, unfinished, progress, headers), "converting"
-        ):
+        work = partial(_one, job, unfinished, progress, headers)
+        for record in job.for_each(found.cases, work, "converting"):
             if record.problems:
                 skipped[record.name] = record.problems
                 continue
@@ -216,7 +207,7 @@ def _convert(job: Job, found: Found, report: Report) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _one(job: Job, case: Case, folder: Path, progress: Progress, headers: Headers) -> CaseRecord:
+def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Case) -> CaseRecord:
     """Check and write one case, unless an interrupted run has finished it."""
     description = job.description
     sources = fingerprint(case, job.source)
@@ -248,9 +239,7 @@ def _finish(folder: Path, job: Job, report: Report) -> None:
                 (folder / part).rmdir()
     content = {"name": job.target.name, **job.description.dataset_json(len(report.training))}
     if reference:
-        content["dataset"] = {
-            record.name: {"images": record.images, "label": record.label} for record in report.training
-        }
+        content["dataset"] = {case.name: {"images": case.images, "label": case.label} for case in report.training}
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     write_record(folder, job.settings, report.cases, report.skipped)
 
