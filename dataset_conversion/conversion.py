@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
+from nnunetv2_mstkd.images.atomic import replace_folder
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 
 from . import splits as folds
@@ -203,7 +204,7 @@ def _convert(job: Job, found: Found, report: Report) -> None:
             _refuse(skipped)
         report.fill(finished, skipped)
         _finish(unfinished, job, report)
-        _replace(job.target, unfinished, scratch / "old")
+        replace_folder(job.target, unfinished)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -242,19 +243,6 @@ def _finish(folder: Path, job: Job, report: Report) -> None:
         content["dataset"] = {case.name: {"images": case.images, "label": case.label} for case in report.training}
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     write_record(folder, job.settings, report.cases, report.skipped)
-
-
-def _replace(target: Path, unfinished: Path, old: Path) -> None:
-    """Move the finished folder to its place in one step; what was there is kept until then."""
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    try:
-        unfinished.rename(target)
-    except BaseException:  # also for an interrupt: the old data set must not be lost
-        if old.exists():
-            old.rename(target)
-        raise
 
 
 @contextmanager
