@@ -58,13 +58,12 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
         raise InputError("dataset.json does not say how the labels were converted: it is not of mstkd convert")
     classes = _values(record.get("classes", {}), "classes")
     enhancing, small = classes.get(ET), record.get("small_et_becomes")
+    _values({} if small is None else {ET: small}, "small_et_becomes")
     if release is not None:
         target = RELEASES[release]
         lacking = [name for name in classes if name not in target.classes]
         if lacking or not classes:
-            what = (
-                f"has no {', '.join(lacking)}" if lacking else "cannot be matched: the data set's classes have no names"
-            )
+            what = f"has no {', '.join(lacking)}" if lacking else "cannot be matched: the data set names no classes"
             raise InputError(f"{release} {what}; its classes are {', '.join(target.classes)}")
         values = {0: 0} | {value: target.classes[name] for name, value in classes.items()}
         return Restoration(values, target.label_file, enhancing, small)
@@ -79,12 +78,11 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
 
 
 def _values(table: Any, name: str) -> dict[str, int]:
-    """A mapping of labels, checked: they are written as uint8."""
-    wrong = not isinstance(table, Mapping) or any(
-        isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= HIGHEST_LABEL
-        for value in table.values()
-    )
-    if wrong or (name == "release_values" and any(not re.fullmatch(r"\d{1,3}", str(key)) for key in table)):
+    """A mapping to labels, and in ``release_values`` from labels, which are written as uint8; checked."""
+    labels = [*table.values()] if isinstance(table, Mapping) else [None]
+    if name == "release_values" and isinstance(table, Mapping):
+        labels += [int(key) if re.fullmatch(r"\d{1,3}", str(key)) else None for key in table]
+    if not all(type(label) is int and 0 <= label <= HIGHEST_LABEL for label in labels):
         raise InputError(
             f"{name} in {RECORD_KEY} of dataset.json is {table!r}, expected labels from 0 to {HIGHEST_LABEL}"
         )
@@ -161,6 +159,5 @@ def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing
 
 def _mapped(values: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
     table = np.zeros(256, np.uint8)
-    for value, other in mapping.items():
-        table[value] = other
+    table[list(mapping)] = list(mapping.values())
     return table[values]
