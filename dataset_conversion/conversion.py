@@ -121,16 +121,12 @@ def _refuse(problems: Mapping[str, Sequence[str]]) -> None:
 
 def _refuse_second_name(dataset: str) -> None:
     """Refuse a number that another data set has: nnU-Net finds data sets by number."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        folder = Path(os.environ.get(variable) or "")
-        if not os.environ.get(variable) or not folder.is_dir():
-            continue
-        number = dataset[: len("Dataset000")]
-        others = [path.name for path in folder.glob(f"{number}*") if path.is_dir() and path.name != dataset]
+    number = dataset[: len("Dataset000")]
+    for folder in filter(None, map(os.environ.get, ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"))):
+        others = [path for path in Path(folder).glob(f"{number}*") if path.is_dir() and path.name != dataset]
         if others:
             raise ExistingFileError(
-                f"{folder / others[0]} has the number of {dataset}, and nnU-Net finds data sets by number; "
-                "choose another one"
+                f"{others[0]} has the number of {dataset}, and nnU-Net finds data sets by number; choose another one"
             )
 
 

@@ -166,9 +166,14 @@ def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[st
 
 
 def without(splits: Splits, skipped: Iterable[str]) -> Splits:
-    """The folds without cases that were not converted."""
+    """The folds without cases that were not converted; some of each part must be left."""
     gone = set(skipped)
-    return [{part: [case for case in fold[part] if case not in gone] for part in ("train", "val")} for fold in splits]
+    left = [{part: [case for case in fold[part] if case not in gone] for part in ("train", "val")} for fold in splits]
+    for number, fold in enumerate(left):
+        for part, cases in fold.items():
+            if not cases:
+                raise InputError(f"all {part} cases of fold {number} have problems: {_some(splits[number][part])}")
+    return left
 
 
 def write_splits(splits: Splits, path: Path) -> None:

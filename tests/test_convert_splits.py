@@ -21,6 +21,7 @@ from nnunetv2_mstkd.dataset_conversion.splits import (
     hold_out,
     read_lists,
     refuse_unknown_cases,
+    without,
     write_splits,
 )
 from nnunetv2_mstkd.errors import InputError
@@ -162,6 +163,13 @@ def test_short_rows_and_byte_order_marks_of_lists(tmp_path):
 def test_lists_of_unknown_cases_are_refused():
     with pytest.raises(ValueError, match="the lists name 2 of 3 cases that do not exist: b, c"):
         refuse_unknown_cases([{"train": ["a"], "val": ["b"]}], ["c"], ["a"])
+
+
+def test_folds_keep_cases_in_both_parts():
+    splits = [{"train": ["a", "b"], "val": ["c"]}]
+    assert without(splits, ["a"]) == [{"train": ["b"], "val": ["c"]}]
+    with pytest.raises(InputError, match="all val cases of fold 0 have problems: c"):
+        without(splits, ["c"])
 
 
 def test_one_case_cannot_be_split():

@@ -299,6 +299,8 @@ def test_comparison_must_be_newer_than_its_inputs(tmp_path):
     assert step.done()
     os.utime(models[1].folder / "subsets" / "results.csv", (time.time() + 9, time.time() + 9))
     assert not step.done()
+    others = tuple(dataclasses.replace(model, plans="Others") for model in models)
+    assert Compare(others[0], models=others).output != step.output
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------
