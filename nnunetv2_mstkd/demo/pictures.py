@@ -39,8 +39,7 @@ def heat_map(scores: pd.DataFrame, file: Path) -> None:
 def slices(
     case: str,
     subsets: Sequence[str],
-    images: Path,
-    reference: Path,
+    raw: Path,
     predictions: Mapping[str, Path],
     channel_names: Sequence[str],
     scores: pd.DataFrame,
@@ -49,11 +48,13 @@ def slices(
     """The slice with most tumor: truth in the first column, then each model (rows) from each subset (columns).
 
     The background of a column, named below it, is the last available modality of its subset. A white line is the
-    border of the true tumor.
+    border of the true tumor. `raw` is the data set of the test case.
     """
-    truth = read_array(reference)
+    truth = read_array(raw / "labelsTs" / f"{case}.nii.gz")
     index = int((truth > 0).sum((1, 2)).argmax())
-    channels = {name: read_array(images / f"{case}_{i:04d}.nii.gz")[index] for i, name in enumerate(channel_names)}
+    channels = {
+        name: read_array(raw / "imagesTs" / f"{case}_{i:04d}.nii.gz")[index] for i, name in enumerate(channel_names)
+    }
     columns = ["truth", *subsets]
     with plt.rc_context({"font.size": 9}):
         figure, axes = plt.subplots(

@@ -30,10 +30,7 @@ def write_result(demo: Demo, identifiers: Sequence[str]) -> str:
     pictures.heat_map(scores, demo.folder / "heatmap.png")
     case = typical_case(scores[scores["model"] == STUDENT.title])
     shown = {title: predictions[title] for title in (TEACHER.title, STUDENT.title)}
-    reference = demo.raw / "labelsTs" / f"{case}.nii.gz"
-    pictures.slices(
-        case, SHOWN_SUBSETS, demo.raw / "imagesTs", reference, shown, CHANNELS, scores, demo.folder / "slices.png"
-    )
+    pictures.slices(case, SHOWN_SUBSETS, demo.raw, shown, CHANNELS, scores, demo.folder / "slices.png")
     files = {
         "heat map": demo.folder / "heatmap.png",
         "one slice, several subsets": demo.folder / "slices.png",
