@@ -13,39 +13,26 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.images.completeness import NIFTI_ENDINGS
 
-from .description import Description, alternatives
+from .description import LABEL, Description, alternatives
 from .modality_names import canonical_modality
 from .releases import RELEASES, releases_of_case
 
-NIFTI_ENDINGS = (".nii.gz", ".nii")
 IMAGE_ENDINGS = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 DEPTH = 5
 """Levels below the source that are searched for case folders of a release: archives unpack into several levels."""
 
 CASE_NAME = re.compile(r"[A-Za-z0-9._-]+", re.ASCII)
-LABEL = "label"
 
 
 @dataclass(frozen=True)
 class Case:
-    """The files of one case.
+    """The files of one case."""
 
-    Attributes
-    ----------
-    name
-        Without spaces; its files in the data set are named after it.
-    images
-        One per channel, None for an absent modality; several channels may be volumes of one file.
-    label
-        None for some test cases.
-    is_test
-        Whether it goes to ``imagesTs``.
-    """
-
-    name: str
-    images: tuple[Path | None, ...]
-    label: Path | None
+    name: str  # without spaces; the files in the data set are named after it
+    images: tuple[Path | None, ...]  # per channel; None if absent; several channels may be volumes of one file
+    label: Path | None  # None for some test cases
     is_test: bool
 
     @property
@@ -105,11 +92,9 @@ def find_cases(
 
     Raises
     ------
-    FileNotFoundError
-        If the folder does not exist.
-    ValueError
-        If it holds no cases, cases of another release, or none to train on; if names clash; if the channels of stacked
-        files are in another order.
+    MissingFileError, InputError
+        If the folder does not exist; if it holds no cases, cases of another release, or none to train on; if names
+        clash; if the channels of stacked files are in another order.
     """
     if not source.is_dir():
         raise MissingFileError(f"no folder {source}")
@@ -156,22 +141,18 @@ def _refuse_clashes(source: Path, names: Sequence[str]) -> None:
 def _folders(search: _Search) -> tuple[list[Path], Found]:
     """The folders that the pattern of a description matches."""
     source, pattern = search.source, search.description.cases
-    folders = sorted(
-        (folder for folder in source.glob(pattern) if folder.is_dir() and not folder.name.startswith(".")),
-        key=lambda folder: folder.name,
-    )
+    folders = [folder for folder in source.glob(pattern) if folder.is_dir() and not folder.name.startswith(".")]
+    folders.sort(key=lambda folder: folder.name)
     if not folders:
         loose = next((path.name for path in source.iterdir() if path.name.lower().endswith(IMAGE_ENDINGS)), None)
         hint = "" if loose is None else f"; images such as {loose} that lie side by side must be moved into them first"
         raise InputError(f"no folder in {source} matches {pattern!r}, expected one folder per case{hint}")
     _refuse_clashes(source, [folder.name for folder in folders])
-    found = Found()
-    for folder in folders:
-        if not CASE_NAME.fullmatch(folder.name):
-            found.problems[folder.name] = [
-                "the name of the folder has a space or a sign other than ASCII letters, digits, '.', '_' and '-', "
-                "which some programs cannot read in file names; rename it"
-            ]
+    problem = (
+        "the name of the folder has a space or a sign other than ASCII letters, digits, '.', '_' and '-', which some "
+        "programs cannot read in file names; rename it"
+    )
+    found = Found(problems={folder.name: [problem] for folder in folders if not CASE_NAME.fullmatch(folder.name)})
     return [folder for folder in folders if folder.name not in found.problems], found
 
 
@@ -195,15 +176,12 @@ def _release_folders(search: _Search) -> tuple[list[Path], Found]:
         )
     if others:
         raise InputError(f"{source} mixes {len(ours)} cases of {description.release} with {listed}; convert each apart")
-    found = Found()
-    for folder in strange:
-        found.problems[str(folder.relative_to(source))] = [
-            f"this folder holds images, but its name is not as in {description.release} ({example}); rename or "
-            "remove it"
-        ]
+    problem = (
+        f"this folder holds images, but its name is not as in {description.release} ({example}); rename or remove it"
+    )
     ours.sort(key=lambda folder: folder.name)
     _refuse_clashes(source, [folder.name for folder in ours])
-    return ours, found
+    return ours, Found(problems={str(folder.relative_to(source)): [problem] for folder in strange})
 
 
 def _walk(source: Path) -> Iterator[tuple[Path, list[str]]]:

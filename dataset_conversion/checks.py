@@ -31,31 +31,15 @@ MAX_OUTSIDE = 0.1
 
 @dataclass
 class Checked:
-    """Result of :func:`check_case`.
+    """Result of :func:`check_case`."""
 
-    Attributes
-    ----------
-    problems
-        One line each; empty for a good case.
-    notes
-        Harmless peculiarities, one line each.
-    geometry
-        The grid of the first image, on which all files are written; None if no image could be read.
-    absent
-        Per channel: whether the file is missing or zero everywhere.
-    as_is
-        Files whose bytes can be used unchanged: ``.nii.gz``, one volume, exactly on this grid; label files must also
-        hold integers that need no remapping.
-    label
-        The label to write where the file cannot be used as it is.
-    """
-
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    geometry: Geometry | None = None
-    absent: tuple[bool, ...] = ()
+    problems: list[str] = field(default_factory=list)  # one line each; empty for a good case
+    notes: list[str] = field(default_factory=list)  # harmless peculiarities, one line each
+    geometry: Geometry | None = None  # of the first image, for all written files; None if no image could be read
+    absent: tuple[bool, ...] = ()  # per channel: whether the file is missing or zero everywhere
+    # files whose bytes can be used unchanged: .nii.gz, one volume, exactly on this grid; labels without remapping
     as_is: frozenset[Path] = frozenset()
-    label: Label | None = None
+    label: Label | None = None  # to write where the file cannot be used as it is
 
 
 class Label(NamedTuple):
@@ -113,13 +97,6 @@ class _File(NamedTuple):
     checksum: bytes
     reusable: bool = False
     """Whether its bytes can be used unchanged if its geometry is that of the case."""
-
-
-class _Voxels(NamedTuple):
-    """A view of an image's memory, and the image that owns it."""
-
-    array: np.ndarray
-    owner: sitk.Image
 
 
 def check_case(
@@ -189,16 +166,16 @@ class _CaseCheck:
             return nothing
         try:
             must_map = any(own != written for own, written in description.value_map.items())
-            file, voxels = _read(path, FULL if must_map else self.level, self.headers)
-            if voxels is None and file.is_float:
-                file, voxels = _read(path, FULL, self.headers)
-            foreground, same = nothing, True
-            if voxels is not None:
-                foreground, values = _label_values(voxels.array, description)
-                same = not file.is_float and all(description.value_map[value] == value for value in values)
-            reusable = same and path.name.endswith(FILE_ENDING)
-            if voxels is not None and not reusable:
-                self.result.label = _mapped(voxels.array, foreground, description)
+            file, image = _read(path, FULL if must_map else self.level, self.headers)
+            if image is None and file.is_float:
+                file, image = _read(path, FULL, self.headers)
+            foreground, reusable = nothing, path.name.endswith(FILE_ENDING)
+            if image is not None:
+                voxels = sitk.GetArrayViewFromImage(image)
+                foreground, values = _label_values(voxels, description)
+                reusable &= not file.is_float and all(description.value_map[value] == value for value in values)
+                if not reusable:
+                    self.result.label = _mapped(voxels, foreground, description)
         except ValueError as error:
             self.result.problems.append(f"{LABEL} ({path.name}) {error}")
             return nothing
@@ -209,28 +186,29 @@ class _CaseCheck:
         """Read all images; return for each of the voxel indices `probes` whether any image is not zero there."""
         stack = self.description.stack
         covered = np.zeros(probes.size, bool)
-        stacked: tuple[_File, _Voxels | None] | None = None
+        stacked: tuple[_File, sitk.Image | None] | None = None
         for name, path in zip(self.description.modalities, self.case.images, strict=True):
             if path is None:
                 continue
             try:
-                file, voxels = stacked or _read(path, self.level, self.headers, volumes=len(stack))
+                file, image = stacked or _read(path, self.level, self.headers, volumes=len(stack))
             except ValueError as error:
                 self.result.problems.append(f"{'image' if stack else name} ({path.name}) {error}")
                 if stack:
                     break  # all channels are in this one file
                 continue
             if stack:
-                stacked = file, voxels
+                stacked = file, image
             self.images[name] = file._replace(reusable=not stack and path.name.endswith(FILE_ENDING))
-            if voxels is not None:
-                array = voxels.array[stack.index(name)] if stack else voxels.array
+            if image is not None:
+                array = sitk.GetArrayViewFromImage(image)
+                array = array[stack.index(name)] if stack else array
                 if self._is_zero(name, path, array):
                     self.zero.add(name)
                 elif probes.size and array.size > probes[-1]:
                     covered |= array.reshape(-1)[probes] != 0
                 del array
-            del voxels  # the next image takes this one's memory: getting new memory costs as much as reading
+            del image  # the next image takes this one's memory: getting new memory costs as much as reading
         return covered
 
     def _is_zero(self, name: str, path: Path, voxels: np.ndarray) -> bool:
@@ -328,14 +306,8 @@ def _only_value(voxels: np.ndarray) -> float | None:
 # ---- one file ------------------------------------------------------------------------------------------------------
 
 
-def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tuple[_File, _Voxels | None]:
-    """Read one file and refuse it if it is damaged, holds NaN or several images.
-
-    Raises
-    ------
-    ValueError
-        The message begins with a verb.
-    """
+def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tuple[_File, sitk.Image | None]:
+    """Read one file and refuse it if it is damaged, holds NaN or several images; the message begins with a verb."""
     if level == HEADER:
         checksum, header = _read_ends(path, headers, volumes)
         if header is not None:
@@ -356,7 +328,7 @@ def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tupl
             raise InputError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
     checksum, header = _read_ends(path, headers, volumes)
     forms = None if header is None else header.forms
-    return _File(path, geometry, forms, _is_float(image), checksum), _Voxels(voxels, image)
+    return _File(path, geometry, forms, _is_float(image), checksum), image
 
 
 def _is_float(image: sitk.Image | sitk.ImageFileReader) -> bool:
@@ -412,13 +384,7 @@ def _parse_header(raw: bytes, path: Path, volumes: int) -> Header | None:
 
 
 def label_values(voxels: np.ndarray, description: Description) -> np.ndarray:
-    """Return the values to write, uint8, for a label as it was read.
-
-    Raises
-    ------
-    ValueError
-        If a value is no integer, or not declared.
-    """
+    """Return the values to write, uint8, for a label as it was read; all must be integers and declared."""
     foreground, _ = _label_values(voxels, description)
     return _mapped(voxels, foreground, description).voxels()
 

@@ -28,17 +28,7 @@ def add_converters(parser: argparse.ArgumentParser, converters: Iterable[str] = 
 
 
 def run(args: argparse.Namespace) -> int:
-    """Convert as the options say, and print what was written and what comes next.
-
-    Returns
-    -------
-    0, or :data:`EXIT_SKIPPED`.
-
-    Raises
-    ------
-    ValueError, FileNotFoundError, FileExistsError
-        As :func:`.conversion.convert` does.
-    """
+    """Convert as the options say, and print what was written and what comes next; return 0 or EXIT_SKIPPED."""
     description, renamed = description_of(args)
     for own, name in renamed.items():
         print(f"note: {own} is called {name} in the data set, as in those of the releases")

@@ -9,9 +9,11 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
+from nnunetv2_mstkd.images.atomic import replace_folder
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 
 from . import splits as folds
@@ -45,11 +47,11 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
 
     Raises
     ------
-    FileNotFoundError
+    MissingFileError
         If `source`, a list of cases or a folder of nnU-Net does not exist.
-    FileExistsError
+    ExistingFileError
         If the data set, or its split, exists and was made from something else or with other options.
-    ValueError
+    InputError
         If nothing can be converted as requested; with ``strict`` also if any case has a problem. Nothing is written.
     """
     options = options or Options()
@@ -62,12 +64,9 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     job = Job(Path(os.path.abspath(source)), target, description, options)
 
     found = find_cases(
-        job.source,
-        description,
-        allow_missing=options.allow_missing,
-        unlabelled_as_test=options.unlabelled_as_test,
+        job.source, description, allow_missing=options.allow_missing, unlabelled_as_test=options.unlabelled_as_test,
         follow_links=options.follow_links,
-    )
+    )  # fmt: skip
     if listed:
         folds.refuse_unknown_cases(listed, tests, found.names)
     _draw_tests(found, job)
@@ -101,13 +100,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
 
 
 def dataset_name(dataset_id: int, name: str) -> str:
-    """Return nnU-Net's name of a data set, ``Dataset226_BraTS`` for 226 and ``BraTS``.
-
-    Raises
-    ------
-    ValueError
-        If nnU-Net could not read it back.
-    """
+    """Return nnU-Net's name of a data set, ``Dataset226_BraTS`` for 226 and ``BraTS``, which it must read back."""
     if not 1 <= dataset_id <= 999:
         raise InputError(f"the data set's number is {dataset_id}, expected 1 to 999")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or "__" in name:
@@ -128,16 +121,12 @@ def _refuse(problems: Mapping[str, Sequence[str]]) -> None:
 
 def _refuse_second_name(dataset: str) -> None:
     """Refuse a number that another data set has: nnU-Net finds data sets by number."""
-    for variable in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        folder = Path(os.environ.get(variable) or "")
-        if not os.environ.get(variable) or not folder.is_dir():
-            continue
-        number = dataset[: len("Dataset000")]
-        others = [path.name for path in folder.glob(f"{number}*") if path.is_dir() and path.name != dataset]
+    number = dataset[: len("Dataset000")]
+    for folder in filter(None, map(os.environ.get, ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"))):
+        others = [path for path in Path(folder).glob(f"{number}*") if path.is_dir() and path.name != dataset]
         if others:
             raise ExistingFileError(
-                f"{folder / others[0]} has the number of {dataset}, and nnU-Net finds data sets by number; "
-                "choose another one"
+                f"{others[0]} has the number of {dataset}, and nnU-Net finds data sets by number; choose another one"
             )
 
 
@@ -200,9 +189,8 @@ def _convert(job: Job, found: Found, report: Report) -> None:
         headers: Headers = {}
         skipped = dict(found.problems)
         finished = []
-        for record in job.for_each(
-            found.cases, lambda case: _one(job, case, unfinished, progress, headers), "converting"
-        ):
+        work = partial(_one, job, unfinished, progress, headers)
+        for record in job.for_each(found.cases, work, "converting"):
             if record.problems:
                 skipped[record.name] = record.problems
                 continue
@@ -212,11 +200,11 @@ def _convert(job: Job, found: Found, report: Report) -> None:
             _refuse(skipped)
         report.fill(finished, skipped)
         _finish(unfinished, job, report)
-        _replace(job.target, unfinished, scratch / "old")
+        replace_folder(job.target, unfinished)
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _one(job: Job, case: Case, folder: Path, progress: Progress, headers: Headers) -> CaseRecord:
+def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Case) -> CaseRecord:
     """Check and write one case, unless an interrupted run has finished it."""
     description = job.description
     sources = fingerprint(case, job.source)
@@ -248,24 +236,9 @@ def _finish(folder: Path, job: Job, report: Report) -> None:
                 (folder / part).rmdir()
     content = {"name": job.target.name, **job.description.dataset_json(len(report.training))}
     if reference:
-        content["dataset"] = {
-            record.name: {"images": record.images, "label": record.label} for record in report.training
-        }
+        content["dataset"] = {case.name: {"images": case.images, "label": case.label} for case in report.training}
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     write_record(folder, job.settings, report.cases, report.skipped)
-
-
-def _replace(target: Path, unfinished: Path, old: Path) -> None:
-    """Move the finished folder to its place in one step; what was there is kept until then."""
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    try:
-        unfinished.rename(target)
-    except BaseException:  # also for an interrupt: the old data set must not be lost
-        if old.exists():
-            old.rename(target)
-        raise
 
 
 @contextmanager

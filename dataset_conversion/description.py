@@ -20,6 +20,7 @@ FILE_ENDING = ".nii.gz"
 RECORD_KEY = "mstkd_conversion"
 """Key of what `mstkd restore-labels` needs in ``dataset.json``, which nnU-Net copies into models and predictions."""
 
+LABEL = "label"
 BACKGROUND = "background"
 IGNORE = "ignore"
 HIGHEST_LABEL = 255
@@ -105,7 +106,10 @@ class Description:
     def __post_init__(self) -> None:
         if not isinstance(self.modalities, Mapping) or not self.modalities:
             raise InputError(f"modalities is {self.modalities!r}, expected name: pattern for each channel, in order")
-        for name, patterns in {**self.modalities, "label": self.label}.items():
+        strange = [name for name in self.modalities if not isinstance(name, str) or name == LABEL]
+        if strange:
+            raise InputError(f"a modality is called {strange[0]!r}, expected a string other than '{LABEL}'")
+        for name, patterns in {**self.modalities, LABEL: self.label}.items():
             for pattern in alternatives(patterns) or [None]:
                 _check_pattern(name, pattern)
         _check_pattern("cases", self.cases)
@@ -114,9 +118,7 @@ class Description:
             by_sequence.setdefault(canonical_modality(name), []).append(name)
         for sequence, names in by_sequence.items():
             if len(names) > 1:
-                raise InputError(
-                    f"the modalities {' and '.join(names)} are both {sequence}, expected one channel of it"
-                )
+                raise InputError(f"the modalities {' and '.join(names)} are both {sequence}, expected one")
         if not _is_list(self.test_cases) or not all(isinstance(name, str) for name in self.test_cases):
             raise InputError(f"test_cases is {self.test_cases!r}, expected a list of names")
         if not isinstance(self.remap, Mapping) or not all(map(_is_integer, [*self.remap, *self.remap.values()])):
@@ -130,16 +132,11 @@ class Description:
         """Make a description from the content of a JSON or YAML file, whose keys are the attributes' names.
 
         Names of known MRI sequences become those of :mod:`.modality_names`.
-
-        Raises
-        ------
-        ValueError
-            For an unknown or missing key, and for everything that the class itself refuses.
         """
         unknown = [key for key in mapping if key not in FILE_KEYS]
         if unknown:
             raise InputError(f"unknown key {unknown[0]!r} in the description, known are: {', '.join(FILE_KEYS)}")
-        missing = [key for key in ("modalities", "label", "labels") if key not in mapping]
+        missing = [key for key in ("modalities", LABEL, "labels") if key not in mapping]
         if missing:
             raise InputError(f"the description lacks {', '.join(missing)}")
         values = dict(mapping)
@@ -248,19 +245,11 @@ class Description:
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Read a description from a ``.json``, ``.yaml`` or ``.yml`` file, unchecked.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the file does not exist.
-    ValueError
-        If it has another ending, is not well-formed, or holds no mapping.
-    """
+    """Read a description from a ``.json``, ``.yaml`` or ``.yml`` file; nothing but its form is checked."""
     if not path.is_file():
         raise MissingFileError(f"no description {path}: there is no such file")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         if path.suffix == ".json":
             content = json.loads(text)
         elif path.suffix in (".yaml", ".yml"):

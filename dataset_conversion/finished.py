@@ -15,10 +15,7 @@ from .progress import CaseRecord, file_state, fingerprint, read_record
 def check_finished(job: Job, found: Found, report: Report) -> None:
     """Verify an existing data set and fill the report with its cases.
 
-    Raises
-    ------
-    FileExistsError
-        If it was made by something else, with other settings or from other files, or if its files have changed.
+    ExistingFileError if it was made by something else, with other settings or from other files, or has changed since.
     """
     target = job.target
     known = read_record(target)

@@ -28,26 +28,10 @@ DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
 
 @dataclass(frozen=True)
 class Options:
-    """How to convert: the options of ``mstkd convert`` of the same names.
-
-    Attributes
-    ----------
-    verify
-        None: full, but header for a data set that is already finished.
-    folds
-        None: nnU-Net's five, or one per patient if there are fewer.
-    val_cases
-        Cases of a single fold to validate on.
-    split_lists
-        Files of published splits, for :func:`.splits.read_lists`.
-    write_splits
-        False leaves the folds to nnU-Net.
-    progress
-        Show a bar if there is a terminal.
-    """
+    """How to convert: the options of ``mstkd convert`` of the same names."""
 
     mode: str = COPY
-    verify: str | None = None
+    verify: str | None = None  # full, but header for a data set that is already finished
     allow_missing: bool = False
     strict: bool = False
     unlabelled_as_test: bool = False
@@ -55,19 +39,21 @@ class Options:
     max_outside: float = MAX_OUTSIDE
     test_fraction: float = 0.0
     seed: int = SEED
-    folds: int | None = None
-    val_cases: Sequence[str] = ()
-    split_lists: Sequence[Path] = ()
-    write_splits: bool = True
+    folds: int | None = None  # nnU-Net's five, or one per patient if there are fewer
+    val_cases: Sequence[str] = ()  # of a single fold
+    split_lists: Sequence[Path] = ()  # for splits.read_lists
+    write_splits: bool = True  # False leaves the folds to nnU-Net
     overwrite: bool = False
     workers: int = DEFAULT_WORKERS
-    progress: bool = True
+    progress: bool = True  # a bar, if there is a terminal
 
     def __post_init__(self) -> None:
         if self.workers < 1:
             raise InputError(f"--workers is {self.workers}, expected at least 1")
         if not 0 <= self.max_outside <= 1:
             raise InputError(f"--max-outside is {self.max_outside:g}, expected 0 to 1")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"--seed is {self.seed}, expected 0 to 2^32 - 1")
         ways = [self.folds is not None, bool(self.val_cases), bool(self.split_lists), not self.write_splits]
         if sum(ways) > 1:
             raise InputError("found several of --folds, --val-cases, --splits and --no-splits, expected one of them")
@@ -109,14 +95,9 @@ class Job:
 
     def check(self, case: Case, level: str, headers: Headers | None = None) -> Checked:
         """Check one case as the options say."""
-        options = self.options
+        allow_missing, max_outside = self.options.allow_missing, self.options.max_outside
         return check_case(
-            case,
-            self.description,
-            level=level,
-            allow_missing=options.allow_missing,
-            max_outside=options.max_outside,
-            headers=headers,
+            case, self.description, level=level, allow_missing=allow_missing, max_outside=max_outside, headers=headers
         )
 
     def for_each(self, cases: Sequence[Case], work: Callable[[Case], CaseRecord], title: str) -> Iterator[CaseRecord]:
@@ -133,33 +114,15 @@ class Job:
 
 @dataclass
 class Report:
-    """Result of a conversion.
-
-    Attributes
-    ----------
-    folder
-        The data set.
-    cases
-        All cases in it.
-    skipped
-        Maps each case that was left out to the reasons.
-    notes
-        Maps a remark to the cases it applies to; none for general remarks.
-    splits_file
-        ``splits_final.json``, if it was written or already holds these folds.
-    resumed
-        Number of cases that an interrupted run had finished.
-    was_finished
-        Whether the data set already existed, complete and as requested.
-    """
+    """Result of a conversion."""
 
     folder: Path
     cases: list[CaseRecord] = field(default_factory=list)
-    skipped: dict[str, list[str]] = field(default_factory=dict)
-    notes: dict[str, list[str]] = field(default_factory=dict)
-    splits_file: Path | None = None
-    resumed: int = 0
-    was_finished: bool = False
+    skipped: dict[str, list[str]] = field(default_factory=dict)  # the reasons, by case
+    notes: dict[str, list[str]] = field(default_factory=dict)  # the cases of a remark; none if it is general
+    splits_file: Path | None = None  # if it was written or already holds these folds
+    resumed: int = 0  # cases that an interrupted run had finished
+    was_finished: bool = False  # whether the data set already existed, complete and as requested
 
     @property
     def training(self) -> list[CaseRecord]:

@@ -47,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser, converter: str) -> None:
         parser.epilog = EXAMPLE
     else:
         _add_common_arguments(parser, name=RELEASES[converter].title.split(" (")[0].replace(" ", ""))
-        parser.add_argument(
-            "--labels", action="store_true", help="mutually exclusive classes instead of overlapping regions"
-        )
+        text = "mutually exclusive classes instead of overlapping regions"
+        parser.add_argument("--labels", action="store_true", help=text)
     parser.set_defaults(converter=converter)
 
 
@@ -60,13 +59,7 @@ def options_of(args: argparse.Namespace) -> Options:
 
 
 def description_of(args: argparse.Namespace) -> tuple[Description, dict[str, str]]:
-    """What to convert, from the parsed options, and the modalities that are renamed.
-
-    Raises
-    ------
-    ValueError
-        If an option is malformed, or describes nothing that nnU-Net could train on.
-    """
+    """What to convert, from the parsed options, and the modalities that are renamed."""
     if args.converter == GENERIC:
         given = described(args)
         description = Description.from_mapping(given)
@@ -78,13 +71,7 @@ def description_of(args: argparse.Namespace) -> tuple[Description, dict[str, str
 
 
 def described(args: argparse.Namespace) -> dict[str, Any]:
-    """The keys of the description file, each replaced by the option of the same meaning if that is given.
-
-    Raises
-    ------
-    ValueError
-        If an option is malformed.
-    """
+    """The keys of the description file, each replaced by the option of the same meaning if that is given."""
     options: dict[str, Any] = {"label": args.label, "cases": args.cases, "patient": args.patient}
     if args.modality:
         options["modalities"] = dict(_pairs("--modality", args.modality, "NAME=PATTERN"))
@@ -125,10 +112,11 @@ def _label_values(option: str, text: str) -> int | list[int]:
 
 def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
     """Add the options of every converter; `name` is the default name of the data set."""
-    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder of the data set; it is only read")
-    parser.add_argument("-d", "--dataset-id", metavar="ID", type=int, required=True, help="number of the new data set")
+    add = parser.add_argument
+    add("source", metavar="SOURCE", type=Path, help="folder of the data set; it is only read")
+    add("-d", "--dataset-id", metavar="ID", type=int, required=True, help="number of the new data set")
     shown = f" (default: {name})" if name else ""
-    parser.add_argument("--name", required=name is None, default=name, help=f"its name: DatasetID_NAME{shown}")
+    add("--name", required=name is None, default=name, help=f"its name: DatasetID_NAME{shown}")
     how = parser.add_mutually_exclusive_group()
     for mode, text in (
         (COPY, "copy the files (default)"),
@@ -136,96 +124,66 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None =
         (REFERENCE, "leave the files, and name their paths in dataset.json; files that must change are written"),
     ):
         how.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default=COPY, help=text)
-    parser.add_argument("--overwrite", action="store_true", help="replace a data set, and folds, of that name")
-    parser.add_argument(
-        "--workers", metavar="N", type=int, default=DEFAULT_WORKERS, help="cases at a time (default: %(default)s)"
-    )
+    add("--overwrite", action="store_true", help="replace a data set, and folds, of that name")
+    add("--workers", metavar="N", type=int, default=DEFAULT_WORKERS, help="cases at a time (default: %(default)s)")
 
-    checks = parser.add_argument_group(
-        "checks", "A case with a problem is left out and listed; then the exit code is 1."
-    )
-    checks.add_argument(
-        "--verify",
-        choices=LEVELS,
+    purpose = "A case with a problem is left out and listed; then the exit code is 1."
+    add = parser.add_argument_group("checks", purpose).add_argument
+    add(
+        "--verify", choices=LEVELS,
         help="full: read every file; header: beginnings and ends only (default: full, but header if everything is "
         "converted already)",
-    )
-    checks.add_argument("--strict", action="store_true", help="write nothing if any case has a problem")
-    checks.add_argument(
-        "--allow-missing",
-        action="store_true",
+    )  # fmt: skip
+    add("--strict", action="store_true", help="write nothing if any case has a problem")
+    add(
+        "--allow-missing", action="store_true",
         help="keep cases that lack some modalities: zero images take their place, and they are listed",
-    )
-    checks.add_argument(
-        "--max-outside",
-        metavar="SHARE",
-        type=float,
-        default=MAX_OUTSIDE,
+    )  # fmt: skip
+    add(
+        "--max-outside", metavar="SHARE", type=float, default=MAX_OUTSIDE,
         help="share of a label that may lie where all images are zero (default: %(default)s)",
-    )
-    checks.add_argument("--follow-links", action="store_true", help="accept links to files outside SOURCE")
+    )  # fmt: skip
+    add("--follow-links", action="store_true", help="accept links to files outside SOURCE")
 
-    group = parser.add_argument_group(
-        "folds and test cases", "Cases of one patient stay together. The folds go to nnUNet_preprocessed."
-    )
-    group.add_argument(
-        "--folds", metavar="N", type=int, help="number of folds (default: 5, or one per patient if fewer)"
-    )
-    group.add_argument(
-        "--val-cases", metavar="CASE", nargs="+", default=[], help="one fold that validates on these cases"
-    )
-    group.add_argument(
-        "--splits",
-        dest="split_lists",
-        metavar="FILE",
-        type=Path,
-        nargs="+",
-        default=[],
+    purpose = "Cases of one patient stay together. The folds go to nnUNet_preprocessed."
+    add = parser.add_argument_group("folds and test cases", purpose).add_argument
+    add("--folds", metavar="N", type=int, help="number of folds (default: 5, or one per patient if fewer)")
+    add("--val-cases", metavar="CASE", nargs="+", default=[], help="one fold that validates on these cases")
+    add(
+        "--splits", dest="split_lists", metavar="FILE", type=Path, nargs="+", default=[],
         help="published splits: train.txt val.txt test.txt (train1.txt ... for several folds), a .csv table with the "
         "columns case and part, or a splits_final.json",
-    )
-    group.add_argument("--no-splits", dest="write_splits", action="store_false", help="leave the folds to nnU-Net")
-    group.add_argument("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
-    group.add_argument(
+    )  # fmt: skip
+    add("--no-splits", dest="write_splits", action="store_false", help="leave the folds to nnU-Net")
+    add("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
+    add(
         "--test-fraction",
         metavar="SHARE",
         type=float,
         default=0.0,
         help="draw this share of the patients as test cases",
     )
-    group.add_argument("--unlabelled-as-test", action="store_true", help="make cases without a label test cases")
-    group.add_argument(
-        "--seed", type=int, default=SEED, help="seed of folds and test cases (default: %(default)s, as in nnU-Net)"
-    )
+    add("--unlabelled-as-test", action="store_true", help="make cases without a label test cases")
+    add("--seed", type=int, default=SEED, help="seed of folds and test cases (default: %(default)s, as in nnU-Net)")
 
 
 def _add_description_arguments(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group(
-        "what the data set holds",
-        "A file, or options, or both: an option replaces the key of the same meaning in the file.",
-    )
-    group.add_argument("--description", metavar="FILE", type=Path, help="JSON or YAML file; see the example below")
-    group.add_argument(
-        "--modality",
-        metavar="NAME=PATTERN",
-        action="append",
+    purpose = "A file, or options, or both: an option replaces the key of the same meaning in the file."
+    add = parser.add_argument_group("what the data set holds", purpose).add_argument
+    add("--description", metavar="FILE", type=Path, help="JSON or YAML file; see the example below")
+    add(
+        "--modality", metavar="NAME=PATTERN", action="append",
         help="a channel and the pattern of its file in the case folder; repeat it in the order of the channels",
-    )
-    group.add_argument("--label", metavar="PATTERN", help="pattern of the label file in the case folder")
-    group.add_argument(
-        "--class",
-        dest="classes",
-        metavar="NAME=VALUE[,VALUE...]",
-        action="append",
+    )  # fmt: skip
+    add("--label", metavar="PATTERN", help="pattern of the label file in the case folder")
+    add(
+        "--class", dest="classes", metavar="NAME=VALUE[,VALUE...]", action="append",
         help="a label and its value, or a region and its values; repeat it (background=0 is implied)",
-    )
-    group.add_argument(
-        "--regions-class-order", metavar="VALUE,VALUE...", help="with regions: the value that each one writes"
-    )
-    group.add_argument("--cases", metavar="PATTERN", help="pattern of the case folders within SOURCE (default: '*')")
-    group.add_argument(
-        "--patient",
-        metavar="EXPRESSION",
+    )  # fmt: skip
+    add("--regions-class-order", metavar="VALUE,VALUE...", help="with regions: the value that each one writes")
+    add("--cases", metavar="PATTERN", help="pattern of the case folders within SOURCE (default: '*')")
+    add(
+        "--patient", metavar="EXPRESSION",
         help="regular expression whose group is the patient in the name of a case: '(.*)-[0-9]+'; without it each case "
         "is a patient",
-    )
+    )  # fmt: skip

@@ -19,37 +19,18 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class CaseRecord:
-    """One case that was worked on.
-
-    Attributes
-    ----------
-    name, part, patient
-        The case, ``"Tr"`` or ``"Ts"``, and its patient.
-    sources
-        Maps each source file (relative to the source if it is inside) to its size in bytes and time of modification in
-        nanoseconds.
-    images, label
-        The written files, as in :class:`.writing.Written`.
-    states
-        Size and checksum of both ends (see :func:`file_state`) of the written files, in the order of `written`.
-    missing
-        Modalities that are zero images.
-    notes
-        Remarks of the check.
-    problems
-        Why the case was left out; then nothing was written.
-    """
+    """One case that was worked on."""
 
     name: str
-    part: str
+    part: str  # "Tr" or "Ts"
     patient: str
-    sources: Mapping[str, list[int]]
-    images: list[str] = field(default_factory=list)
+    sources: Mapping[str, list[int]]  # its fingerprint
+    images: list[str] = field(default_factory=list)  # written files, as in writing.Written
     label: str | None = None
-    states: list[list[int]] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
+    states: list[list[int]] = field(default_factory=list)  # the file_state of each of `written`
+    missing: list[str] = field(default_factory=list)  # modalities that are zero images
     notes: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)  # why it was left out; then nothing was written
 
     @property
     def written(self) -> list[str]:
@@ -62,13 +43,9 @@ class CaseRecord:
 
 
 def fingerprint(case: Case, source: Path) -> dict[str, list[int]]:
-    """Size and time of modification of each file of a case, which tell whether it must be converted again."""
-    found = {}
-    for path in case.files:
-        state = path.stat()
-        name = str(path.relative_to(source)) if path.is_relative_to(source) else str(path)
-        found[name] = [state.st_size, state.st_mtime_ns]
-    return found
+    """Size in bytes and time of modification in ns of each file: they tell whether a case must be converted again."""
+    files = {str(path.relative_to(source) if path.is_relative_to(source) else path): path for path in case.files}
+    return {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in files.items()}
 
 
 def file_state(path: Path) -> list[int]:
@@ -81,15 +58,7 @@ def file_state(path: Path) -> list[int]:
 
 
 class Progress:
-    """The finished cases of an unfinished data set, one line of JSON each.
-
-    Parameters
-    ----------
-    folder
-        Where the record is kept; created if necessary.
-    settings
-        Everything that the written files depend on, except the sources. Records of other settings are discarded.
-    """
+    """The finished cases of an unfinished data set, one line of JSON each; those of other settings are discarded."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
         self._file = folder / CASES
@@ -119,12 +88,8 @@ def write_record(
     folder: Path, settings: Mapping[str, Any], written: Iterable[CaseRecord], skipped: Mapping[str, list[str]]
 ) -> None:
     """Write ``conversion.json`` into a finished data set."""
-    content = {
-        "format": FORMAT,
-        "settings": settings,
-        "cases": [asdict(record) for record in written],
-        "skipped": dict(skipped),
-    }
+    cases = [asdict(record) for record in written]
+    content = {"format": FORMAT, "settings": settings, "cases": cases, "skipped": dict(skipped)}
     (folder / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

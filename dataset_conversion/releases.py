@@ -8,7 +8,7 @@ https://www.med.upenn.edu/cbica/brats2020/data.html; BraTS 2023 and later: https
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .description import BACKGROUND, Description, Grid
@@ -27,51 +27,21 @@ WT, TC, ET, RC, CC = "whole tumor", "tumor core", "enhancing tumor", "resection 
 
 @dataclass(frozen=True)
 class Release:
-    """A row of the table.
+    """A row of the table. In patterns of files ``{case}`` is the name of the case."""
 
-    Attributes
-    ----------
-    title
-        Name for messages and help.
-    case_names
-        Regular expression for the names of cases; its group ``patient``, if present, is the patient.
-    example
-        A name that it matches.
-    modalities
-        Maps each channel to patterns of its file, in which ``{case}`` is the name of the case.
-    label
-        Patterns of the label file.
-    label_file
-        File name of a segmentation of this release.
-    classes
-        Maps each class to the release's own value.
-    regions
-        Maps each region to its classes, in the order of nnU-Net's output channels.
-    writes
-        The class that each region writes into a segmentation; later regions overwrite earlier ones.
-    grid
-        The grid of all images; None if each case has its own.
-    small_et_becomes
-        The class that replaces an enhancing tumour too small to be plausible.
-    family
-        Name of the script that converts it, and of its page in the documentation.
-    stack
-        Order of the channels if a case is one file of four dimensions.
-    """
-
-    title: str
-    case_names: str
-    example: str
-    modalities: Mapping[str, Sequence[str]]
-    label: Sequence[str]
-    label_file: str
-    classes: Mapping[str, int]
-    regions: Mapping[str, Sequence[str]]
-    writes: Sequence[str]
-    grid: Grid | None
-    small_et_becomes: str
-    family: str
-    stack: Sequence[str] = ()
+    title: str  # for messages and help
+    case_names: str  # regular expression; its group "patient", if present, is the patient
+    example: str  # a name that it matches
+    modalities: Mapping[str, Sequence[str]]  # patterns of the file of each channel
+    label: Sequence[str]  # patterns
+    label_file: str  # name of a segmentation of this release
+    classes: Mapping[str, int]  # the release's own values
+    regions: Mapping[str, Sequence[str]]  # their classes, in the order of nnU-Net's output channels
+    writes: Sequence[str]  # the class that each region writes into a segmentation, later ones over earlier ones
+    grid: Grid | None  # of all images; None if each case has its own
+    small_et_becomes: str  # the class that replaces an enhancing tumour too small to be plausible
+    family: str  # name of the script that converts it, and of its page in the documentation
+    stack: Sequence[str] = ()  # order of the channels if a case is one file of four dimensions
     name: str = ""
 
     @property
@@ -230,13 +200,7 @@ def meaning_of_value(value: int) -> str:
         for label, own in release.classes.items():
             if own == value:
                 by_class.setdefault(label, []).append(name)
-    return (
-        f"{value} is " + ", ".join(f"{label} in {_some(names)}" for label, names in by_class.items())
-        if by_class
-        else ""
-    )
-
-
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:4]) + (" and others" if len(listed) > 4 else "")
+    meanings = [
+        f"{label} in {', '.join(names[:4])}{' and others' if names[4:] else ''}" for label, names in by_class.items()
+    ]
+    return f"{value} is {', '.join(meanings)}" if meanings else ""

@@ -25,23 +25,12 @@ ET = "ET"
 
 @dataclass(frozen=True)
 class Restoration:
-    """How to turn predictions back.
+    """How to turn predictions back."""
 
-    Attributes
-    ----------
-    values
-        Maps each value in a prediction to a different value of the release.
-    label_file
-        Name of a segmentation, with ``{case}``.
-    enhancing, small_et_becomes
-        Values in a prediction: the enhancing tumour, and the class that replaces one that is too small; None if the
-        data set has none.
-    """
-
-    values: Mapping[int, int]
-    label_file: str
-    enhancing: int | None = None
-    small_et_becomes: int | None = None
+    values: Mapping[int, int]  # of a prediction to different ones of the release
+    label_file: str  # name of a segmentation, with {case}
+    enhancing: int | None = None  # value of the enhancing tumour in a prediction; None if the data set has none
+    small_et_becomes: int | None = None  # value of the class that replaces one that is too small
 
     @property
     def changes(self) -> str:
@@ -61,7 +50,7 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
 
     Raises
     ------
-    ValueError
+    InputError
         If the data set was not converted by this package, two of its values became one, or `release` lacks a class.
     """
     record = dataset_json.get(RECORD_KEY)
@@ -69,13 +58,12 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
         raise InputError("dataset.json does not say how the labels were converted: it is not of mstkd convert")
     classes = _values(record.get("classes", {}), "classes")
     enhancing, small = classes.get(ET), record.get("small_et_becomes")
+    _values({} if small is None else {ET: small}, "small_et_becomes")
     if release is not None:
         target = RELEASES[release]
         lacking = [name for name in classes if name not in target.classes]
         if lacking or not classes:
-            what = (
-                f"has no {', '.join(lacking)}" if lacking else "cannot be matched: the data set's classes have no names"
-            )
+            what = f"has no {', '.join(lacking)}" if lacking else "cannot be matched: the data set names no classes"
             raise InputError(f"{release} {what}; its classes are {', '.join(target.classes)}")
         values = {0: 0} | {value: target.classes[name] for name, value in classes.items()}
         return Restoration(values, target.label_file, enhancing, small)
@@ -90,12 +78,11 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
 
 
 def _values(table: Any, name: str) -> dict[str, int]:
-    """A mapping of labels, checked: they are written as uint8."""
-    wrong = not isinstance(table, Mapping) or any(
-        isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= HIGHEST_LABEL
-        for value in table.values()
-    )
-    if wrong or (name == "release_values" and any(not re.fullmatch(r"\d{1,3}", str(key)) for key in table)):
+    """A mapping to labels, and in ``release_values`` from labels, which are written as uint8; checked."""
+    labels = [*table.values()] if isinstance(table, Mapping) else [None]
+    if name == "release_values" and isinstance(table, Mapping):
+        labels += [int(key) if re.fullmatch(r"\d{1,3}", str(key)) else None for key in table]
+    if not all(type(label) is int and 0 <= label <= HIGHEST_LABEL for label in labels):
         raise InputError(
             f"{name} in {RECORD_KEY} of dataset.json is {table!r}, expected labels from 0 to {HIGHEST_LABEL}"
         )
@@ -105,31 +92,18 @@ def _values(table: Any, name: str) -> dict[str, int]:
 def restore_folder(
     predictions: Path, output: Path, how: Restoration, *, ending: str, min_enhancing: int | None = None
 ) -> tuple[int, list[str]]:
-    """Restore all predictions of a folder.
+    """Restore all predictions of a folder; return the number of restored files and a line for each that was left out.
 
     Parameters
     ----------
-    predictions
-        Folder of segmentations; it is only read.
-    output
-        Folder for the restored ones; created if necessary.
+    predictions, output
+        Folder of segmentations, which is only read, and folder for the restored ones, created if necessary.
     how
         From :func:`restoration`.
     ending
         File ending of the predictions.
     min_enhancing
         Post-processing: an enhancing tumour of fewer voxels becomes the class that the release's table names.
-
-    Returns
-    -------
-    The number of restored files, and a line for each that was left out.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds no segmentations.
-    ValueError
-        If the post-processing is impossible.
     """
     if min_enhancing is not None and min_enhancing < 1:
         raise InputError(f"--min-et is {min_enhancing}, expected at least 1")
@@ -152,11 +126,7 @@ def restore_folder(
 def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing: int = 0) -> None:
     """Write one prediction with the release's values atomically, and read it back to verify it.
 
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, has an unknown value, or differs when turned back into the data set's values. The
-        message begins with a verb.
+    An error begins with a verb: the file cannot be read, has an unknown value, or differs when turned back.
     """
     check_complete(prediction)
     image = read_image(prediction)
@@ -189,6 +159,5 @@ def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing
 
 def _mapped(values: np.ndarray, mapping: Mapping[int, int]) -> np.ndarray:
     table = np.zeros(256, np.uint8)
-    for value, other in mapping.items():
-        table[value] = other
+    table[list(mapping)] = list(mapping.values())
     return table[values]

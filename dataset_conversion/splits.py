@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -39,16 +40,11 @@ def cross_validation(
     cases
         Names of the training cases.
     folds
-        Number of folds; default 5, or one per patient if there are fewer.
+        Number of folds, at least 2; default 5, or one per patient if there are fewer.
     seed
         Seed of the random order of the patients.
     patient_of
         Maps a case to its patient. By default each case is one: then the folds are those of nnU-Net.
-
-    Raises
-    ------
-    ValueError
-        If there are fewer than 2 folds or more than one per patient.
     """
     by_patient = _by_patient(cases, patient_of)
     patients = sorted(by_patient)
@@ -67,13 +63,7 @@ def cross_validation(
 
 
 def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Callable[[str], str] = str) -> Splits:
-    """Make one fold that validates on the named cases and trains on the others.
-
-    Raises
-    ------
-    ValueError
-        If a name is no training case, none is left to train on, or a patient is on both sides.
-    """
+    """Make one fold that validates on the named cases and trains on the others."""
     unknown = sorted(set(validation) - set(cases))
     if unknown:
         raise InputError(f"validation cases {', '.join(unknown)} are no training cases, which are {_some(cases)}")
@@ -88,13 +78,7 @@ def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Cal
 def draw_test_cases(
     cases: Sequence[str], fraction: float, seed: int = SEED, *, patient_of: Callable[[str], str] = str
 ) -> list[str]:
-    """Draw the cases of a share of the patients, at least one patient, at random.
-
-    Raises
-    ------
-    ValueError
-        If the share is not between 0 and 1, or nothing would be left to train on.
-    """
+    """Draw the cases of a share of the patients, at least one patient, at random."""
     if not 0 < fraction < 1:
         raise InputError(f"--test-fraction is {fraction:g}, expected more than 0 and less than 1")
     by_patient = _by_patient(cases, patient_of)
@@ -130,13 +114,6 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
     Returns
     -------
     The folds, and the test cases. A fold without a list of validation cases validates on the test cases.
-
-    Raises
-    ------
-    FileNotFoundError
-        If a file does not exist.
-    ValueError
-        If a file has another form, a case is in two parts, or folds differ in their test cases.
     """
     parts: dict[int, dict[str, list[str]]] = defaultdict(dict)
     for file in files:
@@ -145,10 +122,15 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
         suffix = file.suffix.lower()
         if suffix == ".json":
             parts.update(enumerate(read_splits(file)))
-        elif suffix == ".csv" and (table := _read_table(file)):
+            continue
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file} is no text in UTF-8: {error}") from error
+        if suffix == ".csv" and (table := _table(text, file)):
             parts[0] |= table
         else:
-            number, part, names = _read_text(file)
+            number, part, names = _list(text, file)
             if part in parts[number]:
                 raise InputError(f"{file} is a second list of {part} cases for one fold")
             parts[number][part] = names
@@ -184,9 +166,14 @@ def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[st
 
 
 def without(splits: Splits, skipped: Iterable[str]) -> Splits:
-    """The folds without cases that were not converted."""
+    """The folds without cases that were not converted; some of each part must be left."""
     gone = set(skipped)
-    return [{part: [case for case in fold[part] if case not in gone] for part in ("train", "val")} for fold in splits]
+    left = [{part: [case for case in fold[part] if case not in gone] for part in ("train", "val")} for fold in splits]
+    for number, fold in enumerate(left):
+        for part, cases in fold.items():
+            if not cases:
+                raise InputError(f"all {part} cases of fold {number} have problems: {_some(splits[number][part])}")
+    return left
 
 
 def write_splits(splits: Splits, path: Path) -> None:
@@ -203,25 +190,24 @@ def present_splits(path: Path) -> Splits | None:
         return None
 
 
-def _read_table(file: Path) -> Mapping[str, list[str]] | None:
+def _table(text: str, file: Path) -> Mapping[str, list[str]] | None:
     """The parts of a table; None if its first line names no column of cases or none of parts."""
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream)
-        columns = {name.strip().lower(): name for name in reader.fieldnames or []}
-        case = next((columns[name] for name in CASE_COLUMNS if name in columns), None)
-        part = next((columns[name] for name in PART_COLUMNS if name in columns), None)
-        if case is None or part is None:
-            return None
-        found: dict[str, list[str]] = defaultdict(list)
-        for row in reader:
-            match = re.match("train|val|test", (row[part] or "").strip().lower())
-            if match is None:
-                raise InputError(f"{file} puts {row[case]} into {row[part]!r}, expected train, val or test")
-            found[match[0]].append(PurePosixPath(row[case].strip()).name)
+    reader = csv.DictReader(io.StringIO(text))
+    columns = {name.strip().lower(): name for name in reader.fieldnames or []}
+    case = next((columns[name] for name in CASE_COLUMNS if name in columns), None)
+    part = next((columns[name] for name in PART_COLUMNS if name in columns), None)
+    if case is None or part is None:
+        return None
+    found: dict[str, list[str]] = defaultdict(list)
+    for row in reader:
+        match = re.match("train|val|test", (row[part] or "").strip().lower())
+        if match is None:
+            raise InputError(f"{file} puts {row[case]} into {row[part]!r}, expected train, val or test")
+        found[match[0]].append(PurePosixPath((row[case] or "").strip()).name)
     return found
 
 
-def _read_text(file: Path) -> tuple[int, str, list[str]]:
+def _list(text: str, file: Path) -> tuple[int, str, list[str]]:
     """The number of the fold, the part and the cases of a list with one case per line."""
     match = re.match(r"(train|val|test)[a-z]*[-_]?(\d*)", file.stem.lower())
     if match is None or file.suffix.lower() not in (".txt", ".csv"):
@@ -229,7 +215,7 @@ def _read_text(file: Path) -> tuple[int, str, list[str]]:
             f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt, a .csv table with the columns "
             "case and part, or nnU-Net's splits_final.json"
         )
-    names = [line.strip().strip(",") for line in file.read_text(encoding="utf-8").splitlines()]
+    names = [line.strip().strip(",") for line in text.splitlines()]
     return int(match[2] or 0), match[1], [PurePosixPath(name.replace("\\", "/")).name for name in names if name]
 
 

@@ -31,19 +31,12 @@ def write_case(case: Case, checked: Checked, description: Description, folder: P
 
     Parameters
     ----------
-    case, checked, description
-        The case, the result of its check, and what it should hold.
     folder
         The data set, with its sub-folders.
     mode
         ``"copy"``; ``"link"`` for symbolic links; ``"reference"`` to leave training files where they are. A file that
         must change is written in every mode, and an absent modality becomes a zero image. Test cases have no place in
         nnU-Net's table of references and are linked.
-
-    Raises
-    ------
-    ValueError
-        If a file has become unreadable since it was checked.
     """
     assert checked.geometry is not None
     if case.is_test and mode == REFERENCE:

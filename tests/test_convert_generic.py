@@ -15,6 +15,7 @@ from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.dataset_conversion import conversion, generic, writing
 from nnunetv2_mstkd.dataset_conversion.checks import label_values
 from nnunetv2_mstkd.dataset_conversion.description import Description, read_description
+from nnunetv2_mstkd.errors import InputError
 
 SHAPE = (4, 5, 6)  # z, y, x
 T1, T2 = 10, 20  # what fills the images of the two modalities, but for a corner
@@ -438,6 +439,8 @@ def test_impossible_dataset_names_are_refused(dataset_id, name):
         ({"modalities": {}}, "modalities is {}"),
         ({"modalities": ["t1.nii.gz"]}, "modalities is"),
         ({"modalities": {"T1": ""}}, "the pattern of T1 is ''"),
+        ({"modalities": {1: "t1.nii.gz"}}, "a modality is called 1"),
+        ({"modalities": {"T1": "t1.nii.gz", "label": "t2.nii.gz"}}, "a modality is called 'label'"),
         ({"label": "/seg.nii.gz"}, "expected a relative one"),
         ({"labels": {"edema": 1}}, "'background': 0"),
         ({"labels": {"background": 0}}, r"the label values are \[0\]"),
@@ -476,11 +479,12 @@ def test_incomplete_descriptions_are_refused(key):
         ("d.yaml", "a: b: c", "cannot read the description"),
         ("d.txt", "{}", "ends in '.txt', expected .json"),
         ("d.json", "[1]", "holds a list"),
+        ("d.yaml", "label: L\xe9sion", "cannot read the description"),
     ],
 )
 def test_unreadable_descriptions_are_one_line(tmp_path, name, text, message):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=message) as caught:
+    (tmp_path / name).write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=message) as caught:
         read_description(tmp_path / name)
     assert "\n" not in str(caught.value)
 
@@ -495,6 +499,7 @@ def test_unreadable_descriptions_are_one_line(tmp_path, name, text, message):
         (["--test-cases", "*"], "all 3 cases"),
         (["--cases", "x*"], "matches 'x*', expected one folder per case"),
         (["--workers", "0"], "--workers is 0"),
+        (["--seed", "-1"], "--seed is -1"),
         (["--folds", "2", "--val-cases", "a"], "expected one of them"),
         (["--folds", "4"], "4 folds of 3 training cases"),
         (["--folds", "1"], "1 folds of 3 training cases"),

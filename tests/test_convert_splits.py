@@ -21,8 +21,10 @@ from nnunetv2_mstkd.dataset_conversion.splits import (
     hold_out,
     read_lists,
     refuse_unknown_cases,
+    without,
     write_splits,
 )
+from nnunetv2_mstkd.errors import InputError
 
 
 def patient_of(case: str) -> str:
@@ -145,11 +147,29 @@ def test_unreadable_lists_are_named(tmp_path):
     (tmp_path / "splits.json").write_text('{"train": 1}')
     with pytest.raises(ValueError, match="is no list of splits"):
         read_lists([tmp_path / "splits.json"])
+    (tmp_path / "train.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    with pytest.raises(InputError, match=r"train\.txt is no text in UTF-8"):
+        read_lists([tmp_path / "train.txt"])
+
+
+def test_short_rows_and_byte_order_marks_of_lists(tmp_path):
+    (tmp_path / "split.csv").write_text("part,case\ntrain,a\nval,b\ntrain\n")
+    assert read_lists([tmp_path / "split.csv"]) == ([{"train": ["", "a"], "val": ["b"]}], [])
+    files = write_lists(tmp_path, train=["a"], val=["b"])
+    files[0].write_text("a\n", encoding="utf-8-sig")
+    assert read_lists(files) == ([{"train": ["a"], "val": ["b"]}], [])
 
 
 def test_lists_of_unknown_cases_are_refused():
     with pytest.raises(ValueError, match="the lists name 2 of 3 cases that do not exist: b, c"):
         refuse_unknown_cases([{"train": ["a"], "val": ["b"]}], ["c"], ["a"])
+
+
+def test_folds_keep_cases_in_both_parts():
+    splits = [{"train": ["a", "b"], "val": ["c"]}]
+    assert without(splits, ["a"]) == [{"train": ["b"], "val": ["c"]}]
+    with pytest.raises(InputError, match="all val cases of fold 0 have problems: c"):
+        without(splits, ["c"])
 
 
 def test_one_case_cannot_be_split():

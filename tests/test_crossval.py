@@ -14,6 +14,7 @@ import pytest
 from conftest import CONFIGURATION, PHANTOM, Folders
 
 from nnunetv2_mstkd import cli, errors
+from nnunetv2_mstkd.crossval import locks
 from nnunetv2_mstkd.crossval.cluster import minutes_of
 from nnunetv2_mstkd.crossval.local import run_steps
 from nnunetv2_mstkd.crossval.locks import RunningStepError
@@ -204,6 +205,21 @@ def test_lock_of_another_machine_counts(model):
         lock.acquire()
 
 
+def test_lock_that_changes_while_it_is_judged_is_kept(model, monkeypatch):
+    lock = Script(model).lock
+    lock.file.parent.mkdir()
+    lock.file.write_text('{"job": "7"}')
+
+    def another_process_is_faster(job: str) -> None:
+        lock.file.unlink()
+        lock.acquire()
+
+    monkeypatch.setattr(locks, "job_state", another_process_is_faster)
+    with pytest.raises(RunningStepError, match=f"is run by process {os.getpid()} on this machine"):
+        lock.acquire()
+    assert [path.name for path in lock.file.parent.iterdir()] == [lock.file.name]
+
+
 def test_half_written_lock_counts(model):
     lock = Script(model).lock
     lock.file.parent.mkdir()
@@ -299,6 +315,8 @@ def test_comparison_must_be_newer_than_its_inputs(tmp_path):
     assert step.done()
     os.utime(models[1].folder / "subsets" / "results.csv", (time.time() + 9, time.time() + 9))
     assert not step.done()
+    others = tuple(dataclasses.replace(model, plans="Others") for model in models)
+    assert Compare(others[0], models=others).output != step.output
 
 
 # ---- the plan ------------------------------------------------------------------------------------------------------

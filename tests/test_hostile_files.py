@@ -327,10 +327,19 @@ def test_restored_labels_stay_in_the_output_folder(folders, capsys, name):
     assert files(folders) == before
 
 
-@pytest.mark.parametrize("values", [{"0": 300}, {"0": -1}, {"0": True}, {"0": "4"}, {"-1": 0}, {"x": 0}, [1, 2], 3])
+@pytest.mark.parametrize(
+    "values", [{"0": 300}, {"300": 0}, {"0": -1}, {"0": True}, {"0": "4"}, {"-1": 0}, {"x": 0}, [1, 2], 3]
+)
 def test_a_table_of_labels_holds_labels(values):
     record = {"release_values": values, "label_file": "{case}.nii.gz"}
     with pytest.raises(ValueError, match="release_values in mstkd_conversion"):
+        restoration({"mstkd_conversion": record})
+
+
+@pytest.mark.parametrize("value", [300, "4", [1], True])
+def test_a_replacement_of_small_tumors_is_a_label(value):
+    record = {"release_values": {"0": 0}, "label_file": "{case}.nii.gz", "small_et_becomes": value}
+    with pytest.raises(ValueError, match="small_et_becomes in mstkd_conversion"):
         restoration({"mstkd_conversion": record})
 
 

@@ -155,6 +155,7 @@ def test_interrupt_keeps_the_old_folder(tmp_path, monkeypatch, existing):
     ("change", "message"),
     [
         ({"dataset_id": 0}, "dataset id must be between 1 and 999, found 0"),
+        ({"name": "A__B"}, "data set name must not have '__', at which nnU-Net splits names of results, found 'A__B'"),
         ({"name": "a/b"}, "data set name must consist of letters, digits, '_' and '-', found 'a/b'"),
         ({"cases": 0}, "cases must be at least 1, found 0"),
         ({"test_cases": -1}, "test cases must be at least 0, found -1"),

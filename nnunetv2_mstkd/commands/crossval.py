@@ -10,15 +10,9 @@ from nnunetv2_mstkd.errors import InputError
 
 DEFAULT_TRAINER = "MSTKDTrainer"
 SLURM_OPTIONS = {
-    "partition": "NAME",
-    "account": "NAME",
-    "qos": "NAME",
-    "time": "LIMIT",
-    "mem": "SIZE",
-    "cpus-per-task": "N",
-    "gres": "LIST",
-    "constraint": "LIST",
-}
+    "partition": "NAME", "account": "NAME", "qos": "NAME", "time": "LIMIT", "mem": "SIZE", "cpus-per-task": "N",
+    "gres": "LIST", "constraint": "LIST",
+}  # fmt: skip
 """Options of sbatch that most clusters require; all others go through --slurm-option."""
 
 
@@ -46,18 +40,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "steps are skipped, interrupted ones resumed."
     )
     add_plan_arguments(parser)
-    run_group = parser.add_argument_group("how")
-    run_group.add_argument("--executor", choices=("local", "slurm"), default="local", help="default: local")
-    run_group.add_argument("--jobs", metavar="N", type=int, default=1, help="local: steps at once (default: 1)")
-    run_group.add_argument(
-        "--gpus", metavar="0,1", help="local: share these GPUs among the steps (default: each step sees all)"
-    )
-    run_group.add_argument(
-        "--num-gpus", metavar="N", type=int, default=1, help="GPUs of one training, -num_gpus of nnU-Net (default: 1)"
-    )
-    run_group.add_argument("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
-    run_group.add_argument("--disable_tta", action="store_true", help="evaluate without mirroring")
-    run_group.add_argument("--dry-run", action="store_true", help="only print the steps and their commands")
+    add = parser.add_argument_group("how").add_argument
+    add("--executor", choices=("local", "slurm"), default="local", help="default: local")
+    add("--jobs", metavar="N", type=int, default=1, help="local: steps at once (default: 1)")
+    add("--gpus", metavar="0,1", help="local: share these GPUs among the steps (default: each step sees all)")
+    add("--num-gpus", metavar="N", type=int, default=1, help="GPUs of one training, -num_gpus of nnU-Net (default: 1)")
+    add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
+    add("--disable_tta", action="store_true", help="evaluate without mirroring")
+    add("--dry-run", action="store_true", help="only print the steps and their commands")
     cluster = parser.add_argument_group("SLURM (--executor slurm)")
     for name, value in SLURM_OPTIONS.items():
         cluster.add_argument(f"--slurm-{name}", metavar=value, help=f"--{name} of sbatch")
@@ -93,13 +83,12 @@ def run(args: argparse.Namespace) -> int:
 
 def planned_steps(args: argparse.Namespace, device: str = "cpu", gpus: int = 1, options: tuple[str, ...] = ()) -> list:
     """The steps that the arguments of :func:`add_plan_arguments` ask for; `options` are those of the evaluation."""
-    from nnunetv2_mstkd.crossval.plan import Request, plan_steps
+    from nnunetv2_mstkd.crossval.plan import plan_steps
 
-    request = Request(
-        args.dataset, args.configuration, args.trainers, args.folds, args.p, device, gpus,
+    return plan_steps(
+        args.dataset, args.configuration, args.trainers, args.folds, plans_name=args.p, device=device, gpus=gpus,
         evaluation=not args.no_evaluation, evaluation_options=options,
     )  # fmt: skip
-    return plan_steps(request)
 
 
 def _gpus(args: argparse.Namespace) -> list[str]:

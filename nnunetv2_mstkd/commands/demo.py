@@ -14,20 +14,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "student with nnU-Net's own commands, remove modalities from test cases, predict all 15 subsets with "
         "nnUNetv2_predict and print the Dice of both. A second call continues where the first was stopped."
     )
-    parser.add_argument("--out", type=Path, default=Path("mstkd_demo"), help="output folder (default: ./%(default)s)")
-    parser.add_argument(
-        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: CUDA if there is a GPU"
-    )
-    parser.add_argument("--epochs", type=int, help="epochs of the student; the teacher's follow in proportion")
-    parser.add_argument(
-        "--cases", type=int, default=40, help="training cases, 2 of them for validation (default: %(default)s)"
-    )
-    parser.add_argument("--test-cases", type=int, default=8, help="test cases (default: %(default)s)")
-    parser.add_argument("--spacing", type=float, default=5.0, help="voxel edge in mm, 2 to 6 (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
-    parser.add_argument(
-        "--controls", action="store_true", help="also train the student without distillation, and FullModalityTrainer"
-    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("mstkd_demo"), help="output folder (default: ./%(default)s)")
+    add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: CUDA if there is a GPU")
+    add("--epochs", type=int, help="epochs of the student; the teacher's follow in proportion")
+    add("--cases", type=int, default=40, help="training cases, 2 of them for validation (default: %(default)s)")
+    add("--test-cases", type=int, default=8, help="test cases (default: %(default)s)")
+    add("--spacing", type=float, default=5.0, help="voxel edge in mm, 2 to 6 (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    add("--controls", action="store_true", help="also train the student without distillation, and FullModalityTrainer")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -35,16 +30,11 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.demo.pipeline import Demo, Options, choose_device
     from nnunetv2_mstkd.demo.result import write_result
 
+    anatomy = "mni" if importlib.util.find_spec("nilearn") else "procedural"
     options = Options(
-        device=choose_device(args.device),
-        epochs=args.epochs,
-        cases=args.cases,
-        test_cases=args.test_cases,
-        spacing=args.spacing,
-        seed=args.seed,
-        anatomy="mni" if importlib.util.find_spec("nilearn") else "procedural",
-        controls=args.controls,
-    )
+        choose_device(args.device), args.epochs, args.cases, args.test_cases, args.spacing, args.seed, anatomy,
+        args.controls,
+    )  # fmt: skip
     demo = Demo(args.out, options)
     print(demo.announcement())
     print(write_result(demo, demo.run()))

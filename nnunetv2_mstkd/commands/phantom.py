@@ -19,25 +19,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "nnU-Net raw data set, for tests, demonstrations and method comparisons. Phantom numbers say nothing about "
         "clinical performance."
     )
-    parser.add_argument("-d", "--dataset-id", type=int, required=True, help="number of the data set, for example 901")
-    parser.add_argument("--name", default="Phantom", help="name of the data set (default: %(default)s)")
-    parser.add_argument("--cases", type=int, default=24, help="training cases (default: %(default)s)")
-    parser.add_argument("--test-cases", type=int, default=8, help="test cases with labels (default: %(default)s)")
-    parser.add_argument("--spacing", type=float, default=2.0, help="voxel edge in mm, 1 to 6 (default: %(default)s)")
-    parser.add_argument(
-        "--recipe",
-        default="default",
-        help=f"one of {', '.join(RECIPES)}; hard is meant for comparisons (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--anatomy",
-        default="procedural",
-        help=f"one of {', '.join(ANATOMIES)}; mni needs nilearn (default: %(default)s)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="same seed, same images (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=None, help="processes (default: one per core, at most 8)")
-    parser.add_argument("--raw", type=Path, default=None, help="nnU-Net's raw folder (default: $nnUNet_raw)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing phantom")
+    add = parser.add_argument
+    add("-d", "--dataset-id", type=int, required=True, help="number of the data set, for example 901")
+    add("--name", default="Phantom", help="name of the data set (default: %(default)s)")
+    add("--cases", type=int, default=24, help="training cases (default: %(default)s)")
+    add("--test-cases", type=int, default=8, help="test cases with labels (default: %(default)s)")
+    add("--spacing", type=float, default=2.0, help="voxel edge in mm, 1 to 6 (default: %(default)s)")
+    recipes, anatomies = f"one of {', '.join(RECIPES)}", f"one of {', '.join(ANATOMIES)}"
+    add("--recipe", default="default", help=f"{recipes}; hard is meant for comparisons (default: %(default)s)")
+    add("--anatomy", default="procedural", help=f"{anatomies}; mni needs nilearn (default: %(default)s)")
+    add("--seed", type=int, default=0, help="same seed, same images (default: %(default)s)")
+    add("--workers", type=int, help="processes (default: one per core, at most 8)")
+    add("--raw", type=Path, help="nnU-Net's raw folder (default: $nnUNet_raw)")
+    add("--overwrite", action="store_true", help="replace an existing phantom")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -46,19 +40,10 @@ def run(args: argparse.Namespace) -> None:
     if not raw:
         raise InputError("nnUNet_raw is not set: export nnUNet_raw=FOLDER, or pass --raw FOLDER")
     folder, new = write_dataset(
-        raw,
-        args.dataset_id,
-        name=args.name,
-        cases=args.cases,
-        test_cases=args.test_cases,
-        spacing=args.spacing,
-        recipe=args.recipe,
-        anatomy=args.anatomy,
-        seed=args.seed,
-        workers=args.workers,
+        raw, args.dataset_id, name=args.name, cases=args.cases, test_cases=args.test_cases, spacing=args.spacing,
+        recipe=args.recipe, anatomy=args.anatomy, seed=args.seed, workers=args.workers, overwrite=args.overwrite,
         progress=True,
-        overwrite=args.overwrite,
-    )
+    )  # fmt: skip
     print(f"folder: {folder}" + ("" if new else " (already complete, nothing written)"))
     print(f"cases: {args.cases} for training, {args.test_cases} for testing")
     for line in describe_volumes(folder):

@@ -20,23 +20,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Each file is read back and compared. The mapping comes from the dataset.json that prediction copies into its "
         "output folder."
     )
-    parser.add_argument(
-        "-i", metavar="PREDICTIONS", type=Path, required=True, help="folder of segmentations; only read"
-    )
-    parser.add_argument("-o", metavar="OUT", type=Path, required=True, help="output folder, created if necessary")
-    parser.add_argument("-d", metavar="ID", help="data set, if PREDICTIONS has no dataset.json")
-    parser.add_argument(
-        "--release",
-        metavar="RELEASE",
-        choices=sorted(RELEASES),
+    add = parser.add_argument
+    add("-i", metavar="PREDICTIONS", type=Path, required=True, help="folder of segmentations; only read")
+    add("-o", metavar="OUT", type=Path, required=True, help="output folder, created if necessary")
+    add("-d", metavar="ID", help="data set, if PREDICTIONS has no dataset.json")
+    add(
+        "--release", metavar="RELEASE", choices=sorted(RELEASES),
         help=f"write the values of another release, matching classes by name: {', '.join(RELEASES)}",
-    )
-    parser.add_argument(
-        "--min-et",
-        metavar="VOXELS",
-        type=int,
+    )  # fmt: skip
+    add(
+        "--min-et", metavar="VOXELS", type=int,
         help="post-processing: an enhancing tumor of fewer voxels becomes the class that the release's table names",
-    )
+    )  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:

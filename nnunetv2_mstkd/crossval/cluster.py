@@ -52,12 +52,7 @@ class StepJob:
 
 
 def check_cluster() -> None:
-    """Refuse if no job can be submitted.
-
-    Raises
-    ------
-    ValueError, ImportError
-    """
+    """Refuse if no job can be submitted from this machine."""
     if shutil.which("sbatch") is None:
         raise InputError(
             "--executor slurm: there is no command sbatch on this machine; run it on a login node of the cluster, or "
@@ -70,20 +65,7 @@ def check_cluster() -> None:
 
 
 def sbatch_options(named: Mapping[str, str | None], others: Sequence[str]) -> dict[str, str]:
-    """Options of sbatch from the command line.
-
-    Parameters
-    ----------
-    named
-        Maps options to their values; None if not given.
-    others
-        Further options as ``KEY=VALUE``.
-
-    Raises
-    ------
-    ValueError
-        If one is malformed.
-    """
+    """Options of sbatch from the command line: `named` ones, None if not given, and `others` as ``KEY=VALUE``."""
     options = {name: value for name, value in named.items() if value is not None}
     for text in others:
         key, equals, value = text.partition("=")
@@ -96,28 +78,20 @@ def sbatch_options(named: Mapping[str, str | None], others: Sequence[str]) -> di
 
 
 def submit_steps(
-    steps: Sequence[Step],
-    options: Mapping[str, Any],
-    report: Callable[[str], None] = print,
+    steps: Sequence[Step], options: Mapping[str, Any], report: Callable[[str], None] = print
 ) -> dict[str, str]:
-    """Submit the steps that are not done.
+    """Submit the steps that are not done, each of which stands after those that it needs; return their job numbers.
 
     Parameters
     ----------
-    steps
-        Steps, each after those that it needs.
     options
         Options of sbatch; they override ours.
     report
         Called with a line for each job.
 
-    Returns
-    -------
-    Maps the keys of steps to job numbers.
-
     Raises
     ------
-    ValueError
+    InputError
         If sbatch refuses a job; those that it has accepted stay in the queue.
     RunningStepError
         Before anything is submitted, if another call or an earlier job runs one of the steps.
@@ -169,16 +143,8 @@ def _parameters(step: Step, options: Mapping[str, Any], after: Sequence[str]) ->
 def minutes_of(time: str | int) -> int:
     """A time limit in minutes, at least 1, from sbatch's notation.
 
-    Parameters
-    ----------
-    time
-        ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes`` or
-        ``days-hours:minutes:seconds``.
-
-    Raises
-    ------
-    ValueError
-        If it is anything else.
+    That is ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes`` or
+    ``days-hours:minutes:seconds``.
     """
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", str(time))
     if match is None:

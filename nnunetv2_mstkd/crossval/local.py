@@ -21,17 +21,7 @@ PATIENCE_SECONDS = 20.0
 
 @dataclass
 class Outcome:
-    """What became of the steps.
-
-    Attributes
-    ----------
-    finished
-        Keys of the steps that ran to their end.
-    failed
-        Maps keys of steps to what went wrong, with the path of the log.
-    left
-        Maps keys of steps that were not started to the reason.
-    """
+    """Keys of the steps that ran to their end, failed (with the reason and the log) and were not started (reason)."""
 
     finished: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -58,7 +48,7 @@ def run_steps(
     Parameters
     ----------
     steps
-        Steps, each after those that it needs.
+        Each after those that it needs.
     jobs
         Maximum number of steps at once.
     gpus

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,22 +38,10 @@ class Lock:
 
     def owner(self) -> Owner | None:
         """The process or job that holds the lock; None if it is free, or its owner no longer exists."""
-        try:
-            content = json.loads(self.file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except ValueError:  # being written
-            return Owner(f"a process that locked it with {self.file}")
-        return _owner(content)
+        return self._owner_in(self._text())
 
     def acquire(self) -> None:
-        """Lock the step for this process.
-
-        Raises
-        ------
-        RunningStepError
-            If it is locked.
-        """
+        """Lock the step for this process; RunningStepError if it is locked."""
         self.file.parent.mkdir(parents=True, exist_ok=True)
         content = {"host": socket.gethostname(), **_process(os.getpid()), "since": _now(), "waits": True}
         for _ in range(2):
@@ -61,24 +50,46 @@ class Lock:
                     json.dump(content, stream)
                 return
             except FileExistsError:
-                owner = self.owner()
+                text = self._text()
+                owner = self._owner_in(text)
                 if owner is not None:
                     raise RunningStepError(
                         f"{self.file.stem} is run by {owner.name}; wait for it or stop it. If it no longer runs, "
                         f"remove {self.file}"
                     ) from None
-                self.file.unlink(missing_ok=True)
+                self._discard(text)
         raise RunningStepError(f"{self.file.stem} was locked by another process just now")
 
     def pass_to(self, *, pid: int | None = None, job: str | None = None) -> None:
         """Make another process of this machine, or a SLURM job, the owner of the lock that this process holds."""
-        content = {"host": socket.gethostname(), "since": _now()}
-        content |= {"job": job} if job is not None else _process(int(pid or os.getpid()))
-        write_json(self.file, content)
+        owner = _process(pid or os.getpid()) if job is None else {"job": job}
+        write_json(self.file, {"host": socket.gethostname(), "since": _now(), **owner})
 
     def release(self) -> None:
         """Unlock the step."""
         self.file.unlink(missing_ok=True)
+
+    def _text(self) -> str | None:
+        try:
+            return self.file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+
+    def _owner_in(self, text: str | None) -> Owner | None:
+        try:
+            return None if text is None else _owner(json.loads(text))
+        except ValueError:  # being written
+            return Owner(f"a process that locked it with {self.file}")
+
+    def _discard(self, text: str | None) -> None:
+        """Remove a lock without owner, unless another process has locked the step while SLURM was asked about it."""
+        aside = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        with suppress(FileNotFoundError):
+            self.file.rename(aside)
+            if aside.read_text(encoding="utf-8") == text:
+                aside.unlink()
+            else:
+                aside.rename(self.file)
 
 
 def job_state(job: str) -> str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,82 +15,70 @@ from nnunetv2_mstkd.nnunet.splits import number_of_folds
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
 
 
-@dataclass(frozen=True)
-class Request:
-    """What to cross-validate.
+def plan_steps(
+    dataset: str,
+    configuration: str,
+    trainers: Sequence[str],
+    folds: Sequence[int] | None = None,
+    *,
+    plans_name: str = "nnUNetPlans",
+    device: str = "cuda",
+    gpus: int = 1,
+    evaluation: bool = True,
+    evaluation_options: Sequence[str] = (),
+) -> list[Step]:
+    """The steps of a cross-validation, after the checks that nnU-Net would only make in the job.
 
-    Attributes
+    Parameters
     ----------
     dataset
-        Number or name of the data set.
-    configuration, plans
+        Number or name.
+    configuration, plans_name
         nnU-Net's configuration and plans identifier.
     trainers
-        Trainers, which are compared if there are several.
+        Their models are compared if there are several.
     folds
-        Folds; None for all.
-    device
-        Device of all steps.
-    gpus
-        Number of GPUs of one training.
-    evaluation
-        Whether to evaluate and compare the models.
-    evaluation_options
-        Further options of ``mstkd evaluate``.
-    """
-
-    dataset: str
-    configuration: str
-    trainers: Sequence[str]
-    folds: Sequence[int] | None = None
-    plans: str = "nnUNetPlans"
-    device: str = "cuda"
-    gpus: int = 1
-    evaluation: bool = True
-    evaluation_options: Sequence[str] = ()
-
-
-def plan_steps(request: Request) -> list[Step]:
-    """The steps of a cross-validation, after the checks that nnU-Net would only make in the job.
+        Default: all.
+    device, gpus
+        Device of all steps, and number of GPUs of one training.
+    evaluation, evaluation_options
+        Whether to evaluate and compare the models, and further options of ``mstkd evaluate``.
 
     Raises
     ------
-    FileNotFoundError, ValueError
+    MissingFileError, InputError
         If the data set, plans, configuration, a fold or a trainer does not exist, or a batch has fewer samples than
         GPUs.
     """
-    preprocessed = find_dataset_folder("nnUNet_preprocessed", request.dataset)
+    preprocessed = find_dataset_folder("nnUNet_preprocessed", dataset)
     existing = number_of_folds(preprocessed)
-    folds = list(range(existing)) if request.folds is None else sorted(request.folds)
-    for what, values in (("--trainer", request.trainers), ("--folds", folds)):
+    folds = list(range(existing)) if folds is None else sorted(folds)
+    for what, values in (("--trainer", trainers), ("--folds", folds)):
         twice = [value for value in values if list(values).count(value) > 1]
         if twice:
             raise InputError(f"{what} names {twice[0]} twice")
     if folds[0] < 0:
         raise InputError(f"--folds {folds[0]}: folds are numbers from 0")
-    plans = read_plans(preprocessed / f"{request.plans}.json")
-    if request.configuration not in plans["configurations"]:
+    plans = read_plans(preprocessed / f"{plans_name}.json")
+    if configuration not in plans["configurations"]:
         raise InputError(
-            f"{preprocessed / request.plans}.json has no configuration {request.configuration!r}; it has "
+            f"{preprocessed / plans_name}.json has no configuration {configuration!r}; it has "
             f"{', '.join(plans['configurations'])}"
         )
     if folds[-1] >= existing:
         where = "splits_final.json has" if (preprocessed / "splits_final.json").is_file() else "nnU-Net makes"
         raise InputError(f"fold {folds[-1]} does not exist: {where} the folds 0 to {existing - 1}")
-    batch = inherited(plans, request.configuration, "batch_size")
-    if batch is not None and request.gpus > int(batch):
+    batch = inherited(plans, configuration, "batch_size")
+    if batch is not None and gpus > int(batch):
         raise InputError(
-            f"--num-gpus {request.gpus}: a batch of {request.configuration} has {batch} samples, and each GPU needs "
-            f"one; take at most {batch} GPUs"
+            f"--num-gpus {gpus}: a batch of {configuration} has {batch} samples, and each GPU needs one; take at most "
+            f"{batch} GPUs"
         )
     results = nnunet_folder("nnUNet_results") / preprocessed.name
     number = str(dataset_number(preprocessed.name))
-    models = [
-        Training(results, number, request.configuration, trainer, request.plans, request.device, request.gpus)
-        for trainer in request.trainers
-    ]
-    options = tuple(request.evaluation_options)
-    return make_steps(preprocessed, models, folds, plans, evaluation_options=options, evaluation=request.evaluation)
+    models = [Training(results, number, configuration, trainer, plans_name, device, gpus) for trainer in trainers]
+    options = tuple(evaluation_options)
+    return make_steps(preprocessed, models, folds, plans, evaluation_options=options, evaluation=evaluation)
 
 
 def make_steps(
@@ -110,27 +97,24 @@ def make_steps(
     """
     steps: dict[str, Step] = {}
     pooled = []
-    splits = preprocessed / "splits_final.json"
+    measuring: dict[str, Any] = {"splits": preprocessed / "splits_final.json", "options": evaluation_options}
     for model in models:
         last = []  # what the pooled evaluation waits for
         for fold in folds:
             teacher = teacher_of(model, plans, fold)
             needs: tuple[str, ...] = ()
             if teacher is not None:
-                step = Train(teacher, fold=fold)
-                steps.setdefault(step.key, step)
-                needs = (step.key,)
-            train = Train(model, needs, fold=fold)
-            steps[train.key] = dataclasses.replace(steps.get(train.key, train), needs=needs)
-            last.append(train.key)
+                first = Train(teacher, fold=fold)
+                steps.setdefault(first.key, first)
+                needs = (first.key,)
+            step: Step = Train(model, needs, fold=fold)
+            steps[step.key] = step  # in the place of the teacher that it may be for another one
             if evaluation and len(folds) > 1:
-                evaluate = Evaluate(model, (train.key,), folds=(fold,), splits=splits, options=evaluation_options)
-                steps[evaluate.key] = evaluate
-                last[-1] = evaluate.key
+                step = Evaluate(model, (step.key,), (fold,), **measuring)
+                steps[step.key] = step
+            last.append(step.key)
         if evaluation:
-            pool = Evaluate(
-                model, tuple(last), folds=tuple(folds), pooled=True, splits=splits, options=evaluation_options
-            )
+            pool = Evaluate(model, tuple(last), tuple(folds), pooled=True, **measuring)
             steps[pool.key] = pool
             pooled.append(pool.key)
     if len(pooled) > 1:
@@ -140,13 +124,7 @@ def make_steps(
 
 
 def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training | None:
-    """The model that must be trained before `model`, a finished one if there is one; None if it needs no teacher.
-
-    Raises
-    ------
-    ValueError
-        If nnU-Net finds no trainer of that name.
-    """
+    """The model that must be trained before `model`, a finished one if there is one; None if it needs no teacher."""
     from nnunetv2_mstkd.training.distillation import DistillationTrainer
     from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
     from nnunetv2_mstkd.training.teacher import teacher_configuration

@@ -35,17 +35,9 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """A model, as nnU-Net's commands name it.
+    """A model, as nnU-Net's commands name it: by ``-d``, ``-c``, ``-tr``, ``-p``, ``-device`` and ``-num_gpus``."""
 
-    Attributes
-    ----------
-    results
-        nnUNet_results/DATASET.
-    dataset, configuration, trainer, plans, device, gpus
-        The arguments of ``-d``, ``-c``, ``-tr``, ``-p``, ``-device`` and ``-num_gpus``.
-    """
-
-    results: Path
+    results: Path  # nnUNet_results/DATASET
     dataset: str
     configuration: str
     trainer: str
@@ -66,15 +58,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Step:
-    """A command with its place in the plan.
-
-    Attributes
-    ----------
-    model
-        The model that it makes or measures.
-    needs
-        Keys of the steps that must be done before it.
-    """
+    """A command that makes or measures a model, and the keys of the steps that must be done before it."""
 
     model: Training
     needs: tuple[str, ...] = ()
@@ -169,24 +153,14 @@ class Train(Step):
 class Evaluate(Step):
     """All subsets of modalities on the validation cases of one fold, or of all folds together with the report.
 
-    Results are kept per case, so the step over all folds only pools those of the folds.
-
-    Attributes
-    ----------
-    folds
-        Folds whose validation cases are used.
-    pooled
-        Whether the tables and the report must be those of exactly these folds.
-    splits
-        nnU-Net's ``splits_final.json``; the first training writes it.
-    options
-        Further options of ``mstkd evaluate``.
+    Results are kept per case, so the step over all folds only pools those of the folds. Its tables and its report
+    must be those of exactly these folds: it is `pooled`.
     """
 
     folds: tuple[int, ...] = (0,)
     pooled: bool = False
-    splits: Path = Path()
-    options: tuple[str, ...] = ()
+    splits: Path = Path()  # nnU-Net's splits_final.json, which the first training writes
+    options: tuple[str, ...] = ()  # of mstkd evaluate
 
     @property
     def key(self) -> str:
@@ -244,7 +218,8 @@ class Compare(Step):
 
     @property
     def key(self) -> str:
-        return f"{'__'.join([*(model.trainer for model in self.models), self.model.configuration])}.compare"
+        trainers = "__".join(model.trainer for model in self.models)
+        return f"{trainers}__{self.model.plans}__{self.model.configuration}.compare"
 
     @property
     def title(self) -> str:
@@ -269,17 +244,7 @@ class Compare(Step):
 
 
 def finished_epochs(folder: Path) -> tuple[int, int | None] | None:
-    """The finished epochs of a training and their total (None if not known), from nnU-Net's own files.
-
-    Parameters
-    ----------
-    folder
-        ``fold_k`` of a model folder.
-
-    Returns
-    -------
-    None if no training was started.
-    """
+    """The finished epochs in ``fold_k`` of a model and their total (None if not known); None before a training."""
     logs = sorted(folder.glob("training_log_*.txt"), key=lambda path: path.stat().st_mtime)
     finished, epoch = 0, None
     for log in logs:  # a resumed training has several; each continues where the one before was stopped

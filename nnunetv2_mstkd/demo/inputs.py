@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,38 +18,30 @@ JOIN = "__"
 
 
 def write_subset_inputs(images: Path, folder: Path, names: Sequence[str], subsets: torch.Tensor) -> list[str]:
-    """Write every case once per subset; missing channels become zero images.
+    """Write every case of a folder once per subset, missing channels as zero images; return the names CASE__SUBSET.
 
     Parameters
     ----------
     images
         Folder of complete cases, ``CASE_000k.nii.gz``.
     folder
-        Folder for ``CASE__SUBSET_000k.nii.gz``; it appears when it is complete.
+        Folder for ``CASE__SUBSET_000k.nii.gz``; it appears when it is complete, and is left as it is if it exists.
     names
         Names of the C channels.
     subsets
         Boolean tensor of shape (S, C).
-
-    Returns
-    -------
-    The names ``CASE__SUBSET`` in order.
     """
-    cases = sorted(path.name[: -len("_0000.nii.gz")] for path in images.glob("*_0000.nii.gz"))
-    identifiers = [f"{case}{JOIN}{modalities.subset_name(row, names)}" for case in cases for row in subsets.tolist()]
-    if folder.is_dir():
-        return identifiers
-    with atomic_folder(folder) as unfinished:
-        for case in cases:
-            for channel in range(len(names)):
+    cases = sorted(path.name.removesuffix("_0000.nii.gz") for path in images.glob("*_0000.nii.gz"))
+    rows = {modalities.subset_name(row, names): row for row in subsets.tolist()}
+    if not folder.is_dir():
+        with atomic_folder(folder) as unfinished:
+            for case, channel in itertools.product(cases, range(len(names))):
                 source = images / f"{case}_{channel:04d}.nii.gz"
-                image = sitk.ReadImage(str(source))
-                zero = sitk.Image(image.GetSize(), image.GetPixelID())
-                zero.CopyInformation(image)
-                for row in subsets.tolist():
-                    target = unfinished / f"{case}{JOIN}{modalities.subset_name(row, names)}_{channel:04d}.nii.gz"
+                zero = 0 * sitk.ReadImage(str(source))
+                for subset, row in rows.items():
+                    target = unfinished / f"{case}{JOIN}{subset}_{channel:04d}.nii.gz"
                     if row[channel]:
                         shutil.copyfile(source, target)
                     else:
                         sitk.WriteImage(zero, str(target), useCompression=True)
-    return identifiers
+    return [f"{case}{JOIN}{subset}" for case in cases for subset in rows]

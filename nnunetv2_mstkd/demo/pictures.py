@@ -11,12 +11,12 @@ matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import SimpleITK as sitk
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
 from nnunetv2_mstkd.demo.inputs import JOIN
+from nnunetv2_mstkd.reporting import figures
 
 COLORS = ("#f2c14e", "#4d9de0", "#e15554")
 """Edema, core without enhancement, enhancing tumor."""
@@ -25,48 +25,21 @@ DISCLAIMER = "synthetic phantom: these numbers say nothing about clinical perfor
 
 
 def heat_map(scores: pd.DataFrame, file: Path) -> None:
-    """Dice by subset (rows) and region (columns), one panel per model."""
-    models, region_names = list(scores["model"].unique()), list(scores["region"].unique())
-    subsets = list(scores["subset"].unique())
-    with plt.rc_context({"font.size": 10}):
-        figure, axes = plt.subplots(
-            1,
-            len(models) + 1,
-            figsize=(2.2 + 2.5 * len(models), 0.36 * len(subsets) + 1.7),
-            width_ratios=[1.0] * len(models) + [0.07],
-        )
-        for axis, model in zip(axes[:-1], models, strict=True):
-            values = scores[scores["model"] == model].pivot_table(index="subset", columns="region", values="dice")
-            first = axis is axes[0]
-            sns.heatmap(
-                100 * values.loc[subsets, region_names],
-                ax=axis,
-                vmin=0,
-                vmax=100,
-                cmap="viridis",
-                annot=True,
-                fmt=".0f",
-                cbar=first,
-                cbar_ax=axes[-1] if first else None,
-                cbar_kws={"label": "Dice (%)"} if first else None,
-                yticklabels=first,
-                linewidths=0.5,
-            )
-            mean = 100 * scores.loc[scores["model"] == model, "dice"].mean()
-            axis.set_title(f"{model}\nmean {mean:.1f}")
-            axis.set_xlabel("")
-            axis.set_ylabel("available modalities" if first else "")
-        figure.text(0.5, 0.005, DISCLAIMER, ha="center", va="bottom", fontsize=8, color="0.4")
-        figure.tight_layout(rect=(0, 0.025, 1, 1))
-        figure.savefig(file, dpi=110)
-        plt.close(figure)
+    """Dice by subset (rows) and region (columns), one panel per model, as in an evaluation's report."""
+    figure = figures.heat_map(
+        scores.rename(columns={"dice": "value"}).assign(trainer=scores["model"], fold="0", metric="dice")
+    )
+    means = 100 * scores.groupby("model", sort=False)["dice"].mean()
+    for axis, (model, mean) in zip(figure.axes, means.items(), strict=False):  # the last one is the scale
+        axis.set_title(f"{model}\nmean {mean:.1f}", fontsize=10)
+    figure.supxlabel(DISCLAIMER, fontsize=8, color="0.4")
+    figures.save_figure(figure, file, dpi=110)
 
 
 def slices(
     case: str,
     subsets: Sequence[str],
-    images: Path,
-    reference: Path,
+    raw: Path,
     predictions: Mapping[str, Path],
     channel_names: Sequence[str],
     scores: pd.DataFrame,
@@ -75,11 +48,13 @@ def slices(
     """The slice with most tumor: truth in the first column, then each model (rows) from each subset (columns).
 
     The background of a column, named below it, is the last available modality of its subset. A white line is the
-    border of the true tumor.
+    border of the true tumor. `raw` is the data set of the test case.
     """
-    truth = _array(reference)
+    truth = read_array(raw / "labelsTs" / f"{case}.nii.gz")
     index = int((truth > 0).sum((1, 2)).argmax())
-    channels = {name: _array(images / f"{case}_{i:04d}.nii.gz")[index] for i, name in enumerate(channel_names)}
+    channels = {
+        name: read_array(raw / "imagesTs" / f"{case}_{i:04d}.nii.gz")[index] for i, name in enumerate(channel_names)
+    }
     columns = ["truth", *subsets]
     with plt.rc_context({"font.size": 9}):
         figure, axes = plt.subplots(
@@ -92,7 +67,7 @@ def slices(
         for row, (model, folder) in enumerate(predictions.items()):
             for axis, column in zip(axes[row], columns, strict=True):
                 shown = channel_names[-1] if column == "truth" else column.split("+")[-1]
-                label = truth if column == "truth" else _array(folder / f"{case}{JOIN}{column}.nii.gz")
+                label = truth if column == "truth" else read_array(folder / f"{case}{JOIN}{column}.nii.gz")
                 _draw(axis, channels[shown], label[index], truth[index])
                 axis.set_xlabel(f"on {shown}")
                 if column == "truth":
@@ -111,7 +86,8 @@ def slices(
         plt.close(figure)
 
 
-def _array(path: Path) -> np.ndarray:
+def read_array(path: Path) -> np.ndarray:
+    """The voxels of an image, shape (z, y, x)."""
     return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
 
 

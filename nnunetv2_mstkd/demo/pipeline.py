@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -57,20 +57,18 @@ class Options:
     controls: bool
 
     def __post_init__(self) -> None:
-        if self.cases < VALIDATION_CASES + 4:
-            raise InputError(f"--cases is {self.cases}, expected at least {VALIDATION_CASES + 4} (2 for validation)")
-        if self.test_cases < 1:
-            raise InputError(f"--test-cases is {self.test_cases}, expected at least 1")
-        if not 2 <= self.spacing <= 6:
-            raise InputError(f"--spacing is {self.spacing}, expected 2 to 6 mm")
-        if self.epochs is not None and self.epochs < 1:
-            raise InputError(f"--epochs is {self.epochs}, expected at least 1")
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"--seed is {self.seed}, expected 0 to 2^31 - 1")
+        for name, fits, expected in (
+            ("cases", self.cases >= VALIDATION_CASES + 4, f"at least {VALIDATION_CASES + 4} (2 for validation)"),
+            ("test_cases", self.test_cases >= 1, "at least 1"),
+            ("spacing", 2 <= self.spacing <= 6, "2 to 6 mm"),
+            ("epochs", self.epochs is None or self.epochs >= 1, "at least 1"),
+            ("seed", 0 <= self.seed < 2**31, "0 to 2^31 - 1"),
+        ):
+            if not fits:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
 
     @property
     def student_epochs(self) -> int:
-        """Epochs of the student."""
         return STUDENT_EPOCHS if self.epochs is None else self.epochs
 
     @property
@@ -98,13 +96,7 @@ CONTROLS = (
 
 
 def choose_device(wanted: str) -> str:
-    """``"cuda"`` or ``"cpu"``, for ``"auto"`` the first if there is a GPU.
-
-    Raises
-    ------
-    ValueError
-        If ``"cuda"`` is wanted and there is no GPU.
-    """
+    """``"cuda"`` or ``"cpu"``, for ``"auto"`` the first if there is a GPU."""
     import torch
 
     available = torch.cuda.is_available()
@@ -116,25 +108,15 @@ def choose_device(wanted: str) -> str:
 class Demo:
     """A demo in a folder, which records the options and the seconds of each step in ``demo.json``.
 
-    Parameters
-    ----------
-    folder
-        Output folder; created if necessary.
-    options
-        Everything that the result depends on. Only the controls may be added to an existing demo.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds a demo with other options, or something else.
+    A folder with anything else is refused, and so is a demo with other options, but for controls, which may be added.
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.folder = folder.resolve()
         self.options = options
-        self.dataset = f"Dataset{DATASET:03d}_{NAME}"
-        self.raw = self.folder / "raw" / self.dataset
-        self.preprocessed = self.folder / "preprocessed" / self.dataset
+        self.raw, self.preprocessed, self.results = (
+            self.folder / sub / f"Dataset{DATASET:03d}_{NAME}" for sub in steps.FOLDERS.values()
+        )
         self.models = [TEACHER, *(CONTROLS if options.controls else ()), STUDENT]
         self.subsets = modalities.all_subsets(len(CHANNELS))
         self.record = self._open_record()
@@ -142,29 +124,32 @@ class Demo:
     def _open_record(self) -> dict[str, Any]:
         file = self.folder / "demo.json"
         options: dict[str, Any] = asdict(self.options) | {"controls": False}
-        if file.is_file():
-            record = json.loads(file.read_text())
-            changed = [
-                f"{name} {_shown(record['options'].get(name))} (now {_shown(value)})"
-                for name, value in options.items()
-                if record["options"].get(name) != value
-            ]
-            if changed:
-                raise InputError(
-                    f"{self.folder} holds a demo with other options: {', '.join(changed)}. Repeat those options to "
-                    "continue it, or choose another folder with --out"
-                )
-            return record
-        if self.folder.is_dir() and any(self.folder.iterdir()):
-            raise InputError(f"{self.folder} is not empty and holds no demo; choose another folder with --out")
-        return {"options": options, "seconds": {}}
+        if not file.is_file():
+            if self.folder.is_dir() and any(self.folder.iterdir()):
+                raise InputError(f"{self.folder} is not empty and holds no demo; choose another folder with --out")
+            return {"options": options, "seconds": {}}
+        record = json.loads(file.read_text())
+        before = record["options"]
+        changed = [
+            f"{name} {_shown(before.get(name))} (now {_shown(value)})"
+            for name, value in options.items()
+            if before.get(name) != value
+        ]
+        if changed:
+            raise InputError(
+                f"{self.folder} holds a demo with other options: {', '.join(changed)}. Repeat those options to "
+                "continue it, or choose another folder with --out"
+            )
+        return record
 
     # ---- steps ---------------------------------------------------------------------------------------------------
 
     def training(self, model: Model) -> Training:
         """A model as nnU-Net names it."""
-        results = self.folder / "results" / self.dataset
-        return Training(results, str(DATASET), model.configuration, model.trainer, device=self.options.device)
+        return Training(self.results, str(DATASET), model.configuration, model.trainer, device=self.options.device)
+
+    def _command(self, model: Model, name: str, words: Callable[[], list[str]], **others: Any) -> Step:
+        return steps.Command(self.training(model), (), name, words=words, **others)
 
     def preprocess(self) -> Step:
         """Planning and preprocessing the data set."""
@@ -173,9 +158,8 @@ class Demo:
             """The last file of each case, and the copies of the labels that follow."""
             return len([*self.preprocessed.glob("*/*.pkl"), *self.preprocessed.glob("gt_segmentations/*.nii.gz")])
 
-        words = ["nnUNetv2_plan_and_preprocess", "-d", str(DATASET), "-c", PARENT, "-np", "2", "-npfp", "2", "--clean"]
-        model = self.training(TEACHER)
-        return steps.Command(model, (), "plan and preprocess", 1, lambda: words, 2 * self.options.cases, count)
+        words = f"nnUNetv2_plan_and_preprocess -d {DATASET} -c {PARENT} -np 2 -npfp 2 --clean".split()
+        return self._command(TEACHER, "plan and preprocess", lambda: words, total=2 * self.options.cases, count=count)
 
     def configurations(self) -> list[Step]:
         """Writing the narrow network and short schedule, and what differs for the controls, into the plans."""
@@ -198,15 +182,14 @@ class Demo:
             return read_plans(self.preprocessed / "nnUNetPlans.json")["configurations"]
 
         def words() -> list[str]:
-            command = ["mstkd", "configure", "-d", str(DATASET), "-c", parent, "--name", name]
+            command = f"mstkd configure -d {DATASET} -c {parent} --name {name}".split()
             command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
             if not features:
                 return command
             stages = len(configurations()[parent]["architecture"]["arch_kwargs"]["strides"])
             return [*command, "--features", *map(str, [*features, *[features[-1]] * stages][:stages])]
 
-        model = self.training(STUDENT)
-        return steps.Command(model, (), f"configure {name}", 1, words, count=lambda: int(name in configurations()))
+        return self._command(STUDENT, f"configure {name}", words, count=lambda: int(name in configurations()))
 
     def epochs(self, model: Model) -> int:
         """Length of a model's training."""
@@ -224,13 +207,16 @@ class Demo:
     def predict(self, model: Model) -> Step:
         """Predicting all subsets of all test cases with a model and stock ``nnUNetv2_predict``."""
         output = self.predictions(model)
-        words = ["nnUNetv2_predict", "-i", str(self.folder / "inputs"), "-o", str(output), "-d", str(DATASET)]
-        words += ["-c", model.configuration, "-f", "0", "-tr", model.trainer, "-device", self.options.device]
+        words = ["nnUNetv2_predict", "-i", str(self.folder / "inputs"), "-o", str(output), *self.words(model).split()]
         words += ["--disable_tta", "-step_size", "1", "-npp", "1", "-nps", "1", "--continue_prediction"]
-        return steps.Command(
-            self.training(model), (), f"predict {model.short}", default_workers(), lambda: words,
-            self.options.test_cases * len(self.subsets), lambda: len(list(output.glob("*.nii.gz"))),
+        return self._command(
+            model, f"predict {model.short}", lambda: words, threads=default_workers(),
+            total=self.options.test_cases * len(self.subsets), count=lambda: len(list(output.glob("*.nii.gz"))),
         )  # fmt: skip
+
+    def words(self, model: Model) -> str:
+        """The options of commands that name a model."""
+        return f"-d {DATASET} -c {model.configuration} -f 0 -tr {model.trainer} -device {self.options.device}"
 
     def run(self) -> list[str]:
         """Run the steps that are not done; return the identifiers ``CASE__SUBSET`` that were predicted."""
@@ -262,7 +248,7 @@ class Demo:
         write_json(self.folder / "demo.json", self.record)
 
     def _write_split(self) -> None:
-        cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
+        cases = sorted(path.name.removesuffix(".nii.gz") for path in (self.raw / "labelsTr").glob("*.nii.gz"))
         split = {"train": cases[:-VALIDATION_CASES], "val": cases[-VALIDATION_CASES:]}
         write_json(self.preprocessed / "splits_final.json", [split], indent=4)
 

@@ -6,14 +6,15 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
-import SimpleITK as sitk
 
 from nnunetv2_mstkd.demo import pictures
 from nnunetv2_mstkd.demo.inputs import JOIN
-from nnunetv2_mstkd.demo.pipeline import CHANNELS, DATASET, STUDENT, TEACHER, Demo
+from nnunetv2_mstkd.demo.pictures import read_array
+from nnunetv2_mstkd.demo.pipeline import CHANNELS, STUDENT, TEACHER, Demo
 from nnunetv2_mstkd.demo.steps import FOLDERS
 from nnunetv2_mstkd.metrics.overlap import dice
 
@@ -22,25 +23,14 @@ SHORT = {"whole tumor": "WT", "tumor core": "TC", "enhancing tumor": "ET"}
 
 
 def write_result(demo: Demo, identifiers: Sequence[str]) -> str:
-    """Score the predictions, write ``results.csv`` and the pictures, and return the text to print.
-
-    Parameters
-    ----------
-    demo
-        The demo, which has run.
-    identifiers
-        The predicted ``CASE__SUBSET``.
-    """
+    """Score the predictions ``CASE__SUBSET``, write ``results.csv`` and the pictures, and return the text to print."""
     predictions = {model.title: demo.predictions(model) for model in demo.models}
     scores = score(identifiers, predictions, demo.raw / "labelsTs", regions(demo.raw / "dataset.json"))
     scores.to_csv(demo.folder / "results.csv", index=False)
     pictures.heat_map(scores, demo.folder / "heatmap.png")
     case = typical_case(scores[scores["model"] == STUDENT.title])
     shown = {title: predictions[title] for title in (TEACHER.title, STUDENT.title)}
-    reference = demo.raw / "labelsTs" / f"{case}.nii.gz"
-    pictures.slices(
-        case, SHOWN_SUBSETS, demo.raw / "imagesTs", reference, shown, CHANNELS, scores, demo.folder / "slices.png"
-    )
+    pictures.slices(case, SHOWN_SUBSETS, demo.raw, shown, CHANNELS, scores, demo.folder / "slices.png")
     files = {
         "heat map": demo.folder / "heatmap.png",
         "one slice, several subsets": demo.folder / "slices.png",
@@ -68,7 +58,7 @@ def next_commands(demo: Demo) -> list[str]:
     """Commands to try on the student."""
     folders = " ".join(f"{name}={shlex.quote(str(demo.folder / sub))}" for name, sub in FOLDERS.items())
     images, output = (shlex.quote(str(path)) for path in (demo.raw / "imagesTs", demo.folder / "without_T1ce"))
-    model = f"-d {DATASET} -c {STUDENT.configuration} -f 0 -tr {STUDENT.trainer} -device {demo.options.device}"
+    model = demo.words(STUDENT)
     return [
         f"  export {folders}",
         f"  mstkd predict -i {images} -o {output} {model} --drop T1ce",
@@ -82,21 +72,14 @@ def typical_case(scores: pd.DataFrame) -> str:
     return str(means.index[len(means) // 2])
 
 
-def regions(dataset_json: Path) -> dict[str, tuple[int, ...]]:
+def regions(dataset_json: Path) -> dict[str, int | list[int]]:
     """Maps each region to its label values, from dataset.json."""
     labels = json.loads(dataset_json.read_text())["labels"]
-    return {
-        SHORT.get(name, name): tuple(np.atleast_1d(values).tolist())
-        for name, values in labels.items()
-        if name != "background"
-    }
+    return {SHORT.get(name, name): values for name, values in labels.items() if name != "background"}
 
 
 def score(
-    identifiers: Sequence[str],
-    predictions: Mapping[str, Path],
-    references: Path,
-    region_labels: Mapping[str, tuple[int, ...]],
+    identifiers: Sequence[str], predictions: Mapping[str, Path], references: Path, region_labels: Mapping[str, Any]
 ) -> pd.DataFrame:
     """Dice of every prediction, in long form: model, case, subset, modalities, region, dice.
 
@@ -112,15 +95,13 @@ def score(
         From :func:`regions`.
     """
     rows = []
-    labels: dict[str, np.ndarray] = {}
     for identifier in identifiers:
         case, subset = identifier.split(JOIN)
-        if case not in labels:
-            labels[case] = sitk.GetArrayFromImage(sitk.ReadImage(str(references / f"{case}.nii.gz")))
+        truth = read_array(references / f"{case}.nii.gz")
         for model, folder in predictions.items():
-            found = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / f"{identifier}.nii.gz")))
+            found = read_array(folder / f"{identifier}.nii.gz")
             for region, values in region_labels.items():
-                value = dice(np.isin(found, values), np.isin(labels[case], values))
+                value = dice(np.isin(found, values), np.isin(truth, values))
                 rows.append((model, case, subset, subset.count("+") + 1, region, value))
     return pd.DataFrame(rows, columns=["model", "case", "subset", "modalities", "region", "dice"])
 
@@ -133,38 +114,27 @@ def dots(subset: str, names: Sequence[str]) -> str:
 
 def table(scores: pd.DataFrame, names: Sequence[str]) -> str:
     """One line per subset with WT / TC / ET and their mean per model, in percent."""
-    models, region_names = list(scores["model"].unique()), list(scores["region"].unique())
-    means = scores.groupby(["subset", "model", "region"], sort=False)["dice"].mean().mul(100)
-    head = "  ".join(names)
-    width = 7 * (len(region_names) + 1)
+    subsets, region_names = scores["subset"].unique(), scores["region"].unique()
+    columns = [["", "  ".join(names), *(dots(subset, names) for subset in subsets), "mean"]]
+    for model, part in scores.groupby("model", sort=False):
+        means = 100 * part.pivot_table("dice", "subset", "region").loc[subsets, region_names]
+        means.loc["mean"] = means.mean()
+        text = means.assign(mean=means.mean(axis=1)).to_string(index=False, col_space=6, float_format="%.1f")
+        columns.append([str(model), *text.splitlines()])
+    widths = [max(map(len, column)) for column in columns]
     lines = [
-        " " * len(head) + "".join(f" | {model:^{width}}" for model in models),
-        head + "".join(" | " + "".join(f"{name:>7}" for name in [*region_names, "mean"]) for _ in models),
+        " | ".join(f"{cell:{'^' if number == 0 else '<'}{width}}" for cell, width in zip(row, widths, strict=True))
+        for number, row in enumerate(zip(*columns, strict=True))
     ]
-    lines.append("-" * len(lines[1]))
-
-    def cells(values: pd.Series) -> str:
-        return "".join(f"{values[region]:7.1f}" for region in region_names) + f"{values[region_names].mean():7.1f}"
-
-    for subset in scores["subset"].unique():
-        lines.append(dots(subset, names) + "".join(f" | {cells(means[subset][model])}" for model in models))
-    lines.append("-" * len(lines[1]))
-    overall = scores.groupby(["model", "region"], sort=False)["dice"].mean().mul(100)
-    lines.append(f"{'mean':<{len(head)}}" + "".join(f" | {cells(overall[model])}" for model in models))
-    return "\n".join(lines)
+    rule = "-" * len(lines[0])
+    return "\n".join([*lines[:2], rule, *lines[2:-1], rule, lines[-1]])
 
 
 def summary(scores: pd.DataFrame) -> str:
     """Mean Dice by number of available modalities, and each model's difference from the first one, in points."""
-    models = list(scores["model"].unique())
-    by_number = scores.groupby(["model", "modalities"], sort=False)["dice"].mean().mul(100).unstack()
-    overall = scores.groupby("model", sort=False)["dice"].mean().mul(100)
-    longest = max(map(len, models))
-    counts = sorted(by_number.columns)
-    lines = [f"{'modalities available':<{longest}}" + "".join(f"{count:>8}" for count in counts) + f"{'all':>8}"]
-    longest = len(lines[0]) - 8 * (len(counts) + 1)
-    for model in models:
-        values = "".join(f"{by_number.loc[model, count]:8.1f}" for count in counts)
-        gain = "" if model == models[0] else f"   ({overall[model] - overall[models[0]]:+.1f} points)"
-        lines.append(f"{model:<{longest}}{values}{overall[model]:8.1f}{gain}")
-    return "\n".join(lines)
+    means = 100 * scores.pivot_table("dice", "model", "modalities").loc[scores["model"].unique()]
+    means["all"] = 100 * scores.groupby("model")["dice"].mean()
+    gains = means["all"] - means["all"].iloc[0]
+    means[""] = ["", *(f"({gain:+.1f} points)" for gain in gains.iloc[1:])]
+    means = means.rename_axis(index=None, columns="modalities available")
+    return means.to_string(col_space=7, float_format="%.1f")

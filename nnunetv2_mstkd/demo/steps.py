@@ -61,15 +61,7 @@ class DemoStep(Step):
 
 @dataclass(frozen=True)
 class Command(DemoStep):
-    """A command that is done when a number of files exist.
-
-    Attributes
-    ----------
-    words
-        Returns the command; called when the step begins.
-    total, count
-        Number of files, and a function that counts those that exist.
-    """
+    """A command, made when the step begins, that is done when as many files exist as `total`."""
 
     words: Callable[[], list[str]] = list
     total: int = 1
@@ -104,13 +96,7 @@ def drop_truncated(folder: Path) -> None:
 
 
 def run_with_bar(step: Step) -> float:
-    """Run a step with a progress bar; return its seconds.
-
-    Raises
-    ------
-    ValueError
-        If it fails; the message holds the last line of its log and where that is.
-    """
+    """Run a step with a progress bar and return its seconds; an error names the last line of its log."""
     start = time.monotonic()
     first = step.progress() or Progress("", 0)
     with tqdm(total=first.total, initial=first.done or 0, desc=step.title, bar_format=BAR, file=sys.stderr) as bar:

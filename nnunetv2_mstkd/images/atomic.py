@@ -79,6 +79,21 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         scratch.rename(target)
 
 
+def replace_folder(target: Path, new: Path) -> None:
+    """Move a complete folder to the place of ``target``; what was there is kept until then, and after an error."""
+    old = new.with_name(f"{new.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    try:
+        new.rename(target)
+    except BaseException:  # also an interrupt
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def complete_image(path: Path) -> Iterator[None]:
     """Refuse an image that the block has written if part of it is missing.

@@ -9,7 +9,7 @@ import numpy as np
 from scipy import ndimage
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.phantom.fields import Grid, smooth_noise
+from nnunetv2_mstkd.phantom.fields import Grid, distance_to_zero, smooth_noise
 
 ANATOMIES = ("procedural", "mni")
 
@@ -41,28 +41,15 @@ class Anatomy:
 
 
 def make_anatomy(kind: str, grid: Grid, rng: np.random.Generator) -> Anatomy:
-    """Draw one brain.
+    """Draw pose, warp and folding of one brain.
 
-    Parameters
-    ----------
-    kind
-        ``"procedural"`` (ellipsoids, sheets of noise as sulci) or ``"mni"`` (the MNI152 2009a tissue maps that nilearn
-        ships).
-    grid
-        Voxel grid of the maps.
-    rng
-        Source of pose, warp and folding.
-
-    Raises
-    ------
-    ValueError
-        If `kind` is unknown, or ``"mni"`` without nilearn.
+    `kind` is ``"procedural"`` (ellipsoids, sheets of noise as sulci) or ``"mni"`` (the MNI152 2009a tissue maps that
+    nilearn ships).
     """
-    if kind not in ANATOMIES:
-        raise InputError(f"unknown phantom anatomy {kind!r}; known anatomies: {', '.join(ANATOMIES)}")
     # the MNI152 average is larger than a brain usually is
-    z, y, x = _pose(grid, rng, 1.03 if kind == "procedural" else 1.08)
-    wm, gm, csf, brain, supratentorial = (_procedural if kind == "procedural" else _atlas)(grid, rng, z, y, x)
+    make, shrink = {"procedural": (_procedural, 1.03), "mni": (_atlas, 1.08)}[kind]
+    z, y, x = _pose(grid, rng, shrink)
+    wm, gm, csf, brain, supratentorial = make(grid, rng, z, y, x)
     depth = ndimage.distance_transform_edt(brain).astype(np.float32) * np.float32(grid.spacing)
     return Anatomy(grid, wm, gm, csf, brain, depth, supratentorial)
 
@@ -115,11 +102,8 @@ def _limited(sheet: np.ndarray, beyond: np.ndarray) -> np.ndarray:
 
 
 def _folds(rng: np.random.Generator, grid: Grid, pitch_mm: float) -> np.ndarray:
-    """Distance in mm to the zero surface of a smooth random field: winding sheets, used as the middle of sulci."""
-    noise = smooth_noise(rng, grid, pitch_mm)
-    gradient = np.gradient(noise, grid.spacing)
-    slope = np.sqrt(gradient[0] ** 2 + gradient[1] ** 2 + gradient[2] ** 2)
-    return np.abs(noise) / np.maximum(slope, np.float32(0.3 / pitch_mm))
+    """Distance in mm to winding sheets, used as the middle of sulci."""
+    return distance_to_zero(rng, grid, pitch_mm, least_slope=0.3 / pitch_mm)
 
 
 def _procedural(grid: Grid, rng: np.random.Generator, z, y, x):
@@ -191,11 +175,8 @@ def _load_atlas(spacing: float) -> tuple[list[np.ndarray], np.ndarray]:
             "anatomy 'mni' needs nilearn, which is not installed. Install it (pip install nnunetv2_mstkd[demo]) "
             "or use anatomy 'procedural'"
         ) from error
-    images = [
-        datasets.load_mni152_wm_template(resolution=1),
-        datasets.load_mni152_gm_template(resolution=1),
-        datasets.load_mni152_brain_mask(resolution=1),
-    ]
+    loaders = datasets.load_mni152_wm_template, datasets.load_mni152_gm_template, datasets.load_mni152_brain_mask
+    images = [load(resolution=1) for load in loaders]
     wm, gm, brain = (np.ascontiguousarray(np.asarray(image.dataobj, dtype=np.float32).T) for image in images)
     brain = ndimage.binary_fill_holes(brain > 0.5)
     # blur to the voxel size before sampling, so that coarse voxels mix tissues instead of picking one

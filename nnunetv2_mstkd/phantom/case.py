@@ -50,11 +50,6 @@ def make_case(seed: int, *, spacing: float = 2.0, recipe: str = "default", anato
     anatomy
         ``"procedural"`` or ``"mni"`` (needs nilearn).
 
-    Raises
-    ------
-    ValueError
-        If an argument is out of range.
-
     Notes
     -----
     Arrays are in SimpleITK order (z, y, x). A phantom reproduces which modality shows which region; numbers measured on

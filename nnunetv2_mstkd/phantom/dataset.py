@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import shutil
+import re
 import statistics
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +20,7 @@ import SimpleITK as sitk
 from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import complete_image, scratch_folder, write_json
+from nnunetv2_mstkd.images.atomic import complete_image, replace_folder, scratch_folder, write_json
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
 
@@ -61,16 +64,12 @@ def write_dataset(
     ----------
     folder_raw
         nnU-Net's raw folder (``nnUNet_raw``); created if necessary.
-    dataset_id
-        Number of the data set, 1 to 999.
-    name
-        Name of the data set: letters, digits, ``_`` and ``-``.
+    dataset_id, name
+        Number of the data set, 1 to 999, and its name: letters, digits, ``_`` and ``-``.
     cases, test_cases
         Numbers of training (at least 1) and test cases (at least 0).
-    spacing, recipe, anatomy
+    spacing, recipe, anatomy, seed
         See :func:`nnunetv2_mstkd.phantom.make_case`.
-    seed
-        Non-negative integer.
     workers
         Number of processes; by default one per available core, at most 8. Processes are spawned, so a script needs the
         usual ``if __name__ == "__main__":``; 1 works in this process.
@@ -81,25 +80,19 @@ def write_dataset(
 
     Returns
     -------
-    Written
-        The folder, and whether it was written now; if not, it already held exactly these cases.
-
-    Raises
-    ------
-    ValueError
-        If an argument is out of range, the folder holds something else, or the id belongs to another data set.
+    The folder, and whether it was written now; if not, it already held exactly these cases.
     """
     check_arguments(spacing=spacing, recipe=recipe, anatomy=anatomy, seed=seed)
     if not 1 <= dataset_id <= 999:
         raise InputError(f"dataset id must be between 1 and 999, found {dataset_id}")
-    if not name or not name.replace("_", "").replace("-", "").isalnum():
+    if not re.fullmatch("[A-Za-z0-9_-]+", name):
         raise InputError(f"data set name must consist of letters, digits, '_' and '-', found {name!r}")
-    if cases < 1:
-        raise InputError(f"cases must be at least 1, found {cases}")
-    if test_cases < 0:
-        raise InputError(f"test cases must be at least 0, found {test_cases}")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers must be at least 1, found {workers}")
+    if "__" in name:
+        raise InputError(f"data set name must not have '__', at which nnU-Net splits names of results, found {name!r}")
+    processes = default_workers() if workers is None else workers
+    for what, found, least in (("cases", cases, 1), ("test cases", test_cases, 0), ("workers", processes, 1)):
+        if found < least:
+            raise InputError(f"{what} must be at least {least}, found {found}")
 
     folder_raw = Path(folder_raw)
     folder = folder_raw / f"Dataset{dataset_id:03d}_{name}"
@@ -126,26 +119,15 @@ def write_dataset(
         )
 
     with scratch_folder(folder) as unfinished:
-        volumes = _write_cases(unfinished, parameters, recipe, workers, progress)
+        volumes = _write_cases(unfinished, parameters, recipe, processes, progress)
         write_json(unfinished / RECORD, {"parameters": parameters, "cases": volumes})
         write_json(unfinished / "dataset.json", _dataset_json(name, cases, parameters))
-        replaced = unfinished.with_suffix(".replaced")
-        shutil.rmtree(replaced, ignore_errors=True)
-        if folder.exists():
-            folder.rename(replaced)
-        unfinished.rename(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        replace_folder(folder, unfinished)
     return Written(folder, True)
 
 
 def read_record(folder: Path | str) -> dict:
-    """Read phantom.json: ``parameters`` of the images and ``cases``, which maps each case to its volumes in ml.
-
-    Raises
-    ------
-    FileNotFoundError
-        If the folder holds none.
-    """
+    """Read phantom.json: ``parameters`` of the images and ``cases``, which maps each case to its volumes in ml."""
     path = Path(folder) / RECORD
     if not path.is_file():
         raise MissingFileError(f"{path} does not exist: {folder} was not written by mstkd phantom")
@@ -189,8 +171,9 @@ def _require_same(folder: Path, parameters: dict) -> None:
                     raise InputError(f"{folder} exists with other numbers in its recipe {found!r}: {hint}")
             raise InputError(f"{folder} exists with {key} {found!r}, asked for {wanted!r}: {hint}")
     for split, suffix in (("cases", "Tr"), ("test_cases", "Ts")):
-        images = len(list((folder / f"images{suffix}").glob(f"*{FILE_ENDING}")))
-        labels = len(list((folder / f"labels{suffix}").glob(f"*{FILE_ENDING}")))
+        images, labels = (
+            len(list((folder / f"{kind}{suffix}").glob(f"*{FILE_ENDING}"))) for kind in ("images", "labels")
+        )
         if images != parameters[split] * len(MODALITIES) or labels != parameters[split]:
             raise InputError(
                 f"{folder} should hold {parameters[split]} {split} and has {images} images and {labels} labels: {hint}"
@@ -210,7 +193,7 @@ def _dataset_json(name: str, cases: int, parameters: dict) -> dict:
 
 
 def _write_cases(
-    folder: Path, parameters: dict, recipe: str, workers: int | None, progress: bool
+    folder: Path, parameters: dict, recipe: str, workers: int, progress: bool
 ) -> dict[str, dict[str, float]]:
     """Write the images and labels of all cases; return their volumes."""
     jobs = []
@@ -220,29 +203,19 @@ def _write_cases(
         for number in range(parameters["cases" if split == "train" else "test_cases"]):
             jobs.append((f"{prefix}{number:03d}", suffix, case_seed(parameters["seed"], split, number)))
     arguments = {"spacing": parameters["spacing"], "recipe": recipe, "anatomy": parameters["anatomy"]}
-    workers = min(workers or default_workers(), len(jobs))
-    volumes = {}
-    with tqdm(total=len(jobs), desc="phantom cases", disable=not progress) as bar:
-        if workers == 1:
-            for identifier, suffix, seed in jobs:
-                volumes[identifier] = _write_case(folder, identifier, suffix, seed, arguments)
-                bar.update()
-        else:
+    work = partial(_write_case, folder, arguments)
+    with ExitStack() as stack:
+        run: Callable[..., Iterable] = map
+        if workers > 1 and len(jobs) > 1:
             # spawn: a forked child of a process with running threads (torch, SimpleITK) may hang
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(workers, mp_context=context) as pool:
-                futures = {pool.submit(_write_case, folder, *job, arguments): job[0] for job in jobs}
-                try:
-                    for future in as_completed(futures):
-                        volumes[futures[future]] = future.result()
-                        bar.update()
-                except BaseException:
-                    pool.shutdown(wait=True, cancel_futures=True)
-                    raise
-    return {job[0]: volumes[job[0]] for job in jobs}
+            run = stack.enter_context(ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context)).map
+        volumes = list(tqdm(run(work, jobs), "phantom cases", len(jobs), disable=not progress))
+    return {job[0]: volume for job, volume in zip(jobs, volumes, strict=True)}
 
 
-def _write_case(folder: Path, identifier: str, suffix: str, seed: int, arguments: dict) -> dict[str, float]:
+def _write_case(folder: Path, arguments: dict, job: tuple[str, str, int]) -> dict[str, float]:
+    identifier, suffix, seed = job
     case = make_case(seed, **arguments)
     for channel, image in enumerate(case.images):
         path = folder / f"images{suffix}" / f"{identifier}_{channel:04d}{FILE_ENDING}"

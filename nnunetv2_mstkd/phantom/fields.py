@@ -64,10 +64,6 @@ def smooth_noise(rng: np.random.Generator, grid: Grid, pitch_mm: float) -> np.nd
 
     Parameters
     ----------
-    rng
-        Source of the lattice values.
-    grid
-        Where to evaluate the field.
     pitch_mm
         Distance of the lattice nodes; structures are about twice as large.
 
@@ -89,3 +85,11 @@ def smooth_noise(rng: np.random.Generator, grid: Grid, pitch_mm: float) -> np.nd
         )
     # the variance of a cubic B-spline sum of unit white noise, averaged over one cell, is 151/315 per axis
     return values / np.float32((151 / 315) ** 1.5)
+
+
+def distance_to_zero(rng: np.random.Generator, grid: Grid, pitch_mm: float, *, least_slope: float) -> np.ndarray:
+    """Distance in mm to the zero surface of a smooth random field, whose slope per mm counts as at least so much."""
+    noise = smooth_noise(rng, grid, pitch_mm)
+    gradient = np.gradient(noise, grid.spacing)
+    slope = np.sqrt(gradient[0] ** 2 + gradient[1] ** 2 + gradient[2] ** 2)
+    return np.abs(noise) / np.maximum(slope, np.float32(least_slope))

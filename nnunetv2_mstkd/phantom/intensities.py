@@ -6,7 +6,7 @@ import numpy as np
 from scipy import ndimage
 
 from nnunetv2_mstkd.phantom.anatomy import Anatomy
-from nnunetv2_mstkd.phantom.fields import smooth_noise
+from nnunetv2_mstkd.phantom.fields import distance_to_zero, smooth_noise
 from nnunetv2_mstkd.phantom.recipe import CLASSES, LABELS, MODALITIES, Recipe
 from nnunetv2_mstkd.phantom.tumor import Tumor
 
@@ -15,12 +15,9 @@ WM_LEVEL = 1000.0
 
 
 def render(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
-    """Render the four modalities of one case.
+    """Render T1, T1ce, T2 and FLAIR of one case: int16, shape (4, z, y, x).
 
-    Returns
-    -------
-    ndarray of int16, shape (4, z, y, x), channels T1, T1ce, T2, FLAIR. Exactly 0 outside the brain, at least 1
-    inside, in every modality.
+    Exactly 0 outside the brain and at least 1 inside, in every modality.
     """
     grid = anatomy.grid
     maps = soft_classes(anatomy, tumor, recipe)
@@ -95,10 +92,7 @@ def _vessels(anatomy: Anatomy, tumor: Tumor, recipe: Recipe, rng: np.random.Gene
     for _ in range(recipe.vessel_fields):
         squared = np.zeros(grid.shape, np.float32)
         for _ in range(2):
-            field = smooth_noise(rng, grid, 11.0)
-            gradient = np.gradient(field, grid.spacing)
-            slope = np.sqrt(gradient[0] ** 2 + gradient[1] ** 2 + gradient[2] ** 2)
-            squared += (field / np.maximum(slope, np.float32(0.03))) ** 2
+            squared += distance_to_zero(rng, grid, 11.0, least_slope=0.03) ** 2
         distance = np.sqrt(squared)
         # cross-section: area of the tube over area of the voxel where the tube is thinner than a voxel
         cover = np.clip((recipe.vessel_radius_mm - distance) / grid.spacing + 0.5, 0, 1)

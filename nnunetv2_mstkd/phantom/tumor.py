@@ -37,12 +37,7 @@ def grow_tumor(anatomy: Anatomy, recipe: Recipe, rng: np.random.Generator) -> Tu
     ``2 sqrt(D rho)``, so the time at which it arrives solves ``|grad T| sqrt(D) = const`` (the traveling-time
     formulation of Konukoglu et al., "Image guided personalization of reaction-diffusion type tumor growth models", IEEE
     TMI 29, 2010). That equation is solved by fast marching with D(WM) : D(GM) = 10 : 1 and D(CSF) = 0; the whole tumor
-    is the level set of the wanted volume.
-
-    Returns
-    -------
-    Tumor
-        Labels are nested (core inside the whole tumor) and inside the brain.
+    is the level set of the wanted volume. Labels are nested (core inside the whole tumor) and inside the brain.
     """
     grid = anatomy.grid
     volume_ml = float(
@@ -115,9 +110,7 @@ def _whole_tumor(anatomy: Anatomy, seed, volume_ml: float, rng) -> tuple[np.ndar
     limit = np.partition(time[reached], wanted - 1)[wanted - 1]
     whole = reached & (time <= limit)
     parts, _ = ndimage.label(whole)
-    whole = parts == parts[seed]
-    whole = ndimage.binary_fill_holes(whole)
-    return whole, time
+    return ndimage.binary_fill_holes(parts == parts[seed]), time
 
 
 def _core(grid: Grid, whole, time, seed, fraction: float, rng) -> np.ndarray:
