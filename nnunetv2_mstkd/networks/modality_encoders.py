@@ -46,13 +46,12 @@ class StageFusion(nn.Module):
         common = {name: getattr(encoder, name) for name in self.LAYERS}
         self.stages = nn.ModuleList()
         for stage, (features, width) in enumerate(zip(encoder.output_channels, modality_widths, strict=True)):
-            widths = (num_modalities * width, features, features)
-            layers = zip(widths, (1, encoder.kernel_sizes[stage], 1), strict=True)
-            self.stages.append(
-                nn.Sequential(
-                    *(ConvDropoutNormReLU(encoder.conv_op, one, features, kernel, 1, **common) for one, kernel in layers)
-                )
-            )
+            incoming = (num_modalities * width, features, features)
+            layers = [
+                ConvDropoutNormReLU(encoder.conv_op, channels, features, kernel, 1, **common)
+                for channels, kernel in zip(incoming, (1, encoder.kernel_sizes[stage], 1), strict=True)
+            ]
+            self.stages.append(nn.Sequential(*layers))
         self.apply(InitWeights_He(1e-2))
 
     def forward(self, stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:

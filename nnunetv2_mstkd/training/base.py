@@ -62,7 +62,7 @@ class SettingsTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._given = dict(self.configuration_manager.configuration.get(BLOCK) or {})
         self._resumed = False
-        self._split: dict[str, list[str]] | None = None
+        self.split: dict[str, list[str]] | None = None
         self._initial_sum = 0.0
         self._loader_processes: list[BaseProcess] = []
         self._step_in_epoch = 0
@@ -265,7 +265,7 @@ class SettingsTrainer(nnUNetTrainer):
         if not self.was_initialized:
             self.initialize()
         train, validation = self.do_split()
-        self._split = {"train": sorted(map(str, train)), "val": sorted(map(str, validation))}
+        self.split = {"train": sorted(map(str, train)), "val": sorted(map(str, validation))}
         self.prepare_training()
         super().on_train_start()
         if self.local_rank == 0:
@@ -392,11 +392,11 @@ class SettingsTrainer(nnUNetTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Return what goes to ``checkpoint["mstkd"]``: tensors and plain Python, nothing that prediction needs."""
-        return {"split": self._split}
+        return {"split": self.split}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""
-        self._split = state.get("split")
+        self.split = state.get("split")
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint with one more key, to a temporary file first: never half a file."""
