@@ -165,10 +165,13 @@ class AlignedEncoders(nn.Module):
         return fused, aligned
 
 
+Front: TypeAlias = AlignedStem | AlignedEncoders
+
+
 class _AlignedInput(AvailabilityAware):
     """What both networks share: which modalities there are, and the front's answer."""
 
-    front: AlignedStem | AlignedEncoders
+    front: Front
 
     def enter(self, x: torch.Tensor, complete: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
         """Input of the encoder, and the alignment loss if the complete batch is given."""
@@ -183,7 +186,7 @@ class _AlignedInput(AvailabilityAware):
 class MedMAPUNet(_AlignedInput):
     """The plans' U-Net behind an aligning front; ``encoder`` may be the fusion of one encoder per modality."""
 
-    def __init__(self, front: AlignedStem | AlignedEncoders, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, front: Front, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.front, self.encoder, self.decoder = front, encoder, decoder
 
@@ -201,15 +204,8 @@ class MedMAPUNet(_AlignedInput):
 class MedMAPTransformerUNet(MultiScaleTransformerUNet, _AlignedInput):
     """MST-KDNet's network behind an aligning front."""
 
-    def __init__(
-        self,
-        front: AlignedStem | AlignedEncoders,
-        encoder: Any,
-        decoder: Any,
-        shape: UNetShape,
-        section: NetworkSettings,
-    ) -> None:
-        super().__init__(encoder, decoder, shape, added)
+    def __init__(self, front: Front, encoder: Any, decoder: Any, shape: UNetShape, section: NetworkSettings) -> None:
+        super().__init__(encoder, decoder, shape, section)
         self.front = front
 
     def forward(self, x: torch.Tensor, *, complete: torch.Tensor | None = None, **options: bool):
@@ -244,7 +240,7 @@ class AlignedDesign(NetworkDesign):
     def build(self, plan: UNetPlan, settings: Settings) -> Any:
         return MedMAPUNet(*self.parts(plan, settings[MedMAPSettings]))
 
-    def parts(self, plan: UNetPlan, section: MedMAPSettings) -> tuple[AlignedStem | AlignedEncoders, Any, Any]:
+    def parts(self, plan: UNetPlan, section: MedMAPSettings) -> tuple[Front, Any, Any]:
         """Build front, encoder and decoder."""
         if section.placement == "stem":
             unet = plan.replace(num_modalities=plan.num_modalities * (section.features or 1)).build()
