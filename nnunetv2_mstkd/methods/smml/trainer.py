@@ -61,7 +61,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
         if smml.prior != "none":
             heads = self.label_manager.num_segmentation_heads
             self.refiners = torch.nn.ModuleList(
-                RefinementNet(student.encoder, self._num_modalities, heads, smml.refinement_width)
+                RefinementNet(student.encoder, self.num_input_channels, heads, smml.refinement_width)
                 for student in network.students
             ).to(self.device)
             trained.append(self.refiners)
@@ -87,10 +87,6 @@ class SMMLTrainer(ModalityDropoutTrainer):
     def smml(self) -> SMMLSettings:
         """The method's own section."""
         return self.settings[SMMLSettings]
-
-    @property
-    def _num_modalities(self) -> int:
-        return len(modalities.modality_names(self.dataset_json))
 
     def prepare_training(self) -> None:
         super().prepare_training()
@@ -170,7 +166,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
         return self.iteration >= self.smml.warmup * self.total_iterations
 
     def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
-        data, labels = data[:, : self._num_modalities], data[:, self._num_modalities :]
+        data, labels = data[:, : self.num_input_channels], data[:, self.num_input_channels :]
         availability = self.draw_availability(len(data))
         subsets = (availability, self.draw_partner(availability))
         inputs = [modalities.mask_modalities(data, subset) for subset in subsets]
