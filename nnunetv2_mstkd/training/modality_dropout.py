@@ -97,7 +97,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         values = {"segmentation": total}
         student = student._replace(logits=finest(student.logits))
         with torch.autocast(self.device.type, enabled=False):
-            label = self.read_target(target[0] if isinstance(target, list) else target)
+            label = self.read_target(finest(target))
             label = label._replace(weight=self.voxel_weight(student, teacher, label))
             factor = self.teacher_factor()
             for term in self.terms:
@@ -182,9 +182,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         with self._autocast():
             output = self.network(modalities.mask_modalities(data, self.validation_subsets[rows]))
             loss = self.loss(output, target)
-        if self.enable_deep_supervision:
-            output, target = output[0], target[0]
-        counts = self._count(output, target)
+        counts = self._count(finest(output), finest(target))
         return {"loss": loss.detach().cpu().numpy(), "counts": counts, "rows": rows.numpy()}
 
     def _count(self, output: torch.Tensor, target: torch.Tensor) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
+from dynamic_network_architectures.building_blocks.helper import get_matching_instancenorm
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 from torch.nn import functional
@@ -113,17 +114,14 @@ class AlignedStem(nn.Module):
     def __init__(self, encoder: Any, num_modalities: int, section: MedMAPSettings) -> None:
         super().__init__()
         features = section.features or 1
-        convolution, kernel = encoder.conv_op, encoder.kernel_sizes[0]
-        dimensions = 2 if issubclass(convolution, nn.Conv2d) else 3
-        kernel = [kernel] * dimensions if isinstance(kernel, int) else list(kernel)
-        width = num_modalities * features
+        convolution, width = encoder.conv_op, num_modalities * features
+        # whatever the plans normalise with: a batch's statistics would carry absent images into other samples
+        norm = get_matching_instancenorm(convolution)
         layers: list[nn.Module] = []
-        for incoming, edges in ((num_modalities, kernel), (width, [1] * dimensions)):
-            padding = [(edge - 1) // 2 for edge in edges]
+        for incoming, kernel in ((num_modalities, encoder.kernel_sizes[0]), (width, 1)):
             layers += [
-                convolution(incoming, width, edges, padding=padding, groups=num_modalities, bias=encoder.conv_bias),
-                # whatever the plans normalise with: a batch's statistics would carry absent images into other samples
-                (nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d)(width, affine=True),
+                convolution(incoming, width, kernel, padding="same", groups=num_modalities, bias=encoder.conv_bias),
+                norm(width, affine=True),
                 encoder.nonlin(**(encoder.nonlin_kwargs or {})),
             ]
         self.layers = nn.Sequential(*layers)

@@ -111,34 +111,30 @@ def _affordable_depth(plan: UNetPlan, section: NetworkSettings) -> int:
     return floor
 
 
-def _convolutions(architecture_kwargs: Mapping[str, Any], stage: int, stages: int, decoder: bool) -> int:
-    key = "n_conv_per_stage_decoder" if decoder else "n_conv_per_stage"
-    count = architecture_kwargs.get(key)
-    if count is None:  # residual blocks of two convolutions each
-        blocks = architecture_kwargs["n_blocks_per_stage"]
-        return 2 * (blocks if isinstance(blocks, int) else blocks[stage])
-    if isinstance(count, int):
-        return count
-    return count[stages - 2 - stage] if decoder else count[stage]
+def _per_stage(value: int | Sequence[int], stages: int) -> list[int]:
+    return [value] * stages if isinstance(value, int) else list(value)
 
 
 def _unet_cost(shape: UNetShape, architecture_kwargs: Mapping[str, Any]) -> tuple[float, float]:
     """Parameters and multiply-adds of the plans' U-Net; what depends on modalities and labels is left out."""
-    stages = len(shape.widths)
+    stages, plain = len(shape.widths), "n_conv_per_stage" in architecture_kwargs
+    if plain:
+        encoder = _per_stage(architecture_kwargs["n_conv_per_stage"], stages)
+    else:  # residual blocks of two convolutions each
+        encoder = [2 * blocks for blocks in _per_stage(architecture_kwargs["n_blocks_per_stage"], stages)]
+    decoder = _per_stage(architecture_kwargs["n_conv_per_stage_decoder"], stages - 1)[::-1]
     parameters = flops = 0.0
     # the stem before residual blocks already gives the first width; a plain encoder's first convolution is left out
-    below = 0 if "n_conv_per_stage" in architecture_kwargs else shape.widths[0]
+    below = 0 if plain else shape.widths[0]
     for stage, (width, grid) in enumerate(zip(shape.widths, shape.grids, strict=True)):
         kernel = architecture_kwargs["kernel_sizes"][stage]
         taps = math.prod(kernel) if isinstance(kernel, (list, tuple)) else kernel ** len(grid)
-        count = _convolutions(architecture_kwargs, stage, stages, decoder=False)
-        weights = taps * (below * width + (count - 1) * width**2)
+        weights = taps * (below * width + (encoder[stage] - 1) * width**2)
         if stage < stages - 1:
             deeper = shape.widths[stage + 1] * width * math.prod(shape.strides[stage + 1])
-            decoder = taps * width**2 * (1 + _convolutions(architecture_kwargs, stage, stages, decoder=True))
             flops += deeper * math.prod(shape.grids[stage + 1])
             parameters += deeper
-            weights += decoder
+            weights += taps * width**2 * (1 + decoder[stage])
         parameters += weights
         flops += weights * math.prod(grid)
         below = width
@@ -209,7 +205,7 @@ class MultiScaleTransformer(nn.Module):
         The first two are ordered deep to shallow (level 0 is the bottleneck itself), the attention maps shallow to
         deep; they are empty unless ``return_attention``.
         """
-        grid = bottleneck.shape[2:]
+        within = (..., *(slice(size) for size in bottleneck.shape[2:]))  # without the padding
         x = self.embed(self._pad(bottleneck))
         token_grid = x.shape[2:]
         x = (x + self._position_on(token_grid)).flatten(2).transpose(1, 2)
@@ -224,7 +220,7 @@ class MultiScaleTransformer(nn.Module):
         maps, additions = [], []
         for level, state in enumerate(reversed(hidden)):
             state = self.norms[level](state).transpose(1, 2).unflatten(2, token_grid)
-            state = self._crop(self.unpatch(state), grid)
+            state = self.unpatch(state)[within]
             if level > 0:
                 state = self.pyramids[level - 1](state)
             maps.append(state)
@@ -237,12 +233,6 @@ class MultiScaleTransformer(nn.Module):
         if not any(missing):
             return x
         return functional.pad(x, [edge for size in reversed(missing) for edge in (0, size)])
-
-    @staticmethod
-    def _crop(x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-        for axis, size in enumerate(grid):
-            x = x.narrow(axis + 2, 0, size)
-        return x
 
     def _position_on(self, grid: Sequence[int]) -> torch.Tensor:
         if tuple(grid) == tuple(self.position.shape[2:]):

@@ -91,7 +91,7 @@ class FileNetwork:
     InputError or MissingFileError if there is no such file, it is no TorchScript, or its output has another shape.
     """
 
-    def __init__(self, file: Path, *, heads: int, patch_size: Sequence[int], device: torch.device) -> None:
+    def __init__(self, file: Path, heads: int, patch_size: Sequence[int], device: torch.device) -> None:
         if not file.is_file():
             raise MissingFileError(
                 f"setting smml.prior_path: {file} does not exist; expected a TorchScript file (torch.jit.save)"
