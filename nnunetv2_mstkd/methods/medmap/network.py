@@ -26,7 +26,7 @@ from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
 from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
 from nnunetv2_mstkd.training.design import NetworkDesign
-from nnunetv2_mstkd.training.settings import Section, Settings, require
+from nnunetv2_mstkd.training.settings import Section, Settings
 
 MAX_STEM_FEATURES = 4
 """Channels per modality of the stem at most, unless the settings say more."""
@@ -220,13 +220,9 @@ class AlignedDesign(NetworkDesign):
 
     def check(self, plan: UNetPlan, settings: Settings, names: Sequence[str]) -> None:
         super().check(plan, settings, names)
-        fixed = settings[MedMAPSettings].fixed_channel
-        require(
-            fixed is None or fixed < len(names),
-            "medmap.fixed_channel",
-            fixed,
-            f"a channel number of the data set: 0 ... {len(names) - 1} ({', '.join(names)})",
-        )
+        section, last = settings[MedMAPSettings], len(names) - 1
+        expected = f"a channel number of the data set: 0 ... {last} ({', '.join(names)})"
+        section.require((section.fixed_channel or 0) <= last, "fixed_channel", expected)
 
     def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
         """``features``: half of the planned finest width for all modalities, so that the stem stays cheap beside it."""
