@@ -69,22 +69,8 @@ def plans(
 ) -> dict[str, Any]:
     """Return plans with one configuration, "tiny": three stages of 8, 16 and 24 channels on 16 voxels per axis.
 
-    Parameters
-    ----------
-    dimensions
-        2 or 3.
-    channels, batch_size
-        Modalities, and samples per batch.
-    edge
-        Patch size per axis.
-    residual
-        ResidualEncoderUNet instead of PlainConvUNet.
-    batch_dice
-        As in nnU-Net's plans.
-    block
-        The ``"mstkd"`` block of the configuration.
-    features
-        Channels per stage.
+    ``edge`` is the patch size per axis, ``residual`` asks for a ResidualEncoderUNet instead of a PlainConvUNet,
+    ``block`` is the ``"mstkd"`` block of the configuration and ``features`` are the channels per stage.
     """
     stages = len(features)
     arch_kwargs = {
@@ -171,18 +157,8 @@ def make_trainer(
 ) -> Any:
     """Return a trainer after ``initialize``, below nnU-Net's folders. It has no data, so it can only take steps.
 
-    Parameters
-    ----------
-    cls
-        Trainer class.
-    given_plans
-        Plans with a configuration "tiny"; None: :func:`plans` with ``options``.
-    channels, labels
-        See :func:`dataset_json`.
-    deep_supervision
-        Whether the decoder returns logits of every stage.
-    fold, seed
-        Fold, and seed of the weights.
+    Its configuration is "tiny" of the given plans, or of :func:`plans` with ``options``; ``labels`` are those of
+    :func:`dataset_json`, ``seed`` is that of the weights.
     """
     write_empty_data()
     content: Any = plans(channels=channels, **options) if given_plans is None else copy.deepcopy(dict(given_plans))
@@ -263,24 +239,15 @@ def same(first: Any, second: Any) -> bool:
 
 
 class Observed(NamedTuple):
-    """What a training step and a validation step let out.
-
-    Attributes
-    ----------
-    logits
-        Full-resolution logits of the training step, one row per sample.
-    loss
-        The logged loss.
-    gradients
-        By parameter.
-    counts
-        True and false positives and false negatives, and the loss, of online validation.
-    """
+    """What a training step and a validation step let out."""
 
     logits: torch.Tensor
+    """Full-resolution logits of the training step, one row per sample."""
     loss: float
+    """The logged segmentation loss."""
     gradients: dict[str, torch.Tensor]
     counts: torch.Tensor
+    """True and false positives and false negatives, and the loss, of online validation."""
 
 
 def _logits_of(output: Any) -> torch.Tensor:
@@ -324,10 +291,7 @@ def observe(trainer: Any, content: dict[str, Any]) -> Observed:
 def assert_no_leak(trainer: Any) -> None:
     """Assert that what absent channels hold changes no bit of logits, segmentation loss, gradients and validation.
 
-    Parameters
-    ----------
-    trainer
-        From :func:`make_trainer` with a batch size of 2^C - 1: every sample has another subset.
+    The batch has 2^C - 1 samples, each with another subset.
     """
     subsets = modalities.all_subsets(trainer.num_input_channels)
     content = batch(trainer, batch_size=len(subsets))
@@ -448,11 +412,6 @@ def check_seed(cls: type, folder: Path, **options: Any) -> None:
 
 
 CHECKS: tuple[Callable[..., None], ...] = (
-    check_no_leak,
-    check_permutation,
-    check_full_subset,
-    check_frozen_teacher,
-    check_extreme_values,
-    check_seed,
-)
+    check_no_leak, check_permutation, check_full_subset, check_frozen_teacher, check_extreme_values, check_seed,
+)  # fmt: skip
 """All checks; those that do not apply to a trainer (no teacher, no missing modalities) return at once."""

@@ -64,7 +64,7 @@ class Case:
     def full(self, *, deep_supervision: bool = False, seed: int = 1) -> MultiScaleTransformerUNet:
         torch.manual_seed(seed)
         unet = dataclasses.replace(self.plan, deep_supervision=deep_supervision).build()
-        return MultiScaleTransformerUNet(unet, self.shape, self.network).eval()
+        return MultiScaleTransformerUNet(unet.encoder, unet.decoder, self.shape, self.network).eval()
 
     def trained(self, **options: Any) -> MultiScaleTransformerUNet:
         """With projections away from zero, as after some training."""

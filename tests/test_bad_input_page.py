@@ -100,7 +100,7 @@ def trainer(name: str, **changes: Any) -> Any:
     content = tiny.plans()
     content["configurations"]["tiny"].update(changes)
     made = tiny.make_trainer(getattr(methods, name), content)
-    made._split = {"train": ["a"], "val": ["b"]}
+    made.split = {"train": ["a"], "val": ["b"]}
     return made
 
 

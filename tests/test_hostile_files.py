@@ -180,16 +180,7 @@ def test_a_teacher_whose_plans_would_empty_a_file_is_refused(make_trainer, tmp_p
     file = tmp_path / "checkpoint_final.pth"
     trainer.save_checkpoint(str(file))
     with pytest.raises(ValueError, match=r"teacher .*checkpoint_final\.pth names 'logging\.basicConfig' as nonlin"):
-        load_teacher(
-            file,
-            results_root=tmp_path,
-            trainer=trainers.MSTKDTeacherTrainer,
-            student_configuration=trainer.configuration_manager,
-            student_plans=trainer.plans_manager,
-            dataset_json=trainer.dataset_json,
-            split={},
-            device=CPU,
-        )
+        load_teacher(file, trainers.MSTKDTeacherTrainer, trainer)
     assert victim.read_text() == "years of work"
 
 

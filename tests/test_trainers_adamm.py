@@ -233,7 +233,7 @@ def test_bank_and_subsets_are_stored_resolved(make_trainer):
         ({"reduction": 0}, r"adamm\.reduction"),
         ({"nodes": 1}, r"adamm\.nodes"),
         ({"style": -1}, r"adamm\.style"),
-        ({"presence_weight": 0}, r"adamm\.presence_weight is 0, expected a number above 0"),
+        ({"presence_weight": 0}, r"adamm\.presence_weight is 0\.0, expected a number above 0"),
         ({"gate": 1.0}, r"adamm\.gate"),
         ({"gate": 0.2, "presence": False}, r"adamm\.gate"),
     ],

@@ -66,10 +66,10 @@ def test_the_checkpoints_settings_win_when_a_training_goes_on(models):
     configure(models, schedule__epochs=9, mstkd__kl=0.0, sampler__kind="by_size")
     trainer = build()
     kind = trainer.settings[SamplerSettings].kind
-    assert (trainer.num_epochs, trainer.is_active("kl"), kind) == (9, False, "by_size")
+    assert (trainer.num_epochs, bool(trainer.active("kl")), kind) == (9, False, "by_size")
     trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))
     kind = trainer.settings[SamplerSettings].kind
-    assert (trainer.num_epochs, trainer.is_active("kl"), kind) == (2, True, "uniform")
+    assert (trainer.num_epochs, bool(trainer.active("kl")), kind) == (2, True, "uniform")
     assert trainer.sampler.kind == "uniform" and trainer.num_iterations_per_epoch == 2
     assert block_of(trainer.plans_manager.plans)["schedule"]["epochs"] == 2
     assert trainer.configuration_manager.configuration["mstkd"]["schedule"]["epochs"] == 2

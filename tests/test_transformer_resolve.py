@@ -63,7 +63,8 @@ def shares(name: str, depth: int) -> tuple[float, float]:
     """Parameters and FLOPs that a transformer of this depth adds, as shares of the plans' U-Net."""
     case, (unet, base) = COSTS[name], unet_and_flops(name)
     with torch.device("meta"):
-        network = MultiScaleTransformerUNet(unet, case.shape, dataclasses.replace(case.network, depth=depth))
+        section = dataclasses.replace(case.network, depth=depth)
+        network = MultiScaleTransformerUNet(unet.encoder, unet.decoder, case.shape, section)
     added = sum(parameter.numel() for module in network.transformer.modules() for parameter in module.parameters(False))
     own = sum(parameter.numel() for parameter in unet.parameters())
     return added / own, (flops(network, case) - base) / base

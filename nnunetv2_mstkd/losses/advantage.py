@@ -17,32 +17,17 @@ def teacher_advantage(
     regions: bool,
     valid: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Where the teacher is more right than the student: a ``voxel_weight`` for the functions of this module.
+    """Where the teacher is more right than the student: a ``voxel_weight`` for losses of logits.
 
     1 where the teacher's cross-entropy against the label (binary cross-entropy summed over regions, or softmax
     cross-entropy) is strictly lower than the student's, else 0. Not part of MST-KDNet (MICCAI 2025), which copies the
     teacher everywhere: a teacher that is itself undertrained then holds the student back.
 
-    Parameters
-    ----------
-    student, teacher : Tensor, shape (B, K, *spatial)
-        Logits of K overlapping regions (sigmoid) or K classes (softmax).
-    target : Tensor
-        Shape (B, K, *spatial) of 0 and 1 for regions, (B, 1, *spatial) of class numbers otherwise, of any type. Voxels
-        that are not valid may hold anything.
-    regions : bool
-        True for region heads, False for softmax classes.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out (ignore label); they get 0. None: all are valid.
+    ``target`` is the label; see :mod:`nnunetv2_mstkd.losses` for this and the other arguments.
 
     Returns
     -------
-    Tensor of float32, shape (B, 1, *spatial), entries 0 or 1, without a graph.
-
-    Raises
-    ------
-    ValueError
-        If shapes or types do not fit.
+    Tensor of float32, shape (B, 1, *spatial), entries 0 or 1, without a graph; 0 at voxels that are not valid.
     """
     check_logits(student, teacher, regions)
     expected = tuple(student.shape) if regions else (student.shape[0], 1, *student.shape[2:])

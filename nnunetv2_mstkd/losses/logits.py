@@ -1,8 +1,13 @@
-"""Checks that all losses on logits share."""
+"""What all losses of logits share: checks of their arguments, and probabilities."""
 
 from __future__ import annotations
 
 import torch
+
+
+def probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Sigmoid of region heads or softmax over classes, float32; of the shape of the logits, (B, K, *spatial)."""
+    return logits.float().sigmoid() if regions else logits.float().softmax(1)
 
 
 def check_logits(student: torch.Tensor, teacher: torch.Tensor, regions: bool) -> None:

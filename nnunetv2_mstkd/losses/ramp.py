@@ -12,23 +12,8 @@ def ramp(step: int, total_steps: int, fraction: float = 0.1) -> float:
     (MICCAI 2025) ramps over 20 of its 200-300 epochs; the paper prints no schedule. Changed: by iteration and as a
     fraction of the training, so that a short training reaches full weight too.
 
-    Parameters
-    ----------
-    step : int
-        Iterations done so far, over all epochs, at least 0.
-    total_steps : int
-        Iterations of the whole training.
-    fraction : float
-        Part of the training over which the weight rises; 0 switches the ramp off after the first iteration.
-
-    Returns
-    -------
-    float in [exp(-5), 1].
-
-    Raises
-    ------
-    ValueError
-        If step or fraction is negative.
+    ``step`` counts iterations over all epochs. A fraction of 0 switches the ramp off after the first iteration; a
+    negative step or fraction raises ValueError.
     """
     if step < 0 or fraction < 0:
         raise ValueError(f"found step {step} and fraction {fraction}, expected both to be at least 0")

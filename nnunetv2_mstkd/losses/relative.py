@@ -12,20 +12,9 @@ def squared_sums(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.
 
     They are apart so that one ratio can run over several pairs of tensors without concatenating them.
 
-    Parameters
-    ----------
-    a, b : Tensor, shape (B, ...)
-        Two tensors of the same shape.
-
     Returns
     -------
-    difference, size : Tensor of float32, shape (B,)
-        sum((a - b)^2) and sum(a^2) + sum(b^2) of every sample.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or there is no batch axis.
+    sum((a - b)^2) and sum(a^2) + sum(b^2) of every sample: two tensors of float32, shape (B,).
     """
     if a.shape != b.shape:
         raise ValueError(f"found tensors of shapes {tuple(a.shape)} and {tuple(b.shape)}, expected equal shapes")
@@ -39,14 +28,7 @@ def squared_sums(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.
 def ratio_of_sums(difference: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """Mean over the batch of difference / (size + 1e-6): the scalar of :func:`relative_difference` from its two sums.
 
-    Parameters
-    ----------
-    difference, size : Tensor of float32, shape (B,)
-        What :func:`squared_sums` returned, or sums of several such results.
-
-    Returns
-    -------
-    Tensor of float32, scalar.
+    Sums over several pairs of tensors, each from :func:`squared_sums`, can be added first.
     """
     with torch.autocast(device_type=difference.device.type, enabled=False):
         return (difference / (size + _EPSILON)).mean()
@@ -60,18 +42,6 @@ def relative_difference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     number of elements and their scale. MST-KDNet (MICCAI 2025) uses plain mean squared errors instead (equations 4, 5
     and 11), which need a weight of their own for every term (1e8 for attention maps). Nothing is detached here.
 
-    Parameters
-    ----------
-    a, b : Tensor, shape (B, ...)
-        Two tensors of the same shape and any floating type.
-
-    Returns
-    -------
-    Tensor of float32, scalar.
-
-    Raises
-    ------
-    ValueError
-        If the shapes differ or there is no batch axis.
+    ``a`` and ``b`` have the same shape (B, ...) and any floating type; ValueError otherwise.
     """
     return ratio_of_sums(*squared_sums(a, b))

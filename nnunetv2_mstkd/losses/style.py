@@ -32,20 +32,9 @@ def cross_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     square of the features' scale; the released code divides that away until nothing (1e-15) is left. Nothing is
     detached here.
 
-    Parameters
-    ----------
-    a : Tensor, shape (B, Ca, *spatial)
-    b : Tensor, shape (B, Cb, *spatial)
-        On the same grid as a.
-
     Returns
     -------
-    Tensor of float32, shape (B, Ca, Cb), entries in [-1, 1].
-
-    Raises
-    ------
-    ValueError
-        If batch size or grid differ, or there is no spatial axis.
+    Tensor of float32, shape (B, Ca, Cb), entries in [-1, 1], of maps (B, Ca, *spatial) and (B, Cb, *spatial).
     """
     if a.ndim < 3 or a.shape[0] != b.shape[0] or a.shape[2:] != b.shape[2:]:
         raise ValueError(
@@ -69,18 +58,13 @@ def style_matching(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tens
 
     Parameters
     ----------
-    student, teacher : three tensors (f_enc, f_dec, f_t), shapes (B, C_i, *spatial)
-        Within a network all three lie on one grid; channel counts may differ between the three but not between the
-        networks.
+    student, teacher
+        Three maps each, (f_enc, f_dec, f_t), of shapes (B, C_i, *spatial). Within a network all lie on one grid;
+        channels may differ between the three but not between the networks.
 
     Returns
     -------
     Tensor of float32, scalar in [0, 2].
-
-    Raises
-    ------
-    ValueError
-        If there are not three maps, or shapes do not fit.
     """
     if len(student) != 3 or len(teacher) != 3:
         raise ValueError(
@@ -99,16 +83,8 @@ def adversarial_student_term(discriminator_logits: torch.Tensor) -> torch.Tensor
 
     Equation (9) of MST-KDNet (MICCAI 2025), ``L_adv = log(1 - D(f^f)) + log D(f^m)``, is minimised by the
     discriminator; the student's share of it is changed to the non-saturating form, whose gradient does not vanish while
-    the discriminator wins.
-
-    Parameters
-    ----------
-    discriminator_logits : Tensor of any shape
-        D's logits of the student's features, through a discriminator whose parameters require no gradient.
-
-    Returns
-    -------
-    Tensor of float32, scalar, at least 0; log 2 when D cannot tell.
+    the discriminator wins. ``discriminator_logits`` have any shape and come from a discriminator whose parameters
+    require no gradient. The loss is at least 0, and log 2 when D cannot tell.
     """
     with torch.autocast(device_type=discriminator_logits.device.type, enabled=False):
         return functional.softplus(-discriminator_logits.float()).mean()
@@ -118,16 +94,8 @@ def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> 
     """Binary cross-entropy of the discriminator, half for the teacher as real, half for the student as fake.
 
     ``1/2 mean(-log sigmoid(D(f^f))) + 1/2 mean(-log(1 - sigmoid(D(f^m))))``: equation (9) of MST-KDNet (MICCAI 2025) in
-    the usual sign, from logits.
-
-    Parameters
-    ----------
-    real_logits, fake_logits : Tensor of any shape
-        D's logits of the teacher's and of the student's (detached) features.
-
-    Returns
-    -------
-    Tensor of float32, scalar, at least 0; log 2 when D cannot tell.
+    the usual sign, from logits of any shape: of the teacher's, and of the student's detached features. At least 0, and
+    log 2 when D cannot tell.
     """
     with torch.autocast(device_type=real_logits.device.type, enabled=False):
         real = functional.softplus(-real_logits.float()).mean()

@@ -45,23 +45,14 @@ def configure(
 ) -> dict[str, Any]:
     """Return the entry of a new configuration that inherits from ``parent``, with its ``"mstkd"`` block.
 
+    For ``features``, ``patch_size``, ``batch_size`` and the refusals see :func:`nnunetv2_mstkd.nnunet.plans.derive`.
+
     Parameters
     ----------
-    plans
-        Content of a plans file.
-    parent, name
-        Configuration to start from, and the new one's name.
     assignments
         (section, key, value) of settings that differ from the parent's block (or from the defaults).
     modalities
         Names of the data set's modalities, to check settings that name some; None: checked when a training starts.
-    features, patch_size, batch_size
-        See :func:`nnunetv2_mstkd.nnunet.plans.derive`.
-
-    Raises
-    ------
-    UserError
-        For an unknown parent, a name that nnU-Net could not use, and impossible values.
     """
     every, assignments = trainers(), list(assignments)
     known = known_sections()

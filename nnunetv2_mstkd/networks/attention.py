@@ -16,15 +16,7 @@ def default_heads(width: int) -> int:
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, A = softmax(q k^T / sqrt(d)) with d channels per head (MST-KDNet, eq. 1).
-
-    Parameters
-    ----------
-    width:
-        channels of a token, divisible by ``heads``.
-    heads:
-        number of heads.
-    """
+    """Multi-head self-attention, A = softmax(q k^T / sqrt(d)) with d = width / heads channels (MST-KDNet, eq. 1)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

@@ -14,16 +14,13 @@ from nnunetv2_mstkd import modalities
 
 
 class AvailabilityAware(nn.Module):
-    """Base of networks that work with the available modalities of each sample.
-
-    Attributes
-    ----------
-    availability
-        bool, (1, C) or (B, C), on the device, set for the time of a prediction; None: channels that are zero in the
-        patch are absent. Not part of the state dict.
-    """
+    """Base of networks that work with the available modalities of each sample."""
 
     availability: torch.Tensor | None = None
+    """Bool, (1, C) or (B, C), on the device, set for the time of a prediction; None: channels that are zero in the
+    patch are absent. Not part of the state dict."""
+    student: int | None = None
+    """Number, from 1, of the one student that predicts, in networks of several; None: all of them."""
 
     def available(self, x: torch.Tensor) -> torch.Tensor:
         """Return which modalities each sample of a batch (B, C, *spatial) has: bool, (B, C)."""
@@ -34,8 +31,8 @@ class AvailabilityAware(nn.Module):
         self, availability: torch.Tensor, label_manager: Any, student: int | None = None
     ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
         """Tell the network what a prediction is about; see :mod:`nnunetv2_mstkd.inference.conditioning`."""
-        self.availability = availability
+        self.availability, self.student = availability, student
         try:
             yield lambda logits: logits
         finally:
-            self.availability = None
+            self.availability = self.student = None

@@ -11,20 +11,11 @@ import torch
 def decode(
     decoder: Any, skips: Sequence[torch.Tensor], visit: Callable[[int, torch.Tensor], torch.Tensor]
 ) -> torch.Tensor | list[torch.Tensor]:
-    """Run a ``UNetDecoder`` of dynamic_network_architectures.
+    """Run a ``UNetDecoder`` of dynamic_network_architectures on features per encoder stage, finest first.
 
-    Parameters
-    ----------
-    decoder
-        The decoder.
-    skips
-        Features per encoder stage, finest first; the bottleneck is the last entry.
-    visit
-        Called with each decoder stage's number (0: the deepest) and features; returns the features to continue with.
-
-    Returns
-    -------
-    What the decoder itself returns: logits (B, K, *spatial), or a list of these, finest first, under deep supervision.
+    ``visit`` is called with each decoder stage's number (0: the deepest) and features and returns the features to
+    continue with. Returned is what the decoder itself returns: logits (B, K, *spatial), or a list of these, finest
+    first, under deep supervision.
     """
     outputs = []
     features, last = skips[-1], len(decoder.stages) - 1

@@ -27,17 +27,12 @@ class PatchDiscriminator(nn.Module):
 
     Parameters
     ----------
-    input_channels : int
+    input_channels
         Channels of f_enc plus channels of f_t.
-    dimensions : 2 or 3
-        Number of spatial axes.
-    features : sequence of int
+    dimensions
+        Number of spatial axes, 2 or 3.
+    features
         Channels of the hidden convolutions, at least one.
-
-    Raises
-    ------
-    ValueError
-        If a number of channels is below 1, there is no hidden convolution or dimensions is not 2 or 3.
     """
 
     def __init__(self, input_channels: int, *, dimensions: int, features: Sequence[int] = (32, 64)) -> None:
@@ -66,19 +61,8 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, positive where the input looks like the teacher's.
 
-        Parameters
-        ----------
-        x : Tensor, shape (B, input_channels, *spatial)
-            cat((f_enc, f_t), 1), not standardised. A grid of one position standardises to zero: D then cannot tell.
-
-        Returns
-        -------
-        Tensor of float32, shape (B, 1, *ceil(spatial / 2)); :func:`mean_logit` makes one number per sample of it.
-
-        Raises
-        ------
-        ValueError
-            If the number of axes or channels does not fit.
+        ``x`` is cat((f_enc, f_t), 1), (B, input_channels, *spatial), not standardised. A grid of one position
+        standardises to zero: D then cannot tell. Returned are float32 logits (B, 1, *ceil(spatial / 2)).
         """
         if x.ndim != self.dimensions + 2 or x.shape[1] != self.input_channels:
             raise ValueError(
@@ -90,15 +74,6 @@ class PatchDiscriminator(nn.Module):
 
 
 def mean_logit(logits: torch.Tensor) -> torch.Tensor:
-    """Mean over positions of the discriminator's logits.
-
-    Parameters
-    ----------
-    logits : Tensor, shape (B, 1, *spatial)
-
-    Returns
-    -------
-    Tensor of float32, shape (B,).
-    """
+    """Mean over positions of the discriminator's logits (B, 1, *spatial): float32, (B,)."""
     with torch.autocast(device_type=logits.device.type, enabled=False):
         return logits.float().flatten(1).mean(1)

@@ -20,11 +20,6 @@ MIN_WIDTH = 4
 """Channels that a stage of a one-modality encoder keeps at least."""
 
 
-def scaled_widths(plan: UNetPlan, width: float) -> list[int]:
-    """Channels per stage of a one-modality encoder of ``width`` times the planned channels."""
-    return [max(MIN_WIDTH, round(width * planned)) for planned in plan.shape.widths]
-
-
 class ModalityEncoders(nn.ModuleList):
     """C encoders of the plans' kind, one input channel each, no weights shared."""
 
@@ -35,16 +30,10 @@ class ModalityEncoders(nn.ModuleList):
 
 
 class StageFusion(nn.Module):
-    """Fuses the modalities of every stage to the planned width; stands where the plans' encoder was.
+    """Fuses the modalities of every stage to the planned width; takes the place of the plans' encoder.
 
-    Parameters
-    ----------
-    encoder:
-        the plans' encoder; its sizes and kinds of layers are kept as attributes of the same names.
-    modality_widths:
-        channels per stage of one modality.
-    num_modalities:
-        C.
+    The encoder's sizes and kinds of layers are kept as attributes of the same names. ``modality_widths`` are the
+    channels per stage of one modality.
     """
 
     LAYERS = ("conv_bias", "norm_op", "norm_op_kwargs", "nonlin", "nonlin_kwargs")
@@ -57,16 +46,12 @@ class StageFusion(nn.Module):
         common = {name: getattr(encoder, name) for name in self.LAYERS}
         self.stages = nn.ModuleList()
         for stage, (features, width) in enumerate(zip(encoder.output_channels, modality_widths, strict=True)):
-            sizes = (num_modalities * width, features, features, features)
-            kernels = (1, encoder.kernel_sizes[stage], 1)
-            self.stages.append(
-                nn.Sequential(
-                    *(
-                        ConvDropoutNormReLU(encoder.conv_op, sizes[step], sizes[step + 1], kernels[step], 1, **common)
-                        for step in range(3)
-                    )
-                )
-            )
+            incoming = (num_modalities * width, features, features)
+            layers = [
+                ConvDropoutNormReLU(encoder.conv_op, channels, features, kernel, 1, **common)
+                for channels, kernel in zip(incoming, (1, encoder.kernel_sizes[stage], 1), strict=True)
+            ]
+            self.stages.append(nn.Sequential(*layers))
         self.apply(InitWeights_He(1e-2))
 
     def forward(self, stages: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -75,16 +60,8 @@ class StageFusion(nn.Module):
 
 
 def build_modality_encoders(plan: UNetPlan, width: float) -> tuple[ModalityEncoders, StageFusion, nn.Module]:
-    """Build one encoder per modality, their fusion and the plans' decoder.
-
-    Parameters
-    ----------
-    plan
-        The U-Net with all modalities as input.
-    width
-        Channels of a one-modality encoder over the planned ones.
-    """
-    widths = scaled_widths(plan, width)
+    """Build one encoder per modality, of ``width`` times the planned channels, their fusion and the plans' decoder."""
+    widths = [max(MIN_WIDTH, round(width * planned)) for planned in plan.shape.widths]
     single = plan.replace(num_modalities=1)
     encoders = ModalityEncoders(single.replace(widths=widths).build().encoder for _ in range(plan.num_modalities))
     planned = single.build()

@@ -10,21 +10,8 @@ _VARIANCE_FLOOR = 1e-5
 def standardize_channels(x: torch.Tensor) -> torch.Tensor:
     """Standardise every channel of every sample over space: (x - mean) / sqrt(var + 1e-5), population variance.
 
-    A constant channel, and so every channel of a grid of one position, becomes zero.
-
-    Parameters
-    ----------
-    x : Tensor, shape (B, C, *spatial)
-        Any floating type, at least one spatial axis.
-
-    Returns
-    -------
-    Tensor of float32, shape of x.
-
-    Raises
-    ------
-    ValueError
-        If there is no spatial axis.
+    A constant channel, and so every channel of a grid of one position, becomes zero. The input is (B, C, *spatial) of
+    any floating type with at least one spatial axis, the output float32 of the same shape.
     """
     if x.ndim < 3:
         raise ValueError(f"found a tensor of shape {tuple(x.shape)}, expected (B, C, *spatial)")

@@ -18,17 +18,9 @@ BETAS = (0.9, 0.99)
 class Adversary:
     """Tells the teacher's features (real) from the student's (fake); the student is trained to be taken for real.
 
-    Parameters
-    ----------
-    channels, dimensions
-        Channels and spatial axes of what ``style_of`` returns.
-    style_of
-        From a network's output to the discriminator's input, (B, channels, *grid) float32. The discriminator
-        standardises the channels itself.
-    device
-        Device of the discriminator.
-    distributed
-        Average its gradients over the processes of a multi-GPU training.
+    ``style_of`` makes the discriminator's input, (B, channels, *grid) float32 on ``dimensions`` axes, of a network's
+    output; the discriminator standardises the channels itself. ``distributed``: its gradients are averaged over the
+    processes of a multi-GPU training.
     """
 
     def __init__(
@@ -45,9 +37,8 @@ class Adversary:
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), LEARNING_RATE, betas=BETAS)
         self._trained: torch.nn.Module = self.discriminator
         if distributed:
-            self._trained = DistributedDataParallel(
-                self.discriminator, device_ids=[device] if device.type == "cuda" else None
-            )
+            devices = [device] if device.type == "cuda" else None
+            self._trained = DistributedDataParallel(self.discriminator, device_ids=devices)
 
     def term(self, student: Any, teacher: Any = None, target: Any = None) -> torch.Tensor:
         """Return the student's loss for being told from the teacher; the discriminator gets no gradient."""

@@ -62,7 +62,7 @@ class SettingsTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._given = dict(self.configuration_manager.configuration.get(BLOCK) or {})
         self._resumed = False
-        self._split: dict[str, list[str]] | None = None
+        self.split: dict[str, list[str]] | None = None
         self._initial_sum = 0.0
         self._loader_processes: list[BaseProcess] = []
         self._step_in_epoch = 0
@@ -75,7 +75,12 @@ class SettingsTrainer(nnUNetTrainer):
     @classmethod
     def all_sections(cls) -> tuple[type[Section], ...]:
         """Sections of the trainer and of its network."""
-        return tuple(dict.fromkeys((*cls.sections, *(cls.design.sections if cls.design else ()))))
+        return tuple(dict.fromkeys((*cls.sections, *cls.network_sections())))
+
+    @classmethod
+    def network_sections(cls) -> tuple[type[Section], ...]:
+        """Sections that the network is built from."""
+        return cls.design.sections if cls.design else ()
 
     @classmethod
     def read_settings(cls, configuration_manager: ConfigurationManager, *, strict: bool = True) -> Settings:
@@ -84,13 +89,7 @@ class SettingsTrainer(nnUNetTrainer):
 
     @classmethod
     def check_plans(cls, configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
-        """Refuse, before anything is written, what this trainer cannot train.
-
-        Raises
-        ------
-        UserError
-            For the second stage of a cascade, and what the network's design refuses.
-        """
+        """Refuse, before anything is written, what this trainer or its design cannot train."""
         if configuration_manager.previous_stage_name is not None:
             raise UnsupportedError(
                 f"{cls.__name__} does not support the cascade (the configuration continues "
@@ -167,12 +166,7 @@ class SettingsTrainer(nnUNetTrainer):
     # ---- one training step ---------------------------------------------------------------------------------------
 
     def train_step(self, batch: dict) -> dict:
-        """Take one step of the optimiser.
-
-        Returns
-        -------
-        ``loss``, the segmentation loss as nnU-Net logs it, and ``terms``, the values of all terms by name.
-        """
+        """Take one step of the optimiser; return nnU-Net's ``loss`` and ``terms``, the values of all terms by name."""
         if isinstance(self.lr_scheduler, WarmupPolyScheduler):
             self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
         data, target = self._to_device(batch)
@@ -194,12 +188,8 @@ class SettingsTrainer(nnUNetTrainer):
     def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
         """Run the forward pass and the loss of one step, under autocast: nnU-Net's own here.
 
-        Parameters
-        ----------
-        data
-            Complete batch (B, C, *spatial) on the device.
-        target
-            Tensor, or a list of tensors under deep supervision.
+        ``data`` is the complete batch (B, C, *spatial) on the device, ``target`` a tensor, or a list of tensors under
+        deep supervision.
         """
         loss = self.loss(self.network(data), target)
         return Losses(loss, {"segmentation": loss})
@@ -222,9 +212,9 @@ class SettingsTrainer(nnUNetTrainer):
             torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
         if self.grad_scaler is None:
             self.optimizer.step()
-        else:
-            self.grad_scaler.step(self.optimizer)
-            self.grad_scaler.update()
+            return
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
 
     def _to_device(self, batch: dict) -> tuple[torch.Tensor, Any]:
         data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
@@ -255,17 +245,12 @@ class SettingsTrainer(nnUNetTrainer):
 
     def on_train_start(self) -> None:
         if self.local_rank == 0:  # which writes plans.json next, while the others would read it
-            refuse_mixed_folds(
-                Path(self.output_folder_base),
-                self.configuration_name,
-                self.fold,
-                self._network_sections(),
-                self.settings,
-            )
+            folder = Path(self.output_folder_base)
+            refuse_mixed_folds(folder, self.configuration_name, self.fold, self.network_sections(), self.settings)
         if not self.was_initialized:
             self.initialize()
         train, validation = self.do_split()
-        self._split = {"train": sorted(map(str, train)), "val": sorted(map(str, validation))}
+        self.split = {"train": sorted(map(str, train)), "val": sorted(map(str, validation))}
         self.prepare_training()
         super().on_train_start()
         if self.local_rank == 0:
@@ -309,9 +294,8 @@ class SettingsTrainer(nnUNetTrainer):
             self.print_to_log_file(f"weights were already loaded (-pretrained_weights); not starting from {source}")
             return
         loaded, kept = checkpoints.load_matching(self.plain_network, weights)
-        self.print_to_log_file(
-            f"started from {source}: {len(loaded)} tensors loaded, {len(kept)} kept their initial value"
-        )
+        counts = f"{len(loaded)} tensors loaded, {len(kept)} kept their initial value"
+        self.print_to_log_file(f"started from {source}: {counts}")
         for name in kept:
             self.print_to_log_file(f"  not in it or of another shape: {name}")
 
@@ -324,13 +308,7 @@ class SettingsTrainer(nnUNetTrainer):
         return loaders
 
     def run_training(self) -> None:
-        """Run nnU-Net's loop.
-
-        Raises
-        ------
-        WorkerError
-            If a process of a data loader died.
-        """
+        """Run nnU-Net's loop; WorkerError if a process of a data loader died."""
         with report_dead_workers(self._moment, lambda: self._loader_processes):
             try:
                 super().run_training()
@@ -356,13 +334,7 @@ class SettingsTrainer(nnUNetTrainer):
         super().on_train_epoch_start()
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        """Stop a training that has diverged before nnU-Net saves its weights over the last good checkpoint.
-
-        Raises
-        ------
-        DivergenceError
-            If no step of the epoch had a finite loss.
-        """
+        """Raise DivergenceError if no step had a finite loss, before nnU-Net saves over the last good checkpoint."""
         if not np.isfinite([output["loss"] for output in train_outputs]).any():
             raise DivergenceError(
                 f"the loss of every iteration of epoch {self.current_epoch} is not finite; nothing was saved. Look for "
@@ -392,11 +364,11 @@ class SettingsTrainer(nnUNetTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Return what goes to ``checkpoint["mstkd"]``: tensors and plain Python, nothing that prediction needs."""
-        return {"split": self._split}
+        return {"split": self.split}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""
-        self._split = state.get("split")
+        self.split = state.get("split")
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint with one more key, to a temporary file first: never half a file."""
@@ -421,24 +393,17 @@ class SettingsTrainer(nnUNetTrainer):
             filename,
         )
 
-    def _network_sections(self) -> tuple[type[Section], ...]:
-        return self.design.sections if self.design else ()
-
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continue from, or validate, a checkpoint; its own settings win over those of the preprocessed plans.
 
-        Raises
-        ------
-        SettingsError
-            If the preprocessed plans explicitly ask for another network.
+        SettingsError if the preprocessed plans explicitly ask for another network.
         """
         content = checkpoints.read(filename_or_checkpoint)
         plans = content["init_args"]["plans"]["configurations"].get(self.configuration_name, {})
         if plans.get(BLOCK) is not None:
             stored = Settings.read(plans[BLOCK], self.all_sections())
-            refuse_other_network(
-                self._given, self._network_sections(), self.settings, stored, str(filename_or_checkpoint)
-            )
+            source = str(filename_or_checkpoint)
+            refuse_other_network(self._given, self.network_sections(), self.settings, stored, source)
             self.apply_settings(stored)
         self._restore(content)
         self._resumed = True
@@ -483,7 +448,7 @@ class TeacherTrainer(FullModalityTrainer):
     It refuses what its student would refuse, before time is spent on a teacher.
     """
 
-    sections: ClassVar[tuple[type[Section], ...]] = (*FullModalityTrainer.sections, TeacherSettings, SamplerSettings)
+    sections = (*FullModalityTrainer.sections, TeacherSettings, SamplerSettings)
 
     @classmethod
     def check_plans(cls, configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:

@@ -12,46 +12,23 @@ from nnunetv2_mstkd.training.settings import Section, Settings
 
 
 class NetworkDesign:
-    """The plans' own U-Net, and the base of all designs that add something to it.
-
-    Attributes
-    ----------
-    sections
-        Sections of the settings that the network is built from.
-    """
+    """The plans' own U-Net, and the base of all designs that add something to it."""
 
     sections: ClassVar[tuple[type[Section], ...]] = ()
+    """Sections of the settings that the network is built from."""
 
     def check(self, plan: UNetPlan, settings: Settings, names: Sequence[str]) -> None:
         """Refuse, before anything is written, what this network cannot be built for.
 
-        Parameters
-        ----------
-        plan
-            The U-Net of the plans.
-        settings
-            As given, not resolved.
-        names
-            Names of the C modalities.
-
-        Raises
-        ------
-        UserError
-            Naming the setting or the plans' entry.
+        ``settings`` are those given, not resolved; ``names`` those of the C modalities. A UserError names the setting
+        or the plans' entry.
         """
         plan.check()
 
     def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
-        """Fill in the settings that depend on the plans.
+        """Fill in the settings that depend on the plans; resolving twice changes nothing.
 
-        Parameters
-        ----------
-        settings
-            As given; resolving twice changes nothing.
-        plan
-            The U-Net of the plans.
-        names
-            Names of the C modalities; None at prediction, which builds the network without dataset.json.
+        ``names`` of the C modalities are None at prediction, which builds the network without dataset.json.
         """
         return settings
 

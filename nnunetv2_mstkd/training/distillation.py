@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -11,10 +10,10 @@ import torch
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.ramp import ramp
-from nnunetv2_mstkd.nnunet.folders import dataset_number
 from nnunetv2_mstkd.training.adversary import Adversary
+from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
-from nnunetv2_mstkd.training.settings import DistillationSettings, Section, TeacherSettings
+from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
 
 
@@ -26,12 +25,8 @@ class DistillationTrainer(ModalityDropoutTrainer):
     alone.
     """
 
-    sections: ClassVar[tuple[type[Section], ...]] = (
-        *ModalityDropoutTrainer.sections,
-        TeacherSettings,
-        DistillationSettings,
-    )
-    teacher_trainer: ClassVar[type]
+    sections = (*ModalityDropoutTrainer.sections, TeacherSettings, DistillationSettings)
+    teacher_trainer: ClassVar[type[SettingsTrainer]]
     """Trainer whose final checkpoint of the same fold is the teacher."""
     adversarial_term: ClassVar[str] = "adversarial"
     """Name of the term that needs an adversary; without an active term of that name none is built."""
@@ -46,13 +41,26 @@ class DistillationTrainer(ModalityDropoutTrainer):
         """Whether any active term compares with a teacher."""
         return any(term.needs_teacher for term in self.terms)
 
-    def is_active(self, *names: str) -> bool:
-        """Whether any of these terms has a weight above 0."""
-        return any(term.name in names for term in self.terms)
+    def active(self, *names: str) -> list[str]:
+        """Return those of the names that are terms with a weight above 0."""
+        return [term.name for term in self.terms if term.name in names]
 
-    def active(self, names: Sequence[str]) -> list[str]:
-        """Return those of the names that are active terms."""
-        return [name for name in names if self.is_active(name)]
+    def forward_options(self) -> dict[str, Any]:
+        """Return what the active terms ask of a forward pass, as keyword arguments of both networks."""
+        return {}
+
+    def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
+        return self.network(inputs, **self.forward_options())
+
+    def forward_teacher(self, complete: torch.Tensor) -> Any:
+        return self.teacher(complete, **self.forward_options())
+
+    def compare_logits(
+        self, loss: Callable[..., torch.Tensor], student: Any, teacher: Any, target: Target, **options: Any
+    ) -> torch.Tensor:
+        """Return a loss of logits; see :mod:`nnunetv2_mstkd.losses` for the arguments that all of these take."""
+        regions, valid, weight = self.label_manager.has_regions, target.valid, target.weight
+        return loss(student.logits, teacher.logits, regions=regions, valid=valid, voxel_weight=weight, **options)
 
     # ---- adversary -----------------------------------------------------------------------------------------------
 
@@ -71,13 +79,10 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def initialize(self) -> None:
         super().initialize()
         self.adversary = None
-        if self.is_active(self.adversarial_term):
+        if self.active(self.adversarial_term):
+            dimensions = len(self.configuration_manager.patch_size)
             self.adversary = Adversary(
-                self.style_channels(),
-                len(self.configuration_manager.patch_size),
-                self.style_of,
-                self.device,
-                distributed=self.is_ddp,
+                self.style_channels(), dimensions, self.style_of, self.device, distributed=self.is_ddp
             )
 
     # ---- teacher -------------------------------------------------------------------------------------------------
@@ -96,26 +101,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
             self.teacher = torch.compile(teacher.network) if self._do_i_compile() else teacher.network
 
     def _load_teacher(self) -> Teacher:
-        results = Path(self.output_folder_base).parent
-        path = find_teacher(
-            results,
-            trainer=self.teacher_trainer.__name__,
-            plans=self.plans_manager.plans,
-            configuration=self.configuration_name,
-            fold=self.fold,
-            wanted=self.settings[TeacherSettings].configuration,
-            dataset=dataset_number(self.plans_manager.dataset_name),
-        )
-        teacher = load_teacher(
-            path,
-            results_root=results.parent,
-            trainer=self.teacher_trainer,
-            student_configuration=self.configuration_manager,
-            student_plans=self.plans_manager,
-            dataset_json=self.dataset_json,
-            split=self._split or {},
-            device=self.device,
-        )
+        teacher = load_teacher(find_teacher(self.teacher_trainer, self), self.teacher_trainer, self)
         stored = self._teacher_identity
         if self._resumed and stored is not None and stored["sha256"] != teacher.identity["sha256"]:
             raise InputError(
@@ -128,26 +114,21 @@ class DistillationTrainer(ModalityDropoutTrainer):
         self.print_to_log_file(f"teacher: {teacher.identity['path']}, sha256 {teacher.identity['sha256'][:12]}")
         return teacher
 
-    def check_teacher(self, teacher: Teacher) -> None:
-        """Refuse a teacher whose encoder has other widths or strides, if active terms compare features.
+    def feature_facts(self, network: Any, settings: Settings) -> dict[str, Any]:
+        """Return, by name, what teacher and student must have alike where active terms compare features."""
+        encoder = network.encoder
+        return {"channels per stage": list(encoder.output_channels), "strides": list(map(tuple, encoder.strides))}
 
-        Raises
-        ------
-        InputError
-            Naming the difference and the terms.
-        """
-        active = self.active(self.feature_terms)
+    def check_teacher(self, teacher: Teacher) -> None:
+        """Refuse a teacher whose features have other shapes than the student's, if active terms compare them."""
+        active = self.active(*self.feature_terms)
         if not active:
             return
-        encoder: Any = self.plain_network.encoder
-        other: Any = teacher.network.encoder
-        for name, here, there in (
-            ("channels per stage", list(encoder.output_channels), list(other.output_channels)),
-            ("strides", list(map(tuple, encoder.strides)), list(map(tuple, other.strides))),
-        ):
-            if here != there:
+        mine = self.feature_facts(self.plain_network, self.settings)
+        for name, there in self.feature_facts(teacher.network, teacher.settings).items():
+            if there != mine[name]:
                 raise InputError(
-                    f"teacher {teacher.identity['path']} has the {name} {there}, the student {here}; the terms "
+                    f"teacher {teacher.identity['path']} has the {name} {there}, the student {mine[name]}; the terms "
                     f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
                 )
 
@@ -163,7 +144,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """1 where the teacher is more right than the student, if the settings ask to distil only there."""
         everywhere = self.settings[DistillationSettings].where == "everywhere"
-        if everywhere or teacher is None or not self.is_active(*self.logit_terms):
+        if everywhere or teacher is None or not self.active(*self.logit_terms):
             return None
         regions = self.label_manager.has_regions
         return teacher_advantage(student.logits, teacher.logits, target.label, regions=regions, valid=target.valid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from multiprocessing.process import BaseProcess
@@ -47,19 +48,9 @@ def cause_of_death(processes: Iterable[BaseProcess]) -> str:
 
 @contextmanager
 def report_dead_workers(where: Callable[[], str], processes: Callable[[], Iterable[BaseProcess]]) -> Iterator[None]:
-    """Turn what nnU-Net raises for a dead process of a data loader into one line.
+    """Raise WorkerError, one line, for what nnU-Net raises when one of the data loaders' processes has died.
 
-    Parameters
-    ----------
-    where:
-        says when it happened, for the message.
-    processes:
-        those of the data loaders.
-
-    Raises
-    ------
-    WorkerError
-        what happened, when, and what helps.
+    ``where`` says when that happened, for the message.
     """
     with _without_their_threads():
         try:
@@ -94,10 +85,6 @@ def _without_their_threads() -> Iterator[None]:
         threading.excepthook = previous
 
 
-def _is_collecting(traceback: TracebackType | None) -> bool:
+def _is_collecting(trace: TracebackType | None) -> bool:
     code = nondet_multi_threaded_augmenter.results_loop.__code__
-    while traceback is not None:
-        if traceback.tb_frame.f_code is code:
-            return True
-        traceback = traceback.tb_next
-    return False
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(trace))

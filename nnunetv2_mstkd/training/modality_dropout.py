@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,29 +15,21 @@ from torch import distributed as dist
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer, check_subsets
-from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Section, Settings
+from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Settings
 from nnunetv2_mstkd.training.step import Losses, Term
 
 
 class Target(NamedTuple):
-    """The label at full resolution, as terms per voxel read it.
-
-    Attributes
-    ----------
-    label
-        (B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background.
-    foreground
-        bool, (B, 1, *spatial): any region or label above 0.
-    valid
-        bool, (B, 1, *spatial): not the ignore label; None where the data set has none.
-    weight
-        float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike.
-    """
+    """The label at full resolution, as terms per voxel read it."""
 
     label: torch.Tensor
+    """(B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background."""
     foreground: torch.Tensor
+    """Bool, (B, 1, *spatial): any region or label above 0."""
     valid: torch.Tensor | None
+    """Bool, (B, 1, *spatial): not the ignore label; None where the data set has none."""
     weight: torch.Tensor | None = None
+    """Float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike."""
 
 
 class ModalityDropoutTrainer(SettingsTrainer):
@@ -50,7 +42,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
     A method is a subclass with ``terms`` beside the segmentation loss; see :meth:`compute_losses`.
     """
 
-    sections: ClassVar[tuple[type[Section], ...]] = (*SettingsTrainer.sections, SamplerSettings)
+    sections = (*SettingsTrainer.sections, SamplerSettings)
     teacher: Any = None
     """A frozen network that sees complete input; None where no term compares with one."""
     adversary: Any = None
@@ -90,15 +82,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return self.sampler.sample(batch_size, generator=self._subset_generator)
 
     def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
-        """Segment a random subset of each sample; add the weighted terms. The whole of a step's forward pass.
-
-        Parameters
-        ----------
-        data
-            Complete batch (B, C, *spatial) on the device.
-        target
-            Tensor, or a list of tensors under deep supervision.
-        """
+        """Segment a random subset of each sample; add the weighted terms. The whole of a step's forward pass."""
         inputs = modalities.mask_modalities(data, self.draw_availability(len(data)))
         if not self.terms:
             loss = self.loss(self.network(inputs), target)
@@ -113,7 +97,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         values = {"segmentation": total}
         student = student._replace(logits=finest(student.logits))
         with torch.autocast(self.device.type, enabled=False):
-            label = self.read_target(target[0] if isinstance(target, list) else target)
+            label = self.read_target(finest(target))
             label = label._replace(weight=self.voxel_weight(student, teacher, label))
             factor = self.teacher_factor()
             for term in self.terms:
@@ -129,12 +113,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
     def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
         """Run the network for a step with terms; the output is a NamedTuple with ``logits`` and what terms read.
 
-        Parameters
-        ----------
-        inputs
-            Batch (B, C, *spatial) with absent modalities zero.
-        complete
-            The same batch with all modalities. Nothing of it may reach the logits.
+        ``inputs`` is the batch (B, C, *spatial) with absent modalities zero; nothing of ``complete``, the same batch
+        with all modalities, may reach the logits.
         """
         raise NotImplementedError
 
@@ -164,12 +144,16 @@ class ModalityDropoutTrainer(SettingsTrainer):
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
         names = list(train_outputs[0]["terms"])
         means = np.mean([[output["terms"][name] for name in names] for output in train_outputs], 0)
-        if self.is_ddp:
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, means)
-            means = np.mean(everyone, 0)
+        means = np.mean(self._gather(means), 0)
         super().on_train_epoch_end(train_outputs)
         self.log_terms(dict(zip(names, means.tolist(), strict=True)))
+
+    def _gather(self, value: Any) -> list[Any]:
+        """This process's value, or those of all processes of a multi-GPU training."""
+        everyone = [value] * (dist.get_world_size() if self.is_ddp else 1)
+        if self.is_ddp:
+            dist.all_gather_object(everyone, value)
+        return everyone
 
     def log_terms(self, values: dict[str, float]) -> None:
         """One line in the log file, one entry in nnU-Net's logger."""
@@ -198,42 +182,31 @@ class ModalityDropoutTrainer(SettingsTrainer):
         with self._autocast():
             output = self.network(modalities.mask_modalities(data, self.validation_subsets[rows]))
             loss = self.loss(output, target)
-        if self.enable_deep_supervision:
-            output, target = output[0], target[0]
-        counts = self._count(output, target)
+        counts = self._count(finest(output), finest(target))
         return {"loss": loss.detach().cpu().numpy(), "counts": counts, "rows": rows.numpy()}
 
     def _count(self, output: torch.Tensor, target: torch.Tensor) -> np.ndarray:
         """True positives, false positives and false negatives per sample and foreground head: (B, heads, 3)."""
-        labels = self.label_manager
-        mask = None
-        if labels.has_regions:
+        label, _, valid, _ = self.read_target(target)
+        if self.label_manager.has_regions:
             predicted = (output > 0).long()
-            if labels.has_ignore_label:
-                mask, target = ~target[:, -1:].bool(), target[:, :-1]
         else:
             predicted = torch.zeros_like(output, dtype=torch.long).scatter_(1, output.argmax(1, keepdim=True), 1)
-            if labels.has_ignore_label:
-                mask = target != labels.ignore_label
-                target = torch.where(mask, target, 0)
         spatial = list(range(2, output.ndim))
-        tp, fp, fn, _ = get_tp_fp_fn_tn(predicted, target, axes=spatial, mask=None if mask is None else mask.float())
+        tp, fp, fn, _ = get_tp_fp_fn_tn(predicted, label, axes=spatial, mask=None if valid is None else valid.float())
         counts = torch.stack([tp, fp, fn], -1).cpu().numpy()
-        return counts if labels.has_regions else counts[:, 1:]
+        return counts if self.label_manager.has_regions else counts[:, 1:]
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """Dice per subset from that subset's pooled counts, then the mean over subsets."""
         collated = collate_outputs(val_outputs)
         counts, rows = collated["counts"], collated["rows"]
         counts, rows, loss = counts.reshape(-1, *counts.shape[2:]), rows.reshape(-1), np.mean(collated["loss"])
-        if self.is_ddp:
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, (counts, rows, loss))
-            counts = np.concatenate([entry[0] for entry in everyone])
-            rows = np.concatenate([entry[1] for entry in everyone])
-            loss = np.mean([entry[2] for entry in everyone])
+        everyone = self._gather((counts, rows, loss))
+        loss = np.mean([entry[2] for entry in everyone])
         pooled = np.zeros((len(self.validation_subsets), *counts.shape[1:]))
-        np.add.at(pooled, rows, counts)
+        for counts, rows, _ in everyone:
+            np.add.at(pooled, rows, counts)
         tp, fp, fn = np.moveaxis(pooled, -1, 0)
         size = 2 * tp + fp + fn
         dice = np.divide(2 * tp, size, out=np.full_like(size, np.nan), where=size > 0)

@@ -15,21 +15,9 @@ def refuse_other_network(
 ) -> None:
     """Refuse a checkpoint whose network differs from the one that the preprocessed plans explicitly ask for.
 
-    Parameters
-    ----------
-    given
-        Block of the preprocessed plans, before it was completed.
-    sections
-        Sections that the network is built from.
-    here, stored
-        Settings of the preprocessed plans and of the checkpoint.
-    source
-        Where the checkpoint is, for the message.
-
-    Raises
-    ------
-    SettingsError
-        Naming the first key that differs.
+    ``given`` is the block of the preprocessed plans before it was completed to ``here``, ``stored`` the settings of the
+    checkpoint in ``source``; the network is built from ``sections``. The SettingsError names the first key that
+    differs.
     """
     wanted = translate(given)
     for section in sections:
@@ -48,17 +36,11 @@ def refuse_mixed_folds(
 ) -> None:
     """Refuse a fold with another network than the other folds of its model folder, which share one plans.json.
 
-    Raises
-    ------
-    SettingsError
-        Naming all keys that differ.
+    The SettingsError names all keys that differ.
     """
     plans_file = model_folder / "plans.json"
-    others = [
-        path.parent.name
-        for path in sorted(model_folder.glob("fold_*/checkpoint_*.pth"))
-        if path.parent.name != f"fold_{fold}"
-    ]
+    trained = [path.parent.name for path in sorted(model_folder.glob("fold_*/checkpoint_*.pth"))]
+    others = [name for name in trained if name != f"fold_{fold}"]
     if not others or not plans_file.is_file():
         return
     there = translate(read_plans(plans_file)["configurations"].get(configuration, {}).get(BLOCK))

@@ -87,21 +87,10 @@ def build_optimizer(
     weight_decay: float,
     added_modules: Iterable[torch.nn.Module] = (),
 ) -> tuple[torch.optim.Optimizer, PolyLRScheduler | WarmupPolyScheduler]:
-    """Optimiser and scheduler of a network.
+    """Optimiser and scheduler of a network, which may be compiled; ``weight_decay`` is nnU-Net's, for SGD.
 
-    Parameters
-    ----------
-    network:
-        possibly compiled.
-    schedule:
-        names the optimiser of the U-Net and the rates.
-    epochs:
-        length of the poly schedule.
-    weight_decay:
-        nnU-Net's, for SGD.
-    added_modules:
-        what is trained with AdamW at ``added_lr`` (weight decay 0.05, none on norms, biases and positions)
-        unless the schedule names ``adam``, the published recipe's optimiser for everything.
+    ``added_modules`` are trained with AdamW at ``added_lr`` (weight decay 0.05, none on norms, biases and positions)
+    unless the schedule names ``adam``, the published recipe's optimiser for everything.
     """
     added_modules = list(added_modules)
     added = {id(parameter): parameter for module in added_modules for parameter in module.parameters()}

@@ -15,12 +15,7 @@ PREFIX = "mstkd_"
 class TermLog:
     """Values by name and epoch, kept in nnU-Net's logger (and with it in checkpoints and Weights & Biases).
 
-    Parameters
-    ----------
-    logger:
-        nnU-Net's MetaLogger.
-    folder:
-        where ``progress_terms.png`` goes.
+    ``progress_terms.png`` is drawn into ``folder``.
     """
 
     def __init__(self, logger, folder: str) -> None:

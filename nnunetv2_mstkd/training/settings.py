@@ -48,20 +48,14 @@ def require(condition: bool, where: str, found: Any, expected: str) -> None:
 
 
 class Range(NamedTuple):
-    """Bounds of a number, as an annotation: ``Annotated[float, Range(0, 1)]``.
-
-    Attributes
-    ----------
-    low, high
-        Bounds; infinite where there is none.
-    above, below
-        The bound itself is excluded.
-    """
+    """Bounds of a number, as an annotation: ``Annotated[float, Range(0, 1)]``."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
+    """The lower bound itself is excluded."""
     below: bool = False
+    """The upper bound itself is excluded."""
 
     def holds(self, value: float) -> bool:
         return (value > self.low if self.above else value >= self.low) and (
@@ -117,18 +111,12 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One section of the block. A subclass is a frozen dataclass whose annotations say what is allowed.
-
-    Attributes
-    ----------
-    NAME
-        Key of the section in the block.
-    NETWORK_KEYS
-        Keys that the network is built from: weights fit no other values of them. None: all.
-    """
+    """One section of the block. A subclass is a frozen dataclass whose annotations say what is allowed."""
 
     NAME: ClassVar[str]
+    """Key of the section in the block."""
     NETWORK_KEYS: ClassVar[tuple[str, ...] | None] = None
+    """Keys that the network is built from: weights fit no other values of them. None: all."""
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
@@ -157,9 +145,8 @@ class Section:
         return tuple(field_types(cls)) if cls.NETWORK_KEYS is None else cls.NETWORK_KEYS
 
     @classmethod
-    def read(cls, content: Any) -> Any:
+    def read(cls, content: Mapping[str, Any]) -> Any:
         """Read a section as plans hold it; SettingsError names an unknown key."""
-        require(isinstance(content, Mapping), cls.NAME, content, "a mapping of settings")
         return cls(**_known(cls.NAME, content, field_types(cls)))
 
     def to_dict(self) -> dict[str, Any]:
@@ -212,27 +199,18 @@ class SamplerSettings(Section):
     """For ``weighted``: subset name to positive weight; subsets that are not named are never drawn."""
 
     def check(self) -> None:
-        self.require(
-            (self.kind == "fixed") == bool(self.subsets),
-            "subsets",
-            'a list of subsets with kind "fixed" and none with any other kind',
-        )
-        self.require(
-            (self.kind == "weighted") == bool(self.weights),
-            "weights",
-            'a mapping of subset to weight with kind "weighted" and none with any other kind',
-        )
+        for key, kind, what in (
+            ("subsets", "fixed", "a list of subsets"),
+            ("weights", "weighted", "a mapping of subset to weight"),
+        ):
+            agrees = (self.kind == kind) == bool(getattr(self, key))
+            self.require(agrees, key, f'{what} with kind "{kind}" and none with any other kind')
 
     def build(self, names: Sequence[str]) -> modalities.SubsetSampler:
         """Return the sampler for modalities of these names; InputError names an unknown modality or a bad weight."""
-        chosen = self.subsets if self.kind == "fixed" else tuple(self.weights)
+        chosen = self.subsets or tuple(self.weights)
         rows = modalities.parse_subsets(chosen, names).tolist() if chosen else []
-        return modalities.SubsetSampler(
-            num_modalities=len(names),
-            kind=self.kind,
-            subsets=tuple(map(tuple, rows)),
-            weights=tuple(float(self.weights[name]) for name in self.weights),
-        )
+        return modalities.SubsetSampler(len(names), self.kind, tuple(map(tuple, rows)), tuple(self.weights.values()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,12 +308,8 @@ class Settings:
         strict
             Refuse sections that no trainer has, and check those of other trainers too.
 
-        Raises
-        ------
-        SettingsError
-            For an unknown section or key, a value of another type and an impossible value.
         """
-        sections = tuple(dict.fromkeys(sections))
+        sections = tuple(sections)
         content = translate(block)
         for section in sections:
             section.imply(content)
@@ -368,12 +342,13 @@ def translate(block: Mapping | None) -> dict[str, dict[str, Any]]:
     """Return a copy of a block with keys of earlier versions under their present names."""
     block = {} if block is None else block
     require(isinstance(block, Mapping), BLOCK, block, "a mapping of sections")
-    content = {name: dict(value) if isinstance(value, Mapping) else value for name, value in block.items()}
+    for name, value in block.items():
+        require(isinstance(value, Mapping), name, value, "a mapping of settings")
+    content = {name: dict(value) for name, value in block.items()}
     for old, new in RENAMED.items():
         (section, key), (new_section, new_key) = old.split("."), new.split(".")
-        if isinstance(content.get(section), dict) and key in content[section]:
-            value = content[section].pop(key)
-            content.setdefault(new_section, {}).setdefault(new_key, value)
+        if key in content.get(section, {}):
+            content.setdefault(new_section, {}).setdefault(new_key, content[section].pop(key))
     return content
 
 

@@ -17,44 +17,29 @@ SKIPPED = f"gradients of {MAX_SKIPPED_STEPS} steps in a row"
 
 
 class Losses(NamedTuple):
-    """The losses of one training step.
-
-    Attributes
-    ----------
-    total
-        Scalar to differentiate.
-    terms
-        Unweighted scalars by name; ``segmentation`` is always among them.
-    adversary_input
-        What the adversary's own step reads, without a graph; None without an adversary.
-    """
+    """The losses of one training step."""
 
     total: torch.Tensor
+    """Scalar to differentiate."""
     terms: dict[str, torch.Tensor]
+    """Unweighted scalars by name; ``segmentation`` is always among them."""
     adversary_input: torch.Tensor | None = None
+    """What the adversary's own step reads, without a graph; None without an adversary."""
 
 
 @dataclass(frozen=True)
 class Term:
-    """A weighted loss term beside the segmentation loss.
-
-    Attributes
-    ----------
-    name
-        For the log.
-    weight
-        Factor of the term in the total, above 0.
-    function
-        ``function(student, teacher, target) -> scalar``, with what the two networks returned (logits at full
-        resolution) and a :class:`~nnunetv2_mstkd.training.modality_dropout.Target`.
-    needs_teacher
-        Whether it compares with a teacher. Ramp and fade act on these terms only.
-    """
+    """A weighted loss term beside the segmentation loss."""
 
     name: str
+    """For the log."""
     weight: float
+    """Factor of the term in the total."""
     function: Callable[[Any, Any, Any], torch.Tensor]
+    """``function(student, teacher, target) -> scalar``, with what the two networks returned (logits at full
+    resolution) and a :class:`~nnunetv2_mstkd.training.modality_dropout.Target`."""
     needs_teacher: bool = True
+    """Whether it compares with a teacher. Ramp and fade act on these terms only."""
 
 
 def active_terms(*terms: Term) -> tuple[Term, ...]:
@@ -63,13 +48,7 @@ def active_terms(*terms: Term) -> tuple[Term, ...]:
 
 
 class LossMonitor:
-    """Reads the losses of each step with a single copy to the host, and stops a training that diverges.
-
-    Parameters
-    ----------
-    log
-        Takes a line for the log file.
-    """
+    """Reads the losses of each step with a single copy to the host, and stops a training that diverges."""
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
@@ -82,14 +61,7 @@ class LossMonitor:
     ) -> dict[str, float]:
         """Return the values of the terms, after the backward pass and before the optimiser's step.
 
-        Parameters
-        ----------
-        losses
-            Of this step.
-        grad_scaler
-            nnU-Net's; None without mixed precision.
-        moment, cases
-            For the message: ``epoch 3, iteration 17``, and the identifiers of the batch.
+        ``moment`` (``epoch 3, iteration 17``) and ``cases``, the identifiers of the batch, are for the message.
 
         Raises
         ------

@@ -12,53 +12,39 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.nnunet.folders import FINAL, model_folder_name
+from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_number, model_folder_name
 from nnunetv2_mstkd.nnunet.plans import BLOCK, lineage
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
 from nnunetv2_mstkd.training.base import SettingsTrainer
-from nnunetv2_mstkd.training.settings import Settings
+from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
 
 
 class Teacher(NamedTuple):
-    """A frozen teacher and who it is.
-
-    Attributes
-    ----------
-    network:
-        on the device, ``eval()``, no gradients, no deep supervision.
-    weights:
-        its tensors by name, for the student's warm start.
-    identity:
-        ``trainer``, ``path`` below nnUNet_results and ``sha256`` of the weights; what a student's checkpoint keeps.
-    settings:
-        what it was built with.
-    """
+    """A frozen teacher and who it is."""
 
     network: torch.nn.Module
+    """On the device, ``eval()``, no gradients, no deep supervision."""
     weights: dict[str, torch.Tensor]
+    """Its tensors by name, for the student's warm start."""
     identity: dict[str, str]
+    """``trainer``, ``path`` below nnUNet_results and ``sha256`` of the weights; what a student's checkpoint keeps."""
     settings: Settings
+    """What it was built with."""
 
 
 def teacher_configuration(
-    results_folder: Path,
-    *,
-    trainer: str,
-    plans: Mapping,
-    configuration: str,
-    fold: int | str,
-    wanted: str | None,
+    results_folder: Path, *, trainer: str, plans: Mapping, configuration: str, fold: int | str, wanted: str | None
 ) -> str:
-    """The configuration whose teacher a student learns from: finished, else begun, else to be trained.
+    """Return the configuration whose teacher a student learns from: finished, else begun, else to be trained.
 
     Parameters
     ----------
-    results_folder:
+    results_folder
         nnUNet_results/DatasetXXX_NAME.
-    trainer, plans, configuration, fold:
-        the teacher's trainer, and the student's plans, configuration and fold.
-    wanted:
-        setting ``teacher.configuration``; None: the first of the student's own configuration and its parents that
+    trainer, plans, configuration, fold
+        The teacher's trainer, and the student's plans, configuration and fold.
+    wanted
+        Setting ``teacher.configuration``; None: the first of the student's own configuration and its parents that
         has a teacher. Where none has, the most general one with the student's network: one teacher for many students.
     """
     if wanted is not None:
@@ -75,37 +61,34 @@ def _fold_folder(results_folder: Path, trainer: str, plans: Mapping, configurati
     return results_folder / model_folder_name(trainer, plans["plans_name"], configuration) / f"fold_{fold}"
 
 
-def find_teacher(
-    results_folder: Path,
-    *,
-    trainer: str,
-    plans: Mapping,
-    configuration: str,
-    fold: int | str,
-    wanted: str | None,
-    dataset: str | int,
-) -> Path:
-    """The teacher's final checkpoint.
+def _same_network(plans: Mapping, first: str, second: str) -> bool:
+    manager = PlansManager(dict(plans))
+    one, other = (manager.get_configuration(name).configuration for name in (first, second))
+    return all(one.get(key) == other.get(key) for key in ("patch_size", "spacing", "architecture"))
 
-    Parameters
-    ----------
-    results_folder, trainer, plans, configuration, fold, wanted:
-        see :func:`teacher_configuration`.
-    dataset:
-        for the message: what to write after nnUNetv2_train.
+
+def find_teacher(trainer: type[SettingsTrainer], student: SettingsTrainer) -> Path:
+    """Return the final checkpoint of a student's teacher.
 
     Raises
     ------
-    FileNotFoundError
-        with the command that trains the missing teacher.
+    MissingFileError
+        With the command that trains the missing teacher.
     """
+    results, plans, fold = Path(student.output_folder_base).parent, student.plans_manager.plans, student.fold
     name = teacher_configuration(
-        results_folder, trainer=trainer, plans=plans, configuration=configuration, fold=fold, wanted=wanted
+        results,
+        trainer=trainer.__name__,
+        plans=plans,
+        configuration=student.configuration_name,
+        fold=fold,
+        wanted=student.settings[TeacherSettings].configuration,
     )
-    folder = _fold_folder(results_folder, trainer, plans, name, fold)
+    folder = _fold_folder(results, trainer.__name__, plans, name, fold)
     if (folder / FINAL).is_file():
         return folder / FINAL
-    command = f"nnUNetv2_train {dataset} {name} {fold} -tr {trainer}"
+    number = dataset_number(student.plans_manager.dataset_name)
+    command = f"nnUNetv2_train {number} {name} {fold} -tr {trainer.__name__}"
     if plans["plans_name"] != "nnUNetPlans":
         command += f" -p {plans['plans_name']}"
     if any(folder.glob("checkpoint_*.pth")):
@@ -115,50 +98,35 @@ def find_teacher(
     raise MissingFileError(f"no teacher for fold {fold}: {folder / FINAL} does not exist. Train it first: {command}")
 
 
-def _same_network(plans: Mapping, first: str, second: str) -> bool:
-    manager = PlansManager(dict(plans))
-    one, other = (manager.get_configuration(name).configuration for name in (first, second))
-    return all(one.get(key) == other.get(key) for key in ("patch_size", "spacing", "architecture"))
-
-
-def load_teacher(
-    path: Path,
-    *,
-    results_root: Path,
-    trainer: type[SettingsTrainer],
-    student_configuration: ConfigurationManager,
-    student_plans: PlansManager,
-    dataset_json: Mapping,
-    split: Mapping[str, list[str]],
-    device: torch.device,
-) -> Teacher:
+def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTrainer) -> Teacher:
     """Read a teacher, compare it with the student and freeze it.
 
     Raises
     ------
-    ValueError
-        if file or teacher do not fit; the message names the difference with both values.
+    InputError
+        If file or teacher do not fit; the message names the difference with both values.
     """
     content = checkpoints.read(path)
     try:
         found, arguments = content["trainer_name"], content["init_args"]
-        given_plans, name, teacher_json = (arguments[key] for key in ("plans", "configuration", "dataset_json"))
+        given_plans, name, dataset_json = (arguments[key] for key in ("plans", "configuration", "dataset_json"))
     except (KeyError, TypeError) as error:
         raise InputError(f"teacher {path} is no checkpoint of nnU-Net v2: it has no {error}") from error
     if found != trainer.__name__:
         raise InputError(f"teacher {path} was trained with {found}, expected {trainer.__name__}")
     # a teacher may come from elsewhere: what its plans name is looked at before anything is built from them
     plans, configuration = open_plans(given_plans, name, f"teacher {path}")
+    split = (content.get(BLOCK) or {}).get("split")
     _compare(
         path,
-        _facts(plans, configuration, teacher_json, (content.get(BLOCK) or {}).get("split")),
-        _facts(student_plans, student_configuration, dataset_json, split),
+        _facts(plans, configuration, dataset_json, split),
+        _facts(student.plans_manager, student.configuration_manager, student.dataset_json, student.split),
     )
     network = trainer.build_network_architecture(
         plans,
         configuration,
-        determine_num_input_channels(plans, configuration, teacher_json),
-        plans.get_label_manager(teacher_json).num_segmentation_heads,
+        determine_num_input_channels(plans, configuration, dataset_json),
+        plans.get_label_manager(dataset_json).num_segmentation_heads,
         enable_deep_supervision=False,
     )
     weights = content["network_weights"]
@@ -171,10 +139,10 @@ def load_teacher(
         ) from error
     identity = {
         "trainer": trainer.__name__,
-        "path": path.relative_to(results_root).as_posix(),
+        "path": path.relative_to(Path(student.output_folder_base).parents[1]).as_posix(),
         "sha256": checkpoints.fingerprint(weights),
     }
-    network = network.to(device).eval().requires_grad_(False)
+    network = network.to(student.device).eval().requires_grad_(False)
     return Teacher(network, weights, identity, trainer.read_settings(configuration, strict=False))
 
 
@@ -187,7 +155,7 @@ def _facts(plans: PlansManager, configuration: ConfigurationManager, dataset_jso
         "use of a mask for normalisation": list(configuration.use_mask_for_norm),
         "axis order (transpose_forward)": list(plans.transpose_forward),
         "channels": list((dataset_json.get("channel_names") or dataset_json["modality"]).values()),
-        "labels": {name: value for name, value in dataset_json["labels"].items()},
+        "labels": dict(dataset_json["labels"]),
         "region order": dataset_json.get("regions_class_order"),
         "training cases of the fold": (split or {}).get("train"),
         "validation cases of the fold": (split or {}).get("val"),

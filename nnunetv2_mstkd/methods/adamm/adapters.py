@@ -14,38 +14,23 @@ MIN_HIDDEN = 8
 
 
 class Selection(NamedTuple):
-    """Which weights of every bank the samples of a batch use.
-
-    Attributes
-    ----------
-    partial:
-        float, (B,): 1 where a modality is absent, 0 for the full set, which passes unchanged.
-    row:
-        long, (B,): the subset's own row; 0 where it has none. None without such rows.
-    listed:
-        bool, (B,): has a row of its own. None where all subsets have one, or none has.
-    parts:
-        long, (B, C): the row of each modality, m if it is available and C + m if it is absent. None without a
-        factorised bank.
-    """
+    """Which weights of every bank the samples of a batch use."""
 
     partial: torch.Tensor
+    """Float, (B,): 1 where a modality is absent, 0 for the full set, which passes unchanged."""
     row: torch.Tensor | None
+    """Long, (B,): the subset's own row; 0 where it has none. None without such rows."""
     listed: torch.Tensor | None
+    """Bool, (B,): has a row of its own. None where all subsets have one, or none has."""
     parts: torch.Tensor | None
+    """Long, (B, C): row of each modality, m if available and C + m if absent. None without a factorised bank."""
 
 
 class SubsetIndex(nn.Module):
     """From availability to rows of the banks, by arithmetic on tensors: nothing branches on the data.
 
-    Parameters
-    ----------
-    num_modalities:
-        C, at least 2.
-    subsets:
-        codes (:func:`nnunetv2_mstkd.modalities.subset_code`) of the subsets with a row of their own.
-    factorised:
-        whether the other subsets are composed of one adapter per modality.
+    ``subsets`` are the codes (:func:`nnunetv2_mstkd.modalities.subset_code`) of those with a row of their own;
+    ``factorised``: the others are composed of one adapter per modality.
     """
 
     table: torch.Tensor
@@ -81,19 +66,9 @@ class AdapterBank(nn.Module):
     step. ``up`` starts at zero, so that the bank starts as the identity. Changed too: hidden width max(8, width // 4)
     instead of 64 everywhere, no dropout.
 
-    Parameters
-    ----------
-    width:
-        channels of the feature map.
-    hidden:
-        hidden channels of an adapter.
-    num_modalities:
-        C.
-    num_rows:
-        subsets with an adapter of their own.
-    factorised:
-        the other subsets use the sum of C smaller adapters, one per modality, of which there are two: for an available
-        modality and for an absent one. All hidden channels together are as many as one adapter's, rounded up.
+    ``num_rows`` subsets have an adapter of their own. ``factorised``: the others use the sum of C smaller adapters, one
+    per modality, of which there are two: for an available modality and for an absent one. All hidden channels together
+    are as many as one adapter's, rounded up.
     """
 
     def __init__(self, width: int, hidden: int, num_modalities: int, num_rows: int, *, factorised: bool) -> None:

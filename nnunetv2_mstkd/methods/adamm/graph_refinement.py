@@ -19,11 +19,6 @@ class NodeProjection(nn.Module):
 
     Changed against AdaMM's released code: the exponent is divided by the number of channels (assignments are near
     one-hot without that); nodes are not reshaped into channels; two matrix products instead of K copies of the map.
-
-    Parameters
-    ----------
-    width, nodes:
-        channels, and K.
     """
 
     def __init__(self, width: int, nodes: int) -> None:
@@ -52,16 +47,8 @@ class GraphRefinement(nn.Module):
     ``b = g + conv(LeakyReLU(norm(conv(c + delta))))`` whose last convolution starts at zero, so that b = g.
 
     Changed against AdaMM's released code, whose two graphs exchange nothing and whose nodes all become equal: cross
-    terms, residuals, and instance norm instead of batch norm. The full set of modalities passes unchanged.
-
-    Parameters
-    ----------
-    width:
-        channels of both maps.
-    nodes:
-        K; 0: no graph, delta = 0 (dense fusion).
-    dimensions:
-        2 or 3 spatial axes.
+    terms, residuals, and instance norm instead of batch norm. The full set of modalities passes unchanged. With 0 nodes
+    there is no graph and delta = 0 (dense fusion).
     """
 
     def __init__(self, width: int, nodes: int, dimensions: int) -> None:
@@ -70,7 +57,7 @@ class GraphRefinement(nn.Module):
         norm = nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d
         self.nodes = nodes
         if nodes:
-            self.project_specific, self.project_general = NodeProjection(width, nodes), NodeProjection(width, nodes)
+            self.project_specific, self.project_general = (NodeProjection(width, nodes) for _ in range(2))
             self.to_general, self.to_specific = (nn.Linear(width, width, bias=False) for _ in range(2))
             self.norm_general, self.norm_specific = nn.LayerNorm(width), nn.LayerNorm(width)
             self.block = TransformerBlock(width, default_heads(width), mlp_ratio=1.0)
@@ -82,15 +69,7 @@ class GraphRefinement(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, specific: torch.Tensor, general: torch.Tensor, partial: torch.Tensor) -> torch.Tensor:
-        """The refined map.
-
-        Parameters
-        ----------
-        specific, general:
-            c and g, shape (B, width, *grid).
-        partial:
-            float, (B,): 0 for samples with all modalities, which get g itself.
-        """
+        """Refine c and g, (B, width, *grid); ``partial``: float, (B,), 0 for complete samples, which get g itself."""
         mixed = specific
         if self.nodes:
             with torch.autocast(general.device.type, enabled=False):

@@ -11,9 +11,10 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits
+from nnunetv2_mstkd.losses.logits import check_logits, probabilities
 
 _FLOOR = 1e-3
+_SMOOTH = 1e-5
 
 
 def probability_consistency(
@@ -33,25 +34,8 @@ def probability_consistency(
     lesion's share of the patch; here a lesion of any size counts alike down to about a thousandth of the patch, below
     which the floor keeps noise from being amplified. The teacher gets no gradient.
 
-    Parameters
-    ----------
-    student, teacher : Tensor, shape (B, K, *spatial)
-        Logits of K overlapping regions (sigmoid) or K classes (softmax, class 0 is the background).
-    regions : bool
-        True for region heads, False for softmax classes.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out (ignore label).
-    voxel_weight : Tensor, shape (B, 1, *spatial), at least 0, optional
-        Factor w; the denominator does not depend on it, so that distillation fades as fewer voxels ask for it.
-
-    Returns
-    -------
-    Tensor of float32, scalar in [0, 1]; 0 for equal logits and when no voxel is valid.
-
-    Raises
-    ------
-    ValueError
-        If the shapes do not fit.
+    Arguments are those of :mod:`nnunetv2_mstkd.losses`. The loss is in [0, 1]: 0 for equal logits and when no voxel is
+    valid.
     """
     check_logits(student, teacher, regions)
     with torch.autocast(device_type=student.device.type, enabled=False):
@@ -68,42 +52,21 @@ def probability_consistency(
 
 
 def foreground_probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    """Sigmoid of regions, or softmax without class 0, in float32; shape (B, foreground heads, *spatial)."""
-    return logits.float().sigmoid() if regions else logits.float().softmax(1)[:, 1:]
-
-
-_SMOOTH = 1e-5
+    """Probabilities without those of the background, class 0: float32, (B, foreground heads, *spatial)."""
+    return probabilities(logits, regions)[:, 0 if regions else 1 :]
 
 
 class Presence(NamedTuple):
-    """What a patch contains.
-
-    Attributes
-    ----------
-    target:
-        float, (B, H): 1 where foreground head h has a voxel in the sample.
-    known:
-        bool, (B,): False for a sample without a valid voxel, about which nothing can be said.
-    """
+    """What a patch contains."""
 
     target: torch.Tensor
+    """Float, (B, H): 1 where foreground head h has a voxel in the sample."""
     known: torch.Tensor
+    """Bool, (B,): False for a sample without a valid voxel, about which nothing can be said."""
 
 
 def presence_target(label: torch.Tensor, heads: int, *, regions: bool, valid: torch.Tensor | None = None) -> Presence:
-    """Which foreground heads have any voxel in each sample.
-
-    Parameters
-    ----------
-    label : Tensor
-        (B, H, *spatial) of 0 and 1 for regions, (B, 1, *spatial) of class numbers otherwise.
-    heads : int
-        H: regions, or classes without the background.
-    regions : bool
-        True for region heads.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out (ignore label).
-    """
+    """Which of the H foreground heads (regions, or classes without the background) have any voxel in each sample."""
     if regions:
         found = label.bool()
         found = (found if valid is None else found & valid).flatten(2).any(2)
@@ -116,12 +79,7 @@ def presence_target(label: torch.Tensor, heads: int, *, regions: bool, valid: to
 
 
 def presence_loss(logits: torch.Tensor, presence: Presence) -> torch.Tensor:
-    """Binary cross-entropy of the presence logits (B, H), mean over the samples about which something is known.
-
-    Returns
-    -------
-    Tensor of float32, scalar, at least 0; 0 when nothing is known.
-    """
+    """Binary cross-entropy of the presence logits (B, H), mean over the samples of which something is known, else 0."""
     with torch.autocast(device_type=logits.device.type, enabled=False):
         loss = functional.binary_cross_entropy_with_logits(logits.float(), presence.target, reduction="none").mean(1)
         known = presence.known.float()
@@ -153,30 +111,20 @@ def reliability_dice(
 
     Parameters
     ----------
-    logits : Tensor, shape (B, K, *spatial)
-    label : Tensor
-        (B, K, *spatial) of 0 and 1 for regions, (B, 1, *spatial) of class numbers otherwise.
-    gap : Tensor, shape (B, H)
-        :func:`presence_gap`; H = K regions, or K - 1 classes.
-    regions : bool
-        True for region heads.
-    batch_dice : bool
+    logits, label, regions, valid
+        See :mod:`nnunetv2_mstkd.losses`.
+    gap
+        :func:`presence_gap`, (B, H).
+    batch_dice
         Dice of the whole batch, as the plans may ask for; the gap is averaged over the batch then.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out.
-
-    Returns
-    -------
-    Tensor of float32, scalar in [0, 1].
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
         found = foreground_probabilities(logits, regions)
         if regions:
             wanted = label.bool()
         else:
-            wanted = label == torch.arange(1, logits.shape[1], device=label.device).reshape(
-                1, -1, *[1] * (label.ndim - 2)
-            )
+            classes = torch.arange(1, logits.shape[1], device=label.device)
+            wanted = label == classes.reshape(1, -1, *[1] * (label.ndim - 2))
         if valid is not None:
             found, wanted = torch.where(valid, found, 0.0), wanted & valid
         overlap = torch.where(wanted, found, 0.0).flatten(2).sum(2)

@@ -41,34 +41,20 @@ PARTS_OFF = AdaMMSettings(adapters=False, refinement="off", presence=False)
 
 
 class Features(NamedTuple):
-    """What a training step reads from one forward pass; nothing of it is computed in prediction.
-
-    Attributes
-    ----------
-    logits:
-        what the plans' network returns: (B, K, *spatial), or a list of these, finest first, under deep supervision.
-    content:
-        output of the distillation stage before its own adapter, (B, width, *grid).
-    style:
-        on the same grid: the stage above, all of up to three stages joined, and the content; empty unless asked for.
-    presence:
-        logits per output channel that there is any of it in the patch, (B, K); None without the head.
-    """
+    """What a training step reads from one forward pass; nothing of it is computed in prediction."""
 
     logits: torch.Tensor | list[torch.Tensor]
+    """What the plans' network returns: (B, K, *spatial), or a list of these, finest first, under deep supervision."""
     content: torch.Tensor
+    """Output of the distillation stage before its own adapter, (B, width, *grid)."""
     style: tuple[torch.Tensor, ...]
+    """On the same grid: the stage above, all of up to three stages joined, and the content; empty unless asked for."""
     presence: torch.Tensor | None
+    """Logits per output channel that there is any of it in the patch, (B, K); None without the head."""
 
 
 def choose_bank(section: AdaMMSettings, num_modalities: int) -> str:
-    """Decide ``bank: auto``.
-
-    Raises
-    ------
-    SettingsError
-        For a full bank of more than eight modalities.
-    """
+    """Decide ``bank: auto``; SettingsError for a full bank of more than eight modalities."""
     bank: str = section.bank
     if bank == "auto":
         bank = "full" if num_modalities <= MAX_FULL_BANK and not section.subsets else "factorised"
@@ -108,15 +94,7 @@ class AdaptiveUNet(AvailabilityAware):
     """The plans' network, optionally with adapters, graph refinement and a presence head.
 
     ``encoder`` and ``decoder`` keep their names in the state dict, so that weights of the plain network load and
-    nnU-Net finds ``decoder.deep_supervision``.
-
-    Parameters
-    ----------
-    plan
-        The U-Net to build, with C input channels and K output channels.
-    section
-        Resolved settings; ``subsets`` as channel numbers, ``"#0+#2"``.
-
+    nnU-Net finds ``decoder.deep_supervision``. The settings are resolved ones: ``subsets`` are channel numbers.
     """
 
     def __init__(self, plan: UNetPlan, section: AdaMMSettings) -> None:
@@ -135,15 +113,10 @@ class AdaptiveUNet(AvailabilityAware):
             self.subsets = SubsetIndex(num_modalities, codes, factorised=factorised)
 
             def banks(widths: Sequence[int]) -> nn.ModuleList:
+                hidden = [max(MIN_HIDDEN, width // section.reduction) for width in widths]
                 return nn.ModuleList(
-                    AdapterBank(
-                        width,
-                        max(MIN_HIDDEN, width // section.reduction),
-                        num_modalities,
-                        len(codes),
-                        factorised=factorised,
-                    )
-                    for width in widths
+                    AdapterBank(width, inner, num_modalities, len(codes), factorised=factorised)
+                    for width, inner in zip(widths, hidden, strict=True)
                 )
 
             self.encoder_adapters = banks(shape.widths[1:])
@@ -163,20 +136,9 @@ class AdaptiveUNet(AvailabilityAware):
     def forward(
         self, x: torch.Tensor, *, return_features: bool = False, return_style: bool = False
     ) -> torch.Tensor | list[torch.Tensor] | Features:
-        """Segment a batch.
+        """Segment a batch (B, C, *spatial) whose absent modalities are zero, as the plans' network does.
 
-        Parameters
-        ----------
-        x:
-            shape (B, C, *spatial); absent modalities are zero.
-        return_features:
-            also return what the training reads.
-        return_style:
-            the style maps too (needs ``return_features``).
-
-        Returns
-        -------
-        Exactly what the plans' network returns (a tensor, or a list under deep supervision), or :class:`Features`.
+        With ``return_features`` the result is :class:`Features`, with ``return_style`` its style maps too.
         """
         selection = partial = None
         if self.subsets is not None or self.refinement is not None:
@@ -215,13 +177,8 @@ class AdaptiveUNet(AvailabilityAware):
     def conditioned(
         self, availability: torch.Tensor, label_manager: Any, student: int | None = None
     ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
-        """Tell the network what a prediction is about; see :func:`nnunetv2_mstkd.inference.conditioning.conditioned`.
-
-        Yields
-        ------
-        A function that deletes from the logits (S, K, *spatial) of a case what the presence head has not seen in any
-        of its patches, if ``adamm.gate`` is above 0.
-        """
+        """With ``adamm.gate`` above 0 the function that finishes the logits (S, K, *spatial) of a case deletes from
+        them what the presence head has not seen in any of its patches."""
         if self.gate > 0 and self.presence is not None:
             self._gate = PresenceGate(self.gate, label_manager, availability.device)
         try:

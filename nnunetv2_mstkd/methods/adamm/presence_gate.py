@@ -15,16 +15,7 @@ class PresenceGate:
     """Records what a network says about presence in all patches of a case, and applies it to the case's logits.
 
     A case has a label or region with the largest probability that any patch, mirrored patch and fold gave to it: one
-    patch that finds it is enough to keep it.
-
-    Parameters
-    ----------
-    threshold
-        Probability of presence below which a label or region is deleted, above 0.
-    label_manager
-        nnU-Net's.
-    device
-        Where the network runs.
+    patch that finds it is enough to keep it. What stays below the threshold (above 0) is deleted.
     """
 
     def __init__(self, threshold: float, label_manager: Any, device: torch.device) -> None:

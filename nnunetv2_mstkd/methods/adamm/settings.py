@@ -57,11 +57,8 @@ class AdaMMSettings(Section):
     whole case; 0: never. A wrong gate costs the whole of it."""
 
     def check(self) -> None:
-        self.require(
-            not (self.subsets and self.bank == "full"),
-            "subsets",
-            "none with bank 'full', in which every subset has its own adapters",
-        )
+        none = "none with bank 'full', in which every subset has its own adapters"
+        self.require(not (self.subsets and self.bank == "full"), "subsets", none)
         self.require(self.presence_weight > 0, "presence_weight", "a number above 0; presence = false builds no head")
         self.require(self.presence or self.gate == 0, "gate", "0 without the presence head (presence = false)")
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -35,14 +36,14 @@ class AdaMMTrainer(DistillationTrainer):
     """
 
     design = AdaptiveDesign()
-    teacher_trainer: ClassVar[type] = AdaMMTeacherTrainer
-    logit_terms: ClassVar[tuple[str, ...]] = ("consistency",)
-    feature_terms: ClassVar[tuple[str, ...]] = ("content", "style", "adversarial")
+    teacher_trainer = AdaMMTeacherTrainer
+    logit_terms = ("consistency",)
+    feature_terms = ("content", "style", "adversarial")
 
     def make_terms(self) -> tuple[Term, ...]:
         section = self.settings[AdaMMSettings]
         terms = [
-            Term("consistency", section.consistency, self._consistency),
+            Term("consistency", section.consistency, partial(self.compare_logits, losses.probability_consistency)),
             Term("content", section.content, lambda s, t, target: relative_difference(s.content, t.content.detach())),
             Term("style", section.style, lambda s, t, target: style_matching(s.style, t.style)),
             Term("adversarial", section.adversarial, self.adversarial),
@@ -54,28 +55,8 @@ class AdaMMTrainer(DistillationTrainer):
             ]
         return active_terms(*terms)
 
-    # ---- networks ------------------------------------------------------------------------------------------------
-
-    def _options(self) -> dict[str, bool]:
-        """What the active terms ask of a forward pass."""
-        return {"return_features": True, "return_style": self.is_active("style", "adversarial")}
-
-    def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Features:
-        return self.network(inputs, **self._options())
-
-    def forward_teacher(self, complete: torch.Tensor) -> Features:
-        return self.teacher(complete, **self._options())
-
-    # ---- terms ---------------------------------------------------------------------------------------------------
-
-    def _consistency(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
-        return losses.probability_consistency(
-            student.logits,
-            teacher.logits,
-            regions=self.label_manager.has_regions,
-            valid=target.valid,
-            voxel_weight=target.weight,
-        )
+    def forward_options(self) -> dict[str, Any]:
+        return {"return_features": True, "return_style": bool(self.active("style", "adversarial"))}
 
     def _presence_of(self, student: Any, target: Target) -> tuple[torch.Tensor, losses.Presence]:
         """Presence logits of the foreground heads, and the truth."""

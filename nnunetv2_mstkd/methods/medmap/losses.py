@@ -14,18 +14,9 @@ _VARIANCE_FLOOR = 1e-5
 
 
 def renormalized_weights(weights: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-    """Weights of the available modalities of each sample, summing to 1.
+    """Weights of the available modalities of each sample, summing to 1: float32, (B, C), 0 for absent ones.
 
-    Parameters
-    ----------
-    weights : Tensor, shape (C,)
-        Non-negative, of all modalities.
-    available : Tensor of bool, shape (B, C)
-        No row is all False.
-
-    Returns
-    -------
-    Tensor of float32, shape (B, C); 0 for absent modalities.
+    ``weights`` are those of all modalities, (C,), not negative; ``available`` is bool, (B, C), without an empty row.
     """
     kept = torch.where(available, weights.float(), 0.0)
     return kept / kept.sum(1, keepdim=True)
@@ -52,15 +43,15 @@ def mixture_alignment(
 
     Parameters
     ----------
-    features : Tensor, shape (B, C, F, *spatial)
-        F channels of each of C modalities.
-    weights : Tensor, shape (B, C)
-        Of the anchor; each row sums to 1.
-    present : Tensor of bool, shape (B, C)
-        Modalities that take part; no row is all False.
-    normalize : bool
+    features
+        F channels of each of C modalities, (B, C, F, *spatial).
+    weights
+        Weights of the anchor, (B, C); each row sums to 1.
+    present
+        Modalities that take part, bool (B, C); no row is all False.
+    normalize
         Standardise each channel of each modality over space, (z - mean) / sqrt(var + 1e-5).
-    detach_anchor : bool
+    detach_anchor
         The anchor's features get no gradient; its weights still do.
 
     Returns
@@ -101,17 +92,8 @@ def gaussian_alignment(
     draft adds sigma^2 instead of its logarithm, with a parameter that may be negative; that has no lower bound. Changed
     to the form of MIRO (Cha et al., ECCV 2022), from which it stems.
 
-    Parameters
-    ----------
-    features : Tensor, shape (B, C, F, *spatial)
-    mean, variance : Tensor, shape (F,)
-        Of the anchor; the variance is positive.
-    present : Tensor of bool, shape (B, C)
-        Modalities that take part; no row is all False.
-
-    Returns
-    -------
-    Tensor of float32, scalar.
+    ``features`` and ``present`` are as for :func:`mixture_alignment`; ``mean`` and ``variance`` (positive) of the
+    anchor have the shape (F,).
     """
     with torch.autocast(features.device.type, enabled=False):
         z = features.float().flatten(3)

@@ -7,10 +7,12 @@ either fits in front of the plain U-Net and of the one with a multi-scale transf
 
 from __future__ import annotations
 
+from collections import namedtuple
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
+from dynamic_network_architectures.building_blocks.helper import get_matching_instancenorm
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 from torch.nn import functional
@@ -18,13 +20,13 @@ from torch.nn import functional
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.medmap.losses import gaussian_alignment, mixture_alignment, renormalized_weights
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
-from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet, TransformerDesign
+from nnunetv2_mstkd.methods.mstkd.network import Features, MultiScaleTransformerUNet, TransformerDesign
 from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
-from nnunetv2_mstkd.nnunet.unet import UNetPlan
+from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
 from nnunetv2_mstkd.training.design import NetworkDesign
-from nnunetv2_mstkd.training.settings import Section, Settings, require
+from nnunetv2_mstkd.training.settings import Section, Settings
 
 MAX_STEM_FEATURES = 4
 """Channels per modality of the stem at most, unless the settings say more."""
@@ -35,52 +37,24 @@ VARIANCE_FLOOR = 1e-5
 
 
 class Aligned(NamedTuple):
-    """What a training step reads from the plain network.
-
-    Attributes
-    ----------
-    logits:
-        what the plans' network returns: (B, K, *spatial), or a list of these under deep supervision.
-    alignment:
-        scalar alignment loss, mean over the aligned stages.
-    """
+    """What a training step reads from the plain network."""
 
     logits: torch.Tensor | list[torch.Tensor]
+    """What the plans' network returns: (B, K, *spatial), or a list of these under deep supervision."""
     alignment: torch.Tensor
+    """Scalar alignment loss, mean over the aligned stages."""
 
 
-class AlignedFeatures(NamedTuple):
-    """What a training step reads from MST-KDNet's network behind an aligning front.
-
-    Attributes
-    ----------
-    logits, attention, maps, f_enc, f_t, f_dec
-        As in :class:`nnunetv2_mstkd.methods.mstkd.network.Features`.
-    alignment
-        As in :class:`Aligned`.
-    """
-
-    logits: torch.Tensor | list[torch.Tensor]
-    attention: tuple[torch.Tensor, ...]
-    maps: tuple[torch.Tensor, ...]
-    f_enc: torch.Tensor
-    f_t: torch.Tensor
-    f_dec: torch.Tensor
-    alignment: torch.Tensor
+AlignedFeatures = namedtuple("AlignedFeatures", (*Features._fields, "alignment"))  # type: ignore[misc]
+"""What a training step reads from MST-KDNet's network behind an aligning front."""
 
 
 class ModalityAnchor(nn.Module):
-    """Anchor of one stage: the modalities' weights, the alignment loss, and imputation.
+    """Anchor of one stage of features (B, C, F, *grid): the modalities' weights, the alignment loss, and imputation.
 
-    Parameters
-    ----------
-    num_modalities, features
-        C and F of the features (B, C, F, *grid).
-    section
-        Settings of the anchor: ``star`` is the weighted mean of all modalities (P*_mix), ``fixed`` one modality
-        (P^k_mix), ``gaussian`` a learned Gaussian per channel, ``normal`` the standard normal distribution.
-        ``normalize`` and ``detach_anchor`` act on ``star`` and ``fixed`` only: for standardised features the other two
-        would be constant.
+    ``star`` is the weighted mean of all modalities (P*_mix), ``fixed`` one modality (P^k_mix), ``gaussian`` a learned
+    Gaussian per channel, ``normal`` the standard normal distribution. ``normalize`` and ``detach_anchor`` act on
+    ``star`` and ``fixed`` only: for standardised features the other two would be constant.
     """
 
     fixed: torch.Tensor
@@ -102,17 +76,10 @@ class ModalityAnchor(nn.Module):
         return self.weight_logits.float().softmax(0)
 
     def forward(self, z: torch.Tensor, available: torch.Tensor) -> torch.Tensor:
-        """Replace what is absent by the weighted mean of what is available.
+        """Replace what is absent in features (B, C, F, *grid) by the weighted mean of what is available.
 
         ``out_m = z_m`` where modality m is available, else ``sum_n w_n z_n`` over the available n, weights renormalised
         per sample; the same in training and in prediction.
-
-        Parameters
-        ----------
-        z:
-            shape (B, C, F, *grid).
-        available:
-            bool, shape (B, C).
         """
         keep = available.reshape(*available.shape, *[1] * (z.ndim - 2))
         kept = mask_features(z, available)
@@ -133,36 +100,28 @@ class ModalityAnchor(nn.Module):
         return mixture_alignment(z, weights, present, normalize=self.normalize, detach_anchor=self.detach_anchor)
 
 
+Aligning: TypeAlias = tuple[ModalityAnchor, torch.Tensor]
+"""An anchor, and the features of its stage as they were before imputation."""
+
+
 class AlignedStem(nn.Module):
     """Grouped convolutions that give every modality F full-resolution channels of its own, aligned and imputed.
 
     One as wide as the plans' first kernel and a pointwise one, each with instance normalisation and the plans'
     non-linearity. A second wide one costs as much as a convolution of the U-Net's finest stage.
-
-    Parameters
-    ----------
-    encoder:
-        the plans' encoder, for its convolutions' kind, first kernel size and non-linearity.
-    num_modalities
-        C.
-    section
-        Resolved settings; F is ``features``.
     """
 
     def __init__(self, encoder: Any, num_modalities: int, section: MedMAPSettings) -> None:
         super().__init__()
         features = section.features or 1
-        convolution, kernel = encoder.conv_op, encoder.kernel_sizes[0]
-        dimensions = 2 if issubclass(convolution, nn.Conv2d) else 3
-        kernel = [kernel] * dimensions if isinstance(kernel, int) else list(kernel)
-        width = num_modalities * features
+        convolution, width = encoder.conv_op, num_modalities * features
+        # whatever the plans normalise with: a batch's statistics would carry absent images into other samples
+        norm = get_matching_instancenorm(convolution)
         layers: list[nn.Module] = []
-        for incoming, edges in ((num_modalities, kernel), (width, [1] * dimensions)):
-            padding = [(edge - 1) // 2 for edge in edges]
+        for incoming, kernel in ((num_modalities, encoder.kernel_sizes[0]), (width, 1)):
             layers += [
-                convolution(incoming, width, edges, padding=padding, groups=num_modalities, bias=encoder.conv_bias),
-                # whatever the plans normalise with: a batch's statistics would carry absent images into other samples
-                (nn.InstanceNorm2d if dimensions == 2 else nn.InstanceNorm3d)(width, affine=True),
+                convolution(incoming, width, kernel, padding="same", groups=num_modalities, bias=encoder.conv_bias),
+                norm(width, affine=True),
                 encoder.nonlin(**(encoder.nonlin_kwargs or {})),
             ]
         self.layers = nn.Sequential(*layers)
@@ -170,26 +129,16 @@ class AlignedStem(nn.Module):
         self.anchor = ModalityAnchor(num_modalities, features, section)
         self.apply(InitWeights_He(1e-2))
 
-    def forward(self, x: torch.Tensor, available: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Input of the network (B, C F, *spatial), and the features that are to be aligned, one per stage."""
+    def forward(self, x: torch.Tensor, available: torch.Tensor) -> tuple[torch.Tensor, list[Aligning]]:
+        """Input of the network (B, C F, *spatial), and what is to be aligned."""
         z = self.layers(x).unflatten(1, (self.num_modalities, -1))
-        return self.anchor(z, available).flatten(1, 2), [z]
-
-    def alignment(self, features: Sequence[torch.Tensor], present: torch.Tensor) -> torch.Tensor:
-        return self.anchor.alignment(features[0], present)
+        return self.anchor(z, available).flatten(1, 2), [(self.anchor, z)]
 
 
 class AlignedEncoders(nn.Module):
     """One encoder per modality; chosen stages are aligned and imputed, absent modalities of the others are zero.
 
-    Parameters
-    ----------
-    encoders:
-        of all modalities.
-    widths:
-        channels per stage.
-    section
-        Settings of the anchors, and which stages have one.
+    ``widths`` are the channels per stage of the encoders.
     """
 
     def __init__(self, encoders: ModalityEncoders, widths: Sequence[int], section: MedMAPSettings) -> None:
@@ -200,67 +149,50 @@ class AlignedEncoders(nn.Module):
             {str(stage): ModalityAnchor(len(encoders), widths[stage], section) for stage in aligned}
         )
 
-    def forward(self, x: torch.Tensor, available: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Features per stage (B, C, F, *grid) for the fusion, and those of the aligned stages as they were."""
-        fused, aligned = [], []
+    def forward(self, x: torch.Tensor, available: torch.Tensor) -> tuple[list[torch.Tensor], list[Aligning]]:
+        """Features per stage (B, C, F, *grid) for the fusion, and what is to be aligned."""
+        fused: list[torch.Tensor] = []
+        aligned: list[Aligning] = []
         for stage, z in enumerate(self.encoders(x)):
             if str(stage) in self.anchors:
-                aligned.append(z)
-                fused.append(self.anchors[str(stage)](z, available))
+                anchor: Any = self.anchors[str(stage)]
+                aligned.append((anchor, z))
+                fused.append(anchor(z, available))
             else:
                 fused.append(mask_features(z, available))
         return fused, aligned
 
-    def alignment(self, features: Sequence[torch.Tensor], present: torch.Tensor) -> torch.Tensor:
-        anchors: list[Any] = list(self.anchors.values())
-        losses = [anchor.alignment(z, present) for anchor, z in zip(anchors, features, strict=True)]
-        return torch.stack(losses).mean()
+
+Front: TypeAlias = AlignedStem | AlignedEncoders
 
 
 class _AlignedInput(AvailabilityAware):
     """What both networks share: which modalities there are, and the front's answer."""
 
-    front: AlignedStem | AlignedEncoders
+    front: Front
 
     def enter(self, x: torch.Tensor, complete: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
         """Input of the encoder, and the alignment loss if the complete batch is given."""
         available = self.available(x)
         if complete is None:
             return self.front(x, available)[0], None
-        y, features = self.front(complete, available)
-        return y, self.front.alignment(features, modalities.known_availability(complete))
+        y, aligned = self.front(complete, available)
+        present = modalities.known_availability(complete)
+        return y, torch.stack([anchor.alignment(z, present) for anchor, z in aligned]).mean()
 
 
 class MedMAPUNet(_AlignedInput):
-    """The plans' U-Net behind an aligning front.
+    """The plans' U-Net behind an aligning front; ``encoder`` may be the fusion of one encoder per modality."""
 
-    Parameters
-    ----------
-    front:
-        :class:`AlignedStem` or :class:`AlignedEncoders`.
-    encoder, decoder:
-        of the plans' network, or the fusion of one encoder per modality instead of the encoder; they keep their names
-        in the state dict.
-    """
-
-    def __init__(self, front: AlignedStem | AlignedEncoders, encoder: nn.Module, decoder: nn.Module) -> None:
+    def __init__(self, front: Front, encoder: nn.Module, decoder: nn.Module) -> None:
         super().__init__()
         self.front, self.encoder, self.decoder = front, encoder, decoder
 
     def forward(self, x: torch.Tensor, *, complete: torch.Tensor | None = None):
-        """Segment a batch.
+        """Segment a batch (B, C, *spatial) whose absent modalities are zero, as the plans' network does.
 
-        Parameters
-        ----------
-        x:
-            shape (B, C, *spatial); absent modalities are zero.
-        complete:
-            the same batch with all modalities, for the alignment. Logits are those of ``x`` alone: what ``x`` lacks is
-            encoded, but replaced by the imputation.
-
-        Returns
-        -------
-        Exactly what the plans' network returns; with ``complete`` an :class:`Aligned`.
+        With ``complete``, the same batch with all modalities, the result is an :class:`Aligned`. Its logits are those
+        of ``x`` alone: what ``x`` lacks is encoded, but replaced by the imputation.
         """
         y, alignment = self.enter(x, complete)
         logits = self.decoder(self.encoder(y))
@@ -268,37 +200,17 @@ class MedMAPUNet(_AlignedInput):
 
 
 class MedMAPTransformerUNet(MultiScaleTransformerUNet, _AlignedInput):
-    """MST-KDNet's network behind an aligning front.
+    """MST-KDNet's network behind an aligning front."""
 
-    Parameters
-    ----------
-    front, encoder, decoder
-        As for :class:`MedMAPUNet`.
-    plan, section
-        For the transformer, see :class:`~nnunetv2_mstkd.methods.mstkd.network.MultiScaleTransformerUNet`.
-    """
-
-    def __init__(
-        self,
-        front: AlignedStem | AlignedEncoders,
-        encoder: nn.Module,
-        decoder: nn.Module,
-        plan: UNetPlan,
-        section: NetworkSettings,
-    ) -> None:
-        super().__init__(_Parts(encoder, decoder), plan.shape, section)
+    def __init__(self, front: Front, encoder: Any, decoder: Any, shape: UNetShape, section: NetworkSettings) -> None:
+        super().__init__(encoder, decoder, shape, section)
         self.front = front
 
     def forward(self, x: torch.Tensor, *, complete: torch.Tensor | None = None, **options: bool):
         """Segment as MST-KDNet's network does; features with ``complete`` are :data:`AlignedFeatures`."""
         y, alignment = self.enter(x, complete)
         output: Any = super().forward(y, **options)
-        return output if alignment is None else AlignedFeatures(**output._asdict(), alignment=alignment)
-
-
-class _Parts(NamedTuple):
-    encoder: nn.Module
-    decoder: nn.Module
+        return output if alignment is None else AlignedFeatures._make((*output, alignment))
 
 
 class AlignedDesign(NetworkDesign):
@@ -308,13 +220,9 @@ class AlignedDesign(NetworkDesign):
 
     def check(self, plan: UNetPlan, settings: Settings, names: Sequence[str]) -> None:
         super().check(plan, settings, names)
-        fixed = settings[MedMAPSettings].fixed_channel
-        require(
-            fixed is None or fixed < len(names),
-            "medmap.fixed_channel",
-            fixed,
-            f"a channel number of the data set: 0 ... {len(names) - 1} ({', '.join(names)})",
-        )
+        section, last = settings[MedMAPSettings], len(names) - 1
+        expected = f"a channel number of the data set: 0 ... {last} ({', '.join(names)})"
+        section.require((section.fixed_channel or 0) <= last, "fixed_channel", expected)
 
     def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
         """``features``: half of the planned finest width for all modalities, so that the stem stays cheap beside it."""
@@ -326,9 +234,7 @@ class AlignedDesign(NetworkDesign):
     def build(self, plan: UNetPlan, settings: Settings) -> Any:
         return MedMAPUNet(*self.parts(plan, settings[MedMAPSettings]))
 
-    def parts(
-        self, plan: UNetPlan, section: MedMAPSettings
-    ) -> tuple[AlignedStem | AlignedEncoders, nn.Module, nn.Module]:
+    def parts(self, plan: UNetPlan, section: MedMAPSettings) -> tuple[Front, Any, Any]:
         """Build front, encoder and decoder."""
         if section.placement == "stem":
             unet = plan.replace(num_modalities=plan.num_modalities * (section.features or 1)).build()
@@ -349,7 +255,7 @@ class AlignedTransformerDesign(AlignedDesign):
 
     def build(self, plan: UNetPlan, settings: Settings) -> MedMAPTransformerUNet:
         parts = self.parts(plan, settings[MedMAPSettings])
-        return MedMAPTransformerUNet(*parts, plan, settings[NetworkSettings])
+        return MedMAPTransformerUNet(*parts, plan.shape, settings[NetworkSettings])
 
     def added_modules(self, network: Any) -> list[nn.Module]:
         return self.transformer.added_modules(network)

@@ -47,7 +47,5 @@ class MedMAPMSTKDTrainer(MSTKDTrainer):
         return (*super().make_terms(), *alignment_term(self.settings))
 
     def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
-        options = self._options()
-        if self.is_active("alignment"):
-            return self.network(inputs, complete=complete, **options)
-        return self.network(inputs, **options)
+        aligned = {"complete": complete} if self.active("alignment") else {}
+        return self.network(inputs, **self.forward_options(), **aligned)

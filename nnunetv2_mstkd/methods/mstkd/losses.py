@@ -63,19 +63,8 @@ def extreme_value_distillation(
     such factor: it is between 0 and 1 for any N. The relative weight of layers and EVs is that of the paper. The
     teacher gets no gradient.
 
-    Parameters
-    ----------
-    student_maps, teacher_maps : sequence of L tensors, shape (B, heads, N, N)
-        Row-stochastic attention maps (after the softmax) of the tapped layers, in the same order.
-
-    Returns
-    -------
-    Tensor of float32, scalar in [0, 1].
-
-    Raises
-    ------
-    ValueError
-        If the numbers of maps or their shapes differ, or the list is empty.
+    Both networks give L row-stochastic attention maps (B, heads, N, N), after the softmax, of the tapped layers in the
+    same order. Other numbers or shapes of maps raise ValueError.
     """
     _check_pairs(student_maps, teacher_maps)
     with torch.autocast(device_type=student_maps[0].device.type, enabled=False):
@@ -102,19 +91,8 @@ def multiscale_map_matching(student_maps: Sequence[torch.Tensor], teacher_maps: 
     level happens to have and asks the student to copy it; here where a feature is active is matched, not how strongly
     the network scales it, and every level counts the same. The teacher gets no gradient.
 
-    Parameters
-    ----------
-    student_maps, teacher_maps : sequence of tensors, shape (B, channels, *spatial)
-        One map per level, in the same order; levels may differ in channels and grid.
-
-    Returns
-    -------
-    Tensor of float32, scalar in [0, 2]; zero without a graph when no level has 8 positions.
-
-    Raises
-    ------
-    ValueError
-        If the numbers of maps or their shapes differ, or the list is empty.
+    Both networks give one map (B, channels, *spatial) per level, in the same order; levels may differ in channels and
+    grid. The loss is in [0, 2], and zero without a graph when no level has 8 positions. ValueError if maps do not fit.
     """
     _check_pairs(student_maps, teacher_maps)
     levels = [
@@ -147,26 +125,7 @@ def logit_discrepancy(
     confidence; the denominator takes that away and, being at least the number of elements, never amplifies small
     logits. A constant added to all classes changes no softmax, hence the subtraction. The teacher gets no gradient.
 
-    Parameters
-    ----------
-    student, teacher : Tensor, shape (B, K, *spatial)
-        Logits of K overlapping regions (sigmoid) or K classes (softmax).
-    regions : bool
-        True for region heads, False for softmax classes.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out (ignore label), whatever they contain. None: all are valid.
-    voxel_weight : Tensor, shape (B, 1, *spatial), at least 0, optional
-        Factor w of each voxel's squared difference. The denominator does not depend on it, so that distillation fades
-        as fewer voxels ask for it. None is the factor 1, the paper's formula.
-
-    Returns
-    -------
-    Tensor of float32, scalar, at least 0; 0 when no voxel is valid.
-
-    Raises
-    ------
-    ValueError
-        If shapes or types do not fit.
+    Arguments are those of :mod:`nnunetv2_mstkd.losses`. The loss is at least 0, and 0 when no voxel is valid.
     """
     check_logits(student, teacher, regions)
     valid = valid_map(valid, student)
@@ -227,32 +186,17 @@ def standardized_kl(
     * two entries standardise to +-1 whatever the logits, which leaves no gradient, hence the plain tempered softmax;
     * means per group, because a patch is mostly background, which would drown the tumour in a single mean.
 
-    The teacher gets no gradient.
+    The teacher gets no gradient. A group without voxels is left out of the mean of the two; 0 when no voxel is valid.
+    Means are over numbers of voxels, not over sums of weights.
 
     Parameters
     ----------
-    student, teacher : Tensor, shape (B, K, *spatial)
-        Logits of K overlapping regions (sigmoid) or K classes (softmax, class 0 is the background).
-    regions : bool
-        True for region heads, False for softmax classes.
-    target_foreground : Tensor of bool, shape (B, 1, *spatial)
-        True where the label is not background; of no effect at voxels that are not valid.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out (ignore label), whatever they contain. None: all are valid.
-    tau : float
+    student, teacher, regions, valid, voxel_weight
+        See :mod:`nnunetv2_mstkd.losses`.
+    target_foreground
+        Bool (B, 1, *spatial), True where the label is not background; of no effect at voxels that are not valid.
+    tau
         Temperature, greater than 0. The released code uses 7.
-    voxel_weight : Tensor, shape (B, 1, *spatial), at least 0, optional
-        Factor w of each voxel's divergence. Means are over numbers of voxels, not over sums of weights, so that
-        distillation fades as fewer voxels ask for it. None is the factor 1, the paper's formula.
-
-    Returns
-    -------
-    Tensor of float32, scalar. A group without voxels is left out of the mean of the two; 0 when no voxel is valid.
-
-    Raises
-    ------
-    ValueError
-        If shapes or types do not fit or tau is not positive.
     """
     check_logits(student, teacher, regions)
     check_map("target_foreground", target_foreground, student, boolean=True)

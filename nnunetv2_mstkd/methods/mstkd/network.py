@@ -21,7 +21,7 @@ from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
 from nnunetv2_mstkd.networks.attention import TransformerBlock, default_heads
 from nnunetv2_mstkd.networks.decoding import decode
-from nnunetv2_mstkd.nnunet.unet import EncoderDecoder, UNetPlan, UNetShape
+from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.settings import Section, Settings, require
 
@@ -37,24 +37,16 @@ MAX_DEPTH = 12
 
 
 class Features(NamedTuple):
-    """What a training step reads from one forward pass; nothing of it is computed in prediction.
-
-    Attributes
-    ----------
-    logits:
-        what the plans' network returns: (B, K, *spatial), or a list of these, finest first, under deep supervision.
-    attention:
-        maps of the tapped blocks, shallow to deep, each (B, heads, N, N); empty unless asked for.
-    maps:
-        multi-scale maps z of MS-TKD, deep to shallow, each (B, width of the stage, *grid of the stage).
-    f_enc, f_t, f_dec:
-        encoder stage, transformer pyramid and decoder stage on the style grid (GSME), each (B, channels, *grid).
-    """
+    """What a training step reads from one forward pass; nothing of it is computed in prediction."""
 
     logits: torch.Tensor | list[torch.Tensor]
+    """What the plans' network returns: (B, K, *spatial), or a list of these, finest first, under deep supervision."""
     attention: tuple[torch.Tensor, ...]
+    """Maps of the tapped blocks, shallow to deep, each (B, heads, N, N); empty unless asked for."""
     maps: tuple[torch.Tensor, ...]
+    """Multi-scale maps z of MS-TKD, deep to shallow, each (B, width of the stage, *grid of the stage)."""
     f_enc: torch.Tensor
+    """Encoder stage on the style grid (GSME), (B, channels, *grid); then transformer pyramid and decoder stage."""
     f_t: torch.Tensor
     f_dec: torch.Tensor
 
@@ -72,17 +64,10 @@ def token_patch(grid: Sequence[int], max_tokens: int) -> tuple[int, ...]:
 
 
 def resolve(section: NetworkSettings, plan: UNetPlan) -> NetworkSettings:
-    """Fill the nulls of the ``network`` settings from the plans.
+    """Fill the nulls of the ``network`` settings from the plans; SettingsError for a number that does not fit these.
 
-    Returns
-    -------
-    The section with every key set. Depth starts at 12 (the paper's) and falls by ``taps`` until blocks and pyramids
-    cost at most 5 % of the U-Net's multiply-adds and 50 % of its parameters, but not below 4 blocks.
-
-    Raises
-    ------
-    SettingsError
-        If a given number does not fit the network (heads that do not divide the width, more taps than stages).
+    Depth starts at 12 (the paper's) and falls by ``taps`` until blocks and pyramids cost at most 5 % of the U-Net's
+    multiply-adds and 50 % of its parameters, but not below 4 blocks.
     """
     shape = plan.shape
     width, grid, stages = shape.widths[-1], shape.grids[-1], len(shape.widths)
@@ -126,37 +111,30 @@ def _affordable_depth(plan: UNetPlan, section: NetworkSettings) -> int:
     return floor
 
 
-def _convolutions(architecture_kwargs: Mapping[str, Any], stage: int, stages: int, decoder: bool) -> int:
-    key = "n_conv_per_stage_decoder" if decoder else "n_conv_per_stage"
-    count = architecture_kwargs.get(key)
-    if count is None:  # residual blocks of two convolutions each
-        blocks = architecture_kwargs["n_blocks_per_stage"]
-        return 2 * (blocks if isinstance(blocks, int) else blocks[stage])
-    if isinstance(count, int):
-        return count
-    return count[stages - 2 - stage] if decoder else count[stage]
+def _per_stage(value: int | Sequence[int], stages: int) -> list[int]:
+    return [value] * stages if isinstance(value, int) else list(value)
 
 
 def _unet_cost(shape: UNetShape, architecture_kwargs: Mapping[str, Any]) -> tuple[float, float]:
-    """Parameters and multiply-adds of one forward pass of the plans' U-Net.
-
-    What depends on the numbers of modalities and labels is left out, so the shares taken of them are safe.
-    """
-    stages = len(shape.widths)
+    """Parameters and multiply-adds of the plans' U-Net; what depends on modalities and labels is left out."""
+    stages, plain = len(shape.widths), "n_conv_per_stage" in architecture_kwargs
+    if plain:
+        encoder = _per_stage(architecture_kwargs["n_conv_per_stage"], stages)
+    else:  # residual blocks of two convolutions each
+        encoder = [2 * blocks for blocks in _per_stage(architecture_kwargs["n_blocks_per_stage"], stages)]
+    decoder = _per_stage(architecture_kwargs["n_conv_per_stage_decoder"], stages - 1)[::-1]
     parameters = flops = 0.0
     # the stem before residual blocks already gives the first width; a plain encoder's first convolution is left out
-    below = 0 if "n_conv_per_stage" in architecture_kwargs else shape.widths[0]
+    below = 0 if plain else shape.widths[0]
     for stage, (width, grid) in enumerate(zip(shape.widths, shape.grids, strict=True)):
         kernel = architecture_kwargs["kernel_sizes"][stage]
         taps = math.prod(kernel) if isinstance(kernel, (list, tuple)) else kernel ** len(grid)
-        count = _convolutions(architecture_kwargs, stage, stages, decoder=False)
-        weights = taps * (below * width + (count - 1) * width**2)
+        weights = taps * (below * width + (encoder[stage] - 1) * width**2)
         if stage < stages - 1:
             deeper = shape.widths[stage + 1] * width * math.prod(shape.strides[stage + 1])
-            decoder = taps * width**2 * (1 + _convolutions(architecture_kwargs, stage, stages, decoder=True))
             flops += deeper * math.prod(shape.grids[stage + 1])
             parameters += deeper
-            weights += decoder
+            weights += taps * width**2 * (1 + decoder[stage])
         parameters += weights
         flops += weights * math.prod(grid)
         below = width
@@ -185,14 +163,7 @@ class MultiScaleTransformer(nn.Module):
 
     Hidden state i of ``taps``, counted from the last block, is brought to the i-th stage above the bottleneck by
     repeated transposed convolutions with the plans' own strides and widths; that map is z_i of eq. (4). A
-    zero-initialised 1x1 projection adds it to the skip connection.
-
-    Parameters
-    ----------
-    shape
-        Sizes of the U-Net.
-    section
-        Resolved settings, see :func:`resolve`.
+    zero-initialised 1x1 projection adds it to the skip connection. The settings are resolved ones.
     """
 
     def __init__(self, shape: UNetShape, section: NetworkSettings) -> None:
@@ -234,9 +205,8 @@ class MultiScaleTransformer(nn.Module):
         The first two are ordered deep to shallow (level 0 is the bottleneck itself), the attention maps shallow to
         deep; they are empty unless ``return_attention``.
         """
-        grid = bottleneck.shape[2:]
-        x = self._pad(bottleneck)
-        x = self.embed(x)
+        within = (..., *(slice(size) for size in bottleneck.shape[2:]))  # without the padding
+        x = self.embed(self._pad(bottleneck))
         token_grid = x.shape[2:]
         x = (x + self._position_on(token_grid)).flatten(2).transpose(1, 2)
         hidden, attention = [], []
@@ -250,7 +220,7 @@ class MultiScaleTransformer(nn.Module):
         maps, additions = [], []
         for level, state in enumerate(reversed(hidden)):
             state = self.norms[level](state).transpose(1, 2).unflatten(2, token_grid)
-            state = self._crop(self.unpatch(state), grid)
+            state = self.unpatch(state)[within]
             if level > 0:
                 state = self.pyramids[level - 1](state)
             maps.append(state)
@@ -264,12 +234,6 @@ class MultiScaleTransformer(nn.Module):
             return x
         return functional.pad(x, [edge for size in reversed(missing) for edge in (0, size)])
 
-    @staticmethod
-    def _crop(x: torch.Tensor, grid: Sequence[int]) -> torch.Tensor:
-        for axis, size in enumerate(grid):
-            x = x.narrow(axis + 2, 0, size)
-        return x
-
     def _position_on(self, grid: Sequence[int]) -> torch.Tensor:
         if tuple(grid) == tuple(self.position.shape[2:]):
             return self.position
@@ -282,18 +246,11 @@ class MultiScaleTransformerUNet(nn.Module):
 
     ``encoder`` and ``decoder`` are the modules of PlainConvUNet or ResidualEncoderUNet and keep their names in the
     state dict, so that weights of the plain network load and nnU-Net finds ``decoder.deep_supervision``.
-
-    Parameters
-    ----------
-    unet
-        A network with ``encoder`` and ``decoder`` of dynamic_network_architectures.
-    shape, section
-        Its sizes, and resolved settings.
     """
 
-    def __init__(self, unet: EncoderDecoder, shape: UNetShape, section: NetworkSettings) -> None:
+    def __init__(self, encoder: Any, decoder: Any, shape: UNetShape, section: NetworkSettings) -> None:
         super().__init__()
-        self.encoder, self.decoder = unet.encoder, unet.decoder
+        self.encoder, self.decoder = encoder, decoder
         self.transformer = MultiScaleTransformer(shape, section)
         self.style_level = style_level(shape, section.taps or 0)
 
@@ -305,22 +262,16 @@ class MultiScaleTransformerUNet(nn.Module):
         return_attention: bool = False,
         pool_encoder: bool = False,
     ) -> torch.Tensor | list[torch.Tensor] | Features:
-        """Segment a batch.
+        """Segment a batch (B, C, *spatial) whose absent modalities are zero.
 
         Parameters
         ----------
-        x
-            Batch (B, C, *spatial); absent modalities are zero.
         return_features
-            Also return what the distillation terms read.
+            Return :class:`Features`, what the distillation terms read, instead of what the plans' network returns.
         return_attention
             Compute the attention maps explicitly (needs ``return_features``).
         pool_encoder
             f_enc as in the paper: max-pooled from the encoder stage above the style grid.
-
-        Returns
-        -------
-        Exactly what the plans' network returns (a tensor, or a list under deep supervision), or :class:`Features`.
         """
         skips = list(self.encoder(x))
         additions, maps, attention = self.transformer(skips[-1], return_attention=return_attention)
@@ -369,7 +320,8 @@ class TransformerDesign(NetworkDesign):
         return settings.replace(NetworkSettings, **resolve(settings[NetworkSettings], plan).to_dict())
 
     def build(self, plan: UNetPlan, settings: Settings) -> MultiScaleTransformerUNet:
-        return MultiScaleTransformerUNet(plan.build(), plan.shape, settings[NetworkSettings])
+        unet = plan.build()
+        return MultiScaleTransformerUNet(unet.encoder, unet.decoder, plan.shape, settings[NetworkSettings])
 
     def added_modules(self, network: Any) -> list[nn.Module]:
         return [network.transformer]

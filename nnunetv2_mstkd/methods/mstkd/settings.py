@@ -84,17 +84,12 @@ class MSTKDSettings(Section):
     @classmethod
     def forget(cls, block: dict[str, dict[str, Any]], key: str) -> None:
         if key == "recipe":
-            for name in (cls.NAME, "distillation"):
-                block.pop(name, None)
+            block.pop(cls.NAME, None)
+            block.pop("distillation", None)
             block.get("schedule", {}).pop("optimizer", None)
 
     @classmethod
     def imply(cls, block: dict[str, dict[str, Any]]) -> None:
-        own = block.get(cls.NAME)
-        recipe = own.get("recipe") if isinstance(own, dict) else None
-        preset = cls.PRESETS.get(recipe, {}) if isinstance(recipe, str) else {}
-        for name, values in preset.items():
-            section = block.setdefault(name, {})
-            if isinstance(section, dict):
-                for key, value in values.items():
-                    section.setdefault(key, value)
+        recipe = block.get(cls.NAME, {}).get("recipe")
+        for name, values in (cls.PRESETS.get(recipe, {}) if isinstance(recipe, str) else {}).items():
+            block[name] = {**values, **block.get(name, {})}

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import torch
 
-from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.style import style_matching
 from nnunetv2_mstkd.methods.mstkd import losses
 from nnunetv2_mstkd.methods.mstkd.network import Features, TransformerDesign
@@ -14,10 +13,8 @@ from nnunetv2_mstkd.methods.mstkd.settings import MSTKDSettings, NetworkSettings
 from nnunetv2_mstkd.training.base import TeacherTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
-from nnunetv2_mstkd.training.modality_dropout import Target
-from nnunetv2_mstkd.training.settings import Section
+from nnunetv2_mstkd.training.settings import Settings
 from nnunetv2_mstkd.training.step import Term, active_terms
-from nnunetv2_mstkd.training.teacher import Teacher
 
 
 class MSTKDTeacherTrainer(TeacherTrainer):
@@ -38,76 +35,45 @@ class MSTKDTrainer(DistillationTrainer):
     + GSME (``style``, ``adversarial``; eq. 9-11). Every weight is a setting and may be 0.
     """
 
-    sections: ClassVar[tuple[type[Section], ...]] = (*DistillationTrainer.sections, MSTKDSettings)
+    sections = (*DistillationTrainer.sections, MSTKDSettings)
     design: ClassVar[NetworkDesign | None] = TransformerDesign()
-    teacher_trainer: ClassVar[type] = MSTKDTeacherTrainer
-    logit_terms: ClassVar[tuple[str, ...]] = ("discrepancy", "kl")
-    feature_terms: ClassVar[tuple[str, ...]] = ("evd", "maps", "style", "adversarial")
+    teacher_trainer = MSTKDTeacherTrainer
+    logit_terms = ("discrepancy", "kl")
+    feature_terms = ("evd", "maps", "style", "adversarial")
 
     def make_terms(self) -> tuple[Term, ...]:
         weights = self.settings[MSTKDSettings]
+
+        def style_maps(features: Features) -> tuple[torch.Tensor, ...]:
+            return features.f_enc, features.f_dec, features.f_t
+
+        def discrepancy(student: Any, teacher: Any, target: Any) -> torch.Tensor:
+            return self.compare_logits(losses.logit_discrepancy, student, teacher, target)
+
+        def kl(student: Any, teacher: Any, target: Any) -> torch.Tensor:
+            options = {"target_foreground": target.foreground, "tau": weights.tau}
+            return self.compare_logits(losses.standardized_kl, student, teacher, target, **options)
+
         return active_terms(
             Term("evd", weights.evd, lambda s, t, target: losses.extreme_value_distillation(s.attention, t.attention)),
             Term("maps", weights.maps, lambda s, t, target: losses.multiscale_map_matching(s.maps, t.maps)),
-            Term("discrepancy", weights.discrepancy, self._discrepancy),
-            Term("kl", weights.kl, self._kl),
-            Term("style", weights.style, self._style),
+            Term("discrepancy", weights.discrepancy, discrepancy),
+            Term("kl", weights.kl, kl),
+            Term("style", weights.style, lambda s, t, target: style_matching(style_maps(s), style_maps(t))),
             Term("adversarial", weights.adversarial, self.adversarial),
         )
 
-    # ---- networks ------------------------------------------------------------------------------------------------
-
-    def _options(self) -> dict[str, bool]:
-        """What the active terms ask of a forward pass."""
+    def forward_options(self) -> dict[str, Any]:
         return {
             "return_features": True,
-            "return_attention": self.is_active("evd"),
+            "return_attention": bool(self.active("evd")),
             "pool_encoder": self.settings[MSTKDSettings].style_encoder == "paper",
         }
 
-    def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Features:
-        return self.network(inputs, **self._options())
-
-    def forward_teacher(self, complete: torch.Tensor) -> Features:
-        return self.teacher(complete, **self._options())
-
-    def check_teacher(self, teacher: Teacher) -> None:
-        super().check_teacher(teacher)
-        active = self.active(self.feature_terms)
-        mine, theirs = (each[NetworkSettings].to_dict() for each in (self.settings, teacher.settings))
-        for key in ("taps", "patch") + (("heads",) if "evd" in active else ()):
-            if active and theirs[key] != mine[key]:
-                raise InputError(
-                    f"teacher {teacher.identity['path']} has network.{key} = {theirs[key]}, the student {mine[key]}; "
-                    f"the terms {', '.join(active)} compare features of equal shape. Set their weights to 0 or train "
-                    f"the teacher with the same network settings"
-                )
-
-    # ---- terms ---------------------------------------------------------------------------------------------------
-
-    def _discrepancy(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
-        return losses.logit_discrepancy(
-            student.logits,
-            teacher.logits,
-            regions=self.label_manager.has_regions,
-            valid=target.valid,
-            voxel_weight=target.weight,
-        )
-
-    def _kl(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
-        return losses.standardized_kl(
-            student.logits,
-            teacher.logits,
-            regions=self.label_manager.has_regions,
-            target_foreground=target.foreground,
-            valid=target.valid,
-            voxel_weight=target.weight,
-            tau=self.settings[MSTKDSettings].tau,
-        )
-
-    @staticmethod
-    def _style(student: Any, teacher: Any, target: Target) -> torch.Tensor:
-        return style_matching((student.f_enc, student.f_dec, student.f_t), (teacher.f_enc, teacher.f_dec, teacher.f_t))
+    def feature_facts(self, network: Any, settings: Settings) -> dict[str, Any]:
+        section = settings[NetworkSettings].to_dict()
+        keys = ("taps", "patch", "heads") if self.active("evd") else ("taps", "patch")
+        return {**super().feature_facts(network, settings), **{f"network.{key}": section[key] for key in keys}}
 
     # ---- adversary -----------------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 Paper: "Semantic-guided masked mutual learning" (SMML, AAAI 2025, arXiv 2507.07592). Where the terms act, what they read
 and that their weights are 1 is certain from its released code; the functions themselves are missing there, so that
-their formulas are reconstructions. Every term has a direction: the teacher side gets no gradient.
+their formulas are reconstructions. Every term has a direction: the teacher side gets no gradient. Arguments are those
+of :mod:`nnunetv2_mstkd.losses`; here either student is the teacher of the other.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch.nn import functional
+
+from nnunetv2_mstkd.losses.logits import probabilities
 
 MAX_EDGE = 8
 """Bottleneck features are pooled to at most so many positions per axis before they are compared."""
@@ -69,27 +72,18 @@ def reliable_exchange(
     ``L = mean over classes k of mean over {v: y(v) = k, R(v) = 1} of tau^2 KL(p_t(v) || p_s(v))`` with
     ``R(v) = 1[CE(p_t(v), y(v)) < CE(p_s(v), y(v))]`` and p softened by tau. Classes without a selected voxel do not
     count. Between two students no voxel is passed on in both directions. For region heads KL and R are those of each
-    region's Bernoulli distribution, and inside and outside of a region are two classes.
+    region's Bernoulli distribution, and inside and outside of a region are two classes. 0 when no voxel is selected.
 
     Parameters
     ----------
-    student, teacher : Tensor, shape (B, K, *spatial)
-        Logits of K classes (softmax) or K overlapping regions (sigmoid).
-    label : Tensor, shape (B, 1, *spatial) of whole numbers, or (B, K, *spatial) of 0/1 for regions
-    regions : bool
-        True for region heads.
-    valid : Tensor of bool, shape (B, 1, *spatial), optional
-        False at voxels to leave out (ignore label). None: all are valid.
-    tau : float
+    student, teacher, label, regions, valid
+        See :mod:`nnunetv2_mstkd.losses`.
+    tau
         Temperature.
-    require_correct : bool
+    require_correct
         Select only where the peer's most probable class is the label's.
-    balanced : bool
+    balanced
         False: one mean over all selected voxels.
-
-    Returns
-    -------
-    Tensor of float32, scalar, at least 0; 0 when no voxel is selected.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.detach().float()
@@ -151,17 +145,8 @@ def relational_consistency(
     distillation of MMANet (CVPR 2023), whose name and guard against NaN SMML's code has; the second is this package's
     reading of "inter-class relational knowledge". Zero for equal networks.
 
-    Parameters
-    ----------
-    student, teacher : Tensor, shape (B, D, *grid)
-        Features of the bottleneck; pooled to at most 8 positions per axis.
-    teacher_logits : Tensor, shape (B, K, *spatial)
-    label, regions, valid :
-        as for :func:`reliable_exchange`.
-
-    Returns
-    -------
-    Tensor of float32, scalar, at least 0.
+    ``student`` and ``teacher`` are features of the bottleneck, (B, D, *grid), which are pooled to at most 8 positions
+    per axis; for the other arguments see :mod:`nnunetv2_mstkd.losses`.
     """
     with torch.autocast(student.device.type, enabled=False):
         grid = tuple(min(MAX_EDGE, edge) for edge in student.shape[2:])
@@ -169,8 +154,7 @@ def relational_consistency(
             logits = teacher_logits.float()
             share = torch.ones_like(logits[:, :1]) if valid is None else valid.float()
             cell = _pool(share, grid)
-            p = torch.where(share > 0, logits.sigmoid() if regions else logits.softmax(1), 0.0)
-            p = _pool(p, grid) / cell.clamp_min(_EPSILON)
+            p = _pool(torch.where(share > 0, probabilities(logits, regions), 0.0), grid) / cell.clamp_min(_EPSILON)
             entropy = torch.special.entr(p).sum(1)
             if regions:
                 entropy = entropy + torch.special.entr(1 - p).sum(1)
@@ -193,18 +177,8 @@ def refined_guidance(
 ) -> torch.Tensor:
     """L_refine: mean over valid voxels (and regions) of KL(refined || student).
 
-    Direction and stopped gradient of SMML's own term are unknown; here the refinement network is the teacher.
-
-    Parameters
-    ----------
-    student, refined : Tensor, shape (B, K, *spatial)
-        Logits of the student and of its refinement network.
-    regions, valid :
-        as for :func:`reliable_exchange`.
-
-    Returns
-    -------
-    Tensor of float32, scalar, at least 0; 0 when no voxel is valid.
+    Direction and stopped gradient of SMML's own term are unknown; here the refinement network is the teacher. Both give
+    logits (B, K, *spatial). 0 when no voxel is valid.
     """
     with torch.autocast(student.device.type, enabled=False):
         student, refined = student.float(), refined.detach().float()

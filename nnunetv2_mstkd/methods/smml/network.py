@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,32 +18,21 @@ from nnunetv2_mstkd.training.settings import Section, Settings
 
 
 class StudentOutput(NamedTuple):
-    """What a training step reads from one student.
-
-    Attributes
-    ----------
-    logits:
-        (B, K, *spatial), or a list of these, finest first, under deep supervision.
-    bottleneck:
-        (B, D, *grid), the deepest encoder features.
-    """
+    """What a training step reads from one student."""
 
     logits: torch.Tensor | list[torch.Tensor]
+    """(B, K, *spatial), or a list of these, finest first, under deep supervision."""
     bottleneck: torch.Tensor
+    """The deepest encoder features, (B, D, *grid)."""
 
 
 class Student(nn.Module):
     """The plans' U-Net, or one encoder per modality, fused at every stage, in front of the plans' decoder.
 
-    Parameters
-    ----------
-    encoder, decoder:
-        of the plans' network, or the fusion instead of the encoder.
-    modality_encoders:
-        None: the encoder takes the image.
+    With ``modality_encoders`` the fusion takes the place of the encoder, which otherwise takes the image.
     """
 
-    def __init__(self, encoder: nn.Module, decoder: nn.Module, modality_encoders: ModalityEncoders | None) -> None:
+    def __init__(self, encoder: Any, decoder: Any, modality_encoders: ModalityEncoders | None = None) -> None:
         super().__init__()
         self.modality_encoders = modality_encoders
         self.encoder, self.decoder = encoder, decoder
@@ -64,57 +51,33 @@ class Student(nn.Module):
 
 
 class MutualNet(AvailabilityAware):
-    """Two students, initialised separately, without shared weights.
-
-    Attributes
-    ----------
-    only
-        Number of the one student that predicts, 0 or 1; None: the mean of both.
-    """
+    """Two students, initialised separately, without shared weights."""
 
     def __init__(self, students: Sequence[Student]) -> None:
         super().__init__()
         self.students = nn.ModuleList(students)
-        self.only: int | None = None
-
-    @contextlib.contextmanager
-    def conditioned(
-        self, availability: torch.Tensor, label_manager: Any, student: int | None = None
-    ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
-        """Tell the network what a prediction is about; see :func:`nnunetv2_mstkd.inference.conditioning.conditioned`.
-
-        ``student`` counts from 1; None: the mean of both predicts.
-        """
-        self.only = None if student is None else student - 1
-        try:
-            with super().conditioned(availability, label_manager) as unchanged:
-                yield unchanged
-        finally:
-            self.only = None
 
     def forward(self, x: torch.Tensor, *, other: torch.Tensor | None = None, student: int | None = None):
-        """Segment a batch.
+        """Segment a batch (B, C, *spatial) whose absent modalities are zero.
 
         Parameters
         ----------
-        x:
-            shape (B, C, *spatial); absent modalities are zero.
-        other:
-            the same batch with other modalities zero, for the second student.
-        student:
-            run this one alone.
+        other
+            The same batch with other modalities zero, for the second student.
+        student
+            Run this one, 0 or 1, alone.
 
         Returns
         -------
-        The mean of both students' logits, as the plans' network returns them; with ``other`` a pair of
-        :class:`StudentOutput`, with ``student`` one.
+        The mean of both students' logits, or those of the one that predicts, as the plans' network returns them; with
+        ``other`` a pair of :class:`StudentOutput`, with ``student`` one.
         """
         if student is not None:
             return self.students[student](x, self.availability)
         if other is not None:
             return self.students[0](x, self.availability), self.students[1](other, self.availability)
-        if self.only is not None:
-            return self.students[self.only](x, self.availability).logits
+        if self.student is not None:
+            return self.students[self.student - 1](x, self.availability).logits
         first, second = (member(x, self.availability).logits for member in self.students)
         if isinstance(first, (list, tuple)):
             return [(one + two) / 2 for one, two in zip(first, second, strict=True)]
@@ -132,7 +95,7 @@ class MutualDesign(NetworkDesign):
         for _ in range(2):
             if section.light:
                 unet = plan.build()
-                students.append(Student(unet.encoder, unet.decoder, None))
+                students.append(Student(unet.encoder, unet.decoder))
             else:
                 encoders, fusion, decoder = build_modality_encoders(plan, section.width)
                 students.append(Student(fusion, decoder, encoders))

@@ -10,6 +10,9 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
+from nnunetv2_mstkd.losses.logits import probabilities
+from nnunetv2_mstkd.networks.modality_encoders import StageFusion
+
 MAX_STAGES = 4
 MIN_WIDTH = 8
 HIDDEN = (64, 128, 64)
@@ -24,11 +27,6 @@ class PriorWeighting(nn.Module):
 
     Changed against the released code: the student's prediction instead of the ground truth gives the volume, which is
     at least one voxel.
-
-    Parameters
-    ----------
-    num_modalities, heads:
-        C and K.
     """
 
     def __init__(self, num_modalities: int, heads: int) -> None:
@@ -41,10 +39,9 @@ class PriorWeighting(nn.Module):
                 layers += [nn.Linear(incoming, outgoing), nn.LeakyReLU(0.2)]
             self.classes.append(nn.Sequential(*layers[:-1], nn.Sigmoid()))
 
-    def forward(self, prior: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
-        """Weighted prior of the shape of ``prior``, (B, C, K, *spatial); ``probabilities`` is (B, K, *spatial)."""
-        volume = probabilities.flatten(2).mean(2)
-        volume = volume.clamp_min(1 / probabilities[0, 0].numel())  # (B, K)
+    def forward(self, prior: torch.Tensor, found: torch.Tensor) -> torch.Tensor:
+        """Weighted prior of the shape of ``prior``, (B, C, K, *spatial); ``found``: the student's probabilities."""
+        volume = found.flatten(2).mean(2).clamp_min(1 / found[0, 0].numel())  # (B, K)
         share = prior.flatten(3).mean(3) / volume[:, None]  # (B, C, K)
         factors = [
             network(torch.cat([share[:, :, k], volume[:, k : k + 1]], 1)) for k, network in enumerate(self.classes)
@@ -56,14 +53,7 @@ class PriorWeighting(nn.Module):
 class RefinementNet(nn.Module):
     """A U-Net of at most four stages on the weighted prior and the student's logits, which get no gradient.
 
-    Parameters
-    ----------
-    encoder:
-        an encoder of dynamic_network_architectures that the plans describe, for kinds of layers, kernels and strides.
-    num_modalities, heads:
-        C and K.
-    width:
-        channels over the planned ones.
+    Kinds of layers, kernels and strides are those of a planned encoder, and ``width`` times its channels.
     """
 
     def __init__(self, encoder: Any, num_modalities: int, heads: int, width: float) -> None:
@@ -80,11 +70,7 @@ class RefinementNet(nn.Module):
             n_conv_per_stage=1,
             num_classes=heads,
             n_conv_per_stage_decoder=1,
-            conv_bias=encoder.conv_bias,
-            norm_op=encoder.norm_op,
-            norm_op_kwargs=encoder.norm_op_kwargs,
-            nonlin=encoder.nonlin,
-            nonlin_kwargs=encoder.nonlin_kwargs,
+            **{name: getattr(encoder, name) for name in StageFusion.LAYERS},
         )
         self.unet.apply(InitWeights_He(1e-2))
         # the outputs of coarser stages are built but not asked for; DDP waits for the gradient of what it may train
@@ -92,20 +78,12 @@ class RefinementNet(nn.Module):
             layer.requires_grad_(False)
 
     def forward(self, prior: torch.Tensor, logits: torch.Tensor, *, regions: bool) -> torch.Tensor:
-        """Refined logits (B, K, *spatial).
+        """Refine the student's logits (B, K, *spatial).
 
-        Parameters
-        ----------
-        prior:
-            (B, C, K, *spatial), what each modality alone says; zero for absent ones.
-        logits:
-            (B, K, *spatial) of the student.
-        regions:
-            True for sigmoid heads.
+        ``prior`` is what each modality alone says, (B, C, K, *spatial), zero for absent ones.
         """
         logits = logits.detach()
-        probabilities = logits.float().sigmoid() if regions else logits.float().softmax(1)
         with torch.autocast(logits.device.type, enabled=False):
             # a prior's volume over one of a few voxels is beyond half precision
-            weighted = self.weighting(prior.float(), probabilities)
+            weighted = self.weighting(prior.float(), probabilities(logits, regions))
         return self.unet(torch.cat([weighted.flatten(1, 2).to(logits.dtype), logits], 1))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,12 +22,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import atomic_write
-
-
-def probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    """Of region heads (sigmoid) or classes (softmax), float32."""
-    return logits.float().sigmoid() if regions else logits.float().softmax(1)
-
+from nnunetv2_mstkd.losses.logits import probabilities
+from nnunetv2_mstkd.networks.decoding import finest
 
 # ---- the student's own ---------------------------------------------------------------------------------------------
 
@@ -36,12 +31,7 @@ def probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
 class MovingAverage(torch.nn.Module):
     """A copy of a network whose weights follow it slowly.
 
-    Parameters
-    ----------
-    network:
-        to be copied.
-    decay:
-        how much of the average stays in each step; less in the first steps, (1 + t) / (10 + t).
+    ``decay`` is how much of the average stays in each step; less in the first steps, (1 + t) / (10 + t).
     """
 
     steps: torch.Tensor
@@ -77,32 +67,19 @@ class MovingAverage(torch.nn.Module):
 
     @torch.no_grad()
     def maps(self, data: torch.Tensor, needed: torch.Tensor, regions: bool) -> torch.Tensor:
-        """What the network says when it is given one modality alone.
+        """What the network says of a complete batch (B, C, *spatial) when it is given one modality alone.
 
-        Parameters
-        ----------
-        data:
-            complete batch (B, C, *spatial).
-        needed:
-            bool, (C,), on the CPU: modalities that any sample has; the maps of others are zero.
-        regions:
-            True for sigmoid heads.
-
-        Returns
-        -------
-        Tensor, shape (B, C, K, *spatial).
+        ``needed``, bool (C,) on the CPU, are modalities that any sample has. Returned are probabilities (B, C, K,
+        *spatial), zero for the others.
         """
-        found: list[torch.Tensor | None] = []
-        for channel in range(data.shape[1]):
-            if not needed[channel]:
-                found.append(None)
-                continue
+        found: dict[int, torch.Tensor] = {}
+        for channel in needed.nonzero().flatten().tolist():
             alone = torch.zeros(data.shape[:2], dtype=torch.bool)
             alone[:, channel] = True
-            logits = self.network(modalities.mask_modalities(data, alone)).logits
-            found.append(probabilities(logits[0] if isinstance(logits, (list, tuple)) else logits, regions))
-        shape = next(maps for maps in found if maps is not None)
-        return torch.stack([torch.zeros_like(shape) if maps is None else maps for maps in found], 1)
+            logits = finest(self.network(modalities.mask_modalities(data, alone)).logits)
+            found[channel] = probabilities(logits, regions)
+        absent = torch.zeros_like(next(iter(found.values())))
+        return torch.stack([found.get(channel, absent) for channel in range(data.shape[1])], 1)
 
 
 # ---- a network in a file -------------------------------------------------------------------------------------------
@@ -111,18 +88,10 @@ class MovingAverage(torch.nn.Module):
 class FileNetwork:
     """A frozen TorchScript network from one modality (B, 1, *spatial) to logits (B, K, *spatial).
 
-    Parameters
-    ----------
-    file, heads, patch_size, device:
-        where it is, K, and the shape that it must take and give.
-
-    Raises
-    ------
-    FileNotFoundError, ValueError
-        if there is no such file, it is no TorchScript, or its output has another shape.
+    InputError or MissingFileError if there is no such file, it is no TorchScript, or its output has another shape.
     """
 
-    def __init__(self, file: Path, *, heads: int, patch_size: Sequence[int], device: torch.device) -> None:
+    def __init__(self, file: Path, heads: int, patch_size: Sequence[int], device: torch.device) -> None:
         if not file.is_file():
             raise MissingFileError(
                 f"setting smml.prior_path: {file} does not exist; expected a TorchScript file (torch.jit.save)"
@@ -147,10 +116,7 @@ class FileNetwork:
     @torch.no_grad()
     def maps(self, data: torch.Tensor, regions: bool) -> torch.Tensor:
         """Probabilities, (B, C, K, *spatial), of a complete batch (B, C, *spatial)."""
-        return torch.stack(
-            [probabilities(self.network(data[:, channel : channel + 1]), regions) for channel in range(data.shape[1])],
-            1,
-        )
+        return torch.stack([probabilities(self.network(channel), regions) for channel in data.split(1, 1)], 1)
 
 
 # ---- label maps on disk --------------------------------------------------------------------------------------------
@@ -180,15 +146,7 @@ class MovePriorToImage(BasicTransform):
 
 
 class PriorDataset:
-    """nnU-Net's data set, each case with C label maps behind its segmentation.
-
-    Parameters
-    ----------
-    cases:
-        nnU-Net's own data set object.
-    folder:
-        from :func:`prepare_label_maps`.
-    """
+    """nnU-Net's data set, each case with C label maps, from :func:`prepare_label_maps`, behind its segmentation."""
 
     def __init__(self, cases: Any, folder: Path) -> None:
         self._cases, self._folder = cases, folder
@@ -214,19 +172,19 @@ def prepare_label_maps(
 
     Parameters
     ----------
-    source:
-        folder with CASE_000k and the data set's file ending: what modality k says, with the labels of the data set.
-    target:
-        folder for CASE.npy, int8 (C, *shape), made if absent. What is there and fits the source stays.
-    cases:
+    source
+        Folder with CASE_000k and the data set's file ending: what modality k says, with the labels of the data set.
+    target
+        Folder for CASE.npy, int8 (C, *shape), made if absent. What is there and fits source and images stays.
+    cases
         nnU-Net's data set object of the training cases.
-    plans, configuration, dataset_json:
-        of the training.
+    plans, configuration, dataset_json
+        Those of the training.
 
     Raises
     ------
-    FileNotFoundError, ValueError
-        naming the first file that is absent, on another grid, or has another label.
+    MissingFileError, InputError
+        Naming the first file that is absent, on another grid, or has another label.
     """
     reader = plans.image_reader_writer_class()
     allowed = [int(label) for label in plans.get_label_manager(dataset_json).all_labels]
@@ -243,11 +201,13 @@ def prepare_label_maps(
         )
     target.mkdir(parents=True, exist_ok=True)
     for case, paths in files.items():
-        stamp = json.dumps([[str(path), path.stat().st_size, path.stat().st_mtime_ns] for path in paths])
+        properties_file = Path(cases.source_folder, f"{case}.pkl")  # new whenever the images are preprocessed again
+        sources = [(str(file), file.stat()) for file in (*paths, properties_file)]
+        stamp = json.dumps([[name, status.st_size, status.st_mtime_ns] for name, status in sources])
         stamp_file, maps_file = target / f"{case}.json", target / f"{case}.npy"
         if maps_file.is_file() and stamp_file.is_file() and stamp_file.read_text(encoding="utf-8") == stamp:
             continue
-        properties = load_pickle(os.path.join(cases.source_folder, f"{case}.pkl"))
+        properties = load_pickle(str(properties_file))
         shape = tuple(cases.load_case(case)[0].shape[1:])
         maps = [_preprocess(path, reader, properties, shape, allowed, plans, configuration) for path in paths]
         with atomic_write(maps_file) as scratch, scratch.open("wb") as stream:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from nnunetv2_mstkd.methods.smml.network import MutualDesign, StudentOutput
 from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.decoding import finest
+from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
 from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Settings, SettingsError
@@ -61,7 +61,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
         if smml.prior != "none":
             heads = self.label_manager.num_segmentation_heads
             self.refiners = torch.nn.ModuleList(
-                RefinementNet(student.encoder, self._num_modalities, heads, smml.refinement_width)
+                RefinementNet(student.encoder, self.num_input_channels, heads, smml.refinement_width)
                 for student in network.students
             ).to(self.device)
             trained.append(self.refiners)
@@ -88,45 +88,29 @@ class SMMLTrainer(ModalityDropoutTrainer):
         """The method's own section."""
         return self.settings[SMMLSettings]
 
-    @property
-    def _num_modalities(self) -> int:
-        return len(modalities.modality_names(self.dataset_json))
-
     def prepare_training(self) -> None:
         super().prepare_training()
         if self.finished:
             return
         if self.average is not None and not self._resumed:
             self.average.restart(self.plain_network.students[0])
-        prior = self.smml.prior
-        if prior == "checkpoint":
-            self._file_network = semantic_prior.FileNetwork(
-                self._prior_path,
-                heads=self.label_manager.num_segmentation_heads,
-                patch_size=self.configuration_manager.patch_size,
-                device=self.device,
+        path = Path(self.smml.prior_path or "").expanduser()
+        if self.smml.prior == "checkpoint":
+            heads, patch_size = self.label_manager.num_segmentation_heads, self.configuration_manager.patch_size
+            self._file_network = semantic_prior.FileNetwork(path, heads, patch_size, self.device)
+        if self.smml.prior == "precomputed":
+            source = (
+                path if path.is_absolute() else nnunet_folder("nnUNet_raw") / self.plans_manager.dataset_name / path
             )
-        if prior == "precomputed":
-            self.print_to_log_file(f"semantic prior: label maps of {self._prior_source()}")
+            self.print_to_log_file(f"semantic prior: label maps of {source}")
             semantic_prior.prepare_label_maps(
-                self._prior_source(),
+                source,
                 self._prior_folder(),
                 super().get_tr_and_val_datasets()[0],
                 plans=self.plans_manager,
                 configuration=self.configuration_manager,
                 dataset_json=self.dataset_json,
             )
-
-    @property
-    def _prior_path(self) -> Path:
-        """Of the priors that have one; the settings refuse those without."""
-        return Path(self.smml.prior_path or "").expanduser()
-
-    def _prior_source(self) -> Path:
-        from nnunetv2.paths import nnUNet_raw
-
-        # an absolute path stays as it is
-        return Path(os.fspath(nnUNet_raw)) / self.plans_manager.dataset_name / self._prior_path
 
     def _prior_folder(self) -> Path:
         return Path(f"{self.preprocessed_dataset_folder}_prior")
@@ -170,11 +154,11 @@ class SMMLTrainer(ModalityDropoutTrainer):
         return self.iteration >= self.smml.warmup * self.total_iterations
 
     def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
-        data, labels = data[:, : self._num_modalities], data[:, self._num_modalities :]
+        data, labels = data[:, : self.num_input_channels], data[:, self.num_input_channels :]
         availability = self.draw_availability(len(data))
         subsets = (availability, self.draw_partner(availability))
         inputs = [modalities.mask_modalities(data, subset) for subset in subsets]
-        label = self.read_target(target[0] if isinstance(target, (list, tuple)) else target)
+        label = self.read_target(finest(target))
         priors: list[torch.Tensor | None] = [None, None]
         if self.refiners is not None:
             maps = self._prior_maps(data, labels, (subsets[0] | subsets[1]).any(0).cpu())
@@ -189,7 +173,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
             loss, terms = self._student_loss(0, first, peer, target, label, priors[0])
             with torch.autocast(self.device.type, enabled=False):
                 self.backward(loss)
-            first = _detached(first)
+            # without its graph, whose memory is free then
+            first = StudentOutput(finest(first.logits).detach(), first.bottleneck.detach())
             second = self.network(inputs[1], student=1)
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss.detach() + other_loss
@@ -202,42 +187,29 @@ class SMMLTrainer(ModalityDropoutTrainer):
         return Losses(total, means)
 
     def _student_loss(
-        self,
-        number: int,
-        own: StudentOutput,
-        peer: StudentOutput,
-        target: Any,
-        label: Target,
-        prior: torch.Tensor | None,
+        self, number: int, own: StudentOutput, peer: StudentOutput, target: Any, label: Target, prior: Any
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of one student and its refinement network, and the terms without their weights."""
         smml = self.smml
         heads = {"regions": self.label_manager.has_regions, "valid": label.valid}
-        logits, zero = finest(own.logits), finest(own.logits).new_zeros((), dtype=torch.float32)
-        terms = {"segmentation": self.loss(own.logits, target)}
-        total = terms["segmentation"]
+        logits, peer_logits = finest(own.logits), finest(peer.logits).detach()
+        zero = logits.new_zeros((), dtype=torch.float32)
+        total = self.loss(own.logits, target)
+        terms = {"segmentation": total}
         if smml.pixel:
-            terms["pixel"] = zero
-            if self.warm:
-                terms["pixel"] = losses.reliable_exchange(
-                    logits,
-                    finest(peer.logits),
-                    label.label,
-                    tau=smml.tau,
-                    require_correct=smml.require_correct,
-                    balanced=smml.balanced,
-                    **heads,
-                )
+            options = {"tau": smml.tau, "require_correct": smml.require_correct, "balanced": smml.balanced, **heads}
+            exchange = losses.reliable_exchange
+            terms["pixel"] = exchange(logits, peer_logits, label.label, **options) if self.warm else zero
             total = total + smml.pixel * terms["pixel"]
         if smml.feature:
             terms["feature"] = losses.relational_consistency(
-                own.bottleneck, peer.bottleneck.detach(), finest(peer.logits).detach(), label.label, **heads
+                own.bottleneck, peer.bottleneck.detach(), peer_logits, label.label, **heads
             )
             total = total + smml.feature * terms["feature"]
         if prior is not None:
             refined = self.refine[number](prior, logits, regions=self.label_manager.has_regions)
-            deep = isinstance(own.logits, (list, tuple))
-            terms["refinement"] = (self.loss.loss if deep else self.loss)(refined, target[0] if deep else target)
+            loss = self.loss if isinstance(own.logits, torch.Tensor) else self.loss.loss  # without deep supervision
+            terms["refinement"] = loss(refined, finest(target))
             total = total + terms["refinement"]
             if smml.guidance:
                 terms["guidance"] = losses.refined_guidance(logits, refined, **heads) if self.warm else zero
@@ -264,8 +236,3 @@ class SMMLTrainer(ModalityDropoutTrainer):
             self.refiners.load_state_dict(state["refiners"])
         if self.average is not None and "average" in state:
             self.average.load_state_dict(state["average"])
-
-
-def _detached(output: StudentOutput) -> StudentOutput:
-    """Without the graph, so that its memory is free."""
-    return StudentOutput(finest(output.logits).detach(), output.bottleneck.detach())
