@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -98,6 +99,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mstkd`` with the arguments `argv` (default: those of the process) and return its exit code."""
+    # OpenMP reads this when torch is imported: idle threads sleep instead of spinning, which slows a busy machine down
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
     # From timm, which nnU-Net's trainer look-up imports; users can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.jit\.interface` is deprecated", FutureWarning)

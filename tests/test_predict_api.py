@@ -31,6 +31,7 @@ from predict_inputs import (
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd import Predictor, cli
+from nnunetv2_mstkd.images.writing import write_given
 from nnunetv2_mstkd.inference import predictor as module
 
 
@@ -202,6 +203,11 @@ def test_bad_images(model, images, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         Predictor(model, device="cpu").predict(images)
     assert "\n" not in str(caught.value)
+
+
+def test_a_type_that_the_format_lacks_is_no_full_disk(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be written as \.gipl: .*LONG"):
+        write_given((np.zeros(SHAPE, np.int64), (1, 1, 1)), tmp_path / "a.gipl")
 
 
 @pytest.mark.parametrize(

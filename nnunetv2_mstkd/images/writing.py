@@ -35,11 +35,11 @@ def write_given(image: ImageInMemory, target: Path) -> None:
         message begins with a verb.
     """
     given = image if isinstance(image, sitk.Image) else _from_array(image)
-    try:
-        with complete_image(target):
+    with complete_image(target):
+        try:
             sitk.WriteImage(given, str(target))
-    except RuntimeError as error:
-        raise InputError(f"cannot be written as {target.suffix}: {last_line(error)}") from error
+        except RuntimeError as error:
+            raise InputError(f"cannot be written as {target.suffix}: {last_line(error)}") from error
 
 
 def _from_array(given: Any) -> sitk.Image:
