@@ -28,13 +28,8 @@ def _allowed_types() -> list[Any]:
 def read(path: str | os.PathLike, *, device: torch.device | str = "cpu", hint: str = "") -> dict[str, Any]:
     """Read a checkpoint without executing anything in it (``weights_only``).
 
-    Raises
-    ------
-    MissingFileError
-        If the file does not exist.
-    InputError
-        If it is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python; ``hint``
-        says what can be done in this last case.
+    InputError if it is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python;
+    ``hint`` says what can be done in this last case.
     """
     path = Path(path)
     if not path.is_file():
