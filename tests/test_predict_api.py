@@ -317,6 +317,12 @@ def test_one_patient_is_written_to_a_file(folders, model, capsys):
     assert "is a folder" in capsys.readouterr().err
 
 
+def test_an_output_that_cannot_be_written_is_refused_before_the_prediction(folders, model, capsys, monkeypatch):
+    monkeypatch.setattr(module.Predictor, "predict", lambda *_: pytest.fail("the network ran"))
+    assert command(model, folders / "patient.foo", "--image", "T1=a.nii.gz") == 2
+    assert "patient.foo has no ending that SimpleITKIO can write" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [[], ["-i", "in", "--image", "T1=a.nii.gz"]], ids=["neither", "both"])
 def test_either_a_folder_or_images(folders, model, arguments):
     with pytest.raises(SystemExit):

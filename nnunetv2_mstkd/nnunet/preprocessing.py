@@ -192,13 +192,18 @@ def export_case(
             os.replace(file, output / file.name)
 
 
-def write_segmentation(segmentation: np.ndarray, properties: Mapping[str, Any], reader: Reader, path: Path) -> None:
-    """Write a segmentation with the geometry of its case, in any format that nnU-Net's reader knows."""
+def check_ending(path: Path, reader: Reader) -> None:
+    """Raise InputError unless nnU-Net's reader can write a file of this name."""
     known = list(reader.supported_file_endings)  # type: ignore[attr-defined]
     if ".nii.gz" in known and ".nii" not in known:
         known.append(".nii")
     if not path.name.lower().endswith(tuple(known)):
         raise InputError(f"{path} has no ending that {reader.__name__} can write, which are {', '.join(known)}")
+
+
+def write_segmentation(segmentation: np.ndarray, properties: Mapping[str, Any], reader: Reader, path: Path) -> None:
+    """Write a segmentation with the geometry of its case, in any format that nnU-Net's reader knows."""
+    check_ending(path, reader)
     with scratch_folder(path) as scratch:
         with complete_image(scratch / path.name):
             reader().write_seg(segmentation, str(scratch / path.name), dict(properties))
