@@ -69,7 +69,7 @@ def add_run(parser: argparse._ActionsContainer, *, export: str = "export") -> No
     add("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     for option, work in (("npp", "preprocessing"), ("nps", export)):
         value = os.environ.get(f"nnUNet_{option}", "")
-        processes = int(value) if value.isdigit() else 3
+        processes = int(value) if value.isdecimal() else 3
         add(f"-{option}", metavar="N", type=int, default=processes, help=f"processes for {work} (default: %(default)s)")
     add("-device", choices=DEVICES, default=DEVICES[0], help="default: %(default)s")
     add("--not_on_device", action="store_true", help="collect results in main memory: for huge images")

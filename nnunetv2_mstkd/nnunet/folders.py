@@ -31,7 +31,7 @@ def nnunet_folder(variable: str) -> Path:
 def find_dataset_folder(variable: str, dataset: str) -> Path:
     """Find the folder of a data set, a number or full name, below an environment variable such as ``nnUNet_raw``."""
     root = nnunet_folder(variable)
-    if dataset.isdigit():
+    if dataset.isdecimal():
         wanted = f"Dataset{int(dataset):03d}_*"
         folders = sorted(path for path in root.glob(wanted) if path.is_dir())
     elif dataset.startswith("Dataset"):
@@ -85,7 +85,7 @@ def refuse_same_folder(output: Path, other: Path, what: str) -> None:
 
 def parse_folds(texts: Sequence[str | int]) -> tuple[int | str, ...]:
     """Read folds as given after ``-f``: numbers, or ``all``."""
-    wrong = [str(text) for text in texts if str(text) != "all" and not str(text).isdigit()]
+    wrong = [str(text) for text in texts if str(text) != "all" and not str(text).isdecimal()]
     if wrong:
         raise InputError(f"-f {' '.join(wrong)}: expected fold numbers such as 0 1 2, or all")
     return tuple(text if text == "all" else int(text) for text in texts)
@@ -97,7 +97,7 @@ def trained_folds(folder: Path, checkpoint: str = FINAL) -> tuple[int | str, ...
     Fold ``all`` is not among them: it has seen every case, so it is only used where it is asked for.
     """
     names = [path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")]
-    folds = sorted(int(name) for name in names if name.isdigit())
+    folds = sorted(int(name) for name in names if name.isdecimal())
     if not folds:
         hint = "fold_all is: -f all" if "all" in names else "train one, or take another checkpoint with -chk"
         raise MissingFileError(f"no fold of {folder} is finished (no fold_*/{checkpoint}); {hint}")

@@ -35,10 +35,7 @@ def number_of_folds(preprocessed: Path) -> int:
 
 
 def validation_cases(
-    preprocessed: Path,
-    data: Path,
-    fold: int | str,
-    noted: Mapping[str, Sequence[str]] | None = None,
+    preprocessed: Path, data: Path, fold: int | str, noted: Mapping[str, Sequence[str]] | None = None
 ) -> list[str]:
     """Return the names of a fold's validation cases, sorted.
 
