@@ -22,7 +22,6 @@ from predict_inputs import (
     predict,
     read,
     segmentations,
-    set_up,
     trainer_class,
     write,
     write_case,
@@ -33,16 +32,6 @@ import nnunetv2_mstkd
 from nnunetv2_mstkd import Predictor, cli
 from nnunetv2_mstkd.images.writing import write_given
 from nnunetv2_mstkd.inference import predictor as module
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_up(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def model(folders: Path) -> Path:
-    return write_model(trainer_class("MSTKDTrainer"))
 
 
 def images_of(folders: Path, name: str) -> dict[str, Path]:
