@@ -7,7 +7,9 @@ A sub-command lives in ``nnunetv2_mstkd/commands/NAME.py`` (dashes become unders
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,11 +35,10 @@ COMMANDS = {
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser of a command and of its sub-commands: errors are one line, and options are never guessed.
+    """Parser of a command and of its sub-commands: errors are one line, and abbreviated options are errors.
 
     Options are spelled as in nnU-Net where it has them (``-device``, ``--disable_tta``) and in the usual way elsewhere
     (``--dry-run``). Both styles work for every option: ``--device`` and ``--disable-tta`` too. Help shows one spelling.
-    Abbreviations are errors.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -61,21 +62,22 @@ class Parser(argparse.ArgumentParser):
         argparse would report a missing argument first, and accepts ``-dev`` for ``-device`` without ``allow_abbrev``.
         """
         args = list(args)
+        known = self._option_string_actions
         for place, arg in enumerate(args):
             if arg == "--" or (self._subparsers is not None and not arg.startswith("-")):
                 break  # what follows a command's name belongs to that command
             name, equals, value = arg.partition("=")
-            if name in self._option_string_actions or not _is_option(name):
+            if name in known or not _is_option(name):
                 continue
-            same = [option for option in self._option_string_actions if _spelling(option) == _spelling(name)]
-            if same:
-                args[place] = same[0] + equals + value
+            same = next((option for option in known if _spelling(option) == _spelling(name)), None)
+            if same is not None:
+                args[place] = same + equals + value
                 continue
-            hint = did_you_mean(name, [option for option in self._option_string_actions if len(option) > 2])
-            if name[:2] in self._option_string_actions and not hint:
+            hint = did_you_mean(name, (option for option in known if len(option) > 2))
+            if not hint and name[:2] in known:
                 continue  # -d901
             letter = f"-{name.lstrip('-')[:1]}"  # --input
-            if not hint and letter in self._option_string_actions:
+            if not hint and letter in known:
                 hint = f" (did you mean {letter!r}?)"
             self.error(f"unknown option {name}{hint}{self._usage_hint()}")
         return args
@@ -98,6 +100,8 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mstkd`` with the arguments `argv` (default: those of the process) and return its exit code."""
+    # OpenMP reads this when torch is imported: idle threads sleep instead of spinning, which slows a busy machine down
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
     # From timm, which nnU-Net's trainer look-up imports; users can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.jit\.interface` is deprecated", FutureWarning)
@@ -123,13 +127,10 @@ def _parser(argv: Sequence[str]) -> Parser:
 
 def _is_option(name: str) -> bool:
     """Whether argparse would take `name` for an option: no value such as -1, and no text with spaces."""
-    if len(name) < 2 or not name.startswith("-") or " " in name:
-        return False
-    try:
+    with contextlib.suppress(ValueError):
         float(name)
-    except ValueError:
-        return True
-    return False
+        return False
+    return len(name) > 1 and name.startswith("-") and " " not in name
 
 
 def _spelling(option: str) -> str:

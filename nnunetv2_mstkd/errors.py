@@ -59,21 +59,15 @@ class DivergenceError(UserError, FloatingPointError):
 
 
 def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> int:
-    """Call ``run(args)``, print its errors on stderr and return an exit code.
+    """Call ``run(args)``, print its errors on stderr after ``name`` (``mstkd convert``), and return an exit code.
 
-    Parameters
-    ----------
-    name
-        Printed before the message, for example ``mstkd convert``.
-    run
-        A command; None counts as exit code 0.
-    args
-        Its arguments; with ``args.debug``, or ``MSTKD_DEBUG=1`` in the environment, the traceback is printed too.
+    With ``args.debug``, or ``MSTKD_DEBUG=1`` in the environment, the traceback is printed too.
 
     Returns
     -------
-    The command's own exit code (1: some cases were left out, the rest is done); 2 for a :class:`UserError`, an error of
-    the file system or a GPU without memory; 3 for an internal error; 130 after an interrupt; 143 after SIGTERM.
+    The command's own exit code (None counts as 0; 1: some cases were left out, the rest is done); 2 for a
+    :class:`UserError`, an error of the file system or a GPU without memory; 3 for an internal error; 130 after an
+    interrupt; 143 after SIGTERM.
     """
     try:
         with terminable():
@@ -83,12 +77,10 @@ def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> in
             traceback.print_exc()
         print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr)
         return EXIT_USER_ERROR
-    except Terminated:
-        print(f"{name}: terminated", file=sys.stderr)
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        print(f"{name}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import it
             first = str(error).partition("\n")[0]

@@ -25,16 +25,13 @@ ENUMERATION_LIMIT = 6
 """All 2^C - 1 subsets are evaluated by default up to this many modalities (63 subsets)."""
 
 ZERO_KEEPING_NORMALIZATIONS = (
-    "ZScoreNormalization",
-    "NoNormalization",
-    "RescaleTo01Normalization",
-    "RGBTo01Normalization",
-)
+    "ZScoreNormalization", "NoNormalization", "RescaleTo01Normalization", "RGBTo01Normalization",
+)  # fmt: skip
 """nnU-Net's normalisation schemes under which an all-zero image stays all-zero; zero is how a modality is missing."""
 
 
 def check_count(num_modalities: int) -> None:
-    """Raise ValueError unless ``num_modalities`` lies between 2 and 16."""
+    """Raise InputError unless ``num_modalities`` is between 2 and 16."""
     if num_modalities < MIN_MODALITIES:
         raise InputError(
             f"the data set has {num_modalities} input channel; a missing-modality trainer needs at least "
@@ -47,7 +44,7 @@ def check_count(num_modalities: int) -> None:
 
 
 def check_normalization(schemes: Sequence[str]) -> None:
-    """Raise ValueError where a channel's normalisation does not keep zero, because zero means missing."""
+    """Raise InputError if a channel's normalisation does not keep zero, because zero means missing."""
     for channel, scheme in enumerate(schemes):
         if scheme not in ZERO_KEEPING_NORMALIZATIONS:
             raise InputError(
@@ -58,16 +55,11 @@ def check_normalization(schemes: Sequence[str]) -> None:
 
 
 def modality_names(dataset_json: Mapping) -> tuple[str, ...]:
-    """Names of the input channels of an nnU-Net ``dataset.json``, in channel order.
+    """Return the names of the input channels of an nnU-Net ``dataset.json``, in channel order.
 
-    nnU-Net allows any text, the same one several times too; here a name must be usable in ``"T1ce+FLAIR"``. So spaces
-    at the ends are dropped, ``+`` and ``,`` become ``_``, and a name that is empty, ``all`` or used twice (upper and
-    lower case are not distinguished) gets its channel number.
-
-    Raises
-    ------
-    ValueError
-        if the file names no channels or their numbers are not 0 ... C-1.
+    nnU-Net allows any text, duplicates too; here a name must be usable in ``"T1ce+FLAIR"``. So spaces at the ends are
+    dropped, ``+`` and ``,`` become ``_``, and a name that is empty, ``all`` or used twice (case is ignored) gets its
+    channel number.
     """
     channels = dataset_json.get("channel_names", dataset_json.get("modality"))
     if not isinstance(channels, Mapping) or not channels:
@@ -76,14 +68,13 @@ def modality_names(dataset_json: Mapping) -> tuple[str, ...]:
             f'{{"0": "T1", "1": "FLAIR"}}'
         )
     by_number = {str(number): str(name) for number, name in channels.items()}
-    if set(by_number) != {str(number) for number in range(len(channels))}:
+    numbers = [str(number) for number in range(len(channels))]
+    if set(by_number) != set(numbers):
         raise InputError(
             f"channel_names in dataset.json has the keys {', '.join(map(str, channels))}, expected the numbers 0 ... "
             f"{len(channels) - 1} (number: name, not name: number)"
         )
-    names = [
-        by_number[str(number)].strip().replace(SEPARATOR, "_").replace(",", "_") for number in range(len(channels))
-    ]
+    names = [by_number[number].strip().replace(SEPARATOR, "_").replace(",", "_") for number in numbers]
     folded = [name.casefold() for name in names]
     taken = {name for name in folded if folded.count(name) == 1} - {"", ALL}
     for number, name in enumerate(names):
@@ -97,11 +88,9 @@ def modality_names(dataset_json: Mapping) -> tuple[str, ...]:
 
 
 def all_subsets(num_modalities: int) -> torch.Tensor:
-    """All non-empty subsets in the fixed order of this package: by size, then by channel number.
+    """Return all non-empty subsets, by size and then by channel number: bool, shape (2^C - 1, C).
 
-    Returns
-    -------
-    Tensor of bool, shape (2^C - 1, C). The first C rows are the single modalities, the last one is the full set.
+    The first C rows are the single modalities, the last one is the full set.
     """
     check_count(num_modalities)
     codes = torch.arange(2**num_modalities - 1, 0, -1)
@@ -111,7 +100,7 @@ def all_subsets(num_modalities: int) -> torch.Tensor:
 
 
 def subset_name(subset: Iterable[bool], names: Sequence[str]) -> str:
-    """``"T1ce+FLAIR"`` for the available channels of one subset, in channel order."""
+    """Return ``"T1ce+FLAIR"``: the available channels of one subset, in channel order."""
     present = [name for name, available in zip(names, subset, strict=True) if bool(available)]
     if not present:
         raise InputError("a subset without any modality has no name; at least one modality must be available")
@@ -119,18 +108,9 @@ def subset_name(subset: Iterable[bool], names: Sequence[str]) -> str:
 
 
 def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:
-    """The subset that a name such as ``"T1ce+FLAIR"`` (or ``"T1ce,FLAIR"``, ``"all"``) stands for.
+    """Return the subset, bool of shape (C,), that ``"T1ce+FLAIR"``, ``"T1ce,FLAIR"`` or ``"all"`` means.
 
-    Upper and lower case are not distinguished and the order does not matter.
-
-    Returns
-    -------
-    Tensor of bool, shape (C,).
-
-    Raises
-    ------
-    ValueError
-        for an unknown or repeated modality and for an empty subset.
+    Case and order do not matter; an unknown or repeated modality and an empty subset are InputErrors.
     """
     subset = torch.zeros(len(names), dtype=torch.bool)
     if text.strip().casefold() == ALL:
@@ -149,7 +129,7 @@ def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:
 
 
 def parse_subsets(texts: Iterable[str], names: Sequence[str]) -> torch.Tensor:
-    """Several subsets, shape (S, C), in the order given; the same one twice is refused with ValueError."""
+    """Return several subsets, shape (S, C), in the order given; InputError if one is repeated."""
     rows = [parse_subset(text, names) for text in texts]
     if not rows:
         raise InputError(f"the list of subsets is empty; name at least one, for example {SEPARATOR.join(names)}")
@@ -161,7 +141,7 @@ def parse_subsets(texts: Iterable[str], names: Sequence[str]) -> torch.Tensor:
 
 
 def subset_code(subset: Iterable[bool]) -> int:
-    """The integer whose bit c is set where channel c is available: 1 ... 2^C - 1."""
+    """Return the integer whose bit c is set where channel c is available: 1 ... 2^C - 1."""
     return sum(1 << channel for channel, available in enumerate(subset) if bool(available))
 
 
@@ -169,23 +149,15 @@ def subset_code(subset: Iterable[bool]) -> int:
 class SubsetSampler:
     """Draws which modalities each sample of a batch keeps.
 
-    Drawing (here) is apart from applying (:func:`mask_modalities`), so that the same draw can be given to teacher,
-    student and loss.
-
-    Attributes
-    ----------
-    num_modalities:
-        C, 2 ... 16.
-    kind:
-        ``"uniform"`` over the 2^C - 1 non-empty subsets, the full one included (MST-KDNet, AdaMM, RFNet);
-        ``"by_size"`` first the number of modalities uniformly over 1 ... C, then a subset of that size;
-        ``"weighted"`` over ``subsets`` in proportion to ``weights``; ``"fixed"`` uniformly over ``subsets``.
-    subsets, weights:
-        rows of 0/1 and positive numbers for the two last kinds.
+    Drawing (here) is separate from applying (:func:`mask_modalities`), so that teacher, student and loss can get the
+    same draw.
     """
 
     num_modalities: int
     kind: str = "uniform"
+    """``"uniform"`` over the 2^C - 1 non-empty subsets, the full one included (MST-KDNet, AdaMM, RFNet);
+    ``"by_size"`` first the number of modalities uniformly over 1 ... C, then a subset of that size;
+    ``"weighted"`` over ``subsets`` in proportion to ``weights``; ``"fixed"`` uniformly over ``subsets``."""
     subsets: tuple[tuple[bool, ...], ...] = ()
     weights: tuple[float, ...] = ()
 
@@ -212,12 +184,7 @@ class SubsetSampler:
                 raise InputError(f"the weights of subsets must be positive and finite, found {list(self.weights)}")
 
     def sample(self, batch_size: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw one subset per sample.
-
-        Returns
-        -------
-        Tensor of bool on the CPU, shape (batch_size, C), True where available. No row is all False.
-        """
+        """Draw one subset per sample: bool on the CPU, shape (batch_size, C), True where available, no row empty."""
         channels = torch.arange(self.num_modalities)
         if self.kind == "uniform":
             codes = torch.randint(1, 2**self.num_modalities, (batch_size,), generator=generator)
@@ -231,18 +198,7 @@ class SubsetSampler:
         return torch.tensor(self.subsets, dtype=torch.bool)[rows]
 
     def sample_other(self, first: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw a second subset per sample that differs from the first; together a draw without replacement.
-
-        Parameters
-        ----------
-        first:
-            bool, (B, C), from :meth:`sample`.
-
-        Raises
-        ------
-        ValueError
-            if the sampler has one subset only.
-        """
+        """Draw a second subset per sample that differs from the ``first``; together a draw without replacement."""
         if self.kind in ("weighted", "fixed") and len(set(self.subsets)) < 2:
             raise InputError("two different subsets cannot be drawn from one; name at least two in the sampler")
         second = first.clone()
@@ -254,19 +210,14 @@ class SubsetSampler:
 def mask_modalities(batch: torch.Tensor, availability: torch.Tensor) -> torch.Tensor:
     """Set the absent channels of each sample to exactly zero.
 
-    ``torch.where`` and not a product, because NaN * 0 is NaN: nothing of an absent channel may reach the network.
+    With ``torch.where``, because NaN * 0 is NaN: nothing of an absent channel may reach the network.
 
     Parameters
     ----------
-    batch:
-        shape (B, C, *spatial), 2-D or 3-D images.
-    availability:
-        bool, shape (B, C) on any device.
-
-    Raises
-    ------
-    ValueError
-        if the shapes do not agree or a sample keeps no modality.
+    batch
+        Shape (B, C, *spatial), 2-D or 3-D images.
+    availability
+        Bool, shape (B, C) on any device.
     """
     if tuple(availability.shape) != tuple(batch.shape[:2]):
         raise ValueError(
@@ -279,28 +230,19 @@ def mask_modalities(batch: torch.Tensor, availability: torch.Tensor) -> torch.Te
 
 
 def known_availability(batch: torch.Tensor, availability: torch.Tensor | None = None) -> torch.Tensor:
-    """The subsets that a network which asks for them works with.
+    """Return the subsets, bool of shape (B, C), that a network works with which asks for them.
 
     The one rule of all such networks, in training and in prediction: what ``mstkd predict`` says about the case wins,
-    otherwise channels that are all zero in the patch are absent; a sample whose channels are *all* zero tells nothing
+    otherwise channels that are all zero in the patch are absent; a sample whose channels are *all* zero says nothing
     and counts as complete, whatever was said. Free of branches that depend on data.
 
     Parameters
     ----------
-    batch:
-        shape (B, C, *spatial), absent channels zero.
-    availability:
-        bool, (B, C) or (1, C), on the batch's device: the attribute ``availability`` of the network. None: nothing is
+    batch
+        Shape (B, C, *spatial), absent channels zero.
+    availability
+        Bool, (B, C) or (1, C), on the batch's device: the attribute ``availability`` of the network. None: nothing is
         known, and the batch decides.
-
-    Returns
-    -------
-    Tensor of bool on the batch's device, shape (B, C).
-
-    Raises
-    ------
-    ValueError
-        if ``availability`` has another shape.
     """
     found = (batch != 0).flatten(2).any(2)
     if availability is None:
@@ -314,14 +256,10 @@ def known_availability(batch: torch.Tensor, availability: torch.Tensor | None = 
 
 
 def validation_subsets(num_modalities: int, *, limit: int = 16, seed: int = 0) -> torch.Tensor:
-    """The fixed list of subsets that online validation goes through.
+    """Return the fixed list of subsets, shape (S, C), that online validation goes through.
 
     All subsets for C <= 4; for more, ``limit`` of them: the full set, the single modalities (as many as fit), then
     distinct ones drawn with ``seed``.
-
-    Returns
-    -------
-    Tensor of bool, shape (S, C).
     """
     every = all_subsets(num_modalities)
     if len(every) <= limit:

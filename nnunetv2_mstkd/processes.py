@@ -13,13 +13,7 @@ from pathlib import Path
 
 
 def command_path(name: str) -> str:
-    """Return the path of a command, preferring the one of this Python environment to others on the PATH.
-
-    Raises
-    ------
-    FileNotFoundError
-        If it is not installed.
-    """
+    """Return the path of a command, preferring the one of this Python environment to others on the PATH."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.is_file() else shutil.which(name)
     if found is None:

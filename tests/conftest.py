@@ -201,6 +201,22 @@ def models(trained: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """nnU-Net's folders, empty, and an input folder ``in`` with the cases of ``predict_inputs.PRESENT``."""
+    from predict_inputs import set_up
+
+    return set_up(tmp_path, monkeypatch)
+
+
+@pytest.fixture
+def model(folders: Path) -> Path:
+    """A student with random weights that predicts the cases of ``folders``."""
+    from predict_inputs import trainer_class, write_model
+
+    return write_model(trainer_class("MSTKDTrainer"))
+
+
+@pytest.fixture
 def make_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
     """Builds tiny trainers on hand-made plans; see :func:`nnunetv2_mstkd.testing.make_trainer`."""
     from tiny import make_trainer

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
 
 import pytest
 
+from nnunetv2_mstkd.errors import MissingFileError, WriteError
 from nnunetv2_mstkd.images.atomic import atomic_folder, atomic_write, scratch_folder, write_json
 
 
@@ -27,6 +29,28 @@ def test_old_file_survives_an_error(tmp_path: Path):
         raise KeyboardInterrupt
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_names_the_file_and_keeps_the_old_one(tmp_path: Path):
+    target = tmp_path / "file.json"
+    target.write_text("old")
+    with pytest.raises(WriteError, match=r"file\.json could not be written \(No space left on device\)"):  # noqa: SIM117
+        with atomic_write(target) as scratch:
+            scratch.write_text("half")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_file_in_place_of_the_folder_is_one_line(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="Not a directory"):
+        write_json(tmp_path / "file" / "a.json", {})
+
+
+def test_users_errors_pass_through(tmp_path: Path):
+    with pytest.raises(MissingFileError, match="no image"), atomic_write(tmp_path / "a"):
+        raise MissingFileError("no image")
 
 
 def test_json_that_cannot_be_written_keeps_the_old_file(tmp_path: Path):

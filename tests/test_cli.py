@@ -241,6 +241,20 @@ def loaded(code: str) -> set[str]:
     return set(done.stdout.splitlines()[-1].split())
 
 
+@pytest.mark.parametrize(("given", "seen"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_idle_openmp_threads_sleep(given, seen):
+    """The variable is there when a command's module is imported, so before torch; the user's own value stays."""
+    code = (
+        "import os, sys, importlib\nfrom nnunetv2_mstkd import cli\nreal = importlib.import_module\n"
+        "def show(name):\n    print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)\n    return real(name)\n"
+        "importlib.import_module = show\ncli.main(['evaluate', '--help'])"
+    )
+    variables = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    variables |= {} if given is None else {"OMP_WAIT_POLICY": given}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=variables)
+    assert done.stdout.splitlines()[0] == f"{seen} False"
+
+
 def test_path_imports_nothing_slow():
     assert loaded("cli.main(['path'])") == set()
 

@@ -347,7 +347,7 @@ def test_a_file_that_is_no_plans_file_is_refused(tmp_path):
     file = tmp_path / "nnUNetPlans.json"
     with pytest.raises(FileNotFoundError, match="run nnUNetv2_plan_and_preprocess"):
         read_plans(file)
-    for content, message in (("{", "not valid JSON"), ("[]", "no nnU-Net plans file"), ("{}", "no configurations")):
+    for content, message in (("{", "not valid JSON"), ("[]", "holds no table"), ("{}", "no configurations")):
         file.write_text(content)
         with pytest.raises(ValueError, match=message):
             read_plans(file)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from evaluate_inputs import CASES, evaluate, without_drawing, write_dataset
-from predict_inputs import files, predict, read, record, segmentations, set_up, write, write_model
+from predict_inputs import files, predict, read, record, segmentations, write, write_model
 from tiny import NO_TERMS, batch, memory, same, state
 
 from nnunetv2_mstkd import cli, errors
@@ -42,11 +42,6 @@ def full_disk(room: int) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_up(tmp_path, monkeypatch)
 
 
 def error_of(capsys: pytest.CaptureFixture) -> str:

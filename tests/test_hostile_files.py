@@ -13,7 +13,7 @@ import pytest
 import torch
 from evaluate_inputs import evaluate, write_dataset
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-from predict_inputs import files, predict, set_up, write, write_case, write_model
+from predict_inputs import files, predict, write, write_case
 from tiny import NO_TERMS, dataset_json, plans
 
 import nnunetv2_mstkd
@@ -41,16 +41,6 @@ class Attack:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_up(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def model(folders: Path) -> Path:
-    return write_model(trainers.MSTKDTrainer)
 
 
 def poison(file: Path, marker: Path) -> None:

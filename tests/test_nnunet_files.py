@@ -83,7 +83,7 @@ def test_lineage_of_broken_plans():
 @pytest.mark.parametrize("content", ["[]", "{}", '{"configurations": []}', "{"])
 def test_no_plans(tmp_path: Path, content):
     (tmp_path / "plans.json").write_text(content)
-    with pytest.raises(ValueError, match=r"plans\.json is no"):
+    with pytest.raises(ValueError, match=r"plans\.json (is no|holds no table)"):
         read_plans(tmp_path / "plans.json")
 
 

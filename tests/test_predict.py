@@ -18,7 +18,6 @@ from predict_inputs import (
     read,
     record,
     segmentations,
-    set_up,
     trainer_class,
     write,
     write_case,
@@ -26,16 +25,6 @@ from predict_inputs import (
 )
 
 from nnunetv2_mstkd import cli
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_up(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def model(folders: Path) -> Path:
-    return write_model(trainer_class("MSTKDTrainer"))
 
 
 def fill(folders: Path, model: Path, *options: str) -> Path:

@@ -22,7 +22,6 @@ from predict_inputs import (
     predict,
     read,
     segmentations,
-    set_up,
     trainer_class,
     write,
     write_case,
@@ -31,17 +30,8 @@ from predict_inputs import (
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd import Predictor, cli
+from nnunetv2_mstkd.images.writing import write_given
 from nnunetv2_mstkd.inference import predictor as module
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_up(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def model(folders: Path) -> Path:
-    return write_model(trainer_class("MSTKDTrainer"))
 
 
 def images_of(folders: Path, name: str) -> dict[str, Path]:
@@ -204,6 +194,11 @@ def test_bad_images(model, images, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_type_that_the_format_lacks_is_no_full_disk(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be written as \.gipl: .*LONG"):
+        write_given((np.zeros(SHAPE, np.int64), (1, 1, 1)), tmp_path / "a.gipl")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -309,6 +304,12 @@ def test_one_patient_is_written_to_a_file(folders, model, capsys):
     write_case(folders / "in", "x", [1])
     assert command(model, folders / "in", "--image", f"T1={folders / 'in' / 'x_0001.nii.gz'}") == 2
     assert "is a folder" in capsys.readouterr().err
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_prediction(folders, model, capsys, monkeypatch):
+    monkeypatch.setattr(module.Predictor, "predict", lambda *_: pytest.fail("the network ran"))
+    assert command(model, folders / "patient.foo", "--image", "T1=a.nii.gz") == 2
+    assert "patient.foo has no ending that SimpleITKIO can write" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["-i", "in", "--image", "T1=a.nii.gz"]], ids=["neither", "both"])

@@ -16,7 +16,6 @@ from predict_inputs import (
     predict,
     record,
     segmentations,
-    set_up,
     trainer_class,
     write,
     write_model,
@@ -24,16 +23,6 @@ from predict_inputs import (
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_up(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def model(folders: Path) -> Path:
-    return write_model(trainer_class("MSTKDTrainer"))
 
 
 def test_the_record_says_what_each_case_was_predicted_from(folders, model, capsys):

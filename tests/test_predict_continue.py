@@ -19,23 +19,10 @@ from predict_inputs import (
     read,
     record,
     segmentations,
-    set_up,
-    trainer_class,
     write,
-    write_model,
 )
 
 from nnunetv2_mstkd import cli
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    return set_up(tmp_path, monkeypatch)
-
-
-@pytest.fixture
-def model(folders: Path) -> Path:
-    return write_model(trainer_class("MSTKDTrainer"))
 
 
 @pytest.fixture

@@ -103,8 +103,8 @@ def test_an_unfinished_training_is_named_as_such(results, model):
 
 def test_folds_are_numbers_or_all():
     assert parse_folds(["0", "all", 3]) == (0, "all", 3)
-    with pytest.raises(ValueError, match="-f one -1:"):
-        parse_folds(["one", "-1", "2"])
+    with pytest.raises(ValueError, match="-f one -1 ²:"):
+        parse_folds(["one", "-1", "²", "2"])
 
 
 @pytest.mark.parametrize("name", ["plans.json", "dataset.json"])

@@ -12,24 +12,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "its preprocessed data and has its own results folder. Train it with nnUNetv2_train ID NAME FOLD -tr "
         "MSTKDTrainer."
     )
-    parser.add_argument("-d", "--dataset", required=True, help="number or full name of the data set")
-    parser.add_argument("-c", "--configuration", default="3d_fullres", help="parent (default: %(default)s)")
-    parser.add_argument("-p", "--plans", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
-    parser.add_argument("--name", required=True, help="name of the new configuration, for example 3d_fullres_short")
-    parser.add_argument("--epochs", type=int, help="short for --set schedule.epochs=N")
-    parser.add_argument("--iterations", type=int, help="steps per epoch; short for --set schedule.iterations=N")
-    parser.add_argument("--seed", type=int, help="short for --set schedule.seed=N")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="any setting, for example distillation.kl=0 or sampler.kind=by_size; may be given several times",
-    )
-    parser.add_argument("--features", type=int, nargs="+", metavar="N", help="channels per stage, finest first")
-    parser.add_argument("--patch", type=int, nargs="+", metavar="N", help="patch size in voxels")
-    parser.add_argument("--batch-size", type=int, help="samples per training step")
-    parser.add_argument("--overwrite", action="store_true", help="replace a configuration of this name")
+    add = parser.add_argument
+    add("-d", "--dataset", required=True, help="number or full name of the data set")
+    add("-c", "--configuration", default="3d_fullres", help="parent (default: %(default)s)")
+    add("-p", "--plans", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    add("--name", required=True, help="name of the new configuration, for example 3d_fullres_short")
+    add("--epochs", type=int, help="short for --set schedule.epochs=N")
+    add("--iterations", type=int, help="steps per epoch; short for --set schedule.iterations=N")
+    add("--seed", type=int, help="short for --set schedule.seed=N")
+    setting = "any setting, for example distillation.kl=0 or sampler.kind=by_size; may be given several times"
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=setting)
+    add("--features", type=int, nargs="+", metavar="N", help="channels per stage, finest first")
+    add("--patch", type=int, nargs="+", metavar="N", help="patch size in voxels")
+    add("--batch-size", type=int, help="samples per training step")
+    add("--overwrite", action="store_true", help="replace a configuration of this name")
 
 
 def run(args: argparse.Namespace) -> None:

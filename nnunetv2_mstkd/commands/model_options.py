@@ -31,12 +31,9 @@ def add_input(parser: argparse._ActionsContainer, *, required: bool = True) -> N
 
 def add_case_selection(parser: argparse._ActionsContainer) -> None:
     """Declare ``--drop`` and ``--skip-bad``."""
-    parser.add_argument(
-        "--drop", metavar="T1ce,FLAIR", help="act as if these modalities were absent; their files are not read"
-    )
-    parser.add_argument(
-        "--skip-bad", action="store_true", help="go on with the good cases; lists the others and exits with 1"
-    )
+    add = parser.add_argument
+    add("--drop", metavar="T1ce,FLAIR", help="act as if these modalities were absent; their files are not read")
+    add("--skip-bad", action="store_true", help="go on with the good cases; lists the others and exits with 1")
 
 
 def add_dataset_or_model(parser: argparse._ActionsContainer) -> None:
@@ -49,61 +46,39 @@ def add_dataset_or_model(parser: argparse._ActionsContainer) -> None:
 def add_model(parser: argparse._ActionsContainer, *, folds: Sequence[int] | None = None) -> None:
     """Declare which trained model: ``-d -c -tr -p`` or ``-m``, and ``-f``, ``-chk`` and ``--trust``.
 
-    Parameters
-    ----------
-    parser
-        A parser or a group of it.
-    folds
-        Default of ``-f``; None stands for all folds that are trained.
+    ``folds`` is the default of ``-f``; None stands for all folds that are trained.
     """
     add_dataset_or_model(parser)
-    parser.add_argument("-c", metavar="CONFIGURATION", help="configuration, for example 3d_fullres")
     default = "all that are trained" if folds is None else " ".join(map(str, folds))
-    parser.add_argument("-f", "--folds", metavar="FOLD", nargs="+", default=folds, help=f"folds (default: {default})")
-    parser.add_argument("-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer (default: %(default)s)")
-    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
-    parser.add_argument("-chk", metavar="FILE", default=FINAL, help="checkpoint file name (default: %(default)s)")
-    parser.add_argument(
-        "--trust", action="store_true", help="let nnU-Net load the model: this executes whatever its files contain"
-    )
+    add = parser.add_argument
+    add("-c", metavar="CONFIGURATION", help="configuration, for example 3d_fullres")
+    add("-f", "--folds", metavar="FOLD", nargs="+", default=folds, help=f"folds (default: {default})")
+    add("-tr", metavar="TRAINER", default="nnUNetTrainer", help="trainer (default: %(default)s)")
+    add("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    add("-chk", metavar="FILE", default=FINAL, help="checkpoint file name (default: %(default)s)")
+    add("--trust", action="store_true", help="let nnU-Net load the model: this executes whatever its files contain")
 
 
 def add_run(parser: argparse._ActionsContainer, *, export: str = "export") -> None:
     """Declare how the network runs: ``-step_size --disable_tta -npp -nps -device --not_on_device``, and the bar.
 
-    Parameters
-    ----------
-    parser
-        A parser or a group of it.
-    export
-        What the processes of ``-nps`` do.
+    ``export`` is what the processes of ``-nps`` do.
     """
-    parser.add_argument(
-        "-step_size", metavar="S", type=float, default=0.5, help="step of the sliding window (default: %(default)s)"
-    )
-    parser.add_argument("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
+    add = parser.add_argument
+    add("-step_size", metavar="S", type=float, default=0.5, help="step of the sliding window (default: %(default)s)")
+    add("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
     for option, work in (("npp", "preprocessing"), ("nps", export)):
-        parser.add_argument(
-            f"-{option}",
-            metavar="N",
-            type=int,
-            default=whole_number_from_environment(f"nnUNet_{option}", 3),
-            help=f"processes for {work} (default: %(default)s)",
-        )
-    parser.add_argument("-device", choices=DEVICES, default=DEVICES[0], help="default: %(default)s")
-    parser.add_argument("--not_on_device", action="store_true", help="collect results in main memory: for huge images")
+        value = os.environ.get(f"nnUNet_{option}", "")
+        processes = int(value) if value.isdecimal() else 3
+        add(f"-{option}", metavar="N", type=int, default=processes, help=f"processes for {work} (default: %(default)s)")
+    add("-device", choices=DEVICES, default=DEVICES[0], help="default: %(default)s")
+    add("--not_on_device", action="store_true", help="collect results in main memory: for huge images")
     add_progress(parser)
 
 
 def add_progress(parser: argparse._ActionsContainer) -> None:
     """Declare ``--disable_progress_bar``."""
     parser.add_argument("--disable_progress_bar", action="store_true", help="for jobs without a terminal")
-
-
-def whole_number_from_environment(variable: str, default: int) -> int:
-    """Return the value of an environment variable, or the default where it holds no whole number."""
-    value = os.environ.get(variable, "")
-    return int(value) if value.isdigit() else default
 
 
 # ---- using ---------------------------------------------------------------------------------------------------------

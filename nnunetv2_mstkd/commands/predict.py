@@ -17,13 +17,9 @@ FOLDS = (0, 1, 2, 3, 4)
 """nnUNetv2_predict's default."""
 
 FOLDER_ONLY = {
-    "--drop": None,
-    "--skip-bad": False,
-    "--save_probabilities": False,
-    "--continue_prediction": False,
-    "-num_parts": 1,
-    "-part_id": 0,
-}
+    "--drop": None, "--skip-bad": False, "--save_probabilities": False, "--continue_prediction": False,
+    "-num_parts": 1, "-part_id": 0,
+}  # fmt: skip
 """Options that do not go with ``--image``, and their defaults."""
 
 
@@ -36,27 +32,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     options.add_input(source, required=False)
-    source.add_argument(
-        "--image", metavar="T1=FILE", action="append", help="one modality of one patient; once per modality"
-    )
+    add = source.add_argument
+    add("--image", metavar="T1=FILE", action="append", help="one modality of one patient; once per modality")
     options.add_case_selection(parser)
-    parser.add_argument(
-        "-o", metavar="OUT", type=Path, required=True, help="output folder, made if absent; with --image: output file"
-    )
+    add = parser.add_argument
+    add("-o", metavar="OUT", type=Path, required=True, help="output folder, made if absent; with --image: output file")
     model = parser.add_argument_group("which model")
     options.add_model(model, folds=FOLDS)
-    model.add_argument(
-        "--student", metavar="N", type=int, help="of a model of two students (SMML), predict with this one: 1 or 2"
-    )
+    add = model.add_argument
+    add("--student", metavar="N", type=int, help="of a model of two students (SMML), predict with this one: 1 or 2")
     run = parser.add_argument_group("how, as in nnUNetv2_predict")
     options.add_run(run)
-    run.add_argument("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
-    run.add_argument(
-        "--continue_prediction", action="store_true", help="keep the cases that are there, made of the same modalities"
-    )
-    run.add_argument("-num_parts", metavar="N", type=int, default=1, help="calls that share the input folder")
-    run.add_argument("-part_id", metavar="K", type=int, default=0, help="which of them this one is, 0 to N - 1")
-    run.add_argument("--verbose", action="store_true", help="nnU-Net's own messages too")
+    add = run.add_argument
+    add("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
+    add("--continue_prediction", action="store_true", help="keep the cases that are there, made of the same modalities")
+    add("-num_parts", metavar="N", type=int, default=1, help="calls that share the input folder")
+    add("-part_id", metavar="K", type=int, default=0, help="which of them this one is, 0 to N - 1")
+    add("--verbose", action="store_true", help="nnU-Net's own messages too")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,12 +90,13 @@ def _predict_images(args: argparse.Namespace) -> int:
     images = _read_images(args.image)
     if args.o.is_dir():
         raise InputError(f"{args.o} is a folder; with --image, -o is the file to write, such as segmentation.nii.gz")
-    result = _load(args).predict(images)
+    predictor = _load(args)
+    predictor.check_output(args.o)
+    result = predictor.predict(images)
     result.save(args.o)
     from nnunetv2_mstkd.inference.expected_dice import format_dice
 
-    expected = format_dice(result.expected_dice)
-    print(f"predicted from {result.subset}: {args.o}" + (f" (expected Dice: {expected})" if expected else ""))
+    print(f"predicted from {result.subset}: {args.o}{format_dice(result.expected_dice)}")
     return 0
 
 

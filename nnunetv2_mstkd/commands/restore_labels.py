@@ -37,7 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Restore all predictions; exit code 1 if some were left out, which are listed."""
     from nnunetv2_mstkd.dataset_conversion.restoring import restoration, restore_folder
-    from nnunetv2_mstkd.nnunet.description import check_description, read_json
+    from nnunetv2_mstkd.images.atomic import read_json
+    from nnunetv2_mstkd.nnunet.description import check_description
     from nnunetv2_mstkd.nnunet.folders import find_dataset_folder, refuse_same_folder
 
     if not args.i.is_dir():

@@ -7,11 +7,24 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.errors import ExistingFileError, WriteError
+from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError, UserError, WriteError
+
+
+def read_json(file: Path, missing: str = "") -> dict[str, Any]:
+    """Read a JSON file that holds an object; ``missing`` is added to the message if there is no such file."""
+    if not file.is_file():
+        raise MissingFileError(f"{file} does not exist{missing}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{file} holds no table, expected a JSON object")
+    return content
 
 
 @contextmanager
@@ -20,13 +33,24 @@ def atomic_write(target: Path) -> Iterator[Path]:
 
     It is in the same folder, because a file cannot be renamed into another file system, and its name contains the
     number of the process, which keeps two writers apart. A file of ``tempfile`` would be readable by its owner only.
+
+    Raises
+    ------
+    WriteError
+        If the block or the replacement meets an error of the file system, such as a full disk.
     """
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield scratch
         os.replace(scratch, target)
+    except UserError:
+        raise
+    except OSError as error:
+        reason = error.strerror or " ".join(str(error).split())
+        raise WriteError(f"{target} could not be written ({reason}); what was there before is untouched") from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):
+            scratch.unlink()
 
 
 def clear_scratch(folder: Path, names: str) -> None:
@@ -63,13 +87,7 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to write to, which becomes ``target`` when the block ends; after an error it is removed.
-
-    Raises
-    ------
-    ExistingFileError
-        If ``target`` is a file or a folder that is not empty.
-    """
+    """Yield a folder to write to, which becomes ``target``, a new or empty folder; after an error it is removed."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExistingFileError(f"{target} is not empty; choose a new folder")
     with scratch_folder(target) as scratch:
@@ -96,20 +114,10 @@ def replace_folder(target: Path, new: Path) -> None:
 
 @contextmanager
 def complete_image(path: Path) -> Iterator[None]:
-    """Refuse an image that the block has written if part of it is missing.
+    """Raise WriteError if part of the image that the block writes to ``path`` is missing.
 
     On a full disk ITK silently writes what fits of a NIfTI or small NRRD file. The readers of formats other than NIfTI
-    notice what is missing.
-
-    Parameters
-    ----------
-    path
-        The file that the block writes: put it into a scratch folder, or rename it after the block.
-
-    Raises
-    ------
-    WriteError
-        If the image is incomplete.
+    notice what is missing. Put the file into a scratch folder, or rename it after the block.
     """
     # these bring SimpleITK, which most users of this module do not need
     from nnunetv2_mstkd.images.completeness import NIFTI_ENDINGS, check_complete
@@ -126,8 +134,8 @@ def complete_image(path: Path) -> Iterator[None]:
         if not path.name.lower().endswith(NIFTI_ENDINGS):
             read_image(path)
     except ValueError as error:
-        raise _incomplete(path, str(error)) from error
+        raise _incomplete(path, error) from error
 
 
-def _incomplete(path: Path, reason: str) -> WriteError:
+def _incomplete(path: Path, reason: object) -> WriteError:
     return WriteError(f"{path} could not be written completely ({reason}); is the disk full?")

@@ -25,16 +25,11 @@ GZIP = 31
 def check_complete(path: Path) -> int:
     """Refuse a truncated NIfTI or GIPL file, whose missing rest ITK silently reads as zeros or leftovers.
 
-    The readers of other formats notice by themselves.
+    The readers of other formats notice by themselves. The message of the InputError begins with a verb.
 
     Returns
     -------
     Number of NaN and infinite voxels of a NIfTI file, which ITK hides too; 0 for other formats.
-
-    Raises
-    ------
-    InputError
-        If bytes are missing, a compressed file fails its checksum, or the header cannot be read.
     """
     name = path.name.lower()
     if name.endswith(NIFTI_ENDINGS):
@@ -76,18 +71,12 @@ def _refuse_truncated(found: int, expected: int) -> None:
 
 
 def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
-    """Whether the checksum in a ``.nii.gz`` file is that of its header and of `voxels`.
+    """Whether the checksum in a ``.nii.gz`` file is that of its header and of ``voxels``, in the file's order and type.
 
-    It costs a tenth of decompressing the file, which another library has done to get `voxels`. True means that the file
-    is complete and that nothing was changed on the way, not even NaN. False means nothing: the file may be of another
-    format, be damaged, be scaled by its header, or be compressed in several parts; :func:`check_complete` finds out.
-
-    Parameters
-    ----------
-    path
-        The file.
-    voxels
-        What was read from it, in the order and type of the file.
+    It costs a tenth of decompressing the file, which another library has done to get the voxels. True means that the
+    file is complete and that nothing was changed on the way, not even NaN. False means nothing: the file may be of
+    another format, be damaged, be scaled by its header, or be compressed in several parts; :func:`check_complete` finds
+    out.
     """
     if not path.name.lower().endswith(".nii.gz"):
         return False

@@ -19,24 +19,13 @@ TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Geometry:
-    """The grid of a scalar image.
-
-    Attributes
-    ----------
-    size
-        Voxels per axis.
-    spacing
-        Size of a voxel in mm.
-    origin
-        Position of the first voxel in mm.
-    direction
-        Direction cosines of the axes, row by row.
-    """
+    """The grid of a scalar image; lengths are in mm."""
 
     size: tuple[int, ...]
     spacing: tuple[float, ...]
     origin: tuple[float, ...]
     direction: tuple[float, ...]
+    """Direction cosines of the axes, row by row."""
 
     def differences(self, other: Geometry) -> list[str]:
         """Name what differs by more than :data:`TOLERANCE`, for example ``spacing (1, 1, 2) instead of (1, 1, 1)``."""
@@ -51,24 +40,12 @@ class Geometry:
 
 
 def read_geometry(path: Path) -> Geometry:
-    """Read the header of an image file.
-
-    Raises
-    ------
-    InputError
-        If SimpleITK cannot read it, or if it is not one scalar image of two or three dimensions.
-    """
+    """Read the header of an image file; InputError if it is not one scalar image of two or three dimensions."""
     return geometry_of(image_reader(path))
 
 
 def read_affine(path: Path) -> Geometry:
-    """Read the header of a NIfTI file as nibabel understands it: in its axes (RAS), sheared ones too.
-
-    Raises
-    ------
-    InputError
-        If it is not one scalar image of three dimensions.
-    """
+    """Read the header of a NIfTI file as nibabel understands it: in its axes (RAS), sheared ones too."""
     image: Any = nibabel.load(path)
     if len(image.shape) != 3:
         raise InputError(f"has {len(image.shape)} dimensions, expected one scalar image of 3 dimensions")
@@ -84,13 +61,7 @@ def read_nifti_voxels(path: Path) -> np.ndarray:
 
 
 def image_reader(path: Path) -> sitk.ImageFileReader:
-    """Return a reader that has read the header of an image file.
-
-    Raises
-    ------
-    InputError
-        If SimpleITK cannot read it.
-    """
+    """Return a reader that has read the header of an image file; InputError if SimpleITK cannot read it."""
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -101,32 +72,20 @@ def image_reader(path: Path) -> sitk.ImageFileReader:
 
 
 def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -> Geometry:
-    """Return the grid of an image, or of one whose header a reader has read.
+    """Return the grid of a scalar image of two or three dimensions, or of one whose header a reader has read.
 
-    Parameters
-    ----------
-    volumes
-        The number of volumes of three dimensions in one image of four, the last axis of which is left out; 0 for an
-        ordinary image.
-
-    Raises
-    ------
-    InputError
-        If it is not one scalar image of two or three dimensions, or not of so many volumes.
+    With ``volumes`` the image must have four dimensions and so many volumes; the last axis is left out.
     """
-    dimension = image.GetDimension()
-    components = (
-        image.GetNumberOfComponents()
-        if isinstance(image, sitk.ImageFileReader)
-        else image.GetNumberOfComponentsPerPixel()
-    )
-    size, spacing, origin = image.GetSize(), image.GetSpacing(), image.GetOrigin()
-    direction = image.GetDirection()
+    if isinstance(image, sitk.ImageFileReader):
+        components = image.GetNumberOfComponents()
+    else:
+        components = image.GetNumberOfComponentsPerPixel()
+    dimension, size, spacing = image.GetDimension(), image.GetSize(), image.GetSpacing()
+    origin, direction = image.GetOrigin(), image.GetDirection()
     if volumes:
         if dimension != 4 or size[3] != volumes or components != 1:
             raise InputError(f"has the size {_short(size)}, expected {volumes} volumes of 3 dimensions in one file")
-        kept = tuple(direction[row * 4 + column] for row in range(3) for column in range(3))
-        return Geometry(size[:3], spacing[:3], origin[:3], kept)
+        return Geometry(size[:3], spacing[:3], origin[:3], direction[0:3] + direction[4:7] + direction[8:11])
     if dimension not in (2, 3) or components != 1:
         raise InputError(
             f"has {dimension} dimensions and {components} components, expected one scalar image of 2 or 3 dimensions"
@@ -135,13 +94,7 @@ def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -
 
 
 def read_image(path: Path) -> sitk.Image:
-    """Read an image file.
-
-    Raises
-    ------
-    InputError
-        If SimpleITK cannot read it.
-    """
+    """Read an image file; InputError if SimpleITK cannot read it."""
     try:
         return sitk.ReadImage(str(path))
     except RuntimeError as error:

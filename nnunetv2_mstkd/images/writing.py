@@ -26,20 +26,13 @@ def write_on_grid_of(reference: Path, path: Path, target: Path) -> None:
 
 
 def write_given(image: ImageInMemory, target: Path) -> None:
-    """Write an image that a caller holds in memory, without compression.
-
-    Raises
-    ------
-    InputError
-        If it is neither a SimpleITK image nor an array with its spacing, or cannot be written in this format; the
-        message begins with a verb.
-    """
+    """Write an image that a caller holds in memory, uncompressed; the messages of InputErrors begin with a verb."""
     given = image if isinstance(image, sitk.Image) else _from_array(image)
-    try:
-        with complete_image(target):
+    with complete_image(target):
+        try:
             sitk.WriteImage(given, str(target))
-    except RuntimeError as error:
-        raise InputError(f"cannot be written as {target.suffix}: {last_line(error)}") from error
+        except RuntimeError as error:
+            raise InputError(f"cannot be written as {target.suffix}: {last_line(error)}") from error
 
 
 def _from_array(given: Any) -> sitk.Image:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.images.geometry import Geometry
@@ -16,29 +13,21 @@ from nnunetv2_mstkd.nnunet.reading import Channel, Reader, read_checked
 
 @dataclass(frozen=True)
 class Checker:
-    """Checks cases one by one.
-
-    Attributes
-    ----------
-    names
-        Names of the C channels.
-    reader
-        The reader that the plans name.
-    normalization_schemes
-        nnU-Net's normalisation of each channel; None where no network is going to see the cases.
-    """
+    """Checks cases one by one."""
 
     names: Sequence[str]
+    """Names of the C channels."""
     reader: Reader
-    normalization_schemes: Sequence[str] | None = None
+    normalization_schemes: Sequence[str] = ()
+    """nnU-Net's normalisation of each channel; empty if no network is going to see the cases."""
 
     def check(self, case: Case) -> tuple[Case, list[Problem]]:
         """Read all files of a case.
 
         Returns
         -------
-        The case, with all-zero images turned into absent ones, and what is wrong with it: nothing, or a problem for
-        each unreadable file, NaN or infinite voxel, constant image and grid other than the first image's.
+        The case, with all-zero images turned into absent ones, and its problems: unreadable files, NaN or infinite
+        voxels, constant images, and grids that differ from the first image's.
         """
         texts: list[str] = []
         grids: dict[int, Geometry] = {}
@@ -60,23 +49,12 @@ class Checker:
         checked = replace(case.without(zero), all_zero=tuple(zero))
         if not any(checked.availability):
             texts.append("has no modality" + (", only all-zero images" if zero else ""))
-        texts += self._absent_but_not_zero(checked)
+        texts += [
+            f"{self.names[channel]} is absent, but {scheme} turns the zeros of an absent channel into other values"
+            for channel, scheme in enumerate(self.normalization_schemes)
+            if not checked.availability[channel] and scheme not in modalities.ZERO_KEEPING_NORMALIZATIONS
+        ]
         return checked, [Problem(case.name, text) for text in texts]
-
-    def check_all(
-        self, cases: Sequence[Case], *, threads: int = 1, progress: bool = False
-    ) -> tuple[list[Case], list[Problem]]:
-        """Check many cases at a time, with a progress bar; both lists are in the order of the cases."""
-        checked, problems = [], []
-        pool = ThreadPoolExecutor(max(1, threads))  # threads do: reading releases the interpreter's lock
-        try:
-            results = pool.map(self.check, cases)
-            for case, found in tqdm(results, "checking", len(cases), unit="case", disable=not progress, leave=False):
-                checked.append(case)
-                problems += found
-        finally:
-            pool.shutdown(cancel_futures=True)
-        return checked, problems
 
     def _other_grids(self, grids: Mapping[int, Geometry]) -> list[str]:
         """What differs between the first image's grid and those of the others."""
@@ -89,15 +67,6 @@ class Checker:
             for difference in reference.differences(geometry)
         ]
 
-    def _absent_but_not_zero(self, case: Case) -> list[str]:
-        """Absent channels whose normalisation turns zero into another value."""
-        schemes = self.normalization_schemes or ()
-        return [
-            f"{name} is absent, but {scheme} turns the zeros of an absent channel into other values"
-            for name, available, scheme in zip(self.names, case.availability, schemes, strict=False)
-            if not available and scheme not in modalities.ZERO_KEEPING_NORMALIZATIONS
-        ]
-
 
 def _wrong_voxels(channel: Channel) -> list[str]:
     """Whether the voxels of an image that is not zero everywhere are unusable."""
@@ -107,12 +76,6 @@ def _wrong_voxels(channel: Channel) -> list[str]:
     if low == high:
         return [f"is constant, {low:g} everywhere; an absent modality is zero or has no file"]
     return []
-
-
-def split_good(cases: Sequence[Case], problems: Iterable[Problem]) -> list[Case]:
-    """Return the cases that have no problem."""
-    bad = {problem.case for problem in problems}
-    return [case for case in cases if case.name not in bad]
 
 
 def count_problems(problems: Sequence[Problem]) -> str:

@@ -29,8 +29,6 @@ def conditioned(
 
     Parameters
     ----------
-    network
-        The network that predicts, with or without the wrapper of torch.compile.
     availability
         Tensor of bool on the network's device, shape (S, C): one row for each subset that is predicted at once.
     label_manager
@@ -41,11 +39,6 @@ def conditioned(
     Yields
     ------
     A function that finishes the logits of the case, in place; for most networks it changes nothing.
-
-    Raises
-    ------
-    InputError
-        If the network has no such student.
     """
     plain: Any = plain_network(network)
     check_student(plain, student)

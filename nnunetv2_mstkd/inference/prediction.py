@@ -20,31 +20,19 @@ EXPORTS_AHEAD = 2
 """Cases beside those in the export processes whose logits may wait, as in nnU-Net: a slow disk must not fill memory."""
 
 
-def is_written(name: str, output: Path, file_ending: str, save_probabilities: bool) -> bool:
-    """Whether the output of a case exists, by nnU-Net's own rule."""
-    endings = [file_ending, ".npz"] if save_probabilities else [file_ending]
-    return all((output / f"{name}{ending}").is_file() for ending in endings)
-
-
 def predict_logits(
     predictor: nnUNetPredictor, data: np.ndarray, availability: Sequence[bool], *, student: int | None = None
 ) -> np.ndarray:
-    """Predict a preprocessed case.
+    """Return the logits, shape (K, *spatial), of a preprocessed case.
 
     Parameters
     ----------
-    predictor
-        From :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`.
     data
         Array of float32, shape (C, *spatial), with zeros for absent modalities.
     availability
         True for each modality that the case has.
     student
         See :func:`~nnunetv2_mstkd.inference.conditioning.conditioned`.
-
-    Returns
-    -------
-    Logits of shape (K, *spatial).
     """
     row = torch.tensor([list(availability)], dtype=torch.bool, device=predictor.device)
     with conditioned(predictor.network, row, predictor.label_manager, student=student) as finish:
@@ -68,8 +56,6 @@ def predict_cases(
 
     Parameters
     ----------
-    predictor
-        From :func:`~nnunetv2_mstkd.nnunet.model.load_predictor`.
     cases
         Checked cases with at least one image each.
     output
@@ -80,8 +66,6 @@ def predict_cases(
         Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
     preprocessing_processes, export_processes
         Number of background processes; 0 runs everything in this process.
-    progress
-        Show a bar with case and subset.
     on_written
         Called for each case when its segmentation is in the folder.
     """

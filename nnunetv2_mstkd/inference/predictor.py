@@ -21,8 +21,8 @@ from nnunetv2_mstkd.images.writing import ImageInMemory, write_given
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.conditioning import check_student
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
-from nnunetv2_mstkd.inference.prediction import is_written, predict_cases, predict_logits
-from nnunetv2_mstkd.inference.record import Record, record_name
+from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
+from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
 from nnunetv2_mstkd.nnunet import preprocessing
 from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder, trained_folds
@@ -195,19 +195,16 @@ class Predictor:
         )
         check_student(self._predictor.network, student)
         self.modalities = modalities.modality_names(self._predictor.dataset_json)
-        self.expected_dice = self._read_expected_dice()
+        self.expected_dice: dict[int, dict[str, float]] = {}
+        try:
+            self.expected_dice = read_expected_dice(self.folder, self.modalities)
+        except ValueError as error:
+            print(f"warning: {error}", file=sys.stderr)
         self._checker = Checker(
             self.modalities,
             self._predictor.plans_manager.image_reader_writer_class,
             self._predictor.configuration_manager.normalization_schemes,
         )
-
-    def _read_expected_dice(self) -> dict[int, dict[str, float]]:
-        try:
-            return read_expected_dice(self.folder, self.modalities)
-        except ValueError as error:
-            print(f"warning: {error}", file=sys.stderr)
-            return {}
 
     # ---- one case ------------------------------------------------------------------------------------------------
 
@@ -263,9 +260,12 @@ class Predictor:
 
     def _checked_case(self, images: Mapping[str, Any], scratch: Path) -> Case:
         """Make a case of the images, those in memory as files in a scratch folder, and check it."""
-        files: list[Path | None] = [None] * len(self.modalities)
+        known = [name.casefold() for name in self.modalities]
+        files: list[Path | None] = [None] * len(known)
         for name, image in images.items():
-            channel = self._channel(name)
+            if name.strip().casefold() not in known:
+                raise InputError(f"unknown modality {name!r}; known are {', '.join(self.modalities)}")
+            channel = known.index(name.strip().casefold())
             if files[channel] is not None:
                 raise InputError(f"modality {self.modalities[channel]} is given twice")
             files[channel] = self._as_file(image, channel, scratch)
@@ -275,12 +275,6 @@ class Predictor:
         if problems:
             raise InputError(f"the case cannot be predicted: {'; '.join(problem.text for problem in problems)}")
         return case
-
-    def _channel(self, name: str) -> int:
-        known = [known.casefold() for known in self.modalities]
-        if name.strip().casefold() not in known:
-            raise InputError(f"unknown modality {name!r}; known are {', '.join(self.modalities)}")
-        return known.index(name.strip().casefold())
 
     def _as_file(self, image: Any, channel: int, scratch: Path) -> Path:
         if isinstance(image, (str, os.PathLike)):
@@ -294,6 +288,10 @@ class Predictor:
         except InputError as error:
             raise InputError(f"the image of {self.modalities[channel]} {error}") from error
         return path
+
+    def check_output(self, path: str | os.PathLike) -> None:
+        """Raise InputError unless the model's image reader can write a file of this name."""
+        preprocessing.check_ending(Path(path), self._checker.reader)
 
     # ---- a folder ------------------------------------------------------------------------------------------------
 
@@ -359,17 +357,15 @@ class Predictor:
         if not 0 <= part_id < num_parts:
             raise InputError(f"-part_id is {part_id}, expected 0 to {num_parts - 1} with -num_parts {num_parts}")
         model, ending = self._predictor, self._predictor.dataset_json["file_ending"]
-        record = Record(
-            output / record_name(part_id, num_parts),
-            self._describe(drop),
-            self.modalities,
-            self.expected_dice,
-            resume=continue_prediction,
-        )
+        written = [ending, ".npz"] if save_probabilities else [ending]
+        # processes that share an output folder each write their own record
+        file = output / ("predictions.json" if num_parts == 1 else f"predictions_part{part_id}of{num_parts}.json")
+        run = self._describe(drop)
+        record = Record(file, run, self.modalities, self.expected_dice, resume=continue_prediction)
 
         def is_done(case: Case) -> bool:
             known = record.has(case) or not record.resumed
-            return continue_prediction and known and is_written(case.name, output, ending, save_probabilities)
+            return continue_prediction and known and all((output / f"{case.name}{end}").is_file() for end in written)
 
         selection = select(
             images,

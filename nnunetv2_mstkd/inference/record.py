@@ -19,18 +19,11 @@ SAVE_INTERVAL = 2.0
 """Seconds between two versions of the file, which thousands of cases would otherwise write thousands of times."""
 
 
-def record_name(part_id: int = 0, num_parts: int = 1) -> str:
-    """Return the file name of the record; of several processes with one output folder, each writes its own."""
-    return "predictions.json" if num_parts == 1 else f"predictions_part{part_id}of{num_parts}.json"
-
-
 class Record:
     """What was predicted from what.
 
     Parameters
     ----------
-    file
-        File to keep it in; other files of the same folder are nnU-Net's own.
     run
         Everything that all predictions of the folder have in common: model, folds, dropped modalities ...
     names
@@ -38,12 +31,7 @@ class Record:
     expected
         See :func:`~nnunetv2_mstkd.inference.expected_dice.read_expected_dice`.
     resume
-        Keep the cases of an earlier run.
-
-    Raises
-    ------
-    InputError
-        If an earlier run that is to be continued had another model or other options.
+        Keep the cases of an earlier run; InputError if it had another model or other options.
     """
 
     def __init__(
@@ -91,17 +79,17 @@ class Record:
 
     def add(self, case: Case) -> None:
         """Note that the segmentation of a case is written."""
-        availability = case.availability
+        names = list(zip(self.names, case.availability, strict=True))
         entry: dict[str, Any] = {
-            "subset": modalities.subset_name(availability, self.names),
-            "modalities": [name for name, available in zip(self.names, availability, strict=True) if available],
-            "absent": [name for name, available in zip(self.names, availability, strict=True) if not available],
+            "subset": modalities.subset_name(case.availability, self.names),
+            "modalities": [name for name, available in names if available],
+            "absent": [name for name, available in names if not available],
             "images": self._images(case),
         }
         if case.all_zero:
             entry["all_zero"] = [self.names[channel] for channel in case.all_zero]
         if self.expected:
-            entry["expected_dice"] = self.expected.get(modalities.subset_code(availability))
+            entry["expected_dice"] = self.expected.get(modalities.subset_code(case.availability))
         self.cases[case.name] = entry
         if time.monotonic() - self._saved >= SAVE_INTERVAL:
             self.save()
@@ -113,13 +101,9 @@ class Record:
 
     def by_subset(self) -> list[str]:
         """Return one line per subset: how many cases have it, and the Dice to expect."""
-        lines = []
         counts = Counter(entry["subset"] for entry in self.cases.values())
-        for subset, count in sorted(counts.items(), key=lambda item: -item[1]):
-            dice = next(entry.get("expected_dice") for entry in self.cases.values() if entry["subset"] == subset)
-            expected = format_dice(dice)
-            lines.append(f"{subset}: {count}" + (f" (expected Dice: {expected})" if expected else ""))
-        return lines
+        first = {entry["subset"]: entry.get("expected_dice") for entry in reversed(self.cases.values())}
+        return [f"{subset}: {count}{format_dice(first[subset])}" for subset, count in counts.most_common()]
 
 
 def _checked(entry: Any) -> dict[str, Any]:

@@ -8,27 +8,21 @@ from pathlib import Path
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.inference.checks import Checker, count_problems, format_problems, split_good
+from nnunetv2_mstkd.inference.checks import Checker, count_problems, format_problems
+from nnunetv2_mstkd.inference.workers import in_threads
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem, find_cases
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Cases to work on.
-
-    Attributes
-    ----------
-    cases
-        Checked cases without problems.
-    done
-        Number of cases that were left out because their output exists.
-    problems
-        Problems of the cases that ``skip_bad`` left out.
-    """
+    """Cases to work on."""
 
     cases: list[Case]
+    """Checked cases without problems."""
     done: int
+    """Number of cases that were left out because their output exists."""
     problems: list[Problem]
+    """Problems of the cases that ``skip_bad`` left out."""
 
 
 def select(
@@ -44,14 +38,10 @@ def select(
     progress: bool = False,
     verb: str,
 ) -> Selection:
-    """Find and check the cases of an input folder.
+    """Find and check the cases of a folder of ``CASE_000k`` files.
 
     Parameters
     ----------
-    folder, file_ending
-        Folder of ``CASE_000k`` files, and their ending.
-    checker
-        Checks each case.
     drop
         Modalities to treat as absent, for example ``T1ce,FLAIR``.
     part
@@ -59,20 +49,11 @@ def select(
     is_done
         Tells from a case's name and files, without what is dropped, that it needs no more work; it is not read.
     skip_bad
-        Leave bad cases out instead of refusing all.
+        Leave bad cases out, if some case is good or done, instead of raising InputError with all problems.
     threads
         How many read files at a time.
-    progress
-        Show a bar.
     verb
         Past participle of what is going to happen, for the message.
-
-    Raises
-    ------
-    MissingFileError
-        If there is no input.
-    InputError
-        With all problems of all cases, unless ``skip_bad`` and some case is good or done.
     """
     dropped = dropped_channels(drop, checker.names)
     cases, problems = find_cases(folder, file_ending, checker.names)
@@ -81,9 +62,10 @@ def select(
     problems = [problem for problem in problems if problem.case not in others]
     cases = [case.without(dropped) for case in cases[part]]
     open_cases = [case for case in cases if not is_done(case)]
-    checked, found = checker.check_all(open_cases, threads=threads, progress=progress)
-    problems += found
-    good = split_good(checked, problems)
+    checked = in_threads(checker.check, open_cases, threads, progress=progress)
+    problems += [problem for _, found in checked for problem in found]
+    bad = {problem.case for problem in problems}
+    good = [case for case, _ in checked if case.name not in bad]
     done = len(cases) - len(open_cases)
     if problems and not (skip_bad and (good or done)):
         hint = f" (--skip-bad: go on with the other {len(good)})" if good else ""
@@ -92,13 +74,7 @@ def select(
 
 
 def dropped_channels(drop: str | None, names: Sequence[str]) -> list[int]:
-    """Return the numbers of the channels that ``drop`` names.
-
-    Raises
-    ------
-    InputError
-        If it names an unknown modality, or all of them.
-    """
+    """Return the numbers of the channels that ``drop`` names; InputError if these are all."""
     if drop is None:
         return []
     channels = modalities.parse_subset(drop, names).nonzero().ravel().tolist()

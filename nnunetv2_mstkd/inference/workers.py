@@ -8,11 +8,13 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any
+
+from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import WorkerError
 
@@ -43,16 +45,22 @@ def start_server() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def in_threads(function: Callable, items: Sequence, threads: int, *, progress: bool) -> list:
+    """Check items in several threads, which suffice for reading files: it releases the interpreter's lock."""
+    pool = ThreadPoolExecutor(max(1, threads))
+    try:
+        results = pool.map(function, items)
+        return list(tqdm(results, "checking", len(items), unit="case", disable=not progress, leave=False))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
 @contextmanager
 def workers(processes: int, tasks: int) -> Iterator[Executor]:
     """Yield an executor of so many processes, at most one per task; with 0 calls run at once in this process.
 
-    After an error or interrupt in the block, running calls are finished and waiting ones are dropped.
-
-    Raises
-    ------
-    WorkerError
-        If a process died.
+    After an error or interrupt in the block, running calls are finished and waiting ones are dropped. A process that
+    dies is a WorkerError.
     """
     if processes == 0:
         yield _InThisProcess()
@@ -82,15 +90,7 @@ def ahead(pool: Executor, function: Callable, arguments: Iterable[tuple], limit:
 
 
 class Backlog:
-    """Tasks under way in an executor, handed over in the order in which they were submitted.
-
-    Parameters
-    ----------
-    pool:
-        The executor.
-    on_done:
-        Called with a task's label and its result.
-    """
+    """Tasks under way in an executor; ``on_done(label, result)`` is called in the order of submission."""
 
     def __init__(self, pool: Executor, on_done: Callable[[Any, Any], None]) -> None:
         self._pool, self._on_done = pool, on_done

@@ -50,7 +50,7 @@ def fill_missing(
     images
         Folder of ``CASE_000k`` files, any of which may be absent; only read.
     output
-        New or empty folder; it appears when it is complete.
+        New or empty folder, because nnU-Net takes every file in it for a channel; it appears when it is complete.
     dataset, model
         Number or name of the data set, or the folder of a trained model.
     drop
@@ -59,20 +59,10 @@ def fill_missing(
         Leave bad cases out instead of refusing all.
     link
         Make symbolic links instead of copies of the images.
-    progress
-        Show a bar.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If the data set is unknown, there is no input, or something is wrong with it.
-    ExistingFileError
-        If the output folder holds anything: nnU-Net takes every file in it for a channel.
     """
     refuse_same_folder(output, images, "input folder")
     dataset_json, reader = find_format(dataset, model)
-    ending = dataset_json["file_ending"]
-    names = modalities.modality_names(dataset_json)
+    ending, names = dataset_json["file_ending"], modalities.modality_names(dataset_json)
     checker = Checker(names, reader)
     selection = select(
         images, ending, checker, drop=drop, skip_bad=skip_bad, threads=THREADS, progress=progress, verb="written"

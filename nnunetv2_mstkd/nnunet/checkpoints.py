@@ -21,24 +21,15 @@ from nnunetv2_mstkd.nnunet.plans import BLOCK
 def _allowed_types() -> list[Any]:
     """Types beside tensors and plain Python that nnU-Net's checkpoints hold: the NumPy scalars of its log."""
     scalar = np.float64(0).__reduce__()[0]
-    dtypes = {type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?")}
-    return [
-        (scalar, "numpy.core.multiarray.scalar"),
-        (scalar, "numpy._core.multiarray.scalar"),
-        np.dtype,
-        *sorted(dtypes, key=lambda dtype: dtype.__name__),
-    ]
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [*names, np.dtype, *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?"))]
 
 
-def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict[str, Any]:
+def read(path: str | os.PathLike, *, device: torch.device | str = "cpu", hint: str = "") -> dict[str, Any]:
     """Read a checkpoint without executing anything in it (``weights_only``).
 
-    Raises
-    ------
-    MissingFileError
-        If the file does not exist.
-    InputError
-        If it is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python.
+    InputError if it is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python;
+    ``hint`` says what can be done in this last case.
     """
     path = Path(path)
     if not path.is_file():
@@ -54,7 +45,7 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
             if foreign:
                 raise InputError(
                     f"checkpoint {path} is refused: it asks to import {foreign[1]}, which no nnU-Net checkpoint needs; "
-                    f"nothing of it was executed"
+                    f"nothing of it was executed{hint}"
                 ) from error
             raise InputError(
                 f"checkpoint {path} is damaged, truncated or no checkpoint ({type(error).__name__}, "
@@ -69,36 +60,21 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu") -> dict
 
 
 def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
-    """Write a checkpoint atomically.
-
-    Raises
-    ------
-    WriteError
-        If it cannot be written: no space, no permission.
-    """
-    path = Path(path)
+    """Write a checkpoint atomically; raises WriteError if that fails."""
     try:
-        with atomic_write(path) as scratch, scratch.open("wb") as file:
-            torch.save(dict(content), file)
+        with atomic_write(Path(path)) as scratch, scratch.open("wb") as file:
+            try:
+                torch.save(dict(content), file)
+            except RuntimeError as error:  # PyTorch's writer hides the reason behind a RuntimeError of its own
+                raise OSError(error.__context__ if isinstance(error.__context__, OSError) else error) from error
             file.flush()
             os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:
-        # PyTorch's writer hides the reason behind a RuntimeError of its own
-        hidden = error.__context__
-        reason = hidden if isinstance(hidden, OSError) else error
-        raise WriteError(
-            f"checkpoint {path} could not be written ({' '.join(str(reason).split())}); what was there before is "
-            f"untouched. Make room, or the folder writable, and continue with --c"
-        ) from error
+    except WriteError as error:
+        raise WriteError(f"checkpoint {error}. Make room, or the folder writable, and continue with --c") from error
 
 
 def noted_split(path: str | os.PathLike) -> dict[str, list[str]] | None:
-    """Read which cases a training was trained and validated on, ``{"train": [...], "val": [...]}``.
-
-    Returns
-    -------
-    None if the checkpoint does not say; those of this package's trainers do.
-    """
+    """Read which cases a training had, ``{"train": [...], "val": [...]}``; None if its trainer does not note them."""
     noted = read(path).get(BLOCK)
     return noted.get("split") if isinstance(noted, Mapping) else None
 
@@ -117,17 +93,12 @@ def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
 
 
 def load_matching(network: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
-    """Copy the tensors of equal name and shape into ``network``.
+    """Copy the tensors of equal name and shape into ``network``; InputError if there are none.
 
     Returns
     -------
     Names loaded, and names of the network that kept their own values. A tensor with two names (nnU-Net's decoder
     holds the encoder once more) is loaded if it is found under one of them.
-
-    Raises
-    ------
-    InputError
-        If nothing matches.
     """
     own = network.state_dict()
     fitting = {name: value for name, value in weights.items() if name in own and own[name].shape == value.shape}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.images.atomic import read_json
 from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.nnunet.folders import find_dataset_folder
 from nnunetv2_mstkd.nnunet.safe_plans import find_class
@@ -21,34 +21,8 @@ from nnunetv2_mstkd.nnunet.safe_plans import find_class
 READER = "image_reader_writer"
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Read a JSON file of a model or data set.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If it does not exist or holds no JSON object.
-    """
-    if not file.is_file():
-        raise MissingFileError(f"{file} does not exist, so {file.parent} is no complete model or data set folder")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} holds no table, expected nnU-Net's {file.name}")
-    return content
-
-
 def check_description(dataset_json: dict[str, Any], source: str) -> dict[str, Any]:
-    """Return a dataset.json in which everything that the commands read is usable.
-
-    Parameters
-    ----------
-    dataset_json
-        Content of the file.
-    source
-        Where it was read, for messages.
+    """Return a dataset.json, read from ``source``, in which everything that the commands read is usable.
 
     Raises
     ------
@@ -81,11 +55,6 @@ def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any]
         Number or name of a data set, looked for below nnUNet_preprocessed, nnUNet_raw and nnUNet_results.
     model
         Folder of a trained model, instead.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If there is none; the message names what was looked for.
     """
     if model is not None:
         plans_file = model / "plans.json"
@@ -103,7 +72,12 @@ def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any]
     with contextlib.suppress(ValueError):  # like nnU-Net, which then goes by the ending
         name = dataset_json.get("overwrite_image_reader_writer", "None")
         return dataset_json, find_class(READER, name, str(description))
-    return dataset_json, _reader_of(dataset_json["file_ending"], description)
+    ending = dataset_json["file_ending"]
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            return dataset_json, determine_reader_writer_from_file_ending(ending, verbose=False)
+    except RuntimeError as error:
+        raise InputError(f"nnU-Net has no image reader for {ending!r}, the file_ending in {description}") from error
 
 
 def _folders_of(dataset: str) -> list[Path]:
@@ -112,10 +86,9 @@ def _folders_of(dataset: str) -> list[Path]:
     for variable in ("nnUNet_preprocessed", "nnUNet_raw", "nnUNet_results"):
         try:
             folder = find_dataset_folder(variable, dataset)
+            folders += [folder, *sorted(folder.glob("*__*__*"))]
         except FileNotFoundError as error:
             problems.append(str(error))
-            continue
-        folders += [folder, *sorted(folder.glob("*__*__*"))]
     if not folders:
         raise MissingFileError(f"no dataset.json of data set {dataset}: {'; '.join(problems)}")
     return folders
@@ -128,11 +101,3 @@ def _planned_readers(folders: list[Path]) -> Iterator[type[BaseReaderWriter]]:
             name = read_json(file).get(READER)
             if name is not None:
                 yield find_class(READER, name, str(file))
-
-
-def _reader_of(ending: str, description: Path) -> type[BaseReaderWriter]:
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            return determine_reader_writer_from_file_ending(ending, verbose=False)
-    except RuntimeError as error:
-        raise InputError(f"nnU-Net has no image reader for {ending!r}, the file_ending in {description}") from error

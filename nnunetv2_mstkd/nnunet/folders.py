@@ -19,13 +19,7 @@ CHECKPOINTS = (FINAL, LATEST, BEST)
 
 
 def nnunet_folder(variable: str) -> Path:
-    """Return the folder that an environment variable of nnU-Net names.
-
-    Raises
-    ------
-    MissingFileError
-        If the variable is not set or the folder does not exist.
-    """
+    """Return the folder that an environment variable of nnU-Net names; MissingFileError if there is none."""
     folder = os.environ.get(variable)
     if not folder:
         raise MissingFileError(f"{variable} is not set; nnU-Net needs it too: export {variable}=FOLDER")
@@ -35,22 +29,9 @@ def nnunet_folder(variable: str) -> Path:
 
 
 def find_dataset_folder(variable: str, dataset: str) -> Path:
-    """Find the folder of a data set.
-
-    Parameters
-    ----------
-    variable
-        Environment variable of the folder to search, for example ``nnUNet_raw``.
-    dataset
-        Number or full name of the data set.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If there is no such folder, or several; the message names what was looked for and where.
-    """
+    """Find the folder of a data set, a number or full name, below an environment variable such as ``nnUNet_raw``."""
     root = nnunet_folder(variable)
-    if dataset.isdigit():
+    if dataset.isdecimal():
         wanted = f"Dataset{int(dataset):03d}_*"
         folders = sorted(path for path in root.glob(wanted) if path.is_dir())
     elif dataset.startswith("Dataset"):
@@ -80,13 +61,7 @@ def model_folder_name(trainer: str, plans: str, configuration: str) -> str:
 
 
 def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str) -> Path:
-    """Find a trained model below nnUNet_results.
-
-    Raises
-    ------
-    MissingFileError
-        If it does not exist; the message lists the models that do.
-    """
+    """Find a trained model below nnUNet_results; MissingFileError lists the models that exist."""
     results = find_dataset_folder("nnUNet_results", dataset)
     folder = results / model_folder_name(trainer, plans, configuration)
     if not folder.is_dir():
@@ -98,17 +73,7 @@ def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str
 
 
 def refuse_same_folder(output: Path, other: Path, what: str) -> None:
-    """Refuse an output folder that is a file, or another folder that must not change.
-
-    Parameters
-    ----------
-    output
-        Folder to write to; it need not exist.
-    other
-        Folder that must not change.
-    what
-        What ``other`` is, for the message: ``"input folder"``.
-    """
+    """Refuse an output folder that is a file, or ``other``, which must not change (``what``: ``"input folder"``)."""
     if output.exists() and not output.is_dir():
         raise ExistingFileError(f"the output folder {output} is a file; choose another one")
     if output.resolve() == other.resolve() or (output.exists() and other.exists() and output.samefile(other)):
@@ -120,24 +85,19 @@ def refuse_same_folder(output: Path, other: Path, what: str) -> None:
 
 def parse_folds(texts: Sequence[str | int]) -> tuple[int | str, ...]:
     """Read folds as given after ``-f``: numbers, or ``all``."""
-    wrong = [str(text) for text in texts if str(text) != "all" and not str(text).isdigit()]
+    wrong = [str(text) for text in texts if str(text) != "all" and not str(text).isdecimal()]
     if wrong:
         raise InputError(f"-f {' '.join(wrong)}: expected fold numbers such as 0 1 2, or all")
     return tuple(text if text == "all" else int(text) for text in texts)
 
 
 def trained_folds(folder: Path, checkpoint: str = FINAL) -> tuple[int | str, ...]:
-    """Return the numbers of all folds of a model that have a checkpoint of this name.
+    """Return the numbers of all folds of a model that have a checkpoint of this name; MissingFileError if none has.
 
     Fold ``all`` is not among them: it has seen every case, so it is only used where it is asked for.
-
-    Raises
-    ------
-    MissingFileError
-        If there is none.
     """
     names = [path.parent.name.removeprefix("fold_") for path in folder.glob(f"fold_*/{checkpoint}")]
-    folds = sorted(int(name) for name in names if name.isdigit())
+    folds = sorted(int(name) for name in names if name.isdecimal())
     if not folds:
         hint = "fold_all is: -f all" if "all" in names else "train one, or take another checkpoint with -chk"
         raise MissingFileError(f"no fold of {folder} is finished (no fold_*/{checkpoint}); {hint}")
@@ -145,13 +105,7 @@ def trained_folds(folder: Path, checkpoint: str = FINAL) -> tuple[int | str, ...
 
 
 def find_checkpoints(folder: Path, folds: Sequence[int | str], checkpoint: str = FINAL) -> list[Path]:
-    """Return the checkpoint file of each fold.
-
-    Raises
-    ------
-    MissingFileError
-        If one does not exist; the message says what does.
-    """
+    """Return the checkpoint file of each fold; MissingFileError says what exists instead."""
     files = [folder / f"fold_{fold}" / checkpoint for fold in folds]
     missing = [file for file in files if not file.is_file()]
     if not missing:
@@ -173,19 +127,14 @@ def find_checkpoints(folder: Path, folds: Sequence[int | str], checkpoint: str =
 
 
 def check_file_name(name: Any, what: str) -> str:
-    """Return ``name`` if it names one file or folder, so that it can safely become part of a path.
+    """Return ``name`` if it can safely become part of a path: it names one file or folder.
 
     Parameters
     ----------
     name
-        A value from a file.
+        A value from a file, of any type.
     what
         What it is and where it was found, for the message: ``"data_identifier in plans.json"``.
-
-    Raises
-    ------
-    InputError
-        If it is not a string, is empty, or leads out of the folder that it is put into.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or any(sign in name for sign in "/\\\0"):
         raise InputError(f"{what} is {name!r}, expected the name of one file or folder, without / and \\")

@@ -6,13 +6,14 @@ import contextlib
 import io
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from nnunetv2_mstkd.errors import MissingFileError
+from nnunetv2_mstkd.images.atomic import read_json
 
 CHANNEL_DIGITS = 4
 
@@ -25,25 +26,16 @@ IMAGE_ENDINGS = (
 
 @dataclass(frozen=True)
 class Case:
-    """One case and its images.
-
-    Attributes
-    ----------
-    name
-        The case id: CASE of ``CASE_0000.nii.gz``.
-    files
-        One entry per channel; None where the modality is absent.
-    all_zero
-        Channels whose file is zero everywhere and so counts as absent.
-    stamps
-        One entry per channel: size and time of the last change of its file, None without one. Cases are compared
-        without them.
-    """
+    """One case and its images."""
 
     name: str
+    """The case id: CASE of ``CASE_0000.nii.gz``."""
     files: tuple[Path | None, ...]
+    """One entry per channel; None where the modality is absent."""
     all_zero: tuple[int, ...] = ()
+    """Channels whose file is zero everywhere and so counts as absent."""
     stamps: tuple[str | None, ...] = field(default=(), compare=False)
+    """One entry per channel: size and time of the last change of its file, None without one."""
 
     @property
     def availability(self) -> tuple[bool, ...]:
@@ -69,19 +61,12 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
     ----------
     folder
         Folder of files ``CASE_000k`` + ``file_ending``; any of a case's files may be absent.
-    file_ending
-        File ending of the data set, for example ``.nii.gz``.
     names
         Names of the C channels.
 
     Returns
     -------
     All cases, sorted by name as nnU-Net sorts them, and what is wrong with files and names.
-
-    Raises
-    ------
-    MissingFileError
-        If the folder does not exist or holds no input.
     """
     if not folder.is_dir():
         raise MissingFileError(f"no input folder {folder}")
@@ -100,38 +85,27 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
         if channel < len(names):
             files[channel] = path
         else:
-            problems.append(_unknown_channel(name, path, channel, names))
+            known = ", ".join(f"{number:04d} {text}" for number, text in enumerate(names))
+            text = f"has the channel number {channel}; the data set has the {len(names)} channels {known}"
+            problems.append(Problem(name, f"{path.name} {text}"))
     if not found:
         raise MissingFileError(
             f"no input in {folder}: expected files such as CASE_0000{file_ending} with one number per channel "
             f"({', '.join(names)})" + "".join(f"\n  {problem.text}" for problem in problems)
         )
-    cases = [_case(name, [found[name].get(channel) for channel in range(len(names))]) for name in sorted(found)]
+    cases = []
+    for name, present in sorted(found.items()):
+        paths = tuple(present.get(channel) for channel in range(len(names)))
+        cases.append(Case(name, paths, stamps=tuple(None if path is None else _stamp(path) for path in paths)))
     return cases, problems + _same_names(cases)
 
 
 def training_cases(raw: Path, channels: int) -> dict[str, Case]:
-    """Find the training cases of a data set in nnU-Net's raw format, by name.
-
-    Parameters
-    ----------
-    raw
-        Folder of the data set below nnUNet_raw.
-    channels
-        Number of images that each case must have.
-
-    Raises
-    ------
-    MissingFileError
-        If an image does not exist.
-    """
+    """Find the training cases of a data set below nnUNet_raw, by name; each must have so many images."""
     from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
-    from nnunetv2_mstkd.nnunet.description import read_json
-
-    dataset_json: Mapping[str, Any] = read_json(raw / "dataset.json")
     with contextlib.redirect_stdout(io.StringIO()):
-        found = get_filenames_of_train_images_and_targets(str(raw), dataset_json)
+        found = get_filenames_of_train_images_and_targets(str(raw), read_json(raw / "dataset.json"))
     cases = {}
     for name, entry in found.items():
         images = tuple(Path(path) for path in entry["images"])
@@ -144,10 +118,6 @@ def training_cases(raw: Path, channels: int) -> dict[str, Case]:
     return cases
 
 
-def _case(name: str, files: Sequence[Path | None]) -> Case:
-    return Case(name, tuple(files), stamps=tuple(None if path is None else _stamp(path) for path in files))
-
-
 def _stamp(path: Path) -> str:
     """What tells a file from one that replaces it, without reading it."""
     try:
@@ -155,13 +125,6 @@ def _stamp(path: Path) -> str:
         return f"{status.st_size} bytes, {datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()}"
     except (OSError, OverflowError, ValueError):
         return ""  # reading it says why, unless only its time is beyond the calendar
-
-
-def _unknown_channel(name: str, path: Path, channel: int, names: Sequence[str]) -> Problem:
-    known = ", ".join(f"{number:04d} {text}" for number, text in enumerate(names))
-    return Problem(
-        name, f"{path.name} has the channel number {channel}; the data set has the {len(names)} channels {known}"
-    )
 
 
 def _stray(path: Path, file_ending: str) -> list[Problem]:

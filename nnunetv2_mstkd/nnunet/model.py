@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd.errors import InputError, UnsupportedError
+from nnunetv2_mstkd.images.atomic import read_json
 from nnunetv2_mstkd.nnunet import checkpoints, registration
-from nnunetv2_mstkd.nnunet.description import check_description, read_json
+from nnunetv2_mstkd.nnunet.description import check_description
 from nnunetv2_mstkd.nnunet.folders import FINAL, find_checkpoints
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
@@ -43,42 +44,38 @@ def load_predictor(
         Folder of a trained model: plans.json, dataset.json and ``fold_X/checkpoint``.
     folds
         Folds whose weights are used; the logits of several are averaged, as nnU-Net does.
-    checkpoint
-        File name of the checkpoint in each fold.
-    device
-        Where the network runs.
     trust
         Let nnU-Net load the files: it unpickles them, which executes whatever they contain.
     options
         Options of ``nnUNetPredictor``: ``tile_step_size``, ``use_mirroring`` ...
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If something is missing, damaged or does not fit together.
-    UnsupportedError
-        For the second stage of a cascade.
     """
     if not 0 < options.get("tile_step_size", 0.5) <= 1:
         raise InputError(f"the step size is {options['tile_step_size']}, expected above 0 and at most 1")
     files = find_checkpoints(folder, folds, checkpoint)
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     registration.register()
-    with _quiet():  # it prints that perform_everything_on_device is for CUDA only
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that perform_everything_on_device is for CUDA only
         predictor = nnUNetPredictor(device=device, **options)
-    if trust:
-        with _quiet():
+        if trust:
             predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
+    if trust:
         _refuse_cascade(predictor.configuration_manager)
         return predictor
 
     contents = [_read_checkpoint(file) for file in files]
-    trainer = _common(contents, files, "trainer_name")
-    manager, configuration = _open_plans(plans, _common(contents, files, "configuration"), files[0], folder)
+    trainer, name = (_common(contents, files, key) for key in ("trainer_name", "configuration"))
+    source = str(folder / "plans.json")
+    if name not in plans.get("configurations", {}):
+        raise InputError(
+            f"{files[0]} was trained with the configuration {name!r}, which {source} does not have: the files are of "
+            f"different models"
+        )
+    manager, configuration = open_plans(plans, name, source, TRUST)
+    _refuse_cascade(configuration)
     check_description(dataset_json, str(folder / "dataset.json"))
-    network = _build(trainer, manager, configuration, dataset_json, str(folder / "plans.json"))
+    network = _build(trainer, manager, configuration, dataset_json, source)
     weights = [content["network_weights"] for content in contents]
-    _load_weights(network, weights, files, folder / "plans.json")
+    _load_weights(network, weights, files, source)
     axes = contents[0].get("inference_allowed_mirroring_axes")
     if axes is not None and not set(axes) <= set(range(len(configuration.patch_size))):
         raise InputError(f"inference_allowed_mirroring_axes in {files[0]} is {axes!r}, expected axes of the patch")
@@ -107,20 +104,6 @@ def free_memory(device: torch.device) -> None:
     empty_cache(device)
 
 
-def _open_plans(
-    plans: Mapping[str, Any], name: str, checkpoint: Path, folder: Path
-) -> tuple[PlansManager, ConfigurationManager]:
-    source = folder / "plans.json"
-    if name not in plans.get("configurations", {}):
-        raise InputError(
-            f"{checkpoint} was trained with the configuration {name!r}, which {source} does not have: the files are "
-            f"of different models"
-        )
-    manager, configuration = open_plans(plans, name, str(source), TRUST)
-    _refuse_cascade(configuration)
-    return manager, configuration
-
-
 def _build(
     name: str, plans: PlansManager, configuration: ConfigurationManager, dataset_json: dict[str, Any], source: str
 ) -> torch.nn.Module:
@@ -146,7 +129,7 @@ def _build(
         raise InputError(f"{source} describes no network that {name} can build ({text})") from error
 
 
-def _load_weights(network: torch.nn.Module, weights: Sequence[dict], files: Sequence[Path], plans: Path) -> None:
+def _load_weights(network: torch.nn.Module, weights: Sequence[dict], files: Sequence[Path], plans: str) -> None:
     """Load each fold's weights, so that all are known to fit; the first fold's stay, as in nnU-Net's own loader."""
     for file, tensors in reversed(list(zip(files, weights, strict=True))):
         try:
@@ -159,12 +142,7 @@ def _load_weights(network: torch.nn.Module, weights: Sequence[dict], files: Sequ
 
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:
-    try:
-        content = checkpoints.read(file)
-    except ValueError as error:
-        if "is refused" not in str(error):
-            raise
-        raise InputError(f"{error}{TRUST}") from error
+    content = checkpoints.read(file, hint=TRUST)
     try:
         content["configuration"] = content["init_args"]["configuration"]
         content["trainer_name"]
@@ -190,9 +168,3 @@ def _refuse_cascade(configuration: ConfigurationManager) -> None:
             f"this model is the second stage of a cascade (after {configuration.previous_stage_name}), which mstkd "
             f"does not support; write the absent channels with mstkd fill-missing and use nnUNetv2_predict"
         )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield

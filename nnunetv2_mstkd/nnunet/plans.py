@@ -13,8 +13,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.errors import ExistingFileError, InputError
+from nnunetv2_mstkd.images.atomic import read_json, write_json
 
 BLOCK = "mstkd"
 """Key of this package's settings in a configuration of the plans, and of its content in a checkpoint."""
@@ -30,32 +30,15 @@ MIN_BOTTLENECK_EDGE = 4
 
 
 def read_plans(file: Path) -> dict[str, Any]:
-    """Read a plans file.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If it does not exist or is no plans file.
-    """
-    if not file.is_file():
-        raise MissingFileError(f"{file} does not exist; run nnUNetv2_plan_and_preprocess for this data set first")
-    try:
-        plans = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(plans, dict) or not isinstance(plans.get("configurations"), dict):
+    """Read a plans file."""
+    plans = read_json(file, "; run nnUNetv2_plan_and_preprocess for this data set first")
+    if not isinstance(plans.get("configurations"), dict):
         raise InputError(f"{file} is no nnU-Net plans file: it has no configurations")
     return plans
 
 
 def write_configuration(file: Path, name: str, entry: Mapping[str, Any], *, overwrite: bool = False) -> None:
-    """Add a configuration to a plans file. One of the same content may exist already.
-
-    Raises
-    ------
-    ExistingFileError
-        If the name is taken by a configuration of other content, unless ``overwrite``.
-    """
+    """Add a configuration to a plans file; only ``overwrite`` replaces one of other content (ExistingFileError)."""
     plans = read_plans(file)
     existing = plans["configurations"].get(name)
     entry = json.loads(json.dumps(entry))
@@ -73,13 +56,7 @@ def write_configuration(file: Path, name: str, entry: Mapping[str, Any], *, over
 
 
 def lineage(plans: Mapping[str, Any], name: str) -> Iterator[str]:
-    """Yield a configuration's name, then those of the configurations that it inherits from, nearest first.
-
-    Raises
-    ------
-    InputError
-        If one of them does not exist, or inherits from itself.
-    """
+    """Yield a configuration's name, then those of the configurations that it inherits from, nearest first."""
     configurations, seen = plans["configurations"], set()
     current: str | None = name
     while current is not None:
@@ -94,10 +71,8 @@ def lineage(plans: Mapping[str, Any], name: str) -> Iterator[str]:
 
 def inherited(plans: Mapping[str, Any], name: str, key: str) -> Any:
     """Return a value of a configuration, or of the nearest one that it inherits from; None if none has it."""
-    for ancestor in lineage(plans, name):
-        if key in plans["configurations"][ancestor]:
-            return plans["configurations"][ancestor][key]
-    return None
+    entries = (plans["configurations"][ancestor] for ancestor in lineage(plans, name))
+    return next((entry[key] for entry in entries if key in entry), None)
 
 
 def resolved(plans: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -125,10 +100,6 @@ def derive(
 
     Parameters
     ----------
-    plans
-        Content of a plans file.
-    parent, name
-        Configuration to start from, and the name of the new one.
     block
         Validated settings of this package, complete.
     features
@@ -136,13 +107,6 @@ def derive(
     patch_size
         Edges in voxels. The number of stages and their strides follow nnU-Net's own rule for this patch, and edges are
         raised to multiples of the strides. Additional stages repeat the width of the deepest one.
-    batch_size
-        Samples per training step.
-
-    Raises
-    ------
-    InputError
-        For an unknown parent, a name that nnU-Net could not use, and impossible values.
     """
     _check_name(name, parent)
     if name in lineage(plans, parent):
@@ -180,7 +144,12 @@ def _architecture(
     """The patch size and architecture of a configuration with other widths or another patch."""
     architecture = deepcopy(base["architecture"])
     kwargs = architecture["arch_kwargs"]
-    patch = _checked_patch(base["patch_size"] if patch_size is None else patch_size, len(base["patch_size"]))
+    patch = [int(edge) for edge in (base["patch_size"] if patch_size is None else patch_size)]
+    dimensions = len(base["patch_size"])
+    if len(patch) != dimensions:
+        raise InputError(f"patch {patch} has {len(patch)} edges, expected {dimensions}")
+    if min(patch) < 1:
+        raise InputError(f"patch {patch} has an edge below 1 voxel")
     if features is not None and (len(features) < 2 or min(features) < 4):
         raise InputError(f"features {list(features)}: expected at least 2 stages of at least 4 channels")
     strides, kernels = kwargs["strides"], kwargs["kernel_sizes"]
@@ -194,15 +163,6 @@ def _architecture(
     per_stage = {"n_conv_per_stage": stages, "n_blocks_per_stage": stages, "n_conv_per_stage_decoder": stages - 1}
     kwargs.update({key: _extend(kwargs[key], length) for key, length in per_stage.items() if key in kwargs})
     return patch, architecture
-
-
-def _checked_patch(patch_size: Sequence[int], dimensions: int) -> list[int]:
-    patch = [int(edge) for edge in patch_size]
-    if len(patch) != dimensions:
-        raise InputError(f"patch {patch} has {len(patch)} edges, expected {dimensions}")
-    if min(patch) < 1:
-        raise InputError(f"patch {patch} has an edge below 1 voxel")
-    return patch
 
 
 def _topology(
@@ -221,11 +181,8 @@ def _topology(
             f"below {MIN_BOTTLENECK_EDGE} voxels). Give fewer widths or a larger patch"
         )
     stages = stages or len(strides)
-    deepest = [3] * dimensions
-    return (
-        [list(map(int, stride)) for stride in strides[:stages]],
-        [*(list(map(int, kernel)) for kernel in kernels[: stages - 1]), deepest],
-    )
+    strides, kernels = ([list(map(int, entry)) for entry in entries[:stages]] for entries in (strides, kernels))
+    return strides, [*kernels[: stages - 1], [3] * dimensions]
 
 
 def _extend(values: Any, length: int) -> list[int]:

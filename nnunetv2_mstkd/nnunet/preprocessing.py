@@ -20,8 +20,7 @@ from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import complete_image, scratch_folder
-from nnunetv2_mstkd.nnunet.description import read_json
+from nnunetv2_mstkd.images.atomic import complete_image, read_json, scratch_folder
 from nnunetv2_mstkd.nnunet.folders import dataset_number
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.reading import Reader
@@ -37,13 +36,6 @@ DATA_KEYS = (
 
 def read_case(case: Case, reader: Reader) -> tuple[np.ndarray, dict[str, Any]]:
     """Read the images of a case as nnU-Net does, with zeros for its absent channels.
-
-    Parameters
-    ----------
-    case
-        A checked case with at least one image.
-    reader
-        The reader that the plans name.
 
     Returns
     -------
@@ -101,12 +93,7 @@ def read_properties(folder: Path, name: str) -> dict[str, Any]:
 def check_preprocessed_with(file: Path, plans: PlansManager, configuration: ConfigurationManager) -> None:
     """Refuse preprocessed data if the plans file beside them differs from the model's in what the data depend on.
 
-    Parameters
-    ----------
-    file
-        Plans file in the data set's folder; if it does not exist, nothing is known.
-    plans, configuration
-        Those of the model.
+    If ``file`` does not exist, nothing is known.
     """
     if not file.is_file():
         return
@@ -156,8 +143,6 @@ def segment(
         Array of shape (K, *spatial).
     properties
         From :func:`preprocess_case` or :func:`read_preprocessed`.
-    plans, configuration
-        Those of the model.
     labels
         nnU-Net's label manager of the model.
     threads
@@ -195,13 +180,7 @@ def export_case(
     dataset_json: dict[str, Any],
     save_probabilities: bool,
 ) -> None:
-    """Write a segmentation with nnU-Net's exporter; it appears complete or not at all.
-
-    Raises
-    ------
-    OSError
-        If the disk is full.
-    """
+    """Write a segmentation with nnU-Net's exporter; it appears complete or not at all."""
     segmentation = name + dataset_json["file_ending"]
     with scratch_folder(output / name) as scratch:
         with complete_image(scratch / segmentation):
@@ -213,21 +192,18 @@ def export_case(
             os.replace(file, output / file.name)
 
 
-def write_segmentation(segmentation: np.ndarray, properties: Mapping[str, Any], reader: Reader, path: Path) -> None:
-    """Write a segmentation with the geometry of its case, in any format that nnU-Net's reader knows.
-
-    Raises
-    ------
-    InputError
-        If it does not know the format.
-    OSError
-        If the disk is full.
-    """
+def check_ending(path: Path, reader: Reader) -> None:
+    """Raise InputError unless nnU-Net's reader can write a file of this name."""
     known = list(reader.supported_file_endings)  # type: ignore[attr-defined]
     if ".nii.gz" in known and ".nii" not in known:
         known.append(".nii")
     if not path.name.lower().endswith(tuple(known)):
         raise InputError(f"{path} has no ending that {reader.__name__} can write, which are {', '.join(known)}")
+
+
+def write_segmentation(segmentation: np.ndarray, properties: Mapping[str, Any], reader: Reader, path: Path) -> None:
+    """Write a segmentation with the geometry of its case, in any format that nnU-Net's reader knows."""
+    check_ending(path, reader)
     with scratch_folder(path) as scratch:
         with complete_image(scratch / path.name):
             reader().write_seg(segmentation, str(scratch / path.name), dict(properties))

@@ -22,35 +22,19 @@ Reader: TypeAlias = type[BaseReaderWriter]
 
 
 class Channel(NamedTuple):
-    """One channel of a case.
-
-    Attributes
-    ----------
-    grid
-        The grid of the image.
-    image
-        Its voxels as nnU-Net sees them: float32, shape (x, y, z) in the reader's axis order.
-    properties
-        What nnU-Net's exporter needs to know from the reader.
-    not_finite
-        Number of voxels that are NaN or infinite in the file. ITK's NIfTI reader turns them into zeros.
-    """
+    """One channel of a case."""
 
     grid: Geometry
     image: np.ndarray
+    """Its voxels as nnU-Net sees them: float32, shape (x, y, z) in the reader's axis order."""
     properties: dict[str, Any]
+    """What nnU-Net's exporter needs to know from the reader."""
     not_finite: int
+    """Number of voxels that are NaN or infinite in the file. ITK's NIfTI reader turns them into zeros."""
 
 
 def read_checked(path: Path, reader: Reader) -> Channel:
     """Read one channel of a case.
-
-    Parameters
-    ----------
-    path
-        Image file of any format that the reader supports.
-    reader
-        The reader that the plans name.
 
     Raises
     ------
@@ -59,7 +43,12 @@ def read_checked(path: Path, reader: Reader) -> Channel:
     """
     in_file = check_complete(path)
     grid = read_grid(path, reader)
-    image, properties = _read(path, reader)
+    try:
+        image, properties = reader().read_images([str(path)])
+    except MemoryError:
+        raise
+    except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
+        raise InputError(f"cannot be read or is truncated: {last_line(error)}") from error
     if image.shape[0] != 1:
         raise InputError(f"holds {image.shape[0]} images, expected one file per channel")
     if grid is None:
@@ -70,29 +59,13 @@ def read_checked(path: Path, reader: Reader) -> Channel:
 def read_grid(path: Path, reader: Reader) -> Geometry | None:
     """Read the grid of an image from its header, as the reader's own library understands it.
 
-    Returns
-    -------
-    None for a format that says nothing about space, such as PNG.
-
-    Raises
-    ------
-    InputError
-        If the header cannot be read or is not that of one scalar image.
+    None for a format that says nothing about space, such as PNG; InputError for a header of another kind of image.
     """
     if issubclass(reader, SimpleITKIO):
         return read_geometry(path)
     if issubclass(reader, (NibabelIO, NibabelIOWithReorient)):
         return read_affine(path)  # ITK refuses sheared axes, which are a reason to use this reader
     return None
-
-
-def _read(path: Path, reader: Reader) -> tuple[np.ndarray, dict[str, Any]]:
-    try:
-        return reader().read_images([str(path)])
-    except MemoryError:
-        raise
-    except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
-        raise InputError(f"cannot be read or is truncated: {last_line(error)}") from error
 
 
 def as_written(segmentation: np.ndarray, properties: Mapping[str, Any], reader: Reader) -> np.ndarray:
@@ -104,8 +77,6 @@ def as_written(segmentation: np.ndarray, properties: Mapping[str, Any], reader: 
         Labels in the reader's orientation, shape (z, y, x), as nnU-Net gives them to its method ``write_seg``.
     properties
         The reader's properties of the images.
-    reader
-        The reader that the plans name.
 
     Returns
     -------

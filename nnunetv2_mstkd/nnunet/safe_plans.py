@@ -11,7 +11,7 @@ import contextlib
 import inspect
 import pydoc
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,31 +53,15 @@ ARCHITECTURE_KEYS = ("network_class_name", "arch_kwargs", "_kw_requires_import")
 def open_plans(
     plans: Mapping[str, Any], name: str, source: str, hint: str = ""
 ) -> tuple[PlansManager, ConfigurationManager]:
-    """Open a configuration of plans, after checking everything in it that nnU-Net would import or call.
+    """Open the configuration ``name`` of plans, after checking everything in it that nnU-Net would import or call.
 
-    Parameters
-    ----------
-    plans
-        Content of a plans.json.
-    name
-        Name of the configuration.
-    source
-        Where the plans were read, for messages.
-    hint
-        What to do about a name that is refused, for the message.
-
-    Raises
-    ------
-    InputError
-        If an entry is missing, or is not what it should be.
+    ``source`` says where the plans were read and ``hint`` what to do about a name that is refused, both for the message
+    of the InputError.
     """
     manager, configuration = _complete(plans, name, source)
-    for key, value in (
-        ("dataset_name", manager.dataset_name),
-        ("plans_name", manager.plans_name),
-        ("data_identifier", configuration.data_identifier),
-    ):
-        check_file_name(value, f"{key} in {source}")
+    check_file_name(manager.dataset_name, f"dataset_name in {source}")
+    check_file_name(manager.plans_name, f"plans_name in {source}")
+    check_file_name(configuration.data_identifier, f"data_identifier in {source}")
     _check_grid(configuration, source)
     named = [(key, manager.plans[key]) for key in ("image_reader_writer", "label_manager") if key in manager.plans]
     named.append(("preprocessor_name", configuration.preprocessor_name))
@@ -85,7 +69,11 @@ def open_plans(
     for key, value in named:
         find_class(key, value, source, hint)
     for key in RESAMPLING_KEYS:
-        _check_resampling(key, configuration.configuration[key], source, hint)
+        name = configuration.configuration[key]
+        found = _find(name, RESAMPLING)
+        fits = inspect.isfunction(found) and list(inspect.signature(found).parameters)[:2] == ["data", "new_shape"]
+        refusal = f"{source} names {name!r} as {key}, expected a resampling function of {RESAMPLING}"
+        _accept(found, fits, (RESAMPLING,), refusal, hint)
     check_architecture(configuration, source, hint)
     return manager, configuration
 
@@ -96,11 +84,10 @@ def _complete(plans: Mapping[str, Any], name: str, source: str) -> tuple[PlansMa
         manager = PlansManager(dict(plans))
         configuration = manager.get_configuration(name)
         content = configuration.configuration
-        for table, keys in (
-            (manager.plans, PLANS_KEYS),
-            (content, CONFIGURATION_KEYS),
-            (content["architecture"], ARCHITECTURE_KEYS),
-        ):
+        tables = (
+            (manager.plans, PLANS_KEYS), (content, CONFIGURATION_KEYS), (content["architecture"], ARCHITECTURE_KEYS),
+        )  # fmt: skip
+        for table, keys in tables:
             for key in keys:
                 table[key]
     except KeyError as error:
@@ -112,21 +99,12 @@ def _complete(plans: Mapping[str, Any], name: str, source: str) -> tuple[PlansMa
 
 
 def find_class(key: str, name: Any, source: str, hint: str = "") -> type:
-    """Return the class that nnU-Net finds for an entry of :data:`CLASSES`.
-
-    Raises
-    ------
-    InputError
-        If it finds none, or anything but such a class of its own.
-    """
+    """Return the class that nnU-Net finds for a key of :data:`CLASSES`; InputError for anything else of that name."""
     package, base = CLASSES[key]
-    return _accept(
-        _find(name, package),
-        lambda found: isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found),
-        (package,),
-        f"{source} names {name!r} as {key}, expected a {base.__name__} of {package}",
-        hint,
-    )
+    found = _find(name, package)
+    fits = isinstance(found, type) and issubclass(found, base) and not inspect.isabstract(found)
+    refusal = f"{source} names {name!r} as {key}, expected a {base.__name__} of {package}"
+    return _accept(found, fits, (package,), refusal, hint)
 
 
 def check_architecture(configuration: ConfigurationManager, source: str = "plans.json", hint: str = "") -> None:
@@ -143,19 +121,16 @@ def check_architecture(configuration: ConfigurationManager, source: str = "plans
         if kwargs[key] is not None:
             names.append((key, kwargs[key], LAYER_PACKAGES))
     for key, name, packages in names:
-        _accept(
-            _locate(name, packages),
-            lambda found: isinstance(found, type) and issubclass(found, torch.nn.Module),
-            packages,
-            f"{source} names {name!r} as {key}, expected a network layer of {' or '.join(packages)}",
-            hint,
-        )
+        found = _locate(name, packages)
+        fits = isinstance(found, type) and issubclass(found, torch.nn.Module)
+        refusal = f"{source} names {name!r} as {key}, expected a network layer of {' or '.join(packages)}"
+        _accept(found, fits, packages, refusal, hint)
 
 
-def _accept(found: Any, is_wanted: Callable[[Any], bool], packages: Sequence[str], refusal: str, hint: str) -> Any:
+def _accept(found: Any, fits: bool, packages: Sequence[str], refusal: str, hint: str) -> Any:
     """Judge what a name leads to, not the name: modules hold what they import, torch.nn leads to os.system."""
     module = str(getattr(found, "__module__", ""))
-    if not is_wanted(found) or not any(f"{module}.".startswith(f"{package}.") for package in packages):
+    if not fits or not any(f"{module}.".startswith(f"{package}.") for package in packages):
         raise InputError(f"{refusal}; nothing was built{hint}")
     return found
 
@@ -171,14 +146,6 @@ def _check_grid(configuration: ConfigurationManager, source: str) -> None:
             raise InputError(f"{key} in {source} is {values!r}, expected 2 or 3 positive numbers")
     if not isinstance(configuration.normalization_schemes, (list, tuple)):
         raise InputError(f"normalization_schemes in {source} is no list")
-
-
-def _check_resampling(key: str, name: Any, source: str, hint: str) -> None:
-    def is_wanted(found: Any) -> bool:
-        return inspect.isfunction(found) and list(inspect.signature(found).parameters)[:2] == ["data", "new_shape"]
-
-    refusal = f"{source} names {name!r} as {key}, expected a resampling function of {RESAMPLING}"
-    _accept(_find(name, RESAMPLING), is_wanted, (RESAMPLING,), refusal, hint)
 
 
 def _find(name: Any, package: str) -> Any:

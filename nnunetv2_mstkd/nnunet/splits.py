@@ -15,17 +15,7 @@ STANDARD_FOLDS = 5
 
 
 def read_splits(file: Path) -> list[dict[str, list[str]]]:
-    """Read a ``splits_final.json``.
-
-    Returns
-    -------
-    For each fold the names of its cases by part: ``train`` and ``val``, and ``test`` where the file has it.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If the file does not exist or is of another form.
-    """
+    """Read a ``splits_final.json``: each fold's cases by part, ``train`` and ``val``, and ``test`` where it has it."""
     if not file.is_file():
         raise MissingFileError(f"{file} does not exist")
     try:
@@ -34,29 +24,18 @@ def read_splits(file: Path) -> list[dict[str, list[str]]]:
             raise TypeError("no list of folds")
         return [{part: [str(case) for case in fold[part]] for part in PARTS if part in fold} for fold in content]
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(
-            f"{file} is no list of splits such as nnU-Net's {SPLITS} ({type(error).__name__}: "
-            f"{' '.join(str(error).split())})"
-        ) from error
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise InputError(f"{file} is no list of splits such as nnU-Net's {SPLITS} ({reason})") from error
 
 
 def number_of_folds(preprocessed: Path) -> int:
-    """Return how many folds a data set has: those of its ``splits_final.json``, or those that nnU-Net will make.
-
-    Parameters
-    ----------
-    preprocessed
-        Folder of the data set below nnUNet_preprocessed.
-    """
+    """Return how many folds the data set of a folder in nnUNet_preprocessed has, or will get from nnU-Net."""
     file = preprocessed / SPLITS
     return len(read_splits(file)) if file.is_file() else STANDARD_FOLDS
 
 
 def validation_cases(
-    preprocessed: Path,
-    data: Path,
-    fold: int | str,
-    noted: Mapping[str, Sequence[str]] | None = None,
+    preprocessed: Path, data: Path, fold: int | str, noted: Mapping[str, Sequence[str]] | None = None
 ) -> list[str]:
     """Return the names of a fold's validation cases, sorted.
 
@@ -65,37 +44,27 @@ def validation_cases(
     preprocessed
         Folder of the data set below nnUNet_preprocessed.
     data
-        Folder of its preprocessed cases, all of which belong to fold ``all``.
-    fold
-        Number of the fold, or ``"all"``.
+        Folder of its preprocessed cases, all of which belong to fold ``"all"``.
     noted
         The split that a checkpoint notes (:func:`nnunetv2_mstkd.nnunet.checkpoints.noted_split`), which wins over the
         file; None: it notes none.
-
-    Raises
-    ------
-    MissingFileError, InputError
-        If the fold does not exist, or has no validation cases.
     """
+    file = preprocessed / SPLITS
     if noted is not None:
-        names = list(noted["val"])
+        names = noted["val"]
     elif fold == "all":
         from nnunetv2_mstkd.nnunet.preprocessing import identifiers
 
         names = identifiers(data)
+    elif not file.is_file():
+        raise MissingFileError(f"no validation cases of fold {fold}: {file} does not exist")
     else:
-        names = _of_fold(preprocessed / SPLITS, int(fold))
+        splits = read_splits(file)
+        if int(fold) >= len(splits):
+            raise InputError(f"no validation cases of fold {fold}: {file} has the folds 0 to {len(splits) - 1}")
+        if "val" not in splits[int(fold)]:
+            raise InputError(f"{file} is no list of splits such as nnU-Net's: fold {fold} has no entry val")
+        names = splits[int(fold)]["val"]
     if not names:
         raise InputError(f"fold {fold} of {preprocessed.name} has no validation cases")
     return sorted(names)
-
-
-def _of_fold(file: Path, fold: int) -> list[str]:
-    if not file.is_file():
-        raise MissingFileError(f"no validation cases of fold {fold}: {file} does not exist")
-    splits = read_splits(file)
-    if fold >= len(splits):
-        raise InputError(f"no validation cases of fold {fold}: {file} has the folds 0 to {len(splits) - 1}")
-    if "val" not in splits[fold]:
-        raise InputError(f"{file} is no list of splits such as nnU-Net's: fold {fold} has no entry val")
-    return splits[fold]["val"]

@@ -15,13 +15,7 @@ from nnunetv2_mstkd.nnunet import registration
 
 
 def find_trainer(name: str) -> type[nnUNetTrainer]:
-    """Find a trainer among nnU-Net's own, those of this package and those of ``nnUNet_extTrainer``.
-
-    Raises
-    ------
-    InputError
-        If there is none of this name.
-    """
+    """Find a trainer among nnU-Net's own, those of this package and those of ``nnUNet_extTrainer``."""
     registration.register()
     try:
         if not name.isidentifier():

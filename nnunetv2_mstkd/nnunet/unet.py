@@ -25,48 +25,31 @@ class EncoderDecoder(Protocol):
 
 
 class UNetShape(NamedTuple):
-    """Sizes of a U-Net per stage, finest first.
-
-    Attributes
-    ----------
-    widths
-        Channels.
-    strides
-        Strides of the first convolution, per axis.
-    grids
-        Spatial sizes of the feature maps of one patch.
-    """
+    """Sizes of a U-Net per stage, finest first."""
 
     widths: tuple[int, ...]
+    """Channels."""
     strides: tuple[tuple[int, ...], ...]
+    """Strides of the first convolution, per axis."""
     grids: tuple[tuple[int, ...], ...]
+    """Spatial sizes of the feature maps of one patch."""
 
 
 @dataclass(frozen=True)
 class UNetPlan:
-    """Everything that a network is built from.
-
-    Attributes
-    ----------
-    architecture_class, architecture_kwargs, requires_import
-        ``architecture`` of a plans configuration.
-    patch_size
-        Voxels per axis, 2-D or 3-D.
-    num_modalities
-        Input channels C.
-    num_outputs
-        Output channels K: segmentation heads.
-    deep_supervision
-        Whether the decoder returns logits of every stage.
-    """
+    """Everything that a network is built from: ``architecture`` of a plans configuration, and sizes."""
 
     architecture_class: str
     architecture_kwargs: Mapping[str, Any]
     requires_import: tuple[str, ...]
     patch_size: tuple[int, ...]
+    """Voxels per axis, 2-D or 3-D."""
     num_modalities: int
+    """Input channels C."""
     num_outputs: int = 1
+    """Output channels K: segmentation heads."""
     deep_supervision: bool = False
+    """Whether the decoder returns logits of every stage."""
 
     @classmethod
     def of(
@@ -130,13 +113,7 @@ class UNetPlan:
             )
 
     def build(self) -> EncoderDecoder:
-        """Build the plans' own network, initialised as nnU-Net does.
-
-        Raises
-        ------
-        InputError
-            If it is neither a PlainConvUNet nor a ResidualEncoderUNet.
-        """
+        """Check the plans' own network and build it, initialised as nnU-Net does."""
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
         self.check()
