@@ -232,7 +232,7 @@ def test_without_the_student_nothing_is_claimed():
     assert judge(results(EQUAL)) == [None]
 
 
-def test_the_unit_is_the_case_whatever_the_number_of_seeds_and_subsets():
+def test_unit_is_the_case():
     frame = results({"a": 0.0, "b": 1.0}, cases=7)
     found = difference(frame, "b", "a", samples=300)
     assert found["cases"] == 7
@@ -272,7 +272,7 @@ def test_gradient_norms_of_a_hand_made_step():
     assert found["nowhere"][1] == 0.0
 
 
-def test_weights_are_taken_as_given_where_the_total_was_computed_from_other_scalars():
+def test_given_weights_win_over_inferred_ones():
     step, parameter = hand_made_step(0.25)
     step = step._replace(terms={name: (value + value) / 2 for name, value in step.terms.items()})
     assert gradient_norms(step, [parameter], {"kl": 0.7})["kl"] == (0.7, 2.0)

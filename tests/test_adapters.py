@@ -98,7 +98,7 @@ def test_a_factorised_adapter_is_the_sum_of_one_per_modality():
     torch.testing.assert_close(bank(x, index(subset)), total)
 
 
-def test_the_gradient_reaches_the_rows_of_the_subsets_in_the_batch_and_no_other():
+def test_gradient_reaches_only_rows_in_the_batch():
     index, bank = make(3, "full")
     wake(bank)
     subsets = torch.tensor([[True, False, False], [False, True, True], [True, True, True]])
@@ -109,7 +109,7 @@ def test_the_gradient_reaches_the_rows_of_the_subsets_in_the_batch_and_no_other(
         assert set(touched) == wanted
 
 
-def test_listed_subsets_use_their_own_rows_and_the_others_the_factorised_ones():
+def test_listed_subsets_have_own_rows():
     index, bank = make(3, "listed")
     wake(bank)
     listed, other = torch.tensor([[True, False, False]]), torch.tensor([[False, False, True]])

@@ -35,7 +35,7 @@ def test_both_ranks_have_equal_weights_after_some_steps(steps, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_weights_are_those_of_one_process_on_the_joined_batch(steps, name):
+def test_weights_equal_one_process_on_joined_batch(steps, name):
     ranks, alone = steps["rank_0"][name]["state"], steps["alone"][name]["state"]
     # nnU-Net gives the coarsest level of deep supervision the weight 1e-6 under DDP, and 0 without
     tolerance = 2e-4 if name in BY_GROUPS else 2e-5
@@ -46,7 +46,7 @@ def test_the_weights_are_those_of_one_process_on_the_joined_batch(steps, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_weights_have_moved_and_the_ranks_saw_different_samples(steps, name):
+def test_ranks_see_different_samples(steps, name):
     first, second = steps["rank_0"][name], steps["rank_1"][name]
     assert first["terms"] != second["terms"]
     assert first["terms"][0][0] != first["terms"][-1][0]
@@ -64,7 +64,7 @@ def test_each_rank_draws_its_own_subsets(steps, name):
     assert steps["rank_0"][name]["random"] != steps["rank_1"][name]["random"]
 
 
-def test_a_training_on_two_ranks_is_written_once_and_goes_on_where_it_was_stopped(models: Folders, tmp_path: Path):
+def test_two_ranks_write_once_and_resume(models: Folders, tmp_path: Path):
     other = tmp_path / "results_of_the_stopped_one"
     dataset = models.results / models.dataset
     student = models.fold("MSTKDTrainer").parent

@@ -79,7 +79,7 @@ def test_half_precision_under_autocast_gives_the_float32_logits():
     assert torch.equal(logits, discriminator(x.float()))
 
 
-def test_a_frozen_discriminator_passes_the_gradient_to_the_student():
+def test_frozen_discriminator_passes_gradient():
     discriminator = build().requires_grad_(False)
     x = torch.randn(2, 5, 4, 4, 4, requires_grad=True)
     adversarial_student_term(mean_logit(discriminator(x))).backward()
@@ -87,7 +87,7 @@ def test_a_frozen_discriminator_passes_the_gradient_to_the_student():
     assert all(parameter.grad is None for parameter in discriminator.parameters())
 
 
-def test_training_the_discriminator_tells_smooth_from_rough_features():
+def test_discriminator_learns_smooth_from_rough():
     discriminator = build(2, dimensions=2, features=(8, 8))
     generator = torch.Generator().manual_seed(0)
     rough = torch.randn(8, 2, 12, 12, generator=generator)

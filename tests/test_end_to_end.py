@@ -61,7 +61,7 @@ def assert_geometry(prediction: Path, image: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("method", ["MSTKD", "AdaMM"])
-def test_teacher_student_and_prediction_with_absent_modalities_run_through_nnunets_commands(phantom, tmp_path, method):
+def test_nnunet_commands_end_to_end(phantom, tmp_path, method):
     settings = {**TINY, "schedule.epochs": 1, "schedule.save_every": None}
     add_configuration(phantom.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
     run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}TeacherTrainer")
@@ -118,7 +118,7 @@ OPEN_MS = 903
 
 
 @pytest.mark.skipif(not REAL.is_dir(), reason=f"no real data in {REAL}; MSTKD_REAL_DATA names another folder")
-def test_real_patients_go_through_conversion_training_and_prediction_with_absent_modalities(tmp_path, monkeypatch):
+def test_real_patients_end_to_end(tmp_path, monkeypatch):
     folders = Folders(*(tmp_path / name for name in ("raw", "preprocessed", "results")), dataset="Dataset903_OpenMS")
     for folder in (folders.raw, folders.preprocessed, folders.results):
         folder.mkdir()

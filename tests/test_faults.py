@@ -113,7 +113,7 @@ def test_a_prediction_that_has_no_room_is_not_a_finished_case(folders, capsys, m
     assert len([name for name in files(folders / "out") if name.endswith(ending)]) == 3
 
 
-def test_an_evaluation_whose_folder_cannot_be_written_ends_before_the_network_runs(folders, capsys, monkeypatch):
+def test_unwritable_folder_ends_evaluation_early(folders, capsys, monkeypatch):
     model = write_model(trainers.ModalityDropoutTrainer)
     write_dataset(model)
     (folders / "file").touch()
@@ -179,7 +179,7 @@ def terminate(*_: object) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_sigterm_ends_a_prediction_cleanly_and_a_second_call_does_the_rest(folders, capsys, monkeypatch):
+def test_prediction_resumes_after_sigterm(folders, capsys, monkeypatch):
     model = write_model(trainers.ModalityDropoutTrainer)
     real, exported = preprocessing.export_prediction_from_logits, []
 
@@ -211,7 +211,7 @@ def test_sigterm_ends_a_prediction_cleanly_and_a_second_call_does_the_rest(folde
     assert segmentations(folders / "out")["complete.nii.gz"] == first["complete.nii.gz"]
 
 
-def test_sigterm_ends_an_evaluation_cleanly_and_a_second_call_does_the_rest(folders, capsys, monkeypatch):
+def test_evaluation_resumes_after_sigterm(folders, capsys, monkeypatch):
     model = write_model(trainers.ModalityDropoutTrainer)
     write_dataset(model)
     without_drawing(monkeypatch)
@@ -233,7 +233,7 @@ def test_sigterm_ends_an_evaluation_cleanly_and_a_second_call_does_the_rest(fold
     assert f"cases: {len(CASES[:2])}, already evaluated: 1" in capsys.readouterr().out
 
 
-def test_sigterm_ends_a_conversion_cleanly_and_a_second_call_does_the_rest(folders, capsys, monkeypatch):
+def test_conversion_resumes_after_sigterm(folders, capsys, monkeypatch):
     command = make_source(folders)
     real, written = conversion.write_case, []
 
@@ -305,7 +305,7 @@ class Scaler:
 
 
 @pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
-def test_in_mixed_precision_twenty_skipped_steps_in_a_row_stop_the_training(make_trainer, cls):
+def test_amp_stops_after_20_skipped_steps(make_trainer, cls):
     trainer = make_trainer(cls, block=NO_TERMS)
     trainer.on_train_epoch_start()
     content = batch(trainer)
@@ -325,9 +325,7 @@ def test_in_mixed_precision_twenty_skipped_steps_in_a_row_stop_the_training(make
 
 
 @pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
-def test_in_mixed_precision_a_loss_that_is_not_finite_is_skipped_told_and_the_end_after_twenty(
-    make_trainer, monkeypatch, cls
-):
+def test_amp_skips_nonfinite_losses_and_stops_after_20(make_trainer, monkeypatch, cls):
     trainer = make_trainer(cls, block=NO_TERMS)
     trainer.on_train_epoch_start()
     told = []

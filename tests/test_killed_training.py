@@ -50,7 +50,7 @@ def start(script: str, *arguments: str, **variables: str) -> subprocess.Complete
 
 
 @pytest.mark.parametrize("trainer", ["MSTKDTeacherTrainer", "MSTKDTrainer"])
-def test_a_training_that_is_killed_at_any_moment_goes_on_to_the_same_model(models, trainer):
+def test_killed_training_resumes_to_the_same_model(models, trainer):
     folder = models.fold(trainer)
     shutil.rmtree(folder)
     configure(models, schedule__epochs=EPOCHS, schedule__save_every=2)
@@ -98,7 +98,7 @@ KILLED_BY = "a process of the data loader was ended by SIGKILL: the kernel does 
         ("validation", f"in the online validation of epoch 1 {KILLED_BY}"),
     ],
 )
-def test_a_process_of_the_data_loader_that_is_killed_ends_the_training_in_one_line(phantom, moment, told):
+def test_killed_data_loader_worker_is_one_line(phantom, moment, told):
     # more than what the loaders have ready
     configure(phantom, schedule__epochs=3, schedule__iterations=12, schedule__validation_iterations=12)
     trainer = "ModalityDropoutTrainer"

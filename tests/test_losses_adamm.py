@@ -39,7 +39,7 @@ def test_consistency_by_hand():
     assert probability_consistency(student, teacher, regions=True).item() == pytest.approx(wanted, rel=1e-5)
 
 
-def test_a_number_added_to_all_classes_and_the_background_change_no_consistency():
+def test_consistency_ignores_offset_and_background():
     student, teacher = logits(2, 3, 6, 6), logits(2, 3, 6, 6, seed=1)
     wanted = probability_consistency(student, teacher, regions=False)
     torch.testing.assert_close(probability_consistency(student + 5, teacher - 3, regions=False), wanted)
@@ -99,7 +99,7 @@ def test_what_a_patch_contains_by_labels_and_by_regions():
 
 
 @pytest.mark.parametrize("regions", [True, False])
-def test_ignored_voxels_say_nothing_and_a_patch_of_them_alone_is_unknown(regions):
+def test_fully_ignored_patch_is_unknown(regions):
     label = torch.ones(2, 1, 4, 4)
     valid = torch.zeros(2, 1, 4, 4, dtype=torch.bool)
     valid[0, 0, 0, 0] = True
@@ -140,7 +140,7 @@ def sample(regions: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("batch_dice", [False, True])
 @pytest.mark.parametrize("regions", [True, False])
-def test_the_reliability_term_is_the_gap_times_nnunets_own_dice_loss(regions, batch_dice):
+def test_reliability_is_gap_times_dice_loss(regions, batch_dice):
     from nnunetv2.training.loss.dice import MemoryEfficientSoftDiceLoss
     from nnunetv2.utilities.helpers import softmax_helper_dim1
 

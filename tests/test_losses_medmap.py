@@ -40,7 +40,7 @@ def written_out(z, weights, *, normalize, detach_anchor):
 @each_count
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("detach_anchor", [True, False])
-def test_value_and_gradients_are_those_of_the_written_out_formula(count, grid, normalize, detach_anchor):
+def test_value_and_gradient_match_the_formula(count, grid, normalize, detach_anchor):
     options = {"normalize": normalize, "detach_anchor": detach_anchor}
     results = []
     for function in (
@@ -96,7 +96,7 @@ def test_a_modality_that_a_case_does_not_have_takes_no_part(anchor):
 
 
 @each_grid
-def test_the_gaussian_anchor_is_a_log_likelihood_that_has_a_minimum(grid):
+def test_gaussian_anchor_has_a_minimum(grid):
     z = features(3, grid)
     mean, variance = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.5, 1.0, 4.0])
     shape = (1, 1, 3, *[1] * len(grid))
@@ -124,7 +124,7 @@ def test_weights_are_convex_and_renormalised_for_each_sample():
     torch.testing.assert_close(renormalized_weights(weights, available), expected)
 
 
-def test_aligning_each_modality_bounds_the_divergence_of_every_subset():
+def test_modality_alignment_bounds_every_subset():
     """sum_m w_m KL(q_m || P) = JS_w({q_m}) + KL(sum_m w_m q_m || P), and P = the mixture makes the sum smallest."""
     generator = torch.Generator().manual_seed(0)
     q = torch.rand(4, 7, generator=generator, dtype=torch.float64).softmax(1)

@@ -65,12 +65,12 @@ def test_discrepancy_of_classes_is_the_value_worked_out_by_hand():
     assert logit_discrepancy(voxels((2, 0)), voxels((0, 4)), regions=False).item() == pytest.approx(18 / 8)
 
 
-def test_discrepancy_leaves_ignored_voxels_out_of_both_sums_and_of_the_count():
+def test_discrepancy_skips_ignored_voxels():
     student, teacher = voxels((2,), (0,), (100,)), voxels((0,), (1,), (50,))
     assert logit_discrepancy(student, teacher, regions=True, valid=mask(1, 1, 0)).item() == pytest.approx(5 / 2)
 
 
-def test_a_constant_added_to_all_classes_does_not_count_but_one_added_to_all_regions_does():
+def test_logit_offset_cancels_for_classes_only():
     teacher = draw(0, 3)
     foreground = draw_mask(1, teacher, 0.3)
     assert logit_discrepancy(teacher + 5, teacher, regions=False).item() == pytest.approx(0, abs=1e-5)
@@ -80,7 +80,7 @@ def test_a_constant_added_to_all_classes_does_not_count_but_one_added_to_all_reg
         assert (loss > 0.01) == changes
 
 
-def test_kl_of_two_classes_and_of_one_region_is_the_value_worked_out_by_hand():
+def test_kl_of_two_classes_and_one_region_by_hand():
     # Student 1/2, 1/2. Teacher's logit difference 2 log 3 at tau = 2: 3/4, 1/4. One group only, factor tau^2 = 4.
     expected = 4 * kl([3 / 4, 1 / 4], [1 / 2, 1 / 2])
     logit = 2 * math.log(3)
@@ -99,7 +99,7 @@ def test_kl_of_three_classes_is_the_value_worked_out_by_hand():
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_kl_of_two_regions_has_a_zero_background_in_front_and_follows_the_temperature():
+def test_kl_of_two_regions_by_hand():
     # l = [0, 3, -3]: mean 0, variance 6, Z = (0, 3, -3) / (tau sqrt 7). Student [0, 0, 3]: mean 1, variance 2, sqrt 3.
     for tau in (1.0, 2.0, 7.0):
         teacher = [value / (tau * math.sqrt(7)) for value in (0, 3, -3)]
@@ -109,7 +109,7 @@ def test_kl_of_two_regions_has_a_zero_background_in_front_and_follows_the_temper
         assert loss.item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_foreground_and_rest_count_half_each_whatever_their_sizes():
+def test_foreground_and_rest_weigh_the_same():
     unit = 4 * kl([3 / 4, 1 / 4], [1 / 2, 1 / 2])
     outside = -2 * math.log(3)
     # The only foreground voxel differs, three others agree: half of its divergence, not a quarter.
@@ -125,7 +125,7 @@ def test_foreground_and_rest_count_half_each_whatever_their_sizes():
 
 
 @pytest.mark.parametrize("regions", [True, False])
-def test_what_only_the_teacher_takes_for_foreground_is_in_the_foreground_group(regions):
+def test_teachers_foreground_counts_as_foreground(regions):
     inside, background = ((2 * math.log(3),), (-5,)) if regions else ((0, 2 * math.log(3)), (5, 0))
     undecided = (0,) if regions else (0, 0)
     teacher = voxels(inside, background, background, background)
@@ -146,7 +146,7 @@ def test_two_entries_have_the_gradient_of_a_tempered_softmax(regions):
 
 @pytest.mark.parametrize("offset", [0.0, 1e-6, 1e-3])
 @pytest.mark.parametrize(("regions", "channels"), HEADS)
-def test_equal_and_nearly_equal_logits_have_a_finite_and_moderate_gradient(regions, channels, offset):
+def test_gradient_at_equal_logits_is_finite(regions, channels, offset):
     student = (offset * draw(0, channels)).requires_grad_()
     foreground = draw_mask(1, student, 0.5)
     loss = standardized_kl(student, draw(2, channels), regions=regions, target_foreground=foreground)
@@ -159,7 +159,7 @@ def test_equal_and_nearly_equal_logits_have_a_finite_and_moderate_gradient(regio
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("name", TERM_NAMES)
 @pytest.mark.parametrize(("regions", "channels"), HEADS)
-def test_equal_networks_have_no_loss_and_a_closer_student_less_than_a_farther_one(regions, channels, name, dimensions):
+def test_loss_grows_with_distance_from_zero(regions, channels, name, dimensions):
     teacher = draw(0, channels, dimensions=dimensions)
     noise = draw(1, channels, dimensions=dimensions)
     term = term_of(name, regions, teacher)
@@ -192,7 +192,7 @@ def test_a_step_down_the_gradient_lowers_the_loss(regions, channels, name):
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("name", TERM_NAMES)
 @pytest.mark.parametrize(("regions", "channels"), HEADS)
-def test_ignored_voxels_have_no_influence_on_loss_and_gradient_whatever_they_hold(regions, channels, name, poison):
+def test_ignored_voxels_have_no_influence(regions, channels, name, poison):
     student, teacher = draw(0, channels), draw(1, channels)
     valid, weight = draw_mask(2, student, 0.7), torch.rand(student[:, :1].shape)
     results = []
@@ -329,7 +329,7 @@ def test_the_teachers_advantage_in_classes_is_worked_out_by_hand():
 
 @pytest.mark.parametrize("dimensions", [2, 3])
 @pytest.mark.parametrize("regions", [True, False])
-def test_the_teachers_advantage_ignores_voxels_whatever_they_hold_and_keeps_no_graph(regions, dimensions):
+def test_advantage_skips_ignored_voxels(regions, dimensions):
     student, teacher = draw(0, 3, dimensions=dimensions).requires_grad_(), draw(1, 3, dimensions=dimensions)
     valid = draw_mask(2, student, 0.6)
     target = (teacher > 0).float() if regions else teacher.argmax(1, keepdim=True)
@@ -353,7 +353,7 @@ def test_the_teachers_advantage_compiles_as_one_graph():
     assert torch.equal(compiled(student, teacher, (teacher > 0).float(), regions=True), expected)
 
 
-def test_distilling_with_the_teachers_advantage_never_pulls_where_the_student_is_more_right():
+def test_advantage_never_pulls_a_better_student():
     teacher, target = draw(1, 3), (draw(2, 3) > 0).float()
     student = draw(0, 3).requires_grad_()
     advantage = teacher_advantage(student, teacher, target, regions=True)

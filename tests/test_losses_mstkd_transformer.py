@@ -30,7 +30,7 @@ def paper_extreme_values(maps: list[torch.Tensor]) -> list[torch.Tensor]:
     return products
 
 
-def test_extreme_value_distillation_of_two_tokens_is_the_value_worked_out_by_hand():
+def test_evd_of_two_tokens_by_hand():
     # One layer: max, min and mean are A itself, so every EV is A^2, and three equal EVs leave the ratio unchanged.
     # Student rows (1, 0): A^2 = (1, 0). Teacher rows (1/2, 1/2): A^2 = (1/4, 1/4).
     # Difference 9/16 + 1/16 = 10/16, size 1 + 2/16 = 18/16: 10/18.
@@ -39,7 +39,7 @@ def test_extreme_value_distillation_of_two_tokens_is_the_value_worked_out_by_han
     assert extreme_value_distillation([student], [teacher]).item() == pytest.approx(10 / 18, abs=1e-5)
 
 
-def test_extreme_value_distillation_of_two_layers_is_the_value_worked_out_by_hand():
+def test_evd_of_two_layers_by_hand():
     # Student layers (1, 0) and (0, 1) in each row: max (1, 1), min (0, 0), mean (1/2, 1/2).
     #   layer 1: EV (1, 0), (0, 0), (1/2, 0); layer 2: EV (0, 1), (0, 0), (0, 1/2). Squares: 2 * (1 + 1/4) = 5/2.
     # Teacher layers both (1/2, 1/2): every EV (1/4, 1/4), six of them. Squares: 12/16 = 3/4.
@@ -49,7 +49,7 @@ def test_extreme_value_distillation_of_two_layers_is_the_value_worked_out_by_han
     assert extreme_value_distillation(student, teacher).item() == pytest.approx(7 / 13, abs=1e-5)
 
 
-def test_extreme_value_distillation_is_the_relative_difference_of_the_papers_products():
+def test_evd_matches_the_papers_formula():
     student, teacher = attention_maps(0, batch=1), attention_maps(1, batch=1)
     own, other = torch.stack(paper_extreme_values(student)), torch.stack(paper_extreme_values(teacher))
     expected = (own - other).square().sum() / (own.square().sum() + other.square().sum())
@@ -58,7 +58,7 @@ def test_extreme_value_distillation_is_the_relative_difference_of_the_papers_pro
 
 @pytest.mark.parametrize("tokens", [8, 64, 1024])
 @pytest.mark.parametrize("spread", [0.02, 1.0, 10.0])
-def test_extreme_value_distillation_stays_within_zero_and_one_for_any_spread_and_number_of_tokens(tokens, spread):
+def test_evd_lies_between_0_and_1(tokens, spread):
     sizes = {"layers": 2, "batch": 1, "heads": 1, "tokens": tokens, "spread": spread}
     loss = extreme_value_distillation(attention_maps(0, **sizes), attention_maps(1, **sizes)).item()
     assert 0 < loss <= 1
@@ -103,7 +103,7 @@ def test_a_closer_student_has_a_lower_loss(term, draw):
 
 
 @pytest.mark.parametrize(("term", "draw"), TERMS)
-def test_the_gradient_reaches_every_map_of_the_student_and_none_of_the_teacher(term, draw):
+def test_gradient_reaches_student_maps_only(term, draw):
     student = [tensor.requires_grad_() for tensor in draw(0)]
     teacher = [tensor.requires_grad_() for tensor in draw(1)]
     term(student, teacher).backward()
@@ -159,7 +159,7 @@ def test_one_hot_attention_in_half_precision_is_finite():
     assert student[0].grad.isfinite().all()
 
 
-def test_map_matching_of_one_level_is_the_value_worked_out_by_hand():
+def test_map_matching_of_one_level_by_hand():
     # Standardised (up to 1e-5): student +1 in the first half and -1 in the second, teacher alternating +1, -1.
     # Half of the 8 positions agree (difference 0), half differ by 2: 4 * 4 = 16 over 8 + 8 = 1.
     student = torch.tensor([1.0] * 4 + [-1.0] * 4).reshape(1, 1, 2, 4) * 3 + 5

@@ -21,7 +21,7 @@ def test_ramp_never_falls():
     assert values[149] < 1 and values[150] == 1
 
 
-def test_ramp_of_a_short_training_or_no_fraction_is_over_after_one_step():
+def test_shortest_ramp_takes_one_step():
     assert ramp(1, 3) == 1
     assert ramp(1, 1000, fraction=0) == 1
     assert ramp(0, 0) == pytest.approx(math.exp(-5))

@@ -38,7 +38,7 @@ def test_correlation_agrees_with_pearsons_coefficient(dimensions):
     torch.testing.assert_close(matrix[1], expected, atol=1e-4, rtol=1e-3)
 
 
-def test_correlation_stays_within_one_whatever_the_scale_and_turns_over_when_swapped():
+def test_correlation_is_bounded_and_transposes():
     a, b, _ = features(1)
     matrix = cross_correlation(1000 * a + 5, b)
     assert matrix.abs().max() <= 1
@@ -58,7 +58,7 @@ def test_style_matching_is_the_value_worked_out_by_hand():
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])
-def test_equal_networks_have_no_loss_and_a_closer_student_less_than_a_farther_one(dimensions):
+def test_loss_grows_with_distance_from_zero(dimensions):
     teacher, noise = features(0, dimensions=dimensions), features(1, dimensions=dimensions)
     losses = [
         style_matching([own + part * other for own, other in zip(teacher, noise, strict=True)], teacher).item()
@@ -68,7 +68,7 @@ def test_equal_networks_have_no_loss_and_a_closer_student_less_than_a_farther_on
     assert losses == sorted(losses) and losses[1] > 0
 
 
-def test_scale_offset_and_a_common_permutation_of_positions_do_not_count():
+def test_invariant_to_scale_offset_and_permutation():
     teacher = features(0)
     student = [7 * feature.flip(2) - 3 for feature in teacher]
     assert style_matching(student, teacher).item() == pytest.approx(0, abs=1e-6)
@@ -76,7 +76,7 @@ def test_scale_offset_and_a_common_permutation_of_positions_do_not_count():
     assert style_matching(broken, teacher).item() > 0.1
 
 
-def test_the_gradient_reaches_every_feature_of_the_student_and_none_of_the_teacher():
+def test_gradient_reaches_the_student_only():
     student = [feature.requires_grad_() for feature in features(0)]
     teacher = [feature.requires_grad_() for feature in features(1)]
     style_matching(student, teacher).backward()
@@ -131,7 +131,7 @@ def test_the_students_term_is_the_value_worked_out_by_hand():
     assert adversarial_student_term(logits).item() == pytest.approx(-(math.log(0.75) + math.log(0.5)) / 2)
 
 
-def test_a_student_that_is_taken_for_the_teacher_pays_less_and_a_recognised_one_keeps_a_gradient():
+def test_fooling_the_discriminator_costs_less():
     logits = torch.tensor([-50.0, 0.0, 50.0], requires_grad=True)
     costs = [adversarial_student_term(logit).item() for logit in logits]
     assert costs[0] > costs[1] > costs[2] >= 0
@@ -147,7 +147,7 @@ def test_the_discriminators_loss_is_the_value_worked_out_by_hand():
     assert discriminator_loss(torch.zeros(4), torch.zeros(4)).item() == pytest.approx(math.log(2))
 
 
-def test_a_discriminator_that_tells_apart_has_a_lower_loss_than_one_that_mixes_up():
+def test_better_discriminator_has_lower_loss():
     high, low = torch.full((2,), 4.0), torch.full((2,), -4.0)
     assert discriminator_loss(high, low) < discriminator_loss(low, high)
 
@@ -158,5 +158,5 @@ def test_adversarial_terms_of_half_precision_extremes_are_finite():
     assert discriminator_loss(extreme, extreme).item() == pytest.approx(65504 / 2)
 
 
-def test_gsme_offers_the_standardisation_of_the_discriminators_input():
+def test_gsme_exports_standardize_channels():
     assert standardize_channels(features(0)[0]).mean().abs() < 1e-6

@@ -71,7 +71,7 @@ def test_a_bad_subset_is_refused_with_what_is_wrong(text, message):
         modalities.parse_subset(text, NAMES)
 
 
-def test_a_list_of_subsets_keeps_its_order_and_refuses_repetition_and_emptiness():
+def test_subset_list_refuses_duplicates_and_empty():
     rows = modalities.parse_subsets(["FLAIR", "T1+T2"], NAMES)
     assert rows.tolist() == [[False, False, False, True], [True, False, True, False]]
     with pytest.raises(ValueError, match=r"T1\+T2 stands twice"):
@@ -123,7 +123,7 @@ def test_a_dataset_json_without_usable_channels_is_refused(content, message):
 
 
 @pytest.mark.parametrize("count", [0, 1, 17])
-def test_fewer_than_two_or_more_than_sixteen_modalities_are_refused(count):
+def test_number_of_modalities_is_limited(count):
     with pytest.raises(ValueError, match=str(count)):
         modalities.check_count(count)
     with pytest.raises(ValueError):
@@ -157,7 +157,7 @@ def test_the_accepted_normalisations_of_nnunet_keep_a_zero_image(scheme):
 # ---- enumeration ---------------------------------------------------------------------------------------------------
 
 
-def test_subsets_of_three_modalities_come_by_size_then_by_channel():
+def test_subsets_are_ordered_by_size_then_channel():
     expected = ["100", "010", "001", "110", "101", "011", "111"]
     assert ["".join(str(int(value)) for value in row) for row in modalities.all_subsets(3)] == expected
 
@@ -183,13 +183,13 @@ def test_the_code_of_a_subset_has_a_bit_per_channel():
     ).tolist()
 
 
-def test_validation_goes_through_all_subsets_of_up_to_four_modalities():
+def test_validation_uses_all_subsets_up_to_four():
     for count in (2, 3, 4):
         assert torch.equal(modalities.validation_subsets(count), modalities.all_subsets(count))
 
 
 @pytest.mark.parametrize("count", [5, 8, 16])
-def test_validation_of_more_modalities_has_sixteen_distinct_subsets_with_full_set_and_singles_first(count):
+def test_validation_of_many_modalities_has_16_subsets(count):
     rows = modalities.validation_subsets(count)
     assert rows.shape == (16, count)
     assert len(codes_of(rows).unique()) == 16
@@ -223,7 +223,7 @@ def test_the_uniform_sampler_draws_each_subset_equally_often():
     assert chi_square(draw(SubsetSampler(4)), expected) < 36.1
 
 
-def test_the_sampler_by_size_draws_sizes_and_then_subsets_of_a_size_equally_often():
+def test_size_sampler_draws_sizes_equally_often():
     sizes = {code: bin(code).count("1") for code in range(1, 16)}
     expected = {code: 1 / 4 / math.comb(4, size) for code, size in sizes.items()}
     codes = draw(SubsetSampler(4, "by_size"))
@@ -232,13 +232,13 @@ def test_the_sampler_by_size_draws_sizes_and_then_subsets_of_a_size_equally_ofte
     assert chi_square(codes, {code: 1 / 15 for code in range(1, 16)}) > 1000
 
 
-def test_the_weighted_sampler_draws_in_proportion_and_nothing_else():
+def test_weighted_sampler_draws_in_proportion():
     sampler = SubsetSampler(2, "weighted", ((True, False), (True, True)), (3.0, 1.0))
     # 1 degree of freedom
     assert chi_square(draw(sampler), {0b01: 0.75, 0b11: 0.25}) < 10.8
 
 
-def test_the_fixed_sampler_draws_its_subsets_equally_often_and_nothing_else():
+def test_fixed_sampler_draws_only_its_subsets():
     rows = ((True, False, False), (False, True, True), (True, True, True))
     # 2 degrees of freedom
     assert chi_square(draw(SubsetSampler(3, "fixed", rows)), {0b001: 1 / 3, 0b110: 1 / 3, 0b111: 1 / 3}) < 13.8
@@ -250,7 +250,7 @@ def test_each_sample_of_a_batch_gets_its_own_subset():
 
 
 @pytest.mark.parametrize("count", [2, 16])
-def test_every_modality_is_kept_about_half_of_the_time_whatever_their_number(count):
+def test_each_modality_is_kept_half_of_the_time(count):
     rows = SubsetSampler(count).sample(DRAWS, generator=torch.Generator().manual_seed(0))
     probability = 2 ** (count - 1) / (2**count - 1)
     deviation = 5 * math.sqrt(probability * (1 - probability) / DRAWS)
@@ -300,7 +300,7 @@ AVAILABILITY = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 1], [1, 1, 1, 1]], dtype=to
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["2d", "3d"])
-def test_absent_channels_become_zero_and_the_others_stay_bit_for_bit(shape):
+def test_masking_zeroes_absent_channels_only(shape):
     batch = torch.randn(shape)
     masked = modalities.mask_modalities(batch, AVAILABILITY.clone())
     assert masked.dtype == batch.dtype
@@ -329,7 +329,7 @@ def test_no_gradient_reaches_an_absent_channel_of_nan():
     assert torch.equal(batch.grad[AVAILABILITY], 2 * batch.detach()[AVAILABILITY])
 
 
-def test_the_full_set_changes_nothing_and_what_is_given_is_left_alone():
+def test_full_set_masks_nothing():
     batch = torch.randn(2, 3, 4, 4)
     before = batch.clone()
     assert torch.equal(modalities.mask_modalities(batch, torch.ones(2, 3, dtype=torch.bool)), before)
@@ -344,7 +344,7 @@ def test_half_precision_stays_half_precision():
     assert modalities.mask_modalities(batch, AVAILABILITY.clone()).dtype == torch.float16
 
 
-def test_an_availability_of_another_shape_or_without_any_modality_is_refused():
+def test_bad_availability_is_refused():
     batch = torch.randn(2, 4, 3, 3)
     with pytest.raises(ValueError, match=r"shape \(2, 3\), expected \(2, 4\)"):
         modalities.mask_modalities(batch, torch.ones(2, 3, dtype=torch.bool))
@@ -353,7 +353,7 @@ def test_an_availability_of_another_shape_or_without_any_modality_is_refused():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=["2d", "3d"])
-def test_availability_is_found_from_channels_that_are_zero_everywhere(shape):
+def test_all_zero_channels_are_absent(shape):
     masked = modalities.mask_modalities(torch.randn(shape), AVAILABILITY.clone())
     assert torch.equal(modalities.known_availability(masked), AVAILABILITY)
 
@@ -365,13 +365,13 @@ def test_one_voxel_that_is_not_zero_makes_a_channel_available():
     assert modalities.known_availability(batch).tolist() == [[False, True, False]]
 
 
-def test_a_sample_that_is_zero_in_all_channels_counts_as_complete_and_its_neighbour_does_not():
+def test_all_zero_sample_counts_as_complete():
     batch = torch.zeros(2, 3, 4, 4)
     batch[1, 0] = 1
     assert modalities.known_availability(batch).tolist() == [[True] * 3, [True, False, False]]
 
 
-def test_what_is_said_about_the_case_wins_over_what_the_patch_shows():
+def test_given_availability_wins_over_detection():
     batch = torch.zeros(2, 3, 4, 4)
     batch[:, 0] = 1
     said = torch.tensor([[True, True, False], [False, False, True]])
@@ -380,7 +380,7 @@ def test_what_is_said_about_the_case_wins_over_what_the_patch_shows():
 
 
 @pytest.mark.parametrize("said", [None, [[True, False, False]], [[True, False, False], [False, True, False]]])
-def test_a_patch_that_is_zero_in_all_channels_counts_as_complete_whatever_is_said(said):
+def test_empty_patch_counts_as_complete(said):
     batch = torch.zeros(2, 3, 4, 4)
     batch[0, 0] = 1
     said = None if said is None else torch.tensor(said)

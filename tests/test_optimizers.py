@@ -71,7 +71,7 @@ def test_every_parameter_is_in_exactly_one_group():
     assert sorted(found) == sorted(id(parameter) for parameter in net.parameters())
 
 
-def test_the_unet_gets_the_sgd_of_nnunet_and_the_transformer_adamw():
+def test_unet_gets_sgd_and_transformer_adamw():
     net = network()
     optimizer, _ = build(net)
     unet, transformer = optimizer.members
@@ -253,7 +253,7 @@ def test_the_rate_of_the_unet_is_that_of_nnunet_in_every_epoch(epochs):
             assert optimizer.param_groups[0]["lr"] == reference.param_groups[0]["lr"]
 
 
-def test_the_transformer_warms_up_within_the_first_fiftieth_and_then_follows_the_same_schedule():
+def test_transformer_warms_up_then_follows_schedule():
     epochs, iterations = 100, 20
     optimizer, scheduler = build(network(), epochs=epochs)
     rates = []
@@ -272,14 +272,14 @@ def test_the_transformer_warms_up_within_the_first_fiftieth_and_then_follows_the
     assert rates[warm:] == poly[warm:]
 
 
-def test_a_scheduler_acts_on_the_members_and_not_on_copies_of_their_groups():
+def test_scheduler_changes_the_members():
     optimizer, scheduler = build(network(), epochs=10)
     scheduler.step(5)
     assert optimizer.members[0].param_groups[0]["lr"] == pytest.approx(1e-2 * 0.5**0.9)
     assert optimizer.members[1].param_groups[1]["lr"] == pytest.approx(3e-4 * 0.5**0.9)
 
 
-def test_a_scheduler_takes_any_optimiser_whose_groups_know_their_initial_rate():
+def test_scheduler_needs_only_initial_rates():
     optimizer = JointOptimizer(torch.optim.SGD([{"params": [nn.Parameter(torch.zeros(1))], "initial_lr": 0.5}], 0.5))
     WarmupPolyScheduler(optimizer, 4, exponent=1.0).step(2)
     assert optimizer.param_groups[0]["lr"] == 0.25

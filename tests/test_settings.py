@@ -107,7 +107,7 @@ def test_values_given_in_python_are_checked_too():
         ({"mstkd": {"zzz": 3}}, "allowed are recipe, evd, maps, discrepancy, kl, style, adversarial"),
     ],
 )
-def test_an_unknown_section_or_key_is_named_with_the_allowed_ones(block, message):
+def test_unknown_key_lists_the_allowed_ones(block, message):
     with pytest.raises(SettingsError, match=message):
         read(block)
 
@@ -162,7 +162,7 @@ def test_an_impossible_value_is_refused_by_name(section, key, value):
     assert "\n" not in message
 
 
-def test_the_message_of_an_impossible_value_says_what_was_found_and_expected():
+def test_message_says_found_and_expected():
     with pytest.raises(SettingsError) as error:
         read({"schedule": {"optimizer": "lion"}})
     assert str(error.value) == "setting schedule.optimizer is 'lion', expected one of sgd, adamw, adam"
@@ -291,7 +291,7 @@ def test_an_assignment_to_nothing_known_is_refused(text, message):
 # ---- sections ------------------------------------------------------------------------------------------------------
 
 
-def test_the_sampler_section_builds_the_sampler_of_these_modalities():
+def test_sampler_section_builds_the_sampler():
     assert SamplerSettings().build(NAMES) == SubsetSampler(3)
     assert SamplerSettings(kind="by_size").build(NAMES) == SubsetSampler(3, "by_size")
     fixed = SamplerSettings(kind="fixed", subsets=("T1", "FLAIR+T1ce")).build(NAMES)
@@ -300,7 +300,7 @@ def test_the_sampler_section_builds_the_sampler_of_these_modalities():
     assert weighted == SubsetSampler(3, "weighted", ((False, False, True), (True, True, True)), (2.0, 1.0))
 
 
-def test_the_sampler_section_refuses_unknown_modalities_and_weights_that_are_not_positive():
+def test_sampler_section_refuses_bad_subsets():
     with pytest.raises(ValueError, match=r"unknown modality 'T2'.*known are T1, T1ce, FLAIR"):
         SamplerSettings(kind="fixed", subsets=("T2",)).build(NAMES)
     with pytest.raises(ValueError, match="positive and finite"):
@@ -314,7 +314,7 @@ def test_each_optimiser_has_its_own_rate_and_a_given_one_wins(optimizer, rate):
 
 
 @pytest.mark.parametrize(("epochs", "interval"), [(1000, 50), (2000, 50), (200, 10), (20, 1), (5, 1), (39, 1), (40, 2)])
-def test_checkpoints_come_every_twentieth_of_a_training_and_at_least_every_fiftieth_epoch(epochs, interval):
+def test_checkpoint_interval(epochs, interval):
     assert ScheduleSettings().checkpoint_interval(epochs) == interval
     assert ScheduleSettings(save_every=7).checkpoint_interval(epochs) == 7
 

@@ -57,7 +57,7 @@ def test_the_teacher_does_not_move_and_the_student_does(student):
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in student.teacher.parameters())
 
 
-def test_the_teacher_sees_all_modalities_and_the_student_its_subset(student, monkeypatch):
+def test_teacher_sees_all_and_student_its_subset(student, monkeypatch):
     subsets = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1]]).bool()
     monkeypatch.setattr(student, "draw_availability", lambda size: subsets)
     seen = {}
@@ -70,7 +70,7 @@ def test_the_teacher_sees_all_modalities_and_the_student_its_subset(student, mon
     assert seen["teacher"].all()
 
 
-def test_a_checkpoint_holds_the_student_and_of_the_teacher_only_who_it_is(student, tmp_path):
+def test_checkpoint_holds_student_and_teacher_identity(student, tmp_path):
     student._teacher_identity = {"trainer": "MSTKDTeacherTrainer", "path": "a/b", "sha256": "0" * 64}
     student.train_step(batch(student))
     file = tmp_path / "checkpoint_latest.pth"
@@ -174,7 +174,7 @@ def test_terms_of_weight_zero_cost_nothing(make_trainer):
     assert set(trainer.extra_state()) == {"split", "teacher"}
 
 
-def test_without_any_term_a_step_is_modality_dropout_on_the_same_network(make_trainer, monkeypatch):
+def test_step_without_terms_is_modality_dropout(make_trainer, monkeypatch):
     trainer = make_trainer(MSTKDTrainer, block=NO_TERMS)
     trainer.teacher = lambda *arguments, **options: pytest.fail("the teacher is not asked")
     monkeypatch.setattr(trainer, "forward_student", lambda *inputs: pytest.fail("no features are computed"))
@@ -202,7 +202,7 @@ def test_voxels_are_compared_only_where_a_term_reads_it(make_trainer, monkeypatc
     assert bool(calls) == computed
 
 
-def test_the_target_is_read_into_label_foreground_and_valid_voxels(make_trainer):
+def test_target_has_label_foreground_and_valid(make_trainer):
     trainer = make_trainer(MSTKDTrainer, labels=LABELS_WITH_IGNORE, dimensions=2, block=NO_TERMS)
     read = trainer.read_target(torch.tensor([0, 1, 2, 3]).short().reshape(1, 1, 2, 2))
     assert read.label.flatten().tolist() == [0, 1, 2, 0]
@@ -262,7 +262,7 @@ def overflow(student):
 
 
 @pytest.mark.parametrize("cls", [ModalityDropoutTrainer, *METHODS], ids=lambda cls: cls.__name__)
-def test_a_loss_that_is_not_finite_stops_before_the_step_and_names_step_term_and_cases(make_trainer, monkeypatch, cls):
+def test_nonfinite_loss_stops_and_names_the_cases(make_trainer, monkeypatch, cls):
     trainer = make_trainer(cls)
     if cls in METHODS:
         give_teacher(trainer)
@@ -289,7 +289,7 @@ def test_a_term_that_is_not_finite_is_named(student, monkeypatch):
         student.train_step(batch(student))
 
 
-def test_in_mixed_precision_an_overflow_is_skipped_and_twenty_in_a_row_stop_the_training(student, overflow):
+def test_amp_skips_overflows_and_stops_after_20(student, overflow):
     before = state(student.network)
     for _ in range(MAX_SKIPPED_STEPS):
         student.train_step(batch(student))
@@ -324,9 +324,7 @@ def test_in_mixed_precision_logits_that_overflow_are_skipped(student):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
-def test_compiled_student_and_teacher_train_validate_and_are_saved_under_plain_names(
-    make_trainer, monkeypatch, tmp_path, method
-):
+def test_compiled_networks_are_saved_under_plain_names(make_trainer, monkeypatch, tmp_path, method):
     variants = []
     compile_with_inductor = torch.compile
 

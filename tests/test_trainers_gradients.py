@@ -62,7 +62,7 @@ def ratios(request, tmp_path_factory):
     return dict(zip(names, np.array(rows).T, strict=True))
 
 
-def test_terms_of_default_weight_neither_vanish_beside_the_segmentation_loss_nor_drown_it(ratios):
+def test_default_weights_balance_the_segmentation_loss(ratios):
     for term, found in ratios.items():
         assert 1e-3 < np.median(found) < 10, (term, found)
         assert found.max() < 10, (term, found)

@@ -58,7 +58,7 @@ def test_a_picture_of_the_terms_is_drawn(trained):
     assert not (trained.fold("MSTKDTeacherTrainer") / "progress_terms.png").exists()
 
 
-def test_the_log_says_who_the_teacher_is_and_that_the_student_started_from_it(trained):
+def test_log_names_teacher_and_warm_start(trained):
     text = log_text(trained.fold("MSTKDTrainer"))
     identity = read(trained)["mstkd"]["teacher"]
     assert identity["trainer"] == "MSTKDTeacherTrainer"
@@ -70,7 +70,7 @@ def test_the_log_says_who_the_teacher_is_and_that_the_student_started_from_it(tr
     assert "started from the teacher: " in text and " 0 kept their initial value" in text
 
 
-def test_an_older_log_without_a_term_is_padded_and_stays_as_long_as_the_others(models):
+def test_older_log_without_a_term_is_padded(models):
     folder = models.fold("MSTKDTrainer")
     content = read(models)
     content["current_epoch"] = 1
@@ -100,7 +100,7 @@ class KilledError(Exception):
         *("MedMAPTrainer", "MedMAPMSTKDTrainer", "SMMLTrainer"),
     ],
 )
-def test_an_interrupted_training_goes_on_to_the_same_weights_as_an_uninterrupted_one(models, monkeypatch, trainer):
+def test_resumed_training_equals_uninterrupted_one(models, monkeypatch, trainer):
     configure(models, schedule__epochs=3, smml__prior="self")
     train(trainer)
     whole = read(models, trainer=trainer)
@@ -142,7 +142,7 @@ def test_the_discriminator_and_its_optimiser_go_on(models):
     assert not same(stored["discriminator"], fresh.adversary.discriminator.state_dict())
 
 
-def test_the_best_score_is_taken_from_the_log_which_is_ahead_of_the_checkpoint(models):
+def test_best_score_comes_from_the_log(models):
     folder = models.fold("MSTKDTrainer")
     content = read(models)
     content["logging"]["ema_fg_dice"] = [0.25, 0.75]
@@ -162,7 +162,7 @@ def test_the_best_score_is_taken_from_the_log_which_is_ahead_of_the_checkpoint(m
         ([0.75, 0.25], 1, False),  # the last epoch was not the best one
     ],
 )
-def test_a_best_checkpoint_that_a_kill_has_prevented_is_saved_when_the_training_goes_on(models, scores, best, saved):
+def test_missed_best_checkpoint_is_saved_on_resume(models, scores, best, saved):
     folder = models.fold("MSTKDTrainer")
     content = read(models)
     content["logging"]["ema_fg_dice"] = scores
@@ -217,7 +217,7 @@ def test_the_warm_start_can_be_switched_off(models):
     assert trainer.teacher is not None
 
 
-def test_an_ablation_without_terms_starts_warm_but_keeps_no_teacher(models):
+def test_warm_start_without_terms_drops_the_teacher(models):
     trainer = started(models, **{f"distillation__{term}": 0.0 for term in TERMS})
     assert same(trainer.network.state_dict(), read(models, trainer="MSTKDTeacherTrainer")["network_weights"])
     assert trainer.teacher is None
@@ -253,7 +253,7 @@ def test_weights_given_on_the_command_line_are_kept(models):
     assert "weights were already loaded (-pretrained_weights)" in log_text(models.fold("MSTKDTrainer"))
 
 
-def test_a_sum_added_up_in_another_order_is_no_sign_of_other_weights(models):
+def test_summation_order_is_not_taken_for_new_weights(models):
     trainer = build()
     trainer.initialize()
     trainer._initial_sum *= 1 + 1e-14
@@ -261,7 +261,7 @@ def test_a_sum_added_up_in_another_order_is_no_sign_of_other_weights(models):
     assert same(trainer.network.state_dict(), read(models, trainer="MSTKDTeacherTrainer")["network_weights"])
 
 
-def test_modality_dropout_may_start_from_the_teachers_matching_weights(models):
+def test_modality_dropout_may_start_from_a_teacher(models):
     configure(models, schedule__init_from="MSTKDTeacherTrainer")
     trainer = build("ModalityDropoutTrainer")
     trainer.on_train_start()
@@ -272,7 +272,7 @@ def test_modality_dropout_may_start_from_the_teachers_matching_weights(models):
 # ---- folds and validation ------------------------------------------------------------------------------------------
 
 
-def test_a_student_of_all_cases_learns_from_a_teacher_of_all_cases(models):
+def test_fold_all_uses_a_teacher_of_fold_all(models):
     configure(models, schedule__epochs=1, schedule__iterations=1)
     train("MSTKDTeacherTrainer", fold="all")
     train("MSTKDTrainer", fold="all")
@@ -282,7 +282,7 @@ def test_a_student_of_all_cases_learns_from_a_teacher_of_all_cases(models):
     assert "fold_all" in content["mstkd"]["teacher"]["path"]
 
 
-def test_validation_of_the_best_checkpoint_with_probabilities_needs_no_teacher(models):
+def test_validation_needs_no_teacher(models):
     shutil.rmtree(models.fold("MSTKDTeacherTrainer").parent)
     train(
         "MSTKDTrainer",

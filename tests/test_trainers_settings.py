@@ -40,7 +40,7 @@ def predictor(folders):
     return predictor
 
 
-def test_a_training_writes_the_complete_block_to_model_folder_and_checkpoint(models):
+def test_training_writes_the_complete_block(models):
     given = block_of(read_plans(models))
     assert "network" not in given  # derived from the plans
     for trainer in ("MSTKDTeacherTrainer", "MSTKDTrainer"):
@@ -87,7 +87,7 @@ def test_prediction_reads_the_model_folder_alone(models):
         assert tuple(network(torch.zeros(1, 4, 24, 28, 24)).shape) == (1, 3, 24, 28, 24)
 
 
-def test_the_stored_network_settings_decide_what_prediction_builds(models):
+def test_prediction_builds_the_stored_network(models):
     plans = model_plans(models)
     block_of(plans)["network"].update(depth=9, heads=2)
     (models.fold("MSTKDTrainer").parent / "plans.json").write_text(json.dumps(plans))
@@ -96,7 +96,7 @@ def test_the_stored_network_settings_decide_what_prediction_builds(models):
 
 
 @pytest.mark.parametrize("only_validate", [False, True], ids=["--c", "--val"])
-def test_preprocessed_plans_that_ask_for_another_network_are_refused_with_both_values(models, only_validate):
+def test_plans_of_another_network_are_refused(models, only_validate):
     configure(models, network__depth=3)
     before = snapshot(models)
     with pytest.raises(SettingsError, match=r"network\.depth = 3, .*checkpoint_final\.pth was trained with 6"):
@@ -104,14 +104,14 @@ def test_preprocessed_plans_that_ask_for_another_network_are_refused_with_both_v
     assert snapshot(models) == before
 
 
-def test_a_trainer_without_a_transformer_does_not_care_about_its_settings(models):
+def test_unused_transformer_settings_do_not_matter(models):
     train("ModalityDropoutTrainer")
     configure(models, network__depth=3)
     train("ModalityDropoutTrainer", only_run_validation=True)
     train("ModalityDropoutTrainer", fold=1)
 
 
-def test_a_fold_with_another_network_is_refused_while_other_folds_have_checkpoints(models):
+def test_folds_must_share_one_network(models):
     configure(models, network__depth=3, teacher__warm_start=False)
     before = snapshot(models)
     with pytest.raises(SettingsError, match=r"fold_0 in .* another network: network\.depth is 6 there and 3 here"):

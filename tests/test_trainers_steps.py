@@ -163,7 +163,7 @@ def test_the_logged_loss_is_the_segmentation_loss_alone(make_trainer):
 
 
 @pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__name__)
-def test_an_epoch_without_a_finite_loss_stops_before_anything_is_saved(make_trainer, cls):
+def test_nonfinite_epoch_saves_nothing(make_trainer, cls):
     trainer = make_trainer(cls, block=NO_TERMS)
     step = {"loss": np.float32("nan"), "terms": {"segmentation": np.nan}}
     with pytest.raises(FloatingPointError, match="epoch 0 is not finite; nothing was saved"):

@@ -20,7 +20,7 @@ def logged(trainer, key):
     return trainer.logger.get_value(key, step=-1)
 
 
-def test_samples_go_through_the_fixed_list_and_every_epoch_starts_anew(make_trainer):
+def test_each_epoch_walks_the_same_subsets(make_trainer):
     trainer = make_trainer(ModalityDropoutTrainer, batch_size=4)
     for _ in range(2):
         trainer.on_validation_epoch_start()
@@ -67,7 +67,7 @@ def test_ranks_share_the_list_as_they_share_the_batch(make_trainer, monkeypatch,
     assert rows == [10, 11, 12, 13, 14]
 
 
-def test_the_score_is_the_mean_of_the_dice_of_each_subset_and_not_of_pooled_counts(make_trainer):
+def test_score_is_the_mean_over_subsets(make_trainer):
     trainer = make_trainer(ModalityDropoutTrainer, channels=2)
     # two heads; true positives, false positives, false negatives. Subset 0 in two steps, subset 1 and 2 once
     trainer.on_validation_epoch_end(
@@ -83,13 +83,13 @@ def test_the_score_is_the_mean_of_the_dice_of_each_subset_and_not_of_pooled_coun
     assert logged(trainer, "val_losses") == 2.0
 
 
-def test_a_subset_without_foreground_says_nothing_instead_of_zero(make_trainer):
+def test_subset_without_foreground_is_left_out(make_trainer):
     trainer = make_trainer(ModalityDropoutTrainer, channels=2)
     trainer.on_validation_epoch_end([result([[[8, 1, 1], [3, 1, 1]], [[0, 0, 0], [0, 0, 0]]], [0, 1])])
     assert logged(trainer, "mean_fg_dice") == pytest.approx((16 / 18 + 6 / 8) / 2)
 
 
-def test_an_epoch_without_any_foreground_leaves_a_number_for_the_moving_average(make_trainer):
+def test_epoch_without_foreground_has_a_score(make_trainer):
     trainer = make_trainer(ModalityDropoutTrainer, channels=2)
     trainer.on_validation_epoch_end([result([[[0, 0, 0], [0, 0, 0]]], [0])])
     assert logged(trainer, "mean_fg_dice") == 0
@@ -97,7 +97,7 @@ def test_an_epoch_without_any_foreground_leaves_a_number_for_the_moving_average(
     assert np.isnan(logged(trainer, "dice_per_class_or_region")).all()
 
 
-def test_counts_of_labels_are_counted_per_sample_without_background(make_trainer):
+def test_label_counts_are_per_sample(make_trainer):
     trainer = make_trainer(ModalityDropoutTrainer, labels=LABELS, dimensions=2)
     predicted = torch.tensor([[0, 1, 1, 2], [2, 2, 0, 0]])
     target = torch.tensor([[0, 1, 2, 2], [0, 2, 0, 1]]).reshape(2, 1, 2, 2)
