@@ -12,7 +12,8 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.methods.configuration import complete_block, configure, describe
+from nnunetv2_mstkd.commands.configure import describe
+from nnunetv2_mstkd.methods.configuration import complete_block, configure
 from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
 
 NAME = "3d_fullres_short"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Mapping
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the configuration and print what differs from the defaults."""
-    from nnunetv2_mstkd.methods.configuration import configure, describe, read_assignments
+    from nnunetv2_mstkd.methods.configuration import configure, read_assignments
     from nnunetv2_mstkd.modalities import modality_names
     from nnunetv2_mstkd.nnunet.description import read_description
     from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder
@@ -57,3 +60,22 @@ def run(args: argparse.Namespace) -> None:
         print(f"  {line}")
     number = dataset_number(folder.name)
     print(f"train it: nnUNetv2_train {number} {args.name} 0 -tr MSTKDTeacherTrainer, then -tr MSTKDTrainer")
+
+
+def describe(entry: Mapping[str, Any]) -> list[str]:
+    """Return the settings of a configuration that differ from the defaults, one line each."""
+    from nnunetv2_mstkd.nnunet.plans import BLOCK
+    from nnunetv2_mstkd.training.settings import known_sections
+
+    known = known_sections()
+    lines = [
+        f"{section}.{key} = {json.dumps(value)}"
+        for section, values in entry[BLOCK].items()
+        for key, value in values.items()
+        if section in known and value != known[section]().to_dict()[key]
+    ]
+    lines += [f"{key} = {entry[key]}" for key in ("patch_size", "batch_size") if key in entry]
+    if "architecture" in entry:
+        kwargs = entry["architecture"]["arch_kwargs"]
+        lines.append(f"features_per_stage = {kwargs['features_per_stage']}, strides = {kwargs['strides']}")
+    return lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -85,19 +84,3 @@ def complete_block(block: Mapping | None) -> dict[str, Any]:
     """Return a block with every key of every known section, for comparing blocks of two versions."""
     trainers()
     return Settings.read(block, known_sections().values()).to_block()
-
-
-def describe(entry: Mapping[str, Any]) -> list[str]:
-    """Return the settings of a configuration that differ from the defaults, one line each."""
-    known = known_sections()
-    lines = [
-        f"{section}.{key} = {json.dumps(value)}"
-        for section, values in entry[BLOCK].items()
-        for key, value in values.items()
-        if section in known and value != known[section]().to_dict()[key]
-    ]
-    lines += [f"{key} = {entry[key]}" for key in ("patch_size", "batch_size") if key in entry]
-    if "architecture" in entry:
-        kwargs = entry["architecture"]["arch_kwargs"]
-        lines.append(f"features_per_stage = {kwargs['features_per_stage']}, strides = {kwargs['strides']}")
-    return lines
