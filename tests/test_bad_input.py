@@ -270,7 +270,7 @@ def test_teacher_of_other_width_serves_logit_terms(models):
     wide.save_checkpoint(os.path.join(wide.output_folder, "checkpoint_final.pth"))
     configure(models, teacher__configuration="wide")
     message = refuse_start(models)
-    assert "channels per stage [8, 16, 32], the student [8, 16, 24]" in message
+    assert "channels per stage = [8, 16, 32], the student [8, 16, 24]" in message
     assert all(term in message for term in ("evd", "maps", "style", "adversarial")) and "kl" not in message
     features = {f"distillation__{term}": 0.0 for term in TERMS if term not in ("kl", "discrepancy")}
     configure(models, teacher__configuration="wide", **features)

@@ -150,7 +150,7 @@ def test_teacher_of_other_widths_is_refused(make_trainer):
     other = make_trainer(AdaMMTeacherTrainer, features=(8, 16, 32)).network
     teacher = Teacher(other, {}, {"path": "somewhere"}, Settings([]))
     with pytest.raises(
-        ValueError, match=r"channels per stage \[8, 16, 32\], the student \[8, 16, 24\]; the terms content"
+        ValueError, match=r"channels per stage = \[8, 16, 32\], the student \[8, 16, 24\]; the terms content"
     ):
         make_trainer(AdaMMTrainer).check_teacher(teacher)
     make_trainer(AdaMMTrainer, block=block(content=0, style=0)).check_teacher(teacher)

@@ -128,7 +128,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
         for name, there in self.feature_facts(teacher.network, teacher.settings).items():
             if there != mine[name]:
                 raise InputError(
-                    f"teacher {teacher.identity['path']} has the {name} {there}, the student {mine[name]}; the terms "
+                    f"teacher {teacher.identity['path']} has {name} = {there}, the student {mine[name]}; the terms "
                     f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
                 )
 
