@@ -216,6 +216,10 @@ def labels(content):
     content["init_args"]["dataset_json"]["labels"]["other"] = 4
 
 
+def no_labels(content):
+    del content["init_args"]["dataset_json"]["labels"]
+
+
 def cases(content):
     content["mstkd"]["split"]["train"][0] = "another_case"
 
@@ -240,6 +244,7 @@ def weights(content):
         (normalisation, ("normalisation is ['NoNormalization'", "['ZScoreNormalization'")),
         (channels, ("channels is ", "'PD'")),
         (labels, ("labels is ", "'other': 4")),
+        (no_labels, ("has no labels",)),
         (cases, ("training cases of the fold is ", "'another_case'")),
         (trainer_name, ("nnUNetTrainer, expected MSTKDTeacherTrainer",)),
         (heads, ("network.heads = 2, the student 1", "evd")),

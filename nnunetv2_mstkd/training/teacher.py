@@ -12,6 +12,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet.description import check_description
 from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_number, model_folder_name
 from nnunetv2_mstkd.nnunet.plans import BLOCK, lineage
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
@@ -116,6 +117,7 @@ def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTr
         raise InputError(f"teacher {path} was trained with {found}, expected {trainer.__name__}")
     # a teacher may come from elsewhere: what its plans name is looked at before anything is built from them
     plans, configuration = open_plans(given_plans, name, f"teacher {path}")
+    dataset_json = check_description(dataset_json, f"teacher {path}")
     split = (content.get(BLOCK) or {}).get("split")
     _compare(
         path,
