@@ -104,12 +104,12 @@ def trainer(name: str, **changes: Any) -> Any:
     return made
 
 
-def start_student(teacher_file: str | None = None, **changes: Any) -> None:
-    """Start a student; beside it a teacher with `changes` in its plans, if there is a file for it."""
-    if teacher_file:
+def start_student(**changes: Any) -> None:
+    """Start a student; beside it a teacher with `changes` in its plans, if there are any."""
+    if changes:
         teacher = trainer("MSTKDTeacherTrainer", **changes)
         os.makedirs(teacher.output_folder, exist_ok=True)
-        teacher.save_checkpoint(f"{teacher.output_folder}/{teacher_file}")
+        teacher.save_checkpoint(f"{teacher.output_folder}/checkpoint_final.pth")
     trainer("MSTKDTrainer").prepare_training()
 
 
@@ -124,14 +124,8 @@ def step_on_nan() -> None:
 SCHEMES = ["ZScoreNormalization", "ZScoreNormalization", "CTNormalization", "ZScoreNormalization"]
 TRAININGS: dict[str, Callable[[], object]] = {
     "The teacher is missing": start_student,
-    "The teacher is not finished": lambda: start_student("checkpoint_latest.pth"),
-    "The teacher was trained with another patch size": lambda: start_student(
-        "checkpoint_final.pth", patch_size=[8, 8, 8]
-    ),
+    "The teacher was trained with another patch size": lambda: start_student(patch_size=[8, 8, 8]),
     "A normalisation does not keep zero": lambda: trainer("ModalityDropoutTrainer", normalization_schemes=SCHEMES),
-    "The configuration is the second stage of a cascade": lambda: trainer(
-        "ModalityDropoutTrainer", previous_stage="3d_lowres"
-    ),
     "The loss is not finite": step_on_nan,
 }
 """What stands for ``nnUNetv2_train``, which would need preprocessed data."""
