@@ -263,9 +263,10 @@ class Predictor:
         known = [name.casefold() for name in self.modalities]
         files: list[Path | None] = [None] * len(known)
         for name, image in images.items():
-            if name.strip().casefold() not in known:
+            folded = str(name).strip().casefold()
+            if folded not in known:
                 raise InputError(f"unknown modality {name!r}; known are {', '.join(self.modalities)}")
-            channel = known.index(name.strip().casefold())
+            channel = known.index(folded)
             if files[channel] is not None:
                 raise InputError(f"modality {self.modalities[channel]} is given twice")
             files[channel] = self._as_file(image, channel, scratch)
@@ -281,7 +282,7 @@ class Predictor:
             if not Path(image).is_file():
                 raise MissingFileError(f"no file {image} (modality {self.modalities[channel]})")
             return Path(image)
-        ending = self._predictor.dataset_json["file_ending"].removesuffix(".gz")  # nobody else reads the file
+        ending = self._predictor.dataset_json["file_ending"].removesuffix(".gz")  # no need to compress a scratch file
         path = scratch / f"in_memory_{channel:04d}{ending}"
         try:
             write_given(image, path)
