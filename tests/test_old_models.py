@@ -34,7 +34,8 @@ SUBSETS = {"all": (True, True, True, True), "two": (False, True, False, True)}
 def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("old")
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # older than Python 3.11.4
+        archive.extractall(folder)
     return folder
 
 
