@@ -107,6 +107,17 @@ def subset_name(subset: Iterable[bool], names: Sequence[str]) -> str:
     return SEPARATOR.join(present)
 
 
+def parse_modality(text: str, names: Sequence[str], where: str = "") -> int:
+    """Return the channel number of a modality, named in upper or lower case; InputError for an unknown one.
+
+    ``where`` follows the name in the message.
+    """
+    for channel, name in enumerate(names):
+        if name.casefold() == text.strip().casefold():
+            return channel
+    raise InputError(f"unknown modality {text.strip()!r}{where}; known are {', '.join(names)}")
+
+
 def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:
     """Return the subset, bool of shape (C,), that ``"T1ce+FLAIR"``, ``"T1ce,FLAIR"`` or ``"all"`` means.
 
@@ -115,16 +126,13 @@ def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:
     subset = torch.zeros(len(names), dtype=torch.bool)
     if text.strip().casefold() == ALL:
         return ~subset
-    known = {name.casefold(): index for index, name in enumerate(names)}
     for part in text.replace(",", SEPARATOR).split(SEPARATOR):
-        key = part.strip().casefold()
-        if not key:
+        if not part.strip():
             raise InputError(f"the subset {text!r} has an empty part; write for example {names[0]}+{names[-1]}")
-        if key not in known:
-            raise InputError(f"unknown modality {part.strip()!r} in subset {text!r}; known are {', '.join(names)}")
-        if subset[known[key]]:
+        channel = parse_modality(part, names, f" in subset {text!r}")
+        if subset[channel]:
             raise InputError(f"modality {part.strip()!r} stands twice in subset {text!r}")
-        subset[known[key]] = True
+        subset[channel] = True
     return subset
 
 
@@ -157,19 +165,27 @@ class SubsetSampler:
     kind: str = "uniform"
     """``"uniform"`` over the 2^C - 1 non-empty subsets, the full one included (MST-KDNet, AdaMM, RFNet);
     ``"by_size"`` first the number of modalities uniformly over 1 ... C, then a subset of that size;
-    ``"weighted"`` over ``subsets`` in proportion to ``weights``; ``"fixed"`` uniformly over ``subsets``."""
+    ``"weighted"`` over ``subsets`` in proportion to ``weights``; ``"fixed"`` uniformly over ``subsets``;
+    ``"independent"`` each modality is absent with its own probability in ``drop``, and an empty draw is repeated."""
     subsets: tuple[tuple[bool, ...], ...] = ()
     weights: tuple[float, ...] = ()
+    drop: tuple[float, ...] = ()
 
-    KINDS = ("uniform", "by_size", "weighted", "fixed")
+    KINDS = ("uniform", "by_size", "weighted", "fixed", "independent")
 
     def __post_init__(self) -> None:
         check_count(self.num_modalities)
         if self.kind not in self.KINDS:
             raise InputError(f"unknown sampler kind {self.kind!r}; allowed are {', '.join(self.KINDS)}")
-        if self.kind in ("uniform", "by_size"):
+        if (self.kind == "independent") != bool(self.drop):
+            raise InputError("sampler kind 'independent' needs drop, a number per modality; no other kind takes it")
+        if self.kind not in ("weighted", "fixed"):
             if self.subsets or self.weights:
                 raise InputError(f"sampler kind {self.kind!r} takes neither subsets nor weights; use weighted or fixed")
+            if self.drop and (len(self.drop) != self.num_modalities or not all(0 <= p <= 1 for p in self.drop)):
+                raise InputError(f"drop is {list(self.drop)}, expected {self.num_modalities} numbers from 0 to 1")
+            if self.drop and min(self.drop) == 1:
+                raise InputError("every modality is dropped with probability 1; at least one must be available")
             return
         if not self.subsets:
             raise InputError(f"sampler kind {self.kind!r} needs at least one subset")
@@ -183,6 +199,14 @@ class SubsetSampler:
             if any(not 0 < weight < float("inf") for weight in self.weights):
                 raise InputError(f"the weights of subsets must be positive and finite, found {list(self.weights)}")
 
+    @property
+    def varies(self) -> bool:
+        """Whether two different subsets can be drawn."""
+        if self.kind == "independent":
+            empty = 0 not in self.drop  # counted among the 2^k, but never returned
+            return 2 ** sum(0 < probability < 1 for probability in self.drop) - empty > 1
+        return self.kind not in ("weighted", "fixed") or len(set(self.subsets)) > 1
+
     def sample(self, batch_size: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw one subset per sample: bool on the CPU, shape (batch_size, C), True where available, no row empty."""
         channels = torch.arange(self.num_modalities)
@@ -193,14 +217,20 @@ class SubsetSampler:
             sizes = torch.randint(1, self.num_modalities + 1, (batch_size, 1), generator=generator)
             ranks = torch.rand(batch_size, self.num_modalities, generator=generator).argsort(1).argsort(1)
             return ranks < sizes
+        if self.kind == "independent":
+            drop = torch.tensor(self.drop)
+            rows = torch.zeros(batch_size, self.num_modalities, dtype=torch.bool)
+            while bool((empty := ~rows.any(1)).any()):
+                rows[empty] = torch.rand(int(empty.sum()), self.num_modalities, generator=generator) >= drop
+            return rows
         weights = torch.tensor(self.weights or (1.0,) * len(self.subsets), dtype=torch.float64)
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         return torch.tensor(self.subsets, dtype=torch.bool)[rows]
 
     def sample_other(self, first: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
         """Draw a second subset per sample that differs from the ``first``; together a draw without replacement."""
-        if self.kind in ("weighted", "fixed") and len(set(self.subsets)) < 2:
-            raise InputError("two different subsets cannot be drawn from one; name at least two in the sampler")
+        if not self.varies:
+            raise InputError("the sampler has one subset, from which two different ones cannot be drawn")
         second = first.clone()
         while bool((same := (second == first).all(1)).any()):
             second[same] = self.sample(int(same.sum()), generator=generator)

@@ -244,6 +244,29 @@ def test_fixed_sampler_draws_only_its_subsets():
     assert chi_square(draw(SubsetSampler(3, "fixed", rows)), {0b001: 1 / 3, 0b110: 1 / 3, 0b111: 1 / 3}) < 13.8
 
 
+def test_independent_sampler_drops_each_modality_by_itself():
+    drop = (0.4, 0.0, 1.0, 0.9)
+    expected = {0b0010: 0.4 * 0.9, 0b0011: 0.6 * 0.9, 0b1010: 0.4 * 0.1, 0b1011: 0.6 * 0.1}
+    # 3 degrees of freedom
+    assert chi_square(draw(SubsetSampler(4, "independent", drop=drop)), expected) < 16.3
+    # an empty draw is repeated: at one half each, all subsets are equally likely
+    uniform = {code: 1 / 15 for code in range(1, 16)}
+    assert chi_square(draw(SubsetSampler(4, "independent", drop=(0.5,) * 4)), uniform) < 36.1
+
+
+@pytest.mark.parametrize(
+    ("drop", "varies"),
+    [((0, 0), False), ((0, 0.1), True), ((1, 0.1), False), ((0.1, 0.1), True), ((1, 0), False), ((0, 0.1, 1), True)],
+)
+def test_a_sampler_knows_whether_it_can_draw_two_subsets(drop, varies):
+    sampler = SubsetSampler(len(drop), "independent", drop=drop)
+    assert sampler.varies is varies
+    assert (len(draw(sampler).unique()) > 1) is varies
+    if not varies:
+        with pytest.raises(ValueError, match="one subset"):
+            sampler.sample_other(sampler.sample(2))
+
+
 def test_each_sample_of_a_batch_gets_its_own_subset():
     rows = SubsetSampler(4).sample(64, generator=torch.Generator().manual_seed(0))
     assert len(codes_of(rows).unique()) > 10
@@ -265,6 +288,7 @@ def test_each_modality_is_kept_half_of_the_time(count):
         SubsetSampler(5, "by_size"),
         SubsetSampler(2, "fixed", ((True, False), (False, True))),
         SubsetSampler(2, "weighted", ((True, False), (False, True)), (1.0, 2.0)),
+        SubsetSampler(3, "independent", drop=(0.2, 0.4, 0.6)),
     ],
     ids=lambda sampler: sampler.kind,
 )
@@ -276,7 +300,16 @@ def test_equal_generators_draw_equal_subsets(sampler):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "random"}, "unknown sampler kind 'random'; allowed are uniform, by_size, weighted, fixed"),
+        (
+            {"kind": "random"},
+            "unknown sampler kind 'random'; allowed are .*, independent",
+        ),
+        ({"kind": "independent"}, "needs drop"),
+        ({"drop": (0.5, 0.5)}, "no other kind takes it"),
+        ({"kind": "independent", "drop": (0.5,)}, "expected 2 numbers from 0 to 1"),
+        ({"kind": "independent", "drop": (0.5, math.nan)}, "expected 2 numbers from 0 to 1"),
+        ({"kind": "independent", "drop": (1.0, 1.0)}, "at least one must be available"),
+        ({"kind": "independent", "drop": (0.5, 0.5), "weights": (1.0,)}, "neither subsets nor weights"),
         ({"subsets": ((True, False),)}, "neither subsets nor weights"),
         ({"kind": "fixed"}, "at least one subset"),
         ({"kind": "fixed", "subsets": ((False, False),)}, "at least one available"),

@@ -136,6 +136,9 @@ def test_a_hint_is_only_given_where_something_is_close():
         ("sampler", "kind", "weighted"),
         ("sampler", "subsets", ["T1"]),
         ("sampler", "weights", {"T1": 1}),
+        ("sampler", "drop", {"T1": 0.5}),
+        ("sampler", "drop", {"T1": 1.5}),
+        ("sampler", "keep", ["T1"]),
         ("network", "depth", 0),
         ("network", "heads", 0),
         ("network", "taps", 1),
@@ -298,6 +301,23 @@ def test_sampler_section_builds_the_sampler():
     assert fixed == SubsetSampler(3, "fixed", ((True, False, False), (False, True, True)))
     weighted = SamplerSettings(kind="weighted", weights={"FLAIR": 2, "all": 1}).build(NAMES)
     assert weighted == SubsetSampler(3, "weighted", ((False, False, True), (True, True, True)), (2.0, 1.0))
+    independent = SamplerSettings(kind="independent", drop={"flair": 0.25}, keep=["T1"]).build(NAMES)
+    assert independent == SubsetSampler(3, "independent", drop=(0.0, 0.5, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"drop": {"T2": 0.5}}, "unknown modality 'T2' in sampler.drop or keep; known are T1, T1ce, FLAIR"),
+        ({"keep": ["T1+FLAIR"]}, r"unknown modality 'T1\+FLAIR'"),
+        ({"drop": {"T1": 0.5, "t1": 0.4}}, "stands twice"),
+        ({"drop": {"T1": 0.5}, "keep": ["T1"]}, "stands twice"),
+        ({"drop": {"T1": 1, "T1ce": 1, "FLAIR": 1}}, "at least one must be available"),
+    ],
+)
+def test_independent_sampler_refuses_what_cannot_be(settings, message):
+    with pytest.raises(ValueError, match=message):
+        SamplerSettings(kind="independent", **settings).build(NAMES)
 
 
 def test_sampler_section_refuses_bad_subsets():

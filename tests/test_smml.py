@@ -50,11 +50,18 @@ def test_students_have_two_different_subsets(channels, kind):
         assert len(pairs) == subsets * (subsets - 1)
 
 
-def test_one_subset_is_not_enough(make_trainer):
-    block = {"sampler": {"kind": "fixed", "subsets": ["T0+T1"]}}
+@pytest.mark.parametrize(
+    "sampler",
+    [{"kind": "fixed", "subsets": ["T0+T1"]}, {"kind": "independent", "keep": ["T0", "T1", "T2", "T3"]}],
+    ids=lambda sampler: sampler["kind"],
+)
+def test_one_subset_is_not_enough(make_trainer, sampler):
     with pytest.raises(SettingsError, match="need two different ones"):
-        make_trainer(SMMLTrainer, block=block)
-    with pytest.raises(ValueError, match="from one"):
+        make_trainer(SMMLTrainer, block={"sampler": sampler})
+
+
+def test_two_subsets_cannot_be_drawn_from_one():
+    with pytest.raises(ValueError, match="one subset"):
         sampler = modalities.SubsetSampler(2, "fixed", subsets=((True, False),))
         sampler.sample_other(sampler.sample(1))
 

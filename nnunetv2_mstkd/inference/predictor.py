@@ -260,13 +260,9 @@ class Predictor:
 
     def _checked_case(self, images: Mapping[str, Any], scratch: Path) -> Case:
         """Make a case of the images, those in memory as files in a scratch folder, and check it."""
-        known = [name.casefold() for name in self.modalities]
-        files: list[Path | None] = [None] * len(known)
+        files: list[Path | None] = [None] * len(self.modalities)
         for name, image in images.items():
-            folded = str(name).strip().casefold()
-            if folded not in known:
-                raise InputError(f"unknown modality {name!r}; known are {', '.join(self.modalities)}")
-            channel = known.index(folded)
+            channel = modalities.parse_modality(str(name), self.modalities)
             if files[channel] is not None:
                 raise InputError(f"modality {self.modalities[channel]} is given twice")
             files[channel] = self._as_file(image, channel, scratch)

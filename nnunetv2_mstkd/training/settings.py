@@ -191,12 +191,17 @@ class SamplerSettings(Section):
 
     NAME: ClassVar[str] = "sampler"
 
-    kind: Literal["uniform", "by_size", "weighted", "fixed"] = "uniform"
-    """``uniform``, ``by_size``, ``fixed`` (``subsets`` equally often) or ``weighted`` (``weights`` by subset name)."""
+    kind: Literal["uniform", "by_size", "weighted", "fixed", "independent"] = "uniform"
+    """``uniform``, ``by_size``, ``fixed`` (``subsets`` equally often), ``weighted`` (``weights`` by subset name) or
+    ``independent`` (each modality by itself, with ``drop`` and ``keep``)."""
     subsets: tuple[str, ...] = ()
     """For ``fixed``: names such as ``"T1ce+FLAIR"``."""
     weights: Mapping[str, float] = field(default_factory=dict)
     """For ``weighted``: subset name to positive weight; subsets that are not named are never drawn."""
+    drop: Mapping[str, Fraction] = field(default_factory=dict)
+    """For ``independent``: modality to the probability with which it is absent; 0.5 for those that are not named."""
+    keep: tuple[str, ...] = ()
+    """For ``independent``: modalities that are never absent."""
 
     def check(self) -> None:
         for key, kind, what in (
@@ -205,9 +210,23 @@ class SamplerSettings(Section):
         ):
             agrees = (self.kind == kind) == bool(getattr(self, key))
             self.require(agrees, key, f'{what} with kind "{kind}" and none with any other kind')
+        for key in ("drop", "keep"):
+            self.require(
+                self.kind == "independent" or not getattr(self, key), key, 'nothing unless kind is "independent"'
+            )
 
     def build(self, names: Sequence[str]) -> modalities.SubsetSampler:
         """Return the sampler for modalities of these names; InputError names an unknown modality or a bad weight."""
+        if self.kind == "independent":
+            channels = [
+                modalities.parse_modality(name, names, " in sampler.drop or keep") for name in (*self.drop, *self.keep)
+            ]
+            if len(set(channels)) < len(channels):
+                raise SettingsError("a modality stands twice in sampler.drop and sampler.keep")
+            drop = dict(zip(channels, (*self.drop.values(), *[0.0] * len(self.keep)), strict=True))
+            return modalities.SubsetSampler(
+                len(names), self.kind, drop=tuple(drop.get(channel, 0.5) for channel in range(len(names)))
+            )
         chosen = self.subsets or tuple(self.weights)
         rows = modalities.parse_subsets(chosen, names).tolist() if chosen else []
         return modalities.SubsetSampler(len(names), self.kind, tuple(map(tuple, rows)), tuple(self.weights.values()))

@@ -39,11 +39,10 @@ class SMMLTrainer(ModalityDropoutTrainer):
     @classmethod
     def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
         super().check_plans(configuration_manager, dataset_json, settings)
-        sampler = settings[SamplerSettings]
-        if sampler.kind in ("fixed", "weighted") and len(sampler.subsets or sampler.weights) < 2:
+        if not settings[SamplerSettings].build(modalities.modality_names(dataset_json)).varies:
             raise SettingsError(
-                "the sampler has one subset; the two students need two different ones. Name at least two in "
-                "sampler.subsets or sampler.weights"
+                "the sampler draws one subset only; the two students need two different ones. Name at least two in "
+                "sampler.subsets or sampler.weights, or leave two possible with sampler.drop"
             )
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
