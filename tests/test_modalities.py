@@ -302,7 +302,7 @@ def test_equal_generators_draw_equal_subsets(sampler):
     [
         (
             {"kind": "random"},
-            "unknown sampler kind 'random'; allowed are .*, independent",
+            "unknown sampler kind 'random'; allowed are uniform, by_size, weighted, fixed, independent",
         ),
         ({"kind": "independent"}, "needs drop"),
         ({"drop": (0.5, 0.5)}, "no other kind takes it"),
