@@ -13,12 +13,11 @@ from typing import Any, cast
 import yaml
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.nnunet.plans import CONVERSION
 
 from .modality_names import canonical_modality
 
 FILE_ENDING = ".nii.gz"
-RECORD_KEY = "mstkd_conversion"
-"""Key of what `mstkd restore-labels` needs in ``dataset.json``, which nnU-Net copies into models and predictions."""
 
 LABEL = "label"
 BACKGROUND = "background"
@@ -184,7 +183,7 @@ class Description:
         }
         if self.regions_class_order:
             content["regions_class_order"] = list(self.regions_class_order)
-        return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, RECORD_KEY: self._record()}
+        return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, CONVERSION: self._record()}
 
     def _record(self) -> dict[str, Any]:
         """What `mstkd restore-labels` needs to turn predictions back into segmentations of the release."""

@@ -16,8 +16,9 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.images.geometry import geometry_of, read_image
 from nnunetv2_mstkd.nnunet.folders import check_file_name
+from nnunetv2_mstkd.nnunet.plans import CONVERSION
 
-from .description import HIGHEST_LABEL, RECORD_KEY
+from .description import HIGHEST_LABEL
 from .releases import RELEASES
 
 ET = "ET"
@@ -53,7 +54,7 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
     InputError
         If the data set was not converted by this package, two of its values became one, or `release` lacks a class.
     """
-    record = dataset_json.get(RECORD_KEY)
+    record = dataset_json.get(CONVERSION)
     if not isinstance(record, Mapping):
         raise InputError("dataset.json does not say how the labels were converted: it is not of mstkd convert")
     classes = _values(record.get("classes", {}), "classes")
@@ -71,9 +72,9 @@ def restoration(dataset_json: Mapping[str, Any], release: str | None = None) -> 
         raise InputError("several values of the release became one in this data set, so there is no way back")
     values = {int(written): own for written, own in _values(record["release_values"], "release_values").items()}
     # the file may come from a stranger, and this name decides where the segmentations go
-    label_file = check_file_name(record.get("label_file"), f"label_file in {RECORD_KEY} of dataset.json")
+    label_file = check_file_name(record.get("label_file"), f"label_file in {CONVERSION} of dataset.json")
     if "{case}" not in label_file:
-        raise InputError(f"label_file in {RECORD_KEY} of dataset.json is {label_file!r}, expected a name with {{case}}")
+        raise InputError(f"label_file in {CONVERSION} of dataset.json is {label_file!r}, expected a name with {{case}}")
     return Restoration(values, label_file, enhancing, small)
 
 
@@ -84,7 +85,7 @@ def _values(table: Any, name: str) -> dict[str, int]:
         labels += [int(key) if re.fullmatch(r"\d{1,3}", str(key)) else None for key in table]
     if not all(type(label) is int and 0 <= label <= HIGHEST_LABEL for label in labels):
         raise InputError(
-            f"{name} in {RECORD_KEY} of dataset.json is {table!r}, expected labels from 0 to {HIGHEST_LABEL}"
+            f"{name} in {CONVERSION} of dataset.json is {table!r}, expected labels from 0 to {HIGHEST_LABEL}"
         )
     return dict(table)
 

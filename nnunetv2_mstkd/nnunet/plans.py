@@ -19,6 +19,9 @@ from nnunetv2_mstkd.images.atomic import read_json, write_json
 BLOCK = "mstkd"
 """Key of this package's settings in a configuration of the plans, and of its content in a checkpoint."""
 
+CONVERSION = "mstkd_conversion"
+"""Key of what ``mstkd convert`` says about a data set, in its ``dataset.json``, which nnU-Net copies into models."""
+
 STANDARD_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres")
 """nnU-Net's own; planning again overwrites them, so settings never go there."""
 
