@@ -202,13 +202,49 @@ class SubsetSampler:
     @property
     def varies(self) -> bool:
         """Whether two different subsets can be drawn."""
-        if self.kind == "independent":
-            empty = 0 not in self.drop  # counted among the 2^k, but never returned
-            return 2 ** sum(0 < probability < 1 for probability in self.drop) - empty > 1
-        return self.kind not in ("weighted", "fixed") or len(set(self.subsets)) > 1
+        return self.outcomes((True,) * self.num_modalities) > 1
 
-    def sample(self, batch_size: int, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw one subset per sample: bool on the CPU, shape (batch_size, C), True where available, no row empty."""
+    def outcomes(self, present: Sequence[bool]) -> int:
+        """Return how many different subsets a case that has only the modalities ``present`` can get."""
+        if self.kind in ("weighted", "fixed"):
+            met = {tuple(a and b for a, b in zip(row, present, strict=True)) for row in self.subsets}
+            return sum(map(any, met))
+        drop = [p for p, there in zip(self.drop or (0.5,) * self.num_modalities, present, strict=True) if there]
+        empty = 0 not in drop  # counted among the 2^k, but never returned
+        return max(0, 2 ** sum(0 < p < 1 for p in drop) - empty)
+
+    def sample(
+        self, batch_size: int, *, present: torch.Tensor | None = None, generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """Draw one subset per sample.
+
+        Parameters
+        ----------
+        batch_size
+            B.
+        present
+            Which modalities each sample's case has: bool, (B, C), no row empty. A subset is drawn *within* them:
+            ``by_size`` among those, the others as the part of a subset that the case has, empty parts excluded. A case
+            of which the sampler never keeps anything keeps all that it has. None: every case is complete.
+
+        Returns
+        -------
+        Bool on the CPU, (B, C), True where available, no row empty.
+        """
+        if present is None or bool(present.all()):
+            return self._draw(batch_size, generator)
+        if self.kind == "by_size":
+            sizes = (torch.rand(batch_size, 1, generator=generator) * present.sum(1, keepdim=True)).long() + 1
+            order = torch.rand(batch_size, self.num_modalities, generator=generator).masked_fill(~present, 2.0)
+            return order.argsort(1).argsort(1) < sizes
+        rows = self._draw(batch_size, generator) & present
+        stuck = torch.tensor([self.outcomes(row) == 0 for row in present.tolist()])
+        rows[stuck] = present[stuck]
+        while bool((empty := ~rows.any(1)).any()):
+            rows[empty] = self._draw(int(empty.sum()), generator) & present[empty]
+        return rows
+
+    def _draw(self, batch_size: int, generator: torch.Generator | None) -> torch.Tensor:
         channels = torch.arange(self.num_modalities)
         if self.kind == "uniform":
             codes = torch.randint(1, 2**self.num_modalities, (batch_size,), generator=generator)
@@ -227,13 +263,26 @@ class SubsetSampler:
         rows = torch.multinomial(weights, batch_size, replacement=True, generator=generator)
         return torch.tensor(self.subsets, dtype=torch.bool)[rows]
 
-    def sample_other(self, first: torch.Tensor, *, generator: torch.Generator | None = None) -> torch.Tensor:
-        """Draw a second subset per sample that differs from the ``first``; together a draw without replacement."""
+    def sample_other(
+        self,
+        first: torch.Tensor,
+        *,
+        present: torch.Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> torch.Tensor:
+        """Draw a second subset per sample that differs from the ``first``; together a draw without replacement.
+
+        A sample for which the sampler has one subset only, such as a case with a single modality, gets it again.
+        """
         if not self.varies:
             raise InputError("the sampler has one subset, from which two different ones cannot be drawn")
         second = first.clone()
-        while bool((same := (second == first).all(1)).any()):
-            second[same] = self.sample(int(same.sum()), generator=generator)
+        free = torch.ones(len(first), dtype=torch.bool)
+        if present is not None:
+            free = torch.tensor([self.outcomes(row) > 1 for row in present.tolist()])
+        while bool((same := (second == first).all(1) & free).any()):
+            within = None if present is None else present[same]
+            second[same] = self.sample(int(same.sum()), present=within, generator=generator)
         return second
 
 
@@ -299,3 +348,19 @@ def validation_subsets(num_modalities: int, *, limit: int = 16, seed: int = 0) -
     drawn = torch.randperm(len(middle), generator=torch.Generator().manual_seed(seed))[: limit - 1 - singles]
     rows = torch.cat([torch.tensor([len(every) - 1]), torch.arange(singles), middle[drawn].sort().values])
     return every[rows]
+
+
+def rows_within(subsets: torch.Tensor, rows: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Return rows of a list of subsets (S, C) for cases that may lack modalities, none beyond what its case has.
+
+    Each is the part of the wished row, long (B,), that the case has, ``present`` bool (B, C). Where that part is not in
+    the list, it is the first subset of the list that the case has, or the full set with zeros.
+    """
+    listed = subsets.tolist()
+    codes = {subset_code(subset): row for row, subset in enumerate(listed)}
+    found = []
+    for row, there in zip(rows.tolist(), present.tolist(), strict=True):
+        part = subset_code(a and b for a, b in zip(listed[row], there, strict=True))
+        within = (r for r, subset in enumerate(listed) if all(b or not a for a, b in zip(subset, there, strict=True)))
+        found.append(codes[part] if part in codes else next(within, codes[2 ** len(there) - 1]))
+    return torch.tensor(found)

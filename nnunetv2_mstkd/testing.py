@@ -265,9 +265,11 @@ def observe(trainer: Any, content: dict[str, Any]) -> Observed:
     extra = copy.deepcopy(trainer.extra_state())
     subsets, logits = modalities.all_subsets(trainer.num_input_channels), []
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(trainer, "draw_availability", lambda size: subsets))
+        stack.enter_context(mock.patch.object(trainer, "draw_availability", lambda size, present=None: subsets))
         if hasattr(trainer, "draw_partner"):  # the second student has the same subsets here: fewer would hide a leak
-            stack.enter_context(mock.patch.object(trainer, "draw_partner", lambda availability: availability))
+            stack.enter_context(
+                mock.patch.object(trainer, "draw_partner", lambda availability, present=None: availability)
+            )
         hook = trainer.network.register_forward_hook(lambda module, given, output: logits.append(_logits_of(output)))
         training = trainer.train_step(content)
         hook.remove()
@@ -362,9 +364,9 @@ def check_full_subset(cls: type, folder: Path, **options: Any) -> None:
         with nnunet_folders(folder), contextlib.ExitStack() as stack:
             trainer = _make(cls, **options)
             complete = torch.ones(2, trainer.num_input_channels, dtype=torch.bool)
-            trainer.draw_availability = lambda size, complete=complete: complete
+            trainer.draw_availability = lambda size, present=None, complete=complete: complete
             if hasattr(trainer, "draw_partner"):
-                trainer.draw_partner = lambda availability: availability
+                trainer.draw_partner = lambda availability, present=None: availability
             if not masks:
                 stack.enter_context(mock.patch.object(modalities, "mask_modalities", lambda data, availability: data))
             found.append([trainer.train_step(batch(trainer))["terms"], state(trainer.network)])

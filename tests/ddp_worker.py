@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.nnunet.case_facts import CaseFacts
 
 RANKS = 2
 STEPS = 3
@@ -56,11 +57,18 @@ def block(trainer: str) -> dict[str, Any]:
         "sampler": {"kind": "fixed", "subsets": [SUBSET]},
         "schedule": {"seed": 3, "epochs": 2, "iterations": STEPS},
         "distillation": {"ramp": 0, "fade": 0, "where": "everywhere"},
+        # a voxel at a decision may change sides with the size of the batch: without the Dice, and most are certain
+        "unlabelled": {"ramp": 0, "confidence": 0.5, "dice": 0.0},
     }
+
+
+INCOMPLETE, UNLABELLED = " with an incomplete case", " with unlabelled cases"
+"""Endings of names: one rank's case lacks a modality; both have unlabelled samples beside theirs."""
 
 
 def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
     """A trainer after ``initialize``, in the process group if there is one."""
+    given, name = name, name.split(" ")[0]
     options = {"block": block(name), "batch_size": RANKS, **options}
     content = tiny.plans(**options)
     content["continue_training"] = False
@@ -73,14 +81,23 @@ def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
         tiny.give_teacher(trainer)
     if hasattr(trainer, "draw_partner"):
         first, second = modalities.parse_subsets((SUBSET, OTHER), [f"T{number}" for number in range(4)])
-        trainer.draw_availability = lambda size: first.expand(size, -1)
-        trainer.draw_partner = lambda availability: second.expand(len(availability), -1)
+        trainer.draw_availability = lambda size, present=None: first.expand(size, -1)
+        trainer.draw_partner = lambda availability, present=None: second.expand(len(availability), -1)
+    if given.endswith(INCOMPLETE):
+        trainer.case_facts = {
+            "case_0": CaseFacts((True,) * 4, True),
+            "case_1": CaseFacts((True, False, True, True), True),
+        }
     trainer.current_epoch = 0
     return trainer
 
 
-def take_steps(trainer: Any, rank: int, ranks: int) -> dict[str, Any]:
+def take_steps(trainer: Any, rank: int, ranks: int, *, unlabelled: bool = False) -> dict[str, Any]:
     """Train on this rank's share of fixed batches; the weights after it, and each step's terms."""
+    if unlabelled:
+        others = (tiny.batch(trainer, seed=100 + step)["data"] for step in range(STEPS))
+        mine = slice(rank * RANKS // ranks, (rank + 1) * RANKS // ranks)
+        trainer.unlabelled_batches = ({"data": data[mine]} for data in others)
     trainer._step_in_epoch = 0
     terms = []
     for step in range(STEPS):
@@ -118,13 +135,14 @@ def run_steps(rank: int, folder: Path, names: list[str]) -> None:
     found: dict[str, Any] = {}
     for name in names:
         trainer = build(name)
-        found[name] = take_steps(trainer, rank, RANKS)
+        found[name] = take_steps(trainer, rank, RANKS, unlabelled=name.endswith(UNLABELLED))
         trainer._seed_everything(0)
         found[name]["random"] = float(torch.rand(()))
     dist.destroy_process_group()
     torch.save(found, folder / f"rank_{rank}.pt")
     if rank == 0:
-        torch.save({name: take_steps(build(name), 0, 1) for name in names}, folder / "alone.pt")
+        alone = {name: take_steps(build(name), 0, 1, unlabelled=name.endswith(UNLABELLED)) for name in names}
+        torch.save(alone, folder / "alone.pt")
 
 
 class StoppedError(Exception):

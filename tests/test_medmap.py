@@ -100,7 +100,7 @@ def test_every_parameter_gets_a_gradient_in_one_step(make_trainer, monkeypatch, 
     trainer = make_trainer(MedMAPTrainer, block=medmap(**front, **anchor))
     content = batch(trainer)
     availability = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: availability)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size, present=None: availability)
     step = trainer.compute_losses(content["data"], content["target"])
     assert set(step.terms) == {"segmentation", "alignment"}
     torch.testing.assert_close(step.total, step.terms["segmentation"] + 0.1 * step.terms["alignment"])
@@ -147,7 +147,7 @@ def test_any_data_set_and_plans_can_be_trained(make_trainer, cls, front, options
 def test_absent_modalities_do_not_reach_the_logits(make_trainer, monkeypatch, cls, front, value):
     trainer = make_trainer(cls, batch_size=len(SUBSETS), block={**NO_TERMS, **medmap(**front)})
     uneven(trainer.network)
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: SUBSETS)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size, present=None: SUBSETS)
     content = batch(trainer)
     keep = SUBSETS.reshape(*SUBSETS.shape, 1, 1, 1)
     results, logits = [], []
@@ -241,7 +241,9 @@ def test_without_alignment_only_the_subset_is_encoded(make_trainer, monkeypatch)
     trainer = make_trainer(MedMAPTrainer, block=medmap(weight=0))
     content = batch(trainer)
     content["data"][:, 2] = float("nan")
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.tensor([[True, True, False, True]] * size))
+    monkeypatch.setattr(
+        trainer, "draw_availability", lambda size, present=None: torch.tensor([[True, True, False, True]] * size)
+    )
     assert list(trainer.train_step(content)["terms"]) == ["segmentation"]
 
 

@@ -26,7 +26,7 @@ def smml(**settings):
 
 def losses_of(trainer, content, availability):
     """Losses of a step in which the first student has these modalities."""
-    trainer.draw_availability = lambda size: availability
+    trainer.draw_availability = lambda size, present=None: availability
     return trainer.compute_losses(content["data"], content["target"])
 
 
@@ -232,7 +232,7 @@ def test_refinement_has_no_prior_of_absent_modalities(make_trainer, monkeypatch)
     content, seen = batch(trainer), []
     availability = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
     partner = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]], dtype=torch.bool)
-    monkeypatch.setattr(trainer, "draw_partner", lambda first: partner)
+    monkeypatch.setattr(trainer, "draw_partner", lambda first, present=None: partner)
     for refiner in trainer.refiners:
         refiner.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0]))
     losses_of(trainer, content, availability)

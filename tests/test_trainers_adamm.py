@@ -25,7 +25,7 @@ def block(**adamm):
     return {"adamm": adamm}
 
 
-def complete(size):
+def complete(size, present=None):
     """All four modalities for every sample."""
     return torch.ones(size, 4, dtype=torch.bool)
 
@@ -200,7 +200,9 @@ def test_adapters_are_trained_with_adamw_without_decay(make_trainer):
 
 def test_only_bank_rows_of_drawn_subsets_are_updated(make_trainer, monkeypatch):
     trainer = make_trainer(AdaMMTrainer, block=NO_TERMS)
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool())
+    monkeypatch.setattr(
+        trainer, "draw_availability", lambda size, present=None: torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0]]).bool()
+    )
     before = state(trainer.network)["decoder_adapters.0.up"]
     trainer.train_step(batch(trainer))
     moved = (trainer.network.decoder_adapters[0].up != before).flatten(1).any(1).nonzero().flatten().tolist()

@@ -59,7 +59,7 @@ def test_the_teacher_does_not_move_and_the_student_does(student):
 
 def test_teacher_sees_all_and_student_its_subset(student, monkeypatch):
     subsets = torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1]]).bool()
-    monkeypatch.setattr(student, "draw_availability", lambda size: subsets)
+    monkeypatch.setattr(student, "draw_availability", lambda size, present=None: subsets)
     seen = {}
     for name in ("network", "teacher"):
         getattr(student, name).register_forward_pre_hook(
@@ -133,7 +133,7 @@ def test_equal_networks_pay_for_the_adversary_alone(make_trainer, monkeypatch):
     trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": {"where": "everywhere"}}))
     trainer.network.load_state_dict(trainer.teacher.state_dict())
     content = batch(trainer)
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
+    monkeypatch.setattr(trainer, "draw_availability", lambda size, present=None: torch.ones(size, 4, dtype=torch.bool))
     step = trainer.compute_losses(content["data"], content["target"])
     values = {name: value.item() for name, value in step.terms.items()}
     assert all(values[name] == pytest.approx(0, abs=1e-6) for name in TERMS if name != "adversarial")
@@ -266,7 +266,7 @@ def test_nonfinite_loss_stops_and_names_the_cases(make_trainer, monkeypatch, cls
     trainer = make_trainer(cls)
     if cls in METHODS:
         give_teacher(trainer)
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
+    monkeypatch.setattr(trainer, "draw_availability", lambda size, present=None: torch.ones(size, 4, dtype=torch.bool))
     trainer.train_step(batch(trainer))
     content = batch(trainer)
     content["data"][1, 2, 3, 4, 5] = float("nan")

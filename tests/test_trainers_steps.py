@@ -78,7 +78,9 @@ def test_with_complete_input_steps_equal_nnunets_own_bit_for_bit(make_trainer, m
     weights, losses, rates = [], [], []
     for trainer in (make_trainer(nnUNetTrainer, **options), make_trainer(cls, **options)):
         if type(trainer) is ModalityDropoutTrainer:
-            monkeypatch.setattr(trainer, "draw_availability", lambda size: torch.ones(size, 4, dtype=torch.bool))
+            monkeypatch.setattr(
+                trainer, "draw_availability", lambda size, present=None: torch.ones(size, 4, dtype=torch.bool)
+            )
         results = []
         for epoch in range(2):
             trainer.current_epoch = epoch
@@ -137,7 +139,7 @@ def test_a_seed_makes_start_and_epoch_repeat(make_trainer, cls):
 def test_each_sample_gets_a_subset_of_its_own(make_trainer, monkeypatch):
     trainer = make_trainer(ModalityDropoutTrainer, batch_size=3)
     subsets = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [1, 1, 1, 1]]).bool()
-    monkeypatch.setattr(trainer, "draw_availability", lambda size: subsets)
+    monkeypatch.setattr(trainer, "draw_availability", lambda size, present=None: subsets)
     seen = []
     trainer.network.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     content = batch(trainer)

@@ -51,11 +51,11 @@ class Adversary:
         """Return what :meth:`step` needs of both outputs, without a graph: (2 B, channels, *grid), teacher first."""
         return torch.cat([self._style_of(teacher), self._style_of(student).detach()])
 
-    def step(self, remembered: torch.Tensor) -> None:
-        """Take the discriminator's own optimiser step."""
+    def step(self, remembered: torch.Tensor, weight: float = 1.0) -> None:
+        """Take the discriminator's own optimiser step, with the share of the batch that it sees as weight."""
         self.optimizer.zero_grad(set_to_none=True)
         real, fake = mean_logit(self._trained(remembered)).chunk(2)
-        discriminator_loss(real, fake).backward()
+        (weight * discriminator_loss(real, fake)).backward()
         for parameter in self.discriminator.parameters():
             # an overflow in mixed precision costs the student a skipped step; Adam would keep the NaN forever
             if parameter.grad is not None:

@@ -18,9 +18,10 @@ from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.errors import DivergenceError, UnsupportedError
+from nnunetv2_mstkd.errors import DivergenceError, InputError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import clear_scratch
 from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
 from nnunetv2_mstkd.nnunet.folders import BEST, FINAL, model_folder_name
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
@@ -62,7 +63,8 @@ class SettingsTrainer(nnUNetTrainer):
         super().__init__(plans, configuration, fold, dataset_json, device)
         self._given = dict(self.configuration_manager.configuration.get(BLOCK) or {})
         self._resumed = False
-        self.split: dict[str, list[str]] | None = None
+        self.split: dict[str, Any] | None = None
+        self.case_facts: dict[str, CaseFacts] = {}
         self._initial_sum = 0.0
         self._loader_processes: list[BaseProcess] = []
         self._step_in_epoch = 0
@@ -169,10 +171,10 @@ class SettingsTrainer(nnUNetTrainer):
         """Take one step of the optimiser; return nnU-Net's ``loss`` and ``terms``, the values of all terms by name."""
         if isinstance(self.lr_scheduler, WarmupPolyScheduler):
             self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
-        data, target = self._to_device(batch)
+        data, target, present = self._to_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
-            losses = self.compute_losses(data, target)
+            losses = self.compute_losses(data, target, present)
         self.backward(losses.total)
         values = self.monitor.read(
             losses,
@@ -185,11 +187,17 @@ class SettingsTrainer(nnUNetTrainer):
         self._step_in_epoch += 1
         return {"loss": values["segmentation"], "terms": values}
 
-    def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
+    def compute_losses(self, data: torch.Tensor, target: Any, present: torch.Tensor | None = None) -> Losses:
         """Run the forward pass and the loss of one step, under autocast: nnU-Net's own here.
 
-        ``data`` is the complete batch (B, C, *spatial) on the device, ``target`` a tensor, or a list of tensors under
-        deep supervision.
+        Parameters
+        ----------
+        data
+            The batch with all modalities that its cases have, (B, C, *spatial), on the device.
+        target
+            A tensor, or a list of tensors under deep supervision.
+        present
+            Which modalities the cases have: bool, (B, C), on the CPU. None: all of them.
         """
         loss = self.loss(self.network(data), target)
         return Losses(loss, {"segmentation": loss})
@@ -216,11 +224,20 @@ class SettingsTrainer(nnUNetTrainer):
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
 
-    def _to_device(self, batch: dict) -> tuple[torch.Tensor, Any]:
+    def _to_device(self, batch: dict) -> tuple[torch.Tensor, Any, torch.Tensor | None]:
+        """Images and labels on the device, and which modalities the cases have; None: all.
+
+        Augmentation adds noise to the zeros of an absent modality; here they are zeros again.
+        """
         data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
+        cases, present = [str(case) for case in batch.get("keys", ())], None
+        if any(case in self.case_facts and not self.case_facts[case].complete for case in cases):
+            present = torch.tensor([self.case_facts[case].present for case in cases])
+            images = modalities.mask_modalities(data[:, : present.shape[1]], present)
+            data = torch.cat([images, data[:, present.shape[1] :]], 1)  # behind them: label maps of a prior
         if isinstance(target, list):
-            return data, [level.to(self.device, non_blocking=True) for level in target]
-        return data, target.to(self.device, non_blocking=True)
+            return data, [level.to(self.device, non_blocking=True) for level in target], present
+        return data, target.to(self.device, non_blocking=True), present
 
     def _autocast(self):
         # nnU-Net's rule: only CUDA gains from autocast
@@ -249,13 +266,84 @@ class SettingsTrainer(nnUNetTrainer):
             refuse_mixed_folds(folder, self.configuration_name, self.fold, self.network_sections(), self.settings)
         if not self.was_initialized:
             self.initialize()
-        train, validation = self.do_split()
-        self.split = {"train": sorted(map(str, train)), "val": sorted(map(str, validation))}
+        if self.is_ddp and self.local_rank > 0:
+            dist.barrier()  # the first process reads the cases, the others what it has kept
+        self.do_split()
+        if self.is_ddp and self.local_rank == 0:
+            dist.barrier()
+        self.report_cases()
         self.prepare_training()
         super().on_train_start()
         if self.local_rank == 0:
             clear_scratch(Path(self.output_folder), "checkpoint_*.pth")
             self._save_missing_best()
+
+    # ---- cases ---------------------------------------------------------------------------------------------------
+
+    def do_split(self) -> tuple[list[str], list[str]]:
+        """Return nnU-Net's training and validation cases without those that this trainer does not train on.
+
+        ``split`` says what became of the fold's cases: ``train``, ``val``, ``unlabelled`` (training cases without a
+        label that are used), and in ``left_out`` the others by reason.
+        """
+        train, validation = (list(map(str, cases)) for cases in super().do_split())
+        folder, names = Path(self.preprocessed_dataset_folder), modalities.modality_names(self.dataset_json)
+        self.case_facts = read_case_facts(
+            folder, sorted({*train, *validation}), self.dataset_json, names, self.print_to_log_file
+        )
+        facts = self.case_facts
+        labelled = [case for case in train if facts[case].labelled]
+        kept = [case for case in labelled if self.trains_on(facts[case])]
+        unlabelled = [case for case in train if not facts[case].labelled]
+        used = [case for case in unlabelled if facts[case].complete] if self.unlabelled_share else []
+        validated = [case for case in validation if facts[case].labelled]
+        left_out = {
+            "incomplete": sorted({*labelled} - {*kept}),
+            "unlabelled": sorted({*unlabelled} - {*used}),
+        }
+        for what, cases in (("training", kept), ("validation", validated)):
+            if not cases:
+                reasons = f"{len(unlabelled)} unlabelled and {len(labelled)} incomplete ones"
+                raise InputError(
+                    f"fold {self.fold} has no {what} case for {type(self).__name__}: {len(train)} training cases, "
+                    f"{reasons if what == 'training' else f'{len(validation)} validation cases without a label'}"
+                    + ("; teacher.cases=all trains a teacher on incomplete cases" if labelled and not kept else "")
+                )
+        self.split = {
+            "train": sorted(kept),
+            "val": sorted(validated),
+            "unlabelled": sorted(used),
+            "left_out": left_out,
+        }
+        return kept, validated
+
+    def trains_on(self, facts: CaseFacts) -> bool:
+        """Whether this trainer trains on labelled cases of this kind."""
+        return True
+
+    @property
+    def unlabelled_share(self) -> float:
+        """Unlabelled samples of each batch as a share of the labelled ones; 0: unlabelled cases are left out."""
+        return 0.0
+
+    def report_cases(self) -> None:
+        """Log how many cases lack modalities or a label, and what becomes of them."""
+        assert self.split is not None
+        names = modalities.modality_names(self.dataset_json)
+        train = [self.case_facts[case].present for case in self.split["train"]]
+        lacking = {name: sum(not row[channel] for row in train) for channel, name in enumerate(names)}
+        incomplete = sum(not all(row) for row in train)
+        left_out = {reason: cases for reason, cases in self.split["left_out"].items() if cases}
+        if not incomplete and not left_out and not self.split["unlabelled"]:
+            return
+        parts = [f"{len(train)} labelled"]
+        if incomplete:
+            counts = ", ".join(f"{name} {number}" for name, number in lacking.items() if number)
+            parts.append(f"of which {incomplete} are incomplete (without {counts})")
+        if self.split["unlabelled"]:
+            parts.append(f"{len(self.split['unlabelled'])} unlabelled")
+        parts += [f"{len(cases)} {reason} left out" for reason, cases in left_out.items()]
+        self.print_to_log_file(f"training cases: {', '.join(parts)}")
 
     def _save_missing_best(self) -> None:
         """Save the best checkpoint if the training was killed after nnU-Net saved the latest one, before the best."""
@@ -304,19 +392,31 @@ class SettingsTrainer(nnUNetTrainer):
         return float(sum(parameter.detach().cpu().double().abs().sum() for parameter in self.network.parameters()))
 
     def get_dataloaders(self):
-        loaders, self._loader_processes = start_workers(super().get_dataloaders)
+        loaders, self._loader_processes = start_workers(self.make_loaders)
         return loaders
+
+    def make_loaders(self) -> tuple[Any, Any]:
+        """Return the loaders of training and validation batches, whose workers have started: nnU-Net's own."""
+        return super().get_dataloaders()
+
+    def finish_loaders(self) -> None:
+        """End the workers that are left; nnU-Net does so for its own after the last epoch."""
+        for loader in (self.dataloader_train, self.dataloader_val):
+            if isinstance(loader, NonDetMultiThreadedAugmenter):
+                loader._finish()
 
     def run_training(self) -> None:
         """Run nnU-Net's loop; WorkerError if a process of a data loader died."""
         with report_dead_workers(self._moment, lambda: self._loader_processes):
             try:
                 super().run_training()
-            except RuntimeError:  # as after the last epoch: nothing else ends the processes that are left
-                for loader in (self.dataloader_train, self.dataloader_val):
-                    if isinstance(loader, NonDetMultiThreadedAugmenter):
-                        loader._finish()
+            except RuntimeError:  # nothing else ends the processes that are left
+                self.finish_loaders()
                 raise
+
+    def on_train_end(self) -> None:
+        super().on_train_end()
+        self.finish_loaders()
 
     def _moment(self) -> str:
         if self.dataloader_train is None:
@@ -443,9 +543,10 @@ def check_subsets(configuration_manager: ConfigurationManager, dataset_json: dic
 
 
 class TeacherTrainer(FullModalityTrainer):
-    """Trains a full-modality teacher, with its own number of epochs.
+    """Trains a full-modality teacher, with its own number of epochs, on the cases that have all modalities.
 
-    It refuses what its student would refuse, before time is spent on a teacher.
+    ``teacher.cases = "all"`` also trains it on incomplete ones, with zeros for what they lack. It refuses what its
+    student would refuse, before time is spent on a teacher.
     """
 
     sections = (*FullModalityTrainer.sections, TeacherSettings, SamplerSettings)
@@ -457,3 +558,6 @@ class TeacherTrainer(FullModalityTrainer):
 
     def epochs(self, settings: Settings) -> int:
         return settings[TeacherSettings].epochs or super().epochs(settings)
+
+    def trains_on(self, facts: CaseFacts) -> bool:
+        return facts.complete or self.settings[TeacherSettings].cases == "all"

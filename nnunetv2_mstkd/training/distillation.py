@@ -13,8 +13,11 @@ from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.training.adversary import Adversary
 from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
-from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings
+from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
+
+DEFAULT_SHARE = 0.5
+"""Unlabelled samples for each labelled one, where there are unlabelled cases and the settings say nothing."""
 
 
 class DistillationTrainer(ModalityDropoutTrainer):
@@ -38,8 +41,17 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any active term compares with a teacher."""
-        return any(term.needs_teacher for term in self.terms)
+        """Whether any active term compares with a teacher, or there are unlabelled cases for it to guide."""
+        return any(term.needs_teacher for term in self.terms) or bool(self.split and self.split.get("unlabelled"))
+
+    @property
+    def unlabelled_share(self) -> float:
+        share = self.settings[UnlabelledSettings].share
+        return DEFAULT_SHARE if share is None else share
+
+    def guide(self, teacher: Any, complete: torch.Tensor) -> torch.Tensor:
+        """The teacher's logits: it has seen the labels of other patients, and all modalities of this one."""
+        return teacher.logits
 
     def active(self, *names: str) -> list[str]:
         """Return those of the names that are terms with a weight above 0."""

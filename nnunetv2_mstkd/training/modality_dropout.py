@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed as dist
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
+from nnunetv2_mstkd.losses.ramp import ramp
+from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer, check_subsets
-from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Settings
-from nnunetv2_mstkd.training.step import Losses, Term
+from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Settings, UnlabelledSettings
+from nnunetv2_mstkd.training.step import Losses, Term, rows_of
+from nnunetv2_mstkd.training.unlabelled import unlabelled_loader
 
 
 class Target(NamedTuple):
@@ -32,19 +39,29 @@ class Target(NamedTuple):
     """Float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike."""
 
 
+class Segmentation(NamedTuple):
+    """What a step reads from a network that returns logits and nothing else."""
+
+    logits: torch.Tensor | list[torch.Tensor]
+    """(B, K, *spatial), or a list of these, finest first, under deep supervision."""
+
+
 class ModalityDropoutTrainer(SettingsTrainer):
     """Each sample of a training batch keeps a random non-empty subset of its modalities; nothing else changes.
 
-    Subsets are drawn after augmentation (which would make a zeroed channel non-zero) and applied on the device.
+    Subsets are drawn after augmentation (which would make a zeroed channel non-zero), within what the case has, and
+    applied on the device.
     Online validation goes through a fixed list of subsets, so that ``checkpoint_best`` is the best one for missing
     modalities; ``train_losses`` of nnU-Net's log is the segmentation loss alone.
 
     A method is a subclass with ``terms`` beside the segmentation loss; see :meth:`compute_losses`.
     """
 
-    sections = (*SettingsTrainer.sections, SamplerSettings)
+    sections = (*SettingsTrainer.sections, SamplerSettings, UnlabelledSettings)
     teacher: Any = None
     """A frozen network that sees complete input; None where no term compares with one."""
+    unlabelled_batches: Any = None
+    """Iterator over batches of unlabelled cases; None without any."""
     adversary: Any = None
     """A discriminator with an optimiser of its own; see :class:`nnunetv2_mstkd.training.adversary.Adversary`."""
 
@@ -77,38 +94,79 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     # ---- one training step -------------------------------------------------------------------------------------
 
-    def draw_availability(self, batch_size: int) -> torch.Tensor:
-        """Draw which modalities each sample keeps in this step: bool, (B, C), on the CPU."""
-        return self.sampler.sample(batch_size, generator=self._subset_generator)
+    def draw_availability(self, batch_size: int, present: torch.Tensor | None = None) -> torch.Tensor:
+        """Draw which of its modalities each sample keeps in this step: bool, (B, C), on the CPU."""
+        return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
 
-    def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
+    @contextlib.contextmanager
+    def telling(self, availability: torch.Tensor) -> Iterator[None]:
+        """Tell a network that asks for them the subsets of a batch (B, C), for the time of a forward pass."""
+        network = self.plain_network
+        if not isinstance(network, AvailabilityAware):
+            yield
+            return
+        network.availability = availability.to(self.device, non_blocking=True)
+        try:
+            yield
+        finally:
+            network.availability = None
+
+    def compute_losses(self, data: torch.Tensor, target: Any, present: torch.Tensor | None = None) -> Losses:
         """Segment a random subset of each sample; add the weighted terms. The whole of a step's forward pass."""
-        inputs = modalities.mask_modalities(data, self.draw_availability(len(data)))
-        if not self.terms:
-            loss = self.loss(self.network(inputs), target)
+        labelled = slice(len(data))
+        data, present = self.add_unlabelled(data, present)
+        subsets = self.draw_availability(len(data), present)
+        inputs = modalities.mask_modalities(data, subsets)
+        if not self.terms and self.unlabelled_batches is None:
+            with self.telling(subsets):
+                loss = self.loss(self.network(inputs), target)
             return Losses(loss, {"segmentation": loss})
 
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
                 teacher = self.forward_teacher(data)
-        student = self.forward_student(inputs, data)
-        total = self.loss(student.logits, target)
+        with self.telling(subsets):
+            student = self.forward_student(inputs, data)
+        total = self.loss(rows_of(student.logits, labelled), target)
         values = {"segmentation": total}
         student = student._replace(logits=finest(student.logits))
+        if self.unlabelled_batches is not None:
+            values["unlabelled"] = self.unlabelled_loss(student, teacher, data, slice(labelled.stop, None))
+            total = total + self.unlabelled_weight() * values["unlabelled"]
+            student, teacher = rows_of(student, labelled), rows_of(teacher, labelled)
         with torch.autocast(self.device.type, enabled=False):
             label = self.read_target(finest(target))
-            label = label._replace(weight=self.voxel_weight(student, teacher, label))
+            # a teacher is asked about complete cases only
+            complete, share = self.complete_samples(present, labelled)
+            known_student, teacher, known_label = (rows_of(each, complete) for each in (student, teacher, label))
+            known_label = known_label._replace(weight=self.voxel_weight(known_student, teacher, known_label))
             factor = self.teacher_factor()
             for term in self.terms:
-                value = values[term.name] = term.function(student, teacher, label)
+                if term.needs_teacher:
+                    value = share * term.function(known_student, teacher, known_label)
+                else:
+                    value = term.function(student, None, label)
+                values[term.name] = value
                 total = total + term.weight * (factor if term.needs_teacher else 1.0) * value
-        remembered = None if self.adversary is None else self.adversary.remember(student, teacher)
+        remembered = None if self.adversary is None else (self.adversary.remember(known_student, teacher), share)
         return Losses(total, values, remembered)
+
+    def complete_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
+        """Return which labelled samples have all modalities, and their share.
+
+        Where none has, the first stands for them with a share of 0: in a training on several GPUs every process must
+        run the same layers.
+        """
+        complete = None if present is None else present[labelled].all(1)
+        if complete is None or bool(complete.all()):
+            return slice(None), 1.0
+        rows = complete.nonzero().ravel() if bool(complete.any()) else torch.zeros(1, dtype=torch.long)
+        return rows.to(self.device), float(complete.float().mean())
 
     def after_step(self, losses: Losses) -> None:
         if losses.adversary_input is not None:
-            self.adversary.step(losses.adversary_input)
+            self.adversary.step(*losses.adversary_input)
 
     def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
         """Run the network for a step with terms; the output is a NamedTuple with ``logits`` and what terms read.
@@ -116,11 +174,73 @@ class ModalityDropoutTrainer(SettingsTrainer):
         ``inputs`` is the batch (B, C, *spatial) with absent modalities zero; nothing of ``complete``, the same batch
         with all modalities, may reach the logits.
         """
-        raise NotImplementedError
+        return Segmentation(self.network(inputs))
 
     def forward_teacher(self, complete: torch.Tensor) -> Any:
         """Run the teacher on complete input, under no_grad."""
         raise NotImplementedError
+
+    # ---- unlabelled cases ----------------------------------------------------------------------------------------
+
+    @property
+    def unlabelled_share(self) -> float:
+        return self.settings[UnlabelledSettings].share or 0.0
+
+    def make_loaders(self) -> tuple[Any, Any]:
+        """nnU-Net's; and, with unlabelled cases, ``unlabelled_batches`` beside them."""
+        train, validation = super().make_loaders()
+        cases = [] if self.split is None else self.split["unlabelled"]
+        if cases:
+            dataset = self.dataset_class(self.preprocessed_dataset_folder, cases)
+            batch_size = max(1, round(self.unlabelled_share * self.batch_size))
+            self.unlabelled_batches = unlabelled_loader(train, dataset, cases, batch_size)
+            next(self.unlabelled_batches)
+            self.print_to_log_file(f"each batch has {batch_size} unlabelled samples beside {self.batch_size} labelled")
+        return train, validation
+
+    def finish_loaders(self) -> None:
+        super().finish_loaders()
+        if isinstance(self.unlabelled_batches, NonDetMultiThreadedAugmenter):
+            self.unlabelled_batches._finish()
+
+    def add_unlabelled(
+        self, data: torch.Tensor, present: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return a batch and what its cases have, with the step's unlabelled samples, whose cases are complete."""
+        if self.unlabelled_batches is None:
+            return data, present
+        more = next(self.unlabelled_batches)["data"].to(self.device, non_blocking=True)
+        if present is not None:
+            present = torch.cat([present, present.new_ones(len(more), present.shape[1])])
+        return torch.cat([data, more]), present
+
+    def unlabelled_loss(self, student: Any, teacher: Any, data: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The loss of unlabelled samples against :meth:`guide`; their segmentation loss is silent."""
+        section = self.settings[UnlabelledSettings]
+        return pseudo_label_loss(
+            student.logits[rows],
+            self.guide(rows_of(teacher, rows), data[rows]),
+            regions=self.label_manager.has_regions,
+            confidence=section.confidence,
+            dice=section.dice,
+        )
+
+    def guide(self, teacher: Any, complete: torch.Tensor) -> torch.Tensor:
+        """Logits that take the place of a label: here the network's own, from all modalities."""
+        network = self.plain_network
+        network.eval()
+        with torch.no_grad():
+            logits = finest(network(complete))
+        network.train()
+        return logits
+
+    def unlabelled_weight(self) -> float:
+        """Weight of the loss of unlabelled samples: it rises at the start and does not fade."""
+        section = self.settings[UnlabelledSettings]
+        rise = ramp(self.iteration, self.total_iterations, section.ramp) if section.ramp > 0 else 1.0
+        return section.weight * rise
+
+    # ---- terms ---------------------------------------------------------------------------------------------------
 
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """Return how much each voxel counts in the logit terms, (B, 1, *spatial); None: all alike."""
@@ -176,11 +296,14 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return torch.arange(first, first + batch_size) % len(self.validation_subsets)
 
     def validation_step(self, batch: dict) -> dict:
-        data, target = self._to_device(batch)
+        data, target, present = self._to_device(batch)
         rows = self._validation_rows(len(data))
+        if present is not None:
+            rows = modalities.rows_within(self.validation_subsets, rows, present)
+        subsets = self.validation_subsets[rows]
         self._validation_step += 1
-        with self._autocast():
-            output = self.network(modalities.mask_modalities(data, self.validation_subsets[rows]))
+        with self._autocast(), self.telling(subsets):
+            output = self.network(modalities.mask_modalities(data, subsets))
             loss = self.loss(output, target)
         counts = self._count(finest(output), finest(target))
         return {"loss": loss.detach().cpu().numpy(), "counts": counts, "rows": rows.numpy()}

@@ -297,6 +297,28 @@ class TeacherSettings(Section):
     """Epochs of the teacher's own training; null: ``schedule.epochs``."""
     warm_start: bool = True
     """Start the student from the teacher's weights."""
+    cases: Literal["complete", "all"] = "complete"
+    """What the teacher is trained on: ``complete`` cases, or ``all``, with zeros for absent modalities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlabelledSettings(Section):
+    """How a student learns from studies without a label, whose voxels all have the ignore label."""
+
+    NAME: ClassVar[str] = "unlabelled"
+
+    share: Annotated[float, Range(0, 8)] | None = None
+    """Unlabelled samples of each batch, *added* to the labelled ones, as a share of their number, at least one; null:
+    0.5 for trainers with a teacher, else 0. Without a teacher the network's own prediction from all modalities guides
+    it."""
+    weight: Weight = 1.0
+    """Weight of the loss of unlabelled samples."""
+    dice: Weight = 1.0
+    """Weight of its soft Dice beside its cross-entropy."""
+    confidence: Annotated[float, Range(0.5, 1, below=True)] = 0.7
+    """The cross-entropy counts voxels where the guide is more certain than this."""
+    ramp: Fraction = 0.1
+    """Fraction of the training over which the weight rises as exp(-5 (1 - t)^2)."""
 
 
 # ---- the block -----------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ class Losses(NamedTuple):
     """Scalar to differentiate."""
     terms: dict[str, torch.Tensor]
     """Unweighted scalars by name; ``segmentation`` is always among them."""
-    adversary_input: torch.Tensor | None = None
-    """What the adversary's own step reads, without a graph; None without an adversary."""
+    adversary_input: tuple[torch.Tensor, float] | None = None
+    """What the adversary's own step reads, without a graph, and its weight; None without an adversary."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,26 @@ class Term:
     """``function(student, teacher, target) -> scalar``, with what the two networks returned (logits at full
     resolution) and a :class:`~nnunetv2_mstkd.training.modality_dropout.Target`."""
     needs_teacher: bool = True
-    """Whether it compares with a teacher. Ramp and fade act on these terms only."""
+    """Whether it compares with a teacher. Ramp and fade act on these terms only, and they see only the samples whose
+    cases are complete."""
 
 
 def active_terms(*terms: Term) -> tuple[Term, ...]:
     """Return the terms of weight above 0; the others are neither computed nor logged."""
     return tuple(term for term in terms if term.weight > 0)
+
+
+def rows_of(output: Any, rows: torch.Tensor | slice) -> Any:
+    """Return some samples of what a network or a loader returned: tensors (B, ...), or tuples and lists of these.
+
+    Scalars, such as a loss that the network has computed, and what is no tensor stay as they are.
+    """
+    if isinstance(output, torch.Tensor):
+        return output[rows] if output.ndim else output
+    if isinstance(output, (tuple, list)):
+        parts = [rows_of(part, rows) for part in output]
+        return output._make(parts) if hasattr(output, "_make") else type(output)(parts)
+    return output
 
 
 class LossMonitor:

@@ -118,12 +118,16 @@ def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTr
     # a teacher may come from elsewhere: what its plans name is looked at before anything is built from them
     plans, configuration = open_plans(given_plans, name, f"teacher {path}")
     dataset_json = check_description(dataset_json, f"teacher {path}")
-    split = (content.get(BLOCK) or {}).get("split")
+    split = (content.get(BLOCK) or {}).get("split") or {}
+    _check_cases(path, split, student.split or {})
     _compare(
         path,
         _facts(plans, configuration, dataset_json, split),
-        _facts(student.plans_manager, student.configuration_manager, student.dataset_json, student.split),
+        _facts(student.plans_manager, student.configuration_manager, student.dataset_json, student.split or {}),
     )
+    for reason, cases in split.get("left_out", {}).items():
+        if cases:
+            student.print_to_log_file(f"the teacher was trained without {len(cases)} {reason} cases of this fold")
     network = trainer.build_network_architecture(
         plans,
         configuration,
@@ -148,7 +152,9 @@ def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTr
     return Teacher(network, weights, identity, trainer.read_settings(configuration, strict=False))
 
 
-def _facts(plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping, split) -> dict[str, Any]:
+def _facts(
+    plans: PlansManager, configuration: ConfigurationManager, dataset_json: Mapping, split: Mapping
+) -> dict[str, Any]:
     """What teacher and student must have in common. Names of configurations, weights and epochs may differ."""
     return {
         "spacing": list(configuration.spacing),
@@ -159,9 +165,27 @@ def _facts(plans: PlansManager, configuration: ConfigurationManager, dataset_jso
         "channels": list((dataset_json.get("channel_names") or dataset_json["modality"]).values()),
         "labels": dict(dataset_json["labels"]),
         "region order": dataset_json.get("regions_class_order"),
-        "training cases of the fold": (split or {}).get("train"),
-        "validation cases of the fold": (split or {}).get("val"),
+        "training cases of the fold": _fold_cases(split),
+        "validation cases of the fold": split.get("val"),
     }
+
+
+def _fold_cases(split: Mapping[str, Any]) -> list[str] | None:
+    """All training cases of a fold, those that a trainer has left out too."""
+    if "train" not in split:
+        return None
+    left_out = [case for cases in split.get("left_out", {}).values() for case in cases]
+    return sorted([*split["train"], *split.get("unlabelled", ()), *left_out])
+
+
+def _check_cases(path: Path, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
+    """Refuse a teacher that was trained on a validation case of its student, even in a split of one name."""
+    seen = sorted(set(teacher.get("train", ())) & set(student.get("val", ())) - set(student.get("train", ())))
+    if seen:
+        raise InputError(
+            f"teacher {path} was trained on {len(seen)} validation cases of this fold, such as {seen[0]}; train the "
+            f"teacher of this fold"
+        )
 
 
 def _compare(path: Path, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:

@@ -176,6 +176,9 @@ class _AlignedInput(AvailabilityAware):
         available = self.available(x)
         if complete is None:
             return self.front(x, available)[0], None
+        # a patch without any voxel counts as complete: its logits must not read what is in the others
+        anything = x.flatten(1).any(1).reshape(-1, *[1] * (x.ndim - 1))
+        complete = torch.where(anything, complete, x)
         y, aligned = self.front(complete, available)
         present = modalities.known_availability(complete)
         return y, torch.stack([anchor.alignment(z, present) for anchor, z in aligned]).mean()

@@ -57,13 +57,22 @@ class MutualNet(AvailabilityAware):
         super().__init__()
         self.students = nn.ModuleList(students)
 
-    def forward(self, x: torch.Tensor, *, other: torch.Tensor | None = None, student: int | None = None):
+    def forward(
+        self,
+        x: torch.Tensor,
+        *,
+        other: torch.Tensor | None = None,
+        other_availability: torch.Tensor | None = None,
+        student: int | None = None,
+    ):
         """Segment a batch (B, C, *spatial) whose absent modalities are zero.
 
         Parameters
         ----------
         other
             The same batch with other modalities zero, for the second student.
+        other_availability
+            The modalities of ``other``, bool (B, C); None: those that are not zero.
         student
             Run this one, 0 or 1, alone.
 
@@ -75,7 +84,7 @@ class MutualNet(AvailabilityAware):
         if student is not None:
             return self.students[student](x, self.availability)
         if other is not None:
-            return self.students[0](x, self.availability), self.students[1](other, self.availability)
+            return self.students[0](x, self.availability), self.students[1](other, other_availability)
         if self.student is not None:
             return self.students[self.student - 1](x, self.availability).logits
         first, second = (member(x, self.availability).logits for member in self.students)

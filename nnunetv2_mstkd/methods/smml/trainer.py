@@ -18,7 +18,13 @@ from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
 from nnunetv2_mstkd.training.optimizers import build_optimizer
-from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Settings, SettingsError
+from nnunetv2_mstkd.training.settings import (
+    SamplerSettings,
+    ScheduleSettings,
+    Settings,
+    SettingsError,
+    UnlabelledSettings,
+)
 from nnunetv2_mstkd.training.step import Losses
 
 
@@ -44,6 +50,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 "the sampler draws one subset only; the two students need two different ones. Name at least two in "
                 "sampler.subsets or sampler.weights, or leave two possible with sampler.drop"
             )
+        if settings[UnlabelledSettings].share:
+            raise SettingsError("unlabelled.share: SMML does not use unlabelled cases; set it to 0")
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         for student in self.plain_network.students:
@@ -140,9 +148,9 @@ class SMMLTrainer(ModalityDropoutTrainer):
 
     # ---- training ----------------------------------------------------------------------------------------------
 
-    def draw_partner(self, availability: torch.Tensor) -> torch.Tensor:
-        """The second student's subsets, each different from the first's: bool, (B, C), on the CPU."""
-        return self.sampler.sample_other(availability, generator=self._subset_generator)
+    def draw_partner(self, availability: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        """The second student's subsets, each different from the first's where the case allows it: bool, (B, C)."""
+        return self.sampler.sample_other(availability, present=present, generator=self._subset_generator)
 
     def clip_groups(self) -> list[torch.nn.Module]:
         return [*self.plain_network.students, *(self.refiners or ())]
@@ -152,10 +160,10 @@ class SMMLTrainer(ModalityDropoutTrainer):
         """Whether the pixel-level constraint and the guidance have begun."""
         return self.iteration >= self.smml.warmup * self.total_iterations
 
-    def compute_losses(self, data: torch.Tensor, target: Any) -> Losses:
+    def compute_losses(self, data: torch.Tensor, target: Any, present: torch.Tensor | None = None) -> Losses:
         data, labels = data[:, : self.num_input_channels], data[:, self.num_input_channels :]
-        availability = self.draw_availability(len(data))
-        subsets = (availability, self.draw_partner(availability))
+        availability = self.draw_availability(len(data), present)
+        subsets = (availability, self.draw_partner(availability, present))
         inputs = [modalities.mask_modalities(data, subset) for subset in subsets]
         label = self.read_target(finest(target))
         priors: list[torch.Tensor | None] = [None, None]
@@ -164,21 +172,25 @@ class SMMLTrainer(ModalityDropoutTrainer):
             priors = [modalities.mask_modalities(maps, subset) for subset in subsets]
 
         if self.smml.sequential:
-            with torch.no_grad():
+            with torch.no_grad(), self.telling(subsets[1]):
                 peer = self.network(inputs[1], student=1)
             # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
             torch.clear_autocast_cache()
-            first = self.network(inputs[0], student=0)
+            with self.telling(subsets[0]):
+                first = self.network(inputs[0], student=0)
             loss, terms = self._student_loss(0, first, peer, target, label, priors[0])
             with torch.autocast(self.device.type, enabled=False):
                 self.backward(loss)
             # without its graph, whose memory is free then
             first = StudentOutput(finest(first.logits).detach(), first.bottleneck.detach())
-            second = self.network(inputs[1], student=1)
+            with self.telling(subsets[1]):
+                second = self.network(inputs[1], student=1)
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss.detach() + other_loss
         else:
-            first, second = self.network(inputs[0], other=inputs[1])
+            known = subsets[1].to(self.device, non_blocking=True)
+            with self.telling(subsets[0]):
+                first, second = self.network(inputs[0], other=inputs[1], other_availability=known)
             loss, terms = self._student_loss(0, first, second, target, label, priors[0])
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss + other_loss
