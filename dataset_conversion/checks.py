@@ -23,6 +23,8 @@ FULL, HEADER = "full", "header"
 LEVELS = (FULL, HEADER)
 HEADER_BYTES = 348
 """Size of a NIfTI-1 header."""
+ZERO_RATIO = 100
+"""Images that compress more than that may be zero everywhere: gzip reduces zeros to between 1/200 and 1/1000."""
 PROBES = 10_000
 """Number of label voxels that are looked at to tell how much of a label lies outside the images."""
 MAX_OUTSIDE = 0.1
@@ -117,8 +119,8 @@ def check_case(
     description
         What they should hold.
     level
-        ``"full"`` decompresses each file once; ``"header"`` reads only the beginning and end of each file, and all of a
-        label whose values must change.
+        ``"full"`` decompresses each file once; ``"header"`` reads only the beginning and end of each file, and all of
+        those that must be written anew, and of images that may be zero everywhere.
     allow_missing
         Accept an image that is zero everywhere as an absent modality.
     max_outside
@@ -191,7 +193,7 @@ class _CaseCheck:
             if path is None:
                 continue
             try:
-                file, image = stacked or _read(path, self.level, self.headers, volumes=len(stack))
+                file, image = stacked or _read(path, self._image_level(path), self.headers, volumes=len(stack))
             except ValueError as error:
                 self.result.problems.append(f"{'image' if stack else name} ({path.name}) {error}")
                 if stack:
@@ -210,6 +212,11 @@ class _CaseCheck:
                 del array
             del image  # the next image takes this one's memory: getting new memory costs as much as reading
         return covered
+
+    def _image_level(self, path: Path) -> str:
+        """The header is not enough where all voxels are written anew, or may be zero, which the data set records."""
+        rewritten = bool(self.description.stack) or not path.name.endswith(FILE_ENDING)
+        return FULL if rewritten or _may_be_zero(path) else self.level
 
     def _is_zero(self, name: str, path: Path, voxels: np.ndarray) -> bool:
         """Whether an image is zero everywhere; being constant is a problem."""
@@ -329,6 +336,14 @@ def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tupl
     checksum, header = _read_ends(path, headers, volumes)
     forms = None if header is None else header.forms
     return _File(path, geometry, forms, _is_float(image), checksum), image
+
+
+def _may_be_zero(path: Path) -> bool:
+    """Whether a ``.nii.gz`` file is so small that all its voxels may be zero."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 4))
+        return size * ZERO_RATIO < int.from_bytes(file.read(), "little")
 
 
 def _is_float(image: sitk.Image | sitk.ImageFileReader) -> bool:

@@ -48,6 +48,8 @@ def summary(report: Report, description: Description) -> list[str]:
     training = report.training
     patients = {case.patient for case in training}
     of = f" of {count(patients, 'patient')}" if len(patients) < len(training) else ""
+    incomplete = sum(bool(case.missing) for case in training)
+    of += f" ({incomplete} incomplete)" if incomplete else ""
     was = ", already complete" if report.was_finished else ""
     was = f", {count(report.resumed, 'case')} from an interrupted run" if report.resumed else was
     lines = [

@@ -234,7 +234,8 @@ def _finish(folder: Path, job: Job, report: Report) -> None:
         if part.endswith("Ts") or reference:
             with suppress(OSError):  # not empty
                 (folder / part).rmdir()
-    content = {"name": job.target.name, **job.description.dataset_json(len(report.training))}
+    missing = {case.name: case.missing for case in report.training if case.missing}
+    content = {"name": job.target.name, **job.description.dataset_json(len(report.training), missing)}
     if reference:
         content["dataset"] = {case.name: {"images": case.images, "label": case.label} for case in report.training}
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

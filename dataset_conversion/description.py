@@ -175,15 +175,24 @@ class Description:
         """Whether `case` is one of ``test_cases``."""
         return any(fnmatchcase(case, pattern) for pattern in self.test_cases)
 
-    def dataset_json(self, num_training: int) -> dict[str, Any]:
-        """Return what nnU-Net's ``dataset.json`` holds for `num_training` training cases."""
+    def dataset_json(self, num_training: int, missing: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+        """Return what nnU-Net's ``dataset.json`` holds.
+
+        Parameters
+        ----------
+        num_training
+            Number of training cases.
+        missing
+            The modalities that are zero images, for each training case that lacks some.
+        """
         content: dict[str, Any] = {
             "channel_names": {str(index): name for index, name in enumerate(self.modalities)},
             "labels": {name: value if isinstance(value, int) else list(value) for name, value in self.labels.items()},
         }
         if self.regions_class_order:
             content["regions_class_order"] = list(self.regions_class_order)
-        return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, CONVERSION: self._record()}
+        record = {**self._record(), "missing": {case: list(names) for case, names in missing.items()}}
+        return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, CONVERSION: record}
 
     def _record(self) -> dict[str, Any]:
         """What `mstkd restore-labels` needs to turn predictions back into segmentations of the release."""
