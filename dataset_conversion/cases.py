@@ -32,13 +32,18 @@ class Case:
 
     name: str  # without spaces; the files in the data set are named after it
     images: tuple[Path | None, ...]  # per channel; None if absent; several channels may be volumes of one file
-    label: Path | None  # None for some test cases
+    label: Path | None  # None for unlabelled cases and some test cases
     is_test: bool
 
     @property
     def part(self) -> str:
         """``Tr`` or ``Ts``, as in the names of nnU-Net's folders."""
         return "Ts" if self.is_test else "Tr"
+
+    @property
+    def unlabelled(self) -> bool:
+        """Whether it is a training case without a label file."""
+        return self.label is None and not self.is_test
 
     @property
     def files(self) -> list[Path]:
@@ -72,6 +77,7 @@ def find_cases(
     description: Description,
     *,
     allow_missing: bool = False,
+    unlabelled: bool = False,
     unlabelled_as_test: bool = False,
     follow_links: bool = False,
 ) -> Found:
@@ -85,6 +91,8 @@ def find_cases(
         What it should hold.
     allow_missing
         Keep cases that lack the files of some, but not all, modalities.
+    unlabelled
+        Keep training cases without a label file.
     unlabelled_as_test
         Make cases without a label file test cases.
     follow_links
@@ -98,7 +106,7 @@ def find_cases(
     """
     if not source.is_dir():
         raise MissingFileError(f"no folder {source}")
-    search = _Search(source, description, allow_missing, unlabelled_as_test, follow_links)
+    search = _Search(source, description, allow_missing, unlabelled, unlabelled_as_test, follow_links)
     if description.stack:
         found = _find_stacked(search)
     else:
@@ -111,10 +119,12 @@ def find_cases(
             raise InputError(f"no case in {source} matches the test case {pattern!r}")
     if found.cases and all(case.is_test for case in found.cases):
         raise InputError(f"all {len(found.cases)} cases in {source} are test cases, expected at least one to train on")
-    unlabelled = [name for name, lines in found.problems.items() if any(line.startswith(LABEL) for line in lines)]
-    if len(unlabelled) == len(found.names) > 1:
+    lacking = [case.name for case in found.cases if case.unlabelled]
+    lacking += [name for name, lines in found.problems.items() if any(line.startswith(LABEL) for line in lines)]
+    training = len(found.names) - sum(case.is_test for case in found.cases)
+    if len(lacking) == training and (found.cases or training > 1):
         raise InputError(
-            f"none of the {len(unlabelled)} cases in {source} has a label file "
+            f"none of the {len(lacking)} cases in {source} has a label file "
             f"({' or '.join(alternatives(description.label))}): is it a validation set? There is nothing to train on"
         )
     return found
@@ -205,6 +215,7 @@ class _Search:
     source: Path
     description: Description
     allow_missing: bool
+    unlabelled: bool
     unlabelled_as_test: bool
     follow_links: bool
 
@@ -230,8 +241,12 @@ class _Search:
         present = [role for role in description.modalities if role in found]
         used = {path.name for path in found.values()}
         spare = [entry for entry in entries if entry.lower().endswith(IMAGE_ENDINGS) and entry not in used]
+        if not found.keys() - {LABEL} and not problems:
+            wanted_files = ", ".join(pattern for role, pattern in missing.items() if role != LABEL)
+            problems.append(f"it has no image: no file matches {wanted_files}")
+            missing.clear()
         for role, patterns in missing.items():
-            tolerated = is_test if role == LABEL else self.allow_missing and present
+            tolerated = is_test or self.unlabelled if role == LABEL else self.allow_missing and present
             if tolerated:
                 continue
             hint = f"; not used: {', '.join(spare)}" if spare else ""
@@ -305,7 +320,7 @@ def _find_stacked(search: _Search) -> Found:
         problems = [f"image: {line}" for line in search.check_place(image)]
         if len(labels) == 1:
             problems += [f"{LABEL}: {line}" for line in search.check_place(labels[0])]
-        elif labels or not is_test:
+        elif labels or not (is_test or search.unlabelled):
             problems.append(f"{LABEL}: {len(labels)} files {name}.nii.gz or {name}.nii in labelsTr, expected one")
         images = (image,) * len(description.modalities)
         found.add(Case(name, images, labels[0] if labels else None, is_test), problems)

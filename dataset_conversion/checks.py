@@ -16,7 +16,7 @@ from nnunetv2_mstkd.images.completeness import GZIP, NIFTI_ENDINGS, check_comple
 from nnunetv2_mstkd.images.geometry import TOLERANCE, Geometry, geometry_of, image_reader, read_image
 
 from .cases import LABEL, Case
-from .description import FILE_ENDING, Description, Grid
+from .description import FILE_ENDING, IGNORE, Description, Grid
 from .releases import meaning_of_value
 
 FULL, HEADER = "full", "header"
@@ -42,6 +42,7 @@ class Checked:
     # files whose bytes can be used unchanged: .nii.gz, one volume, exactly on this grid; labels without remapping
     as_is: frozenset[Path] = frozenset()
     label: Label | None = None  # to write where the file cannot be used as it is
+    unlabelled: bool = False  # a training case without a label, or whose label is 'ignore' in every voxel
 
 
 class Label(NamedTuple):
@@ -161,14 +162,16 @@ class _CaseCheck:
         self.zero: set[str] = set()
 
     def read_label(self) -> np.ndarray:
-        """Read the label file; return the indices of the voxels that are not zero, none if they were not read."""
+        """Read the label file; return the indices of the labelled foreground, none if they were not read."""
         path, description = self.case.label, self.description
         nothing = np.zeros(0, np.intp)
+        self.result.unlabelled = self.case.unlabelled
         if path is None:
             return nothing
+        ignored = [own for own, written in description.value_map.items() if written == description.labels.get(IGNORE)]
         try:
             must_map = any(own != written for own, written in description.value_map.items())
-            file, image = _read(path, FULL if must_map else self.level, self.headers)
+            file, image = _read(path, FULL if must_map or ignored else self.level, self.headers)
             if image is None and file.is_float:
                 file, image = _read(path, FULL, self.headers)
             foreground, reusable = nothing, path.name.endswith(FILE_ENDING)
@@ -178,6 +181,9 @@ class _CaseCheck:
                 reusable &= not file.is_float and all(description.value_map[value] == value for value in values)
                 if not reusable:
                     self.result.label = _mapped(voxels, foreground, description)
+                if ignored:
+                    self.result.unlabelled = not self.case.is_test and set(values) <= set(ignored)
+                    foreground = foreground[~np.isin(voxels.reshape(-1)[foreground], ignored)]
         except ValueError as error:
             self.result.problems.append(f"{LABEL} ({path.name}) {error}")
             return nothing

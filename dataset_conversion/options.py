@@ -163,6 +163,10 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None =
         default=0.0,
         help="draw this share of the patients as test cases",
     )
+    add(
+        "--unlabelled", action="store_true",
+        help="keep training cases without a label, for trainers that learn from them: all 'ignore'",
+    )  # fmt: skip
     add("--unlabelled-as-test", action="store_true", help="make cases without a label test cases")
     add("--seed", type=int, default=SEED, help="seed of folds and test cases (default: %(default)s, as in nnU-Net)")
 
