@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
@@ -18,6 +19,7 @@ from nnunetv2_mstkd.images.completeness import NIFTI_ENDINGS
 from .description import LABEL, Description, alternatives
 from .modality_names import canonical_modality
 from .releases import RELEASES, releases_of_case
+from .slices import SLICE_ENDINGS, find_slices, slice_files
 
 IMAGE_ENDINGS = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 DEPTH = 5
@@ -32,7 +34,7 @@ class Case:
 
     name: str  # without spaces; the files in the data set are named after it
     images: tuple[Path | None, ...]  # per channel; None if absent; several channels may be volumes of one file
-    label: Path | None  # None for unlabelled cases and some test cases
+    label: Path | None  # None for unlabelled cases and some test cases; with slices both are the folder
     is_test: bool
 
     @property
@@ -47,8 +49,9 @@ class Case:
 
     @property
     def files(self) -> list[Path]:
-        """All different files."""
-        return list(dict.fromkeys(path for path in (*self.images, self.label) if path is not None))
+        """All different files; those in it for a folder of slices."""
+        paths = dict.fromkeys(path for path in (*self.images, self.label) if path is not None)
+        return [file for path in paths for file in (slice_files(path) if path.is_dir() else [path])]
 
 
 @dataclass
@@ -107,12 +110,12 @@ def find_cases(
     if not source.is_dir():
         raise MissingFileError(f"no folder {source}")
     search = _Search(source, description, allow_missing, unlabelled, unlabelled_as_test, follow_links)
-    if description.stack:
+    if description.stack and not description.slices:
         found = _find_stacked(search)
     else:
         folders, found = _release_folders(search) if description.case_names else _folders(search)
         for folder in folders:
-            found.add(*search.find(folder.name, folder))
+            found.add(*(search.find_slices(folder) if description.slices else search.find(folder.name, folder)))
     _refuse_clashes(source, found.names)
     for pattern in description.test_cases:
         if not any(fnmatchcase(name, pattern) for name in found.names):
@@ -169,13 +172,14 @@ def _folders(search: _Search) -> tuple[list[Path], Found]:
 def _release_folders(search: _Search) -> tuple[list[Path], Found]:
     """The case folders of a release at any depth, after a look at what else the source holds."""
     source, description = search.source, search.description
+    endings = SLICE_ENDINGS if description.slices else NIFTI_ENDINGS
     ours, others, strange = [], defaultdict(list), []
     for folder, names in _walk(source):
         if re.fullmatch(description.case_names, folder.name, re.ASCII):
             ours.append(folder)
         elif releases := releases_of_case(folder.name):
             others[" or ".join(releases)].append(folder.name)
-        elif any(name.lower().endswith(NIFTI_ENDINGS) for name in names):
+        elif any(name.lower().endswith(endings) for name in names):
             strange.append(folder)
     example = RELEASES[description.release].example
     listed = "; ".join(f"{len(names)} of {key} such as {names[0]}" for key, names in others.items())
@@ -190,8 +194,18 @@ def _release_folders(search: _Search) -> tuple[list[Path], Found]:
         f"this folder holds images, but its name is not as in {description.release} ({example}); rename or remove it"
     )
     ours.sort(key=lambda folder: folder.name)
+    twice = [pair for pair in pairwise(ours) if pair[0].name == pair[1].name]
+    if twice:
+        raise InputError(
+            f"{source} holds {len(twice)} cases more than once, such as {twice[0][0].name} in "
+            f"{' and '.join(str(folder.parent) for folder in twice[0])}; name one of these folders"
+        )
     _refuse_clashes(source, [folder.name for folder in ours])
-    return ours, Found(problems={str(folder.relative_to(source)): [problem] for folder in strange})
+    found = Found(problems={str(folder.relative_to(source)): [problem] for folder in strange})
+    if description.slices:
+        spacing = " x ".join(f"{mm:g}" for mm in description.slices.spacing)
+        found.notes.append(f"the files have no spacing: {spacing} mm is assumed, --spacing changes it")
+    return ours, found
 
 
 def _walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -257,6 +271,19 @@ class _Search:
             problems += [f"{role}: {line}" for line in self.check_place(path)]
         images = tuple(found.get(role) for role in description.modalities)
         return Case(name, images, found.get(LABEL), is_test), problems
+
+    def find_slices(self, folder: Path) -> tuple[Case, list[str]]:
+        """The case whose slices are in `folder`, and a line for each thing that is wrong with its files."""
+        files = find_slices(folder, self.description)
+        problems = files.problems
+        is_test = self.is_test(folder.name, labelled=bool(files.masks))
+        if files.images and not files.masks and not (is_test or self.unlabelled):
+            wanted = alternatives(self.description.label)[0].replace("{case}", folder.name)
+            problems.append(f"{LABEL}: no file matches {wanted!r}")
+        places = (self.check_place(path) for path in (*files.images.values(), *files.masks.values()))
+        problems += next((lines for lines in places if lines), [])  # if the folder is a link, they all are alike
+        images = (folder,) * len(self.description.modalities)
+        return Case(folder.name, images, folder if files.masks else None, is_test), problems
 
     def is_test(self, name: str, *, labelled: bool) -> bool:
         """Whether nnU-Net shall not train on a case."""

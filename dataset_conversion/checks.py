@@ -18,6 +18,7 @@ from nnunetv2_mstkd.images.geometry import TOLERANCE, Geometry, geometry_of, ima
 from .cases import LABEL, Case
 from .description import FILE_ENDING, IGNORE, Description, Grid
 from .releases import meaning_of_value
+from .slices import read_slices
 
 FULL, HEADER = "full", "header"
 LEVELS = (FULL, HEADER)
@@ -130,6 +131,8 @@ def check_case(
         Headers of cases checked before, to which those of this case are added: ITK need not read them again.
     """
     check = _CaseCheck(case, description, level, allow_missing, {} if headers is None else headers)
+    if check.slices is not None and check.slices.problems:
+        return Checked(problems=check.slices.problems)
     foreground = check.read_label()
     probes = foreground[:: max(1, foreground.size // PROBES)]
     covered = check.read_images(probes)
@@ -160,6 +163,15 @@ class _CaseCheck:
         self.label: _File | None = None
         self.images: dict[str, _File] = {}
         self.zero: set[str] = set()
+        folder = case.images[0]
+        self.slices = read_slices(folder, description) if description.slices and folder else None
+
+    def _read(self, path: Path, level: str, *, volumes: int = 0) -> tuple[_File, sitk.Image | None]:
+        if self.slices is None:
+            return _read(path, level, self.headers, volumes=volumes)
+        image = self.slices.images if volumes else self.slices.masks
+        assert image is not None
+        return _File(path, geometry_of(image, volumes=volumes), None, False, b""), image
 
     def read_label(self) -> np.ndarray:
         """Read the label file; return the indices of the labelled foreground, none if they were not read."""
@@ -171,9 +183,9 @@ class _CaseCheck:
         ignored = [own for own, written in description.value_map.items() if written == description.labels.get(IGNORE)]
         try:
             must_map = any(own != written for own, written in description.value_map.items())
-            file, image = _read(path, FULL if must_map or ignored else self.level, self.headers)
+            file, image = self._read(path, FULL if must_map or ignored else self.level)
             if image is None and file.is_float:
-                file, image = _read(path, FULL, self.headers)
+                file, image = self._read(path, FULL)
             foreground, reusable = nothing, path.name.endswith(FILE_ENDING)
             if image is not None:
                 voxels = sitk.GetArrayViewFromImage(image)
@@ -199,7 +211,7 @@ class _CaseCheck:
             if path is None:
                 continue
             try:
-                file, image = stacked or _read(path, self._image_level(path), self.headers, volumes=len(stack))
+                file, image = stacked or self._read(path, self._image_level(path), volumes=len(stack))
             except ValueError as error:
                 self.result.problems.append(f"{'image' if stack else name} ({path.name}) {error}")
                 if stack:
@@ -230,7 +242,10 @@ class _CaseCheck:
         if value is not None and value != 0:
             self.result.problems.append(f"{name} ({path.name}) is constant, {value:g} everywhere")
         if value == 0 and not self.allow_missing:
-            self.result.problems.append(f"{name} ({path.name}) is zero everywhere; --allow-missing keeps such a case")
+            reason = "is zero everywhere"
+            if self.slices is not None and name in self.slices.copies:
+                reason = f"is absent: a copy of {self.slices.copies[name]} in every slice"
+            self.result.problems.append(f"{name} ({path.name}) {reason}; --allow-missing keeps such a case")
         return value == 0
 
     def compare_files(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,8 +47,23 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """How a release stores a case as 2-D slices, in files that hold all channels."""
+
+    spacing: tuple[float, ...]
+    """mm along x, y and z, which the files do not say."""
+    substitute: str
+    """The channel whose copy takes the place of an absent one."""
+
+    def __post_init__(self) -> None:
+        if len(self.spacing) != 3 or not all(0 < mm < math.inf for mm in self.spacing):
+            given = " ".join(f"{mm:g}" for mm in self.spacing)
+            raise InputError(f"--spacing is {given}, expected three lengths in mm, more than 0")
+
+
+@dataclass(frozen=True)
 class Description:
-    """A data set with one folder per case and one file per modality, or one stacked file per case.
+    """A data set with one folder per case and one file per modality, one stacked file per case, or a folder of slices.
 
     Attributes
     ----------
@@ -76,7 +92,10 @@ class Description:
     case_names
         Regular expression for the names of all case folders, which are then searched at any depth. Releases only.
     stack
-        Order of the channels if each case is one file of four dimensions in ``imagesTr``. Releases only.
+        Order of the channels if each case is one file of four dimensions in ``imagesTr``, or a folder of slices.
+        Releases only.
+    slices
+        Set if each case is a folder of 2-D slices; ``{slice}`` in a pattern is the number of the slice. Releases only.
     ignore_added
         Whether ``ignore`` was added for unlabelled cases: then no label file may hold its value.
     release, classes, label_file, grid, small_et_becomes
@@ -98,6 +117,7 @@ class Description:
     patient: str = ""
     case_names: str = ""
     stack: Sequence[str] = ()
+    slices: Slices | None = None
     ignore_added: bool = False
     release: str = ""
     classes: Mapping[str, int] = field(default_factory=dict)

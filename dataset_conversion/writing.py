@@ -16,6 +16,7 @@ from nnunetv2_mstkd.images.geometry import Geometry, read_image
 from .cases import Case
 from .checks import Checked, label_values
 from .description import FILE_ENDING, IGNORE, Description
+from .slices import read_slices
 
 COPY, LINK, REFERENCE = "copy", "link", "reference"
 
@@ -52,7 +53,7 @@ def write_case(case: Case, checked: Checked, description: Description, folder: P
         elif path in checked.as_is:
             name = _place(path, folder, name, mode)
         elif description.stack:
-            stack = stack or read_image(path)
+            stack = stack or _read_stack(path, description)
             volume = description.stack.index(list(description.modalities)[channel])
             _write(_volume(stack, volume), checked.geometry, folder / name)
         else:
@@ -84,6 +85,14 @@ def _place(source: Path, folder: Path, name: str, mode: str) -> str:
     else:
         shutil.copyfile(source, target)
     return name
+
+
+def _read_stack(path: Path, description: Description) -> sitk.Image:
+    if description.slices is None:
+        return read_image(path)
+    images = read_slices(path, description).images
+    assert images is not None  # they passed the check
+    return images
 
 
 def _volume(image: sitk.Image, index: int) -> sitk.Image:
