@@ -43,7 +43,7 @@ class Checked:
     # files whose bytes can be used unchanged: .nii.gz, one volume, exactly on this grid; labels without remapping
     as_is: frozenset[Path] = frozenset()
     label: Label | None = None  # to write where the file cannot be used as it is
-    unlabelled: bool = False  # a training case without a label, or whose label is 'ignore' in every voxel
+    unlabelled: bool = False  # a training case without a label, or whose label is 'ignore' where an image is not zero
 
 
 class Label(NamedTuple):
@@ -163,6 +163,7 @@ class _CaseCheck:
         self.label: _File | None = None
         self.images: dict[str, _File] = {}
         self.zero: set[str] = set()
+        self.background: np.ndarray | None = None  # where the label is, if it has no foreground but 'ignore'
         folder = case.images[0]
         self.slices = read_slices(folder, description) if description.slices and folder else None
 
@@ -194,8 +195,10 @@ class _CaseCheck:
                 if not reusable:
                     self.result.label = _mapped(voxels, foreground, description)
                 if ignored:
-                    self.result.unlabelled = not self.case.is_test and set(values) <= set(ignored)
                     foreground = foreground[~np.isin(voxels.reshape(-1)[foreground], ignored)]
+                    self.result.unlabelled = not self.case.is_test and foreground.size == 0
+                    if self.result.unlabelled:
+                        self.background = ~np.isin(voxels, ignored)
         except ValueError as error:
             self.result.problems.append(f"{LABEL} ({path.name}) {error}")
             return nothing
@@ -225,16 +228,24 @@ class _CaseCheck:
                 array = array[stack.index(name)] if stack else array
                 if self._is_zero(name, path, array):
                     self.zero.add(name)
+                elif self._shows_background(array):
+                    self.result.unlabelled = False
                 elif probes.size and array.size > probes[-1]:
                     covered |= array.reshape(-1)[probes] != 0
                 del array
             del image  # the next image takes this one's memory: getting new memory costs as much as reading
         return covered
 
+    def _shows_background(self, voxels: np.ndarray) -> bool:
+        """Whether an image is not zero in the background of a label: nnU-Net drops labels where all images are zero."""
+        if self.background is None or self.background.shape != voxels.shape:
+            return False
+        return bool(voxels[self.background].any())
+
     def _image_level(self, path: Path) -> str:
         """The header is not enough where all voxels are written anew, or may be zero, which the data set records."""
         rewritten = bool(self.description.stack) or not path.name.endswith(FILE_ENDING)
-        return FULL if rewritten or _may_be_zero(path) else self.level
+        return FULL if rewritten or self.background is not None or _may_be_zero(path) else self.level
 
     def _is_zero(self, name: str, path: Path, voxels: np.ndarray) -> bool:
         """Whether an image is zero everywhere; being constant is a problem."""

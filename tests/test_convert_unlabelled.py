@@ -174,6 +174,24 @@ def test_releases(nnunet, tmp_path, monkeypatch, release, options):
     np.testing.assert_array_equal(restored, release_trees.own_label(release, 0))
 
 
+@pytest.mark.parametrize("level", ["header", "full"])
+def test_label_that_is_ignored_but_in_air(nnunet, source, level):
+    """nnU-Net drops labels where all images are zero."""
+    air = np.full(SHAPE, 3, np.uint8)
+    air[:2] = 0
+    write(source / "p3a" / "seg.nii.gz", air)
+    air[:3] = 0
+    write(source / "p2a" / "seg.nii.gz", air)  # one slice without a tumor is labelled
+    assert convert(source, "--unlabelled", "--verify", level, labels={**DESCRIPTION["labels"], "ignore": 3}) == 0
+    _, content = dataset(nnunet)
+    assert content["mstkd_conversion"]["unlabelled"] == ["p1b", "p3a", "p4a"]
+    extract_fingerprints([7], num_processes=1)
+    plan_experiments([7])
+    preprocess([7], configurations=("3d_fullres",), num_processes=(1,))
+    facts = read_case_facts(folder_of_data(nnunet), CASES, content, ["T1", "T2"])
+    assert [case for case in CASES if not facts[case].labelled] == ["p1b", "p3a", "p4a"]
+
+
 def test_declared_ignore_label_is_used(nnunet, source):
     labels = {**DESCRIPTION["labels"], "ignore": 3}
     partly = read(source / "p2a" / "seg.nii.gz")
