@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
@@ -18,6 +19,7 @@ from nnunetv2_mstkd.images.completeness import NIFTI_ENDINGS
 from .description import LABEL, Description, alternatives
 from .modality_names import canonical_modality
 from .releases import RELEASES, releases_of_case
+from .slices import SLICE_ENDINGS, find_slices, slice_files
 
 IMAGE_ENDINGS = (*NIFTI_ENDINGS, ".mha", ".mhd", ".nrrd", ".nhdr", ".gipl")
 DEPTH = 5
@@ -32,7 +34,7 @@ class Case:
 
     name: str  # without spaces; the files in the data set are named after it
     images: tuple[Path | None, ...]  # per channel; None if absent; several channels may be volumes of one file
-    label: Path | None  # None for some test cases
+    label: Path | None  # None for unlabelled cases and some test cases; with slices both are the folder
     is_test: bool
 
     @property
@@ -41,9 +43,15 @@ class Case:
         return "Ts" if self.is_test else "Tr"
 
     @property
+    def unlabelled(self) -> bool:
+        """Whether it is a training case without a label file."""
+        return self.label is None and not self.is_test
+
+    @property
     def files(self) -> list[Path]:
-        """All different files."""
-        return list(dict.fromkeys(path for path in (*self.images, self.label) if path is not None))
+        """All different files; those in it for a folder of slices."""
+        paths = dict.fromkeys(path for path in (*self.images, self.label) if path is not None)
+        return [file for path in paths for file in (slice_files(path) if path.is_dir() else [path])]
 
 
 @dataclass
@@ -72,6 +80,7 @@ def find_cases(
     description: Description,
     *,
     allow_missing: bool = False,
+    unlabelled: bool = False,
     unlabelled_as_test: bool = False,
     follow_links: bool = False,
 ) -> Found:
@@ -85,6 +94,8 @@ def find_cases(
         What it should hold.
     allow_missing
         Keep cases that lack the files of some, but not all, modalities.
+    unlabelled
+        Keep training cases without a label file.
     unlabelled_as_test
         Make cases without a label file test cases.
     follow_links
@@ -98,23 +109,25 @@ def find_cases(
     """
     if not source.is_dir():
         raise MissingFileError(f"no folder {source}")
-    search = _Search(source, description, allow_missing, unlabelled_as_test, follow_links)
-    if description.stack:
+    search = _Search(source, description, allow_missing, unlabelled, unlabelled_as_test, follow_links)
+    if description.stack and not description.slices:
         found = _find_stacked(search)
     else:
         folders, found = _release_folders(search) if description.case_names else _folders(search)
         for folder in folders:
-            found.add(*search.find(folder.name, folder))
+            found.add(*(search.find_slices(folder) if description.slices else search.find(folder.name, folder)))
     _refuse_clashes(source, found.names)
     for pattern in description.test_cases:
         if not any(fnmatchcase(name, pattern) for name in found.names):
             raise InputError(f"no case in {source} matches the test case {pattern!r}")
     if found.cases and all(case.is_test for case in found.cases):
         raise InputError(f"all {len(found.cases)} cases in {source} are test cases, expected at least one to train on")
-    unlabelled = [name for name, lines in found.problems.items() if any(line.startswith(LABEL) for line in lines)]
-    if len(unlabelled) == len(found.names) > 1:
+    lacking = [case.name for case in found.cases if case.unlabelled]
+    lacking += [name for name, lines in found.problems.items() if any(line.startswith(LABEL) for line in lines)]
+    training = len(found.names) - sum(case.is_test for case in found.cases)
+    if len(lacking) == training and (found.cases or training > 1):
         raise InputError(
-            f"none of the {len(unlabelled)} cases in {source} has a label file "
+            f"none of the {len(lacking)} cases in {source} has a label file "
             f"({' or '.join(alternatives(description.label))}): is it a validation set? There is nothing to train on"
         )
     return found
@@ -159,13 +172,14 @@ def _folders(search: _Search) -> tuple[list[Path], Found]:
 def _release_folders(search: _Search) -> tuple[list[Path], Found]:
     """The case folders of a release at any depth, after a look at what else the source holds."""
     source, description = search.source, search.description
+    endings = SLICE_ENDINGS if description.slices else NIFTI_ENDINGS
     ours, others, strange = [], defaultdict(list), []
     for folder, names in _walk(source):
         if re.fullmatch(description.case_names, folder.name, re.ASCII):
             ours.append(folder)
         elif releases := releases_of_case(folder.name):
             others[" or ".join(releases)].append(folder.name)
-        elif any(name.lower().endswith(NIFTI_ENDINGS) for name in names):
+        elif any(name.lower().endswith(endings) for name in names):
             strange.append(folder)
     example = RELEASES[description.release].example
     listed = "; ".join(f"{len(names)} of {key} such as {names[0]}" for key, names in others.items())
@@ -180,8 +194,18 @@ def _release_folders(search: _Search) -> tuple[list[Path], Found]:
         f"this folder holds images, but its name is not as in {description.release} ({example}); rename or remove it"
     )
     ours.sort(key=lambda folder: folder.name)
+    twice = [pair for pair in pairwise(ours) if pair[0].name == pair[1].name]
+    if twice:
+        raise InputError(
+            f"{source} holds {len(twice)} cases more than once, such as {twice[0][0].name} in "
+            f"{' and '.join(str(folder.parent) for folder in twice[0])}; name one of these folders"
+        )
     _refuse_clashes(source, [folder.name for folder in ours])
-    return ours, Found(problems={str(folder.relative_to(source)): [problem] for folder in strange})
+    found = Found(problems={str(folder.relative_to(source)): [problem] for folder in strange})
+    if description.slices:
+        spacing = " x ".join(f"{mm:g}" for mm in description.slices.spacing)
+        found.notes.append(f"the files have no spacing: {spacing} mm is assumed, --spacing changes it")
+    return ours, found
 
 
 def _walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
@@ -205,6 +229,7 @@ class _Search:
     source: Path
     description: Description
     allow_missing: bool
+    unlabelled: bool
     unlabelled_as_test: bool
     follow_links: bool
 
@@ -230,8 +255,12 @@ class _Search:
         present = [role for role in description.modalities if role in found]
         used = {path.name for path in found.values()}
         spare = [entry for entry in entries if entry.lower().endswith(IMAGE_ENDINGS) and entry not in used]
+        if not found.keys() - {LABEL} and not problems:
+            wanted_files = ", ".join(pattern for role, pattern in missing.items() if role != LABEL)
+            problems.append(f"it has no image: no file matches {wanted_files}")
+            missing.clear()
         for role, patterns in missing.items():
-            tolerated = is_test if role == LABEL else self.allow_missing and present
+            tolerated = is_test or self.unlabelled if role == LABEL else self.allow_missing and present
             if tolerated:
                 continue
             hint = f"; not used: {', '.join(spare)}" if spare else ""
@@ -242,6 +271,19 @@ class _Search:
             problems += [f"{role}: {line}" for line in self.check_place(path)]
         images = tuple(found.get(role) for role in description.modalities)
         return Case(name, images, found.get(LABEL), is_test), problems
+
+    def find_slices(self, folder: Path) -> tuple[Case, list[str]]:
+        """The case whose slices are in `folder`, and a line for each thing that is wrong with its files."""
+        files = find_slices(folder, self.description)
+        problems = files.problems
+        is_test = self.is_test(folder.name, labelled=bool(files.masks))
+        if files.images and not files.masks and not (is_test or self.unlabelled):
+            wanted = alternatives(self.description.label)[0].replace("{case}", folder.name)
+            problems.append(f"{LABEL}: no file matches {wanted!r}")
+        places = (self.check_place(path) for path in (*files.images.values(), *files.masks.values()))
+        problems += next((lines for lines in places if lines), [])  # if the folder is a link, they all are alike
+        images = (folder,) * len(self.description.modalities)
+        return Case(folder.name, images, folder if files.masks else None, is_test), problems
 
     def is_test(self, name: str, *, labelled: bool) -> bool:
         """Whether nnU-Net shall not train on a case."""
@@ -305,7 +347,7 @@ def _find_stacked(search: _Search) -> Found:
         problems = [f"image: {line}" for line in search.check_place(image)]
         if len(labels) == 1:
             problems += [f"{LABEL}: {line}" for line in search.check_place(labels[0])]
-        elif labels or not is_test:
+        elif labels or not (is_test or search.unlabelled):
             problems.append(f"{LABEL}: {len(labels)} files {name}.nii.gz or {name}.nii in labelsTr, expected one")
         images = (image,) * len(description.modalities)
         found.add(Case(name, images, labels[0] if labels else None, is_test), problems)

@@ -16,13 +16,16 @@ from nnunetv2_mstkd.images.completeness import GZIP, NIFTI_ENDINGS, check_comple
 from nnunetv2_mstkd.images.geometry import TOLERANCE, Geometry, geometry_of, image_reader, read_image
 
 from .cases import LABEL, Case
-from .description import FILE_ENDING, Description, Grid
+from .description import FILE_ENDING, IGNORE, Description, Grid
 from .releases import meaning_of_value
+from .slices import read_slices
 
 FULL, HEADER = "full", "header"
 LEVELS = (FULL, HEADER)
 HEADER_BYTES = 348
 """Size of a NIfTI-1 header."""
+ZERO_RATIO = 100
+"""Images that compress more than that may be zero everywhere: gzip reduces zeros to between 1/200 and 1/1000."""
 PROBES = 10_000
 """Number of label voxels that are looked at to tell how much of a label lies outside the images."""
 MAX_OUTSIDE = 0.1
@@ -40,6 +43,7 @@ class Checked:
     # files whose bytes can be used unchanged: .nii.gz, one volume, exactly on this grid; labels without remapping
     as_is: frozenset[Path] = frozenset()
     label: Label | None = None  # to write where the file cannot be used as it is
+    unlabelled: bool = False  # a training case without a label, or whose label is 'ignore' where an image is not zero
 
 
 class Label(NamedTuple):
@@ -117,8 +121,8 @@ def check_case(
     description
         What they should hold.
     level
-        ``"full"`` decompresses each file once; ``"header"`` reads only the beginning and end of each file, and all of a
-        label whose values must change.
+        ``"full"`` decompresses each file once; ``"header"`` reads only the beginning and end of each file, and all of
+        those that must be written anew, and of images that may be zero everywhere.
     allow_missing
         Accept an image that is zero everywhere as an absent modality.
     max_outside
@@ -127,6 +131,8 @@ def check_case(
         Headers of cases checked before, to which those of this case are added: ITK need not read them again.
     """
     check = _CaseCheck(case, description, level, allow_missing, {} if headers is None else headers)
+    if check.slices is not None and check.slices.problems:
+        return Checked(problems=check.slices.problems)
     foreground = check.read_label()
     probes = foreground[:: max(1, foreground.size // PROBES)]
     covered = check.read_images(probes)
@@ -157,18 +163,30 @@ class _CaseCheck:
         self.label: _File | None = None
         self.images: dict[str, _File] = {}
         self.zero: set[str] = set()
+        self.background: np.ndarray | None = None  # where the label is, if it has no foreground but 'ignore'
+        folder = case.images[0]
+        self.slices = read_slices(folder, description) if description.slices and folder else None
+
+    def _read(self, path: Path, level: str, *, volumes: int = 0) -> tuple[_File, sitk.Image | None]:
+        if self.slices is None:
+            return _read(path, level, self.headers, volumes=volumes)
+        image = self.slices.images if volumes else self.slices.masks
+        assert image is not None
+        return _File(path, geometry_of(image, volumes=volumes), None, False, b""), image
 
     def read_label(self) -> np.ndarray:
-        """Read the label file; return the indices of the voxels that are not zero, none if they were not read."""
+        """Read the label file; return the indices of the labelled foreground, none if they were not read."""
         path, description = self.case.label, self.description
         nothing = np.zeros(0, np.intp)
+        self.result.unlabelled = self.case.unlabelled
         if path is None:
             return nothing
+        ignored = [own for own, written in description.value_map.items() if written == description.labels.get(IGNORE)]
         try:
             must_map = any(own != written for own, written in description.value_map.items())
-            file, image = _read(path, FULL if must_map else self.level, self.headers)
+            file, image = self._read(path, FULL if must_map or ignored else self.level)
             if image is None and file.is_float:
-                file, image = _read(path, FULL, self.headers)
+                file, image = self._read(path, FULL)
             foreground, reusable = nothing, path.name.endswith(FILE_ENDING)
             if image is not None:
                 voxels = sitk.GetArrayViewFromImage(image)
@@ -176,6 +194,11 @@ class _CaseCheck:
                 reusable &= not file.is_float and all(description.value_map[value] == value for value in values)
                 if not reusable:
                     self.result.label = _mapped(voxels, foreground, description)
+                if ignored:
+                    foreground = foreground[~np.isin(voxels.reshape(-1)[foreground], ignored)]
+                    self.result.unlabelled = not self.case.is_test and foreground.size == 0
+                    if self.result.unlabelled:
+                        self.background = ~np.isin(voxels, ignored)
         except ValueError as error:
             self.result.problems.append(f"{LABEL} ({path.name}) {error}")
             return nothing
@@ -191,7 +214,7 @@ class _CaseCheck:
             if path is None:
                 continue
             try:
-                file, image = stacked or _read(path, self.level, self.headers, volumes=len(stack))
+                file, image = stacked or self._read(path, self._image_level(path), volumes=len(stack))
             except ValueError as error:
                 self.result.problems.append(f"{'image' if stack else name} ({path.name}) {error}")
                 if stack:
@@ -205,11 +228,24 @@ class _CaseCheck:
                 array = array[stack.index(name)] if stack else array
                 if self._is_zero(name, path, array):
                     self.zero.add(name)
+                elif self._shows_background(array):
+                    self.result.unlabelled = False
                 elif probes.size and array.size > probes[-1]:
                     covered |= array.reshape(-1)[probes] != 0
                 del array
             del image  # the next image takes this one's memory: getting new memory costs as much as reading
         return covered
+
+    def _shows_background(self, voxels: np.ndarray) -> bool:
+        """Whether an image is not zero in the background of a label: nnU-Net drops labels where all images are zero."""
+        if self.background is None or self.background.shape != voxels.shape:
+            return False
+        return bool(voxels[self.background].any())
+
+    def _image_level(self, path: Path) -> str:
+        """The header is not enough where all voxels are written anew, or may be zero, which the data set records."""
+        rewritten = bool(self.description.stack) or not path.name.endswith(FILE_ENDING)
+        return FULL if rewritten or self.background is not None or _may_be_zero(path) else self.level
 
     def _is_zero(self, name: str, path: Path, voxels: np.ndarray) -> bool:
         """Whether an image is zero everywhere; being constant is a problem."""
@@ -217,7 +253,10 @@ class _CaseCheck:
         if value is not None and value != 0:
             self.result.problems.append(f"{name} ({path.name}) is constant, {value:g} everywhere")
         if value == 0 and not self.allow_missing:
-            self.result.problems.append(f"{name} ({path.name}) is zero everywhere; --allow-missing keeps such a case")
+            reason = "is zero everywhere"
+            if self.slices is not None and name in self.slices.copies:
+                reason = f"is absent: a copy of {self.slices.copies[name]} in every slice"
+            self.result.problems.append(f"{name} ({path.name}) {reason}; --allow-missing keeps such a case")
         return value == 0
 
     def compare_files(self) -> None:
@@ -329,6 +368,14 @@ def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tupl
     checksum, header = _read_ends(path, headers, volumes)
     forms = None if header is None else header.forms
     return _File(path, geometry, forms, _is_float(image), checksum), image
+
+
+def _may_be_zero(path: Path) -> bool:
+    """Whether a ``.nii.gz`` file is so small that all its voxels may be zero."""
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 4))
+        return size * ZERO_RATIO < int.from_bytes(file.read(), "little")
 
 
 def _is_float(image: sitk.Image | sitk.ImageFileReader) -> bool:

@@ -48,6 +48,9 @@ def summary(report: Report, description: Description) -> list[str]:
     training = report.training
     patients = {case.patient for case in training}
     of = f" of {count(patients, 'patient')}" if len(patients) < len(training) else ""
+    special = {"unlabelled": len(report.unlabelled), "incomplete": sum(bool(case.missing) for case in training)}
+    listed = ", ".join(f"{number} {word}" for word, number in special.items() if number)
+    of += f" ({listed})" if listed else ""
     was = ", already complete" if report.was_finished else ""
     was = f", {count(report.resumed, 'case')} from an interrupted run" if report.resumed else was
     lines = [

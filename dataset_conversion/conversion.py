@@ -61,19 +61,21 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     listed, tests = folds.read_lists(options.split_lists) if options.split_lists else ([], [])
     if tests:
         description = replace(description, test_cases=[*description.test_cases, *tests])
+    if options.unlabelled:
+        description = description.with_ignore()
     job = Job(Path(os.path.abspath(source)), target, description, options)
 
     found = find_cases(
-        job.source, description, allow_missing=options.allow_missing, unlabelled_as_test=options.unlabelled_as_test,
-        follow_links=options.follow_links,
+        job.source, description, allow_missing=options.allow_missing, unlabelled=options.unlabelled,
+        unlabelled_as_test=options.unlabelled_as_test, follow_links=options.follow_links,
     )  # fmt: skip
     if listed:
         folds.refuse_unknown_cases(listed, tests, found.names)
     _draw_tests(found, job)
-    if not found.cases:
+    if not any(case.label and not case.is_test for case in found.cases):
         _refuse(found.problems)
     # wrong options should not cost a whole conversion; cases that turn out bad are taken out later
-    _make_splits(job, listed, [case.name for case in found.cases if not case.is_test], found.problems)
+    _make_splits(job, listed, found.cases, found.problems)
 
     report = Report(target, notes={note: [] for note in found.notes})
     if target.exists() and not options.overwrite:
@@ -85,7 +87,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
             )
         _convert(job, found, report)
     training = [record.name for record in report.training]
-    made = _make_splits(job, listed, training, report.skipped)
+    made = _make_splits(job, listed, report.cases, report.skipped)
     if splits_file is not None and made is not None:
         present = folds.present_splits(splits_file)
         if present is not None and present != made and not options.overwrite:
@@ -135,28 +137,35 @@ def _draw_tests(found: Found, job: Job) -> None:
     options, description = job.options, job.description
     if not options.test_fraction:
         return
-    cases = [name for name in found.names if not description.is_test_case(name)]
-    drawn = set(folds.draw_test_cases(cases, options.test_fraction, options.seed, patient_of=description.patient_of))
-    found.cases = [replace(case, is_test=case.is_test or case.name in drawn) for case in found.cases]
+    patient_of, unlabelled = description.patient_of, {case.name for case in found.cases if case.unlabelled}
+    cases = [name for name in found.names if not description.is_test_case(name) and name not in unlabelled]
+    drawn = folds.draw_test_cases(cases, options.test_fraction, options.seed, patient_of=patient_of)
+    patients = {patient_of(case) for case in drawn}
+    found.cases = [replace(case, is_test=case.is_test or patient_of(case.name) in patients) for case in found.cases]
 
 
 def _make_splits(
-    job: Job, listed: folds.Splits, training: Sequence[str], skipped: Collection[str]
+    job: Job, listed: folds.Splits, cases: Sequence[Case] | Sequence[CaseRecord], skipped: Collection[str]
 ) -> folds.Splits | None:
     """The folds of the training cases; None if nnU-Net makes them or a single patient cannot be split."""
     options, patient_of = job.options, job.description.patient_of
     if not options.write_splits:
         return None
+    tests = [case.name for case in cases if case.part == "Ts"]
+    unlabelled = [case.name for case in cases if case.unlabelled]
+    labelled = [case.name for case in cases if case.part == "Tr" and not case.unlabelled]
     if listed:
         made = folds.without(listed, skipped)
         folds.refuse_shared_patients(made, patient_of)
-        return made
-    if options.val_cases:
+    elif options.val_cases:
+        folds.refuse_unlabelled(options.val_cases, unlabelled)
         validation = [case for case in options.val_cases if case not in skipped]
-        return folds.hold_out(training, validation, patient_of=patient_of)
-    if options.folds is None and len({patient_of(case) for case in training}) < 2:
+        made = folds.hold_out(labelled, validation, patient_of=patient_of)
+    elif options.folds is None and len({patient_of(case) for case in labelled}) < 2:
         return None
-    return folds.cross_validation(training, options.folds, options.seed, patient_of=patient_of)
+    else:
+        made = folds.cross_validation(labelled, options.folds, options.seed, patient_of=patient_of)
+    return folds.with_unlabelled(made, unlabelled, tests, patient_of=patient_of)
 
 
 def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
@@ -196,8 +205,11 @@ def _convert(job: Job, found: Found, report: Report) -> None:
                 continue
             report.resumed += record is resumable.get(record.name)
             finished.append(record)
-        if not any(record.part == "Tr" for record in finished) or (job.options.strict and skipped):
+        labelled = any(record.part == "Tr" and not record.unlabelled for record in finished)
+        if skipped and (not labelled or job.options.strict):
             _refuse(skipped)
+        if not labelled:
+            raise InputError(f"all {count(finished, 'case')} are unlabelled: there is nothing to train on")
         report.fill(finished, skipped)
         _finish(unfinished, job, report)
         replace_folder(job.target, unfinished)
@@ -218,7 +230,8 @@ def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Cas
     written = write_case(case, checked, description, folder, job.options.mode)
     missing = [name for name, absent in zip(description.modalities, checked.absent, strict=True) if absent]
     record = replace(record, images=written.images, label=written.label, missing=missing, notes=checked.notes)
-    record = replace(record, states=[file_state(folder / name) for name in record.written])
+    states = [file_state(folder / name) for name in record.written]
+    record = replace(record, states=states, unlabelled=checked.unlabelled)
     progress.add(record)
     return record
 
@@ -234,7 +247,9 @@ def _finish(folder: Path, job: Job, report: Report) -> None:
         if part.endswith("Ts") or reference:
             with suppress(OSError):  # not empty
                 (folder / part).rmdir()
-    content = {"name": job.target.name, **job.description.dataset_json(len(report.training))}
+    missing = {case.name: case.missing for case in report.training if case.missing}
+    described = job.description.dataset_json(len(report.training), missing, report.unlabelled)
+    content = {"name": job.target.name, **described}
     if reference:
         content["dataset"] = {case.name: {"images": case.images, "label": case.label} for case in report.training}
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -46,8 +47,23 @@ class Grid:
 
 
 @dataclass(frozen=True)
+class Slices:
+    """How a release stores a case as 2-D slices, in files that hold all channels."""
+
+    spacing: tuple[float, ...]
+    """mm along x, y and z, which the files do not say."""
+    substitute: str
+    """The channel whose copy takes the place of an absent one."""
+
+    def __post_init__(self) -> None:
+        if len(self.spacing) != 3 or not all(0 < mm < math.inf for mm in self.spacing):
+            given = " ".join(f"{mm:g}" for mm in self.spacing)
+            raise InputError(f"--spacing is {given}, expected three lengths in mm, more than 0")
+
+
+@dataclass(frozen=True)
 class Description:
-    """A data set with one folder per case and one file per modality, or one stacked file per case.
+    """A data set with one folder per case and one file per modality, one stacked file per case, or a folder of slices.
 
     Attributes
     ----------
@@ -76,7 +92,12 @@ class Description:
     case_names
         Regular expression for the names of all case folders, which are then searched at any depth. Releases only.
     stack
-        Order of the channels if each case is one file of four dimensions in ``imagesTr``. Releases only.
+        Order of the channels if each case is one file of four dimensions in ``imagesTr``, or a folder of slices.
+        Releases only.
+    slices
+        Set if each case is a folder of 2-D slices; ``{slice}`` in a pattern is the number of the slice. Releases only.
+    ignore_added
+        Whether ``ignore`` was added for unlabelled cases: then no label file may hold its value.
     release, classes, label_file, grid, small_et_becomes
         See :class:`.releases.Release`; ``classes`` holds the written values.
 
@@ -96,6 +117,8 @@ class Description:
     patient: str = ""
     case_names: str = ""
     stack: Sequence[str] = ()
+    slices: Slices | None = None
+    ignore_added: bool = False
     release: str = ""
     classes: Mapping[str, int] = field(default_factory=dict)
     label_file: str = "{case}.nii.gz"
@@ -162,9 +185,16 @@ class Description:
     @property
     def value_map(self) -> dict[int, int]:
         """Maps every value that a label file of the release may hold to the value to write."""
-        targets = set(self.remap.values())
+        targets = {*self.remap.values(), *([self.labels[IGNORE]] if self.ignore_added else [])}
         same = {value: value for value in self.declared_values if value not in targets and value not in self.remap}
         return dict(sorted({**same, **self.remap}.items()))
+
+    def with_ignore(self) -> Description:
+        """Return the description with a label ``ignore`` above the others, or itself if it declares one."""
+        if IGNORE in self.labels:
+            return self
+        labels = {**self.labels, IGNORE: max(self.declared_values) + 1}
+        return replace(self, labels=labels, ignore_added=True)
 
     def patient_of(self, case: str) -> str:
         """The patient that a case belongs to."""
@@ -175,15 +205,30 @@ class Description:
         """Whether `case` is one of ``test_cases``."""
         return any(fnmatchcase(case, pattern) for pattern in self.test_cases)
 
-    def dataset_json(self, num_training: int) -> dict[str, Any]:
-        """Return what nnU-Net's ``dataset.json`` holds for `num_training` training cases."""
+    def dataset_json(
+        self, num_training: int, missing: Mapping[str, Sequence[str]], unlabelled: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Return what nnU-Net's ``dataset.json`` holds.
+
+        Parameters
+        ----------
+        num_training
+            Number of training cases.
+        missing
+            The modalities that are zero images, for each training case that lacks some.
+        unlabelled
+            Training cases whose label is ``ignore`` in every voxel.
+        """
         content: dict[str, Any] = {
             "channel_names": {str(index): name for index, name in enumerate(self.modalities)},
             "labels": {name: value if isinstance(value, int) else list(value) for name, value in self.labels.items()},
         }
         if self.regions_class_order:
             content["regions_class_order"] = list(self.regions_class_order)
-        return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, CONVERSION: self._record()}
+        record = {**self._record(), "missing": {case: list(names) for case, names in missing.items()}}
+        if unlabelled:
+            record["unlabelled"] = list(unlabelled)
+        return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, CONVERSION: record}
 
     def _record(self) -> dict[str, Any]:
         """What `mstkd restore-labels` needs to turn predictions back into segmentations of the release."""
@@ -219,6 +264,11 @@ class Description:
             )
         if self.labels.get(IGNORE, found[-1]) != found[-1]:
             raise InputError(f"label '{IGNORE}' is {self.labels[IGNORE]}, expected the highest value, {found[-1]}")
+        shared = [name for name, entry in self.regions.items() if self.labels.get(IGNORE) in _values(entry)]
+        if shared:
+            raise InputError(
+                f"label '{IGNORE}' is {found[-1]}, which is a value of {shared[0]} too, expected {found[-1] + 1}"
+            )
 
     def _check_regions(self) -> None:
         if not _is_list(self.regions_class_order) or not all(map(_is_integer, self.regions_class_order)):

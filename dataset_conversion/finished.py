@@ -72,5 +72,5 @@ def _verify_written(job: Job, record: CaseRecord) -> list[str]:
         for modality, path in zip(job.description.modalities, paths, strict=False)
     )
     case = Case(record.name, images, paths[-1] if record.label else None, record.part == "Ts")
-    written = replace(job.description, stack=(), remap={})
+    written = replace(job.description, stack=(), slices=None, remap={}, ignore_added=False)
     return check_case(case, written, level=level, allow_missing=True, max_outside=job.options.max_outside).problems

@@ -34,6 +34,7 @@ class Options:
     verify: str | None = None  # full, but header for a data set that is already finished
     allow_missing: bool = False
     strict: bool = False
+    unlabelled: bool = False
     unlabelled_as_test: bool = False
     follow_links: bool = False
     max_outside: float = MAX_OUTSIDE
@@ -57,6 +58,10 @@ class Options:
         ways = [self.folds is not None, bool(self.val_cases), bool(self.split_lists), not self.write_splits]
         if sum(ways) > 1:
             raise InputError("found several of --folds, --val-cases, --splits and --no-splits, expected one of them")
+        if self.unlabelled and self.unlabelled_as_test:
+            raise InputError("found --unlabelled and --unlabelled-as-test, expected one of them: train on them or not")
+        if self.unlabelled and not self.write_splits:
+            raise InputError("found --unlabelled and --no-splits, but nnU-Net's own folds validate on unlabelled cases")
         if self.split_lists and self.test_fraction:
             raise InputError("found --splits and --test-fraction, expected one of them: lists name their test cases")
 
@@ -83,7 +88,7 @@ class Job:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Everything that the written files depend on, except the sources, as JSON reads it back."""
-        used = ("mode", "allow_missing", "unlabelled_as_test", "test_fraction", "max_outside")
+        used = ("mode", "allow_missing", "unlabelled", "unlabelled_as_test", "test_fraction", "max_outside")
         chosen = {name: getattr(self.options, name) for name in used}
         if self.options.test_fraction:
             chosen["seed"] = self.options.seed
@@ -129,6 +134,11 @@ class Report:
         """The cases to train on."""
         return [record for record in self.cases if record.part == "Tr"]
 
+    @property
+    def unlabelled(self) -> list[str]:
+        """Names of the training cases without a label."""
+        return [record.name for record in self.training if record.unlabelled]
+
     def fill(self, finished: Sequence[CaseRecord], skipped: Mapping[str, list[str]]) -> None:
         """Set the cases, in the order of their names, and collect their notes."""
         self.cases = sorted(finished, key=lambda record: record.name)
@@ -139,6 +149,8 @@ class Report:
                 notes[note].append(record.name)
             if record.missing:
                 notes[f"no {', no '.join(record.missing)}: zero images"].append(record.name)
+            if record.unlabelled:
+                notes["no label: in the training part of the folds only"].append(record.name)
         self.notes = dict(notes)
 
 

@@ -47,8 +47,14 @@ def add_arguments(parser: argparse.ArgumentParser, converter: str) -> None:
         parser.epilog = EXAMPLE
     else:
         _add_common_arguments(parser, name=RELEASES[converter].title.split(" (")[0].replace(" ", ""))
-        text = "mutually exclusive classes instead of overlapping regions"
-        parser.add_argument("--labels", action="store_true", help=text)
+        release = RELEASES[converter]
+        if release.regions:
+            text = "mutually exclusive classes instead of overlapping regions"
+            parser.add_argument("--labels", action="store_true", help=text)
+        if release.slices is not None:
+            text = "mm along x, y and z, which the files do not say (default: %(default)s)"
+            default = release.slices.spacing
+            parser.add_argument("--spacing", metavar=("X", "Y", "Z"), nargs=3, type=float, default=default, help=text)
     parser.set_defaults(converter=converter)
 
 
@@ -66,7 +72,11 @@ def description_of(args: argparse.Namespace) -> tuple[Description, dict[str, str
         names = zip(given["modalities"], description.modalities, strict=True)
         renamed = {own: name for own, name in names if own != name}
     else:
-        description, renamed = RELEASES[args.converter].description(plain_labels=args.labels), {}
+        release, renamed = RELEASES[args.converter], {}
+        description = release.description(plain_labels=bool(release.regions) and args.labels)
+        if description.slices is not None:
+            slices = replace(description.slices, spacing=tuple(args.spacing))
+            description = replace(description, slices=slices)
     return replace(description, test_cases=args.test_cases) if args.test_cases else description, renamed
 
 
@@ -163,6 +173,10 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None =
         default=0.0,
         help="draw this share of the patients as test cases",
     )
+    add(
+        "--unlabelled", action="store_true",
+        help="keep training cases without a label, for trainers that learn from them: all 'ignore'",
+    )  # fmt: skip
     add("--unlabelled-as-test", action="store_true", help="make cases without a label test cases")
     add("--seed", type=int, default=SEED, help="seed of folds and test cases (default: %(default)s, as in nnU-Net)")
 

@@ -29,6 +29,7 @@ class CaseRecord:
     label: str | None = None
     states: list[list[int]] = field(default_factory=list)  # the file_state of each of `written`
     missing: list[str] = field(default_factory=list)  # modalities that are zero images
+    unlabelled: bool = False  # whether it is a training case whose label is 'ignore' in every voxel
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # why it was left out; then nothing was written
 
@@ -89,7 +90,8 @@ def write_record(
 ) -> None:
     """Write ``conversion.json`` into a finished data set."""
     cases = [asdict(record) for record in written]
-    content = {"format": FORMAT, "settings": settings, "cases": cases, "skipped": dict(skipped)}
+    unlabelled = sum(case["unlabelled"] for case in cases)
+    content = {"format": FORMAT, "settings": settings, "unlabelled": unlabelled, "cases": cases, "skipped": {**skipped}}
     (folder / RECORD).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 

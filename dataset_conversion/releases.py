@@ -2,7 +2,8 @@
 
 Sources: the pages and official repositories of the challenges, and headers of cases of each grid; BraTS 2018 to 2020:
 https://www.med.upenn.edu/cbica/brats2020/data.html; BraTS 2023 and later: https://www.synapse.org/brats; the regions of
-2024 and later as in the official evaluation (BraTS-2024-Metrics).
+2024 and later as in the official evaluation (BraTS-2024-Metrics). LGG: its page,
+https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, and its files; the spacing is an assumption.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from .description import BACKGROUND, Description, Grid
+from .description import BACKGROUND, Description, Grid, Slices
 from .modality_names import BRATS_MODALITIES
 
 SRI24 = Grid(
@@ -36,12 +37,13 @@ class Release:
     label: Sequence[str]  # patterns
     label_file: str  # name of a segmentation of this release
     classes: Mapping[str, int]  # the release's own values
-    regions: Mapping[str, Sequence[str]]  # their classes, in the order of nnU-Net's output channels
+    regions: Mapping[str, Sequence[str]]  # their classes, in the order of nnU-Net's output channels; may be none
     writes: Sequence[str]  # the class that each region writes into a segmentation, later ones over earlier ones
     grid: Grid | None  # of all images; None if each case has its own
-    small_et_becomes: str  # the class that replaces an enhancing tumour too small to be plausible
+    small_et_becomes: str  # the class that replaces an enhancing tumour too small to be plausible; empty without ET
     family: str  # name of the script that converts it, and of its page in the documentation
-    stack: Sequence[str] = ()  # order of the channels if a case is one file of four dimensions
+    stack: Sequence[str] = ()  # order of the channels if a case is one file of four dimensions, or of slices
+    slices: Slices | None = None  # if a case is a folder of 2-D slices
     name: str = ""
 
     @property
@@ -54,6 +56,7 @@ class Release:
         """The release as the converter needs it: with overlapping regions, or with its classes as `plain_labels`."""
         written = self.written_values
         labels: dict[str, int | Sequence[int]] = {BACKGROUND: 0}
+        plain_labels = plain_labels or not self.regions
         if plain_labels:
             labels |= written
         else:
@@ -68,11 +71,12 @@ class Release:
             patient=self.case_names if "(?P<patient>" in self.case_names else "",
             case_names=self.case_names,
             stack=self.stack,
+            slices=self.slices,
             release=self.name,
             classes=written,
             label_file=self.label_file,
             grid=self.grid,
-            small_et_becomes=written[self.small_et_becomes],
+            small_et_becomes=written.get(self.small_et_becomes),
         )
 
 
@@ -181,6 +185,22 @@ _TABLE = {
         family="msd",
         stack=("FLAIR", "T1", "T1ce", "T2"),
         **_GLIOMA,
+    ),
+    "lgg": Release(
+        title="LGG (MRI of TCGA-LGG, Buda et al. 2019)",
+        case_names=r"(?P<patient>TCGA_[A-Z]{2}_[A-Z0-9]{4})_\d{8}",
+        example="TCGA_CS_4941_19960909",
+        modalities={name: ("{case}_{slice}.tif",) for name in BRATS_MODALITIES if name != "T2"},
+        label=("{case}_{slice}_mask.tif",),
+        label_file="{case}_{slice}_mask.tif",
+        classes={"tumor": 255},
+        regions={},
+        writes=(),
+        grid=None,
+        small_et_becomes="",
+        family="lgg",
+        stack=("T1", "FLAIR", "T1ce"),
+        slices=Slices(spacing=(1.0, 1.0, 5.0), substitute="FLAIR"),
     ),
 }
 

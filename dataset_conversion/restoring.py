@@ -20,6 +20,7 @@ from nnunetv2_mstkd.nnunet.plans import CONVERSION
 
 from .description import HIGHEST_LABEL
 from .releases import RELEASES
+from .slices import SLICE, write_masks
 
 ET = "ET"
 
@@ -116,7 +117,9 @@ def restore_folder(
     output.mkdir(parents=True, exist_ok=True)
     problems = []
     for path in files:
-        target = output / how.label_file.replace("{case}", path.name.removesuffix(ending))
+        case = path.name.removesuffix(ending)
+        folder = output / case if SLICE in how.label_file else output
+        target = folder / how.label_file.replace("{case}", case)
         try:
             restore_file(path, target, how, min_enhancing or 0)
         except ValueError as error:
@@ -126,6 +129,8 @@ def restore_folder(
 
 def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing: int = 0) -> None:
     """Write one prediction with the release's values atomically, and read it back to verify it.
+
+    With :data:`.slices.SLICE` in its name, `target` stands for one file per slice.
 
     An error begins with a verb: the file cannot be read, has an unknown value, or differs when turned back.
     """
@@ -139,6 +144,9 @@ def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing
     enhancing = segmentation == how.enhancing
     if 0 < np.count_nonzero(enhancing) < min_enhancing:
         segmentation[enhancing] = how.small_et_becomes
+    if SLICE in target.name:
+        write_masks(_mapped(segmentation, how.values), target)
+        return
     restored = sitk.GetImageFromArray(_mapped(segmentation, how.values))
     restored.CopyInformation(image)
     unfinished = target.with_name(f".{os.getpid()}.{target.name}")

@@ -75,6 +75,28 @@ def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Cal
     return splits
 
 
+def with_unlabelled(
+    splits: Splits, unlabelled: Sequence[str], tests: Sequence[str] = (), *, patient_of: Callable[[str], str] = str
+) -> Splits:
+    """Let each fold train on the unlabelled cases too, but for those of patients who validate or have a test case."""
+    refuse_unlabelled([case for fold in splits for case in fold["val"]], unlabelled)
+    made = []
+    for number, fold in enumerate(splits):
+        if set(fold["train"]) <= set(unlabelled):
+            raise InputError(f"fold {number} trains on unlabelled cases only, expected a labelled one too")
+        held_out = {patient_of(case) for case in (*fold["val"], *tests)}
+        added = {case for case in unlabelled if patient_of(case) not in held_out}
+        made.append({"train": sorted(added.union(fold["train"])), "val": fold["val"]})
+    return made
+
+
+def refuse_unlabelled(validation: Iterable[str], unlabelled: Sequence[str]) -> None:
+    """Raise InputError if unlabelled cases validate."""
+    wrong = sorted(set(validation) & set(unlabelled))
+    if wrong:
+        raise InputError(f"{_some(wrong)} cannot validate without a label; train on such cases, or leave them out")
+
+
 def draw_test_cases(
     cases: Sequence[str], fraction: float, seed: int = SEED, *, patient_of: Callable[[str], str] = str
 ) -> list[str]:

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mstkd.images.atomic import complete_image
@@ -14,7 +15,8 @@ from nnunetv2_mstkd.images.geometry import Geometry, read_image
 
 from .cases import Case
 from .checks import Checked, label_values
-from .description import FILE_ENDING, Description
+from .description import FILE_ENDING, IGNORE, Description
+from .slices import read_slices
 
 COPY, LINK, REFERENCE = "copy", "link", "reference"
 
@@ -35,8 +37,8 @@ def write_case(case: Case, checked: Checked, description: Description, folder: P
         The data set, with its sub-folders.
     mode
         ``"copy"``; ``"link"`` for symbolic links; ``"reference"`` to leave training files where they are. A file that
-        must change is written in every mode, and an absent modality becomes a zero image. Test cases have no place in
-        nnU-Net's table of references and are linked.
+        must change is written in every mode, an absent modality becomes a zero image, and an unlabelled case gets a
+        label that is ``ignore`` everywhere. Test cases have no place in nnU-Net's table of references and are linked.
     """
     assert checked.geometry is not None
     if case.is_test and mode == REFERENCE:
@@ -51,18 +53,20 @@ def write_case(case: Case, checked: Checked, description: Description, folder: P
         elif path in checked.as_is:
             name = _place(path, folder, name, mode)
         elif description.stack:
-            stack = stack or read_image(path)
+            stack = stack or _read_stack(path, description)
             volume = description.stack.index(list(description.modalities)[channel])
             _write(_volume(stack, volume), checked.geometry, folder / name)
         else:
             _write(read_image(path), checked.geometry, folder / name)
         images.append(name)
-    if case.label is None:
+    if case.label is None and case.is_test:
         return Written(images, None)
     name = f"labels{case.part}/{case.name}{FILE_ENDING}"
-    if case.label in checked.as_is:
+    if case.label is None:
+        values = np.full(checked.geometry.size[::-1], description.labels[IGNORE], np.uint8)
+    elif case.label in checked.as_is:
         return Written(images, _place(case.label, folder, name, mode))
-    if checked.label is not None:
+    elif checked.label is not None:
         values = checked.label.voxels()
     else:
         values = label_values(sitk.GetArrayFromImage(read_image(case.label)), description)
@@ -81,6 +85,14 @@ def _place(source: Path, folder: Path, name: str, mode: str) -> str:
     else:
         shutil.copyfile(source, target)
     return name
+
+
+def _read_stack(path: Path, description: Description) -> sitk.Image:
+    if description.slices is None:
+        return read_image(path)
+    images = read_slices(path, description).images
+    assert images is not None  # they passed the check
+    return images
 
 
 def _volume(image: sitk.Image, index: int) -> sitk.Image:

@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
 from nnunetv2_mstkd.phantom import make_case
@@ -105,9 +106,30 @@ def file_of(release: str, name: str, channel: int | None = None) -> str:
     return patterns[0].replace("{case}", name).replace(".nii*", ENDINGS.get(release, ".nii.gz"))
 
 
+def lgg_patient(number: int) -> tuple[np.ndarray, np.ndarray]:
+    """Slices as in LGG: images T1, FLAIR and T1ce, shape (z, y, x, 3), and masks of 0 and 255, both uint8."""
+    images, label = patient(number)
+    t1, t1ce, _, flair = np.clip(images.transpose(0, 3, 2, 1) / images.max() * 255, 0, 255).astype(np.uint8)
+    return np.stack([t1, flair, t1ce], -1), np.where(label.transpose(2, 1, 0) > 0, 255, 0).astype(np.uint8)
+
+
+def write_slices(folder: Path, images: np.ndarray, masks: np.ndarray | None) -> None:
+    """Write slices as TIFF files that are named after the folder and numbered from 1."""
+    folder.mkdir(parents=True)
+    for number, image in enumerate(images, start=1):
+        tifffile.imwrite(folder / f"{folder.name}_{number}.tif", image)
+    for number, mask in enumerate([] if masks is None else masks, start=1):
+        tifffile.imwrite(folder / f"{folder.name}_{number}_mask.tif", mask)
+
+
 def make_release(source: Path, release: str) -> list[str]:
     """Write four cases as the release has them and return their names."""
     names = case_names(release)
+    if RELEASES[release].slices:
+        for number, name in enumerate(names):
+            write_slices(source / "kaggle_3m" / name, *lgg_patient(number))
+        (source / "kaggle_3m" / "data.csv").write_text("Patient;death01\n")
+        return names
     affine = affine_of(release)
     for number, name in enumerate(names):
         images, own = patient(number)[0], own_label(release, number)

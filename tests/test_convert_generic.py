@@ -115,6 +115,7 @@ def test_channels_keep_the_declared_order(nnunet, source):
             "release_values": {"0": 0, "1": 1, "2": 2},
             "classes": {"edema": 1, "core": 2},
             "label_file": "{case}.nii.gz",
+            "missing": {},
         },
     }
     np.testing.assert_array_equal(read(folder / "imagesTr" / "b_0000.nii.gz"), image_array(T2))

@@ -25,6 +25,8 @@ from nnunetv2_mstkd.dataset_conversion import releases
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
 
 ROOT = Path(__file__).parents[1]
+VOLUMES = [name for name, release in RELEASES.items() if not release.slices]
+"""Releases of 3-D files; test_convert_lgg.py has the one of slices."""
 CHANNELS = {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"}
 
 
@@ -63,7 +65,7 @@ def dataset_json(nnunet: Path) -> dict:
     return json.loads((nnunet / "raw" / "Dataset007_Toy" / "dataset.json").read_text())
 
 
-@pytest.mark.parametrize("release", RELEASES)
+@pytest.mark.parametrize("release", VOLUMES)
 def test_round_trip(nnunet, source, monkeypatch, capsys, release):
     names = make_release(source, release)
     assert convert(release, source) == 0
@@ -266,14 +268,17 @@ def test_fets_container_names(nnunet, source):
     assert convert("fets2022", source) == 0
 
 
-def test_absent_modalities_become_zero_images(nnunet, source, monkeypatch, capsys):
+@pytest.mark.parametrize("level", ["full", "header"])
+def test_absent_modalities_become_zero_images(nnunet, source, monkeypatch, capsys, level):
     names = make_release(source, "brats2023_ssa")
     (source / names[1] / f"{names[1]}-t1c.nii.gz").unlink()
+    (source / names[3] / f"{names[3]}-t1c.nii.gz").unlink()
     flair = source / names[2] / f"{names[2]}-t2f.nii.gz"
     release_trees.write(flair, np.zeros(release_trees.SHAPE, np.int16), release_trees.SRI24_AFFINE)
-    assert convert("brats2023_ssa", source, "--allow-missing") == 0
+    assert convert("brats2023_ssa", source, "--allow-missing", "--verify", level, "--test-cases", names[3]) == 0
     out = capsys.readouterr().out
-    assert f"note: no T1ce: zero images (1 case: {names[1]})" in out
+    assert "3 training cases of 2 patients (2 incomplete), 1 test case" in out
+    assert f"note: no T1ce: zero images (2 cases: {names[1]}, {names[3]})" in out
     assert f"note: no FLAIR: zero images (1 case: {names[2]})" in out
     folder = nnunet / "raw" / "Dataset007_Toy"
     verify(folder, monkeypatch)
@@ -282,7 +287,10 @@ def test_absent_modalities_become_zero_images(nnunet, source, monkeypatch, capsy
     assert {case["name"]: case["missing"] for case in record["cases"] if case["missing"]} == {
         names[1]: ["T1ce"],
         names[2]: ["FLAIR"],
+        names[3]: ["T1ce"],
     }
+    missing = dataset_json(nnunet)["mstkd_conversion"]["missing"]  # of the training cases
+    assert missing == {names[1]: ["T1ce"], names[2]: ["FLAIR"]}
 
 
 def test_unlabelled_cases_can_be_test_cases(nnunet, source):
