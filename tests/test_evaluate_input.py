@@ -214,10 +214,9 @@ def test_a_folder_without_images(model, capsys, folder, nnunet_folders):
 
 def test_a_case_without_a_modality(model, capsys, folder, nnunet_folders):
     (nnunet_folders / "in" / "case_0002.nii.gz").unlink()
-    assert "has no T2 of case case" in refused(capsys, model, *folder)
-    assert "--available T0,T1,T3" in refused(capsys, model, *folder)
-    assert "--available T0,T1,T3" in refused(capsys, model, *folder, "--available", "T2")
-    assert "has no T2 of case case" in refused(capsys, model, *folder, "--subsets", "T0")
+    message = refused(capsys, model, *folder, "--available", "T2")
+    assert "none of the 1 cases can be evaluated" in message and "of a subset (T2)" in message
+    assert reaches_the_network(capsys, model, *folder)
     assert reaches_the_network(capsys, model, *folder, "--available", "T0,T1,T3")
 
 
@@ -228,7 +227,7 @@ def test_images_of_different_grids_and_zero_images(model, capsys, folder, nnunet
     message = refused_on_many_lines(capsys, model, *folder)
     assert "T1 (case_0001.nii.gz)" in message or "T1 has spacing" in message
     write(file, np.zeros_like(image))
-    assert "T1 of case case is zero everywhere" in refused(capsys, model, *folder)
+    assert reaches_the_network(capsys, model, *folder)
 
 
 def reaches_the_network(capsys, model: Path, *options: str) -> bool:

@@ -1,10 +1,13 @@
-"""The cases to evaluate: the validation cases of a fold, or a folder of images with a folder of labels."""
+"""The cases to evaluate: the validation cases of a fold, or a folder of images with a folder of labels.
+
+A case may lack modalities; it is evaluated with the subsets of those that it has.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from nnunetv2_mstkd.evaluation.scoring import Rules, read_label
 from nnunetv2_mstkd.images.geometry import TOLERANCE
 from nnunetv2_mstkd.inference.checks import Checker, format_problems
 from nnunetv2_mstkd.modalities import modality_names
+from nnunetv2_mstkd.nnunet.case_facts import read_case_facts
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.nnunet.input_folder import Case, find_cases, training_cases
 from nnunetv2_mstkd.nnunet.preprocessing import (
@@ -41,6 +45,25 @@ class LabelledCase:
     preprocessed: Path | None = None
     """Folder of nnU-Net's preprocessed data."""
     images: Case | None = None
+    in_preprocessed: tuple[bool, ...] = ()
+    """For each of the C channels, whether the preprocessed data have an image."""
+    labelled: bool = True
+    """False if its label is nothing but the ignore label; of a case with images it is known once it is checked."""
+
+    @property
+    def present(self) -> tuple[bool, ...]:
+        """For each of the C channels, whether the case has an image; all-zero files count until it is checked."""
+        return self.in_preprocessed if self.images is None else self.images.availability
+
+    @property
+    def given(self) -> tuple[bool, ...]:
+        """As :attr:`present`, but all-zero files always count: what is known without reading images."""
+        zero = () if self.images is None else self.images.all_zero
+        return tuple(there or channel in zero for channel, there in enumerate(self.present))
+
+    def subsets(self, rows: Mapping[str, Sequence[bool]]) -> list[str]:
+        """The names of those subsets, by name bool of shape (C,), that the case has all modalities of."""
+        return [name for name, row in rows.items() if not np.any(np.logical_and(row, np.logical_not(self.present)))]
 
 
 def prepare(
@@ -68,6 +91,7 @@ def fold_cases(
     dataset_json: dict,
     *,
     from_images: bool = False,
+    report: Callable[[str], None] = print,
 ) -> list[LabelledCase]:
     """The validation cases of a fold, a number or ``"all"``.
 
@@ -79,19 +103,23 @@ def fold_cases(
         The model, as for :func:`prepare`.
     from_images:
         Take the images in nnUNet_raw instead of the preprocessed data.
+    report:
+        Gets a line if the preprocessed data have to be read to see which modalities the cases have.
 
     Raises
     ------
     MissingFileError, InputError
-        If the fold has no validation cases, or their data do not exist or were made with other plans.
+        If the fold has no validation cases, a case has no modality, or their data do not exist or were made with other
+        plans.
     """
     folder = nnunet_folder("nnUNet_preprocessed") / plans.dataset_name
     data = folder / configuration.data_identifier
     names = validation_cases(folder, data, fold, split)
     labels = {name: folder / "gt_segmentations" / f"{name}{dataset_json['file_ending']}" for name in names}
+    channels = modality_names(dataset_json)
     if from_images:
         raw = nnunet_folder("nnUNet_raw") / plans.dataset_name
-        images = training_cases(raw, len(modality_names(dataset_json)))
+        images = training_cases(raw, len(channels))
         missing = [name for name in names if name not in images]
         if missing:
             raise MissingFileError(f"no images of the validation case {missing[0]} in nnUNet_raw/{raw.name}")
@@ -105,7 +133,13 @@ def fold_cases(
             f"no preprocessed data of the validation case {missing[0]} in {data} ({len(missing)} of {len(names)} "
             f"missing); make them: {preprocess_command(plans, configuration)}"
         )
-    return [LabelledCase(name, str(fold), labels[name], preprocessed=data) for name in names]
+    facts = read_case_facts(data, names, dataset_json, channels, report)
+    return [
+        LabelledCase(
+            name, str(fold), labels[name], data, in_preprocessed=facts[name].present, labelled=facts[name].labelled
+        )
+        for name in names
+    ]
 
 
 def folder_cases(
@@ -120,12 +154,12 @@ def folder_cases(
     names:
         Names of the C channels.
     available:
-        Channels that every case must have; files of other channels are ignored.
+        Channels to use; files of other channels are ignored, and a case may lack files.
 
     Raises
     ------
     MissingFileError, InputError
-        If there are no images, or a case lacks a modality or its label.
+        If there are no images, or a case lacks its label.
     """
     if not labels.is_dir():
         raise MissingFileError(f"no folder of labels {labels}")
@@ -133,14 +167,6 @@ def folder_cases(
     cases, problems = find_cases(images, ending, names)
     if problems:
         raise InputError(f"the images in {images} are not as expected:{format_problems(problems)}")
-    for case in cases:
-        absent = [names[channel] for channel in available if case.files[channel] is None]
-        if absent:
-            there = [name for name, file in zip(names, case.files, strict=True) if file is not None]
-            raise MissingFileError(
-                f"{images} has no {' and no '.join(absent)} of case {case.name}; evaluate only what is there: "
-                f"--available {','.join(there)}"
-            )
     missing = [case.name for case in cases if not (labels / f"{case.name}{ending}").is_file()]
     if missing:
         raise MissingFileError(
@@ -163,12 +189,12 @@ def check_cases(
     *,
     threads: int = 1,
     progress: bool = False,
-) -> list[SliceView]:
+) -> list[tuple[LabelledCase, SliceView | None]]:
     """Read all labels, and all images that are not preprocessed yet, before the network runs.
 
     Returns
     -------
-    The slice of each case to show.
+    Each case without its all-zero images and with what its label says, and its slice to show: None without any image.
 
     Raises
     ------
@@ -185,15 +211,21 @@ def check_cases(
         pool.shutdown(cancel_futures=True)
 
 
-def _check_case(case: LabelledCase, plans: Any, rules: Rules, checker: Checker) -> SliceView:
+def _check_case(
+    case: LabelledCase, plans: Any, rules: Rules, checker: Checker
+) -> tuple[LabelledCase, SliceView | None]:
     label, properties = read_label(case.label, plans.image_reader_writer_class, rules.labels)
     if case.images is None:
         assert case.preprocessed is not None
         image = read_properties(case.preprocessed, case.name)
         shape = tuple(int(image["shape_before_cropping"][axis]) for axis in plans.transpose_backward)
     else:
-        _check_images(case.images, checker)
-        first = next(path for path in case.images.files if path is not None)
+        images = _check_images(case.images, checker)
+        labelled = rules.ignore_label is None or bool((label != rules.ignore_label).any())
+        case = replace(case, images=images, labelled=labelled)
+        if not any(case.present):
+            return case, None
+        first = next(path for path in images.files if path is not None)
         data, image = plans.image_reader_writer_class().read_images([str(first)])
         shape = data.shape[1:]
     if label.shape != shape:
@@ -206,18 +238,15 @@ def _check_case(case: LabelledCase, plans: Any, rules: Rules, checker: Checker) 
         ]
     if differences:
         raise InputError(f"the label {case.label} does not lie where its image lies: it has {'; '.join(differences)}")
-    return choose_view(label, properties["spacing"], rules.ignore_label)
+    return case, choose_view(label, properties["spacing"], rules.ignore_label)
 
 
-def _check_images(case: Case, checker: Checker) -> None:
+def _check_images(case: Case, checker: Checker) -> Case:
+    """The case without its all-zero images."""
     checked, problems = checker.check(case)
-    if problems:
+    if problems and any(checked.availability):
         raise InputError(f"the images of {case.name} cannot be evaluated:{format_problems(problems)}")
-    if checked.all_zero:
-        raise InputError(
-            f"{', '.join(checker.names[channel] for channel in checked.all_zero)} of case {case.name} is zero "
-            f"everywhere, so it is absent; leave the case out, or evaluate only what is there with --available"
-        )
+    return checked
 
 
 def _placements(label: Mapping[str, Any], image: Mapping[str, Any]) -> list[tuple[str, np.ndarray, np.ndarray]]:

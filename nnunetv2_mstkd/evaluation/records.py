@@ -65,8 +65,12 @@ class CaseRecords:
         self._discard = False
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
 
-    def load(self, fold: str, case: str) -> dict[str, SubsetScore]:
-        """The results of a case by subset; empty if there are none yet, InputError if made with other weights."""
+    def load(self, fold: str, case: str, images: list[str] | None = None) -> dict[str, SubsetScore]:
+        """The results of a case by subset; empty if there are none yet, InputError if made with other weights.
+
+        ``images`` are the modalities that preprocessing sees: results of a time when the case had others are not used.
+        None: they do not matter.
+        """
         file = self._file(fold, case)
         if self._discard or not file.is_file():
             return {}
@@ -76,6 +80,8 @@ class CaseRecords:
                 f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
                 f"evaluate again with --restart"
             )
+        if images is not None and (content.get("images") or images) != images:
+            return {}
         try:
             return {
                 subset: SubsetScore(_with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]))
@@ -88,8 +94,18 @@ class CaseRecords:
         """The pictures of a case; None if there are none."""
         return None if self._discard else read_montage(self._file(fold, case, "npz"))
 
-    def save(self, fold: str, case: str, scores: Mapping[str, SubsetScore], montage: Montage) -> None:
-        """Write all results of a case and its pictures; pictures of an earlier run with other subsets are kept."""
+    def save(
+        self,
+        fold: str,
+        case: str,
+        scores: Mapping[str, SubsetScore],
+        montage: Montage,
+        images: list[str] | None = None,
+    ) -> None:
+        """Write all results of a case and its pictures; pictures of an earlier run with other subsets are kept.
+
+        For ``images`` see :meth:`load`.
+        """
         # before the results, which say that a case is complete
         write_montage(montage.with_older(self.load_montage(fold, case)), self._file(fold, case, "npz"))
         file = self._file(fold, case)
@@ -100,17 +116,18 @@ class CaseRecords:
             subset: {"values": _without_nan(score.values), "near": score.near, "voxels": score.voxels}
             for subset, score in scores.items()
         }
-        write_json(file, {"weights": self._weights[fold], "subsets": subsets})
+        write_json(file, {"weights": self._weights[fold], "images": images, "subsets": subsets})
 
     def table(
-        self, cases: Iterable[tuple[str, str]], subsets: Sequence[str], *, model: str, trainer: str
+        self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str
     ) -> tuple[pd.DataFrame, tuple[int, int]]:
-        """The long table of complete cases, and the numbers of voxels close to the decision and of all voxels.
+        """The long table of evaluated cases, and the numbers of voxels close to the decision and of all voxels.
 
-        ``cases`` are their folds and names. For the table see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+        ``cases`` are their folds, names and subsets. For the table see
+        :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
         """
         rows, near, voxels = [], 0, 0
-        for fold, case in cases:
+        for fold, case, subsets in cases:
             scores = self.load(fold, case)
             for subset in subsets:
                 score = scores[subset]

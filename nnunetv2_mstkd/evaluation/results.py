@@ -132,12 +132,28 @@ def subset_size(subset: str) -> int:
     return subset.count(SEPARATOR) + 1
 
 
+def first_of(names: Sequence[str]) -> str:
+    """The first three names, and how many more there are."""
+    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
 def modality_order(subsets: Iterable[str]) -> tuple[str, ...]:
-    """The modalities in channel order: those of the largest subset, then the others in order of appearance."""
-    names: dict[str, None] = {}
-    for subset in sorted(dict.fromkeys(subsets), key=lambda text: -text.count(SEPARATOR)):
-        names.update(dict.fromkeys(subset.split(SEPARATOR)))
-    return tuple(names)
+    """The modalities in channel order, as far as the subsets tell it.
+
+    Where they do not, modalities of larger subsets come first, then those that appear first.
+    """
+    parts = [subset.split(SEPARATOR) for subset in dict.fromkeys(subsets)]
+    before: dict[str, set[str]] = {}
+    for part in sorted(parts, key=lambda part: -len(part)):
+        for place, name in enumerate(part):
+            before.setdefault(name, set()).update(part[:place])
+    order: list[str] = []
+    left = list(before)
+    while left:
+        # without a modality that none is to precede, the subsets contradict each other
+        order.append(next((name for name in left if before[name] <= set(order)), left[0]))
+        left.remove(order[-1])
+    return tuple(order)
 
 
 def subset_order(subsets: Iterable[str], modalities: Sequence[str]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ in background processes.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from nnunetv2_mstkd.evaluation.cases import LabelledCase, check_cases, fold_case
 from nnunetv2_mstkd.evaluation.montage import Montage, SliceView, slice_images
 from nnunetv2_mstkd.evaluation.records import CaseRecords
 from nnunetv2_mstkd.evaluation.request import Request
+from nnunetv2_mstkd.evaluation.results import first_of
 from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, score_prediction
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
@@ -56,8 +57,8 @@ class OpenCase:
 
     case: LabelledCase
     scores: dict[str, SubsetScore]
-    view: SliceView
-    """The slice to show."""
+    view: SliceView | None = None
+    """The slice to show; None until the case is read."""
     images: np.ndarray | None = None
     """The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction."""
 
@@ -68,7 +69,7 @@ class OpenCase:
 
     def montage(self) -> Montage:
         """The pictures of the subsets that were predicted in this run."""
-        assert self.images is not None
+        assert self.images is not None and self.view is not None
         view = self.view
         slices = {subset: score.slice for subset, score in self.scores.items() if score.slice is not None}
         return Montage(view.axis, view.index, view.depth, self.images, view.reference, slices)
@@ -92,28 +93,20 @@ class Evaluator:
         self.names = modalities.modality_names(self.model.dataset_json)
         self.subsets = self._choose_subsets()
         self.rules = self._rules()
-        self.cases = self._find_cases()
+        found = self._find_cases()
         self.settings = self._settings()
         self.records = CaseRecords(request.output_folder, self.settings, restart=request.restart)
         for fold, predictor in self.predictors.items():
             self.records.use_weights(fold, "+".join(map(checkpoints.fingerprint, predictor.list_of_parameters)))
-        on_record = [(case, self.records.load(case.fold, case.name)) for case in self.cases]
-        unfinished = [(case, scores) for case, scores in on_record if self._missing(scores)]
-        views = check_cases(
-            [case for case, _ in unfinished],
-            self.model.plans_manager,
-            self.rules,
-            self.names,
-            threads=max(1, request.preprocessing_processes),
-            progress=request.progress,
-        )
-        self.unfinished = [OpenCase(case, scores, view) for (case, scores), view in zip(unfinished, views, strict=True)]
+        self.cases = self._check(found)
+        self._drop_subsets()
+        self.unfinished = [each for each in self.cases if self._missing(each)]
         self.stack = self._stack()
 
     def run(self) -> Measured:
         """Predict and measure the missing subsets of all cases, and read all results."""
-        request, tasks = self.request, len(self.cases) * len(self.subsets)
-        missing = sum(len(self._missing(each.scores)) for each in self.unfinished)
+        request, tasks = self.request, sum(len(each.case.subsets(self.subsets)) for each in self.cases)
+        missing = sum(len(self._missing(each)) for each in self.unfinished)
         self.records.begin()
         request.report(
             f"{self.settings['folder']}: cases: {len(self.cases)}, already evaluated: "
@@ -129,8 +122,7 @@ class Evaluator:
                 cases = [each for each in self.unfinished if each.case.fold == fold]
                 self._evaluate(predictor, cases, preparing, scoring, bar)
         results, near = self.records.table(
-            [(case.fold, case.name) for case in self.cases],
-            list(self.subsets),
+            [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases],
             model=request.name or self.settings["folder"],
             trainer=self.model.trainer_name,
         )
@@ -179,7 +171,7 @@ class Evaluator:
         )
 
     def _find_cases(self) -> list[LabelledCase]:
-        """All cases, each with the folds that predict it."""
+        """All cases, each with the fold or folds that predict it."""
         request, dataset_json = self.request, self.model.dataset_json
         if request.images is not None and request.labels is not None:
             (folds,) = self.predictors
@@ -190,7 +182,9 @@ class Evaluator:
         return [
             case
             for fold in self.predictors
-            for case in fold_cases(fold, self._noted_split(fold), *model, from_images=request.mask_first)
+            for case in fold_cases(
+                fold, self._noted_split(fold), *model, from_images=request.mask_first, report=request.report
+            )
         ]
 
     def _noted_split(self, fold: str) -> dict[str, list[str]] | None:
@@ -202,11 +196,65 @@ class Evaluator:
             raise
 
     def _channels(self) -> list[int]:
-        """The channels that a case has.
+        """The channels to use of a case.
 
         Not only those of a subset: what preprocessing sees must not depend on which subsets one call asks for.
         """
         return modalities.parse_subset(self.request.available or modalities.ALL, self.names).nonzero().ravel().tolist()
+
+    def _check(self, found: Sequence[LabelledCase]) -> list[OpenCase]:
+        """The cases that can be evaluated, read if they lack results; what is left out is reported."""
+        request = self.request
+        cases = [
+            OpenCase(case, self.records.load(case.fold, case.name, self._seen(case))) for case in found if case.labelled
+        ]
+        unread = [each for each in cases if self._missing(each)]
+        checked = check_cases(
+            [each.case for each in unread],
+            self.model.plans_manager,
+            self.rules,
+            self.names,
+            threads=max(1, request.preprocessing_processes),
+            progress=request.progress,
+        )
+        for each, (case, view) in zip(unread, checked, strict=True):
+            each.case, each.view = case, view
+        labelled = [each for each in cases if each.case.labelled]
+        if len(labelled) < len(found):
+            request.report(f"left out, labelled with nothing but ignore: {len(found) - len(labelled)} cases")
+        empty = [each.case.name for each in labelled if not any(each.case.present)]
+        if empty and request.available is None:
+            raise InputError(f"case {empty[0]} has no modality: its images are all zero everywhere; leave it out")
+        kept = [each for each in labelled if each.case.subsets(self.subsets)]
+        if not kept:
+            raise InputError(
+                f"none of the {len(found)} cases can be evaluated: they have no label or not all modalities of a "
+                f"subset ({first_of(list(self.subsets))})"
+            )
+        if len(kept) < len(labelled):
+            names = [each.case.name for each in labelled if not each.case.subsets(self.subsets)]
+            request.report(f"left out, no subset within their modalities: {first_of(names)}")
+        return kept
+
+    def _drop_subsets(self) -> None:
+        """Forget the subsets that no case has, and report how many cases lack others."""
+        of_cases = [each.case.subsets(self.subsets) for each in self.cases]
+        absent = set(self.subsets).difference(*of_cases)
+        if absent:
+            names = [name for name in self.subsets if name in absent]
+            self.request.report(f"left out, no case has all their modalities: {first_of(names)}")
+            self.subsets = {name: row for name, row in self.subsets.items() if name not in absent}
+        incomplete = sum(len(subsets) < len(self.subsets) for subsets in of_cases)
+        if incomplete:
+            self.request.report(
+                f"{incomplete} of {len(self.cases)} cases lack modalities and are evaluated with those that they have"
+            )
+
+    def _seen(self, case: LabelledCase) -> list[str] | None:
+        """The modalities of a case that preprocessing sees at once; None: only those of a subset at a time."""
+        if self.request.mask_first:
+            return None
+        return [name for name, there in zip(self.names, case.given, strict=True) if there]
 
     def _settings(self) -> dict[str, Any]:
         """What all results of one output folder have in common."""
@@ -253,12 +301,13 @@ class Evaluator:
         prepared = ahead(preparing, prepare, arguments, IMAGES_AHEAD)
         try:
             for (each, subsets), (data, properties) in zip(jobs, prepared, strict=True):
-                case = each.case
+                case, view = each.case, each.view
+                assert view is not None
                 bar.set_description(f"fold {case.fold}, {case.name}")
-                each.show(slice_images(data, properties, each.view, predictor.plans_manager.transpose_forward))
+                each.show(slice_images(data, properties, view, predictor.plans_manager.transpose_forward))
                 rows = torch.tensor([self.subsets[subset] for subset in subsets])
                 for subset, logits in zip(subsets, stacked.logits(torch.from_numpy(data), rows), strict=True):
-                    measured = logits, properties, case.label, *model, self.rules, each.view
+                    measured = logits, properties, case.label, *model, self.rules, view
                     backlog.submit((each, subset), score_prediction, *measured)
                     # logits wait in memory for a free process
                     backlog.collect(processes + stacked.stack if processes else 0)
@@ -271,18 +320,19 @@ class Evaluator:
         """Add the result of a subset, and write those of a case that is complete."""
         each, subset = label
         each.scores[subset] = score
-        if not self._missing(each.scores):
-            self.records.save(each.case.fold, each.case.name, each.scores, each.montage())
+        if not self._missing(each):
+            case = each.case
+            self.records.save(case.fold, case.name, each.scores, each.montage(), self._seen(case))
             each.scores, each.images = {}, None  # on disk now; the pictures of many cases fill memory
         bar.update()
 
-    def _missing(self, scores: Mapping[str, SubsetScore]) -> list[str]:
-        """The subsets without a result."""
-        return [subset for subset in self.subsets if subset not in scores]
+    def _missing(self, each: OpenCase) -> list[str]:
+        """The subsets that a case has and that have no result."""
+        return [subset for subset in each.case.subsets(self.subsets) if subset not in each.scores]
 
-    def _batches(self, case: OpenCase) -> list[list[str]]:
+    def _batches(self, each: OpenCase) -> list[list[str]]:
         """The missing subsets, those together that are predicted from one preprocessed image."""
-        missing = self._missing(case.scores)
+        missing = self._missing(each)
         return [[subset] for subset in missing] if self.request.mask_first else [missing]
 
     def _absent(self, subsets: Sequence[str]) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,7 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
         "cases": comparison.cases,
         "patients": comparison.num_patients,
         "subsets": list(comparison.subsets),
+        "cases_by_subset": comparison.counts,
         "bootstrap": {"unit": "patient", "samples": drawn.samples, "seed": drawn.seed, "level": drawn.level},
         "test": "two-sided Wilcoxon signed-rank test on the patients' mean differences; Holm's correction",
         "notes": comparison.notes,
@@ -139,7 +140,8 @@ def _page(comparison: Comparison) -> str:
             ("By number of modalities", comparison.by_count, MODALITIES),
             ("By subset", comparison.by_subset, SUBSET),
         ):
-            lines += [f"### {title}", "", _differences(_part(table, name), column, metric, MARKDOWN), ""]
+            counts = comparison.counts if column == SUBSET and comparison.uneven else {}
+            lines += [f"### {title}", "", _differences(_part(table, name), column, metric, MARKDOWN, counts), ""]
     if comparison.ranks is not None:
         lines += ["## Ranks", "", _ranks(comparison.ranks, MARKDOWN), "", _about_ranks(comparison), ""]
     label = metric_named(comparison.metrics[0]).label
@@ -191,8 +193,13 @@ def _overall(comparison: Comparison, name: str, fmt: str) -> str:
     return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
 
 
-def _differences(table: pd.DataFrame, column: str, metric: Metric, fmt: str) -> str:
-    """A row per pair and value of ``column``, and two columns per region: difference and corrected p-value."""
+def _differences(
+    table: pd.DataFrame, column: str, metric: Metric, fmt: str, counts: Mapping[str, int] | None = None
+) -> str:
+    """A row per pair and value of ``column``, and two columns per region: difference and corrected p-value.
+
+    Numbers of cases by value of ``column`` get a column too.
+    """
     regions = list(dict.fromkeys(table[REGION]))
     several = len(table[[MODEL, AGAINST]].drop_duplicates()) > 1
     rows = []
@@ -200,9 +207,10 @@ def _differences(table: pd.DataFrame, column: str, metric: Metric, fmt: str) -> 
         by_region = {row[REGION]: row for row in group.to_dict("records")}
         cells = [(_estimate(by_region[region], metric), by_region[region][P_CORRECTED]) for region in regions]
         pair = (model, against) if several else ()
-        rows.append((*pair, str(key), *(each for of_region in cells for each in of_region)))
+        number = (counts[key],) if counts else ()
+        rows.append((*pair, str(key), *number, *(each for of_region in cells for each in of_region)))
     heads = (head for region in regions for head in (region, P_HOLM))
-    columns = [*((MODEL, AGAINST) if several else ()), column, *heads]
+    columns = [*((MODEL, AGAINST) if several else ()), column, *(("n",) if counts else ()), *heads]
     return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
 
 

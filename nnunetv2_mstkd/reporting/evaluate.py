@@ -42,7 +42,7 @@ def evaluate(
     progress: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Measure a trained model, of any trainer, on subsets of its modalities.
+    """Measure a trained model, of any trainer, on subsets of its modalities; each case with those subsets that it has.
 
     Results are kept per case, so that an interrupted evaluation continues when it is called again.
 

@@ -37,7 +37,10 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     data, kind = cube(results, metric), metric_named(metric)
     means = mean(data.values, axis=1) * kind.factor
     panels = len(data.models)
-    width = 1.6 + 0.09 * max(map(len, data.subsets)) + panels * max(1.9, 0.6 * len(data.regions))
+    names = data.subsets
+    if not data.complete:
+        names = tuple(f"{name} (n = {number})" for name, number in zip(names, data.counts, strict=True))
+    width = 1.6 + 0.09 * max(map(len, names)) + panels * max(1.9, 0.6 * len(data.regions))
     figure = _figure(width, 1.4 + 0.26 * len(data.subsets))
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     finite = means[np.isfinite(means)]
@@ -54,7 +57,7 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
             annot_kws={"size": 8},
             cbar=False,
             xticklabels=data.regions,
-            yticklabels=data.subsets,
+            yticklabels=names,
         )
         axis.set_title(model, fontsize=10)
         axis.tick_params(axis="x", rotation=0, labelsize=9, length=0)

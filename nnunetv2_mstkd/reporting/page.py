@@ -17,7 +17,17 @@ import pandas as pd
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import Montage
-from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, REGION, SUBSET, VALUE, subset_size
+from nnunetv2_mstkd.evaluation.results import (
+    CASE,
+    FOLD,
+    METRIC,
+    REGION,
+    SEPARATOR,
+    SUBSET,
+    VALUE,
+    modality_order,
+    subset_size,
+)
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
 from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
@@ -130,6 +140,7 @@ def _subset_table(findings: Findings, rules: Rules, metric: str) -> dict[str, An
         "regions": content.data.regions,
         "available": content.available.tolist(),
         "texts": content.texts[0].tolist(),
+        "counts": [] if content.data.complete else content.data.counts.tolist(),
         "notes": content.notes,
         "long": len(content.data.subsets) >= WIDE,
     }
@@ -142,7 +153,8 @@ def _case_means(findings: Findings) -> pd.DataFrame:
     """Dice of each case (index: fold and case), worst first.
 
     Columns: each region's mean over the subsets; ``mean`` of all; ``worst`` subset and ``worst_value``, its mean over
-    the regions; ``full``, the same with all modalities, NaN where they were not evaluated.
+    the regions; ``full``, the same with all modalities, NaN where they were not evaluated; ``lacks``, as text the
+    modalities that no evaluated subset of the case has.
     """
     dice = findings.results[findings.results[METRIC] == DICE]
     keys = [FOLD, CASE]
@@ -153,6 +165,12 @@ def _case_means(findings: Findings) -> pd.DataFrame:
     filled = by_subset.fillna(np.inf)
     table["worst"], table["worst_value"] = filled.idxmin(axis=1), by_subset.min(axis=1)
     table["full"] = by_subset[findings.subsets[-1]] if findings.gap is not None else math.nan
+    everything = modality_order(findings.subsets)
+    subsets_of = dice.groupby(keys, sort=False)[SUBSET].unique()
+    table["lacks"] = [
+        ", ".join(name for name in everything if name not in SEPARATOR.join(subsets).split(SEPARATOR))
+        for subsets in subsets_of.loc[table.index]
+    ]
     # under separate keys: a region may have the name of a column
     table = pd.concat({"case": table, "region": by_region[list(dict.fromkeys(dice[REGION]))]}, axis=1)
     return table.sort_values(("case", "mean"), kind="stable")
@@ -165,13 +183,15 @@ def _worst_cases(cases: pd.DataFrame, findings: Findings, rules: Rules) -> dict[
     heads = ["case", "fold", "mean", *rules.regions]
     heads += ["worst subset", "its mean"] if several else []
     heads += ["full input"] if full else []
+    heads += [] if findings.complete else ["lacks"]
     rows = []
     for (fold, case), row in zip(cases.index, cases.to_dict("records"), strict=True):
         numbers = [row["case", "mean"], *(row["region", region] for region in rules.regions)]
         cells = [{"text": case, "key": None}, {"text": fold, "key": None}, *map(_cell, numbers)]
         if several:
             cells += [{"text": row["case", "worst"], "key": None}, _cell(row["case", "worst_value"])]
-        rows.append([*cells, _cell(row["case", "full"])] if full else cells)
+        cells += [_cell(row["case", "full"])] if full else []
+        rows.append(cells if findings.complete else [*cells, {"text": row["case", "lacks"], "key": None}])
     return {"heads": heads, "rows": rows}
 
 
@@ -220,7 +240,8 @@ def _montage(
     values = dict(zip(zip(dice[SUBSET], dice[REGION], strict=True), dice[VALUE], strict=True))
     groups: dict[int, list[dict[str, Any]]] = {}
     for subset in findings.subsets:
-        if subset in montage.segmentations:
+        # of a case that has lost a modality, pictures of an earlier run may be there
+        if subset in montage.segmentations and (subset, next(iter(rules.regions))) in values:
             picture = {
                 "name": subset,
                 "source": overlay_uri(montage.segmentations[subset], colors, outline),

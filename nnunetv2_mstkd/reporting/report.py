@@ -78,6 +78,7 @@ def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
         "trainer": findings.trainer,
         "folds": findings.folds,
         "cases": len(findings.cases),
+        "cases_by_subset": findings.counts,
         "patients": findings.num_patients,
         **measured.settings,
         "empty_masks": empty_rules_text(
@@ -89,7 +90,9 @@ def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
         "by_number_of_modalities": _nested(findings.by_count, MODALITIES),
         "loss_against_full_input": None if findings.gap is None else _nested(findings.gap, SUBSET),
         "shapley": None if findings.shapley is None else _nested(findings.shapley, MODALITY),
+        "cases_with_full_input": len(findings.full_cases),
         "warnings": findings.warnings,
+        "notes": findings.notes,
     }
     if measured.near is not None:
         content["near_decision"] = {"logit": NEAR, "voxels": measured.near[0], "of": measured.near[1]}
@@ -131,14 +134,15 @@ def _table(results: pd.DataFrame, rules: Rules, metric: str, fmt: str) -> str:
 def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str:
     """All findings, as printed."""
     parts = [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name, TEXT)}" for name in rules.metrics]
-    patients = findings.num_patients
-    interval = f"95 % interval over {patients} patients" if patients > 1 else "one patient, no interval"
-    parts += [f"{title} ({interval})\n\n{frame_table(table, fmt=TEXT)}" for title, table in finding_tables(findings)]
+    for title, table, patients in finding_tables(findings):
+        interval = f"95 % interval over {patients} patients" if patients > 1 else "one patient, no interval"
+        parts.append(f"{title} ({interval})\n\n{frame_table(table, fmt=TEXT)}")
     if near is not None:
         parts.append(
             f"{near[0]} of {near[1]} voxels ({near[0] / max(near[1], 1):.2g} of all) lie within {NEAR:g} logit of the "
             f"decision. Predicting several subsets at once changes logits by rounding, so only these may differ from "
             f"--stack 1"
         )
+    parts += [f"note: {text}" for text in findings.notes]
     parts += [f"warning: {text}" for text in findings.warnings]
     return "\n\n".join(parts)

@@ -67,7 +67,8 @@ def subset_table(
 
     Returns
     -------
-    The table and the text below it, with the number of cases and, if there are any, of values that were left out.
+    The table and the text below it, with the number of cases and, if there are any, of values that were left out. Where
+    cases lack subsets, a row ``n`` has the number of cases of each subset.
 
     Raises
     ------
@@ -85,6 +86,8 @@ def subset_table(
         for name, row in zip(data.modalities, content.available, strict=True)
     ]
     head[0][-1] = "Avg." if fmt == LATEX else "average"
+    if not data.complete:
+        head.append(["n", *([""] if several else []), *map(str, data.counts), ""])
     body = []
     for r, region in enumerate(data.regions):
         for m, model in enumerate(data.models):
@@ -120,11 +123,16 @@ def subset_content(
     means = mean(data.values, axis=1) * kind.factor
     means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
     texts, best = _texts(means, 1 if kind.unit == "%" else 2, kind.better)
-    about = f"{kind.label} in {kind.unit}, mean of {len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
-    left_out = int(np.isnan(data.values).sum())
+    cases = f"{len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
+    if not data.complete:
+        cases = f"n of {cases}, those with these modalities"
+    about = f"{kind.label} in {kind.unit}, mean of {cases}"
+    evaluated = data.values[:, data.evaluated]
+    left_out = int(np.isnan(evaluated).sum())
     if left_out:
-        about += f"; {left_out} of {data.values.size} values left out"
-    notes = [f"{about}; average over {len(data.subsets)} subsets", *notes]
+        about += f"; {left_out} of {evaluated.size} values left out"
+    patients = "" if data.complete else ", which are of different patients"
+    notes = [f"{about}; average over {len(data.subsets)} subsets{patients}", *notes]
     members = [subset.split(SEPARATOR) for subset in data.subsets]
     available = np.array([[name in subset for subset in members] for name in data.modalities])
     return SubsetContent(data, available, texts, best, notes)
@@ -154,22 +162,41 @@ def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) ->
 # ---- the findings of one model -------------------------------------------------------------------------------------
 
 
-def finding_tables(findings: Findings) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The tables of an evaluation as text, each with its title."""
-    yield "Dice over all evaluated subsets, and the worst one", overall_table(findings.summary)
+class FindingTable(NamedTuple):
+    """A table of an evaluation as text."""
+
+    title: str
+    table: pd.DataFrame
+    patients: int
+    """Number of patients behind it."""
+
+
+def finding_tables(findings: Findings) -> Iterator[FindingTable]:
+    """The tables of an evaluation."""
+    everyone, full, some = findings.num_patients, findings.full_patients, ""
+    if not findings.complete:
+        some = f", from {len(findings.full_cases)} of {len(findings.cases)} cases, which have all modalities"
+    overall = overall_table(findings.summary, {} if findings.complete else findings.counts)
+    yield FindingTable("Dice over all evaluated subsets, and the worst one", overall, everyone)
     if findings.by_count[MODALITIES].nunique() > 1:
-        yield "Dice by number of modalities", spread_table(findings.by_count, MODALITIES)
+        yield FindingTable("Dice by number of modalities", spread_table(findings.by_count, MODALITIES), everyone)
     if findings.gap is not None:
-        yield "Points of Dice lost against the full input", spread_table(findings.gap, SUBSET)
+        title = f"Points of Dice lost against the full input{some}"
+        yield FindingTable(title, spread_table(findings.gap, SUBSET), full)
     if findings.shapley is not None:
-        title = "Contribution of each modality: exact Shapley values, points of Dice"
-        yield title, spread_table(findings.shapley, MODALITY)
+        title = f"Contribution of each modality: exact Shapley values, points of Dice{some}"
+        yield FindingTable(title, spread_table(findings.shapley, MODALITY), full)
 
 
-def overall_table(table: pd.DataFrame) -> pd.DataFrame:
-    """``Findings.summary`` as text: region, mean with its interval, worst subset."""
+def overall_table(table: pd.DataFrame, counts: Mapping[str, int]) -> pd.DataFrame:
+    """``Findings.summary`` as text: region, mean with its interval, worst subset with its number of cases if given."""
+    numbers = {subset: f", n = {number}" for subset, number in counts.items()}
     rows = [
-        (row[REGION], estimate(row), f"{row['worst_subset']} ({points(row['worst'])})")
+        (
+            row[REGION],
+            estimate(row),
+            f"{row['worst_subset']} ({points(row['worst'])}{numbers.get(row['worst_subset'], '')})",
+        )
         for row in table.to_dict("records")
     ]
     return pd.DataFrame(rows, columns=["region", "mean", "worst subset"])

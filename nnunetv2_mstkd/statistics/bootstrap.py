@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -48,6 +48,8 @@ class Cube:
     """
 
     values: np.ndarray
+    evaluated: np.ndarray
+    """bool, shape (cases, subsets): False for a subset with modalities that the case lacks."""
     models: tuple[str, ...]
     cases: tuple[str, ...]
     subsets: tuple[str, ...]
@@ -58,6 +60,22 @@ class Cube:
     def sizes(self) -> np.ndarray:
         """Number of modalities of each subset, shape (subsets,)."""
         return np.array([subset_size(subset) for subset in self.subsets])
+
+    @property
+    def counts(self) -> np.ndarray:
+        """Number of cases with each subset, shape (subsets,)."""
+        return self.evaluated.sum(axis=0)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every case has every subset."""
+        return bool(self.evaluated.all())
+
+    def complete_cases(self) -> Cube:
+        """Only the cases that have all subsets; there may be none."""
+        chosen = np.flatnonzero(self.evaluated.all(axis=1))
+        cases = tuple(self.cases[number] for number in chosen)
+        return replace(self, values=self.values[:, chosen], evaluated=self.evaluated[chosen], cases=cases)
 
     def by_size(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of modalities, and means of values of shape (..., subsets, regions) over the subsets of each size."""
@@ -79,6 +97,8 @@ def cube(
 ) -> Cube:
     """Arrange the values of a metric; a case that several folds predicted gets their mean.
 
+    A case may lack modalities; then it has no values of the subsets with them.
+
     Parameters
     ----------
     results:
@@ -89,7 +109,8 @@ def cube(
     Raises
     ------
     InputError
-        If the metric, a model or a region has no values, or a model lacks a case, subset or region that others have.
+        If the metric, a model or a region has no values, a model lacks a case, subset or region that others have, or a
+        case lacks a subset although it has the modalities.
     """
     metric_named(metric)
     if METRIC not in results.columns:
@@ -107,9 +128,14 @@ def cube(
     cases = sorted(table[CASE].unique())
 
     keys = [MODEL, CASE, SUBSET, REGION]
-    groups = table.groupby(keys, sort=False)[VALUE]
+    means = table.groupby(keys, sort=False)[VALUE].mean()
     index = pd.MultiIndex.from_product([models, cases, subsets, regions], names=keys)
-    missing = index.difference(groups.size().index, sort=False)
+    shape = len(models), len(cases), len(subsets), len(regions)
+    there = index.isin(means.index).reshape(shape)
+    members = np.array([[name in subset.split(SEPARATOR) for name in modalities] for subset in subsets])
+    has = there.any(axis=(0, 3)) @ members  # (cases, modalities)
+    evaluated = ~np.any(members & ~has[:, None], axis=2)
+    missing = index[(evaluated[None, :, :, None] & ~there).ravel()]
     if len(missing):
         model, case, subset, region = missing[0]
         more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
@@ -117,9 +143,8 @@ def cube(
             f"the results have no {metric} of model {model}, case {case}, subset {subset}, region {region}{more}; "
             f"models are compared on the same cases, subsets and regions"
         )
-    shape = len(models), len(cases), len(subsets), len(regions)
-    values = groups.mean().reindex(index).to_numpy(dtype=float).reshape(shape)
-    return Cube(values, tuple(models), tuple(cases), subsets, tuple(regions), modalities)
+    values = means.reindex(index).to_numpy(dtype=float).reshape(shape)
+    return Cube(values, evaluated, tuple(models), tuple(cases), subsets, tuple(regions), modalities)
 
 
 def _chosen(table: pd.DataFrame, column: str, wanted: Sequence[str] | None) -> list[str]:
@@ -248,10 +273,42 @@ class Bootstrap:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Means over the cases with lower and upper limits, each of shape (N, ...), of values (N, cases, ...).
 
-        ``level`` is the coverage of each interval, of shape (N, ...); default :attr:`level`.
+        ``level`` is the coverage of each interval, of shape (N, ...); default :attr:`level`. Where a single patient has
+        values, the limits are NaN.
         """
         by_case, groups = np.moveaxis(values, 1, 0), self.groups(cases)
-        return mean(by_case, axis=0), *self.limits(self.means(by_case, groups), groups, level)
+        low, high = self.limits(self.means(by_case, groups), groups, level)
+        known = _of_several(by_case, groups)
+        return mean(by_case, axis=0), np.where(known, low, np.nan), np.where(known, high, np.nan)
+
+    def subset_estimates(
+        self, data: Cube, values: np.ndarray, over: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Means over cases and subsets with lower and upper limits, each of shape (models, ...).
+
+        Parameters
+        ----------
+        data:
+            Where the values are from.
+        values:
+            Shape (models, cases, subsets, regions). Where cases lack subsets, each subset's mean over the cases that
+            have it is taken first, so that all subsets count the same; otherwise each case's mean is.
+        over:
+            Takes means over subsets: from shape (..., subsets, regions) to any shape (..., ...).
+        """
+        if data.complete:
+            return self.estimates(over(values), data.cases)
+        by_case, groups = np.moveaxis(values, 1, 0), self.groups(data.cases)
+        known = ~np.isnan(over(np.where(_of_several(by_case, groups), 0.0, np.nan)))
+        low, high = self.limits(over(self.means(by_case, groups)), groups)
+        return over(mean(by_case, axis=0)), np.where(known, low, np.nan), np.where(known, high, np.nan)
+
+
+def _of_several(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Whether more than one patient has a value, shape (...), of values of shape (cases, ...)."""
+    valid = ~np.isnan(values)
+    patients = groups.reshape(-1, *[1] * (values.ndim - 1))
+    return (valid & (patients != groups[valid.argmax(axis=0)])).any(axis=0)
 
 
 DEFAULT = Bootstrap()

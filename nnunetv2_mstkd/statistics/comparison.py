@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from nnunetv2_mstkd.evaluation.results import (
     SUBSET,
     TRAINER,
     VALUE,
+    first_of,
     modality_order,
     patients_of,
     read_object,
@@ -217,7 +219,7 @@ def _check_same(first: EvaluatedModel, other: EvaluatedModel, column: str, optio
     if mine == theirs:
         return
     parts = [
-        f"only {name}: {_first(sorted(values))}"
+        f"only {name}: {first_of(sorted(values))}"
         for name, values in ((first.name, mine - theirs), (other.name, theirs - mine))
         if values
     ]
@@ -229,7 +231,7 @@ def _check_same(first: EvaluatedModel, other: EvaluatedModel, column: str, optio
 
 
 class Comparison:
-    """Models compared case by case, on the cases that all of them have.
+    """Models compared case by case, on the cases and subsets that all of them have.
 
     The tables have the columns metric, model and against, and those of the function that is named.
 
@@ -241,6 +243,8 @@ class Comparison:
         The bootstrap of the intervals, over the patients of the cases, and their number.
     cases, not_compared, subsets:
         The cases that are compared, by model those that another model lacks, and the subsets in order.
+    counts, left_out:
+        The number of cases by subset, and the number of pairs of a case and a subset that only some models have.
     overall, by_count, by_subset, per_case:
         :func:`~nnunetv2_mstkd.statistics.significance.compare`, ``compare_by_count``, ``compare_subsets`` and
         ``paired_differences``.
@@ -255,12 +259,12 @@ class Comparison:
     ) -> None:
         check_comparable(models, metrics)
         self.models, self.metrics, self.baseline = models, metrics, baseline
-        self._choose_cases()
+        self._choose_pairs()
         patients = patients_of(self.cases)
         self.bootstrap, self.num_patients = Bootstrap(patients), len(set(patients.values()))
-        self.subsets = subset_order(models[0].distinct(SUBSET), modality_order(models[0].distinct(SUBSET)))
         results = pd.concat([each.results for each in models], ignore_index=True)
-        results = results[results[CASE].isin(self.cases) & results[METRIC].isin(metrics)]
+        used = pd.MultiIndex.from_frame(results[[CASE, SUBSET]]).isin(self._pairs)
+        results = results[used & results[METRIC].isin(metrics)]
         self.per_case = self._by_metric(paired_differences, results)
         self.overall, self.by_count, self.by_subset = (
             self._by_metric(function, results, bootstrap=self.bootstrap)
@@ -270,14 +274,26 @@ class Comparison:
         self.ranks = rank_table(results, metrics=metrics, bootstrap=self.bootstrap) if complete else None
         self.notes = [*self._notes_on_cases(), *self._notes_on_tests(), *self._notes_on_settings()]
 
-    def _choose_cases(self) -> None:
+    def _choose_pairs(self) -> None:
+        """Choose the pairs of a case and a subset that all models have."""
+        pairs = [set(zip(each.results[CASE], each.results[SUBSET], strict=True)) for each in self.models]
+        self._pairs = set.intersection(*pairs)
+        shared = {case for case, _ in self._pairs}
         of_model = {each.name: set(each.distinct(CASE)) for each in self.models}
-        shared = set.intersection(*of_model.values())
         if not shared:
             counts = ", ".join(f"{name} has {len(cases)} (such as {min(cases)})" for name, cases in of_model.items())
             raise InputError(f"no case was evaluated with all models: {counts}; evaluate them on the same cases")
         self.cases = sorted(shared)
         self.not_compared = {name: sorted(cases - shared) for name, cases in of_model.items()}
+        self.left_out = sum(case in shared for case, _ in set.union(*pairs) - self._pairs)
+        numbers = Counter(subset for _, subset in self._pairs)
+        self.subsets = subset_order(numbers, modality_order(self.models[0].results[SUBSET]))
+        self.counts = {subset: numbers[subset] for subset in self.subsets}
+
+    @property
+    def uneven(self) -> bool:
+        """Whether cases lack subsets."""
+        return min(self.counts.values()) < len(self.cases)
 
     def _by_metric(self, function: Callable[..., pd.DataFrame], results: pd.DataFrame, **options: Any) -> pd.DataFrame:
         tables = {name: function(results, metric=name, baseline=self.baseline, **options) for name in self.metrics}
@@ -286,12 +302,21 @@ class Comparison:
     def _notes_on_cases(self) -> Iterator[str]:
         for name, cases in self.not_compared.items():
             if cases:
-                yield f"not compared, because only some models have them: {_first(cases)} of {name}"
+                yield f"not compared, because only some models have them: {first_of(cases)} of {name}"
         for each in self.models:
             folds = each.results.groupby(CASE)[FOLD].nunique()
             several = [case for case in self.cases if folds[case] > 1]
             if several:
                 yield f"{len(several)} cases of {each.name} were predicted by several folds and are averaged"
+
+        if self.left_out:
+            yield f"not compared, because only some models have them: {self.left_out} subsets, each of one case"
+        if self.uneven:
+            numbers = self.counts.values()
+            yield (
+                f"subsets have {min(numbers)} to {max(numbers)} of {len(self.cases)} cases, those that have their "
+                f"modalities: each case counts with the subsets that it has"
+            )
 
     def _notes_on_tests(self) -> Iterator[str]:
         lowest = min(1.0, 2.0 ** (1 - self.num_patients))  # if all differences have one sign
@@ -341,8 +366,3 @@ def _tests_together(table: pd.DataFrame) -> int:
     """How many tests Holm's procedure corrects together: all rows, or those of a pair if each pair has its own."""
     tests = table[P].notna()
     return int(tests.groupby([table[MODEL], table[AGAINST]]).sum().max() if "level" in table else tests.sum())
-
-
-def _first(names: Sequence[str]) -> str:
-    """The first three names, and how many more there are."""
-    return f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -43,11 +43,15 @@ class Findings:
         :func:`mean_by_count`.
     gap, shapley:
         Loss of Dice against the full input (:func:`gap_to_full`), and Shapley values of the modalities; None if the
-        subsets that they need were not evaluated.
-    warnings:
-        Results that contradict what the modalities show.
+        subsets that they need were not evaluated. Both are from the cases that have the full input.
+    warnings, notes:
+        Results that contradict what the modalities show, and what cases that lack modalities mean for the numbers.
     model, trainer, folds, cases, subsets, num_patients:
         What was evaluated. A patient may have several cases.
+    counts, full_cases:
+        The number of cases by subset, and the cases that have the full input.
+    complete:
+        Whether every case has every subset.
     """
 
     def __init__(self, results: pd.DataFrame) -> None:
@@ -56,6 +60,9 @@ class Findings:
         self.folds, self.cases = sorted(results[FOLD].unique()), list(results[CASE].unique())
         modalities = modality_order(results[SUBSET])
         self.subsets = list(subset_order(results[SUBSET], modalities))
+        of_subset = results.groupby(SUBSET)[CASE].unique()
+        self.counts = {subset: len(of_subset[subset]) for subset in self.subsets}
+        self.complete = set(self.counts.values()) == {len(self.cases)}
         patients = patients_of(self.cases)
         self.num_patients = len(set(patients.values()))
         bootstrap = Bootstrap(patients)
@@ -63,15 +70,37 @@ class Findings:
         self.by_subset = results.groupby(keys, sort=False)[VALUE].mean().reset_index()
         self.summary = summary(results, bootstrap=bootstrap)
         self.by_count = mean_by_count(results, bootstrap=bootstrap)
-        full = SEPARATOR.join(modalities) in self.subsets and len(self.subsets) > 1
-        self.gap = gap_to_full(results, bootstrap=bootstrap) if full else None
-        complete = len(self.subsets) == 2 ** len(modalities) - 1 and 1 < len(modalities) <= MAX_MODALITIES
-        self.shapley = shapley(results, bootstrap=bootstrap) if complete else None
+        self.full_cases = list(of_subset.get(SEPARATOR.join(modalities), ()))
+        self.gap = gap_to_full(results, bootstrap=bootstrap) if self.full_cases and len(self.subsets) > 1 else None
+        every = len(self.subsets) == 2 ** len(modalities) - 1 and 1 < len(modalities) <= MAX_MODALITIES
+        self.shapley = shapley(results, bootstrap=bootstrap) if every else None
         self.warnings = plausibility_warnings(results, bootstrap=bootstrap)
+        self.notes = [] if self.complete else self._notes_on_counts(modalities)
+
+    @property
+    def full_patients(self) -> int:
+        """Number of patients with the full input."""
+        return len(set(patients_of(self.full_cases).values()))
+
+    def _notes_on_counts(self, modalities: tuple[str, ...]) -> list[str]:
+        numbers = self.counts.values()
+        notes = [
+            f"subsets were evaluated on {min(numbers)} to {max(numbers)} of {len(self.cases)} cases, those that have "
+            f"their modalities: means of different subsets, and averages over subsets, are of different patients"
+        ]
+        if self.gap is None:
+            notes.append(
+                "no losses against the full input: no case has all modalities, or only the full input was used"
+            )
+        if self.shapley is None:
+            notes.append(f"no Shapley values: no case was evaluated with all subsets of {', '.join(modalities)}")
+        return notes
 
 
 def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Mean over all subsets with its interval, and the worst subset.
+
+    Where cases lack subsets, the mean is that of the subsets' means.
 
     Returns
     -------
@@ -79,7 +108,7 @@ def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap
     """
     data = cube(results, metric)
     everything, regions = with_average(data.values, data.regions)
-    value, low, high = bootstrap.estimates(mean(everything, axis=2), data.cases)
+    value, low, high = bootstrap.subset_estimates(data, everything, lambda values: mean(values, axis=-2))
     by_subset = mean(everything, axis=1)
     # NaN is never the worst; if there is nothing else, the first subset is
     places = np.nan_to_num(badness(by_subset, metric), nan=-np.inf).argmax(axis=1)
@@ -92,20 +121,23 @@ def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap
 def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Mean by number of available modalities, over all subsets of that size.
 
+    Where cases lack subsets, the mean is that of the subsets' means.
+
     Returns
     -------
     Table with the columns model, region (each one and their ``average``), modalities, value, low, high.
     """
     data = cube(results, metric)
     everything, regions = with_average(data.values, data.regions)
-    sizes, per_case = data.by_size(everything)
-    value, low, high = bootstrap.estimates(per_case.swapaxes(2, 3), data.cases)
-    axes = {MODEL: data.models, REGION: regions, MODALITIES: sizes}
+    value, low, high = bootstrap.subset_estimates(
+        data, everything, lambda values: data.by_size(values)[1].swapaxes(-1, -2)
+    )
+    axes = {MODEL: data.models, REGION: regions, MODALITIES: np.unique(data.sizes)}
     return long_table(axes, value=value, low=low, high=high)
 
 
 def gap_to_full(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """The loss of each subset against the full input, case by case.
+    """The loss of each subset against the full input, case by case, of the cases that have the full input.
 
     Returns
     -------

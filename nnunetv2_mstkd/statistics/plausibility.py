@@ -46,7 +46,8 @@ def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootst
     in every case. A difference counts if its interval over patients lies above :data:`SLACK` entirely and there are at
     least :data:`MIN_PATIENTS` patients.
 
-    Modalities and regions are recognised by their usual names; the metric must be one of which higher is better.
+    Only cases that have all evaluated subsets count, so that the same patients are compared. Modalities and regions are
+    recognised by their usual names; the metric must be one of which higher is better.
 
     Returns
     -------
@@ -54,7 +55,9 @@ def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootst
     """
     if metric_named(metric).better <= 0:
         raise InputError(f"the rules are about metrics of which higher is better, not {metric}")
-    data = cube(results, metric)
+    data = cube(results, metric).complete_cases()
+    if not data.cases:
+        return []
     warnings: list[str] = []
     for m, model in enumerate(data.models):
         for r, region in enumerate(data.regions):

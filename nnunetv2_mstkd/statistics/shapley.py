@@ -43,7 +43,7 @@ def shapley_matrix(num_modalities: int) -> np.ndarray:
 def shapley(
     results: pd.DataFrame, *, metric: str = "dice", empty_value: float | None = None, bootstrap: Bootstrap = DEFAULT
 ) -> pd.DataFrame:
-    """Shapley values of the modalities with bootstrap intervals over patients.
+    """Shapley values of the modalities with bootstrap intervals over patients, from the cases that have all subsets.
 
     Parameters
     ----------
@@ -61,15 +61,18 @@ def shapley(
     Raises
     ------
     InputError
-        For more than six modalities, missing subsets, or a metric that needs ``empty_value``.
+        For more than six modalities, missing subsets, no case that has all of them, or a metric that needs
+        ``empty_value``.
     """
     if empty_value is None:
         if metric_named(metric).better <= 0:
             raise InputError(f"{metric} without any input has no natural value; give it as empty_value")
         empty_value = 0.0
-    data = cube(results, metric)
+    data = cube(results, metric).complete_cases()
     # (cases, models, regions, 2^C - 1), sets in the order of the matrix's columns
     values = data.values[:, :, subset_columns(data)].transpose(1, 0, 3, 2)
+    if not data.cases:
+        raise InputError("Shapley values need a case that has all modalities; every case lacks some")
     matrix = shapley_matrix(len(data.modalities))
     groups = bootstrap.groups(data.cases)
     exact = _apply(matrix, mean(values, axis=0), empty_value)

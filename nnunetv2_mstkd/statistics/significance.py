@@ -2,7 +2,8 @@
 
 All functions take the long table of :mod:`~nnunetv2_mstkd.evaluation.results`, the models to use (default all) and the
 baseline that all others are compared with (default: all pairs are compared), and return a table. A difference is model
-- against; a value that one of the two lacks (NaN) is left out of both. Volume errors are compared by absolute value.
+- against; a value that one of the two lacks (NaN) is left out of both. A case that lacks modalities counts with the
+subsets that it has. Volume errors are compared by absolute value.
 """
 
 from __future__ import annotations
@@ -161,7 +162,7 @@ def rank_table(
     cases: tuple[str, ...] = ()
     for metric in metrics:
         data = cube(results, metric, models=models)
-        if np.isnan(data.values).any():
+        if np.isnan(data.values[:, data.evaluated]).any():
             raise InputError(
                 f"the results have {metric} values that are left out (nan), and these have no rank; evaluate with the "
                 f"convention brats"
@@ -169,8 +170,8 @@ def rank_table(
         if names and (names, cases) != (data.models, data.cases):
             raise InputError(f"{metrics[0]} and {metric} were not evaluated for the same models and cases")
         names, cases = data.models, data.cases
-        # (models, cases): the rank among models, averaged over subsets and regions
-        ranks.append(stats.rankdata(badness(data.values, metric), axis=0).mean(axis=(2, 3)))
+        # (models, cases): the rank among models, averaged over subsets and regions; NaN, without a subset, has no rank
+        ranks.append(mean(stats.rankdata(badness(data.values, metric), axis=0), axis=(2, 3)))
     if len(names) < 2:
         raise InputError(f"a ranking needs at least two models, found {', '.join(names) or 'no metric'}")
     per_case = np.mean(ranks, axis=0)

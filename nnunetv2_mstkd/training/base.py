@@ -26,6 +26,7 @@ from nnunetv2_mstkd.nnunet.folders import BEST, FINAL, model_folder_name
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.initial_weights import ChannelMatch, checkpoint_modalities, match_channels
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
@@ -361,7 +362,8 @@ class SettingsTrainer(nnUNetTrainer):
         if self._resumed or self.initial_source is None:
             return
         path = self._initial_checkpoint(self.initial_source)
-        self._start_from(checkpoints.read(path)["network_weights"], str(path))
+        content = checkpoints.read(path)
+        self._start_from(content["network_weights"], str(path), checkpoint_modalities(content, f"checkpoint {path}"))
 
     @property
     def initial_source(self) -> str | None:
@@ -376,14 +378,22 @@ class SettingsTrainer(nnUNetTrainer):
         name = model_folder_name(source, self.plans_manager.plans_name, self.configuration_name)
         return Path(self.output_folder_base).parent / name / f"fold_{self.fold}" / FINAL
 
-    def _start_from(self, weights: dict[str, torch.Tensor], source: str) -> None:
+    def _start_from(self, weights: dict[str, torch.Tensor], source: str, names: tuple[str, ...] | None = None) -> None:
+        """Load weights, whose input channels have these ``names``; None: they are those of this training."""
         # another memory format or number of threads adds up in another order
         if not math.isclose(self._weight_sum(), self._initial_sum, rel_tol=1e-9):
             self.print_to_log_file(f"weights were already loaded (-pretrained_weights); not starting from {source}")
             return
-        loaded, kept = checkpoints.load_matching(self.plain_network, weights)
+        network, design = self.plain_network, self.design or NetworkDesign()
+        weights = design.translate(weights)
+        if names is not None:
+            match = ChannelMatch(modalities.modality_names(self.dataset_json), names)
+            weights = match_channels(network, design, weights, match)
+        loaded, kept = checkpoints.load_matching(network, weights)
         counts = f"{len(loaded)} tensors loaded, {len(kept)} kept their initial value"
         self.print_to_log_file(f"started from {source}: {counts}")
+        if names is not None:
+            self.print_to_log_file(f"  modalities: {match}")
         for name in kept:
             self.print_to_log_file(f"  not in it or of another shape: {name}")
 

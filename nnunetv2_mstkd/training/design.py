@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -39,3 +39,25 @@ class NetworkDesign:
     def added_modules(self, network: Any) -> list[torch.nn.Module]:
         """Return what the network has beyond the plans' U-Net: it is trained with AdamW at ``schedule.added_lr``."""
         return []
+
+    # ---- weights to start from -------------------------------------------------------------------------------------
+
+    def translate(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Return the weights of a plain U-Net, or of this network, under the names of this network."""
+        return dict(weights)
+
+    def input_weights(self, network: Any) -> list[torch.Tensor]:
+        """Return the weights (N, C, ...) whose channels are the modalities: those of the convolution of the image."""
+        return first_weights(network)
+
+    def modality_weights(self, network: Any) -> list[torch.Tensor]:
+        """Return other weights that depend on which modalities there are, and in which order."""
+        return []
+
+
+def first_weights(network: Any) -> list[torch.Tensor]:
+    """Return the weights of the first convolution of a network's encoder, if there is one."""
+    encoder = getattr(network, "encoder", None)
+    found = () if encoder is None else encoder.modules()
+    kinds = (torch.nn.Conv2d, torch.nn.Conv3d)
+    return [module.weight for module in found if isinstance(module, kinds)][:1]

@@ -241,6 +241,10 @@ class AdaptiveDesign(NetworkDesign):
     def added_modules(self, network: Any) -> list[nn.Module]:
         return network.added_modules()
 
+    def modality_weights(self, network: Any) -> list[torch.Tensor]:
+        banks = [bank for bank in (network.encoder_adapters, network.decoder_adapters) if bank is not None]
+        return [weight for bank in banks for weight in bank.parameters()]
+
 
 class PlainDesign(NetworkDesign):
     """The teacher's network: the plans' own, able to return the features of its encoder."""

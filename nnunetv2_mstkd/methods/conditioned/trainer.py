@@ -92,6 +92,12 @@ class ConditionedDesign(NetworkDesign):
     def added_modules(self, network: Any) -> list[nn.Module]:
         return [part for norm in network.norms for part in (norm.scale, norm.shift)]
 
+    def input_weights(self, network: Any) -> list[torch.Tensor]:
+        return [
+            *super().input_weights(network),
+            *(part.weight for norm in network.norms for part in (norm.scale, norm.shift)),
+        ]
+
 
 class ModalityConditionedTrainer(ModalityDropoutTrainer):
     """Modality dropout whose encoder has an availability-conditioned scale and shift after each norm.

@@ -25,7 +25,7 @@ from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
 from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
-from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.design import NetworkDesign, first_weights
 from nnunetv2_mstkd.training.settings import Section, Settings
 
 MAX_STEM_FEATURES = 4
@@ -245,6 +245,17 @@ class AlignedDesign(NetworkDesign):
         encoders, fusion, decoder = build_modality_encoders(plan, section.width)
         first: Any = encoders[0]
         return AlignedEncoders(encoders, first.output_channels, section), fusion, decoder
+
+    def input_weights(self, network: Any) -> list[torch.Tensor]:
+        """Those of the U-Net's first convolution behind a stem that gives every modality one channel."""
+        front, weights = network.front, first_weights(network)
+        fits = isinstance(front, AlignedStem) and weights[0].shape[1] == front.num_modalities
+        return weights if fits else []
+
+    def modality_weights(self, network: Any) -> list[torch.Tensor]:
+        """The front, and what reads its features: the U-Net's first convolution, or the fusion."""
+        stem = isinstance(network.front, AlignedStem)
+        return [*network.front.parameters(), *(first_weights(network) if stem else network.encoder.parameters())]
 
 
 class AlignedTransformerDesign(AlignedDesign):

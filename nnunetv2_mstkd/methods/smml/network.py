@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
-from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.design import NetworkDesign, first_weights
 from nnunetv2_mstkd.training.settings import Section, Settings
 
 
@@ -109,3 +109,22 @@ class MutualDesign(NetworkDesign):
                 encoders, fusion, decoder = build_modality_encoders(plan, section.width)
                 students.append(Student(fusion, decoder, encoders))
         return MutualNet(students)
+
+    def translate(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give the weights of a plain U-Net to both students.
+
+        They are then equal, but see different subsets in every step, so their gradients and soon their weights differ.
+        """
+        if any(name.startswith("students.") for name in weights):
+            return dict(weights)
+        return {f"students.{number}.{name}": value for number in range(2) for name, value in weights.items()}
+
+    def input_weights(self, network: Any) -> list[torch.Tensor]:
+        plain = (student for student in network.students if student.modality_encoders is None)
+        return [weight for student in plain for weight in first_weights(student)]
+
+    def modality_weights(self, network: Any) -> list[torch.Tensor]:
+        """With one encoder per modality: these, and the fusion of their features."""
+        split = [student for student in network.students if student.modality_encoders is not None]
+        modules = [module for student in split for module in (student.modality_encoders, student.encoder)]
+        return [weight for module in modules for weight in module.parameters()]

@@ -35,6 +35,9 @@ class SMMLTrainer(ModalityDropoutTrainer):
     and the feature-level constraint with the other as teacher, and, with a prior, the guidance of its refinement
     network. The other's side of a constraint is detached, so that one backward pass serves both. Refinement networks
     and prior stay outside the network: a trained model predicts without them.
+
+    With ``schedule.init_from`` a plain U-Net starts both students. Equal at first, they become different because every
+    step shows them different subsets.
     """
 
     design = MutualDesign()

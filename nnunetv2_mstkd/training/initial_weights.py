@@ -1,0 +1,102 @@
+"""Weights to start from whose input channels are matched by the names of the modalities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from nnunetv2_mstkd.modalities import modality_names
+from nnunetv2_mstkd.nnunet.description import check_description
+from nnunetv2_mstkd.training.design import NetworkDesign
+
+
+def checkpoint_modalities(content: Mapping[str, Any], source: str) -> tuple[str, ...] | None:
+    """Return the names of a checkpoint's modalities; None if it has no dataset.json, InputError for a damaged one."""
+    arguments = content.get("init_args")
+    description = arguments.get("dataset_json") if isinstance(arguments, Mapping) else None
+    return modality_names(check_description(description, source)) if isinstance(description, dict) else None
+
+
+class ChannelMatch(NamedTuple):
+    """Which channel of a checkpoint each of the network's C channels starts from."""
+
+    own: tuple[str, ...]
+    """Names of the network's modalities."""
+    given: tuple[str, ...]
+    """Names of the checkpoint's modalities."""
+
+    @property
+    def inflated(self) -> bool:
+        """Whether the checkpoint's only channel is spread over all of the network's."""
+        return len(self.given) == 1 < len(self.own)
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether both have the same modalities in the same order."""
+        return self.sources == list(range(len(self.given)))
+
+    @property
+    def sources(self) -> list[int | None]:
+        """The checkpoint's channel for each own one, by name (case is ignored); None: it has none."""
+        if self.inflated:
+            return [0] * len(self.own)
+        numbers = {name.casefold(): number for number, name in enumerate(self.given)}
+        return [numbers.get(name.casefold()) for name in self.own]
+
+    def apply(self, own: torch.Tensor, given: torch.Tensor) -> torch.Tensor | None:
+        """The checkpoint's weights (N, channels, ...) for the network's, whose values (N, C, ...) fill what is absent.
+
+        None if they do not fit or have no channel in common.
+        """
+        known = [(channel, source) for channel, source in enumerate(self.sources) if source is not None]
+        fits = (
+            own.ndim == given.ndim >= 2
+            and own.shape[:1] + own.shape[2:] == given.shape[:1] + given.shape[2:]
+            and own.shape[1] == len(self.own)
+            and given.shape[1] >= len(self.given)  # a cascade's network reads labels too
+        )
+        if not known or not fits:
+            return None
+        matched = own.detach().clone()
+        for channel, source in known:
+            matched[:, channel] = given[:, source].to(own) / (len(self.own) if self.inflated else 1)
+        return matched
+
+    def __str__(self) -> str:
+        if self.inflated:
+            return f"all {len(self.own)} from {self.given[0]}, its weights divided by {len(self.own)}"
+        sources = self.sources
+        parts = [
+            f"{name} from {self.given[source]}" if source is not None else f"{name} keeps its initial weights"
+            for name, source in zip(self.own, sources, strict=True)
+        ]
+        unused = [name for number, name in enumerate(self.given) if number not in sources]
+        return ", ".join(parts) + (f"; not used: {', '.join(unused)}" if unused else "")
+
+
+def match_channels(
+    network: torch.nn.Module, design: NetworkDesign, weights: Mapping[str, torch.Tensor], match: ChannelMatch
+) -> dict[str, torch.Tensor]:
+    """Return a checkpoint's weights with the input channels that the network has.
+
+    Weights that depend on the order of the modalities in another way are left out if the order is another one.
+    """
+    own = network.state_dict()
+
+    def names_of(tensors: Sequence[torch.Tensor]) -> set[str]:
+        """All names of these tensors: nnU-Net's networks hold some several times."""
+        places = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
+        return {name for name, value in own.items() if value.data_ptr() in places}
+
+    inputs = names_of(design.input_weights(network))
+    matched = {name: value for name, value in weights.items() if name not in inputs}
+    for name in inputs & set(weights):
+        value = match.apply(own[name], weights[name])
+        if value is not None:
+            matched[name] = value
+    if not match.unchanged:
+        for name in names_of(design.modality_weights(network)) - inputs:
+            matched.pop(name, None)
+    return matched
