@@ -36,7 +36,8 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.methods.configuration import configure, read_assignments
     from nnunetv2_mstkd.modalities import modality_names
     from nnunetv2_mstkd.nnunet.description import read_description
-    from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder
+    from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder, find_raw_folder
+    from nnunetv2_mstkd.nnunet.mask_differences import of_plans
     from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
 
     short = {f"schedule.{key}": getattr(args, key) for key in ("epochs", "iterations", "seed")}
@@ -44,12 +45,13 @@ def run(args: argparse.Namespace) -> None:
     assignments = read_assignments(texts)
     folder = find_dataset_folder("nnUNet_preprocessed", args.dataset)
     plans_file = folder / f"{args.plans}.json"
+    plans, names = read_plans(plans_file), modality_names(read_description(folder / "dataset.json"))
     entry = configure(
-        read_plans(plans_file),
+        plans,
         args.configuration,
         args.name,
         assignments=assignments,
-        modalities=modality_names(read_description(folder / "dataset.json")),
+        modalities=names,
         features=args.features,
         patch_size=args.patch,
         batch_size=args.batch_size,
@@ -58,6 +60,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"configuration {args.name} (from {args.configuration}) in {plans_file}")
     for line in describe(entry):
         print(f"  {line}")
+    differences = of_plans(folder, find_raw_folder(folder.name), plans, args.configuration, names)
+    if differences:
+        print(f"  {differences}; see input.normalization in documentation/data.md")
     number = dataset_number(folder.name)
     print(f"train it: nnUNetv2_train {number} {args.name} 0 -tr MSTKDTeacherTrainer, then -tr MSTKDTrainer")
 

@@ -67,7 +67,7 @@ def read_case_facts(
     """
     file = folder.with_name(f"{folder.name}_cases.json")
     known = _read_kept(file)
-    stamps = {case: _stamp(folder, case) for case in cases}
+    stamps = {case: stamp(folder, case) for case in cases}
     facts = {case: known[case][1] for case in cases if case in known and known[case][0] == stamps[case]}
     unread = [case for case in cases if case not in facts]
     if unread:
@@ -79,7 +79,7 @@ def read_case_facts(
             facts |= zip(unread, pool.map(lambda case: _read(dataset, case, ignore), unread), strict=True)
         kept = {case: entry for case, entry in known.items() if case not in facts}
         kept |= {case: (stamps[case], facts[case]) for case in facts}
-        content = {case: {"stamp": stamp, **asdict(entry)} for case, (stamp, entry) in sorted(kept.items())}
+        content = {case: {"stamp": mark, **asdict(entry)} for case, (mark, entry) in sorted(kept.items())}
         try:
             write_json(file, {"format": FORMAT, "cases": content}, indent=1)
         except WriteError as error:
@@ -95,7 +95,7 @@ def _read(dataset: Any, case: str, ignore: int | None) -> CaseFacts:
     return CaseFacts(present, labelled)
 
 
-def _stamp(folder: Path, case: str) -> list[int]:
+def stamp(folder: Path, case: str) -> list[int]:
     """What tells a preprocessed case from one that replaces it."""
     for ending in (".b2nd", ".npz"):
         path = folder / f"{case}{ending}"

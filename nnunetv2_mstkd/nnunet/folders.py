@@ -28,6 +28,12 @@ def nnunet_folder(variable: str) -> Path:
     return Path(folder)
 
 
+def find_raw_folder(dataset: str) -> Path | None:
+    """Return the folder of a data set below nnUNet_raw, by its full name; None if there is none on this machine."""
+    folder = Path(os.environ.get("nnUNet_raw") or os.devnull, check_file_name(dataset, "the data set"))
+    return folder if (folder / "dataset.json").is_file() else None
+
+
 def find_dataset_folder(variable: str, dataset: str) -> Path:
     """Find the folder of a data set, a number or full name, below an environment variable such as ``nnUNet_raw``."""
     root = nnunet_folder(variable)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.errors import MissingFileError
 from nnunetv2_mstkd.images.atomic import read_json
@@ -116,6 +117,29 @@ def training_cases(raw: Path, channels: int) -> dict[str, Case]:
             raise MissingFileError(f"{raw}: case {name} has {len(images)} images, expected {channels}")
         cases[name] = Case(str(name), images)
     return cases
+
+
+class TrainingFiles(NamedTuple):
+    """Where a training case of a data set below nnUNet_raw lies."""
+
+    images: tuple[Path, ...]
+    label: Path
+
+
+def training_files(raw: Path, case: str, description: Mapping[str, Any], channels: int) -> TrainingFiles:
+    """Return the files of one training case as nnU-Net finds them; MissingFileError names one that does not exist.
+
+    ``description`` is the content of the data set's dataset.json.
+    """
+    entry, ending = description.get("dataset", {}).get(case), description["file_ending"]
+    if entry is None:
+        images = [f"imagesTr/{case}_{channel:0{CHANNEL_DIGITS}d}{ending}" for channel in range(channels)]
+        entry = {"images": images, "label": f"labelsTr/{case}{ending}"}
+    *paths, label = [raw / os.path.expandvars(path) for path in (*entry["images"], entry["label"])]
+    absent = next((path for path in (*paths, label) if not path.is_file()), None)
+    if absent is not None:
+        raise MissingFileError(f"the file {absent} of case {case} does not exist")
+    return TrainingFiles(tuple(paths), label)
 
 
 def _stamp(path: Path) -> str:

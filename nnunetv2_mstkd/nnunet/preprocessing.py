@@ -23,6 +23,7 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import complete_image, read_json, scratch_folder
 from nnunetv2_mstkd.nnunet.folders import dataset_number
 from nnunetv2_mstkd.nnunet.input_folder import Case
+from nnunetv2_mstkd.nnunet.per_channel import preprocessor
 from nnunetv2_mstkd.nnunet.reading import Reader
 
 DATA_KEYS = (
@@ -63,10 +64,11 @@ def preprocess_case(
     dataset_json: Mapping[str, Any],
     verbose: bool = False,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Read and preprocess a case as nnU-Net does: float32 of shape (C, *spatial), and what its exporter needs."""
+    """Read and preprocess a case as its plans say: float32 (C, *spatial), and what nnU-Net's exporter needs."""
     data, properties = read_case(case, plans.image_reader_writer_class)
-    preprocessor = configuration.preprocessor_class(verbose=verbose)
-    data, _, properties = preprocessor.run_case_npy(data, None, properties, plans, configuration, dataset_json)
+    data, _, properties = preprocessor(configuration, verbose=verbose).run_case_npy(
+        data, None, properties, plans, configuration, dataset_json
+    )
     return data.astype(np.float32, copy=False), properties
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+from collections.abc import Iterator
+from functools import cached_property, partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
@@ -20,10 +23,14 @@ from torch._dynamo import OptimizedModule
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import DivergenceError, InputError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import clear_scratch
-from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.inference.workers import workers
+from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, per_channel
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
-from nnunetv2_mstkd.nnunet.folders import BEST, FINAL, model_folder_name
+from nnunetv2_mstkd.nnunet.folders import BEST, FINAL, find_raw_folder, model_folder_name
+from nnunetv2_mstkd.nnunet.mask_differences import MaskDifferences
+from nnunetv2_mstkd.nnunet.per_channel import data_folder
 from nnunetv2_mstkd.nnunet.plans import BLOCK
+from nnunetv2_mstkd.nnunet.preprocessing import identifiers
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.initial_weights import ChannelMatch, checkpoint_modalities, match_channels
@@ -31,7 +38,14 @@ from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.training.progress import TermLog
-from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Section, Settings, TeacherSettings
+from nnunetv2_mstkd.training.settings import (
+    InputSettings,
+    SamplerSettings,
+    ScheduleSettings,
+    Section,
+    Settings,
+    TeacherSettings,
+)
 from nnunetv2_mstkd.training.step import Losses, LossMonitor
 
 
@@ -42,7 +56,7 @@ class SettingsTrainer(nnUNetTrainer):
     the model folder's plans.json and, with it, prediction.
     """
 
-    sections: ClassVar[tuple[type[Section], ...]] = (ScheduleSettings,)
+    sections: ClassVar[tuple[type[Section], ...]] = (ScheduleSettings, InputSettings)
     """Sections of the settings that this trainer reads, besides those of its network's design."""
     design: ClassVar[NetworkDesign | None] = None
     """How the network is made from the plans; None: nnU-Net's own way, whatever the plans name."""
@@ -142,6 +156,9 @@ class SettingsTrainer(nnUNetTrainer):
         block = self.settings.to_block()
         self.plans_manager.plans["configurations"][self.configuration_name][BLOCK] = block
         self.configuration_manager.configuration[BLOCK] = block
+        if self.preprocessed_dataset_folder_base is not None:
+            folder = data_folder(Path(self.preprocessed_dataset_folder_base), self.configuration_manager)
+            self.preprocessed_dataset_folder = str(folder)
         schedule = self.settings[ScheduleSettings]
         self.num_epochs = self.epochs(self.settings)
         self.num_iterations_per_epoch = schedule.iterations
@@ -156,6 +173,8 @@ class SettingsTrainer(nnUNetTrainer):
         return network._orig_mod if isinstance(network, OptimizedModule) else network
 
     def initialize(self) -> None:
+        self.choose_normalization()
+        self.complete_data()
         self._seed_everything(-1)
         super().initialize()
         self._step_in_epoch = 0
@@ -262,22 +281,88 @@ class SettingsTrainer(nnUNetTrainer):
         return self.current_epoch >= self.num_epochs
 
     def on_train_start(self) -> None:
+        self.choose_normalization()
         if self.local_rank == 0:  # which writes plans.json next, while the others would read it
-            folder = Path(self.output_folder_base)
-            refuse_mixed_folds(folder, self.configuration_name, self.fold, self.network_sections(), self.settings)
+            folder, sections = Path(self.output_folder_base), (*self.network_sections(), InputSettings)
+            refuse_mixed_folds(folder, self.configuration_name, self.fold, sections, self.settings)
         if not self.was_initialized:
             self.initialize()
-        if self.is_ddp and self.local_rank > 0:
-            dist.barrier()  # the first process reads the cases, the others what it has kept
-        self.do_split()
-        if self.is_ddp and self.local_rank == 0:
-            dist.barrier()
+        with self._first_process_first():  # reads the cases, the others what it has kept
+            self.do_split()
+        self.report_normalization()
         self.report_cases()
         self.prepare_training()
         super().on_train_start()
         if self.local_rank == 0:
             clear_scratch(Path(self.output_folder), "checkpoint_*.pth")
             self._save_missing_best()
+
+    # ---- normalisation -------------------------------------------------------------------------------------------
+
+    def choose_normalization(self) -> None:
+        """Decide what ``input.normalization`` leaves open; the whole data set decides, so that all folds agree."""
+        if self.settings[InputSettings].normalization != "auto":
+            return
+        chosen = per_channel.PER_CHANNEL if self.mask_differences else per_channel.PLANS
+        self.apply_settings(self.settings.replace(InputSettings, normalization=chosen))
+
+    @cached_property
+    def mask_differences(self) -> MaskDifferences | None:
+        """Which modalities change when others are taken away; None if that is not known."""
+        with self._first_process_first():
+            return mask_differences.of_data_set(
+                Path(self.preprocessed_dataset_folder_base),
+                find_raw_folder(self.plans_manager.dataset_name),
+                self.plans_manager,
+                self.configuration_manager,
+                modalities.modality_names(self.dataset_json),
+                self.print_to_log_file,
+            )
+
+    def complete_data(self) -> None:
+        """Make the data of ``input.normalization = "per_channel"`` that are not there yet."""
+        if per_channel.normalization(self.configuration_manager) == per_channel.PLANS:
+            return
+        preprocessed = Path(self.preprocessed_dataset_folder_base)
+        processes = 0 if default_num_processes == 1 else default_num_processes
+        with self._first_process_first():
+            per_channel.complete_data(
+                preprocessed,
+                find_raw_folder(self.plans_manager.dataset_name),
+                identifiers(preprocessed / self.configuration_manager.data_identifier),
+                self.plans_manager,
+                self.configuration_manager,
+                self.dataset_json,
+                pool=partial(workers, processes),
+                log=self.print_to_log_file,
+            )
+
+    @contextlib.contextmanager
+    def _first_process_first(self) -> Iterator[None]:
+        """Let the first process of a training on several GPUs run the block, then the others, who find it done."""
+        if self.is_ddp and self.local_rank > 0:
+            dist.barrier()
+        yield
+        if self.is_ddp and self.local_rank == 0:
+            dist.barrier()
+
+    def report_normalization(self) -> None:
+        """Log whether modalities change when others are taken away, and what becomes of that."""
+        chosen, found = self.settings[InputSettings].normalization, self.mask_differences
+        if chosen == per_channel.PER_CHANNEL:
+            self.print_to_log_file(
+                "input.normalization=per_channel: every modality is normalised as if it were the only one"
+                + (f", because {found}" if found else "")
+            )
+        elif found is None:
+            self.print_to_log_file(
+                "whether taking modalities away changes the others is not known: nnUNet_raw does not have the images"
+            )
+        elif found:
+            self.print_to_log_file(
+                f"{found}. Training does not see that, prediction does: set input.normalization=per_channel, or "
+                f"evaluate with --mask-first"
+            )
 
     # ---- cases ---------------------------------------------------------------------------------------------------
 
@@ -511,9 +596,13 @@ class SettingsTrainer(nnUNetTrainer):
         content = checkpoints.read(filename_or_checkpoint)
         plans = content["init_args"]["plans"]["configurations"].get(self.configuration_name, {})
         if plans.get(BLOCK) is not None:
-            stored = Settings.read(plans[BLOCK], self.all_sections())
-            source = str(filename_or_checkpoint)
-            refuse_other_network(self._given, self.network_sections(), self.settings, stored, source)
+            stored, source = Settings.read(plans[BLOCK], self.all_sections()), str(filename_or_checkpoint)
+            if InputSettings.NAME not in plans[BLOCK]:  # of an earlier version
+                stored = stored.replace(InputSettings, normalization=per_channel.PLANS)
+            sections = self.network_sections()
+            if self.settings[InputSettings].normalization != "auto":
+                sections = (*sections, InputSettings)
+            refuse_other_network(self._given, sections, self.settings, stored, source)
             self.apply_settings(stored)
         self._restore(content)
         self._resumed = True

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_mstkd.nnunet import per_channel
 from nnunetv2_mstkd.nnunet.plans import BLOCK, read_plans
 from nnunetv2_mstkd.training.settings import Section, Settings, SettingsError, translate
 
@@ -43,7 +44,9 @@ def refuse_mixed_folds(
     others = [name for name in trained if name != f"fold_{fold}"]
     if not others or not plans_file.is_file():
         return
-    there = translate(read_plans(plans_file)["configurations"].get(configuration, {}).get(BLOCK))
+    entry = read_plans(plans_file)["configurations"].get(configuration, {})
+    there = translate(entry.get(BLOCK))
+    there.setdefault(per_channel.SECTION, {per_channel.KEY: per_channel.PLANS})  # a model of an earlier version
     changed = [
         f"{section.NAME}.{key} is {old!r} there and {settings[section].to_dict()[key]!r} here"
         for section in sections

@@ -20,6 +20,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.nnunet import per_channel
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 
 RENAMED: Mapping[str, str] = types.MappingProxyType(
@@ -320,6 +321,19 @@ class UnlabelledSettings(Section):
     """The cross-entropy counts voxels where the guide is more certain than this."""
     ramp: Fraction = 0.1
     """Fraction of the training over which the weight rises as exp(-5 (1 - t)^2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSettings(Section):
+    """How images become the network's input, in training and, as the model's plans say it, in prediction."""
+
+    NAME: ClassVar[str] = per_channel.SECTION
+
+    normalization: Literal["auto", "plans", "per_channel"] = "auto"
+    """``plans``: nnU-Net's, which depends on the voxels in which *any* modality is non-zero. ``per_channel``: each
+    modality as if it were the only one, so that it looks the same whichever others are there; makes a second copy of
+    the preprocessed data from the images in nnUNet_raw. ``auto``: ``per_channel`` where taking modalities away would
+    change the others, else ``plans``; the model's plans say which."""
 
 
 # ---- the block -----------------------------------------------------------------------------------------------------

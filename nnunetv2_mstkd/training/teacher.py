@@ -11,7 +11,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet import checkpoints, per_channel
 from nnunetv2_mstkd.nnunet.description import check_description
 from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_number, model_folder_name
 from nnunetv2_mstkd.nnunet.plans import BLOCK, lineage
@@ -160,6 +160,7 @@ def _facts(
         "spacing": list(configuration.spacing),
         "patch size": list(configuration.patch_size),
         "normalisation": list(configuration.normalization_schemes),
+        "setting input.normalization": per_channel.normalization(configuration),
         "use of a mask for normalisation": list(configuration.use_mask_for_norm),
         "axis order (transpose_forward)": list(plans.transpose_forward),
         "channels": list((dataset_json.get("channel_names") or dataset_json["modality"]).values()),
