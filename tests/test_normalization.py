@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,14 @@ from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd import cli, modalities
-from nnunetv2_mstkd.errors import MissingFileError, UserError
+from nnunetv2_mstkd.errors import InputError, MissingFileError, UserError
+from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, per_channel
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.mask_differences import Shift, find_shifts, summarize
 from nnunetv2_mstkd.nnunet.preprocessing import preprocess_case
-from nnunetv2_mstkd.training.settings import SettingsError
+from nnunetv2_mstkd.training import base
+from nnunetv2_mstkd.training.settings import InputSettings, SettingsError
 
 NAMES = ("A", "B", "C")
 CASES = [f"case_{number}" for number in range(6)]
@@ -289,6 +292,51 @@ def stored(folders: Folders, trainer: str = STUDENT) -> dict:
     return blocks[0]["input"]
 
 
+def evaluate(folders: Folders, *options: str, trainer: str = STUDENT) -> dict:
+    folder = folders.fold(trainer).parent
+    run = ["-m", str(folder), "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0", "--disable_progress_bar"]
+    assert cli.main(["evaluate", *run, "--metrics", "dice", "--strips", "0", *options]) == 0
+    return json.loads((folder / "subsets" / "summary.json").read_text())
+
+
+def predict(folders: Folders, images: Path, output: Path, trainer: str = STUDENT) -> dict:
+    run = ["-m", str(folders.fold(trainer).parent), "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0"]
+    assert cli.main(["predict", "-i", str(images), "-o", str(output), *run, "--disable_progress_bar"]) == 0
+    return json.loads((output / "predictions.json").read_text())["cases"]
+
+
+def dice(folders: Folders, output: Path, case: str) -> float:
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(folders.raw / folders.dataset / "labelsTr" / f"{case}.nii.gz")))
+    found = sitk.GetArrayFromImage(sitk.ReadImage(str(output / f"{case}.nii.gz")))
+    return float(2 * np.sum(found * label) / np.sum(found + label))
+
+
+def test_train_evaluate_and_predict_agree(data, tmp_path, capsys):
+    """Through nnU-Net's commands: what evaluation measures with zeros is what prediction gives without the files."""
+    configure(data, schedule__epochs=6, schedule__iterations=12)
+    train(STUDENT, validate=True)
+    assert stored(data) == {"normalization": "per_channel"}
+    text = log_text(data.fold(STUDENT))
+    assert "because the zero voxels of the modalities differ (6 cases read): without the others B moves by" in text
+    validation = json.loads((data.preprocessed / data.dataset / "splits_final.json").read_text())[0]["val"]
+    assert len(list((data.fold(STUDENT) / "validation").glob("*.nii.gz"))) == len(validation)
+    capsys.readouterr()
+    summary = evaluate(data)
+    assert summary["normalization"] == "per_channel" and not summary["mask_first"] and "moved_modalities" not in summary
+    (tmp_path / "in").mkdir()
+    for case in validation:
+        shutil.copy(raw_case(data, case).files[1], tmp_path / "in")
+    cases = predict(data, tmp_path / "in", tmp_path / "out")
+    assert "warning" not in capsys.readouterr().err
+    expected = summary["subsets"]["B"]["lesion"]["dice"]
+    assert expected > 0 and expected == pytest.approx(
+        np.mean([dice(data, tmp_path / "out", case) for case in validation]), abs=0.02
+    )
+    assert all(entry["expected_dice"] == {"lesion": expected} for entry in cases.values())
+    first = evaluate(data, "--mask-first", "--restart")["subsets"]["B"]["lesion"]["dice"]
+    assert first == pytest.approx(np.mean([dice(data, tmp_path / "out", case) for case in validation]), abs=1e-6)
+
+
 def test_training_reads_what_prediction_makes(data):
     trainer = build()
     trainer.on_train_start()
@@ -307,6 +355,28 @@ def test_training_reads_what_prediction_makes(data):
         batch, *_ = trainer._to_device(next(trainer.dataloader_val))
         stripped = batch[:, 1:]
         assert float(stripped.abs().max()) > 1 and float((stripped == 0).float().mean()) > 0.3
+    finally:
+        trainer.finish_loaders()
+
+
+def test_unlabelled_batches_come_from_the_same_data(data, monkeypatch):
+    configure(data, unlabelled__share=0.5)
+    trainer, read = build(), base.read_case_facts
+    trainer.initialize()
+    case = trainer.do_split()[0][0]
+
+    def without_label(*args, **kwargs):
+        facts = read(*args, **kwargs)
+        return {**facts, case: replace(facts[case], labelled=False)}
+
+    monkeypatch.setattr(base, "read_case_facts", without_label)
+    trainer.on_train_start()
+    try:
+        batch = next(trainer.unlabelled_batches)
+        assert list(batch["keys"]) == [case]
+        loaders = trainer.unlabelled_batches, trainer.dataloader_train, trainer.dataloader_val
+        folders = {loader.data_loader._data.source_folder for loader in loaders}
+        assert folders == {trainer.preprocessed_dataset_folder}
     finally:
         trainer.finish_loaders()
 
@@ -346,8 +416,6 @@ def test_without_images_auto_keeps_nnunets_own(data, monkeypatch):
 
 
 def test_another_value_is_refused():
-    from nnunetv2_mstkd.training.settings import InputSettings
-
     with pytest.raises(SettingsError, match=r"input\.normalization"):
         InputSettings(normalization="own")
 
@@ -388,14 +456,12 @@ def test_checkpoint_of_an_earlier_version_keeps_nnunets_own(data):
 
 
 def test_resumed_training_equals_uninterrupted_one(data):
-    from nnunetv2_mstkd.training.base import SettingsTrainer
-
     configure(data, schedule__epochs=3)
     train(STUDENT)
     folder = data.fold(STUDENT)
     whole = checkpoints.read(folder / "checkpoint_final.pth")["network_weights"]
     shutil.rmtree(folder)
-    start = SettingsTrainer.on_epoch_start
+    start = base.SettingsTrainer.on_epoch_start
 
     def interrupt(self):
         if self.current_epoch == 2:
@@ -403,9 +469,57 @@ def test_resumed_training_equals_uninterrupted_one(data):
         start(self)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(SettingsTrainer, "on_epoch_start", interrupt)
+        patch.setattr(base.SettingsTrainer, "on_epoch_start", interrupt)
         train(STUDENT)
     train(STUDENT, continue_training=True)
     found = checkpoints.read(folder / "checkpoint_final.pth")["network_weights"]
     assert all(torch.equal(whole[name], found[name]) for name in whole)
     assert stored(data) == {"normalization": "per_channel"}
+
+
+# ---- evaluation and prediction without it ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plain(data) -> Folders:
+    """A model that was trained with nnU-Net's own normalisation."""
+    configure(data, input__normalization="plans")
+    train(STUDENT)
+    return data
+
+
+def test_evaluation_masks_first_where_it_matters(plain, capsys):
+    summary = evaluate(plain)
+    assert summary["mask_first"] and "moved_modalities" not in summary
+    assert "removed before preprocessing, as in mstkd predict (--no-mask-first" in capsys.readouterr().out
+    folder = plain.fold(STUDENT).parent
+    assert read_expected_dice(folder, NAMES)
+    with pytest.raises(InputError, match=r"no Dice to expect.*normalization=per_channel"):
+        read_expected_dice(folder, NAMES, "per_channel")
+    summary = evaluate(plain, "--no-mask-first", "--restart")
+    assert not summary["mask_first"] and summary["moved_modalities"] == ["B", "C"]
+    assert "will not tell what Dice to expect" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"no Dice to expect.*changes B, C.*--mask-first"):
+        read_expected_dice(folder, NAMES)
+
+
+def test_evaluation_of_a_folder_masks_first_too(plain, tmp_path):
+    raw = plain.raw / plain.dataset
+    folders = "-i", str(raw / "imagesTr"), "-l", str(raw / "labelsTr"), "-o", str(tmp_path / "out")
+    run = ["-m", str(plain.fold(STUDENT).parent), "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0"]
+    assert cli.main(["evaluate", *run, *folders, "--subsets", "B", "--metrics", "dice"]) == 0
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["mask_first"]
+
+
+def test_prediction_warns_once(plain, tmp_path, capsys):
+    (tmp_path / "in").mkdir()
+    for case in CASES:
+        for file in raw_case(plain, case).files[: 2 if case == CASES[0] else 3]:
+            shutil.copy(file, tmp_path / "in")
+    evaluate(plain, "--no-mask-first")
+    capsys.readouterr()
+    cases = predict(plain, tmp_path / "in", tmp_path / "out")
+    assert all("expected_dice" not in entry for entry in cases.values())
+    lines = capsys.readouterr().err.splitlines()
+    assert sum("the zero voxels of the modalities differ" in line for line in lines) == 1
+    assert sum("no Dice to expect" in line for line in lines) == 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from nnunetv2_mstkd.evaluation.montage import SliceView, choose_view
 from nnunetv2_mstkd.evaluation.scoring import Rules, read_label
 from nnunetv2_mstkd.images.geometry import TOLERANCE
 from nnunetv2_mstkd.inference.checks import Checker, format_problems
+from nnunetv2_mstkd.inference.workers import workers
 from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.nnunet.case_facts import read_case_facts
-from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+from nnunetv2_mstkd.nnunet.folders import find_raw_folder, nnunet_folder
 from nnunetv2_mstkd.nnunet.input_folder import Case, find_cases, training_cases
+from nnunetv2_mstkd.nnunet.per_channel import PER_CHANNEL, complete_data, data_folder, normalization
 from nnunetv2_mstkd.nnunet.preprocessing import (
     check_preprocessed_with,
     identifiers,
@@ -91,6 +94,7 @@ def fold_cases(
     dataset_json: dict,
     *,
     from_images: bool = False,
+    processes: int = 0,
     report: Callable[[str], None] = print,
 ) -> list[LabelledCase]:
     """The validation cases of a fold, a number or ``"all"``.
@@ -103,8 +107,10 @@ def fold_cases(
         The model, as for :func:`prepare`.
     from_images:
         Take the images in nnUNet_raw instead of the preprocessed data.
+    processes:
+        Number of background processes that make preprocessed data which a ``per_channel`` model lacks.
     report:
-        Gets a line if the preprocessed data have to be read to see which modalities the cases have.
+        Gets a line if the preprocessed data have to be made, or read to see which modalities the cases have.
 
     Raises
     ------
@@ -115,6 +121,7 @@ def fold_cases(
     folder = nnunet_folder("nnUNet_preprocessed") / plans.dataset_name
     data = folder / configuration.data_identifier
     names = validation_cases(folder, data, fold, split)
+    data = data_folder(folder, configuration)
     labels = {name: folder / "gt_segmentations" / f"{name}{dataset_json['file_ending']}" for name in names}
     channels = modality_names(dataset_json)
     if from_images:
@@ -124,9 +131,14 @@ def fold_cases(
         if missing:
             raise MissingFileError(f"no images of the validation case {missing[0]} in nnUNet_raw/{raw.name}")
         return [LabelledCase(name, str(fold), labels[name], images=images[name]) for name in names]
+    # first: data made with other plans would look current to a later training
+    check_preprocessed_with(folder / f"{plans.plans_name}.json", plans, configuration)
+    if normalization(configuration) == PER_CHANNEL:
+        raw_folder = find_raw_folder(plans.dataset_name)
+        pool = partial(workers, processes)
+        complete_data(folder, raw_folder, names, plans, configuration, dataset_json, pool=pool, log=report)
     if not data.is_dir():
         raise MissingFileError(f"no preprocessed data in {data}; make them: {preprocess_command(plans, configuration)}")
-    check_preprocessed_with(folder / f"{plans.plans_name}.json", plans, configuration)
     missing = sorted(set(names) - set(identifiers(data)))
     if missing:
         raise MissingFileError(

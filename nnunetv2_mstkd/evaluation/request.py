@@ -31,7 +31,7 @@ class Request:
     output: Path | None
     subsets: Sequence[str]
     available: str | None
-    mask_first: bool
+    mask_first: bool | None
     metrics: Sequence[str]
     convention: str
     lesion_convention: str | None

@@ -29,10 +29,19 @@ from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, scor
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
-from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
 from nnunetv2_mstkd.nnunet.checkpoints import noted_split
-from nnunetv2_mstkd.nnunet.folders import find_checkpoints, parse_folds, refuse_same_folder, trained_folds
+from nnunetv2_mstkd.nnunet.folders import (
+    find_checkpoints,
+    find_raw_folder,
+    nnunet_folder,
+    parse_folds,
+    refuse_same_folder,
+    trained_folds,
+)
+from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.model import find_device, load_predictor
+from nnunetv2_mstkd.nnunet.per_channel import PER_CHANNEL, normalization
 
 IMAGES_AHEAD = 2
 """Preprocessed images that wait for the network; each is as large as all channels of a case."""
@@ -93,6 +102,7 @@ class Evaluator:
         self.names = modalities.modality_names(self.model.dataset_json)
         self.subsets = self._choose_subsets()
         self.rules = self._rules()
+        self.mask_first, self.moved = False, list[str]()
         found = self._find_cases()
         self.settings = self._settings()
         self.records = CaseRecords(request.output_folder, self.settings, restart=request.restart)
@@ -126,7 +136,9 @@ class Evaluator:
             model=request.name or self.settings["folder"],
             trainer=self.model.trainer_name,
         )
-        return Measured(results, self.rules, self.settings, near if self.stack > 1 else None, self.records)
+        # not in the records: cases may be added
+        moved = {"moved_modalities": self.moved} if self.moved else {}
+        return Measured(results, self.rules, {**self.settings, **moved}, near if self.stack > 1 else None, self.records)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 
@@ -175,17 +187,44 @@ class Evaluator:
         request, dataset_json = self.request, self.model.dataset_json
         if request.images is not None and request.labels is not None:
             (folds,) = self.predictors
-            return folder_cases(request.images, request.labels, folds, dataset_json, self.names, self._channels())
+            cases = folder_cases(request.images, request.labels, folds, dataset_json, self.names, self._channels())
+            self._choose_order([case.images for case in cases if case.images is not None])
+            return cases
         if "all" in self.predictors:
             print("warning: fold all was trained on the very cases that it is evaluated on here", file=sys.stderr)
+        self._choose_order()
         model = self.model.plans_manager, self.model.configuration_manager, dataset_json
-        return [
-            case
-            for fold in self.predictors
-            for case in fold_cases(
-                fold, self._noted_split(fold), *model, from_images=request.mask_first, report=request.report
-            )
-        ]
+        how: dict[str, Any] = {"from_images": self.mask_first, "report": request.report}
+        how["processes"] = request.preprocessing_processes
+        return [case for fold in self.predictors for case in fold_cases(fold, self._noted_split(fold), *model, **how)]
+
+    def _choose_order(self, images: Sequence[Case] | None = None) -> None:
+        """Decide whether modalities are removed before preprocessing, where the request leaves it open.
+
+        They are where that changes the others, unless the model normalises each one by itself; ``images`` are those to
+        evaluate, None: the training cases of the data set.
+        """
+        request, found = self.request, None
+        plans, configuration = self.model.plans_manager, self.model.configuration_manager
+        self.mask_first = bool(request.mask_first)
+        if self.mask_first or normalization(configuration) == PER_CHANNEL or len(self.names) < 2:
+            return
+        raw = find_raw_folder(plans.dataset_name)
+        if images is None:
+            preprocessed = nnunet_folder("nnUNet_preprocessed") / plans.dataset_name
+            found = mask_differences.of_data_set(preprocessed, raw, plans, configuration, self.names, request.report)
+        else:
+            found = mask_differences.of_images(images, plans, configuration, self.names)
+        if not found:
+            return
+        possible = (images is not None or raw is not None) and (request.stack or 1) == 1
+        self.mask_first = request.mask_first is None and possible
+        if self.mask_first:
+            what = "they are removed before preprocessing, as in mstkd predict (--no-mask-first: after it)"
+        else:
+            self.moved = list(found.moved)
+            what = "they are removed after preprocessing, so mstkd predict will not tell what Dice to expect"
+        request.report(f"{found}; {what}")
 
     def _noted_split(self, fold: str) -> dict[str, list[str]] | None:
         try:
@@ -252,7 +291,7 @@ class Evaluator:
 
     def _seen(self, case: LabelledCase) -> list[str] | None:
         """The modalities of a case that preprocessing sees at once; None: only those of a subset at a time."""
-        if self.request.mask_first:
+        if self.mask_first:
             return None
         return [name for name, there in zip(self.names, case.given, strict=True) if there]
 
@@ -267,7 +306,7 @@ class Evaluator:
             "checkpoint": request.checkpoint,
             "mirroring": request.mirroring,
             "step_size": request.step_size,
-            "mask_first": request.mask_first,
+            "mask_first": self.mask_first,
             "channels": list(self.names),
             "regions": {name: list(labels) for name, labels in rules.regions.items()},
             "metrics": list(rules.metrics),
@@ -275,13 +314,15 @@ class Evaluator:
             "lesion_convention": rules.lesion_convention,
             "tolerance": rules.tolerance,
         }
-        if request.images is not None and not request.mask_first:
+        if normalization(self.model.configuration_manager) == PER_CHANNEL:
+            settings["normalization"] = PER_CHANNEL
+        if request.images is not None and not self.mask_first:
             settings["preprocessed_from"] = [self.names[channel] for channel in self._channels()]
         return settings
 
     def _stack(self) -> int:
         """Subsets per forward pass; it shrinks if the device runs out of memory."""
-        if self.request.mask_first:
+        if self.mask_first:
             return 1
         batch_size = self.model.configuration_manager.batch_size
         return self.request.stack or default_stack(batch_size, len(self.subsets), self.model.device)
@@ -333,10 +374,10 @@ class Evaluator:
     def _batches(self, each: OpenCase) -> list[list[str]]:
         """The missing subsets, those together that are predicted from one preprocessed image."""
         missing = self._missing(each)
-        return [[subset] for subset in missing] if self.request.mask_first else [missing]
+        return [[subset] for subset in missing] if self.mask_first else [missing]
 
     def _absent(self, subsets: Sequence[str]) -> tuple[int, ...]:
         """The channels to remove before preprocessing."""
-        if not self.request.mask_first:
+        if not self.mask_first:
             return ()
         return tuple(channel for channel, available in enumerate(self.subsets[subsets[0]]) if not available)

@@ -14,20 +14,36 @@ from nnunetv2_mstkd.inference import evaluation_files
 SUMMARY = Path(evaluation_files.FOLDER, evaluation_files.SUMMARY)
 
 
-def read_expected_dice(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, float]]:
+def read_expected_dice(
+    model_folder: Path, names: Sequence[str], normalization: str = "plans"
+) -> dict[int, dict[str, float]]:
     """Read the mean Dice per subset and region from the evaluation in a model folder.
+
+    Parameters
+    ----------
+    names
+        Names of the C channels.
+    normalization
+        The model's, see :func:`nnunetv2_mstkd.nnunet.per_channel.normalization`.
 
     Returns
     -------
     :func:`~nnunetv2_mstkd.modalities.subset_code` -> region -> Dice between 0 and 1. Empty without an evaluation. A
     region without a finite Dice (nothing to find in any case) is left out.
+
+    Raises
+    ------
+    InputError
+        If the file is no evaluation, or one that did not see what prediction sees.
     """
     file = model_folder / SUMMARY
     if not file.is_file():
         return {}
     expected: dict[int, dict[str, float]] = {}
     try:
-        for text, regions in json.loads(file.read_text(encoding="utf-8"))["subsets"].items():
+        content = json.loads(file.read_text(encoding="utf-8"))
+        moved, found = list(map(str, content.get("moved_modalities", ()))), content.get("normalization", "plans")
+        for text, regions in content["subsets"].items():
             code = modalities.subset_code(modalities.parse_subset(text, names))
             values = {region: measures.get("dice") for region, measures in regions.items()}
             known = {region: dice for region, dice in values.items() if dice is not None and math.isfinite(dice)}
@@ -36,6 +52,16 @@ def read_expected_dice(model_folder: Path, names: Sequence[str]) -> dict[int, di
         raise InputError(
             f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
         ) from error
+    if found != normalization or moved:
+        reason = (
+            f"the model now has input.normalization={normalization}"
+            if found != normalization
+            else f"taking modalities away before preprocessing, as prediction does, changes {', '.join(moved)}"
+        )
+        raise InputError(
+            f"no Dice to expect: {reason}, which the evaluation in {file} did not see; evaluate again with "
+            f"{'--restart' if found != normalization else '--restart --mask-first'}"
+        )
     return expected
 
 

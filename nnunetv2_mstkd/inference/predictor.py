@@ -24,10 +24,11 @@ from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
-from nnunetv2_mstkd.nnunet import preprocessing
+from nnunetv2_mstkd.nnunet import mask_differences, preprocessing
 from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder, trained_folds
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
 from nnunetv2_mstkd.nnunet.model import find_device, free_memory, load_predictor
+from nnunetv2_mstkd.nnunet.per_channel import PER_CHANNEL, normalization
 from nnunetv2_mstkd.nnunet.reading import as_written
 
 
@@ -197,7 +198,9 @@ class Predictor:
         self.modalities = modalities.modality_names(self._predictor.dataset_json)
         self.expected_dice: dict[int, dict[str, float]] = {}
         try:
-            self.expected_dice = read_expected_dice(self.folder, self.modalities)
+            self.expected_dice = read_expected_dice(
+                self.folder, self.modalities, normalization(self._predictor.configuration_manager)
+            )
         except ValueError as error:
             print(f"warning: {error}", file=sys.stderr)
         self._checker = Checker(
@@ -376,6 +379,7 @@ class Predictor:
             progress=progress,
             verb="predicted",
         )
+        self._warn_of_differences(selection.cases)
         output.mkdir(parents=True, exist_ok=True)
         # nnU-Net's postprocessing and evaluation look for these two
         write_json(output / "dataset.json", model.dataset_json)
@@ -397,6 +401,19 @@ class Predictor:
             record.save()
         names = [case.name for case in selection.cases]
         return FolderResult(names, selection.done, selection.problems, record.file, record.by_subset())
+
+    def _warn_of_differences(self, cases: Sequence[Case]) -> None:
+        """Say in one line if the intensities of incomplete cases depend on what they lack."""
+        plans, configuration = self._predictor.plans_manager, self._predictor.configuration_manager
+        if normalization(configuration) == PER_CHANNEL or all(all(case.availability) for case in cases):
+            return
+        found = mask_differences.of_images(mask_differences.spread(cases, 5), plans, configuration, self.modalities)
+        if found:
+            print(
+                f"warning: {found}; this model was trained without input.normalization=per_channel, so incomplete "
+                f"cases look different from those of its training",
+                file=sys.stderr,
+            )
 
     def _describe(self, drop: str | None) -> dict[str, Any]:
         """What the predictions of one output folder have in common, and what a continued run must repeat."""

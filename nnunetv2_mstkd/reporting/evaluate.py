@@ -25,7 +25,7 @@ def evaluate(
     output: Path | str | None = None,
     subsets: Sequence[str] = (),
     available: str | None = None,
-    mask_first: bool = False,
+    mask_first: bool | None = None,
     metrics: Sequence[str] = ("dice", "hd95"),
     convention: str = "brats",
     lesion_convention: str | None = None,
@@ -67,7 +67,7 @@ def evaluate(
     available:
         Evaluate only subsets of these modalities, such as ``"T1,FLAIR"``.
     mask_first:
-        Remove channels before preprocessing, as if they had never existed.
+        Remove channels before preprocessing, as if they had never existed; None: where that changes the others.
     metrics:
         Metrics to compute; Dice is always computed.
     convention:
