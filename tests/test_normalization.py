@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +20,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_mstkd import cli, modalities
 from nnunetv2_mstkd.errors import InputError, MissingFileError, UserError
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
+from nnunetv2_mstkd.inference.workers import workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, per_channel
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.mask_differences import Shift, find_shifts, summarize
-from nnunetv2_mstkd.nnunet.preprocessing import preprocess_case
+from nnunetv2_mstkd.nnunet.preprocessing import preprocess_case, read_preprocessed
 from nnunetv2_mstkd.training import base
 from nnunetv2_mstkd.training.settings import InputSettings, SettingsError
 
@@ -402,6 +404,25 @@ def test_made_once_and_again_where_preprocessed_anew(data, monkeypatch):
     assert {name for name in after if after[name] != before[name]} >= {f"{CASES[2]}.b2nd", f"{CASES[3]}.b2nd"}
     assert after[f"{CASES[0]}.b2nd"] == before[f"{CASES[0]}.b2nd"]
     assert not list(own.parent.glob(".*.part"))
+
+
+def test_background_processes_make_the_same(data):
+    manager, configuration, description = model(data, "per_channel")
+    preprocessed, found = data.preprocessed / data.dataset, []
+    own = per_channel.data_folder(preprocessed, configuration)
+    for processes in (0, 2):
+        per_channel.complete_data(
+            preprocessed,
+            data.raw / data.dataset,
+            CASES[:2],
+            manager,
+            configuration,
+            description,
+            pool=partial(workers, processes),
+        )
+        found.append([read_preprocessed(own, case)[0] for case in CASES[:2]])
+        shutil.rmtree(own)
+    assert all(np.array_equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_without_images_auto_keeps_nnunets_own(data, monkeypatch):

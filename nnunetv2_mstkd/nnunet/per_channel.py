@@ -7,6 +7,7 @@ those of the channels differ, the intensities of one depend on which others are 
 from __future__ import annotations
 
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
@@ -138,8 +139,8 @@ def _make_case(
 ) -> None:
     """Preprocess one case; its images appear last, when everything else of it is there."""
     images = [str(path) for path in files.images]
-    # the number of the process: trainings of several folds may start at the same time
-    with scratch_folder(target.parent / f"{target.name}_{case}_{os.getpid()}") as scratch:
+    # trainings of several folds may start at the same time, on several machines
+    with scratch_folder(target.parent / f"{target.name}_{case}_{platform.node()}_{os.getpid()}") as scratch:
         preprocessor(configuration).run_case_save(
             str(scratch / case), images, str(files.label), plans, configuration, dataset_json
         )
