@@ -124,15 +124,16 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
         teacher = None
         if self.teacher is not None:
+            asked = data if any(term.needs_teacher for term in self.terms) else data[labelled.stop :]
             with torch.no_grad():
-                teacher = self.forward_teacher(data)
+                teacher = self.forward_teacher(asked)
         with self.telling(subsets):
             student = self.forward_student(inputs, data)
         total = self.loss(rows_of(student.logits, labelled), target)
         values = {"segmentation": total}
         student = student._replace(logits=finest(student.logits))
         if self.unlabelled_batches is not None:
-            values["unlabelled"] = self.unlabelled_loss(student, teacher, data, slice(labelled.stop, None))
+            values["unlabelled"] = self.unlabelled_loss(student, teacher, data[labelled.stop :])
             total = total + self.unlabelled_weight() * values["unlabelled"]
             student, teacher = rows_of(student, labelled), rows_of(teacher, labelled)
         with torch.autocast(self.device.type, enabled=False):
@@ -214,12 +215,12 @@ class ModalityDropoutTrainer(SettingsTrainer):
             present = torch.cat([present, present.new_ones(len(more), present.shape[1])])
         return torch.cat([data, more]), present
 
-    def unlabelled_loss(self, student: Any, teacher: Any, data: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The loss of unlabelled samples against :meth:`guide`; their segmentation loss is silent."""
-        section = self.settings[UnlabelledSettings]
+    def unlabelled_loss(self, student: Any, teacher: Any, unlabelled: torch.Tensor) -> torch.Tensor:
+        """The loss of the last samples, those without a label, against :meth:`guide`."""
+        section, last = self.settings[UnlabelledSettings], slice(-len(unlabelled), None)
         return pseudo_label_loss(
-            student.logits[rows],
-            self.guide(rows_of(teacher, rows), data[rows]),
+            student.logits[last],
+            self.guide(rows_of(teacher, last), unlabelled),
             regions=self.label_manager.has_regions,
             confidence=section.confidence,
             dice=section.dice,
