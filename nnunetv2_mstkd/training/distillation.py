@@ -42,7 +42,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
     @property
     def needs_teacher(self) -> bool:
         """Whether any active term compares with a teacher, or there are unlabelled cases for it to guide."""
-        return any(term.needs_teacher for term in self.terms) or bool(self.split and self.split.get("unlabelled"))
+        return self.has_teacher_terms or bool(self.split and self.split.get("unlabelled"))
 
     @property
     def unlabelled_share(self) -> float:

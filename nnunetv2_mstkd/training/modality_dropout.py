@@ -83,6 +83,11 @@ class ModalityDropoutTrainer(SettingsTrainer):
         self._subset_generator.seed()
         self.terms = self.make_terms()
 
+    @property
+    def has_teacher_terms(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return any(term.needs_teacher for term in self.terms)
+
     def make_terms(self) -> tuple[Term, ...]:
         """Return the terms beside the segmentation loss, in the order in which they are logged; here none."""
         return ()
@@ -99,7 +104,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
 
     @contextlib.contextmanager
-    def telling(self, availability: torch.Tensor) -> Iterator[None]:
+    def conditioned_on(self, availability: torch.Tensor) -> Iterator[None]:
         """Tell a network that asks for them the subsets of a batch (B, C), for the time of a forward pass."""
         network = self.plain_network
         if not isinstance(network, AvailabilityAware):
@@ -118,16 +123,15 @@ class ModalityDropoutTrainer(SettingsTrainer):
         subsets = self.draw_availability(len(data), present)
         inputs = modalities.mask_modalities(data, subsets)
         if not self.terms and self.unlabelled_batches is None:
-            with self.telling(subsets):
+            with self.conditioned_on(subsets):
                 loss = self.loss(self.network(inputs), target)
             return Losses(loss, {"segmentation": loss})
 
         teacher = None
         if self.teacher is not None:
-            asked = data if any(term.needs_teacher for term in self.terms) else data[labelled.stop :]
             with torch.no_grad():
-                teacher = self.forward_teacher(asked)
-        with self.telling(subsets):
+                teacher = self.forward_teacher(data if self.has_teacher_terms else data[labelled.stop :])
+        with self.conditioned_on(subsets):
             student = self.forward_student(inputs, data)
         total = self.loss(rows_of(student.logits, labelled), target)
         values = {"segmentation": total}
@@ -135,7 +139,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
         if self.unlabelled_batches is not None:
             values["unlabelled"] = self.unlabelled_loss(student, teacher, data[labelled.stop :])
             total = total + self.unlabelled_weight() * values["unlabelled"]
-            student, teacher = rows_of(student, labelled), rows_of(teacher, labelled)
+            student = rows_of(student, labelled)
+            teacher = rows_of(teacher, labelled) if self.has_teacher_terms else None
         with torch.autocast(self.device.type, enabled=False):
             label = self.read_target(finest(target))
             # a teacher is asked about complete cases only
@@ -303,7 +308,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
             rows = modalities.rows_within(self.validation_subsets, rows, present)
         subsets = self.validation_subsets[rows]
         self._validation_step += 1
-        with self._autocast(), self.telling(subsets):
+        with self._autocast(), self.conditioned_on(subsets):
             output = self.network(modalities.mask_modalities(data, subsets))
             loss = self.loss(output, target)
         counts = self._count(finest(output), finest(target))
