@@ -64,23 +64,29 @@ class Row:
 
 WARM = {"schedule.init_from": TEACHER}
 NO_UNLABELLED, OWN = {"unlabelled.share": 0}, {"unlabelled.share": 0.5}
-COPY = {"distillation.where": "everywhere", "distillation.fade": 0}
+
+NO_TERMS = {f"mstkd.{term}": 0 for term in ("evd", "maps", "discrepancy", "kl", "style", "adversarial")}
+SOFT = {"distillation.where": "everywhere", "distillation.fade": 0, "distillation.soft_labels": 1}
+PLAIN = {"adamm.adapters": False, "adamm.refinement": "off", "adamm.presence": False}
+PLAIN |= {f"adamm.{term}": 0 for term in ("consistency", "content", "style")}
 
 ROWS = {
     "dropout": Row("modality dropout, labelled cases", "ModalityDropoutTrainer", {**WARM, **NO_UNLABELLED}),
     "dropout-self": Row("modality dropout, own pseudo-labels", "ModalityDropoutTrainer", {**WARM, **OWN}),
     "mstkd": Row("MSTKDTrainer, labelled cases", "MSTKDTrainer", NO_UNLABELLED),
     "mstkd-unlabelled": Row("MSTKDTrainer, unlabelled cases too", "MSTKDTrainer"),
-    "unlabelled": Row(
-        "unlabelled cases, no other term",
-        "MSTKDTrainer",
-        {f"mstkd.{term}": 0 for term in ("evd", "maps", "discrepancy", "kl", "style", "adversarial")},
+    "unlabelled": Row("MSTKDTrainer without terms, unlabelled cases too", "MSTKDTrainer", NO_TERMS),
+    "soft": Row(
+        "MSTKDTrainer, soft labels alone, labelled cases", "MSTKDTrainer", {**NO_TERMS, **SOFT, **NO_UNLABELLED}
     ),
-    "copy": Row("MSTKDTrainer, everywhere to the end, labelled cases", "MSTKDTrainer", {**COPY, **NO_UNLABELLED}),
-    "copy-unlabelled": Row("MSTKDTrainer, everywhere to the end, unlabelled cases too", "MSTKDTrainer", COPY),
-    "adamm": Row("AdaMMTrainer, labelled cases", "AdaMMTrainer", NO_UNLABELLED),
-    "adamm-unlabelled": Row("AdaMMTrainer, unlabelled cases too", "AdaMMTrainer"),
+    "soft-unlabelled": Row(
+        "MSTKDTrainer, soft labels alone, unlabelled cases too", "MSTKDTrainer", {**NO_TERMS, **SOFT}
+    ),
+    "plain-soft": Row("plain network, soft labels, labelled cases", "AdaMMTrainer", {**PLAIN, **SOFT, **NO_UNLABELLED}),
+    "plain-soft-unlabelled": Row("plain network, soft labels, unlabelled cases too", "AdaMMTrainer", {**PLAIN, **SOFT}),
+    "plain-unlabelled": Row("plain network, unlabelled cases too", "AdaMMTrainer", PLAIN),
 }
+"""``plain`` rows are AdaMMTrainer with all of its parts off: the plans' network and its teacher, and nothing else."""
 DEFAULT_ROWS = ("dropout", "dropout-self", "mstkd", "mstkd-unlabelled")
 
 

@@ -81,7 +81,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         )
         self._subset_generator = torch.Generator()
         self._subset_generator.seed()
-        self.terms = self.make_terms()
+        self.terms = (*self.make_terms(), *self.common_terms())
 
     @property
     def has_teacher_terms(self) -> bool:
@@ -89,7 +89,11 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return any(term.needs_teacher for term in self.terms)
 
     def make_terms(self) -> tuple[Term, ...]:
-        """Return the terms beside the segmentation loss, in the order in which they are logged; here none."""
+        """Return the method's terms beside the segmentation loss, in the order in which they are logged; here none."""
+        return ()
+
+    def common_terms(self) -> tuple[Term, ...]:
+        """Return the terms that every method of this base can have."""
         return ()
 
     def _seed_everything(self, epoch: int) -> None:
