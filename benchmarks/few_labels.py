@@ -64,23 +64,29 @@ class Row:
 
 WARM = {"schedule.init_from": TEACHER}
 NO_UNLABELLED, OWN = {"unlabelled.share": 0}, {"unlabelled.share": 0.5}
-COPY = {"distillation.where": "everywhere", "distillation.fade": 0}
+
+NO_TERMS = {f"mstkd.{term}": 0 for term in ("evd", "maps", "discrepancy", "kl", "style", "adversarial")}
+SOFT = {"distillation.where": "everywhere", "distillation.fade": 0, "distillation.soft_labels": 1}
+PLAIN = {"adamm.adapters": False, "adamm.refinement": "off", "adamm.presence": False}
+PLAIN |= {f"adamm.{term}": 0 for term in ("consistency", "content", "style")}
 
 ROWS = {
     "dropout": Row("modality dropout, labelled cases", "ModalityDropoutTrainer", {**WARM, **NO_UNLABELLED}),
     "dropout-self": Row("modality dropout, own pseudo-labels", "ModalityDropoutTrainer", {**WARM, **OWN}),
     "mstkd": Row("MSTKDTrainer, labelled cases", "MSTKDTrainer", NO_UNLABELLED),
     "mstkd-unlabelled": Row("MSTKDTrainer, unlabelled cases too", "MSTKDTrainer"),
-    "unlabelled": Row(
-        "unlabelled cases, no other term",
-        "MSTKDTrainer",
-        {f"mstkd.{term}": 0 for term in ("evd", "maps", "discrepancy", "kl", "style", "adversarial")},
+    "unlabelled": Row("MSTKDTrainer without terms, unlabelled cases too", "MSTKDTrainer", NO_TERMS),
+    "soft": Row(
+        "MSTKDTrainer, soft labels alone, labelled cases", "MSTKDTrainer", {**NO_TERMS, **SOFT, **NO_UNLABELLED}
     ),
-    "copy": Row("MSTKDTrainer, everywhere to the end, labelled cases", "MSTKDTrainer", {**COPY, **NO_UNLABELLED}),
-    "copy-unlabelled": Row("MSTKDTrainer, everywhere to the end, unlabelled cases too", "MSTKDTrainer", COPY),
-    "adamm": Row("AdaMMTrainer, labelled cases", "AdaMMTrainer", NO_UNLABELLED),
-    "adamm-unlabelled": Row("AdaMMTrainer, unlabelled cases too", "AdaMMTrainer"),
+    "soft-unlabelled": Row(
+        "MSTKDTrainer, soft labels alone, unlabelled cases too", "MSTKDTrainer", {**NO_TERMS, **SOFT}
+    ),
+    "plain-soft": Row("plain network, soft labels, labelled cases", "AdaMMTrainer", {**PLAIN, **SOFT, **NO_UNLABELLED}),
+    "plain-soft-unlabelled": Row("plain network, soft labels, unlabelled cases too", "AdaMMTrainer", {**PLAIN, **SOFT}),
+    "plain-unlabelled": Row("plain network, unlabelled cases too", "AdaMMTrainer", PLAIN),
 }
+"""``plain`` rows are AdaMMTrainer with all of its parts off: the plans' network and its teacher, and nothing else."""
 DEFAULT_ROWS = ("dropout", "dropout-self", "mstkd", "mstkd-unlabelled")
 
 
@@ -337,10 +343,10 @@ def measure(file: Path, dataset: str, rows: Sequence[str], bfloat16: bool, round
             trainers[row].on_train_epoch_start()
     for number in range(rounds):
         for row, trainer in trainers.items():
-            start = time.perf_counter()
+            start = time.process_time()  # other processes do not count
             trainer.train_step(next(trainer.dataloader_train))
             trainer._step_in_epoch = 1 + number % (trainer.num_iterations_per_epoch - 1)
-            times[row].append(time.perf_counter() - start)
+            times[row].append(time.process_time() - start)
     known = read_json(file) if file.is_file() else {}
     write_json(file, known | {row: round(float(np.median(values[2:])), 4) for row, values in times.items()})
     for trainer in trainers.values():

@@ -137,7 +137,8 @@ def lower(network: torch.nn.Module) -> None:
             output = forward(*inputs, **options)
         return as_float32(output)
 
-    network.to(memory_format=torch.channels_last_3d)
+    volume = any(parameter.ndim == 5 for parameter in network.parameters())
+    network.to(memory_format=torch.channels_last_3d if volume else torch.channels_last)
     network.forward = in_bfloat16  # type: ignore[method-assign]
 
 

@@ -29,6 +29,7 @@ import torch
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.networks.decoding import finest
+from nnunetv2_mstkd.nnunet.case_facts import CaseFacts
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
@@ -413,7 +414,38 @@ def check_seed(cls: type, folder: Path, **options: Any) -> None:
     assert not same(results[0], results[2])
 
 
+def check_incomplete_cases(cls: type, folder: Path, **options: Any) -> None:
+    """No sample is empty, and a modality that a case lacks is zero for the network, whatever augmentation has added."""
+    if not issubclass(cls, ModalityDropoutTrainer):
+        return
+    with nnunet_folders(folder):
+        trainer = _make(cls, **options)
+        present = torch.ones(2, trainer.num_input_channels, dtype=torch.bool)
+        present[1, 1:] = False
+        trainer.case_facts = {
+            f"case_{number}": CaseFacts(tuple(row), True) for number, row in enumerate(present.tolist())
+        }
+        seen: list[torch.Tensor] = []
+
+        def look(module: torch.nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+            values = [value for value in (*given, *named.values()) if isinstance(value, torch.Tensor)]
+            seen.extend(value for value in values if value.ndim > 2 and value.shape[1] == present.shape[1])
+
+        hook = trainer.network.register_forward_pre_hook(look, with_kwargs=True)
+        for seed in range(4):
+            trainer.train_step(batch(trainer, seed=seed))  # noise in every channel, as augmentation leaves it
+        with torch.no_grad():
+            trainer.on_validation_epoch_start()
+            trainer.validation_step(batch(trainer))
+        hook.remove()
+        assert seen
+        for data in seen:
+            assert data.flatten(1).any(1).all(), "a sample has no modality"
+            assert not data[:2][~present].any(), "the network sees a modality that the case lacks"
+
+
 CHECKS: tuple[Callable[..., None], ...] = (
-    check_no_leak, check_permutation, check_full_subset, check_frozen_teacher, check_extreme_values, check_seed,
+    check_no_leak, check_incomplete_cases, check_permutation, check_full_subset, check_frozen_teacher,
+    check_extreme_values, check_seed,
 )  # fmt: skip
 """All checks; those that do not apply to a trainer (no teacher, no missing modalities) return at once."""

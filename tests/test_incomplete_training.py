@@ -19,6 +19,7 @@ from nnunetv2_mstkd import methods, modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
 from nnunetv2_mstkd.methods import ModalityDropoutTrainer
+from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import case_facts, checkpoints
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
 from nnunetv2_mstkd.training.base import SettingsTrainer, TeacherTrainer
@@ -386,6 +387,21 @@ def test_unlabelled_samples_are_added_and_change_no_other_term(make_trainer, nam
     extra = found[1].pop("unlabelled")
     assert extra > 0
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
+
+
+def test_teacher_without_terms_is_asked_about_unlabelled_samples_only(make_trainer):
+    """Also in a batch whose complete samples come after the incomplete ones."""
+    options = {"batch_size": 3, "block": {"mstkd": dict.fromkeys(TERMS, 0), "teacher": {"warm_start": False}}}
+    trainer = give_teacher(make_trainer(methods.MSTKDTrainer, **options))
+    trainer.on_train_epoch_start()
+    with_unlabelled(trainer)
+    asked, real = [], trainer.forward_teacher
+    trainer.forward_teacher = lambda complete: asked.append(len(complete)) or real(complete)
+    content = batch(trainer)
+    present = torch.ones(3, 4, dtype=torch.bool)
+    present[0, 0] = False
+    losses = trainer.compute_losses(content["data"], content["target"], present)
+    assert asked == [1] and losses.terms["unlabelled"] > 0
 
 
 def test_unlabelled_loss_has_its_own_ramp_and_no_fade(make_trainer):

@@ -307,3 +307,14 @@ def test_other_networks_are_refused(make_trainer):
     given["configurations"]["tiny"]["architecture"]["network_class_name"] = "somewhere.Primus"
     with pytest.raises(InputError, match="built on PlainConvUNet or ResidualEncoderUNet"):
         make_trainer(MedMAPTrainer, given)
+
+
+@pytest.mark.parametrize("placement", ["stem", "encoders"])
+def test_empty_patch_reads_nothing_of_the_complete_batch(make_trainer, placement):
+    """Where what a sample keeps is zero in the patch, its logits must not depend on what it does not keep."""
+    trainer = make_trainer(MedMAPTrainer, block={"medmap": {"placement": placement}}, deep_supervision=False)
+    wake(trainer.network)
+    empty = torch.zeros(1, 4, 16, 16, 16)
+    first, second = (torch.randn(1, 4, 16, 16, 16) for _ in range(2))
+    one, other = (trainer.network(empty, complete=complete).logits for complete in (first, second))
+    assert torch.equal(one, other)

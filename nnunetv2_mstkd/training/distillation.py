@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +11,16 @@ import torch
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.ramp import ramp
+from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
 from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
+from nnunetv2_mstkd.training.step import Term, active_terms
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
 
+SOFT_LABELS = "soft_labels"
+"""Name of the term that every distilling method can have."""
 DEFAULT_SHARE = 0.5
 """Unlabelled samples for each labelled one, where there are unlabelled cases and the settings say nothing."""
 
@@ -42,7 +47,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
     @property
     def needs_teacher(self) -> bool:
         """Whether any active term compares with a teacher, or there are unlabelled cases for it to guide."""
-        return any(term.needs_teacher for term in self.terms) or bool(self.split and self.split.get("unlabelled"))
+        return self.has_teacher_terms or bool(self.split and self.split.get("unlabelled"))
 
     @property
     def unlabelled_share(self) -> float:
@@ -52,6 +57,10 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def guide(self, teacher: Any, complete: torch.Tensor) -> torch.Tensor:
         """The teacher's logits: it has seen the labels of other patients, and all modalities of this one."""
         return teacher.logits
+
+    def common_terms(self) -> tuple[Term, ...]:
+        weight = self.settings[DistillationSettings].soft_labels
+        return active_terms(Term(SOFT_LABELS, weight, partial(self.compare_logits, soft_label_divergence)))
 
     def active(self, *names: str) -> list[str]:
         """Return those of the names that are terms with a weight above 0."""
@@ -156,7 +165,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """1 where the teacher is more right than the student, if the settings ask to distil only there."""
         everywhere = self.settings[DistillationSettings].where == "everywhere"
-        if everywhere or teacher is None or not self.active(*self.logit_terms):
+        if everywhere or teacher is None or not self.active(*self.logit_terms, SOFT_LABELS):
             return None
         regions = self.label_manager.has_regions
         return teacher_advantage(student.logits, teacher.logits, target.label, regions=regions, valid=target.valid)

@@ -81,10 +81,19 @@ class ModalityDropoutTrainer(SettingsTrainer):
         )
         self._subset_generator = torch.Generator()
         self._subset_generator.seed()
-        self.terms = self.make_terms()
+        self.terms = (*self.make_terms(), *self.common_terms())
+
+    @property
+    def has_teacher_terms(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return any(term.needs_teacher for term in self.terms)
 
     def make_terms(self) -> tuple[Term, ...]:
-        """Return the terms beside the segmentation loss, in the order in which they are logged; here none."""
+        """Return the method's terms beside the segmentation loss, in the order in which they are logged; here none."""
+        return ()
+
+    def common_terms(self) -> tuple[Term, ...]:
+        """Return the terms that every method of this base can have."""
         return ()
 
     def _seed_everything(self, epoch: int) -> None:
@@ -99,7 +108,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
 
     @contextlib.contextmanager
-    def telling(self, availability: torch.Tensor) -> Iterator[None]:
+    def conditioned_on(self, availability: torch.Tensor) -> Iterator[None]:
         """Tell a network that asks for them the subsets of a batch (B, C), for the time of a forward pass."""
         network = self.plain_network
         if not isinstance(network, AvailabilityAware):
@@ -118,23 +127,24 @@ class ModalityDropoutTrainer(SettingsTrainer):
         subsets = self.draw_availability(len(data), present)
         inputs = modalities.mask_modalities(data, subsets)
         if not self.terms and self.unlabelled_batches is None:
-            with self.telling(subsets):
+            with self.conditioned_on(subsets):
                 loss = self.loss(self.network(inputs), target)
             return Losses(loss, {"segmentation": loss})
 
         teacher = None
         if self.teacher is not None:
             with torch.no_grad():
-                teacher = self.forward_teacher(data)
-        with self.telling(subsets):
+                teacher = self.forward_teacher(data if self.has_teacher_terms else data[labelled.stop :])
+        with self.conditioned_on(subsets):
             student = self.forward_student(inputs, data)
         total = self.loss(rows_of(student.logits, labelled), target)
         values = {"segmentation": total}
         student = student._replace(logits=finest(student.logits))
         if self.unlabelled_batches is not None:
-            values["unlabelled"] = self.unlabelled_loss(student, teacher, data, slice(labelled.stop, None))
+            values["unlabelled"] = self.unlabelled_loss(student, teacher, data[labelled.stop :])
             total = total + self.unlabelled_weight() * values["unlabelled"]
-            student, teacher = rows_of(student, labelled), rows_of(teacher, labelled)
+            student = rows_of(student, labelled)
+            teacher = rows_of(teacher, labelled) if self.has_teacher_terms else None
         with torch.autocast(self.device.type, enabled=False):
             label = self.read_target(finest(target))
             # a teacher is asked about complete cases only
@@ -214,12 +224,12 @@ class ModalityDropoutTrainer(SettingsTrainer):
             present = torch.cat([present, present.new_ones(len(more), present.shape[1])])
         return torch.cat([data, more]), present
 
-    def unlabelled_loss(self, student: Any, teacher: Any, data: torch.Tensor, rows: slice) -> torch.Tensor:
-        """The loss of unlabelled samples against :meth:`guide`; their segmentation loss is silent."""
-        section = self.settings[UnlabelledSettings]
+    def unlabelled_loss(self, student: Any, teacher: Any, unlabelled: torch.Tensor) -> torch.Tensor:
+        """The loss of the last samples, those without a label, against :meth:`guide`."""
+        section, last = self.settings[UnlabelledSettings], slice(-len(unlabelled), None)
         return pseudo_label_loss(
-            student.logits[rows],
-            self.guide(rows_of(teacher, rows), data[rows]),
+            student.logits[last],
+            self.guide(rows_of(teacher, last), unlabelled),
             regions=self.label_manager.has_regions,
             confidence=section.confidence,
             dice=section.dice,
@@ -302,7 +312,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
             rows = modalities.rows_within(self.validation_subsets, rows, present)
         subsets = self.validation_subsets[rows]
         self._validation_step += 1
-        with self._autocast(), self.telling(subsets):
+        with self._autocast(), self.conditioned_on(subsets):
             output = self.network(modalities.mask_modalities(data, subsets))
             loss = self.loss(output, target)
         counts = self._count(finest(output), finest(target))

@@ -175,24 +175,24 @@ class SMMLTrainer(ModalityDropoutTrainer):
             priors = [modalities.mask_modalities(maps, subset) for subset in subsets]
 
         if self.smml.sequential:
-            with torch.no_grad(), self.telling(subsets[1]):
+            with torch.no_grad(), self.conditioned_on(subsets[1]):
                 peer = self.network(inputs[1], student=1)
             # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
             torch.clear_autocast_cache()
-            with self.telling(subsets[0]):
+            with self.conditioned_on(subsets[0]):
                 first = self.network(inputs[0], student=0)
             loss, terms = self._student_loss(0, first, peer, target, label, priors[0])
             with torch.autocast(self.device.type, enabled=False):
                 self.backward(loss)
             # without its graph, whose memory is free then
             first = StudentOutput(finest(first.logits).detach(), first.bottleneck.detach())
-            with self.telling(subsets[1]):
+            with self.conditioned_on(subsets[1]):
                 second = self.network(inputs[1], student=1)
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss.detach() + other_loss
         else:
             known = subsets[1].to(self.device, non_blocking=True)
-            with self.telling(subsets[0]):
+            with self.conditioned_on(subsets[0]):
                 first, second = self.network(inputs[0], other=inputs[1], other_availability=known)
             loss, terms = self._student_loss(0, first, second, target, label, priors[0])
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
