@@ -25,7 +25,8 @@ from nnunetv2_mstkd.nnunet.preprocessing import identifiers, read_case
 CASES = 20
 """So many cases are read, evenly spread over a data set: differences are those of a pipeline, not of a case."""
 OFFSET, FACTOR, SHARE = 0.25, 1.25, 0.1
-"""A modality moves if its mean shifts by more sd or its contrast changes by more, in more than this share of the cases.
+"""A modality moves if its mean shifts by more sd or its contrast changes by more, in more than this share of the cases
+and, of more than two, in at least two: a single image may be odd.
 
 nnU-Net's augmentation multiplies intensities by 0.75 to 1.25, so a network has seen shifts of that size."""
 
@@ -112,7 +113,7 @@ def summarize(shifts: Sequence[Sequence[Shift | None]], names: Sequence[str]) ->
     moved = {}
     for channel, name in enumerate(names):
         large = [each for case in shifts if (each := case[channel]) is not None and each.large]
-        if len(large) > SHARE * len(shifts):
+        if len(large) > max(SHARE * len(shifts), 1 if len(shifts) > 2 else 0):
             moved[name] = Shift(
                 float(np.median([each.offset for each in large])), float(np.median([each.factor for each in large]))
             )

@@ -205,7 +205,12 @@ class ModalityDropoutTrainer(SettingsTrainer):
             batch_size = max(1, round(self.unlabelled_share * self.batch_size))
             self.unlabelled_batches = unlabelled_loader(train, dataset, cases, batch_size)
             next(self.unlabelled_batches)
-            self.print_to_log_file(f"each batch has {batch_size} unlabelled samples beside {self.batch_size} labelled")
+            section = self.settings[UnlabelledSettings]
+            self.print_to_log_file(
+                f"each batch has {batch_size} unlabelled samples beside {self.batch_size} labelled ones: weight "
+                f"{section.weight:g} after the first {section.ramp:.0%}, cross-entropy where the guide is more certain "
+                f"than {section.confidence:g}, Dice {section.dice:g}"
+            )
         return train, validation
 
     def finish_loaders(self) -> None:
