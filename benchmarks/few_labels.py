@@ -299,7 +299,11 @@ class Benchmark:
                         subset: round(fmean(fmean(done[seed][subset].values()) for seed in done), 2)
                         for subset in next(iter(done.values()))
                     },
-                    "cases": {str(seed): entry for seed, entry in done.items()},
+                    # by test case, in the order of their names
+                    "cases": {
+                        str(seed): {subset: list(cases.values()) for subset, cases in entry.items()}
+                        for seed, entry in done.items()
+                    },
                 }
                 if row != "teacher":
                     entry["cpu_hours"] = round(fmean(self.hours(size, seed, row) for seed in done), 4)
