@@ -189,6 +189,7 @@ class Benchmark:
             "schedule.optimizer": "adamw",
             "schedule.seed": seed,
             "schedule.save_every": 5,
+            "input.normalization": "plans",
         }
 
     def train(self, labelled: str, seed: int, trainer: str, configuration: str) -> Path:

@@ -287,11 +287,8 @@ def test_student_says_what_the_teacher_left_out(semi):
     train("MSTKDTrainer")
     folder = semi.fold("MSTKDTrainer")
     text = log_text(folder)
-    assert "the teacher was trained without 2 incomplete cases" in text
-    assert (
-        "3 labelled, of which 2 are incomplete (without T1 2, T1ce 1, T2 1), 1 unlabelled, 1 unlabelled left out"
-        in text
-    )
+    assert "left out of the teacher's training: 2 incomplete" in text
+    assert "3 labelled, 2 of them incomplete (without T1 2, T1ce 1, T2 1), 1 unlabelled, 1 unlabelled left out" in text
     split = checkpoints.read(folder / "checkpoint_final.pth")["mstkd"]["split"]
     assert split["train"] == ["phantom_000", "phantom_001", "phantom_002"] and split["unlabelled"] == ["phantom_003"]
     assert split["left_out"] == {"incomplete": [], "unlabelled": ["phantom_004"]}

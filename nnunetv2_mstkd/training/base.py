@@ -425,7 +425,7 @@ class SettingsTrainer(nnUNetTrainer):
         parts = [f"{len(train)} labelled"]
         if incomplete:
             counts = ", ".join(f"{name} {number}" for name, number in lacking.items() if number)
-            parts.append(f"of which {incomplete} are incomplete (without {counts})")
+            parts.append(f"{incomplete} of them incomplete (without {counts})")
         if self.split["unlabelled"]:
             parts.append(f"{len(self.split['unlabelled'])} unlabelled")
         parts += [f"{len(cases)} {reason} left out" for reason, cases in left_out.items()]

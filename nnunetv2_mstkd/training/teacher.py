@@ -127,7 +127,7 @@ def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTr
     )
     for reason, cases in split.get("left_out", {}).items():
         if cases:
-            student.print_to_log_file(f"the teacher was trained without {len(cases)} {reason} cases of this fold")
+            student.print_to_log_file(f"left out of the teacher's training: {len(cases)} {reason}")
     network = trainer.build_network_architecture(
         plans,
         configuration,
