@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 
-from nnunetv2_mstkd.errors import InputError, MissingFileError, WriteError
-from nnunetv2_mstkd.images.atomic import read_json, write_json
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.nnunet.case_cache import kept_by_case
 from nnunetv2_mstkd.nnunet.plans import CONVERSION
 
-FORMAT = 1
 THREADS = 4
 
 
@@ -65,25 +64,19 @@ def read_case_facts(
     InputError
         For a case without any modality, and where ``dataset.json`` contradicts the data.
     """
-    file = folder.with_name(f"{folder.name}_cases.json")
-    known = _read_kept(file)
-    stamps = {case: stamp(folder, case) for case in cases}
-    facts = {case: known[case][1] for case in cases if case in known and known[case][0] == stamps[case]}
-    unread = [case for case in cases if case not in facts]
-    if unread:
+    file, ignore = folder.with_name(f"{folder.name}_cases.json"), dataset_json.get("labels", {}).get("ignore")
+
+    def read(unread: list[str]) -> Iterable[CaseFacts]:
         if len(unread) > 100:
             log(f"reading {len(unread)} preprocessed cases once, to see which modalities they have ({file})")
-        ignore = dataset_json.get("labels", {}).get("ignore")
-        dataset = infer_dataset_class(str(folder))(str(folder), list(unread))
+        dataset = infer_dataset_class(str(folder))(str(folder), unread)
         with ThreadPoolExecutor(THREADS) as pool:  # threads: reading releases the interpreter's lock
-            facts |= zip(unread, pool.map(lambda case: _read(dataset, case, ignore), unread), strict=True)
-        kept = {case: entry for case, entry in known.items() if case not in facts}
-        kept |= {case: (stamps[case], facts[case]) for case in facts}
-        content = {case: {"stamp": mark, **asdict(entry)} for case, (mark, entry) in sorted(kept.items())}
-        try:
-            write_json(file, {"format": FORMAT, "cases": content}, indent=1)
-        except WriteError as error:
-            log(f"the modalities of the cases are read again next time: {error}")
+            return list(pool.map(lambda case: _read(dataset, case, ignore), unread))
+
+    def decode(entry: Mapping[str, Any]) -> CaseFacts:
+        return CaseFacts(tuple(map(bool, entry["present"])), bool(entry["labelled"]))
+
+    facts = kept_by_case(file, folder, cases, read=read, encode=asdict, decode=decode, log=log)
     _check(facts, dataset_json, names)
     return facts
 
@@ -94,27 +87,6 @@ def _read(dataset: Any, case: str, ignore: int | None) -> CaseFacts:
     present = tuple(bool(np.any(data[channel, middle]) or np.any(data[channel])) for channel in range(data.shape[0]))
     labelled = ignore is None or not bool(np.isin(segmentation[:], (ignore, -1)).all())
     return CaseFacts(present, labelled)
-
-
-def stamp(folder: Path, case: str) -> list[int]:
-    """What tells a preprocessed case from one that replaces it."""
-    for ending in (".b2nd", ".npz"):
-        path = folder / f"{case}{ending}"
-        if path.is_file():
-            return [path.stat().st_size, path.stat().st_mtime_ns]
-    raise MissingFileError(f"no preprocessed data of case {case} in {folder}; preprocess the data set again")
-
-
-def _read_kept(file: Path) -> dict[str, tuple[list[int], CaseFacts]]:
-    """Kept facts with their stamps; none if the file is of another format or damaged: it is only a cache."""
-    try:
-        content = read_json(file)
-        return {
-            case: (entry["stamp"], CaseFacts(tuple(map(bool, entry["present"])), bool(entry["labelled"])))
-            for case, entry in (content["cases"] if content["format"] == FORMAT else {}).items()
-        }
-    except (ValueError, OSError, KeyError, TypeError, AttributeError):
-        return {}
 
 
 def _check(facts: Mapping[str, CaseFacts], dataset_json: Mapping[str, Any], names: Sequence[str]) -> None:

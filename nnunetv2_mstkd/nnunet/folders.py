@@ -29,7 +29,7 @@ def nnunet_folder(variable: str) -> Path:
 
 
 def find_raw_folder(dataset: str) -> Path | None:
-    """Return the folder of a data set below nnUNet_raw, by its full name; None if there is none on this machine."""
+    """Return the folder of a data set below nnUNet_raw, by its full name; None if it does not exist."""
     folder = Path(os.environ.get("nnUNet_raw") or os.devnull, check_file_name(dataset, "the data set"))
     return folder if (folder / "dataset.json").is_file() else None
 

@@ -16,9 +16,10 @@ import numpy as np
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from scipy.ndimage import binary_fill_holes
 
-from nnunetv2_mstkd.errors import UserError, WriteError
-from nnunetv2_mstkd.images.atomic import read_json, write_json
-from nnunetv2_mstkd.nnunet.case_facts import THREADS, stamp
+from nnunetv2_mstkd.errors import MissingFileError, UserError
+from nnunetv2_mstkd.images.atomic import read_json
+from nnunetv2_mstkd.nnunet.case_cache import kept_by_case
+from nnunetv2_mstkd.nnunet.case_facts import THREADS
 from nnunetv2_mstkd.nnunet.input_folder import Case, training_files
 from nnunetv2_mstkd.nnunet.preprocessing import identifiers, read_case
 
@@ -29,8 +30,6 @@ OFFSET, FACTOR, SHARE = 0.25, 1.25, 0.1
 and, of more than two, in at least two: a single image may be odd.
 
 nnU-Net's augmentation multiplies intensities by 0.75 to 1.25, so a network has seen shifts of that size."""
-
-FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -163,36 +162,34 @@ def of_data_set(
     None if that is not known: some case is not kept, and its images cannot be read.
     """
     folder = preprocessed / configuration.data_identifier
+
+    def read(unread: list[str]) -> list[list[Shift | None]]:
+        if raw is None:
+            raise MissingFileError("nnUNet_raw does not have the images")
+        description = read_json(raw / "dataset.json")
+        cases = [Case(case, training_files(raw, case, description, len(names)).images) for case in unread]
+        return _read(cases, plans, configuration)
+
     try:
         chosen = spread(sorted(identifiers(folder)))
-        stamps = {case: stamp(folder, case) for case in chosen}
     except UserError:
         return None  # nnU-Net says what is wrong with the data
-    file = folder.with_name(f"{folder.name}_masks.json")
-    how = [list(configuration.normalization_schemes), list(configuration.use_mask_for_norm)]
-    known = _read_kept(file, how)
-    unread = [case for case in chosen if case not in known or known[case][0] != stamps[case]]
-    if unread:
-        try:
-            if raw is None:
-                return None
-            description = read_json(raw / "dataset.json")
-            files = [training_files(raw, case, description, len(names)) for case in unread]
-            cases = [Case(case, each.images) for case, each in zip(unread, files, strict=True)]
-            shifts = _read(cases, plans, configuration)
-        except Exception as error:  # whatever is wrong with an image: a training does not need it
+    try:
+        shifts = kept_by_case(
+            folder.with_name(f"{folder.name}_masks.json"),
+            folder,
+            chosen,
+            read=read,
+            encode=lambda found: [each and [each.offset, each.factor] for each in found],
+            decode=lambda entry: [each and Shift(float(each[0]), float(each[1])) for each in entry],
+            log=log,
+            made_with=[list(configuration.normalization_schemes), list(configuration.use_mask_for_norm)],
+        )
+    except Exception as error:  # whatever is wrong with an image: a training does not need it
+        if raw is not None:
             log(f"whether the zero voxels of the modalities differ is not known: {type(error).__name__}: {error}")
-            return None
-        known |= {case: (stamps[case], found) for case, found in zip(unread, shifts, strict=True)}
-        content = {
-            case: {"stamp": known[case][0], "shifts": [each and [each.offset, each.factor] for each in known[case][1]]}
-            for case in chosen
-        }
-        try:
-            write_json(file, {"format": FORMAT, "normalization": how, "cases": content}, indent=1)
-        except WriteError as error:
-            log(f"the zero voxels of the modalities are compared again next time: {error}")
-    return summarize([known[case][1] for case in chosen], names)
+        return None
+    return summarize(list(shifts.values()), names)
 
 
 def of_plans(
@@ -208,16 +205,3 @@ def _read(cases: Sequence[Case], plans: PlansManager, configuration: Configurati
     reader = plans.image_reader_writer_class
     with ThreadPoolExecutor(THREADS) as pool:  # threads: reading releases the interpreter's lock
         return list(pool.map(lambda case: find_shifts(read_case(case, reader)[0], schemes, use_mask), cases))
-
-
-def _read_kept(file: Path, how: list[Any]) -> dict[str, tuple[list[int], list[Shift | None]]]:
-    """Kept shifts with their stamps; none if the file is of another format or damaged: it is only a cache."""
-    try:
-        content = read_json(file)
-        entries = content["cases"] if (content["format"], content["normalization"]) == (FORMAT, how) else {}
-        return {
-            case: (entry["stamp"], [each and Shift(float(each[0]), float(each[1])) for each in entry["shifts"]])
-            for case, entry in entries.items()
-        }
-    except (ValueError, OSError, KeyError, TypeError, AttributeError, IndexError):
-        return {}
