@@ -1,13 +1,37 @@
-"""What all losses of logits share: checks of their arguments, and probabilities."""
+"""What losses of logits share: checks of their arguments, probabilities, and soft Dice."""
 
 from __future__ import annotations
 
 import torch
 
+_SMOOTH = 1e-5
+
 
 def probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
     """Sigmoid of region heads or softmax over classes, float32; of the shape of the logits, (B, K, *spatial)."""
     return logits.float().sigmoid() if regions else logits.float().softmax(1)
+
+
+def foreground_probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Probabilities without those of the background, class 0: float32, (B, foreground heads, *spatial)."""
+    return probabilities(logits, regions)[:, 0 if regions else 1 :]
+
+
+def foreground_masks(label: torch.Tensor, classes: int) -> torch.Tensor:
+    """Turn class numbers (B, 1, *spatial) into a mask per foreground class: bool, (B, classes - 1, *spatial)."""
+    numbers = torch.arange(1, classes, device=label.device)
+    return label == numbers.reshape(1, -1, *[1] * (label.ndim - 2))
+
+
+def dice_sums(found: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Overlap and size for :func:`soft_dice`, (B, H), of probabilities and a bool mask, both (B, H, *spatial)."""
+    overlap = torch.where(wanted, found, 0.0).flatten(2).sum(2)
+    return overlap, found.flatten(2).sum(2) + wanted.flatten(2).sum(2)
+
+
+def soft_dice(overlap: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """Return the soft Dice with nnU-Net's sums (no squares) and smoothing."""
+    return (2 * overlap + _SMOOTH) / (size + _SMOOTH)
 
 
 def check_logits(student: torch.Tensor, teacher: torch.Tensor, regions: bool) -> None:

@@ -5,9 +5,14 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits, probabilities
-
-_SMOOTH = 1e-5
+from nnunetv2_mstkd.losses.logits import (
+    check_logits,
+    dice_sums,
+    foreground_masks,
+    foreground_probabilities,
+    probabilities,
+    soft_dice,
+)
 
 
 def pseudo_label_loss(
@@ -39,15 +44,11 @@ def pseudo_label_loss(
         student, target = student.float(), probabilities(guide.detach(), regions)
         if regions:
             loss = functional.binary_cross_entropy_with_logits(student, target, reduction="none")
-            certain = torch.maximum(target, 1 - target) > confidence
-            found, decided = student.sigmoid(), target > 0.5
+            certain, decided = torch.maximum(target, 1 - target) > confidence, target > 0.5
         else:
             loss = functional.cross_entropy(student, target, reduction="none").unsqueeze(1)
             certain = target.amax(1, keepdim=True) > confidence
-            found = student.softmax(1)[:, 1:]
-            classes = torch.arange(1, target.shape[1], device=target.device).reshape(1, -1, *[1] * (target.ndim - 2))
-            decided = target.argmax(1, keepdim=True) == classes
+            decided = foreground_masks(target.argmax(1, keepdim=True), target.shape[1])
         cross_entropy = torch.where(certain, loss, 0.0).mean()
-        overlap = torch.where(decided, found, 0.0).flatten(2).sum(2)
-        size = found.flatten(2).sum(2) + decided.flatten(2).sum(2)
-        return cross_entropy + dice * (1 - (2 * overlap + _SMOOTH) / (size + _SMOOTH)).mean()
+        overlap, size = dice_sums(foreground_probabilities(student, regions), decided)
+        return cross_entropy + dice * (1 - soft_dice(overlap, size)).mean()

@@ -11,10 +11,15 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits, probabilities
+from nnunetv2_mstkd.losses.logits import (
+    check_logits,
+    dice_sums,
+    foreground_masks,
+    foreground_probabilities,
+    soft_dice,
+)
 
 _FLOOR = 1e-3
-_SMOOTH = 1e-5
 
 
 def probability_consistency(
@@ -49,11 +54,6 @@ def probability_consistency(
             difference, size = torch.where(valid, difference, 0.0), torch.where(valid, size, 0.0)
             count = valid.flatten(1).sum(1).clamp_min(1) * ours.shape[1]
         return (difference.flatten(1).sum(1) / (size.flatten(1).sum(1) + _FLOOR * count)).mean()
-
-
-def foreground_probabilities(logits: torch.Tensor, regions: bool) -> torch.Tensor:
-    """Probabilities without those of the background, class 0: float32, (B, foreground heads, *spatial)."""
-    return probabilities(logits, regions)[:, 0 if regions else 1 :]
 
 
 class Presence(NamedTuple):
@@ -120,15 +120,10 @@ def reliability_dice(
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
         found = foreground_probabilities(logits, regions)
-        if regions:
-            wanted = label.bool()
-        else:
-            classes = torch.arange(1, logits.shape[1], device=label.device)
-            wanted = label == classes.reshape(1, -1, *[1] * (label.ndim - 2))
+        wanted = label.bool() if regions else foreground_masks(label, logits.shape[1])
         if valid is not None:
             found, wanted = torch.where(valid, found, 0.0), wanted & valid
-        overlap = torch.where(wanted, found, 0.0).flatten(2).sum(2)
-        size = found.flatten(2).sum(2) + wanted.flatten(2).sum(2)
+        overlap, size = dice_sums(found, wanted)
         if batch_dice:
             overlap, size, gap = overlap.sum(0), size.sum(0), gap.mean(0)
-        return (gap * (1 - (2 * overlap + _SMOOTH) / (size + _SMOOTH))).mean()
+        return (gap * (1 - soft_dice(overlap, size))).mean()
