@@ -19,9 +19,10 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
+from torch.nn import functional
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.errors import DivergenceError, InputError, UnsupportedError
+from nnunetv2_mstkd.errors import DivergenceError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import clear_scratch
 from nnunetv2_mstkd.inference.workers import workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, per_channel
@@ -33,6 +34,7 @@ from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.preprocessing import identifiers
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
 from nnunetv2_mstkd.training.initial_weights import ChannelMatch, checkpoint_modalities, match_channels
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
@@ -253,8 +255,8 @@ class SettingsTrainer(nnUNetTrainer):
         cases, present = [str(case) for case in batch.get("keys", ())], None
         if any(case in self.case_facts and not self.case_facts[case].complete for case in cases):
             present = torch.tensor([self.case_facts[case].present for case in cases])
-            images = modalities.mask_modalities(data[:, : present.shape[1]], present)
-            data = torch.cat([images, data[:, present.shape[1] :]], 1)  # behind them: label maps of a prior
+            behind = data.shape[1] - present.shape[1]  # label maps of a prior
+            data = modalities.mask_modalities(data, functional.pad(present, (0, behind), value=True))
         if isinstance(target, list):
             return data, [level.to(self.device, non_blocking=True) for level in target], present
         return data, target.to(self.device, non_blocking=True), present
@@ -290,7 +292,10 @@ class SettingsTrainer(nnUNetTrainer):
         with self._first_process_first():  # reads the cases, the others what it has kept
             self.do_split()
         self.report_normalization()
-        self.report_cases()
+        assert self.split is not None
+        line = describe_cases(self.split, self.case_facts, modalities.modality_names(self.dataset_json))
+        if line is not None:
+            self.print_to_log_file(line)
         self.prepare_training()
         super().on_train_start()
         if self.local_rank == 0:
@@ -367,41 +372,25 @@ class SettingsTrainer(nnUNetTrainer):
     # ---- cases ---------------------------------------------------------------------------------------------------
 
     def do_split(self) -> tuple[list[str], list[str]]:
-        """Return nnU-Net's training and validation cases without those that this trainer does not train on.
+        """Return nnU-Net's training and validation cases without those that this trainer does not use.
 
-        ``split`` says what became of the fold's cases: ``train``, ``val``, ``unlabelled`` (training cases without a
-        label that are used), and in ``left_out`` the others by reason.
+        ``split`` says what became of the fold's cases; see :func:`nnunetv2_mstkd.training.fold_cases.divide_cases`.
         """
         train, validation = (list(map(str, cases)) for cases in super().do_split())
         folder, names = Path(self.preprocessed_dataset_folder), modalities.modality_names(self.dataset_json)
-        self.case_facts = read_case_facts(
-            folder, sorted({*train, *validation}), self.dataset_json, names, self.print_to_log_file
+        cases = sorted({*train, *validation})
+        self.case_facts = read_case_facts(folder, cases, self.dataset_json, names, self.print_to_log_file)
+        split = divide_cases(
+            train,
+            validation,
+            self.case_facts,
+            trains_on=self.trains_on,
+            use_unlabelled=self.unlabelled_share > 0,
+            fold=self.fold,
+            trainer=type(self).__name__,
         )
-        facts = self.case_facts
-        labelled = [case for case in train if facts[case].labelled]
-        kept = [case for case in labelled if self.trains_on(facts[case])]
-        unlabelled = [case for case in train if not facts[case].labelled]
-        used = [case for case in unlabelled if facts[case].complete] if self.unlabelled_share else []
-        validated = [case for case in validation if facts[case].labelled]
-        left_out = {
-            "incomplete": sorted({*labelled} - {*kept}),
-            "unlabelled": sorted({*unlabelled} - {*used}),
-        }
-        for what, cases in (("training", kept), ("validation", validated)):
-            if not cases:
-                reasons = f"{len(unlabelled)} unlabelled and {len(labelled)} incomplete ones"
-                raise InputError(
-                    f"fold {self.fold} has no {what} case for {type(self).__name__}: {len(train)} training cases, "
-                    f"{reasons if what == 'training' else f'{len(validation)} validation cases without a label'}"
-                    + ("; teacher.cases=all trains a teacher on incomplete cases" if labelled and not kept else "")
-                )
-        self.split = {
-            "train": sorted(kept),
-            "val": sorted(validated),
-            "unlabelled": sorted(used),
-            "left_out": left_out,
-        }
-        return kept, validated
+        self.split = {**split, "train": sorted(split["train"]), "val": sorted(split["val"])}
+        return split["train"], split["val"]
 
     def trains_on(self, facts: CaseFacts) -> bool:
         """Whether this trainer trains on labelled cases of this kind."""
@@ -411,25 +400,6 @@ class SettingsTrainer(nnUNetTrainer):
     def unlabelled_share(self) -> float:
         """Unlabelled samples of each batch as a share of the labelled ones; 0: unlabelled cases are left out."""
         return 0.0
-
-    def report_cases(self) -> None:
-        """Log how many cases lack modalities or a label, and what becomes of them."""
-        assert self.split is not None
-        names = modalities.modality_names(self.dataset_json)
-        train = [self.case_facts[case].present for case in self.split["train"]]
-        lacking = {name: sum(not row[channel] for row in train) for channel, name in enumerate(names)}
-        incomplete = sum(not all(row) for row in train)
-        left_out = {reason: cases for reason, cases in self.split["left_out"].items() if cases}
-        if not incomplete and not left_out and not self.split["unlabelled"]:
-            return
-        parts = [f"{len(train)} labelled"]
-        if incomplete:
-            counts = ", ".join(f"{name} {number}" for name, number in lacking.items() if number)
-            parts.append(f"{incomplete} of them incomplete (without {counts})")
-        if self.split["unlabelled"]:
-            parts.append(f"{len(self.split['unlabelled'])} unlabelled")
-        parts += [f"{len(cases)} {reason} left out" for reason, cases in left_out.items()]
-        self.print_to_log_file(f"training cases: {', '.join(parts)}")
 
     def _save_missing_best(self) -> None:
         """Save the best checkpoint if the training was killed after nnU-Net saved the latest one, before the best."""

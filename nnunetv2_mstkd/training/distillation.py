@@ -10,7 +10,6 @@ import torch
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.advantage import teacher_advantage
-from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
 from nnunetv2_mstkd.training.base import SettingsTrainer
@@ -158,9 +157,8 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def teacher_factor(self) -> float:
         """Ramp at the start, linear fade at the end."""
         settings = self.settings[DistillationSettings]
-        factor = ramp(self.iteration, self.total_iterations, settings.ramp) if settings.ramp > 0 else 1.0
         left = 1 - self.iteration / self.total_iterations
-        return factor * (min(1.0, left / settings.fade) if settings.fade > 0 else 1.0)
+        return self.rise(settings.ramp) * (min(1.0, left / settings.fade) if settings.fade > 0 else 1.0)
 
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """1 where the teacher is more right than the student, if the settings ask to distil only there."""

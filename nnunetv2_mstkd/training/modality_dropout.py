@@ -165,7 +165,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
     def complete_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
         """Return which labelled samples have all modalities, and their share.
 
-        Where none has, the first stands for them with a share of 0: in a training on several GPUs every process must
+        Where none has, the first sample is used with a share of 0: in a training on several GPUs every process must
         run the same layers.
         """
         complete = None if present is None else present[labelled].all(1)
@@ -252,14 +252,17 @@ class ModalityDropoutTrainer(SettingsTrainer):
     def unlabelled_weight(self) -> float:
         """Weight of the loss of unlabelled samples: it rises at the start and does not fade."""
         section = self.settings[UnlabelledSettings]
-        rise = ramp(self.iteration, self.total_iterations, section.ramp) if section.ramp > 0 else 1.0
-        return section.weight * rise
+        return section.weight * self.rise(section.ramp)
 
     # ---- terms ---------------------------------------------------------------------------------------------------
 
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """Return how much each voxel counts in the logit terms, (B, 1, *spatial); None: all alike."""
         return None
+
+    def rise(self, fraction: float) -> float:
+        """How far a weight has risen that is to be full after this fraction of the training, at this iteration."""
+        return ramp(self.iteration, self.total_iterations, fraction) if fraction > 0 else 1.0
 
     def teacher_factor(self) -> float:
         """Common factor of the weights of all terms that need the teacher, at this iteration."""
