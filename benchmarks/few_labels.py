@@ -1,4 +1,4 @@
-"""What unlabelled studies are worth: few labelled patients, many without a label, equal hours for every way.
+"""What unlabelled studies are worth: few labelled patients, many without a label, equal training time for every method.
 
     python benchmarks/few_labels.py RAW_DATASET --out FOLDER                    # every row, size and seed; resumable
     python benchmarks/few_labels.py RAW_DATASET --out FOLDER --labelled 16 --seeds 0 --rows dropout mstkd

@@ -130,7 +130,7 @@ def restore_folder(
 def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing: int = 0) -> None:
     """Write one prediction with the release's values atomically, and read it back to verify it.
 
-    With :data:`.slices.SLICE` in its name, `target` stands for one file per slice.
+    With :data:`.slices.SLICE` in its name, `target` names one file per slice.
 
     An error begins with a verb: the file cannot be read, has an unknown value, or differs when turned back.
     """
