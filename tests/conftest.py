@@ -103,6 +103,27 @@ def train(
         run_training(str(dataset), configuration, fold, trainer, device=torch.device("cpu"), **options)
 
 
+class KilledError(Exception):
+    """Simulates a killed job."""
+
+
+def train_until_killed(trainer: str, epoch: int, **options) -> None:
+    """:func:`train`, which is killed at the start of an epoch."""
+    from nnunetv2_mstkd.training.base import SettingsTrainer
+
+    start = SettingsTrainer.on_epoch_start
+
+    def interrupt(self) -> None:
+        if self.current_epoch == epoch:
+            raise KilledError
+        start(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SettingsTrainer, "on_epoch_start", interrupt)
+        with pytest.raises(KilledError):
+            train(trainer, **options)
+
+
 def plan_and_preprocess(
     folders: Folders, dataset_id: int, *configurations: str, spacing: tuple[float, ...] | None = None
 ) -> None:
@@ -139,6 +160,14 @@ TINY = {
     "schedule.save_every": 1,
     "schedule.seed": 7,
 }
+
+
+def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make nnU-Net's three folders, set its variables, and return their parent."""
+    for name in ("raw", "preprocessed", "results"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
+    return tmp_path
 
 
 @pytest.fixture(scope="session")

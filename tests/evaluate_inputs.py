@@ -22,14 +22,6 @@ CASES = ("BraTS-GLI-00001-100", "BraTS-GLI-00001-101", "BraTS-GLI-00002-100", "d
 SPLITS = [{"train": [CASES[2], CASES[3]], "val": [CASES[0], CASES[1]]}, {"train": [CASES[0]], "val": [CASES[2]]}]
 
 
-def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """nnU-Net's three folders."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    return tmp_path
-
-
 def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures empty: drawing takes longer than all else in a small evaluation."""
     from nnunetv2_mstkd.reporting import figures

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, Folders, add_configuration, train
+from conftest import CONFIGURATION, PHANTOM, TINY, Folders, add_configuration, train, train_until_killed
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same
@@ -18,7 +18,6 @@ from nnunetv2_mstkd.methods.adamm.network import AdaptiveUNet
 from nnunetv2_mstkd.methods.adamm.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.nnunet.plans import BLOCK
-from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.settings import SettingsError
 
 LOGGED = ["segmentation", *TERMS]
@@ -47,11 +46,7 @@ def student(phantom: Folders) -> Folders:
     return phantom
 
 
-class KilledError(Exception):
-    """A killed job."""
-
-
-def test_logs_checkpoints_resuming_and_prediction(student, monkeypatch):
+def test_logs_checkpoints_resuming_and_prediction(student):
     whole = read(student)
     folder = student.fold("AdaMMTrainer")
 
@@ -84,17 +79,7 @@ def test_logs_checkpoints_resuming_and_prediction(student, monkeypatch):
     # interruption
     configure(student, schedule__epochs=3, adamm__subsets=["#3+#0"])
     shutil.rmtree(folder)
-    start = SettingsTrainer.on_epoch_start
-
-    def interrupt(self):
-        if self.current_epoch == 2:
-            raise KilledError
-        start(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SettingsTrainer, "on_epoch_start", interrupt)
-        with pytest.raises(KilledError):
-            train("AdaMMTrainer")
+    train_until_killed("AdaMMTrainer", 2)
     torch.manual_seed(99)
     np.random.seed(99)
     train("AdaMMTrainer", continue_training=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from conftest import empty_folders
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.dataset_conversion import conversion, generic, writing
@@ -29,10 +30,7 @@ DESCRIPTION = {
 @pytest.fixture
 def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Set nnU-Net's three folders and return their parent."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    return tmp_path
+    return empty_folders(tmp_path, monkeypatch)
 
 
 @pytest.fixture

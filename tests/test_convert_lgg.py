@@ -12,7 +12,7 @@ import pytest
 import release_trees
 import SimpleITK as sitk
 import tifffile
-from conftest import in_this_process
+from conftest import empty_folders, in_this_process
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from release_trees import lgg_patient, write_slices
 
@@ -27,10 +27,7 @@ SLICES = len(lgg_patient(0)[0])
 
 @pytest.fixture(autouse=True)
 def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    return tmp_path
+    return empty_folders(tmp_path, monkeypatch)
 
 
 @pytest.fixture

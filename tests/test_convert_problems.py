@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import release_trees
+from conftest import empty_folders
 from release_trees import MNI152_AFFINE, SRI24_AFFINE, make_release, own_label, patient
 
 from nnunetv2_mstkd import cli
@@ -19,11 +20,8 @@ NAMES = release_trees.case_names("brats2021")
 
 @pytest.fixture(autouse=True)
 def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     release_trees.use_small_grids(monkeypatch)
-    return tmp_path
+    return empty_folders(tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import release_trees
 import SimpleITK as sitk
-from conftest import in_this_process
+from conftest import empty_folders, in_this_process
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from release_trees import case_folder, make_release, own_label, patient
@@ -33,11 +33,8 @@ CHANNELS = {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"}
 @pytest.fixture(autouse=True)
 def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Set nnU-Net's three folders, shrink the releases' grids, and return the parent of the folders."""
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     release_trees.use_small_grids(monkeypatch)
-    return tmp_path
+    return empty_folders(tmp_path, monkeypatch)
 
 
 @pytest.fixture

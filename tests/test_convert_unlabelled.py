@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import release_trees
 import SimpleITK as sitk
-from conftest import in_this_process
+from conftest import empty_folders, in_this_process
 from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
@@ -36,11 +36,8 @@ UNLABELLED = ("p1b", "p4a")  # one of a patient who also has a labelled study
 
 @pytest.fixture(autouse=True)
 def nnunet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
     release_trees.use_small_grids(monkeypatch)
-    return tmp_path
+    return empty_folders(tmp_path, monkeypatch)
 
 
 @pytest.fixture

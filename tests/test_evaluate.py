@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from conftest import empty_folders
 from evaluate_inputs import (
     CASES,
     SPLITS,
-    empty_folders,
     evaluate,
     label_image,
     refused,

@@ -8,7 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import tiny
-from evaluate_inputs import empty_folders, results, without_drawing, write_dataset
+from conftest import empty_folders
+from evaluate_inputs import results, without_drawing, write_dataset
 from predict_inputs import trainer_class, write_model
 
 from nnunetv2_mstkd.inference.workers import Backlog

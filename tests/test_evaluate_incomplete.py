@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from conftest import empty_folders
 from evaluate_inputs import (
     CASES,
-    empty_folders,
     evaluate,
     label_image,
     preprocess,

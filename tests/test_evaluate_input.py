@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from evaluate_inputs import CASES, empty_folders, evaluate, label_image, refused, without_drawing, write_dataset
+from conftest import empty_folders
+from evaluate_inputs import CASES, evaluate, label_image, refused, without_drawing, write_dataset
 from predict_inputs import CHANNELS, TURNED, read, trainer_class, write, write_case, write_model
 
 from nnunetv2_mstkd import errors, modalities

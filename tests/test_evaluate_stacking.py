@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from evaluate_inputs import CASES, empty_folders, write_dataset
+from conftest import empty_folders
+from evaluate_inputs import CASES, write_dataset
 from predict_inputs import CHANNELS, trainer_class, write_model
 
 from nnunetv2_mstkd import modalities

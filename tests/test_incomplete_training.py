@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, Folders, _copy, add_configuration, plan_and_preprocess, train
+from conftest import (
+    CONFIGURATION,
+    PHANTOM,
+    TINY,
+    Folders,
+    _copy,
+    add_configuration,
+    plan_and_preprocess,
+    train,
+    train_until_killed,
+)
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
 from tiny import REGIONS, batch, give_teacher, same, state, wake
@@ -22,7 +32,7 @@ from nnunetv2_mstkd.methods import ModalityDropoutTrainer
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import case_facts, checkpoints
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
-from nnunetv2_mstkd.training.base import SettingsTrainer, TeacherTrainer
+from nnunetv2_mstkd.training.base import TeacherTrainer
 
 NAMES = ("T1", "T1ce", "T2", "FLAIR")
 LACKING = {"phantom_001": ("T1",), "phantom_002": ("T1", "T1ce", "T2"), "phantom_004": ("T2",)}
@@ -380,7 +390,7 @@ def test_unlabelled_samples_are_added_and_change_no_other_term(make_trainer, nam
             with_unlabelled(trainer)
         content = batch(trainer)
         losses = trainer.compute_losses(content["data"], content["target"])
-        found.append({key: float(value) for key, value in losses.terms.items()})
+        found.append({key: float(value.detach()) for key, value in losses.terms.items()})
     extra = found[1].pop("unlabelled")
     assert extra > 0
     assert found[1] == pytest.approx(found[0], rel=1e-4, abs=1e-6)
@@ -450,28 +460,14 @@ def test_batches_of_unlabelled_cases(semi, monkeypatch, workers):
         trainer.finish_loaders()
 
 
-class KilledError(Exception):
-    """Stands for a job that is killed."""
-
-
 @pytest.mark.parametrize("name", ["MSTKDTrainer", "ModalityDropoutTrainer", "SMMLTrainer"])
-def test_resumed_training_equals_uninterrupted_one(semi, monkeypatch, name):
+def test_resumed_training_equals_uninterrupted_one(semi, name):
     configure(semi, schedule__epochs=3, **({} if name == "SMMLTrainer" else {"unlabelled__share": 0.5}))
     train(name)
     folder = semi.fold(name)
     whole = checkpoints.read(folder / "checkpoint_final.pth")
     shutil.rmtree(folder)
-    start = SettingsTrainer.on_epoch_start
-
-    def interrupt(self):
-        if self.current_epoch == 2:
-            raise KilledError
-        start(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SettingsTrainer, "on_epoch_start", interrupt)
-        with pytest.raises(KilledError):
-            train(name)
+    train_until_killed(name, 2)
     train(name, continue_training=True)
     resumed = checkpoints.read(folder / "checkpoint_final.pth")
     assert same(whole["network_weights"], resumed["network_weights"])

@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
+from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train, train_until_killed
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same, state
 
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
-from nnunetv2_mstkd.training.base import SettingsTrainer
 
 
 def configure(folders, **settings):
@@ -89,10 +88,6 @@ def test_older_log_without_a_term_is_padded(models):
 # ---- interruption --------------------------------------------------------------------------------------------------
 
 
-class KilledError(Exception):
-    """Stands for a job that is killed."""
-
-
 @pytest.mark.parametrize(
     "trainer",
     [
@@ -100,23 +95,13 @@ class KilledError(Exception):
         *("MedMAPTrainer", "MedMAPMSTKDTrainer", "SMMLTrainer"),
     ],
 )
-def test_resumed_training_equals_uninterrupted_one(models, monkeypatch, trainer):
+def test_resumed_training_equals_uninterrupted_one(models, trainer):
     configure(models, schedule__epochs=3, smml__prior="self")
     train(trainer)
     whole = read(models, trainer=trainer)
     folder = models.fold(trainer)
     shutil.rmtree(folder)
-    start = SettingsTrainer.on_epoch_start
-
-    def interrupt(self):
-        if self.current_epoch == 2:
-            raise KilledError
-        start(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(SettingsTrainer, "on_epoch_start", interrupt)
-        with pytest.raises(KilledError):
-            train(trainer)
+    train_until_killed(trainer, 2)
     assert not (folder / "checkpoint_final.pth").exists()
     assert read(models, "checkpoint_latest.pth", trainer)["current_epoch"] == 2
     torch.manual_seed(99)
