@@ -61,10 +61,13 @@ class Case:
         torch.manual_seed(0)
         return plain_network(self.plan, deep_supervision=deep_supervision)
 
-    def full(self, *, deep_supervision: bool = False, seed: int = 1) -> MultiScaleTransformerUNet:
+    def full(
+        self, *, deep_supervision: bool = False, seed: int = 1, placement: Any = "branch"
+    ) -> MultiScaleTransformerUNet:
         torch.manual_seed(seed)
         unet = dataclasses.replace(self.plan, deep_supervision=deep_supervision).build()
-        return MultiScaleTransformerUNet(unet.encoder, unet.decoder, self.shape, self.network).eval()
+        section = dataclasses.replace(self.network, placement=placement)
+        return MultiScaleTransformerUNet(unet.encoder, unet.decoder, self.shape, section).eval()
 
     def trained(self, **options: Any) -> MultiScaleTransformerUNet:
         """With projections away from zero, as after some training."""

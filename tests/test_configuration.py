@@ -109,7 +109,7 @@ def test_recipe_replaces_distillation_and_optimiser():
         "teacher": {"epochs": 9},
     }
     found = block(("mstkd", "recipe", "paper"), plans=plans)
-    assert (found["mstkd"]["kl"], found["mstkd"]["tau"]) == (1, 2)
+    assert (found["mstkd"]["kl"], found["mstkd"]["tau"]) == (1, 7)
     assert (found["schedule"]["optimizer"], found["schedule"]["epochs"]) == ("adam", 4)
     assert found["teacher"]["epochs"] == 9
 

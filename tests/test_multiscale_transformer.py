@@ -133,7 +133,8 @@ def test_order_of_attention_and_of_maps():
     case = Case([6, 8, 12, 16], [16, 16, 16], taps=2, depth=4)
     module = case.trained().transformer
     bottleneck = torch.randn(1, 16, *case.shape.grids[-1])
-    additions, maps, attention = module(bottleneck, return_attention=True)
+    finer = torch.randn(1, 12, *case.shape.grids[-2])
+    skips, maps, attention = module([finer, bottleneck], return_attention=True)
     x = (module.embed(bottleneck) + module.position).flatten(2).transpose(1, 2)
     states, scores = [], []
     for block in module.blocks:
@@ -149,8 +150,8 @@ def test_order_of_attention_and_of_maps():
 
     assert torch.allclose(maps[0], normalised(states[3], module.norms[0]), atol=1e-5)
     assert torch.allclose(maps[1], module.pyramids[0](normalised(states[1], module.norms[1])), atol=1e-5)
-    for addition, z, projection in zip(additions, maps, module.projections, strict=True):
-        assert torch.equal(addition, projection(z))
+    for joined, skip, z, projection in zip(skips[::-1], (bottleneck, finer), maps, module.projections, strict=True):
+        assert torch.equal(joined, skip + projection(z))
 
 
 @each_case
@@ -222,6 +223,41 @@ def test_style_level_has_512_positions(grids, taps, level):
     assert style_level(UNetShape((8,) * len(grids), (), tuple(grids)), taps) == level
 
 
+# ---- the published placement ---------------------------------------------------------------------------------------
+
+
+@each_case
+@torch.no_grad()
+def test_on_the_main_path_the_decoder_reads_a_convolution_of_both(case):
+    network, x = case.full(placement="main").eval(), case.batch()
+    encoded = network.encoder(x)
+    maps, _ = network.transformer.tokens(encoded[-1])
+    skips = list(encoded)
+    for level, z in enumerate(maps):
+        projection = network.transformer.projections[level]
+        weight, width = projection.weight.flatten(1), z.shape[1]
+        joined = torch.einsum("oi,bi...->bo...", weight[:, :width], encoded[-1 - level])
+        joined = joined + torch.einsum("oi,bi...->bo...", weight[:, width:], z)
+        skips[-1 - level] = joined + projection.bias.reshape(1, -1, *[1] * (z.ndim - 2))
+    features = network(x, return_features=True)
+    assert torch.allclose(features.logits, network.decoder(skips), atol=1e-4)
+    assert torch.allclose(features.content, skips[-1], atol=1e-5)
+
+
+def test_on_the_main_path_every_parameter_learns_from_the_first_step():
+    case = CASES["3d plain"]
+    network = case.full(placement="main").train()
+    network(case.batch()).square().mean().backward()
+    for name, parameter in network.transformer.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().max() > 0, name
+
+
+def test_the_main_path_keeps_the_names_of_the_unet():
+    case = CASES["3d plain"]
+    missing, unexpected = case.full(placement="main").load_state_dict(case.plain().state_dict(), strict=False)
+    assert unexpected == [] and all(name.startswith("transformer.") for name in missing)
+
+
 # ---- tokens and positions ------------------------------------------------------------------------------------------
 
 
@@ -259,11 +295,12 @@ def transformer(grid: tuple[int, ...], patch: tuple[int, ...]) -> MultiScaleTran
 def test_indivisible_grids_are_padded_and_cropped(grid, patch):
     module = transformer(grid, patch)
     x = torch.randn(2, 8, *grid)
-    additions, maps, attention = module(x, return_attention=True)
+    finer = torch.randn(2, 6, *(2 * edge for edge in grid))
+    skips, maps, attention = module([finer, x], return_attention=True)
     tokens = math.prod(math.ceil(e / p) for e, p in zip(grid, patch, strict=True))
     assert attention[0].shape[-1] == tokens == module.position[0, 0].numel()
     assert [z.shape[2:] for z in maps] == [tuple(grid), tuple(2 * edge for edge in grid)]
-    assert [a.shape for a in additions] == [z.shape for z in maps]
+    assert [skip.shape for skip in skips[::-1]] == [z.shape for z in maps]
     padded = torch.zeros(2, 8, *(math.ceil(e / p) * p for e, p in zip(grid, patch, strict=True)))
     padded[(..., *(slice(edge) for edge in grid))] = x
     assert torch.equal(module._pad(x), padded)
@@ -273,8 +310,8 @@ def test_indivisible_grids_are_padded_and_cropped(grid, patch):
 def test_positions_are_interpolated_to_other_grids():
     module = transformer((4, 4, 4), (1, 1, 1))
     x = torch.randn(1, 8, 6, 4, 2)
-    additions, _, attention = module(x, return_attention=True)
-    assert additions[0].shape == x.shape
+    maps, attention = module.tokens(x, return_attention=True)
+    assert maps[0].shape == x.shape
     assert attention[0].shape[-1] == 48
     expected = torch.nn.functional.interpolate(module.position, size=(6, 4, 2), mode="trilinear", align_corners=False)
     assert torch.equal(module._position_on((6, 4, 2)), expected)
@@ -298,9 +335,9 @@ def test_other_image_sizes_are_accepted():
 def test_positions_tell_tokens_apart():
     module = transformer((4, 4), (1, 1))
     with torch.no_grad():
-        _, maps, _ = module(torch.ones(1, 8, 4, 4), return_attention=False)
+        maps, _ = module.tokens(torch.ones(1, 8, 4, 4))
         module.position.zero_()
-        _, same, _ = module(torch.ones(1, 8, 4, 4), return_attention=False)
+        same, _ = module.tokens(torch.ones(1, 8, 4, 4))
     assert maps[0].flatten(2).std(2).max() > 1e-3
     assert same[0].flatten(2).std(2).max() < 1e-5
 

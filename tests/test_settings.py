@@ -230,8 +230,9 @@ def test_paper_recipe_sets_weights_and_adam():
     for name, values in MSTKDSettings.PRESETS["paper"].items():
         for key, value in values.items():
             assert settings.to_block()[name][key] == value
-    assert settings[MSTKDSettings].tau == MSTKDSettings().tau
-    assert (settings[ScheduleSettings].optimizer, settings[ScheduleSettings].learning_rate) == ("adam", 1e-4)
+    assert settings[MSTKDSettings].form == "published"
+    schedule = settings[ScheduleSettings]
+    assert (schedule.optimizer, schedule.learning_rate, schedule.weight_decay) == ("adam", 1e-4, 1e-5)
 
 
 def test_keys_beside_a_recipe_win():

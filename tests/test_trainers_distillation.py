@@ -97,7 +97,7 @@ def test_checkpoint_holds_student_and_teacher_identity(student, tmp_path):
 # ---- terms ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("term", TERMS)
+@pytest.mark.parametrize("term", [*TERMS, "content"])
 @pytest.mark.parametrize("dimensions", [2, 3])
 def test_each_term_works_alone_and_reaches_the_student(make_trainer, monkeypatch, term, dimensions):
     trainer = give_teacher(make_trainer(MSTKDTrainer, block=only(**{term: 1.0}), dimensions=dimensions))
@@ -114,7 +114,9 @@ def test_each_term_works_alone_and_reaches_the_student(make_trainer, monkeypatch
 @pytest.mark.parametrize(
     "block",
     [
-        {"mstkd": {"recipe": "paper"}},
+        {"mstkd": {"form": "published"}},
+        {"mstkd": {"regions": "separate"}},
+        {"network": {"placement": "main"}},
         {"mstkd": {"style_encoder": "paper"}},
         {"distillation": {"where": "everywhere"}},
         {"mstkd": {"tau": 7}, "distillation": {"fade": 0, "ramp": 0}},

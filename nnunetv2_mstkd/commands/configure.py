@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.nnunet.description import read_description
     from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder, find_raw_folder
     from nnunetv2_mstkd.nnunet.mask_differences import of_plans
-    from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
+    from nnunetv2_mstkd.nnunet.plans import BLOCK, read_plans, write_configuration
 
     short = {f"schedule.{key}": getattr(args, key) for key in ("epochs", "iterations", "seed")}
     texts = [*args.set, *(f"{key}={value}" for key, value in short.items() if value is not None)]
@@ -64,7 +64,9 @@ def run(args: argparse.Namespace) -> None:
     if differences:
         print(f"  {differences}; see input.normalization in documentation/data.md")
     number = dataset_number(folder.name)
-    print(f"train it: nnUNetv2_train {number} {args.name} 0 -tr MSTKDTeacherTrainer, then -tr MSTKDTrainer")
+    joint = entry[BLOCK]["teacher"]["joint"]
+    trainers = "MSTKDTrainer (and its teacher with it)" if joint else "MSTKDTeacherTrainer, then -tr MSTKDTrainer"
+    print(f"train it: nnUNetv2_train {number} {args.name} 0 -tr {trainers}")
 
 
 def describe(entry: Mapping[str, Any]) -> list[str]:

@@ -133,9 +133,16 @@ def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training
     if not issubclass(trainer, DistillationTrainer):
         return None
     block = inherited(plans, model.configuration, BLOCK)
-    wanted = Settings.read(block, [TeacherSettings], strict=False)[TeacherSettings].configuration
+    settings = Settings.read(block, [TeacherSettings], strict=False)[TeacherSettings]
+    if settings.joint:
+        return None
     name = trainer.teacher_trainer.__name__
     configuration = teacher_configuration(
-        model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold, wanted=wanted
+        model.results,
+        trainer=name,
+        plans=plans,
+        configuration=model.configuration,
+        fold=fold,
+        wanted=settings.configuration,
     )
     return dataclasses.replace(model, trainer=name, configuration=configuration)

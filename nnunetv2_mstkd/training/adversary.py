@@ -49,7 +49,7 @@ class Adversary:
 
     def remember(self, student: Any, teacher: Any) -> torch.Tensor:
         """Return what :meth:`step` needs of both outputs, without a graph: (2 B, channels, *grid), teacher first."""
-        return torch.cat([self._style_of(teacher), self._style_of(student).detach()])
+        return torch.cat([self._style_of(teacher), self._style_of(student)]).detach()
 
     def step(self, remembered: torch.Tensor, weight: float = 1.0) -> None:
         """Take the discriminator's own optimiser step, with the share of the batch that it sees as weight."""

@@ -20,6 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed as dist
 from torch._dynamo import OptimizedModule
 from torch.nn import functional
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import DivergenceError, UnsupportedError
@@ -49,6 +50,12 @@ from nnunetv2_mstkd.training.settings import (
     TeacherSettings,
 )
 from nnunetv2_mstkd.training.step import Losses, LossMonitor
+
+
+def unwrapped(network: Any) -> Any:
+    """Return a network without the wrappers of DDP and torch.compile."""
+    network = network.module if isinstance(network, DistributedDataParallel) else network
+    return network._orig_mod if isinstance(network, OptimizedModule) else network
 
 
 class SettingsTrainer(nnUNetTrainer):
@@ -171,8 +178,7 @@ class SettingsTrainer(nnUNetTrainer):
     @property
     def plain_network(self) -> Any:
         """The network without the wrappers of DDP and torch.compile."""
-        network = self.network.module if self.is_ddp else self.network
-        return network._orig_mod if isinstance(network, OptimizedModule) else network
+        return unwrapped(self.network)
 
     def initialize(self) -> None:
         self.choose_normalization()
@@ -183,9 +189,16 @@ class SettingsTrainer(nnUNetTrainer):
         self._initial_sum = self._weight_sum()
 
     def configure_optimizers(self):
-        network = getattr(self.network, "_orig_mod", self.network)  # compiled, but not yet wrapped for DDP
-        added = [] if self.design is None else self.design.added_modules(network)
-        return build_optimizer(network, self.settings[ScheduleSettings], self.num_epochs, self.weight_decay, added)
+        networks = self.trained_networks()
+        for network in networks if not self.enable_deep_supervision else ():
+            network.decoder.seg_layers[:-1].requires_grad_(False)  # heads without a loss
+        added = [] if self.design is None else [each for net in networks for each in self.design.added_modules(net)]
+        every = networks[0] if len(networks) == 1 else torch.nn.ModuleList(networks)
+        return build_optimizer(every, self.settings[ScheduleSettings], self.num_epochs, self.weight_decay, added)
+
+    def trained_networks(self) -> list[Any]:
+        """Return the networks that the optimiser moves, without wrappers; asked once, when it is built."""
+        return [self.plain_network]
 
     # ---- one training step ---------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""The base of distilling trainers: a frozen full-modality teacher beside a student with missing modalities."""
+"""The base of distilling trainers: a full-modality teacher beside a student with missing modalities."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
-from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
 from nnunetv2_mstkd.training.step import Term, active_terms
@@ -25,11 +26,11 @@ DEFAULT_SHARE = 0.5
 
 
 class DistillationTrainer(ModalityDropoutTrainer):
-    """Segmentation loss on a random subset, plus weighted terms that compare the student with a frozen teacher.
+    """Segmentation loss on a random subset, plus weighted terms that compare the student with a teacher.
 
     A method is a subclass that names its teacher's trainer and lists its terms. The teacher sees all modalities of the
-    same augmented batch, under no_grad; it is held outside ``self.network``, so that the checkpoint is the student
-    alone.
+    same augmented batch. It was trained before and is frozen, or is trained in the same steps (``teacher.joint``). It
+    is held outside ``self.network``, so that the checkpoint is the student alone.
     """
 
     sections = (*ModalityDropoutTrainer.sections, TeacherSettings, DistillationSettings)
@@ -42,6 +43,11 @@ class DistillationTrainer(ModalityDropoutTrainer):
     feature_terms: ClassVar[tuple[str, ...]] = ()
     """Terms that compare features, so that teacher and student need features of equal shape."""
     _teacher_identity: dict[str, str] | None = None
+
+    @property
+    def teacher_learns(self) -> bool:  # type: ignore[override]
+        """``teacher.joint``."""
+        return self.settings[TeacherSettings].joint
 
     @property
     def needs_teacher(self) -> bool:
@@ -98,6 +104,11 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     def initialize(self) -> None:
         super().initialize()
+        if self.teacher_learns:
+            self.teacher = torch.compile(self.teacher) if self._do_i_compile() else self.teacher
+            if self.is_ddp:
+                devices = [self.device] if self.device.type == "cuda" else None
+                self.teacher = DistributedDataParallel(self.teacher, device_ids=devices)
         self.adversary = None
         if self.active(self.adversarial_term):
             dimensions = len(self.configuration_manager.patch_size)
@@ -107,9 +118,28 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     # ---- teacher -------------------------------------------------------------------------------------------------
 
+    def trained_networks(self) -> list[Any]:
+        """The student, and a teacher that is trained with it, which is built here, before the optimiser."""
+        if not self.teacher_learns:
+            return super().trained_networks()
+        self.teacher = self.teacher_trainer.build_network_architecture(
+            self.plans_manager,
+            self.configuration_manager,
+            self.num_input_channels,
+            self.label_manager.num_segmentation_heads,
+            self.enable_deep_supervision,
+        ).to(self.device)
+        return [*super().trained_networks(), self.teacher]
+
+    def clip_groups(self) -> list[torch.nn.Module]:
+        return [*super().clip_groups(), *([self.teacher] if self.teacher_learns else [])]
+
     def prepare_training(self) -> None:
         super().prepare_training()
         if self.finished:
+            return
+        if self.teacher_learns:
+            self.print_to_log_file("teacher.joint: teacher and student are trained together, both from scratch")
             return
         warm_start = self.settings[TeacherSettings].warm_start and self.initial_source is None and not self._resumed
         if not self.needs_teacher and not warm_start:
@@ -156,9 +186,12 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     def teacher_factor(self) -> float:
         """Ramp at the start, linear fade at the end."""
-        settings = self.settings[DistillationSettings]
-        left = 1 - self.iteration / self.total_iterations
-        return self.rise(settings.ramp) * (min(1.0, left / settings.fade) if settings.fade > 0 else 1.0)
+        return self.rise(self.settings[DistillationSettings].ramp) * self.fading()
+
+    def fading(self) -> float:
+        """The linear fade at the end alone."""
+        fade, left = self.settings[DistillationSettings].fade, 1 - self.iteration / self.total_iterations
+        return min(1.0, left / fade) if fade > 0 else 1.0
 
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """1 where the teacher is more right than the student, if the settings ask to distil only there."""
@@ -172,10 +205,13 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         adversary = {} if self.adversary is None else self.adversary.state_dict()
-        return {**super().extra_state(), "teacher": self._teacher_identity, **adversary}
+        learning = {"teacher_network": unwrapped(self.teacher).state_dict()} if self.teacher_learns else {}
+        return {**super().extra_state(), "teacher": self._teacher_identity, **learning, **adversary}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         super().load_extra_state(state)
         self._teacher_identity = state.get("teacher")
+        if self.teacher_learns:
+            unwrapped(self.teacher).load_state_dict(state["teacher_network"])
         if self.adversary is not None:
             self.adversary.load_state_dict(state)

@@ -21,7 +21,13 @@ from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer, check_subsets
-from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings, Settings, UnlabelledSettings
+from nnunetv2_mstkd.training.settings import (
+    SamplerSettings,
+    ScheduleSettings,
+    Settings,
+    TeacherSettings,
+    UnlabelledSettings,
+)
 from nnunetv2_mstkd.training.step import Losses, Term, rows_of
 from nnunetv2_mstkd.training.unlabelled import unlabelled_loader
 
@@ -59,7 +65,9 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     sections = (*SettingsTrainer.sections, SamplerSettings, UnlabelledSettings)
     teacher: Any = None
-    """A frozen network that sees complete input; None where no term compares with one."""
+    """A network that sees complete input; None where no term compares with one."""
+    teacher_learns: bool = False
+    """Whether the teacher is trained in the same steps; else it is frozen."""
     unlabelled_batches: Any = None
     """Iterator over batches of unlabelled cases; None without any."""
     adversary: Any = None
@@ -105,7 +113,12 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     def draw_availability(self, batch_size: int, present: torch.Tensor | None = None) -> torch.Tensor:
         """Draw which of its modalities each sample keeps in this step: bool, (B, C), on the CPU."""
-        return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
+        if not self.settings[SamplerSettings].per_batch:
+            return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
+        common = None if present is None else present.all(0, keepdim=True)
+        if common is not None and not bool(common.any()):  # its cases have no modality in common
+            return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
+        return self.sampler.sample(1, present=common, generator=self._subset_generator).repeat(batch_size, 1)
 
     @contextlib.contextmanager
     def conditioned_on(self, availability: torch.Tensor) -> Iterator[None]:
@@ -126,19 +139,28 @@ class ModalityDropoutTrainer(SettingsTrainer):
         data, present = self.add_unlabelled(data, present)
         subsets = self.draw_availability(len(data), present)
         inputs = modalities.mask_modalities(data, subsets)
-        if not self.terms and self.unlabelled_batches is None:
+        if not self.terms and not self.teacher_learns and self.unlabelled_batches is None:
             with self.conditioned_on(subsets):
                 loss = self.loss(self.network(inputs), target)
             return Losses(loss, {"segmentation": loss})
 
-        teacher = None
+        teacher: Any = None
         if self.teacher is not None:
-            with torch.no_grad():
-                teacher = self.forward_teacher(data if self.has_teacher_terms else data[labelled.stop :])
+            everything = self.has_teacher_terms or self.teacher_learns
+            with torch.set_grad_enabled(self.teacher_learns):
+                teacher = self.forward_teacher(data if everything else data[labelled.stop :])
         with self.conditioned_on(subsets):
             student = self.forward_student(inputs, data)
+        # a teacher is asked about complete cases only
+        complete, share = self.complete_samples(present, labelled)
         total = self.loss(rows_of(student.logits, labelled), target)
         values = {"segmentation": total}
+        if self.teacher_learns:
+            logits = rows_of(rows_of(teacher.logits, labelled), complete)
+            values["teacher"] = share * self.loss(logits, rows_of(target, complete))
+            weight = self.settings[TeacherSettings].joint_weight
+            total = (1 - weight) * total + weight * values["teacher"]
+            teacher = teacher._replace(logits=finest(teacher.logits))
         student = student._replace(logits=finest(student.logits))
         if self.unlabelled_batches is not None:
             values["unlabelled"] = self.unlabelled_loss(student, teacher, data[labelled.stop :])
@@ -147,18 +169,16 @@ class ModalityDropoutTrainer(SettingsTrainer):
             teacher = rows_of(teacher, labelled) if self.has_teacher_terms else None
         with torch.autocast(self.device.type, enabled=False):
             label = self.read_target(finest(target))
-            # a teacher is asked about complete cases only
-            complete, share = self.complete_samples(present, labelled)
             known_student, teacher, known_label = (rows_of(each, complete) for each in (student, teacher, label))
             known_label = known_label._replace(weight=self.voxel_weight(known_student, teacher, known_label))
-            factor = self.teacher_factor()
             for term in self.terms:
                 if term.needs_teacher:
                     value = share * term.function(known_student, teacher, known_label)
+                    factor = (term.factor or self.teacher_factor)()
                 else:
-                    value = term.function(student, None, label)
+                    value, factor = term.function(student, None, label), 1.0
                 values[term.name] = value
-                total = total + term.weight * (factor if term.needs_teacher else 1.0) * value
+                total = total + term.weight * factor * value
         remembered = None if self.adversary is None else (self.adversary.remember(known_student, teacher), share)
         return Losses(total, values, remembered)
 

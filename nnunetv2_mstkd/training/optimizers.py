@@ -73,11 +73,13 @@ def _unet_optimizer(
     parameters: Iterable[torch.nn.Parameter], schedule: ScheduleSettings, weight_decay: float
 ) -> torch.optim.Optimizer:
     groups = [{"params": list(parameters), "initial_lr": schedule.learning_rate}]
+    decay = {"sgd": weight_decay, "adamw": 0.01, "adam": 0.0}[schedule.optimizer]
+    decay = decay if schedule.weight_decay is None else schedule.weight_decay
     if schedule.optimizer == "sgd":
-        return torch.optim.SGD(groups, schedule.learning_rate, weight_decay=weight_decay, momentum=0.99, nesterov=True)
+        return torch.optim.SGD(groups, schedule.learning_rate, weight_decay=decay, momentum=0.99, nesterov=True)
     if schedule.optimizer == "adam":
-        return torch.optim.Adam(groups, schedule.learning_rate, betas=(0.9, 0.99))
-    return torch.optim.AdamW(groups, schedule.learning_rate, weight_decay=0.01)
+        return torch.optim.Adam(groups, schedule.learning_rate, betas=(0.9, 0.99), weight_decay=decay)
+    return torch.optim.AdamW(groups, schedule.learning_rate, weight_decay=decay)
 
 
 def build_optimizer(

@@ -203,6 +203,8 @@ class SamplerSettings(Section):
     """For ``independent``: modality to the probability with which it is absent; 0.5 for those that are not named."""
     keep: tuple[str, ...] = ()
     """For ``independent``: modalities that are never absent."""
+    per_batch: bool = False
+    """One subset for the whole batch, among what all of its cases have, instead of one per sample."""
 
     def check(self) -> None:
         for key, kind, what in (
@@ -253,6 +255,8 @@ class ScheduleSettings(Section):
     """Optimiser of the U-Net's parameters: ``sgd`` (nnU-Net's: Nesterov 0.99), ``adamw`` or ``adam`` (0.9, 0.99)."""
     initial_lr: Share | None = None
     """Null: 1e-2 for sgd (nnU-Net), 1e-3 for adamw, 1e-4 for adam (MST-KDNet)."""
+    weight_decay: Annotated[float, Range(0, 1)] | None = None
+    """Weight decay of the U-Net's optimiser; null: 3e-5 for sgd (nnU-Net), 0.01 for adamw, 0 for adam."""
     added_lr: Share = 3e-4
     """AdamW rate of what a network has beyond the plans' U-Net: transformer and pyramids, adapters, conditioning."""
     init_from: str | None = None
@@ -300,7 +304,12 @@ class TeacherSettings(Section):
     epochs: Count | None = None
     """Epochs of the teacher's own training; null: ``schedule.epochs``."""
     warm_start: bool = True
-    """Start the student from the teacher's weights."""
+    """Start the student from the teacher's weights; with ``joint`` there are none."""
+    joint: bool = False
+    """Train the teacher together with the student, both from scratch, instead of loading a frozen one. The gradient of
+    terms in their published form reaches it too."""
+    joint_weight: Fraction = 0.4
+    """Weight of the segmentation loss of a teacher that is trained jointly; the student's has the rest of 1."""
     cases: Literal["complete", "all"] = "complete"
     """What the teacher is trained on: ``complete`` cases, or ``all``, with zeros for absent modalities."""
 
@@ -369,7 +378,7 @@ class Settings:
         """
         sections = tuple(sections)
         content = translate(block)
-        for section in sections:
+        for section in dict.fromkeys((*sections, *known_sections().values())):
             section.imply(content)
         names = {section.NAME for section in sections}
         others = {name: value for name, value in content.items() if name not in names}

@@ -41,6 +41,9 @@ class Term:
     needs_teacher: bool = True
     """Whether it compares with a teacher. Ramp and fade act on these terms only, and they see only the samples whose
     cases are complete."""
+    factor: Callable[[], float] | None = None
+    """Factor of the weight at this iteration, of a term that needs the teacher; None: the trainer's
+    ``teacher_factor``."""
 
 
 def active_terms(*terms: Term) -> tuple[Term, ...]:

@@ -1,9 +1,10 @@
-"""Distillation terms of MST-KDNet that no other method uses: MS-TKD, equations (2)-(4), and DMLD, equations (5)-(8).
+"""The relative forms of MST-KDNet's terms that no other method uses: MS-TKD, equations (2)-(4), and DMLD, (5)-(8).
 
 Paper: "Bridging the Gap in Missing Modalities: Leveraging Knowledge Distillation and Style Matching for Brain Tumor
 Segmentation", MICCAI 2025. The two summands of equation (4) are two functions, so that each has its own weight. Logit
 standardisation: Sun et al., "Logit Standardization in Knowledge Distillation", CVPR 2024. Style matching (GSME),
-equations (9)-(11), is in :mod:`nnunetv2_mstkd.losses.style`.
+equations (9)-(11), is in :mod:`nnunetv2_mstkd.losses.style`, the published forms in
+:mod:`nnunetv2_mstkd.methods.mstkd.published`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from nnunetv2_mstkd.networks.standardization import standardize_channels
 _FEWEST_POSITIONS = 8
 
 
-def _check_pairs(student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> None:
+def check_pairs(student_maps: Sequence[torch.Tensor], teacher_maps: Sequence[torch.Tensor]) -> None:
+    """Raise ValueError unless both networks give equally many maps of equal shapes, at least one."""
     if len(student_maps) == 0 or len(student_maps) != len(teacher_maps):
         raise ValueError(
             f"found {len(student_maps)} student and {len(teacher_maps)} teacher maps, expected equal numbers, "
@@ -66,7 +68,7 @@ def extreme_value_distillation(
     Both networks give L row-stochastic attention maps (B, heads, N, N), after the softmax, of the tapped layers in the
     same order. Other numbers or shapes of maps raise ValueError.
     """
-    _check_pairs(student_maps, teacher_maps)
+    check_pairs(student_maps, teacher_maps)
     with torch.autocast(device_type=student_maps[0].device.type, enabled=False):
         student, student_extremes = _extreme_values(student_maps)
         teacher, teacher_extremes = _extreme_values([teacher_map.detach() for teacher_map in teacher_maps])
@@ -94,7 +96,7 @@ def multiscale_map_matching(student_maps: Sequence[torch.Tensor], teacher_maps: 
     Both networks give one map (B, channels, *spatial) per level, in the same order; levels may differ in channels and
     grid. The loss is in [0, 2], and zero without a graph when no level has 8 positions. ValueError if maps do not fit.
     """
-    _check_pairs(student_maps, teacher_maps)
+    check_pairs(student_maps, teacher_maps)
     levels = [
         relative_difference(standardize_channels(student), standardize_channels(teacher.detach()))
         for student, teacher in zip(student_maps, teacher_maps, strict=True)
@@ -143,14 +145,24 @@ def logit_discrepancy(
         return difference / torch.maximum(teacher.square().sum(), elements).clamp_min(1.0)
 
 
+def class_logits(logits: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Logits of classes as they are; those of overlapping regions with a zero background logit in front."""
+    return torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1) if regions else logits
+
+
 def _log_probabilities(logits: torch.Tensor, regions: bool, tau: float) -> torch.Tensor:
-    if regions:
-        logits = torch.cat([torch.zeros_like(logits[:, :1]), logits], dim=1)
+    logits = class_logits(logits, regions)
     if logits.shape[1] == 2:
         # Two standardised entries are +-1 in some order; the plain tempered softmax keeps the confidence.
         return functional.log_softmax(logits / tau, dim=1)
     centred = logits - logits.mean(1, keepdim=True)
     return functional.log_softmax(centred * torch.rsqrt(centred.square().mean(1, keepdim=True) + 1.0) / tau, dim=1)
+
+
+def _divergence(student: torch.Tensor, teacher: torch.Tensor, regions: bool, tau: float) -> torch.Tensor:
+    """KL of each voxel, (B, 1, *spatial)."""
+    student_log, teacher_log = (_log_probabilities(each, regions, tau) for each in (student, teacher))
+    return (teacher_log.exp() * (teacher_log - student_log)).sum(1, keepdim=True)
 
 
 def _group_mean(values: torch.Tensor, group: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,6 +178,7 @@ def standardized_kl(
     target_foreground: torch.Tensor,
     valid: torch.Tensor | None = None,
     tau: float = 2.0,
+    separate: bool = False,
     voxel_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Kullback-Leibler divergence of standardised logits, foreground and rest in equal parts (equations 6-8, changed).
@@ -177,7 +190,9 @@ def standardized_kl(
 
     The foreground is the valid voxels where the target or the teacher (a region logit > 0, or another class above class
     0) is foreground. Regions become a class vector by a zero background logit in front, l = [0, l_1, ..., l_K]. A
-    vector of two entries (two classes, or one region) is not standardised: ``q = softmax(l / tau)``.
+    vector of two entries (two classes, or one region) is not standardised: ``q = softmax(l / tau)``. Such a vector
+    couples the regions: where the student is too low in one of them, the others are pushed down as well. ``separate``
+    regions have a vector [0, l_k] and a divergence each, which are added.
 
     Changed against MST-KDNet (MICCAI 2025) and Sun et al. (CVPR 2024):
 
@@ -197,6 +212,8 @@ def standardized_kl(
         Bool (B, 1, *spatial), True where the label is not background; of no effect at voxels that are not valid.
     tau
         Temperature, greater than 0. The released code uses 7.
+    separate
+        Compare the two outcomes of each region by themselves; classes are not changed.
     """
     check_logits(student, teacher, regions)
     check_map("target_foreground", target_foreground, student, boolean=True)
@@ -211,10 +228,9 @@ def standardized_kl(
         teacher_foreground = regions_or_classes.amax(1, keepdim=True) > background
         foreground = target_foreground | teacher_foreground
 
-        student_log = _log_probabilities(student, regions, tau)
-        teacher_log = _log_probabilities(teacher, regions, tau)
-        divergence = (teacher_log.exp() * (teacher_log - student_log)).sum(1, keepdim=True)
-        divergence = weigh(divergence, voxel_weight)
+        parts = [slice(head, head + 1) for head in range(student.shape[1])] if regions and separate else [slice(None)]
+        each = [_divergence(student[:, part], teacher[:, part], regions, tau) for part in parts]
+        divergence = weigh(torch.cat(each, 1).sum(1, keepdim=True), voxel_weight)
         inside, has_inside = _group_mean(divergence, valid & foreground)
         rest, has_rest = _group_mean(divergence, valid & ~foreground)
         return tau**2 * (inside + rest) / (has_inside + has_rest).clamp_min(1.0)

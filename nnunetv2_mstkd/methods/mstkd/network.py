@@ -2,8 +2,8 @@
 
 MST-KDNet (MICCAI 2025) puts transformer blocks on the 1/32 grid of a fixed 160 x 192 x 128 crop and merges hidden
 states of several depths into the decoder, as UNETR does. Here encoder and decoder are those that nnU-Net planned, of
-any dimension, width and number of stages, and every addition starts as an exact identity: the projections that lead
-back into the U-Net are zero-initialised.
+any dimension, width and number of stages. ``network.placement`` says how the transformer joins them: as a branch that
+starts as an exact identity, or on the main path, as published.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ class Features(NamedTuple):
     """Encoder stage on the style grid (GSME), (B, channels, *grid); then transformer pyramid and decoder stage."""
     f_t: torch.Tensor
     f_dec: torch.Tensor
+    content: torch.Tensor
+    """What the decoder starts from, (B, channels, *bottleneck grid)."""
 
 
 def token_patch(grid: Sequence[int], max_tokens: int) -> tuple[int, ...]:
@@ -96,7 +98,7 @@ def _affordable_depth(plan: UNetPlan, section: NetworkSettings) -> int:
     unet_parameters, unet_flops = _unet_cost(shape, plan.architecture_kwargs)
     width = shape.widths[-1]
     tokens = math.prod(math.ceil(edge / step) for edge, step in zip(shape.grids[-1], patch, strict=True))
-    pyramid_parameters, pyramid_flops = _pyramid_cost(shape, taps)
+    pyramid_parameters, pyramid_flops = _pyramid_cost(shape, taps, 2 if section.placement == "main" else 1)
     patching = width**2 * math.prod(patch)  # of the convolution into tokens, and of the one back
     pyramid_parameters += 2 * patching
     pyramid_flops += (1 + taps) * patching * tokens
@@ -141,9 +143,9 @@ def _unet_cost(shape: UNetShape, architecture_kwargs: Mapping[str, Any]) -> tupl
     return parameters, flops
 
 
-def _pyramid_cost(shape: UNetShape, taps: int) -> tuple[float, float]:
-    """The same for the transposed convolutions and the projections back into the U-Net."""
-    parameters = float(shape.widths[-1] ** 2)
+def _pyramid_cost(shape: UNetShape, taps: int, joined: int) -> tuple[float, float]:
+    """The same for the transposed convolutions and the projections, which read ``joined`` maps, back into the U-Net."""
+    parameters = float(joined * shape.widths[-1] ** 2)
     flops = parameters * math.prod(shape.grids[-1])
     for level in range(1, taps):
         incoming = shape.widths[-1]
@@ -153,8 +155,8 @@ def _pyramid_cost(shape: UNetShape, taps: int) -> tuple[float, float]:
             parameters += weights
             flops += weights * math.prod(shape.grids[-step])
             incoming = width
-        parameters += incoming**2
-        flops += incoming**2 * math.prod(shape.grids[-1 - level])
+        parameters += joined * incoming**2
+        flops += joined * incoming**2 * math.prod(shape.grids[-1 - level])
     return parameters, flops
 
 
@@ -162,8 +164,9 @@ class MultiScaleTransformer(nn.Module):
     """Bottleneck tokens through transformer blocks, hidden states back at several scales (MST-KDNet, Fig. 1).
 
     Hidden state i of ``taps``, counted from the last block, is brought to the i-th stage above the bottleneck by
-    repeated transposed convolutions with the plans' own strides and widths; that map is z_i of eq. (4). A
-    zero-initialised 1x1 projection adds it to the skip connection. The settings are resolved ones.
+    repeated transposed convolutions with the plans' own strides and widths; that map is z_i of eq. (4). As a branch, a
+    zero-initialised 1x1 projection adds it to the skip connection; on the main path, a 1x1 convolution of both joined
+    takes the skip connection's place (f_enc and f_t of Fig. 1). The settings are resolved ones.
     """
 
     def __init__(self, shape: UNetShape, section: NetworkSettings) -> None:
@@ -173,6 +176,8 @@ class MultiScaleTransformer(nn.Module):
         convolution: type[Any] = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
         transposed: type[Any] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}[dimensions]
         self.patch = tuple(section.patch or ())
+        self.joins = section.placement == "main"
+        joined = 2 if self.joins else 1
         self.tapped = tuple(depth // taps * (index + 1) - 1 for index in range(taps))
         tokens = [math.ceil(edge / step) for edge, step in zip(shape.grids[-1], self.patch, strict=True)]
         self.embed = convolution(width, width, self.patch, self.patch)
@@ -182,7 +187,7 @@ class MultiScaleTransformer(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(taps))
         self.unpatch = transposed(width, width, self.patch, self.patch)
         self.pyramids = nn.ModuleList()
-        self.projections = nn.ModuleList([convolution(width, width, 1)])
+        self.projections = nn.ModuleList([convolution(joined * width, width, 1)])
         for level in range(1, taps):
             layers: list[nn.Module] = []
             incoming = width
@@ -193,18 +198,31 @@ class MultiScaleTransformer(nn.Module):
                 layers.append(transposed(incoming, outgoing, stride, stride))
                 incoming = outgoing
             self.pyramids.append(nn.Sequential(*layers))
-            self.projections.append(convolution(incoming, incoming, 1))
-        for parameter in self.projections.parameters():
-            nn.init.zeros_(parameter)
+            self.projections.append(convolution(joined * incoming, incoming, 1))
+        if not self.joins:
+            for parameter in self.projections.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
-        self, bottleneck: torch.Tensor, *, return_attention: bool
+        self, skips: Sequence[torch.Tensor], *, return_attention: bool = False
     ) -> tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor]]:
-        """Return (additions to the skips, multi-scale maps, attention maps).
+        """Return (skip connections with the transformer's part, multi-scale maps, attention maps).
 
-        The first two are ordered deep to shallow (level 0 is the bottleneck itself), the attention maps shallow to
-        deep; they are empty unless ``return_attention``.
+        The skip connections, finest first as given, change at the tapped stages. Maps are ordered deep to shallow
+        (level 0 is the bottleneck itself), the attention maps shallow to deep; they are empty unless
+        ``return_attention``.
         """
+        maps, attention = self.tokens(skips[-1], return_attention=return_attention)
+        skips = list(skips)
+        for level, z in enumerate(maps):
+            skip, projection = skips[-1 - level], self.projections[level]
+            skips[-1 - level] = projection(torch.cat([skip, z], 1)) if self.joins else skip + projection(z)
+        return skips, maps, attention
+
+    def tokens(
+        self, bottleneck: torch.Tensor, *, return_attention: bool = False
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run the blocks; return the multi-scale maps, deep to shallow, and the attention maps."""
         within = (..., *(slice(size) for size in bottleneck.shape[2:]))  # without the padding
         x = self.embed(self._pad(bottleneck))
         token_grid = x.shape[2:]
@@ -217,15 +235,14 @@ class MultiScaleTransformer(nn.Module):
                 hidden.append(x)
                 if scores is not None:
                     attention.append(scores)
-        maps, additions = [], []
+        maps = []
         for level, state in enumerate(reversed(hidden)):
             state = self.norms[level](state).transpose(1, 2).unflatten(2, token_grid)
             state = self.unpatch(state)[within]
             if level > 0:
                 state = self.pyramids[level - 1](state)
             maps.append(state)
-            additions.append(self.projections[level](state))
-        return additions, maps, attention
+        return maps, attention
 
     def _pad(self, x: torch.Tensor) -> torch.Tensor:
         """Zero-pad at the far end of each axis to a multiple of the token patch."""
@@ -273,11 +290,8 @@ class MultiScaleTransformerUNet(nn.Module):
         pool_encoder
             f_enc as in the paper: max-pooled from the encoder stage above the style grid.
         """
-        skips = list(self.encoder(x))
-        additions, maps, attention = self.transformer(skips[-1], return_attention=return_attention)
-        f_enc: Any = self._encoder_feature(skips, pool_encoder) if return_features else None
-        for level, addition in enumerate(additions):
-            skips[-1 - level] = skips[-1 - level] + addition
+        encoded = list(self.encoder(x))
+        skips, maps, attention = self.transformer(encoded, return_attention=return_attention)
         stages: list[torch.Tensor] = []
 
         def visit(stage: int, features: torch.Tensor) -> torch.Tensor:
@@ -288,7 +302,8 @@ class MultiScaleTransformerUNet(nn.Module):
         logits = decode(self.decoder, skips, visit)
         if not return_features:
             return logits
-        return Features(logits, tuple(attention), tuple(maps), f_enc, maps[self.style_level], stages[0])
+        f_enc, f_t = self._encoder_feature(encoded, pool_encoder), maps[self.style_level]
+        return Features(logits, tuple(attention), tuple(maps), f_enc, f_t, stages[0], skips[-1])
 
     def _encoder_feature(self, skips: list[torch.Tensor], pool: bool) -> torch.Tensor:
         own = skips[-1 - self.style_level]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
+from nnunetv2_mstkd.losses.relative import relative_difference
 from nnunetv2_mstkd.losses.style import style_matching
-from nnunetv2_mstkd.methods.mstkd import losses
+from nnunetv2_mstkd.methods.mstkd import losses, published
 from nnunetv2_mstkd.methods.mstkd.network import Features, TransformerDesign
 from nnunetv2_mstkd.methods.mstkd.settings import MSTKDSettings, NetworkSettings
 from nnunetv2_mstkd.training.base import TeacherTrainer
@@ -17,11 +19,40 @@ from nnunetv2_mstkd.training.settings import Settings
 from nnunetv2_mstkd.training.step import Term, active_terms
 
 
+class Forms(NamedTuple):
+    """The formulas of the terms."""
+
+    evd: Callable[..., torch.Tensor]
+    maps: Callable[..., torch.Tensor]
+    discrepancy: Callable[..., torch.Tensor]
+    kl: Callable[..., torch.Tensor]
+    style: Callable[..., torch.Tensor]
+    content: Callable[..., torch.Tensor]
+
+
+RELATIVE = Forms(
+    losses.extreme_value_distillation,
+    losses.multiscale_map_matching,
+    losses.logit_discrepancy,
+    losses.standardized_kl,
+    style_matching,
+    lambda student, teacher: relative_difference(student, teacher.detach()),
+)
+PUBLISHED = Forms(
+    published.extreme_values,
+    published.multiscale_maps,
+    published.probability_error,
+    published.standardized_kl,
+    published.style,
+    published.content,
+)
+
+
 class MSTKDTeacherTrainer(TeacherTrainer):
     """The teacher: the network of :class:`MSTKDTrainer` on complete input, trained before the student and then frozen.
 
-    MST-KDNet's released code trains teacher and student together and lets distillation pull the teacher down; its paper
-    draws a segmentation loss on both.
+    MST-KDNet's paper draws a segmentation loss on both networks, and its released code trains them together and lets
+    distillation pull the teacher down: that is ``teacher.joint``, which needs no training of this kind.
     """
 
     design = TransformerDesign()
@@ -32,36 +63,57 @@ class MSTKDTrainer(DistillationTrainer):
     Brain Tumor Segmentation", MICCAI 2025.
 
     Total loss (eq. 12): segmentation + MS-TKD (``evd``, ``maps``; eq. 2-4) + DMLD (``discrepancy``, ``kl``; eq. 5-8)
-    + GSME (``style``, ``adversarial``; eq. 9-11). Every weight is a setting and may be 0.
+    + GSME (``style``, ``adversarial``; eq. 9-11) + the released code's ``content``. Every weight is a setting and may
+    be 0. By default each term is relative to the size of what it compares, which is this package's form;
+    ``mstkd.recipe = "paper"`` has the published formulas, weights, network and training.
     """
 
     sections = (*DistillationTrainer.sections, MSTKDSettings)
     design: ClassVar[NetworkDesign | None] = TransformerDesign()
     teacher_trainer = MSTKDTeacherTrainer
     logit_terms = ("discrepancy", "kl")
-    feature_terms = ("evd", "maps", "style", "adversarial")
+    feature_terms = ("evd", "maps", "style", "adversarial", "content")
+
+    def apply_settings(self, settings: Settings) -> None:
+        super().apply_settings(settings)
+        self.enable_deep_supervision = self.settings[MSTKDSettings].segmentation == "nnunet"
 
     def make_terms(self) -> tuple[Term, ...]:
         weights = self.settings[MSTKDSettings]
+        forms = PUBLISHED if weights.form == "published" else RELATIVE
+        # as released, the discrepancy alone rises
+        factor = self.fading if weights.form == "published" else None
 
         def style_maps(features: Features) -> tuple[torch.Tensor, ...]:
             return features.f_enc, features.f_dec, features.f_t
 
         def discrepancy(student: Any, teacher: Any, target: Any) -> torch.Tensor:
-            return self.compare_logits(losses.logit_discrepancy, student, teacher, target)
+            return self.compare_logits(forms.discrepancy, student, teacher, target)
 
         def kl(student: Any, teacher: Any, target: Any) -> torch.Tensor:
-            options = {"target_foreground": target.foreground, "tau": weights.tau}
-            return self.compare_logits(losses.standardized_kl, student, teacher, target, **options)
+            options = {"target_foreground": target.foreground, "separate": weights.regions == "separate"}
+            options = {} if forms is PUBLISHED else options
+            return self.compare_logits(forms.kl, student, teacher, target, tau=weights.tau, **options)
 
         return active_terms(
-            Term("evd", weights.evd, lambda s, t, target: losses.extreme_value_distillation(s.attention, t.attention)),
-            Term("maps", weights.maps, lambda s, t, target: losses.multiscale_map_matching(s.maps, t.maps)),
+            Term("evd", weights.evd, lambda s, t, target: forms.evd(s.attention, t.attention), factor=factor),
+            Term("maps", weights.maps, lambda s, t, target: forms.maps(s.maps, t.maps), factor=factor),
             Term("discrepancy", weights.discrepancy, discrepancy),
-            Term("kl", weights.kl, kl),
-            Term("style", weights.style, lambda s, t, target: style_matching(style_maps(s), style_maps(t))),
-            Term("adversarial", weights.adversarial, self.adversarial),
+            Term("kl", weights.kl, kl, factor=factor),
+            Term("style", weights.style, lambda s, t, target: forms.style(style_maps(s), style_maps(t)), factor=factor),
+            Term("adversarial", weights.adversarial, self.adversarial, factor=factor),
+            Term("content", weights.content, lambda s, t, target: forms.content(s.content, t.content), factor=factor),
         )
+
+    def _build_loss(self) -> Any:
+        if self.settings[MSTKDSettings].segmentation == "nnunet":
+            return super()._build_loss()
+
+        def dice(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            label, regions = self.read_target(target), self.label_manager.has_regions
+            return published.dice(logits, label.label, regions=regions, valid=label.valid)
+
+        return dice
 
     def forward_options(self) -> dict[str, Any]:
         return {
@@ -72,7 +124,7 @@ class MSTKDTrainer(DistillationTrainer):
 
     def feature_facts(self, network: Any, settings: Settings) -> dict[str, Any]:
         section = settings[NetworkSettings].to_dict()
-        keys = ("taps", "patch", "heads") if self.active("evd") else ("taps", "patch")
+        keys = ("placement", "taps", "patch", *(["heads"] if self.active("evd") else []))
         return {**super().feature_facts(network, settings), **{f"network.{key}": section[key] for key in keys}}
 
     # ---- adversary -----------------------------------------------------------------------------------------------

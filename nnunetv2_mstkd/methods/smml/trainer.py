@@ -53,6 +53,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 "the sampler draws one subset only; the two students need two different ones. Name at least two in "
                 "sampler.subsets or sampler.weights, or leave two possible with sampler.drop"
             )
+        if settings[SamplerSettings].per_batch:
+            raise SettingsError("sampler.per_batch: SMML draws two subsets per sample; set it to false")
         if settings[UnlabelledSettings].share:
             raise SettingsError("unlabelled.share: SMML does not use unlabelled cases; set it to 0")
 
