@@ -191,7 +191,7 @@ class Benchmark:
                 needs: tuple[str, ...] = ()
                 if row.first:
                     first = MeasuredTrain(
-                        self.training(row.first, first_stage(seed)), fold=FOLD, bfloat16=self.preset.bfloat16
+                        self.training(row.first, row.first_stage(seed)), fold=FOLD, bfloat16=self.preset.bfloat16
                     )
                     steps.setdefault(first.key, first)
                     needs = (first.key,)
@@ -281,16 +281,17 @@ class Benchmark:
         planned = read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
         widths = preset.stages(len(planned["strides"]))
         for seed in seeds:
-            plans = read_plans(self.plans_file)
-            entry = configure(
-                plans, PARENT, first_stage(seed), assignments=first_assignments(preset, seed), features=widths,
-                batch_size=preset.batch_size,
-            )  # fmt: skip
-            self._write(first_stage(seed), entry)
+            for variant in sorted({"", *(row.variant for row in rows)}):
+                plans, name = read_plans(self.plans_file), first_stage(seed, variant)
+                entry = configure(
+                    plans, PARENT, name, assignments=first_assignments(preset, seed, variant), features=widths,
+                    batch_size=preset.batch_size,
+                )  # fmt: skip
+                self._write(name, entry)
             for row in rows:
                 plans = read_plans(self.plans_file)
                 changes = row.assignments(preset, seed)
-                entry = configure(plans, first_stage(seed), row.configuration(seed), assignments=changes)
+                entry = configure(plans, row.first_stage(seed), row.configuration(seed), assignments=changes)
                 self._write(row.configuration(seed), entry)
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
@@ -343,7 +344,7 @@ class Benchmark:
     def cost(self, row: Row, seeds: Sequence[int]) -> dict[str, float] | None:
         """Hours of all stages (means over the seeds), parameters, and the peak memory of the row's own training."""
         own = [read_cost(self._fold(row.trainer, row.configuration(seed))) for seed in seeds]
-        first = [read_cost(self._fold(row.first, first_stage(seed))) for seed in seeds] if row.first else []
+        first = [read_cost(self._fold(row.first, row.first_stage(seed))) for seed in seeds] if row.first else []
         if not all([*own, *first]):
             return None
         hours = {

@@ -19,7 +19,7 @@ PLANS = "nnUNetPlans"
 FOLD = 0
 
 PAPER: Mapping[str, Any] = {"mstkd.recipe": "paper", "schedule.initial_lr": None}
-"""With the recipe's own optimiser, Adam, goes its own rate."""
+"""With the recipe's own optimiser, Adam, goes its own rate. Its teacher is trained in the same steps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,8 @@ class Row:
         load the weights of the first stage where the trainer would not do it by itself.
     settings:
         ``section.key`` to value, beside those of the preset.
+    variant:
+        name of settings of both stages in :data:`VARIANTS`.
     subset:
         the only one that it is evaluated on; None: all.
     terms:
@@ -55,8 +57,13 @@ class Row:
     first: str | None = None
     starts_from_first: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
+    variant: str = ""
     subset: str | None = None
     terms: bool = False
+
+    def first_stage(self, seed: int) -> str:
+        """The configuration of its teacher or of the model that it starts from, and the parent of its own."""
+        return first_stage(seed, self.variant)
 
     def epochs(self, preset: Preset) -> int:
         """Of its own training, after the first stage."""
@@ -77,19 +84,23 @@ class Row:
         """Settings that differ from those of the first stage, as ``mstkd configure`` takes them."""
         settings: dict[str, Any] = {"schedule.epochs": self.epochs(preset)}
         if self.starts_from_first:
-            dataset, folder = f"Dataset{DATASET:03d}_{DATASET_NAME}", f"{self.first}__{PLANS}__{first_stage(seed)}"
+            dataset, folder = f"Dataset{DATASET:03d}_{DATASET_NAME}", f"{self.first}__{PLANS}__{self.first_stage(seed)}"
             settings["schedule.init_from"] = f"{dataset}/{folder}/fold_{FOLD}/checkpoint_final.pth"
         elif self.first:
-            settings["teacher.configuration"] = first_stage(seed)
+            settings["teacher.configuration"] = self.first_stage(seed)
         return _split({**settings, **self.settings})
 
 
-def first_stage(seed: int) -> str:
+VARIANTS: Mapping[str, Mapping[str, Any]] = {"": {}, "main": {"network.placement": "main"}}
+"""Settings that teacher and student share."""
+
+
+def first_stage(seed: int, variant: str = "") -> str:
     """The configuration of teachers and of other models to start from, and the parent of all rows' configurations."""
-    return f"first_s{seed}"
+    return f"first{variant and '-'}{variant}_s{seed}"
 
 
-def first_assignments(preset: Preset, seed: int) -> list[tuple[str, str, Any]]:
+def first_assignments(preset: Preset, seed: int, variant: str = "") -> list[tuple[str, str, Any]]:
     """Settings of the first stage."""
     return _split(
         {
@@ -98,6 +109,7 @@ def first_assignments(preset: Preset, seed: int) -> list[tuple[str, str, Any]]:
             "schedule.epochs": preset.first_epochs,
             "schedule.seed": seed,
             **preset.settings,
+            **VARIANTS[variant],
         }
     )
 
@@ -122,10 +134,12 @@ def _without(*terms: str) -> dict[str, float]:
     return {f"mstkd.{name}": 0.0 for name in terms}
 
 
-def _mstkd(name: str, title: str, kind: str, settings: Mapping[str, Any], *, terms: bool = True) -> Row:
+def _mstkd(
+    name: str, title: str, kind: str, settings: Mapping[str, Any], *, terms: bool = True, variant: str = ""
+) -> Row:
     return Row(
         name=name, title=title, kind=kind, trainer="MSTKDTrainer", first="MSTKDTeacherTrainer", settings=settings,
-        terms=terms,
+        terms=terms, variant=variant,
     )  # fmt: skip
 
 
@@ -145,7 +159,14 @@ ROWS: tuple[Row, ...] = (
     ),
     _mstkd("mstkd-zero", "MSTKDTrainer, no distillation, warm start", "control", _without(*TERMS), terms=False),
     _mstkd(STUDENT, "MSTKDTrainer", "method", {}),
-    _mstkd("mstkd-paper", 'MSTKDTrainer, "paper"', "method", PAPER),
+    _mstkd("mstkd-separate", "MSTKDTrainer, KL of separate regions", "method", {"mstkd.regions": "separate"}),
+    _mstkd("mstkd-main-zero", "MSTKDTrainer, transformer on the main path, no distillation", "method",
+           _without(*TERMS), terms=False, variant="main"),
+    _mstkd("mstkd-main", "MSTKDTrainer, transformer on the main path", "method", {}, variant="main"),
+    _mstkd("mstkd-main-ms-tkd", "MSTKDTrainer, transformer on the main path, MS-TKD alone", "method",
+           _without("discrepancy", "kl", "style", "adversarial"), variant="main"),
+    Row(name="mstkd-paper", title='MSTKDTrainer, recipe "paper"', kind="method", trainer="MSTKDTrainer",
+        settings=PAPER, terms=True),
     _mstkd("mstkd-no-ms-tkd", "MSTKDTrainer w/o MS-TKD", "ablation", _without("evd", "maps")),
     _mstkd("mstkd-no-dmld", "MSTKDTrainer w/o DMLD", "ablation", _without("discrepancy", "kl")),
     _mstkd("mstkd-no-gsme", "MSTKDTrainer w/o GSME", "ablation", _without("style", "adversarial")),

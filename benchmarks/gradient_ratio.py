@@ -5,6 +5,9 @@
 Loads the weights that `measured_training.py --keep` left at 5 and 50 % of a training, and the final ones, and
 differentiates the trainer's own loss on a few fixed batches, in float32. A ratio below 1e-3 is dead: the term costs
 time and changes nothing. Result in `gradients.json` of the fold; the weights on the way are then removed.
+
+For MST-KDNet the terms in their other form, relative or published, at that form's weights are measured on the same
+weights and batches too, and printed beside them (`gradients_forms.json`).
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Any
 
 DEAD = 1e-3
 GRADIENTS = "gradients.json"
+FORMS = "gradients_forms.json"
 SEGMENTATION = "segmentation"
 SEED = 2026
 
@@ -94,8 +98,8 @@ def judgement(ratio: float, full: float) -> str:
     return "dead" if full < DEAD else "weight ramped or faded to nothing"
 
 
-def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """The folder of the fold, and ratios by percent of the training."""
+def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """The folder of the fold, ratios by percent of the training, and by form of the terms and percent."""
     import numpy as np
     import torch
     from measured_training import FRACTIONS, kept_name
@@ -119,23 +123,45 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
     trainer.current_epoch = 0  # of a finished training no teacher would be loaded
     trainer.prepare_training()
     trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
-    full = full_weights(trainer)
-    found: dict[str, Any] = {}
+    every = forms(trainer)
+    by_form: dict[str, Any] = {name: {} for name in every}
     for percent, file in files.items():
         if not file.is_file():
             continue
-        trainer.load_checkpoint(str(file))  # also sets the number of finished epochs, which ramp and fade read
-        trainer.network.train()
-        trainer._subset_generator = torch.Generator().manual_seed(SEED)  # the same subsets at each moment
-        norms = []
-        for batch in batches:
-            data, target = batch["data"].to(device), batch["target"]
-            target = [level.to(device) for level in target] if isinstance(target, list) else target.to(device)
-            step = trainer.compute_losses(data, target)
-            norms.append(gradient_norms(step, trainer.network.parameters(), full))
-            del step  # its graph, before there is the next one
-        found[str(percent)] = ratios(norms, full)
-    return folder, found
+        for form, settings in every.items():
+            trainer.load_checkpoint(str(file))  # also sets the number of finished epochs, which ramp and fade read
+            trainer.settings, own = settings, trainer.settings
+            trainer.terms = (*trainer.make_terms(), *trainer.common_terms()) if len(every) > 1 else trainer.terms
+            full = full_weights(trainer)
+            trainer.network.train()
+            trainer._subset_generator = torch.Generator().manual_seed(SEED)  # the same subsets each time
+            norms = []
+            for batch in batches:
+                data, target = batch["data"].to(device), batch["target"]
+                target = [level.to(device) for level in target] if isinstance(target, list) else target.to(device)
+                step = trainer.compute_losses(data, target)
+                norms.append(gradient_norms(step, trainer.network.parameters(), full))
+                del step  # its graph, before there is the next one
+            by_form[form][str(percent)] = ratios(norms, full)
+            trainer.settings = own
+    return folder, next(iter(by_form.values())), by_form
+
+
+def forms(trainer: Any) -> dict[str, Any]:
+    """The trainer's settings and, of MST-KDNet, those with its terms in the other form, by the form's name."""
+    from nnunetv2_mstkd.methods.mstkd.settings import TERMS, MSTKDSettings
+
+    settings = trainer.settings
+    if MSTKDSettings not in settings:
+        return {"": settings}
+    names = {"relative": "default", "published": "paper"}
+    own = settings[MSTKDSettings].form
+    other = "published" if own == "relative" else "relative"
+    section = {**MSTKDSettings().to_dict(), **MSTKDSettings.PRESETS.get(names[other], {}).get("mstkd", {})}
+    changed = {name: section[name] for name in (*TERMS, "content", "tau")}
+    if not settings[MSTKDSettings].adversarial:
+        changed["adversarial"] = 0.0  # it has no discriminator
+    return {own: settings, other: settings.replace(MSTKDSettings, **changed, form=other)}
 
 
 def full_weights(trainer: Any) -> dict[str, float]:
@@ -170,12 +196,17 @@ def main() -> None:
     args = parser.parse_args()
     # nnU-Net reads them when it is imported: no workers, so that the batches are fixed, and no compiled variants
     os.environ.update(nnUNet_n_proc_DA="0", nnUNet_compile="f")
-    folder, found = measure(args)
+    folder, found, by_form = measure(args)
     (folder / GRADIENTS).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if len(by_form) > 1:
+        (folder / FORMS).write_text(json.dumps(by_form, indent=1) + "\n", encoding="utf-8")
     remove_kept(folder)
     for percent, terms in found.items():
         for name, entry in terms.items():
             print(f"{percent:>4} %  {name:14s}{entry['ratio']:10.2e}  {judgement(entry['ratio'], entry['full'])}")
+    for name in dict.fromkeys(term for form in by_form.values() for term in form["100"]) if len(by_form) > 1 else ():
+        cells = [f"{form} {by_form[form]['100'][name]['full']:.2e}" for form in by_form if name in by_form[form]["100"]]
+        print(f"full weight, end: {name:14s}{', '.join(cells)}")
 
 
 if __name__ == "__main__":

@@ -165,10 +165,10 @@ def make_trainer(
     content: Any = plans(channels=channels, **options) if given_plans is None else copy.deepcopy(dict(given_plans))
     content["continue_training"] = False  # nnU-Net's commands put it there
     trainer = cls(content, "tiny", fold, dataset_json(channels, labels), torch.device("cpu"))
-    trainer.enable_deep_supervision = deep_supervision
+    trainer.enable_deep_supervision &= deep_supervision
     torch.manual_seed(seed)
     trainer.initialize()
-    trainer.set_deep_supervision_enabled(deep_supervision)
+    trainer.set_deep_supervision_enabled(trainer.enable_deep_supervision)
     trainer.network.train()
     return trainer
 

@@ -47,7 +47,7 @@ def block(trainer: str) -> dict[str, Any]:
 
     But for two of SMML's, which relate the samples of a rank to one another and are not the mean over ranks.
     """
-    if trainer == "SMMLTrainer":
+    if trainer.startswith("SMMLTrainer"):
         return {
             "sampler": {"kind": "fixed", "subsets": [SUBSET, OTHER]},
             "schedule": {"seed": 3, "epochs": 2, "iterations": STEPS},
@@ -59,17 +59,20 @@ def block(trainer: str) -> dict[str, Any]:
         "distillation": {"ramp": 0, "fade": 0, "where": "everywhere"},
         # a voxel at a decision may change sides with the size of the batch: without the Dice, and most are certain
         "unlabelled": {"ramp": 0, "confidence": 0.5, "dice": 0.0},
+        "teacher": {"joint": trainer.endswith(JOINT)},
     }
 
 
 INCOMPLETE, UNLABELLED = " with an incomplete case", " with unlabelled cases"
 """Endings of names: one rank's case lacks a modality; both have unlabelled samples beside theirs."""
+JOINT = " with a teacher that learns"
+"""The teacher is trained in the same steps."""
 
 
 def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
     """A trainer after ``initialize``, in the process group if there is one."""
     given, name = name, name.split(" ")[0]
-    options = {"block": block(name), "batch_size": RANKS, **options}
+    options = {"block": block(given), "batch_size": RANKS, **options}
     content = tiny.plans(**options)
     content["continue_training"] = False
     with contextlib.redirect_stdout(io.StringIO()):
@@ -77,7 +80,7 @@ def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
         trainer.device, trainer.grad_scaler = torch.device("cpu"), None
         trainer.initialize()
     trainer.network.train()
-    if hasattr(trainer, "teacher_trainer") and trainer.needs_teacher:
+    if hasattr(trainer, "teacher_trainer") and trainer.needs_teacher and not trainer.teacher_learns:
         tiny.give_teacher(trainer)
     if hasattr(trainer, "draw_partner"):
         first, second = modalities.parse_subsets((SUBSET, OTHER), [f"T{number}" for number in range(4)])
@@ -112,8 +115,9 @@ def take_steps(trainer: Any, rank: int, ranks: int, *, unlabelled: bool = False)
     if adversary is not None:
         weights = adversary.discriminator.state_dict()
         state |= {f"discriminator.{key}": value.clone() for key, value in weights.items()}
-    for key, value in trainer.extra_state().get("refiners", {}).items():
-        state[f"refiners.{key}"] = value.clone()
+    for part in ("refiners", "teacher_network"):
+        for key, value in trainer.extra_state().get(part, {}).items():
+            state[f"{part}.{key}"] = value.clone()
     return {"state": state, "terms": terms}
 
 

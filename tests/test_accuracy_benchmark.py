@@ -52,7 +52,9 @@ def test_names_are_unique_and_work_in_folder_names():
 def test_each_distilling_row_names_the_teacher_of_its_trainer():
     for row in table.ROWS:
         trainer = getattr(trainers, row.trainer)
-        if issubclass(trainer, DistillationTrainer):
+        if block_of(row)["teacher"]["joint"]:
+            assert row.name == "mstkd-paper" and row.first is None
+        elif issubclass(trainer, DistillationTrainer):
             assert row.first == trainer.teacher_trainer.__name__
         else:
             assert bool(row.first) == row.starts_from_first
@@ -65,8 +67,8 @@ def block_of(row: table.Row, preset: str = "cpu") -> dict:
     plans, _ = make_plans("small")
     chosen = table.PRESETS[preset]
     for name, parent, changes in (
-        (table.first_stage(1), table.PARENT, table.first_assignments(chosen, 1)),
-        (row.configuration(1), table.first_stage(1), row.assignments(chosen, 1)),
+        (row.first_stage(1), table.PARENT, table.first_assignments(chosen, 1, row.variant)),
+        (row.configuration(1), row.first_stage(1), row.assignments(chosen, 1)),
     ):
         plans["configurations"][name] = configure(plans, parent, name, assignments=changes)
     return complete_block(plans["configurations"][row.configuration(1)][BLOCK])
@@ -82,7 +84,7 @@ def test_settings_of_every_row_are_valid(row):
         folder = f"{row.first}__nnUNetPlans__first_s1"
         assert schedule.init_from == f"Dataset903_Accuracy/{folder}/fold_0/checkpoint_final.pth"
     elif row.first:
-        assert block["teacher"]["configuration"] == "first_s1"
+        assert block["teacher"]["configuration"] == ("first-main_s1" if "main" in row.name else "first_s1")
     if row.subset:
         assert SamplerSettings(**block["sampler"]).build(NAMES).subsets == (
             tuple(name in row.subset.split("+") for name in NAMES),
@@ -98,6 +100,10 @@ def test_ablations_take_away_what_they_say():
     assert off == {
         "mstkd": set(),
         "mstkd-zero": set(TERMS),
+        "mstkd-separate": set(),
+        "mstkd-main-zero": set(TERMS),
+        "mstkd-main": set(),
+        "mstkd-main-ms-tkd": {"discrepancy", "kl", "style", "adversarial"},
         "mstkd-paper": set(),
         "mstkd-no-ms-tkd": {"evd", "maps"},
         "mstkd-no-dmld": {"discrepancy", "kl"},
