@@ -73,7 +73,7 @@ def row_numbers(results: pd.DataFrame, rows: Sequence[Row], best: str | None) ->
 
 
 def _over_seeds(value: float, low: float, high: float, seeds: Sequence[float]) -> dict[str, float]:
-    """A mean with its interval over cases, widened by the luck of training where there are several seeds."""
+    """A mean with its interval over cases, widened by the variation between trainings where there are several seeds."""
     samples = [np.asarray(seeds)] if len(seeds) > 1 else []
     limits = widen(np.array(value), np.array(low), np.array(high), samples, 0.95)
     return {VALUE: value, LOW: float(limits[0]), HIGH: float(limits[1])}

@@ -208,7 +208,7 @@ def test_trainings_of_one_name_are_paired_and_have_no_p_value(capsys):
     assert found["ranks"][0]["model"] == "new"
     printed, page = capsys.readouterr().out, Path("comparison/comparison.md").read_text()
     for text in (printed, page):
-        assert "+3.00, +0.00, +9.00" in text and "Holm" not in text and "luck of training" in text
+        assert "+3.00, +0.00, +9.00" in text and "Holm" not in text and "variation between trainings" in text
     assert "# new against old" in page and "new (3)" in page
 
 

@@ -265,7 +265,8 @@ def _ranks(ranks: pd.DataFrame, fmt: str) -> str:
 
 def _about_ranks(comparison: Comparison) -> str:
     labels = ", ".join(metric_named(name).label for name in comparison.metrics)
-    drawn = "patients and trainings" if comparison.several_trainings else "patients"
+    several = comparison.several_trainings
+    drawn = "patients and trainings (few of these make it look more stable than it is)" if several else "patients"
     return f"Ranked within each case, subset and region by {labels}; the ranking is repeated on resampled {drawn}."
 
 

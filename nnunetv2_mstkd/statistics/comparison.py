@@ -327,7 +327,7 @@ class Comparison:
 
     @property
     def several_trainings(self) -> bool:
-        """Whether models have several trainings: intervals then include their luck, and there are no tests."""
+        """Whether models have several trainings: intervals then include their variation, and there are no tests."""
         return max(self.trainings.values()) > 1
 
     def _by_metric(self, function: Callable[..., pd.DataFrame], results: pd.DataFrame, **options: Any) -> pd.DataFrame:
@@ -362,9 +362,10 @@ class Comparison:
         first = self.by_subset[self.by_subset[METRIC] == self.metrics[0]].groupby([MODEL, AGAINST], sort=False)
         number = int(first.size().iloc[0])
         yield (
-            f"intervals include the luck of training, and there are no p-values: so few networks carry none; each "
-            f"interval is {100 * self.bootstrap.level:g} % by itself, so of the {number} by subset of a pair "
-            f"{number * (1 - self.bootstrap.level):.1f} are expected to miss 0 by chance"
+            f"intervals include the variation between trainings; there are no p-values, because a test over cases "
+            f"would be about these networks alone; each interval is {100 * self.bootstrap.level:g} % by itself, so "
+            f"without any difference {number * (1 - self.bootstrap.level):.1f} of the {number} by subset of a pair "
+            f"would exclude 0"
         )
 
     def _notes_on_tests(self) -> Iterator[str]:

@@ -6,11 +6,11 @@ baseline that all others are compared with (default: all pairs are compared), an
 subsets that it has. Volume errors are compared by absolute value.
 
 With several trainings of each model (column ``training``), a difference is between the means over trainings, and its
-interval includes the luck of training (:mod:`~nnunetv2_mstkd.statistics.trainings`). Equally many trainings are paired
-in order of appearance, and the column by_training has the difference of each pair; otherwise they count as independent
-samples. There is then no test (p is NaN) and no correction for the number of intervals: a p-value over cases is one
-about these networks, and a few trainings carry none. With one training of each, intervals and tests are about the
-trained networks, not about the methods.
+interval includes the variation between them (:mod:`~nnunetv2_mstkd.statistics.trainings`). Equally many trainings are
+paired in order of appearance, and the column by_training has the difference of each pair; otherwise they count as
+independent samples. There is then no test (p is NaN) and no correction for the number of intervals: a p-value over
+cases is one about these networks, and a few trainings carry none. With one training of each, intervals and tests are
+about the trained networks, not about the methods.
 """
 
 from __future__ import annotations
@@ -288,8 +288,8 @@ def _paired(
     numbers = {model: len(each) for model, each in zip(data.models, data.trainings, strict=True)}
     if min(numbers.values()) == 1 < max(numbers.values()):
         raise InputError(
-            f"several trainings are compared with one ({', '.join(f'{m} {n}' for m, n in numbers.items())}); the luck "
-            f"of a single training is unknown, so give two or more of each model, or one of each"
+            f"several trainings are compared with one ({', '.join(f'{m} {n}' for m, n in numbers.items())}); one "
+            f"does not show the variation between trainings, so give two or more of each model, or one of each"
         )
     trainings = {model: unsigned(each, metric) for model, each in zip(data.models, data.trainings, strict=True)}
     return data, [_pair(model, against, trainings[model], trainings[against]) for model, against in pairs]

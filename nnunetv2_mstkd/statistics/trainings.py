@@ -1,4 +1,4 @@
-"""The luck of training in intervals: several trainings of a model are a random sample of what its trainer produces.
+"""Intervals that include the variation between trainings, which are a random sample of what a trainer produces.
 
 All cases share the luck of a training, so resampling the cases cannot see it. A difference between *methods* needs
 several trainings of each, and an interval that contains both sources.
@@ -39,9 +39,9 @@ def widen(
     """
     if not samples:
         return low, high
-    luck = sum(
+    added = sum(
         stats.t.ppf((1 + level) / 2, len(each) - 1) ** 2 * np.var(each, axis=0, ddof=1) / len(each) for each in samples
     )
     # the limit of a percentile interval may lie on the other side of the estimate
     below, above = np.maximum(value - low, 0), np.maximum(high - value, 0)
-    return value - np.sqrt(below**2 + luck), value + np.sqrt(above**2 + luck)
+    return value - np.sqrt(below**2 + added), value + np.sqrt(above**2 + added)
