@@ -7,8 +7,8 @@
     python benchmarks/accuracy.py --preset cpu --out FOLDER --report      # tables of what is finished, runs nothing
 
 What is trained stands in `accuracy_rows.py`, what is asked of the result in `accuracy_verdict.py`. A finished run is
-skipped, a stopped one goes on. JSON, tables and figure go to benchmarks/results (preset tiny: to FOLDER); all values by
-case and the comparison of `mstkd compare` to FOLDER.
+skipped, a stopped one goes on. JSON (with the values of all cases), tables and figure go to benchmarks/results (preset
+tiny: to FOLDER), the comparison of `mstkd compare` to FOLDER.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from accuracy_rows import (
     DATASET_NAME,
     FLOOR,
     FOLD,
+    LONGER,
     PARENT,
     PLANS,
     PRESETS,
@@ -52,7 +53,7 @@ from gradient_ratio import GRADIENTS
 from measured_training import read_cost
 
 from nnunetv2_mstkd.crossval.steps import Progress, Step, Train, Training
-from nnunetv2_mstkd.inference.evaluation_files import RESULTS, SUMMARY
+from nnunetv2_mstkd.inference.evaluation_files import RESULTS
 from nnunetv2_mstkd.nnunet.folders import FINAL
 from nnunetv2_mstkd.processes import command_path
 
@@ -323,22 +324,16 @@ class Benchmark:
         return [row for row in rows if done[row.name]], [name for name, there in done.items() if not there]
 
     def results(self, rows: Sequence[Row], seeds: Sequence[int]) -> Any:
-        """The values of all cases; the row as model, and the seed in the column ``fold``."""
+        """The values of all cases; the row as model, and the seed in the column ``training``."""
         import pandas as pd
 
-        from nnunetv2_mstkd.evaluation.results import FOLD as FOLD_COLUMN
-        from nnunetv2_mstkd.evaluation.results import MODEL, read_results, write_results
+        from nnunetv2_mstkd.evaluation.results import MODEL, TRAINING, read_results
 
-        tables = []
-        for row in rows:
-            of_row = [
-                read_results(self.evaluation(row, seed) / RESULTS).assign(**{MODEL: row.name, FOLD_COLUMN: str(seed)})
-                for seed in seeds
-            ]
-            folder = self.out / "rows" / row.name
-            write_results(pd.concat(of_row, ignore_index=True), folder / RESULTS)
-            shutil.copyfile(self.evaluation(row, seeds[0]) / SUMMARY, folder / SUMMARY)
-            tables += of_row
+        tables = [
+            read_results(self.evaluation(row, seed) / RESULTS).assign(**{MODEL: row.name, TRAINING: str(seed)})
+            for row in rows
+            for seed in seeds
+        ]
         return pd.concat(tables, ignore_index=True)
 
     def cost(self, row: Row, seeds: Sequence[int]) -> dict[str, float] | None:
@@ -416,10 +411,20 @@ class Benchmark:
         ValueError
             if nothing is.
         """
-        from accuracy_report import dedicated_numbers, figure, mean_gradients, page, row_numbers
+        import pandas as pd
+        from accuracy_report import (
+            case_values,
+            compact_json,
+            control_at_equal_hours,
+            dedicated_numbers,
+            figure,
+            mean_gradients,
+            page,
+            row_numbers,
+        )
         from accuracy_verdict import best_of, subset_differences, verdict
 
-        from nnunetv2_mstkd.evaluation.results import write_text
+        from nnunetv2_mstkd.images.atomic import write_text
         from nnunetv2_mstkd.reporting.figures import save_figure
 
         finished, missing = self.finished(ROWS, seeds)
@@ -433,43 +438,44 @@ class Benchmark:
         for row in general:
             facts = {"title": row.title, "kind": row.kind, "trainer": row.trainer, "steps": row.iterations(self.preset)}
             numbers[row.name] = {**facts, **numbers[row.name], "cost": self.cost(row, seeds)}
+        about = self.about(general, seeds, missing)
+        longer = folder / f"accuracy_{LONGER.get(self.name)}.json"
+        if longer.is_file():
+            control_at_equal_hours(numbers, json.loads(longer.read_text(encoding="utf-8"))["rows"], about["clock"])
         findings = verdict(
             results, student=STUDENT, controls=controls, floor=FLOOR, training_cases=self.preset.training_cases
         )
         dedicated = [row for row in finished if row.subset is not None]
+        of_subset = self.results(dedicated, seeds) if dedicated else None
         comparable = STUDENT in numbers and best is not None
         content = {
-            "about": self.about(general, seeds, missing),
+            "about": about,
             "student": STUDENT,
             "best_control": best,
             "rows": numbers,
             "verdict": [{"claim": line.claim, "found": line.found, "result": line.word} for line in findings],
             "subsets": subset_differences(results, STUDENT, best).to_dict("records") if comparable else [],
-            "dedicated": dedicated_numbers(
-                results, self.results(dedicated, seeds), dedicated, [STUDENT, *([best] if best else []), FLOOR]
-            )
+            "dedicated": dedicated_numbers(results, of_subset, dedicated, [STUDENT, *([best] if best else []), FLOOR])
             if dedicated
             else [],
             "gradients": mean_gradients({row.name: self.gradients(row, seeds) for row in general if row.terms}),
+            "cases": case_values(pd.concat([results, *([of_subset] if dedicated else [])])),
         }
         name = f"accuracy_{self.name}"
-        write_text(json.dumps(content, indent=1) + "\n", folder / f"{name}.json")
-        text = page(content, findings, general)
-        write_text(text, folder / f"{name}.md")
+        write_text(folder / f"{name}.json", compact_json(content))
+        text = page(content, general)
+        write_text(folder / f"{name}.md", text)
         save_figure(figure(content, general), folder / f"{name}.png")
-        self._compare(general)
+        self._compare(general, seeds)
         print(text)
-        print(
-            f"written to {folder / name}.json, .md and .png; values by case and all pairs in {self.out / 'rows'} and "
-        )
-        print(f"{self.out / 'comparison'}")
+        print(f"written to {folder / name}.json, .md and .png; all pairs in {self.out / 'comparison'}")
 
-    def _compare(self, rows: Sequence[Row]) -> None:
+    def _compare(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
         """What `mstkd compare` says of the same values, the student (or the first row) against all others."""
         from nnunetv2_mstkd.reporting.compare import compare
 
         if len(rows) > 1:
-            models = {row.name: self.out / "rows" / row.name for row in rows}
+            models = {row.name: [self.evaluation(row, seed) for seed in seeds] for row in rows}
             baseline = STUDENT if STUDENT in models else rows[0].name
             compare(models, baseline=baseline, output=self.out / "comparison")
 

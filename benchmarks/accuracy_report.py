@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from accuracy_rows import Row
-from accuracy_verdict import (
-    DICE,
-    SHORT,
-    Finding,
-    difference,
-    only_full,
-    regions_averaged,
-)
+from accuracy_rows import CHEAP_CONTROL, Row
+from accuracy_verdict import DICE, SHORT, difference, only_full, regions_averaged
 from gradient_ratio import judgement
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE, patients_of
+from nnunetv2_mstkd.evaluation.results import (
+    CASE,
+    FOLD,
+    METRIC,
+    MODALITIES,
+    MODEL,
+    REGION,
+    SUBSET,
+    TRAINER,
+    TRAINING,
+    VALUE,
+    patients_of,
+    subset_size,
+)
 from nnunetv2_mstkd.phantom.dataset import DISCLAIMER
 from nnunetv2_mstkd.statistics.bootstrap import AVERAGE, HIGH, LOW, Bootstrap
 from nnunetv2_mstkd.statistics.findings import mean_by_count, summary
+from nnunetv2_mstkd.statistics.trainings import widen
 
 KIND_COLORS = {"floor": "0.5", "control": "tab:orange", "method": "tab:blue", "ablation": "tab:cyan"}
 
@@ -34,7 +44,7 @@ def row_numbers(results: pd.DataFrame, rows: Sequence[Row], best: str | None) ->
     Parameters
     ----------
     results:
-        of these rows; seeds as folds.
+        of these rows; seeds as ``training``.
     best:
         the best control, against which all others are compared.
     """
@@ -43,15 +53,15 @@ def row_numbers(results: pd.DataFrame, rows: Sequence[Row], best: str | None) ->
     averaged = regions_averaged(results)
     overall = summary(averaged, bootstrap=bootstrap).set_index(MODEL)
     counts = mean_by_count(averaged, bootstrap=bootstrap)
-    seeds = averaged.groupby([MODEL, FOLD])[VALUE].mean()
+    seeds = averaged.groupby([MODEL, TRAINING])[VALUE].mean()
     numbers = {}
     for row in rows:
         own, of_row = overall.loc[row.name], dice[dice[MODEL] == row.name]
         by_count = counts[counts[MODEL] == row.name].set_index(MODALITIES)[VALUE]
         numbers[row.name] = {
-            "mean": {name: 100 * float(own[name]) for name in (VALUE, LOW, HIGH)},
+            "mean": _over_seeds(*(100 * float(own[name]) for name in (VALUE, LOW, HIGH)), 100 * seeds[row.name]),
             "worst_subset": {own["worst_subset"]: 100 * float(own["worst"])},
-            "by_modalities": {int(number): 100 * float(value) for number, value in by_count.items()},
+            "by_modalities": {str(number): 100 * float(value) for number, value in by_count.items()},
             "regions": _by_region(of_row),
             "all_modalities": _by_region(only_full(of_row)),
             "by_subset": _percent(averaged[averaged[MODEL] == row.name].groupby(SUBSET, sort=False)[VALUE].mean()),
@@ -60,6 +70,13 @@ def row_numbers(results: pd.DataFrame, rows: Sequence[Row], best: str | None) ->
         if best is not None and row.name != best:
             numbers[row.name]["minus_best_control"] = difference(results, row.name, best)
     return numbers
+
+
+def _over_seeds(value: float, low: float, high: float, seeds: Sequence[float]) -> dict[str, float]:
+    """A mean with its interval over cases, widened by the variation between trainings where there are several seeds."""
+    samples = [np.asarray(seeds)] if len(seeds) > 1 else []
+    limits = widen(np.array(value), np.array(low), np.array(high), samples, 0.95)
+    return {VALUE: value, LOW: float(limits[0]), HIGH: float(limits[1])}
 
 
 def _by_region(table: pd.DataFrame) -> dict[str, float]:
@@ -110,10 +127,69 @@ def mean_gradients(found: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dic
     return sorted(lines, key=lambda line: (list(found).index(line["row"]), line["term"], line["percent"]))
 
 
+def control_at_equal_hours(
+    numbers: Mapping[str, dict[str, Any]], longer: Mapping[str, Mapping[str, Any]], clock: str
+) -> None:
+    """Add to each row what the cheapest control reaches in the hours of that row, and the row's mean minus that.
+
+    The control's mean is interpolated in the logarithm of its steps, between these numbers and those of a longer
+    training. Rows that cost less than the control here, or more than there, get nothing.
+    """
+    if CHEAP_CONTROL not in numbers or CHEAP_CONTROL not in longer:
+        return
+    control, end = numbers[CHEAP_CONTROL], longer[CHEAP_CONTROL]
+    for name, entry in numbers.items():
+        if name == CHEAP_CONTROL or not entry["cost"] or not control["cost"]:
+            continue
+        more = entry["cost"][clock] / control["cost"][clock]
+        position = math.log(more) / math.log(end["steps"] / control["steps"])
+        if 0 <= position <= 1:
+            start = control["mean"][VALUE]
+            dice = start + position * (end["mean"][VALUE] - start)
+            entry["control_at_equal_hours"] = {
+                "control": CHEAP_CONTROL,
+                "steps": round(more * control["steps"]),
+                "dice": dice,
+                "minus": entry["mean"][VALUE] - dice,
+            }
+
+
+# ---- values by case ------------------------------------------------------------------------------------------------
+
+
+def case_values(results: pd.DataFrame) -> dict[str, Any]:
+    """Dice in percent by row, seed, region and subset: lists in the order of ``names``, the cases."""
+    dice = results[results[METRIC] == DICE].sort_values(CASE, kind="stable")
+    keys, values = [MODEL, TRAINING, REGION, SUBSET], {}
+    for (model, seed, region, subset), part in dice.groupby(keys, sort=False):
+        of_seed = values.setdefault(model, {}).setdefault(str(seed), {})
+        of_seed.setdefault(region, {})[subset] = [round(100 * value, 2) for value in part[VALUE]]
+    return {"names": sorted(dice[CASE].unique()), "values": values}
+
+
+def results_of(cases: Mapping[str, Any]) -> pd.DataFrame:
+    """The table of results that :func:`case_values` was given, to two decimals of a percent."""
+    rows = [
+        (model, "", "0", seed, case, subset, subset_size(subset), region, DICE, value / 100)
+        for model, of_model in cases["values"].items()
+        for seed, of_seed in of_model.items()
+        for region, of_region in of_seed.items()
+        for subset, of_subset in of_region.items()
+        for case, value in zip(cases["names"], of_subset, strict=True)
+    ]
+    columns = [MODEL, TRAINER, FOLD, TRAINING, CASE, SUBSET, MODALITIES, REGION, METRIC, VALUE]
+    return pd.DataFrame(rows, columns=columns).assign(**{TRAINER: "unknown"})
+
+
+def compact_json(content: Mapping[str, Any]) -> str:
+    """JSON with a list of numbers on one line."""
+    return re.sub(r"\[[-\d.eE+,\s]+\]", lambda found: " ".join(found[0].split()), json.dumps(content, indent=1)) + "\n"
+
+
 # ---- Markdown ------------------------------------------------------------------------------------------------------
 
 
-def page(content: Mapping[str, Any], findings: Sequence[Finding], rows: Sequence[Row]) -> str:
+def page(content: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """All tables."""
     about, numbers = content["about"], content["rows"]
     best = content["best_control"]
@@ -123,7 +199,10 @@ def page(content: Mapping[str, Any], findings: Sequence[Finding], rows: Sequence
     head = ["model", "steps", "mean [95 %]", *(f"{count} mod." for count in counts), *regions]
     head += [f"all: {name}" for name in regions]
     hours = about["clock"].replace("cpu_", "CPU ")
-    head += [f"minus {best}" if best else "difference", "p", hours, "parameters", "memory"]
+    at_hours = any("control_at_equal_hours" in entry for entry in numbers.values())
+    head += [f"minus {best}" if best else "difference", "by seed", hours]
+    head += [f"{CHEAP_CONTROL} in these hours (row minus it)"] if at_hours else []
+    head += ["parameters", "memory"]
     body = []
     for row in rows:
         entry = numbers.get(row.name)
@@ -131,54 +210,53 @@ def page(content: Mapping[str, Any], findings: Sequence[Finding], rows: Sequence
             continue
         mean = entry["mean"]
         cells = [row.title, str(entry["steps"]), f"{mean[VALUE]:.1f} [{mean[LOW]:.1f}, {mean[HIGH]:.1f}]"]
-        cells += [f"{entry['by_modalities'][count]:.1f}" for count in counts]
+        cells += [f"{entry['by_modalities'][str(count)]:.1f}" for count in counts]
         cells += [f"{entry[key][name]:.1f}" for key in ("regions", "all_modalities") for name in regions]
         less = entry.get("minus_best_control")
-        cells += (
-            [f"{less['difference']:+.2f} [{less['low']:+.2f}, {less['high']:+.2f}]", f"{less['p']:.2g}"]
-            if less
-            else ["", ""]
-        )
-        body.append([*cells, *_cost(entry["cost"], about["clock"])])
+        by_seed = ", ".join(f"{value:+.2f}" for value in less["by_seed"]) if less else ""
+        cells += [_with_limits(less) if less else "", by_seed]
+        cost = _cost(entry["cost"], about["clock"])
+        other = entry.get("control_at_equal_hours")
+        cost[1:1] = [f"{other['dice']:.1f} ({other['minus']:+.1f})" if other else ""] if at_hours else []
+        body.append([*cells, *cost])
     lines = ["# Accuracy under equal budgets", "", *_facts(about), "", *_table(head, body), ""]
     lines += [
-        "Dice in percent, mean over cases; `mean` over subsets and regions with a bootstrap interval over cases, "
-        "`all:` the input with all modalities. Steps: training steps of both stages together. p: two-sided Wilcoxon "
-        f"test on one value per case, uncorrected. {hours[0].upper()}{hours[1:]}: of all stages, mean over seeds; "
-        "memory: peak of the training process.",
+        "Dice in percent, mean over cases; `mean` over subsets and regions, `all:` the input with all modalities. "
+        f"Intervals: 95 %, over {_over(about)}. Steps: training steps of both stages together. "
+        f"{hours[0].upper()}{hours[1:]}: of all stages, mean over seeds; memory: peak of the training process.",
         "",
+    ]
+    if at_hours:
+        lines += [
+            f"In these hours: the mean that `{CHEAP_CONTROL}` would have with the hours of the row, interpolated in "
+            "the logarithm of its steps up to the next longer preset, whose first stage is longer too. Empty where a "
+            "row costs less.",
+            "",
+        ]
+    lines += [line for note in about.get("not_stored", ()) for line in (f"Not stored: {note}.", "")]
+    lines += [
         "## Verdict",
         "",
-        *(f"* {finding.word}: {finding.claim}: {finding.found}" for finding in findings),
+        *(f"* {line['result']}: {line['claim']}: {line['found']}" for line in content["verdict"]),
     ]
     if content["subsets"]:
+        over = _over(about) if LOW in content["subsets"][0] else "cases alone, at corrected levels"
         lines += ["", f"## {content['student']} minus {best}, subset by subset", ""]
-        lines += _table(
-            ["subset", "difference", "corrected interval", "p, corrected"],
-            [
-                [
-                    line[SUBSET],
-                    f"{line['difference']:+.2f}",
-                    f"[{line['low']:+.2f}, {line['high']:+.2f}]",
-                    f"{line['p_corrected']:.2g}",
-                ]
-                for line in content["subsets"]
-            ],
-        )
+        body = [[line[SUBSET], _with_limits(line)] for line in content["subsets"]]
+        lines += _table(["subset", f"difference [interval over {over}]"], body)
     if content["dedicated"]:
+        others = content["dedicated"][0]["minus"]
+        over = _over(about) if LOW in next(iter(others.values())) else "cases alone"
         lines += ["", "## A network for one subset alone", ""]
-        others = list(content["dedicated"][0]["minus"])
-        lines += _table(
-            ["subset", "Dice", *(f"minus {name}" for name in others)],
-            [
-                [
-                    entry["subset"],
-                    f"{entry['dice']:.1f}",
-                    *(f"{entry['minus'][name]['difference']:+.2f}" for name in others),
-                ]
-                for entry in content["dedicated"]
-            ],
-        )
+        body = [
+            [entry["subset"], f"{entry['dice']:.1f}", *map(_with_limits, entry["minus"].values())]
+            for entry in content["dedicated"]
+        ]
+        lines += [
+            *_table(["subset", "Dice", *(f"minus {name}" for name in others)], body),
+            "",
+            f"Intervals: 95 %, over {over}.",
+        ]
     if content["gradients"]:
         lines += ["", "## Gradient of each term over that of the segmentation loss", ""]
         lines += _table(
@@ -198,6 +276,17 @@ def page(content: Mapping[str, Any], findings: Sequence[Finding], rows: Sequence
     if about["not_measured"]:
         lines += ["", f"Not measured: {', '.join(about['not_measured'])}."]
     return "\n".join([*lines, "", f"The data are synthetic: {DISCLAIMER}.", ""])
+
+
+def _with_limits(entry: Mapping[str, Any]) -> str:
+    """A difference and its interval over seeds and cases; of old results that lack the seeds, over cases."""
+    low, high = (entry[LOW], entry[HIGH]) if LOW in entry else entry["over_cases"]
+    return f"{entry['difference']:+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def _over(about: Mapping[str, Any]) -> str:
+    """What intervals are over."""
+    return "seeds and cases" if len(about["seeds"]) > 1 else "cases alone, for these trained networks"
 
 
 def _facts(about: Mapping[str, Any]) -> list[str]:

@@ -145,6 +145,10 @@ def _mstkd(
 
 STUDENT = "mstkd"
 FLOOR = "full"
+CHEAP_CONTROL = "dropout-warm"
+"""The control whose hours are compared: nearly the best, at the lowest cost per step."""
+LONGER = {"short": "longer"}
+"""By preset, the one with the same control and more steps, between which the control is interpolated at other hours."""
 
 ROWS: tuple[Row, ...] = (
     Row(name=FLOOR, title="FullModalityTrainer, given zeros", kind="floor", trainer="FullModalityTrainer"),

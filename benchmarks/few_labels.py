@@ -34,6 +34,7 @@ from typing import Any
 
 import numpy as np
 import SimpleITK as sitk
+from accuracy_verdict import difference
 from measured_training import read_cost
 
 from nnunetv2_mstkd.images.atomic import read_json, write_json
@@ -87,6 +88,7 @@ ROWS = {
     "plain-unlabelled": Row("plain network, unlabelled cases too", "AdaMMTrainer", PLAIN),
 }
 """``plain`` rows are AdaMMTrainer with all of its parts off: the plans' network and its teacher, and nothing else."""
+CONTROL = "dropout"
 DEFAULT_ROWS = ("dropout", "dropout-self", "mstkd", "mstkd-unlabelled")
 
 
@@ -309,7 +311,38 @@ class Benchmark:
                 if row != "teacher":
                     entry["cpu_hours"] = round(fmean(self.hours(size, seed, row) for seed in done), 4)
                 found.setdefault(size, {})[row] = entry
+            add_differences(found.get(size, {}))
         return found
+
+
+def add_differences(entries: Mapping[str, dict[str, Any]]) -> None:
+    """Add each row's mean minus the control's over their common seeds, with an interval over seeds and cases.
+
+    With one common seed there is only an interval over cases, for these networks (``over_cases``).
+    """
+    import pandas as pd
+
+    from nnunetv2_mstkd.evaluation.results import COLUMNS, TRAINING, subset_size
+
+    for row, entry in entries.items():
+        seeds = [seed for seed in entry["cases"] if seed in entries.get(CONTROL, {"cases": {}})["cases"]]
+        if row == CONTROL or not seeds:
+            continue
+        values = [
+            (name, "any", "0", f"{case:03d}", subset, subset_size(subset), "average", "dice", value / 100, seed)
+            for name in (row, CONTROL)
+            for seed in seeds
+            for subset, of_subset in entries[name]["cases"][seed].items()
+            for case, value in enumerate(of_subset)
+        ]
+        found = difference(pd.DataFrame(values, columns=[*COLUMNS, TRAINING]), row, CONTROL)
+        limits = [round(found.pop(key), 2) for key in ("low", "high")]
+        by_seed = dict(zip(seeds, found["by_seed"] or [found["difference"]], strict=True))
+        entry["minus_control"] = {
+            "difference": round(found["difference"], 2),
+            "by_seed": {seed: round(value, 2) for seed, value in by_seed.items()},
+            "interval" if len(seeds) > 1 else "over_cases": limits,
+        }
 
 
 def _has(source: Path, case: str, channel: int) -> bool:
@@ -392,7 +425,13 @@ def main() -> None:
     found = benchmark.report(labelled, seeds, rows)
     for size, entries in found.items():
         for row, entry in entries.items():
-            print(f"{size:>9} {row:18} {entry['mean']:6.2f}  {entry['seeds']}  {entry.get('cpu_hours', '')}")
+            print(f"{size:>9} {row:22} {entry['mean']:6.2f}  {entry['seeds']}  {entry.get('cpu_hours', '')}")
+            if less := entry.get("minus_control"):
+                limits = less.get("interval", less.get("over_cases"))
+                over = "seeds and cases" if "interval" in less else "cases alone"
+                print(
+                    f"{'':9} minus {CONTROL} {less['difference']:+.2f} {limits} over {over}, by seed {less['by_seed']}"
+                )
     if results:
         settings = {key: str(value) if isinstance(value, Path) else value for key, value in args.items()}
         del settings["source"], settings["out"]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
 import accuracy_rows as table
+from accuracy_report import control_at_equal_hours, page, results_of, row_numbers
 from accuracy_verdict import best_of, difference, subset_differences, verdict
 from gradient_ratio import gradient_norms, judgement, ratios
 from measured_training import as_float32, kept_epochs, lower
@@ -30,6 +34,7 @@ from nnunetv2_mstkd.training.settings import SamplerSettings, ScheduleSettings
 from nnunetv2_mstkd.training.step import Losses
 
 NAMES = ("T1", "T1ce", "T2", "FLAIR")
+RESULTS = Path(accuracy.__file__).parent / "results"
 SUBSETS = ["+".join(chosen) for size in range(1, 5) for chosen in itertools.combinations(NAMES, size)]
 REGIONS = ("whole tumor", "tumor core", "enhancing tumor")
 
@@ -159,11 +164,11 @@ def test_an_evaluation_older_than_the_weights_is_not_done(tmp_path):
 # ---- verdict -------------------------------------------------------------------------------------------------------
 
 
-def results(models: dict[str, float], *, cases: int = 24, seeds: int = 3, base: float = 0.6) -> pd.DataFrame:
+def results(models: dict[str, float], *, cases: int = 24, seeds: int = 5, base: float = 0.6) -> pd.DataFrame:
     """A table in which each model lies a fixed number of Dice points above ``base``, with equal noise by case."""
     noise = np.random.default_rng(0).normal(0, 0.02, (cases, len(SUBSETS), seeds))
     rows = [
-        (model, "Any", str(seed), f"case_{case:02d}", subset, subset.count("+") + 1, region, "dice",
+        (model, "Any", "0", str(seed), f"case_{case:02d}", subset, subset.count("+") + 1, region, "dice",
          base + points / 100 + noise[case, number, seed] + 1e-4 * ((case + seed) % 3))
         for model, points in models.items()
         for case in range(cases)
@@ -171,7 +176,7 @@ def results(models: dict[str, float], *, cases: int = 24, seeds: int = 3, base: 
         for seed in range(seeds)
         for region in REGIONS
     ]  # fmt: skip
-    columns = ["model", "trainer", "fold", "case", "subset", "modalities", "region", "metric", "value"]
+    columns = ["model", "trainer", "fold", "training", "case", "subset", "modalities", "region", "metric", "value"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -184,7 +189,7 @@ def judge(frame: pd.DataFrame, training_cases: int = 60) -> list[bool | None]:
 
 
 EQUAL = {"full": 0.0, "dropout": 0.0, "dropout-warm": 1.0, "mstkd-zero": 0.5}
-# seeds, cases, WT, ET, gain, p, subsets, full input
+# seeds, cases, WT, ET, gain, interval, subsets, full input
 
 
 def test_everything_met():
@@ -243,16 +248,121 @@ def test_unit_is_the_case():
     found = difference(frame, "b", "a", samples=300)
     assert found["cases"] == 7
     assert found["difference"] == pytest.approx(1.0)
-    assert found["p"] == pytest.approx(2 / 2**7)  # all seven differences have one sign
 
 
-def test_subsets_are_corrected_together():
-    frame = results({"a": 0.0, "b": 1.0}, cases=8)
-    found = subset_differences(frame, "b", "a", samples=300)
-    assert len(found) == 15
-    assert found["p_corrected"].min() == pytest.approx(15 * 2 / 2**8)
-    assert found["level"].min() == pytest.approx(0.95)
-    assert found["level"].max() == pytest.approx(1 - 0.05 / 15)
+def lucky(frame: pd.DataFrame, points: tuple[float, ...], model: str = "b") -> pd.DataFrame:
+    """A model with a number of points for the luck of each seed."""
+    luck = frame["training"].astype(int).map(dict(enumerate(points))) / 100
+    return frame.assign(value=frame["value"] + luck.where(frame["model"] == model, 0))
+
+
+def test_the_luck_of_training_widens_intervals():
+    frame = results({"a": 0.0, "b": 1.0}, cases=8, seeds=3)
+    found = difference(lucky(frame, (-1, 0, 1)), "b", "a", samples=300)
+    assert found["by_seed"] == pytest.approx([0.0, 1.0, 2.0])
+    half = 4.302653 / 3**0.5  # cases do not differ; t times the standard deviation of 1
+    assert (found["low"], found["high"]) == pytest.approx((1 - half, 1 + half))
+    by_subset = subset_differences(lucky(frame, (-1, 0, 1)), "b", "a", samples=300)
+    assert len(by_subset) == 15 and by_subset["low"].tolist() == pytest.approx([1 - half] * 15)
+
+
+def test_one_seed_cannot_show_that_a_method_is_better():
+    assert judge(results({**EQUAL, "mstkd": 3.0}, seeds=1))[4:7] == [True, None, None]
+
+
+def test_a_gain_that_the_seeds_do_not_support_is_missed():
+    frame = lucky(results({**EQUAL, "mstkd": 3.0}), (-6, 6, -3, 3, 0), "mstkd")
+    assert judge(frame)[4:6] == [True, False]
+
+
+# ---- report --------------------------------------------------------------------------------------------------------
+
+
+def checked(content: dict) -> None:
+    """Compute the table's numbers again from the values by case that are stored beside it."""
+    frame = results_of(content["cases"])
+    rows = [row for row in table.ROWS if row.name in content["rows"]]
+    again = row_numbers(frame[frame["model"].isin(content["rows"])], rows, content["best_control"])
+    for name, numbers in again.items():
+        for key, value in numbers.items():
+            assert flat(content["rows"][name][key]) == pytest.approx(flat(value), abs=0.02), (name, key)
+
+
+def flat(value: object) -> list[float]:
+    if isinstance(value, dict):
+        return [number for each in value.values() for number in flat(each)]
+    return [number for each in value for number in flat(each)] if isinstance(value, list) else [value]
+
+
+def test_a_report_can_be_computed_again_from_its_own_values(tmp_path, monkeypatch):
+    rows = table.chosen_rows(["full", "dropout-warm", "mstkd-zero", "mstkd"])
+    models = {"full": -3.0, "dropout-warm": 0.3, "mstkd-zero": 0.5, "mstkd": 1.0}
+    frame = lucky(results(models, cases=6, seeds=3), (-1, 0, 2), "mstkd")
+    about = json.loads((RESULTS / "accuracy_short.json").read_text())["about"]
+    shutil.copy(RESULTS / "accuracy_longer.json", tmp_path)
+    cost = {"cpu_hours": 0.1, "hours": 0.1, "parameters": 1e6, "memory_mib": 1.0}
+    for name, value in {
+        "finished": (rows, []), "results": frame, "cost": cost, "gradients": [], "about": about, "_compare": None
+    }.items():  # fmt: skip
+        monkeypatch.setattr(accuracy.Benchmark, name, lambda *_, value=value: value)
+    accuracy.Benchmark(tmp_path, "short").report([0, 1, 2], tmp_path)
+    content = json.loads((tmp_path / "accuracy_short.json").read_text())
+    checked(content)
+    text = (tmp_path / "accuracy_short.md").read_text()
+    assert "| MSTKDTrainer | 1200 |" in text and "-0.50, +0.50, +2.50" in text
+    assert text == page(content, rows)
+
+
+PUBLISHED = sorted(RESULTS.glob("accuracy_*.json"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=[file.stem for file in PUBLISHED])
+def test_published_tables_follow_from_what_is_stored(file):
+    content = json.loads(file.read_text())
+    rows = [row for row in table.ROWS if row.name in content["rows"]]
+    assert file.with_suffix(".md").read_text() == page(content, rows)
+    if "cases" in content:
+        checked(content)
+        return
+    assert any("values by case" in note for note in content["about"]["not_stored"])
+    best = content["rows"][content["best_control"]]
+    for row in content["rows"].values():
+        by_seed = list(row["seeds"].values())
+        assert (
+            row["mean"]["value"]
+            == pytest.approx(np.mean(by_seed))
+            == pytest.approx(np.mean(list(row["by_subset"].values())))
+        )
+        samples = {"mean": by_seed}
+        if row is not best:
+            samples["minus_best_control"] = [row["seeds"][seed] - best["seeds"][seed] for seed in best["seeds"]]
+            assert row["minus_best_control"]["by_seed"] == pytest.approx(samples["minus_best_control"])
+        for key, sample in samples.items():
+            # the interval over cases and that over three seeds, in quadrature
+            entry, value = row[key], np.mean(sample)
+            luck = 4.302653 * np.std(sample, ddof=1) / 3**0.5
+            low, high = entry["over_cases"]
+            assert entry["low"] == pytest.approx(value - np.hypot(value - low, luck))
+            assert entry["high"] == pytest.approx(value + np.hypot(high - value, luck))
+
+
+def test_no_published_number_is_a_p_value_of_three_networks():
+    for file in PUBLISHED:
+        assert not re.search(r'"p(_corrected)?":', file.read_text())
+
+
+def test_the_control_is_interpolated_at_the_hours_of_a_row():
+    def row(dice: float, hours: float, steps: int) -> dict:
+        return {"mean": {"value": dice}, "cost": {"hours": hours}, "steps": steps}
+
+    numbers = {"dropout-warm": row(60, 1.0, 100), "slow": row(61, 2**0.5, 100), "fast": row(61, 0.9, 100)}
+    numbers["slowest"] = row(61, 2.1, 100)
+    control_at_equal_hours(numbers, {"dropout-warm": row(64, 5.0, 200)}, "hours")
+    # half of a doubling of the steps; the hours of the other machine do not matter
+    assert numbers["slow"]["control_at_equal_hours"] == {
+        "control": "dropout-warm", "steps": 141, "dice": pytest.approx(62), "minus": pytest.approx(-1)
+    }  # fmt: skip
+    assert all("control_at_equal_hours" not in numbers[name] for name in ("dropout-warm", "fast", "slowest"))
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

@@ -185,6 +185,63 @@ def test_names_are_printed_as_they_are(capsys):
     assert r"\_new\_" in Path("comparison/comparison.md").read_text()
 
 
+# ---- several trainings ---------------------------------------------------------------------------------------------
+
+
+def seeds(name: str, *gains: float) -> list[str]:
+    """Arguments with an evaluation per training."""
+    return [f"{name}={model(f'{name}{number}', gain)}" for number, gain in enumerate(gains)]
+
+
+def test_trainings_of_one_name_are_paired_and_have_no_p_value(capsys):
+    assert cli.main(["compare", *seeds("new", 0.02, 0.01, 0.04), *seeds("old", 0.01, 0.01, 0.01)]) == 0
+    found = numbers()
+    assert found["trainings"] == {"new": 3, "old": 3} and found["test"] is None
+    assert [(each["model"], each["training"]) for each in found["models"]] == [
+        (name, number) for name in ("new", "old") for number in (1, 2, 3)
+    ]
+    row = found["metrics"]["dice"]["overall"][-1]
+    # a gain of g per case number is 3 g in the mean over 8 cases and 3 subsets
+    assert row["by_training"] == pytest.approx([0.03, 0.0, 0.09]) and row["difference"] == pytest.approx(0.04)
+    assert row["p"] is None and row["p_corrected"] is None and row["low"] < 0 < row["high"]
+    assert {each["level"] for each in found["metrics"]["dice"]["subsets"]} == {0.95}
+    assert found["ranks"][0]["model"] == "new"
+    printed, page = capsys.readouterr().out, Path("comparison/comparison.md").read_text()
+    for text in (printed, page):
+        assert "+3.00, +0.00, +9.00" in text and "Holm" not in text and "variation between trainings" in text
+    assert "# new against old" in page and "new (3)" in page
+
+
+def test_trainings_of_unequal_number_are_not_paired(capsys):
+    assert cli.main(["compare", *seeds("new", 0.02, 0.01, 0.04), *seeds("old", 0.01, 0.02)]) == 0
+    found = numbers()
+    row = found["metrics"]["dice"]["overall"][-1]
+    assert "by_training" not in row and row["difference"] == pytest.approx(0.07 - 0.045) and row["low"] < 0
+    assert found["ranks"] is None and "not paired" in capsys.readouterr().out
+
+
+def test_trainings_in_python():
+    for number in range(2):
+        model(f"a{number}", 0.0)
+        model(f"b{number}", 0.01 * (number + 1))
+    found = compare({"a": ["a0", "a1"], "b": [Path("b0"), Path("b1")]}, baseline="a")
+    assert found.overall["by_training"].iloc[-1] == pytest.approx([0.03, 0.06])
+
+
+def test_several_trainings_and_one_are_refused(capsys):
+    message = refused(capsys, *seeds("new", 0.02, 0.01), *seeds("old", 0.01))
+    assert "(new 2, old 1)" in message and "one of each" in message
+    assert "holds one model" in refused(capsys, *seeds("new", 0.02, 0.01))
+
+
+def test_one_training_each_says_what_it_is_about(capsys):
+    model("old")
+    model("new", 0.01)
+    assert cli.main(["compare", "new", "old"]) == 0
+    assert sum("not for the methods" in note for note in numbers()["notes"]) == 1
+    assert "not for the methods" in capsys.readouterr().out
+
+
 # ---- which models --------------------------------------------------------------------------------------------------
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 import SimpleITK as sitk
@@ -58,3 +60,36 @@ def test_rows_of_one_teacher_start_alike():
     for name, row in few_labels.ROWS.items():
         assert row.trainer in few_labels.TEACHERS
         assert ("schedule.init_from" in row.settings) == (row.trainer == "ModalityDropoutTrainer"), name
+
+
+PUBLISHED = sorted((Path(few_labels.__file__).parent / "results").glob("few_labels_*.json"))
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=[file.stem for file in PUBLISHED])
+def test_published_numbers_follow_from_the_values_by_case(file):
+    for rows in json.loads(file.read_text())["rows"].values():
+        again = copy.deepcopy(rows)
+        few_labels.add_differences(again)
+        assert again == rows
+        for row in rows.values():
+            by_seed = {seed: fmean(map(fmean, subsets.values())) for seed, subsets in row["cases"].items()}
+            assert row["seeds"] == pytest.approx(by_seed, abs=0.01)
+            assert row["mean"] == pytest.approx(fmean(by_seed.values()), abs=0.01)
+            of_subset = {
+                subset: fmean(fmean(row["cases"][seed][subset]) for seed in by_seed) for subset in row["subsets"]
+            }
+            assert row["subsets"] == pytest.approx(of_subset, abs=0.01)
+
+
+def test_differences_from_the_control_are_over_common_seeds():
+    def row(*seeds: float) -> dict:
+        return {"cases": {str(n): {"A": [value, value + 2], "A+B": [value, value]} for n, value in enumerate(seeds)}}
+
+    rows = {"dropout": row(50.0, 51.0, 52.0), "mstkd": row(50.0, 50.0), "once": row(53.0), "none": {"cases": {"7": {}}}}
+    few_labels.add_differences(rows)
+    found = rows["mstkd"]["minus_control"]
+    assert (found["difference"], found["by_seed"]) == (-0.5, {"0": 0.0, "1": -1.0})
+    # cases do not differ: t with one degree of freedom times 0.707 / sqrt 2
+    assert found["interval"] == pytest.approx([-0.5 - 12.706 / 2, -0.5 + 12.706 / 2], abs=0.01)
+    assert rows["once"]["minus_control"] == {"difference": 3.0, "by_seed": {"0": 3.0}, "over_cases": [3.0, 3.0]}
+    assert "minus_control" not in rows["none"] and "minus_control" not in rows["dropout"]

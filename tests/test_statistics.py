@@ -15,6 +15,7 @@ from nnunetv2_mstkd.statistics import significance as s
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, cube
 from nnunetv2_mstkd.statistics.plausibility import plausibility_warnings
 from nnunetv2_mstkd.statistics.shapley import shapley, shapley_matrix
+from nnunetv2_mstkd.statistics.trainings import widen
 
 NAN = math.nan
 QUICK = {"bootstrap": Bootstrap(samples=200)}
@@ -401,6 +402,122 @@ def test_rounding_does_not_break_ties_of_the_wilcoxon_test():
     # 0.3 - 0.2 is a little less than 0.1: three gains of 0.1 and three losses are no difference
     differences = np.array([0.3 - 0.2] * 3 + [-0.1] * 3)
     assert s.wilcoxon(differences, np.arange(6)) == pytest.approx(1)
+
+
+# ---- several trainings ---------------------------------------------------------------------------------------------
+
+
+def trainings(values: dict[str, np.ndarray]) -> pd.DataFrame:
+    """Results from {model: values of shape (trainings, cases)} of one subset and region."""
+    frames = [
+        table({(model, "T1", "ET"): list(of_training)}).assign(training=number)
+        for model, of_model in values.items()
+        for number, of_training in enumerate(of_model)
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def test_paired_trainings_of_a_worked_example():
+    base = np.array([0.2, 0.4, 0.6])
+    gains = np.array([[0.1], [0.2], [0.3]])
+    found = s.compare(trainings({"new": base + gains, "old": np.tile(base, (3, 1))}), **QUICK).iloc[0]
+    assert found["difference"] == pytest.approx(0.2) and found["by_training"] == pytest.approx([0.1, 0.2, 0.3])
+    # cases do not differ, so the interval is the t interval over 0.1, 0.2, 0.3: t = 4.303, s = 0.1
+    half = 4.302653 * 0.1 / math.sqrt(3)
+    assert (found["low"], found["high"]) == pytest.approx((0.2 - half, 0.2 + half))
+    assert math.isnan(found["p"]) and math.isnan(found["p_corrected"])
+
+
+def test_unequal_numbers_of_trainings_are_independent_samples():
+    base = np.array([0.2, 0.4, 0.6])
+    first, second = base + np.array([[0.1], [0.2], [0.3]]), base + np.array([[0.0], [0.02]])
+    found = s.compare(trainings({"new": first, "old": second}), **QUICK).iloc[0]
+    assert found["difference"] == pytest.approx(0.19) and "by_training" not in found
+    half = math.hypot(4.302653 * 0.1 / math.sqrt(3), 12.706205 * 0.02 / 2)
+    assert (found["low"], found["high"]) == pytest.approx((0.19 - half, 0.19 + half))
+    by_subset = s.compare_subsets(trainings({"new": first, "old": second}), **QUICK).iloc[0]
+    assert (by_subset["low"], by_subset["level"]) == pytest.approx((0.19 - half, 0.95))
+
+
+def test_cases_and_trainings_add_in_quadrature():
+    samples = [np.array([1.0, 3.0])]  # t = 12.706, s^2 / n = 1
+    low, high = widen(np.array(2.0), np.array(-7.0), np.array(13.0), samples, 0.95)
+    assert (low, high) == pytest.approx((2 - math.hypot(9, 12.706205), 2 + math.hypot(11, 12.706205)))
+    assert widen(np.array(2.0), np.array(1.0), np.array(3.0), [], 0.95) == (1.0, 3.0)
+
+
+def test_several_trainings_are_not_compared_with_one():
+    frame = trainings({"new": np.full((3, 4), 0.5), "old": np.full((1, 4), 0.4)})
+    with pytest.raises(ValueError, match=r"several trainings are compared with one \(new 3, old 1\)"):
+        s.compare(frame)
+    frame = trainings({"new": np.full((3, 4), 0.5), "old": np.full((2, 4), 0.4)})
+    with pytest.raises(ValueError, match="equally many trainings"):
+        s.rank_table(frame)
+
+
+def test_a_training_with_two_values_of_a_case_is_refused():
+    frame = trainings({"new": np.full((2, 4), 0.5), "old": np.full((2, 4), 0.4)})
+    with pytest.raises(ValueError, match="stands twice"):
+        cube(pd.concat([frame, frame.iloc[[0]]]), "dice")
+
+
+def test_the_order_of_rows_does_not_mix_trainings():
+    values = {"new": np.array([[0.5, 0.6], [0.7, 0.9]]), "old": np.array([[0.1, 0.2], [0.2, 0.3]])}
+    data = cube(trainings(values), "dice")
+    for model, of_model in zip(data.models, data.trainings, strict=True):
+        assert of_model[:, :, 0, 0] == pytest.approx(values[model])
+    assert data.values[0, :, 0, 0] == pytest.approx([0.6, 0.75])
+
+
+def test_a_ranking_resamples_trainings_too():
+    # a wins every case of two trainings and loses every case of the third
+    a = np.array([[0.8] * 6, [0.8] * 6, [0.2] * 6])
+    found = s.rank_table(trainings({"a": a, "b": np.full((3, 6), 0.5)}), bootstrap=Bootstrap(samples=4000))
+    assert found[["model", "mean_rank"]].values.tolist() == [["a", pytest.approx(4 / 3)], ["b", pytest.approx(5 / 3)]]
+    # a is first where the third training is drawn at most once: (2/3)^3 + 3 (1/3) (2/3)^2
+    assert found["first"][0] == pytest.approx(20 / 27, abs=0.03)
+
+
+# standard deviations in points of the differences between seeds, between cases and of their interaction, which give
+# about the intervals over cases and over seeds of rows of benchmarks/results/accuracy_short.json
+SPREADS = {"mstkd": (0.40, 0.4, 0.8), "dropout": (1.0, 1.2, 1.6), "smml": (2.3, 1.5, 2.0)}
+
+
+def excluding_zero(spreads: tuple[float, float, float], effect: float = 0.0, repeats: int = 600) -> tuple[float, float]:
+    """How often the interval over seeds and cases, and that over cases alone, exclude 0: 3 seeds, 24 cases.
+
+    Every repetition is a region of one table.
+    """
+    generator = np.random.default_rng(0)
+    seed, case, rest = (
+        generator.normal(0, spread / 100, (*shape, repeats))
+        for spread, shape in zip(spreads, ((3, 1), (1, 24), (3, 24)), strict=True)
+    )
+    difference = seed + case + rest + effect / 100
+    place = np.indices(difference.shape).reshape(3, -1)
+    new = pd.DataFrame({"training": place[0], "case": place[1], "region": place[2], "value": 0.5 + difference.ravel()})
+    new = new.assign(model="new", trainer="Any", fold=0, subset="T1", modalities=1, metric="dice")
+    frame = pd.concat([new, new.assign(model="old", value=0.5)])
+    rates = []
+    for results in (frame, frame.drop(columns="training").assign(fold=frame["training"])):
+        found = s.compare(results, bootstrap=Bootstrap(samples=500))
+        found = found[found["region"] != "average"]
+        rates.append(float(((found["low"] > 0) | (found["high"] < 0)).mean()))
+    return rates[0], rates[1]
+
+
+@pytest.mark.parametrize("row", SPREADS)
+def test_without_an_effect_the_interval_over_seeds_and_cases_keeps_its_level(row):
+    both, cases_alone = excluding_zero(SPREADS[row])
+    assert both <= 0.08
+    assert cases_alone > 0.25
+
+
+def test_a_large_effect_is_found():
+    both, _ = excluding_zero(SPREADS["mstkd"], effect=3.0)
+    assert both > 0.9
+    both, _ = excluding_zero(SPREADS["dropout"], effect=10.0)
+    assert both > 0.9
 
 
 # ---- ranking -------------------------------------------------------------------------------------------------------

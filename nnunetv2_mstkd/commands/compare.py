@@ -13,13 +13,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Compare two or more models that `mstkd evaluate` has measured: paired differences case by case over all "
         "subsets of modalities, by number of modalities and by subset, with Wilcoxon tests (Holm's correction), "
-        "intervals over resampled patients, and a ranking with its stability."
+        "intervals over resampled patients, and a ranking with its stability. These are about the trained networks. To "
+        "compare methods, give several trainings of each, with the name repeated: A=SEED0 A=SEED1 A=SEED2 B=SEED0 "
+        "B=SEED1 B=SEED2. Intervals then include the variation between trainings, the difference of each pair of "
+        "trainings is shown, and there are no p-values. Equally many trainings are paired in the order given."
     )
     parser.add_argument(
         "models",
         metavar="[NAME=]PATH",
         nargs="+",
-        help=f"model folders, their folders {FOLDER}, or files {RESULTS}; NAME is the model's name in the comparison",
+        help=f"model folders, their folders {FOLDER}, or files {RESULTS}; NAME is the model's name in the comparison, "
+        "and repeated for each of its trainings",
     )
     add = parser.add_argument
     output = "output folder, made if absent (default: ./%(default)s)"

@@ -39,8 +39,11 @@ COLUMNS: Mapping[str, str] = {
 }
 """Name and meaning of the columns, in the order of the file. Further columns are kept but not used."""
 
+TRAINING = "training"
+"""Optional column, not in files: tells several trainings of a model apart, such as those with different seeds."""
+
 KEY = (MODEL, TRAINER, FOLD, CASE, SUBSET, REGION, METRIC)
-"""No two rows agree in all of these columns."""
+"""No two rows agree in all of these columns and, where it is, in :data:`TRAINING`."""
 
 SEPARATOR = "+"
 """Joins the modalities of a subset, as :data:`nnunetv2_mstkd.modalities.SEPARATOR`; this module avoids PyTorch."""
@@ -89,7 +92,7 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
             table,
             f"has a value outside {metric.lowest:g} ... {metric.highest:g}",
         )
-    _refuse(table.duplicated(list(KEY)), table, "stands twice")
+    _refuse(table.duplicated([*KEY, *({TRAINING} & {*others})]), table, "stands twice")
     return table
 
 

@@ -14,10 +14,10 @@ from nnunetv2_mstkd.errors import ExistingFileError
 from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET
 from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.metrics.conventions import Metric, metric_named
-from nnunetv2_mstkd.reporting.tables import MARKDOWN, NO_VALUE, P_HOLM, TEXT, escaped, estimate, frame_table
+from nnunetv2_mstkd.reporting.tables import MARKDOWN, NO_VALUE, P_HOLM, TEXT, escaped, estimate, frame_table, number
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.comparison import Comparison, Models, read_evaluations
-from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE, P_CORRECTED, P
+from nnunetv2_mstkd.statistics.significance import AGAINST, BY_TRAINING, DIFFERENCE, P_CORRECTED, P
 
 PAGE = "comparison.md"
 NUMBERS = "comparison.json"
@@ -46,7 +46,8 @@ def compare(
     ----------
     models:
         Path by name, ``{"ours": path, ...}``, or a list of paths, whose models have the names in their results. A path
-        is a model folder, its folder ``subsets``, or a file ``results.csv``.
+        is a model folder, its folder ``subsets``, or a file ``results.csv``. For a claim about methods give a list of
+        paths per name, one for each training.
     metrics:
         Metrics to compare by; the figure shows the first.
     baseline:
@@ -108,7 +109,10 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
         "subsets": list(comparison.subsets),
         "cases_by_subset": comparison.counts,
         "bootstrap": {"unit": "patient", "samples": drawn.samples, "seed": drawn.seed, "level": drawn.level},
-        "test": "two-sided Wilcoxon signed-rank test on the patients' mean differences; Holm's correction",
+        "trainings": comparison.trainings,
+        "test": None
+        if comparison.several_trainings
+        else "two-sided Wilcoxon signed-rank test on the patients' mean differences; Holm's correction",
         "notes": comparison.notes,
         "metrics": {
             metric: {
@@ -123,14 +127,19 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
 
 def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
     """Rows for JSON, which has no NaN."""
-    return table.astype(object).where(table.notna(), None).to_dict("records")
+    rows = table.astype(object).where(table.notna(), None).to_dict("records")
+    for row in rows:
+        if row.get(BY_TRAINING) is not None:
+            row[BY_TRAINING] = [None if math.isnan(value) else value for value in row[BY_TRAINING]]
+    return rows
 
 
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
 def _page(comparison: Comparison) -> str:
-    names = " against ".join(escaped(each.name, MARKDOWN) for each in comparison.models)
+    names = " against ".join(escaped(name, MARKDOWN) for name in comparison.trainings)
+    tested = not comparison.several_trainings
     lines = [f"# {names}", "", _compared(comparison), "", _models(comparison), "", *_bullets(comparison.notes)]
     for name in comparison.metrics:
         metric = metric_named(name)
@@ -141,7 +150,12 @@ def _page(comparison: Comparison) -> str:
             ("By subset", comparison.by_subset, SUBSET),
         ):
             counts = comparison.counts if column == SUBSET and comparison.uneven else {}
-            lines += [f"### {title}", "", _differences(_part(table, name), column, metric, MARKDOWN, counts), ""]
+            lines += [
+                f"### {title}",
+                "",
+                _differences(_part(table, name), column, metric, MARKDOWN, tested, counts),
+                "",
+            ]
     if comparison.ranks is not None:
         lines += ["## Ranks", "", _ranks(comparison.ranks, MARKDOWN), "", _about_ranks(comparison), ""]
     label = metric_named(comparison.metrics[0]).label
@@ -156,7 +170,8 @@ def _text(comparison: Comparison) -> str:
         metric, counts = metric_named(name), _part(comparison.by_count, name)
         region = counts[REGION].iloc[-1]
         parts.append(f"{metric.label}: {_direction(metric)}\n\n{_overall(comparison, name, TEXT)}")
-        table = _differences(counts[counts[REGION] == region], MODALITIES, metric, TEXT)
+        tested = not comparison.several_trainings
+        table = _differences(counts[counts[REGION] == region], MODALITIES, metric, TEXT, tested)
         parts.append(f"by number of modalities, {region}\n\n{table}")
     if comparison.ranks is not None:
         parts.append(f"{_ranks(comparison.ranks, TEXT)}\n\n{_about_ranks(comparison)}")
@@ -166,14 +181,14 @@ def _text(comparison: Comparison) -> str:
 
 def _compared(comparison: Comparison) -> str:
     counts = {"case": len(comparison.cases), "patient": comparison.num_patients, "subset": len(comparison.subsets)}
-    cases, patients, subsets = (f"{number} {noun}{'s' * (number != 1)}" for noun, number in counts.items())
+    cases, patients, subsets = (f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
     return f"Compared on {cases} of {patients}, {subsets} of modalities."
 
 
 def _models(comparison: Comparison) -> str:
     rows = [
-        (each["model"], each["trainer"], " ".join(each["folds"]), each["cases"], len(each["not_compared"]))
-        for each in comparison.about()
+        (model.label, each["trainer"], " ".join(each["folds"]), each["cases"], len(each["not_compared"]))
+        for model, each in zip(comparison.models, comparison.about(), strict=True)
     ]
     return frame_table(pd.DataFrame(rows, columns=["model", "trainer", "folds", "cases", "of these not compared"]))
 
@@ -185,18 +200,24 @@ def _direction(metric: Metric) -> str:
 
 
 def _overall(comparison: Comparison, name: str, fmt: str) -> str:
-    rows = [
-        (row[MODEL], row[AGAINST], row[REGION], _estimate(row, metric_named(name)), row[P], row[P_CORRECTED])
-        for row in _part(comparison.overall, name).to_dict("records")
-    ]
-    columns = [MODEL, AGAINST, REGION, "difference [interval]", P, P_HOLM]
+    metric, columns = metric_named(name), [MODEL, AGAINST, REGION, "difference [interval]"]
+    columns += ["by training"] if comparison.several_trainings else [P, P_HOLM]
+    rows = []
+    for row in _part(comparison.overall, name).to_dict("records"):
+        last = (_by_training(row, metric),) if comparison.several_trainings else (row[P], row[P_CORRECTED])
+        rows.append((row[MODEL], row[AGAINST], row[REGION], _estimate(row, metric), *last))
     return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
 
 
 def _differences(
-    table: pd.DataFrame, column: str, metric: Metric, fmt: str, counts: Mapping[str, int] | None = None
+    table: pd.DataFrame,
+    column: str,
+    metric: Metric,
+    fmt: str,
+    tested: bool,
+    counts: Mapping[str, int] | None = None,
 ) -> str:
-    """A row per pair and value of ``column``, and two columns per region: difference and corrected p-value.
+    """A row per pair and value of ``column``, and a column per region, or two with the corrected p-value.
 
     Numbers of cases by value of ``column`` get a column too.
     """
@@ -205,17 +226,26 @@ def _differences(
     rows = []
     for (model, against, key), group in table.groupby([MODEL, AGAINST, column], sort=False):
         by_region = {row[REGION]: row for row in group.to_dict("records")}
-        cells = [(_estimate(by_region[region], metric), by_region[region][P_CORRECTED]) for region in regions]
+        cells = []
+        for row in (by_region[region] for region in regions):
+            cells += [_estimate(row, metric), *([row[P_CORRECTED]] if tested else [])]
         pair = (model, against) if several else ()
-        number = (counts[key],) if counts else ()
-        rows.append((*pair, str(key), *number, *(each for of_region in cells for each in of_region)))
-    heads = (head for region in regions for head in (region, P_HOLM))
+        count = (counts[key],) if counts else ()
+        rows.append((*pair, str(key), *count, *cells))
+    heads = (head for region in regions for head in (region, *([P_HOLM] if tested else [])))
     columns = [*((MODEL, AGAINST) if several else ()), column, *(("n",) if counts else ()), *heads]
     return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
 
 
 def _estimate(row: dict[Any, Any], metric: Metric) -> str:
     return estimate(row, DIFFERENCE, factor=metric.factor, digits=2, sign="+")
+
+
+def _by_training(row: dict[Any, Any], metric: Metric) -> str:
+    values = row.get(BY_TRAINING)
+    if values is None:
+        return "not paired"
+    return ", ".join(number(value * metric.factor, 2, "+") for value in values)
 
 
 def _ranks(ranks: pd.DataFrame, fmt: str) -> str:
@@ -235,18 +265,30 @@ def _ranks(ranks: pd.DataFrame, fmt: str) -> str:
 
 def _about_ranks(comparison: Comparison) -> str:
     labels = ", ".join(metric_named(name).label for name in comparison.metrics)
-    return f"Ranked within each case, subset and region by {labels}; the ranking is repeated on resampled patients."
+    several = comparison.several_trainings
+    drawn = "patients and trainings (few of these make it look more stable than it is)" if several else "patients"
+    return f"Ranked within each case, subset and region by {labels}; the ranking is repeated on resampled {drawn}."
 
 
 def _method(comparison: Comparison) -> list[str]:
     bootstrap = comparison.bootstrap
-    return _bullets(
-        [
-            f"Intervals: {100 * bootstrap.level:g} %, {bootstrap.samples} resamples of patients (seed "
-            f"{bootstrap.seed}), each of which brings all its cases. Where subsets or numbers of modalities are "
-            f"tested together, the level of an interval is that of Holm's procedure at its p-value.",
+    intervals = (
+        f"Intervals: {100 * bootstrap.level:g} %, {bootstrap.samples} resamples of patients (seed {bootstrap.seed}), "
+        f"each of which brings all its cases"
+    )
+    about = (
+        [f"{intervals}, and in quadrature the t interval over the trainings."]
+        if comparison.several_trainings
+        else [
+            f"{intervals}. Where subsets or numbers of modalities are tested together, the level of an interval is "
+            f"that of Holm's procedure at its p-value.",
             "p: two-sided Wilcoxon signed-rank test on the mean differences of patients. p (Holm): corrected within "
             "its table, over all its rows and regions; in tables by subset or number within each pair of models.",
+        ]
+    )
+    return _bullets(
+        [
+            *about,
             "Research use. The numbers describe these cases; they say nothing about other scanners, sites or patients, "
             "and nothing about clinical benefit.",
         ]

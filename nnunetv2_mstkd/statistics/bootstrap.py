@@ -17,6 +17,7 @@ from nnunetv2_mstkd.evaluation.results import (
     REGION,
     SEPARATOR,
     SUBSET,
+    TRAINING,
     VALUE,
     check_results,
     modality_order,
@@ -48,6 +49,9 @@ class Cube:
     """
 
     values: np.ndarray
+    """Means over the trainings of each model."""
+    trainings: tuple[np.ndarray, ...]
+    """The trainings of each model, shape (trainings, cases, subsets, regions)."""
     evaluated: np.ndarray
     """bool, shape (cases, subsets): False for a subset with modalities that the case lacks."""
     models: tuple[str, ...]
@@ -75,7 +79,9 @@ class Cube:
         """Only the cases that have all subsets; there may be none."""
         chosen = np.flatnonzero(self.evaluated.all(axis=1))
         cases = tuple(self.cases[number] for number in chosen)
-        return replace(self, values=self.values[:, chosen], evaluated=self.evaluated[chosen], cases=cases)
+        trainings = tuple(each[:, chosen] for each in self.trainings)
+        values, evaluated = self.values[:, chosen], self.evaluated[chosen]
+        return replace(self, values=values, trainings=trainings, evaluated=evaluated, cases=cases)
 
     def by_size(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Numbers of modalities, and means of values of shape (..., subsets, regions) over the subsets of each size."""
@@ -95,22 +101,22 @@ class Cube:
 def cube(
     results: pd.DataFrame, metric: str, *, models: Sequence[str] | None = None, regions: Sequence[str] | None = None
 ) -> Cube:
-    """Arrange the values of a metric; a case that several folds predicted gets their mean.
+    """Arrange the values of a metric; a case that several folds of a training predicted gets their mean.
 
     A case may lack modalities; then it has no values of the subsets with them.
 
     Parameters
     ----------
     results:
-        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`, and ``TRAINING`` there.
     metric, models, regions:
         What to use, models and regions in this order; default all of them, in order of appearance.
 
     Raises
     ------
     InputError
-        If the metric, a model or a region has no values, a model lacks a case, subset or region that others have, or a
-        case lacks a subset although it has the modalities.
+        If the metric, a model or a region has no values, a training lacks a case, subset or region that others have, or
+        a case lacks a subset although it has the modalities.
     """
     metric_named(metric)
     if METRIC not in results.columns:
@@ -127,24 +133,32 @@ def cube(
     subsets = subset_order(table[SUBSET], modalities)
     cases = sorted(table[CASE].unique())
 
-    keys = [MODEL, CASE, SUBSET, REGION]
+    label = table[TRAINING].astype(str) if TRAINING in table else pd.Series("", index=table.index)
+    of_model = [list(dict.fromkeys(label[table[MODEL] == model])) for model in models]
+    runs = [(model, training) for model, found in zip(models, of_model, strict=True) for training in found]
+    numbers = {run: number for number, run in enumerate(runs)}
+    table = table.assign(**{TRAINING: [numbers[run] for run in zip(table[MODEL], label, strict=True)]})
+    keys = [TRAINING, CASE, SUBSET, REGION]
     means = table.groupby(keys, sort=False)[VALUE].mean()
-    index = pd.MultiIndex.from_product([models, cases, subsets, regions], names=keys)
-    shape = len(models), len(cases), len(subsets), len(regions)
+    index = pd.MultiIndex.from_product([range(len(runs)), cases, subsets, regions], names=keys)
+    shape = len(runs), len(cases), len(subsets), len(regions)
     there = index.isin(means.index).reshape(shape)
     members = np.array([[name in subset.split(SEPARATOR) for name in modalities] for subset in subsets])
     has = there.any(axis=(0, 3)) @ members  # (cases, modalities)
     evaluated = ~np.any(members & ~has[:, None], axis=2)
     missing = index[(evaluated[None, :, :, None] & ~there).ravel()]
     if len(missing):
-        model, case, subset, region = missing[0]
+        run, case, subset, region = missing[0]
         more = f" and of {len(missing) - 1} more" if len(missing) > 1 else ""
         raise InputError(
-            f"the results have no {metric} of model {model}, case {case}, subset {subset}, region {region}{more}; "
-            f"models are compared on the same cases, subsets and regions"
+            f"the results have no {metric} of model {runs[run][0]}, case {case}, subset {subset}, region "
+            f"{region}{more}; models are compared on the same cases, subsets and regions"
         )
-    values = means.reindex(index).to_numpy(dtype=float).reshape(shape)
-    return Cube(values, evaluated, tuple(models), tuple(cases), subsets, tuple(regions), modalities)
+    by_run = means.reindex(index).to_numpy(dtype=float).reshape(shape)
+    ends = np.cumsum([len(found) for found in of_model])
+    trainings = tuple(np.split(by_run, ends[:-1]))
+    values = np.stack([mean(each, axis=0) for each in trainings])
+    return Cube(values, trainings, evaluated, tuple(models), tuple(cases), subsets, tuple(regions), modalities)
 
 
 def _chosen(table: pd.DataFrame, column: str, wanted: Sequence[str] | None) -> list[str]:

@@ -9,7 +9,7 @@ import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from nnunetv2_mstkd.evaluation.results import (
     REGION,
     SUBSET,
     TRAINER,
+    TRAINING,
     VALUE,
     first_of,
     modality_order,
@@ -65,20 +66,27 @@ LEVEL = 0.05
 
 @dataclass(frozen=True)
 class EvaluatedModel:
-    """The results of one model, whose name is unique in a comparison."""
+    """The results of one training of a model."""
 
     name: str
     file: Path
     results: pd.DataFrame
     settings: dict[str, Any]
     """Content of summary.json beside the file; empty if there is none."""
+    training: int | None = None
+    """Number among the trainings of the same name, from 1; None: the only one."""
+
+    @property
+    def label(self) -> str:
+        """Name, and number of the training where there are several; unique in a comparison."""
+        return self.name if self.training is None else f"{self.name} ({self.training})"
 
     def distinct(self, column: str) -> list[str]:
         """The distinct values of a column, in order of appearance."""
         return list(dict.fromkeys(self.results[column]))
 
 
-Models = Mapping[str, str | os.PathLike] | Sequence[str | os.PathLike]
+Models = Mapping[str, str | os.PathLike | Sequence[str | os.PathLike]] | Sequence[str | os.PathLike]
 
 
 # ---- reading -------------------------------------------------------------------------------------------------------
@@ -88,7 +96,8 @@ def read_evaluations(models: Models) -> list[EvaluatedModel]:
     """Read the evaluations of two or more models: paths by name, or a list of paths and of texts ``"NAME=PATH"``.
 
     A path is a model folder, a folder with ``results.csv``, or such a file. Without a name the model has the name in
-    its results, and a file may hold several models.
+    its results, and a file may hold several models. Several paths of one given name are trainings of that model, which
+    are paired with those of other models in this order.
 
     Raises
     ------
@@ -96,11 +105,16 @@ def read_evaluations(models: Models) -> list[EvaluatedModel]:
         For a path without an evaluation, a duplicate file or name, or a single model.
     """
     if isinstance(models, Mapping):
-        named: list[tuple[str | None, Path]] = [(name, Path(path)) for name, path in models.items()]
+        named: list[tuple[str | None, Path]] = [
+            (name, Path(path))
+            for name, given in models.items()
+            for path in ([given] if isinstance(given, str | os.PathLike) else given)
+        ]
     else:
         named = [_name_and_path(str(each)) for each in models]
     found: list[EvaluatedModel] = []
     seen: dict[Path, Path] = {}
+    unnamed: set[str] = set()
     for name, path in named:
         file = _results_file(path)
         if file.resolve() in seen:
@@ -108,16 +122,25 @@ def read_evaluations(models: Models) -> list[EvaluatedModel]:
                 f"{seen[file.resolve()]} and {path} are the same file {file}; name two different evaluations"
             )
         seen[file.resolve()] = path
-        found += _read(name, file)
-    for first, second in itertools.combinations(found, 2):
-        if first.name == second.name:
-            raise InputError(
-                f"{first.file} and {second.file} both hold a model {first.name!r}; name them: "
-                f"mstkd compare A={first.file} B={second.file}"
-            )
-    if len(found) < 2:
+        of_file = _read(name, file)
+        for first, second in itertools.product(found, of_file):
+            # only a name that both were given says that they are trainings of one model
+            if first.name == second.name and (name is None or first.name in unnamed):
+                raise InputError(
+                    f"{first.file} and {second.file} both hold a model {first.name!r}; name them: "
+                    f"mstkd compare A={first.file} B={second.file}, or both A if they are trainings of one model"
+                )
+        unnamed |= {each.name for each in of_file if name is None}
+        found += of_file
+    numbers = Counter(each.name for each in found)
+    if len(numbers) < 2:
         about = f"{found[0].file} holds one model, {found[0].name}" if found else "no model is given"
         raise InputError(f"{about}; a comparison needs at least two")
+    training: Counter[str] = Counter()
+    for number, each in enumerate(found):
+        training[each.name] += 1
+        if numbers[each.name] > 1:
+            found[number] = replace(each, training=training[each.name])
     return found
 
 
@@ -172,7 +195,7 @@ def check_comparable(models: Sequence[EvaluatedModel], metrics: Sequence[str]) -
             known = model.distinct(METRIC)
             if metric not in known:
                 raise InputError(
-                    f"{model.name} has no values of {metric}, it has {', '.join(known)}; evaluate it with "
+                    f"{model.label} has no values of {metric}, it has {', '.join(known)}; evaluate it with "
                     f"--metrics {' '.join(dict.fromkeys([*known, metric]))}"
                 )
     keys = dict(RULES)
@@ -187,8 +210,8 @@ def check_comparable(models: Sequence[EvaluatedModel], metrics: Sequence[str]) -
         _check_same(first, other, REGION, None)
         for words, mine, theirs in _different(first, other, keys):
             raise InputError(
-                f"{first.name} and {other.name} were measured with another {words}: {mine} and {theirs}; evaluate one "
-                f"of them again"
+                f"{first.label} and {other.label} were measured with another {words}: {mine} and {theirs}; evaluate "
+                f"one of them again"
             )
 
 
@@ -209,8 +232,8 @@ def _check_modalities(first: EvaluatedModel, other: EvaluatedModel) -> None:
         return
     problem = "the same modalities in another order" if set(mine) == set(theirs) else "other modalities"
     raise InputError(
-        f"{first.name} and {other.name} have {problem}: {', '.join(mine)} and {', '.join(theirs)}; only models of the "
-        f"same channels can be compared"
+        f"{first.label} and {other.label} have {problem}: {', '.join(mine)} and {', '.join(theirs)}; only models of "
+        f"the same channels can be compared"
     )
 
 
@@ -220,11 +243,11 @@ def _check_same(first: EvaluatedModel, other: EvaluatedModel, column: str, optio
         return
     parts = [
         f"only {name}: {first_of(sorted(values))}"
-        for name, values in ((first.name, mine - theirs), (other.name, theirs - mine))
+        for name, values in ((first.label, mine - theirs), (other.label, theirs - mine))
         if values
     ]
     hint = f"; evaluate both with the same {option}" if option else ""
-    raise InputError(f"{first.name} and {other.name} have different {column}s ({'; '.join(parts)}){hint}")
+    raise InputError(f"{first.label} and {other.label} have different {column}s ({'; '.join(parts)}){hint}")
 
 
 # ---- comparing -----------------------------------------------------------------------------------------------------
@@ -239,17 +262,20 @@ class Comparison:
     ----------
     models, metrics, baseline:
         What is compared: models from :func:`read_evaluations`, all pairs of them if the baseline is None.
+    trainings:
+        The number of trainings by model.
     bootstrap, num_patients:
         The bootstrap of the intervals, over the patients of the cases, and their number.
     cases, not_compared, subsets:
-        The cases that are compared, by model those that another model lacks, and the subsets in order.
+        The cases that are compared, by model (and training) those that another lacks, and the subsets in order.
     counts, left_out:
         The number of cases by subset, and the number of pairs of a case and a subset that only some models have.
     overall, by_count, by_subset, per_case:
         :func:`~nnunetv2_mstkd.statistics.significance.compare`, ``compare_by_count``, ``compare_subsets`` and
         ``paired_differences``.
     ranks:
-        ``rank_table`` over all metrics; None if values are left out (nan), which have no rank.
+        ``rank_table`` over all metrics; None if values are left out (nan), which have no rank, or models have different
+        numbers of trainings.
     notes:
         What a reader must know about this comparison, a sentence each.
     """
@@ -259,10 +285,13 @@ class Comparison:
     ) -> None:
         check_comparable(models, metrics)
         self.models, self.metrics, self.baseline = models, metrics, baseline
+        self.trainings = dict(Counter(each.name for each in models))
         self._choose_pairs()
         patients = patients_of(self.cases)
         self.bootstrap, self.num_patients = Bootstrap(patients), len(set(patients.values()))
-        results = pd.concat([each.results for each in models], ignore_index=True)
+        results = pd.concat(
+            [each.results.assign(**{TRAINING: each.training or 1}) for each in models], ignore_index=True
+        )
         used = pd.MultiIndex.from_frame(results[[CASE, SUBSET]]).isin(self._pairs)
         results = results[used & results[METRIC].isin(metrics)]
         self.per_case = self._by_metric(paired_differences, results)
@@ -270,16 +299,17 @@ class Comparison:
             self._by_metric(function, results, bootstrap=self.bootstrap)
             for function in (compare, compare_by_count, compare_subsets)
         )
-        complete = not results[VALUE].isna().any()
+        complete = not results[VALUE].isna().any() and len(set(self.trainings.values())) == 1
         self.ranks = rank_table(results, metrics=metrics, bootstrap=self.bootstrap) if complete else None
-        self.notes = [*self._notes_on_cases(), *self._notes_on_tests(), *self._notes_on_settings()]
+        on_trainings = self._notes_on_trainings() if self.several_trainings else self._notes_on_tests()
+        self.notes = [*self._notes_on_cases(), *on_trainings, *self._notes_on_ranks(), *self._notes_on_settings()]
 
     def _choose_pairs(self) -> None:
         """Choose the pairs of a case and a subset that all models have."""
         pairs = [set(zip(each.results[CASE], each.results[SUBSET], strict=True)) for each in self.models]
         self._pairs = set.intersection(*pairs)
         shared = {case for case, _ in self._pairs}
-        of_model = {each.name: set(each.distinct(CASE)) for each in self.models}
+        of_model = {each.label: set(each.distinct(CASE)) for each in self.models}
         if not shared:
             counts = ", ".join(f"{name} has {len(cases)} (such as {min(cases)})" for name, cases in of_model.items())
             raise InputError(f"no case was evaluated with all models: {counts}; evaluate them on the same cases")
@@ -295,6 +325,11 @@ class Comparison:
         """Whether cases lack subsets."""
         return min(self.counts.values()) < len(self.cases)
 
+    @property
+    def several_trainings(self) -> bool:
+        """Whether models have several trainings: intervals then include their variation, and there are no tests."""
+        return max(self.trainings.values()) > 1
+
     def _by_metric(self, function: Callable[..., pd.DataFrame], results: pd.DataFrame, **options: Any) -> pd.DataFrame:
         tables = {name: function(results, metric=name, baseline=self.baseline, **options) for name in self.metrics}
         return pd.concat(tables, names=[METRIC, None]).reset_index(METRIC).reset_index(drop=True)
@@ -307,8 +342,7 @@ class Comparison:
             folds = each.results.groupby(CASE)[FOLD].nunique()
             several = [case for case in self.cases if folds[case] > 1]
             if several:
-                yield f"{len(several)} cases of {each.name} were predicted by several folds and are averaged"
-
+                yield f"{len(several)} cases of {each.label} were predicted by several folds and are averaged"
         if self.left_out:
             yield f"not compared, because only some models have them: {self.left_out} subsets, each of one case"
         if self.uneven:
@@ -318,7 +352,27 @@ class Comparison:
                 f"modalities: each case counts with the subsets that it has"
             )
 
+    def _notes_on_trainings(self) -> Iterator[str]:
+        equal = len(set(self.trainings.values())) == 1
+        numbers = ", ".join(f"{name} {number}" for name, number in self.trainings.items())
+        yield (
+            f"trainings: {numbers}; differences are between the means over trainings"
+            f"{', which are paired in the order given' if equal else ', paired where both models have equally many'}"
+        )
+        first = self.by_subset[self.by_subset[METRIC] == self.metrics[0]].groupby([MODEL, AGAINST], sort=False)
+        number = int(first.size().iloc[0])
+        yield (
+            f"intervals include the variation between trainings; there are no p-values, because a test over cases "
+            f"would be about these networks alone; each interval is {100 * self.bootstrap.level:g} % by itself, so "
+            f"without any difference {number * (1 - self.bootstrap.level):.1f} of the {number} by subset of a pair "
+            f"would exclude 0"
+        )
+
     def _notes_on_tests(self) -> Iterator[str]:
+        yield (
+            "intervals and p-values hold for these trained networks, not for the methods that trained them: another "
+            "training gives another network; for methods, give several trainings of each: A=RESULTS1 A=RESULTS2 ..."
+        )
         lowest = min(1.0, 2.0 ** (1 - self.num_patients))  # if all differences have one sign
         tables = {
             "over all subsets": self.overall,
@@ -332,15 +386,19 @@ class Comparison:
                     f"{words}: with {self.num_patients} patient{'s' if self.num_patients > 1 else ''} and {number} "
                     f"tests no corrected p-value can fall below {min(1.0, lowest * number):.2g}, whatever the models do"
                 )
-        if self.ranks is None:
+
+    def _notes_on_ranks(self) -> Iterator[str]:
+        if len(set(self.trainings.values())) > 1:
+            yield "no ranking: it needs equally many trainings of each model"
+        elif self.ranks is None:
             yield "no ranking: values are left out (nan) and have no rank; evaluate with --convention brats"
 
     def _notes_on_settings(self) -> Iterator[str]:
         first = self.models[0]
         for other in self.models[1:]:
             for words, mine, theirs in _different(first, other, CIRCUMSTANCES):
-                yield f"another {words}: {first.name} {mine}, {other.name} {theirs}"
-        unknown = [each.name for each in self.models if not each.settings]
+                yield f"another {words}: {first.label} {mine}, {other.label} {theirs}"
+        unknown = [each.label for each in self.models if not each.settings]
         if unknown:
             yield (
                 f"no {SUMMARY} beside the results of {', '.join(unknown)}: whether they were measured with the same "
@@ -348,15 +406,16 @@ class Comparison:
             )
 
     def about(self) -> list[dict[str, Any]]:
-        """A description of each model for the files of the comparison."""
+        """A description of each model, and each of its trainings, for the files of the comparison."""
         return [
             {
                 "model": each.name,
+                "training": each.training,
                 "results": str(each.file),
                 "trainer": ", ".join(each.distinct(TRAINER)),
                 "folds": sorted(each.distinct(FOLD)),
                 "cases": len(each.distinct(CASE)),
-                "not_compared": self.not_compared[each.name],
+                "not_compared": self.not_compared[each.label],
             }
             for each in self.models
         ]
