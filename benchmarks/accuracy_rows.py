@@ -21,6 +21,13 @@ FOLD = 0
 PAPER: Mapping[str, Any] = {"mstkd.recipe": "paper", "schedule.initial_lr": None}
 """With the recipe's own optimiser, Adam, goes its own rate. Its teacher is trained in the same steps."""
 
+STRONG: Mapping[str, Any] = {
+    **{f"mstkd.{name}": weight for name, weight in zip(TERMS, (1.0, 0.2, 10.0, 1.0, 1.0, 2e-4), strict=True)},
+    "distillation.where": "everywhere", "distillation.fade": 0.0, "schedule.optimizer": "adam",
+    "schedule.initial_lr": None,
+}  # fmt: skip
+"""Relative terms whose gradient rivals the segmentation loss's, which were called "paper" before 2026-11-28."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
@@ -169,6 +176,7 @@ ROWS: tuple[Row, ...] = (
     _mstkd("mstkd-main", "MSTKDTrainer, transformer on the main path", "method", {}, variant="main"),
     _mstkd("mstkd-main-ms-tkd", "MSTKDTrainer, transformer on the main path, MS-TKD alone", "method",
            _without("discrepancy", "kl", "style", "adversarial"), variant="main"),
+    _mstkd("mstkd-strong", "MSTKDTrainer, strong relative terms", "method", STRONG),
     Row(name="mstkd-paper", title='MSTKDTrainer, recipe "paper"', kind="method", trainer="MSTKDTrainer",
         settings=PAPER, terms=True),
     _mstkd("mstkd-no-ms-tkd", "MSTKDTrainer w/o MS-TKD", "ablation", _without("evd", "maps")),

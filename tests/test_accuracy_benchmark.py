@@ -109,6 +109,7 @@ def test_ablations_take_away_what_they_say():
         "mstkd-main-zero": set(TERMS),
         "mstkd-main": set(),
         "mstkd-main-ms-tkd": {"discrepancy", "kl", "style", "adversarial"},
+        "mstkd-strong": set(),
         "mstkd-paper": set(),
         "mstkd-no-ms-tkd": {"evd", "maps"},
         "mstkd-no-dmld": {"discrepancy", "kl"},
