@@ -351,3 +351,46 @@ def test_compiled_networks_are_saved_under_plain_names(make_trainer, monkeypatch
     assert len(variants) < 8
     trainer.save_checkpoint(str(tmp_path / "checkpoint_latest.pth"))
     assert checkpoints.read(tmp_path / "checkpoint_latest.pth")["network_weights"].keys() == plain.state_dict().keys()
+
+
+# ---- a teacher that is not asked in every step -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("adversarial", [0, 0.005])
+def test_a_teacher_is_asked_in_every_third_step_with_three_times_the_weight(make_trainer, adversarial):
+    block = {
+        "mstkd": {"adversarial": adversarial},
+        "distillation": {"every": 3, "ramp": 0, "fade": 0},
+        "schedule": {"epochs": 2, "iterations": 4},
+    }
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block=block))
+    asked = []
+    trainer.teacher.register_forward_pre_hook(lambda module, inputs: asked.append(trainer.iteration))
+    outputs = []
+    for epoch in range(2):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        outputs.append([trainer.train_step(batch(trainer, seed=step)) for step in range(4)])
+    assert asked == [0, 3, 6]
+    names = ["segmentation", *(name for name in TERMS if adversarial or name != "adversarial")]
+    assert [list(each["terms"]) for each in outputs[0]] == [names, ["segmentation"], ["segmentation"], names]
+    trainer.current_epoch, trainer._step_in_epoch = 0, 3
+    content = batch(trainer)
+    step = trainer.compute_losses(content["data"], content["target"])
+    values = {name: value.item() for name, value in step.terms.items()}
+    weighted = sum(3 * term.weight * values[term.name] for term in trainer.terms)
+    assert step.total.item() == pytest.approx(values["segmentation"] + weighted, rel=1e-5)
+    trainer.current_epoch = 1
+    trainer.on_train_epoch_end(outputs[1])  # asked once in four steps
+    assert trainer.term_log.history()["kl"][-1] == pytest.approx(outputs[1][2]["terms"]["kl"], rel=1e-5)
+
+
+def test_a_teacher_that_is_not_asked_still_guides_unlabelled_samples(make_trainer):
+    trainer = give_teacher(make_trainer(MSTKDTrainer, block={"distillation": {"every": 2}}))
+    trainer.unlabelled_batches = iter([{"data": batch(trainer, seed=seed)["data"]} for seed in range(2)])
+    rows = []
+    trainer.teacher.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
+    results = [trainer.train_step(batch(trainer, seed=seed)) for seed in range(2)]
+    assert rows == [4, 2]
+    assert [list(each["terms"])[:2] for each in results] == [["segmentation", "unlabelled"]] * 2
+    assert "kl" in results[0]["terms"] and "kl" not in results[1]["terms"]

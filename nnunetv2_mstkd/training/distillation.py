@@ -50,6 +50,11 @@ class DistillationTrainer(ModalityDropoutTrainer):
         return self.settings[TeacherSettings].joint
 
     @property
+    def teacher_period(self) -> int:  # type: ignore[override]
+        """``distillation.every``."""
+        return self.settings[DistillationSettings].every
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether any active term compares with a teacher, or there are unlabelled cases for it to guide."""
         return self.has_teacher_terms or bool(self.split and self.split.get("unlabelled"))

@@ -68,6 +68,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
     """A network that sees complete input; None where no term compares with one."""
     teacher_learns: bool = False
     """Whether the teacher is trained in the same steps; else it is frozen."""
+    teacher_period: int = 1
+    """A teacher is asked in every step of this number, and its terms then count as many times."""
     unlabelled_batches: Any = None
     """Iterator over batches of unlabelled cases; None without any."""
     adversary: Any = None
@@ -144,13 +146,15 @@ class ModalityDropoutTrainer(SettingsTrainer):
                 loss = self.loss(self.network(inputs), target)
             return Losses(loss, {"segmentation": loss})
 
+        asked = self.asks_teacher()
+        terms = [term for term in self.terms if asked or not term.needs_teacher]
+        rows = data if asked or self.teacher_learns else data[labelled.stop :]
         teacher: Any = None
-        if self.teacher is not None:
-            everything = self.has_teacher_terms or self.teacher_learns
+        if self.teacher is not None and len(rows):
             with torch.set_grad_enabled(self.teacher_learns):
-                teacher = self.forward_teacher(data if everything else data[labelled.stop :])
+                teacher = self.forward_teacher(rows)
         with self.conditioned_on(subsets):
-            student = self.forward_student(inputs, data)
+            student = self.forward_student(inputs, data) if terms else Segmentation(self.network(inputs))
         # a teacher is asked about complete cases only
         complete, share = self.complete_samples(present, labelled)
         total = self.loss(rows_of(student.logits, labelled), target)
@@ -166,21 +170,26 @@ class ModalityDropoutTrainer(SettingsTrainer):
             values["unlabelled"] = self.unlabelled_loss(student, teacher, data[labelled.stop :])
             total = total + self.unlabelled_weight() * values["unlabelled"]
             student = rows_of(student, labelled)
-            teacher = rows_of(teacher, labelled) if self.has_teacher_terms else None
+            teacher = rows_of(teacher, labelled) if asked else None
         with torch.autocast(self.device.type, enabled=False):
             label = self.read_target(finest(target))
             known_student, teacher, known_label = (rows_of(each, complete) for each in (student, teacher, label))
             known_label = known_label._replace(weight=self.voxel_weight(known_student, teacher, known_label))
-            for term in self.terms:
+            for term in terms:
                 if term.needs_teacher:
                     value = share * term.function(known_student, teacher, known_label)
-                    factor = (term.factor or self.teacher_factor)()
+                    factor = self.teacher_period * (term.factor or self.teacher_factor)()
                 else:
                     value, factor = term.function(student, None, label), 1.0
                 values[term.name] = value
                 total = total + term.weight * factor * value
-        remembered = None if self.adversary is None else (self.adversary.remember(known_student, teacher), share)
-        return Losses(total, values, remembered)
+        if self.adversary is None or not asked:
+            return Losses(total, values)
+        return Losses(total, values, (self.adversary.remember(known_student, teacher), share))
+
+    def asks_teacher(self) -> bool:
+        """Whether the terms that compare with a teacher are computed in this step."""
+        return self.has_teacher_terms and self.iteration % self.teacher_period == 0
 
     def complete_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
         """Return which labelled samples have all modalities, and their share.
@@ -300,8 +309,9 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return Target(label, label > 0, valid)
 
     def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        names = list(train_outputs[0]["terms"])
-        means = np.mean([[output["terms"][name] for name in names] for output in train_outputs], 0)
+        # a term of a teacher that is not asked in every step has its mean over the steps in which it was
+        names = list(max(train_outputs, key=lambda output: len(output["terms"]))["terms"])
+        means = [np.mean([each["terms"][name] for each in train_outputs if name in each["terms"]]) for name in names]
         means = np.mean(self._gather(means), 0)
         super().on_train_epoch_end(train_outputs)
         self.log_terms(dict(zip(names, means.tolist(), strict=True)))

@@ -289,6 +289,9 @@ class DistillationSettings(Section):
     """Fraction of the training, at its end, over which the weights fall linearly to 0."""
     where: Literal["everywhere", "teacher_better"] = "teacher_better"
     """``everywhere``, or logit terms only at voxels where the teacher's cross-entropy is below the student's."""
+    every: Count = 1
+    """Ask the teacher in every step of this number only; its terms then count as many times. A frozen teacher's forward
+    pass is most of what distillation costs."""
     soft_labels: Weight = 0.0
     """Weight of the divergence from the teacher's probabilities, for any method with a teacher."""
 
