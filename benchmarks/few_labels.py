@@ -9,7 +9,8 @@ Test patients, validation patients and the labelled ones are drawn among the com
 are replaced by the ignore label. The test patients are the same for all seeds; the others depend on the seed.
 
 A row has a teacher, trained on the labelled patients, and a second stage that starts from its weights and lasts equally
-long in all rows: the number of its steps follows from the time per step, measured once for all rows in one process.
+long in all rows: the number of its steps follows from the time per step, measured once for all rows in one process. A
+row without a teacher has the steps of both.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Row:
     title: str
     trainer: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
+    """Has no first stage, whose steps it gets instead."""
 
 
 WARM = {"schedule.init_from": TEACHER}
@@ -73,6 +76,9 @@ PLAIN |= {f"adamm.{term}": 0 for term in ("consistency", "content", "style")}
 
 ROWS = {
     "dropout": Row("modality dropout, labelled cases", "ModalityDropoutTrainer", {**WARM, **NO_UNLABELLED}),
+    "dropout-scratch": Row(
+        "modality dropout from scratch, labelled cases", "ModalityDropoutTrainer", NO_UNLABELLED, alone=True
+    ),
     "dropout-self": Row("modality dropout, own pseudo-labels", "ModalityDropoutTrainer", {**WARM, **OWN}),
     "mstkd": Row("MSTKDTrainer, labelled cases", "MSTKDTrainer", NO_UNLABELLED),
     "mstkd-unlabelled": Row("MSTKDTrainer, unlabelled cases too", "MSTKDTrainer"),
@@ -84,6 +90,16 @@ ROWS = {
         "MSTKDTrainer, soft labels alone, unlabelled cases too", "MSTKDTrainer", {**NO_TERMS, **SOFT}
     ),
     "plain-soft": Row("plain network, soft labels, labelled cases", "AdaMMTrainer", {**PLAIN, **SOFT, **NO_UNLABELLED}),
+    "plain-soft-2": Row(
+        "the same, a teacher in every second step",
+        "AdaMMTrainer",
+        {**PLAIN, **SOFT, **NO_UNLABELLED, "distillation.every": 2},
+    ),
+    "plain-soft-4": Row(
+        "the same, a teacher in every fourth step",
+        "AdaMMTrainer",
+        {**PLAIN, **SOFT, **NO_UNLABELLED, "distillation.every": 4},
+    ),
     "plain-soft-unlabelled": Row("plain network, soft labels, unlabelled cases too", "AdaMMTrainer", {**PLAIN, **SOFT}),
     "plain-unlabelled": Row("plain network, unlabelled cases too", "AdaMMTrainer", PLAIN),
 }
@@ -249,6 +265,7 @@ class Benchmark:
         seconds = self.step_times(labelled, seed, rows)
         for row in rows:
             epochs = max(1, round(self.seconds / (seconds[row] * self.iterations)))
+            epochs += self.teacher_epochs * ROWS[row].alone
             self.configure(labelled, seed, f"{row}_s{seed}", {**given[row], "schedule.epochs": epochs}, first)
             self.evaluate(self.train(labelled, seed, ROWS[row].trainer, f"{row}_s{seed}"), dataset)
             mean = self.mean(labelled, seed, row)
@@ -362,8 +379,8 @@ def run(*words: str, log: Path, **variables: str) -> None:
         raise SystemExit(f"{words[0]} ended with code {ended.returncode}; see {log}")
 
 
-def measure(file: Path, dataset: str, rows: Sequence[str], bfloat16: bool, rounds: int = 12) -> None:
-    """Write the seconds per step of rows, as the median of interleaved steps."""
+def measure(file: Path, dataset: str, rows: Sequence[str], bfloat16: bool, rounds: int = 20) -> None:
+    """Write the seconds per step of rows, as the mean of interleaved steps: not all ask a teacher in every step."""
     import torch
     from measured_training import autocast_on_cpu
     from nnunetv2.run.run_training import get_trainer_from_args
@@ -386,7 +403,7 @@ def measure(file: Path, dataset: str, rows: Sequence[str], bfloat16: bool, round
             trainer._step_in_epoch = 1 + number % (trainer.num_iterations_per_epoch - 1)
             times[row].append(time.process_time() - start)
     known = read_json(file) if file.is_file() else {}
-    write_json(file, known | {row: round(float(np.median(values[2:])), 4) for row, values in times.items()})
+    write_json(file, known | {row: round(float(np.mean(values[4:])), 4) for row, values in times.items()})
     for trainer in trainers.values():
         shutil.rmtree(trainer.output_folder, ignore_errors=True)
 
