@@ -38,8 +38,10 @@ from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
 from nnunetv2_mstkd.training.initial_weights import ChannelMatch, checkpoint_modalities, match_channels
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
+from nnunetv2_mstkd.training.loaders import loader_with_patch
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
+from nnunetv2_mstkd.training.patch_growth import Phase, phase_of
 from nnunetv2_mstkd.training.progress import TermLog
 from nnunetv2_mstkd.training.settings import (
     InputSettings,
@@ -91,6 +93,7 @@ class SettingsTrainer(nnUNetTrainer):
         self.case_facts: dict[str, CaseFacts] = {}
         self._initial_sum = 0.0
         self._loader_processes: list[BaseProcess] = []
+        self._loaded_phase = 0
         self._step_in_epoch = 0
         self.monitor = LossMonitor(lambda line: self.print_to_log_file(line))
         self.term_log = TermLog(self.logger, self.output_folder)
@@ -474,8 +477,29 @@ class SettingsTrainer(nnUNetTrainer):
         return loaders
 
     def make_loaders(self) -> tuple[Any, Any]:
-        """Return the loaders of training and validation batches, whose workers have started: nnU-Net's own."""
-        return super().get_dataloaders()
+        """Return the loaders of training and validation batches, whose workers have started: nnU-Net's own.
+
+        In a phase with smaller patches those of the training are smaller, and more samples must show foreground.
+        """
+        train, validation = super().get_dataloaders()
+        phase = self.patch_phase
+        self._loaded_phase = phase.number
+        if phase.patch == tuple(self.configuration_manager.patch_size):
+            return train, validation
+        smaller = loader_with_patch(self, train, phase)
+        size, phases = " x ".join(map(str, phase.patch)), self.settings[ScheduleSettings].patch_phases
+        self.print_to_log_file(
+            f"training patch {size} (phase {phase.number + 1} of {phases}), foreground in {phase.foreground:.2g} times "
+            f"as many samples"
+        )
+        return smaller, validation
+
+    @property
+    def patch_phase(self) -> Phase:
+        """Patch size of the training at this epoch."""
+        strides = np.prod(self.configuration_manager.pool_op_kernel_sizes, axis=0).tolist()
+        phases, patch = self.settings[ScheduleSettings].patch_phases, self.configuration_manager.patch_size
+        return phase_of(self.current_epoch, self.num_epochs, phases, patch, strides)
 
     def finish_loaders(self) -> None:
         """End the workers that are left; nnU-Net does so for its own after the last epoch."""
@@ -504,6 +528,10 @@ class SettingsTrainer(nnUNetTrainer):
         return f"in epoch {self.current_epoch}, iteration {self._step_in_epoch},"
 
     def on_epoch_start(self) -> None:
+        started = getattr(self, "dataloader_train", None) is not None
+        if started and self.patch_phase.number != self._loaded_phase:
+            self.finish_loaders()
+            self.dataloader_train, self.dataloader_val = self.get_dataloaders()
         self._seed_everything(self.current_epoch)
         super().on_epoch_start()
 

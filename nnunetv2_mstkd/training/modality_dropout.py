@@ -21,6 +21,7 @@ from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer, check_subsets
+from nnunetv2_mstkd.training.loaders import unlabelled_loader
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
     ScheduleSettings,
@@ -29,7 +30,6 @@ from nnunetv2_mstkd.training.settings import (
     UnlabelledSettings,
 )
 from nnunetv2_mstkd.training.step import Losses, Term, rows_of
-from nnunetv2_mstkd.training.unlabelled import unlabelled_loader
 
 
 class Target(NamedTuple):

@@ -247,6 +247,9 @@ class ScheduleSettings(Section):
     """Training steps per epoch."""
     validation_iterations: Count = 50
     """Online validation steps per epoch; raised where fewer would not go through all validation subsets."""
+    patch_phases: Annotated[int, Range(1, 16)] = 1
+    """Equally long phases in which the training patch grows from the smallest that the network takes to the plan's, one
+    axis at a time; 1: the plan's from the start. Validation and prediction have the plan's. 4 is what was published."""
     save_every: Count | None = None
     """Epochs between two ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None

@@ -1,0 +1,114 @@
+"""Loaders of batches like nnU-Net's own, with other cases or other patches."""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+
+from nnunetv2_mstkd.training.patch_growth import Phase
+
+
+def loader_like(given: Any, share: float = 1.0, **changes: Any) -> Any:
+    """Return a loader that works as a given one, with the same kind of workers.
+
+    Parameters
+    ----------
+    given
+        nnU-Net's loader of training cases.
+    share
+        Worker processes as a share of those of the given loader.
+    changes
+        Attributes of nnU-Net's data loader that differ.
+    """
+    threaded = isinstance(given, NonDetMultiThreadedAugmenter)
+    original = given.generator if threaded else given.data_loader
+    loader = copy.copy(original)
+    loader.get_do_oversample = types.MethodType(original.get_do_oversample.__func__, loader)
+    for name, value in changes.items():
+        setattr(loader, name, value)
+    if not threaded:
+        return SingleThreadedAugmenter(loader, None)
+    processes = max(1, round(given.num_processes * share))
+    cached, pinned = max(3, processes // 2), given.pin_memory
+    return NonDetMultiThreadedAugmenter(
+        loader, None, processes, num_cached=cached, pin_memory=pinned, wait_time=given.wait_time
+    )
+
+
+def loader_with_patch(trainer: Any, given: Any, phase: Phase) -> Any:
+    """Return a trainer's loader of training batches with the patch of a phase, and end the workers of the given one.
+
+    ``trainer`` is an nnUNetTrainer, ``given`` its own loader. What augmentation depends on the size of the patch is
+    chosen anew by nnU-Net's rules.
+    """
+    manager, labels = trainer.configuration_manager, trainer.label_manager
+    planned = manager.patch_size
+    manager.configuration["patch_size"] = list(phase.patch)
+    try:
+        rotation, dummy_2d, initial, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    finally:
+        manager.configuration["patch_size"] = planned
+    transforms = trainer.get_training_transforms(
+        phase.patch,
+        rotation,
+        trainer._get_deep_supervision_scales(),
+        mirrored,
+        dummy_2d,
+        use_mask_for_norm=manager.use_mask_for_norm,
+        is_cascaded=trainer.is_cascaded,
+        foreground_labels=labels.foreground_labels,
+        regions=labels.foreground_regions if labels.has_regions else None,
+        ignore_label=labels.ignore_label,
+    )
+    flat = (1,) * (3 - len(phase.patch))  # nnU-Net's loader takes slices for volumes
+    patch, initial = np.array([*flat, *phase.patch]), np.array([*flat, *initial])
+    loader = loader_like(
+        given,
+        patch_size=initial,
+        final_patch_size=patch,
+        need_to_pad=(initial - patch).astype(int),
+        oversample_foreground_percent=min(1.0, trainer.oversample_foreground_percent * phase.foreground),
+        transforms=transforms,
+    )
+    if isinstance(given, NonDetMultiThreadedAugmenter):
+        given._finish()
+    next(loader)
+    return loader
+
+
+def unlabelled_loader(labelled: Any, dataset: Any, cases: Sequence[str], batch_size: int) -> Any:
+    """Return a loader of other cases with the patches and the augmentation of a given one.
+
+    Parameters
+    ----------
+    labelled
+        nnU-Net's loader of the training cases.
+    dataset
+        nnU-Net's data set object of the unlabelled cases.
+    cases
+        Their names.
+    batch_size
+        Samples per batch; their position is random, because no voxel has a label.
+    """
+    threaded = isinstance(labelled, NonDetMultiThreadedAugmenter)
+    of_labelled = (labelled.generator if threaded else labelled.data_loader).batch_size
+    return loader_like(
+        labelled,
+        batch_size / of_labelled,
+        _data=dataset,
+        indices=list(cases),
+        batch_size=batch_size,
+        has_ignore=False,
+        get_do_oversample=_never,
+    )
+
+
+def _never(sample: int) -> bool:
+    """No sample is made to show foreground."""
+    return False

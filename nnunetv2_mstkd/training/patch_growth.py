@@ -1,0 +1,58 @@
+"""Patches that grow during a training: small and cheap first, the plan's own last.
+
+Fischer et al., "Progressive Growing of Patch Size" (MICCAI 2024, arXiv 2407.07853; arXiv 2510.23241), measured with
+nnU-Net: equal Dice in about half of the time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+EARLY_FOREGROUND = 0.5 / 0.33
+"""Share of samples that must show foreground in the first phase over nnU-Net's, 0.33: small patches miss more of it."""
+
+
+class Phase(NamedTuple):
+    """A part of a training with one patch size."""
+
+    number: int
+    """From 0."""
+    patch: tuple[int, ...]
+    """Voxels per axis."""
+    foreground: float
+    """Factor of the share of samples that must show foreground."""
+
+
+def patch_sizes(patch: Sequence[int], strides: Sequence[int]) -> list[tuple[int, ...]]:
+    """Return all patch sizes from the smallest legal one to the plan's, one axis growing at a time.
+
+    Parameters
+    ----------
+    patch
+        The plan's.
+    strides
+        Product of the network's strides per axis: a legal edge is a multiple of it. The bottleneck of the smallest
+        patch has two positions, because instance norm cannot normalise one.
+    """
+    current = [min(stride, edge) for stride, edge in zip(strides, patch, strict=True)]
+    if all(size <= stride for size, stride in zip(current, strides, strict=True)):
+        longest = max(range(len(patch)), key=lambda axis: patch[axis] / strides[axis])
+        current[longest] = min(2 * strides[longest], patch[longest])
+    sizes = [tuple(current)]
+    while sizes[-1] != tuple(patch):
+        axis = min(range(len(patch)), key=lambda axis: current[axis] / patch[axis])
+        current[axis] = min(current[axis] + strides[axis], patch[axis])
+        sizes.append(tuple(current))
+    return sizes
+
+
+def phase_of(epoch: int, epochs: int, phases: int, patch: Sequence[int], strides: Sequence[int]) -> Phase:
+    """Return the phase of an epoch among ``phases`` equally long ones, of which the last has the plan's patch."""
+    if phases == 1:
+        return Phase(0, tuple(patch), 1.0)
+    number = min(phases - 1, epoch * phases // epochs)
+    sizes = patch_sizes(patch, strides)
+    done = number / (phases - 1)
+    return Phase(number, sizes[math.floor(done * (len(sizes) - 1) + 0.5)], 1 + (EARLY_FOREGROUND - 1) * (1 - done))

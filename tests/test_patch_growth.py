@@ -1,0 +1,133 @@
+"""Training patches that grow: their sizes, and trainings in several phases."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONFIGURATION, train, train_until_killed
+from test_trainers_runs import build, configure, log_text, read
+from tiny import same
+
+from nnunetv2_mstkd.training.patch_growth import patch_sizes, phase_of
+
+CASES = [
+    ((128, 128, 128), (32, 32, 32)),
+    ((160, 192, 64), (32, 32, 16)),
+    ((512, 448), (64, 64)),
+    ((40, 48, 40), (8, 8, 8)),
+    ((20, 320, 256), (4, 64, 64)),
+    ((50, 30), (8, 4)),
+]
+
+
+@pytest.mark.parametrize(("patch", "strides"), CASES)
+def test_sizes_grow_one_axis_at_a_time_from_two_positions(patch, strides):
+    sizes = patch_sizes(patch, strides)
+    assert sizes[-1] == patch
+    bottleneck = [int(np.ceil(size / stride)) for size, stride in zip(sizes[0], strides, strict=True)]
+    assert sorted(bottleneck)[-2:] == [1, 2][-len(bottleneck) :] and np.prod(bottleneck) == 2
+    for smaller, larger in itertools.pairwise(sizes):
+        steps = [new - old for old, new in zip(smaller, larger, strict=True)]
+        assert sum(step > 0 for step in steps) == 1 and min(steps) == 0
+        axis = int(np.argmax(steps))
+        assert steps[axis] == strides[axis] or larger[axis] == patch[axis]
+    legal = [all(e % s == 0 or e == p for e, s, p in zip(size, strides, patch, strict=True)) for size in sizes]
+    assert all(legal)
+
+
+def test_a_patch_that_cannot_grow_is_the_plans():
+    assert patch_sizes((32, 32, 64), (32, 32, 32)) == [(32, 32, 64)]
+    assert patch_sizes((8, 8), (8, 8)) == [(8, 8)]
+
+
+def test_phases_are_equally_long_and_end_with_the_plans_patch():
+    found = [phase_of(epoch, 10, 4, (128, 128, 128), (32, 32, 32)) for epoch in range(10)]
+    assert [phase.number for phase in found] == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert found[0].patch == (64, 32, 32) and found[-1].patch == (128, 128, 128)
+    volumes = [np.prod(phase.patch) for phase in found]
+    assert volumes == sorted(volumes)
+    assert found[0].foreground * 0.33 == pytest.approx(0.5) and found[-1].foreground == 1
+    assert {phase_of(epoch, 10, 1, (64, 64), (8, 8)) for epoch in range(10)} == {(0, (64, 64), 1.0)}
+    # fewer epochs than phases: the last one is always the plan's
+    assert phase_of(1, 2, 4, (64, 64), (8, 8)).number == 2
+
+
+# ---- trainings -----------------------------------------------------------------------------------------------------
+
+
+def shapes_of(trainer) -> list[tuple[int, ...]]:
+    """Run a training; the spatial shapes of its training batches, in order."""
+    seen = []
+    step = trainer.train_step
+
+    def watched(batch):
+        seen.append(tuple(batch["data"].shape[2:]))
+        return step(batch)
+
+    trainer.train_step = watched
+    trainer.run_training()
+    return seen
+
+
+@pytest.mark.parametrize(
+    "name", ["MSTKDTrainer", "AdaMMTrainer", "MedMAPTrainer", "SMMLTrainer", "FullModalityTrainer"]
+)
+def test_every_trainer_takes_growing_patches(models, name):
+    configure(models, schedule__epochs=4, schedule__patch_phases=4, schedule__validation_iterations=1)
+    if name == "AdaMMTrainer":
+        train("AdaMMTeacherTrainer")
+    trainer = build(name)
+    validated = []
+    validate = trainer.validation_step
+    trainer.validation_step = lambda batch: (validated.append(tuple(batch["data"].shape[2:])), validate(batch))[1]
+    shapes = shapes_of(trainer)
+    plan = tuple(trainer.configuration_manager.patch_size)
+    volumes = [np.prod(shape) for shape in shapes]
+    assert volumes == sorted(volumes) and volumes[0] < volumes[-1] / 8
+    assert shapes[-1] == plan and set(validated) == {plan}
+    assert len(dict.fromkeys(shapes)) == 4
+    log = log_text(models.fold(name))
+    assert "(phase 1 of 4), foreground in 1.5 times as many samples" in log
+    assert read(models, trainer=name)["init_args"]["plans"]["configurations"][CONFIGURATION]["patch_size"] == list(plan)
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(models):
+    configure(models, schedule__epochs=4, schedule__patch_phases=3)
+    train("MSTKDTrainer")
+    whole = read(models)
+    folder = models.fold("MSTKDTrainer")
+    shutil.rmtree(folder)
+    train_until_killed("MSTKDTrainer", 2)  # phases change after epochs 1 and 2
+    torch.manual_seed(99)
+    np.random.seed(99)
+    train("MSTKDTrainer", continue_training=True)
+    resumed = read(models)
+    assert same(whole["network_weights"], resumed["network_weights"])
+    assert same(whole["optimizer_state"], resumed["optimizer_state"])
+
+
+def test_worker_processes_are_replaced_and_end(models, monkeypatch):
+    import multiprocessing
+
+    monkeypatch.setenv("nnUNet_n_proc_DA", "2")
+    configure(models, schedule__epochs=2, schedule__patch_phases=2, schedule__iterations=2)
+    trainer = build("ModalityDropoutTrainer")
+    shapes = shapes_of(trainer)
+    assert shapes[0] != shapes[-1] == tuple(trainer.configuration_manager.patch_size)
+    assert not multiprocessing.active_children()
+
+
+def test_unlabelled_batches_have_the_patch_of_the_phase(models):
+    configure(models, schedule__epochs=2, schedule__patch_phases=2)
+    trainer = build("ModalityDropoutTrainer")
+    trainer.on_train_start()
+    from nnunetv2_mstkd.training.loaders import unlabelled_loader
+
+    cases = trainer.split["train"][:1]
+    dataset = trainer.dataset_class(trainer.preprocessed_dataset_folder, cases)
+    more = unlabelled_loader(trainer.dataloader_train, dataset, cases, 1)
+    assert next(more)["data"].shape[2:] == next(trainer.dataloader_train)["data"].shape[2:]
