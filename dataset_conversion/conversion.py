@@ -58,7 +58,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     target = nnunet_folder("nnUNet_raw") / dataset
     _refuse_second_name(dataset)
     splits_file = nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json" if options.write_splits else None
-    listed, tests = folds.read_lists(options.split_lists) if options.split_lists else ([], [])
+    listed, tests = folds.read_lists(options.split_lists, description.case_names) if options.split_lists else ([], [])
     if tests:
         description = replace(description, test_cases=[*description.test_cases, *tests])
     if options.unlabelled:

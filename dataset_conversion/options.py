@@ -161,8 +161,8 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None =
     add("--val-cases", metavar="CASE", nargs="+", default=[], help="one fold that validates on these cases")
     add(
         "--splits", dest="split_lists", metavar="FILE", type=Path, nargs="+", default=[],
-        help="published splits: train.txt val.txt test.txt (train1.txt ... for several folds), a .csv table with the "
-        "columns case and part, or a splits_final.json",
+        help="published splits: train.txt val.txt test.txt or .csv with a column case (train1.txt ... for several "
+        "folds), one .csv table with the columns case and part, or a splits_final.json",
     )  # fmt: skip
     add("--no-splits", dest="write_splits", action="store_false", help="leave the folds to nnU-Net")
     add("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
