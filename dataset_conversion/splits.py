@@ -185,12 +185,20 @@ def _checked_fold(parts: Mapping[str, list[str]], where: str) -> tuple[dict[str,
     return {"train": sorted(set(train)), "val": sorted(set(validation))}, sorted(set(test))
 
 
-def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[str]) -> None:
-    """Raise ValueError if lists name cases that do not exist."""
-    named = {*test, *(case for fold in splits for part in fold.values() for case in part)}
+def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[str], protocol: str = "") -> None:
+    """Raise InputError if lists, perhaps those of a protocol, name cases that do not exist."""
+    named = listed_cases(splits, test)
     unknown = sorted(named - set(cases))
     if unknown:
-        raise InputError(f"the lists name {len(unknown)} of {len(named)} cases that do not exist: {_some(unknown)}")
+        lists, advice = (f"the lists of {protocol}", "; complete the download") if protocol else ("the lists", "")
+        raise InputError(
+            f"{lists} name {len(unknown)} of {len(named)} cases that do not exist: {_some(unknown)}{advice}"
+        )
+
+
+def listed_cases(splits: Splits, test: Sequence[str]) -> set[str]:
+    """All cases that lists name."""
+    return {*test, *(case for fold in splits for part in fold.values() for case in part)}
 
 
 def without(splits: Splits, skipped: Iterable[str]) -> Splits:
