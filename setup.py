@@ -38,6 +38,10 @@ setup(
         "nnunetv2_mstkd": "nnunetv2_mstkd",
         "nnunetv2_mstkd.dataset_conversion": "dataset_conversion",
     },
-    package_data={"nnunetv2_mstkd": ["py.typed"], "nnunetv2_mstkd.reporting": ["templates/*"]},
+    package_data={
+        "nnunetv2_mstkd": ["py.typed"],
+        "nnunetv2_mstkd.reporting": ["templates/*"],
+        "nnunetv2_mstkd.dataset_conversion": ["protocols/*.csv"],
+    },
     cmdclass={"build_py": BuildWithStartupFiles},
 )

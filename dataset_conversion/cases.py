@@ -117,9 +117,11 @@ def find_cases(
         for folder in folders:
             found.add(*(search.find_slices(folder) if description.slices else search.find(folder.name, folder)))
     _refuse_clashes(source, found.names)
-    for pattern in description.test_cases:
-        if not any(fnmatchcase(name, pattern) for name in found.names):
-            raise InputError(f"no case in {source} matches the test case {pattern!r}")
+    names = found.names
+    absent = [test for test in description.test_cases if not any(fnmatchcase(name, test) for name in names)]
+    if absent:
+        more = f" and {len(absent) - 1} more" if absent[1:] else ""
+        raise InputError(f"no case in {source} matches the test case {absent[0]!r}{more}")
     if found.cases and all(case.is_test for case in found.cases):
         raise InputError(f"all {len(found.cases)} cases in {source} are test cases, expected at least one to train on")
     lacking = [case.name for case in found.cases if case.unlabelled]

@@ -23,6 +23,7 @@ from .description import Description
 from .finished import check_finished
 from .job import Job, Options, Report, count, problem_lines
 from .progress import CaseRecord, Progress, file_state, fingerprint, write_record
+from .protocols import PROTOCOLS, protocol_list
 from .writing import REFERENCE, write_case
 
 PARTS = ("imagesTr", "labelsTr", "imagesTs", "labelsTs")
@@ -52,25 +53,34 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     ExistingFileError
         If the data set, or its split, exists and was made from something else or with other options.
     InputError
-        If nothing can be converted as requested; with ``strict`` also if any case has a problem. Nothing is written.
+        If nothing can be converted as requested; with ``strict`` also if any case has a problem, and with a protocol if
+        any of its cases is missing or has a problem. Nothing is written.
     """
     options = options or Options()
     target = nnunet_folder("nnUNet_raw") / dataset
     _refuse_second_name(dataset)
     splits_file = nnunet_folder("nnUNet_preprocessed") / dataset / "splits_final.json" if options.write_splits else None
-    listed, tests = folds.read_lists(options.split_lists) if options.split_lists else ([], [])
+    lists = [protocol_list(options.protocol, description.release)] if options.protocol else options.split_lists
+    if options.protocol and description.test_cases:
+        raise InputError("found --protocol and --test-cases, expected one of them: a protocol fixes its cases")
+    listed, tests = folds.read_lists(lists, description.case_names) if lists else ([], [])
+    searched = description  # for a protocol, whose test cases need labels too
     if tests:
         description = replace(description, test_cases=[*description.test_cases, *tests])
     if options.unlabelled:
         description = description.with_ignore()
+    if not options.protocol:
+        searched = description
     job = Job(Path(os.path.abspath(source)), target, description, options)
 
     found = find_cases(
-        job.source, description, allow_missing=options.allow_missing, unlabelled=options.unlabelled,
+        job.source, searched, allow_missing=options.allow_missing, unlabelled=options.unlabelled,
         unlabelled_as_test=options.unlabelled_as_test, follow_links=options.follow_links,
     )  # fmt: skip
     if listed:
-        folds.refuse_unknown_cases(listed, tests, found.names)
+        folds.refuse_unknown_cases(listed, tests, found.names, options.protocol)
+    if options.protocol:
+        _keep_protocol(found, options.protocol, listed, tests)
     _draw_tests(found, job)
     if not any(case.label and not case.is_test for case in found.cases):
         _refuse(found.problems)
@@ -130,6 +140,22 @@ def _refuse_second_name(dataset: str) -> None:
             raise ExistingFileError(
                 f"{others[0]} has the number of {dataset}, and nnU-Net finds data sets by number; choose another one"
             )
+
+
+def _keep_protocol(found: Found, protocol: str, listed: folds.Splits, tests: Sequence[str]) -> None:
+    """Refuse problems of the cases of a protocol, leave out all others, and set its test cases."""
+    named, test_cases = folds.listed_cases(listed, tests), set(tests)
+    others = [name for name in found.names if name not in named]
+    found.cases = [replace(case, is_test=case.name in test_cases) for case in found.cases if case.name in named]
+    found.problems = {name: lines for name, lines in found.problems.items() if name in named}
+    if found.problems:
+        _refuse(found.problems)
+    train, validation = len(listed[0]["train"]), len(listed[0]["val"])
+    found.notes.append(f"{protocol}: {train} cases to train on, {validation} to validate on, {len(tests)} to test on")
+    if others:
+        found.notes.append(f"{count(others, 'case')} that {protocol} does not name left out, such as {others[0]}")
+    if PROTOCOLS[protocol].note:
+        found.notes.append(PROTOCOLS[protocol].note)
 
 
 def _draw_tests(found: Found, job: Job) -> None:
@@ -206,7 +232,7 @@ def _convert(job: Job, found: Found, report: Report) -> None:
             report.resumed += record is resumable.get(record.name)
             finished.append(record)
         labelled = any(record.part == "Tr" and not record.unlabelled for record in finished)
-        if skipped and (not labelled or job.options.strict):
+        if skipped and (not labelled or job.options.strict or job.options.protocol):
             _refuse(skipped)
         if not labelled:
             raise InputError(f"all {count(finished, 'case')} are unlabelled: there is nothing to train on")

@@ -43,6 +43,7 @@ class Options:
     folds: int | None = None  # nnU-Net's five, or one per patient if there are fewer
     val_cases: Sequence[str] = ()  # of a single fold
     split_lists: Sequence[Path] = ()  # for splits.read_lists
+    protocol: str = ""  # a name of protocols.PROTOCOLS
     write_splits: bool = True  # False leaves the folds to nnU-Net
     overwrite: bool = False
     workers: int = DEFAULT_WORKERS
@@ -55,13 +56,25 @@ class Options:
             raise InputError(f"--max-outside is {self.max_outside:g}, expected 0 to 1")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"--seed is {self.seed}, expected 0 to 2^32 - 1")
-        ways = [self.folds is not None, bool(self.val_cases), bool(self.split_lists), not self.write_splits]
+        lists = bool(self.split_lists), bool(self.protocol)
+        ways = [self.folds is not None, bool(self.val_cases), *lists, not self.write_splits]
         if sum(ways) > 1:
-            raise InputError("found several of --folds, --val-cases, --splits and --no-splits, expected one of them")
+            raise InputError(
+                "found several of --folds, --val-cases, --splits, --protocol and --no-splits, expected one of them"
+            )
         if self.unlabelled and self.unlabelled_as_test:
             raise InputError("found --unlabelled and --unlabelled-as-test, expected one of them: train on them or not")
         if self.unlabelled and not self.write_splits:
             raise InputError("found --unlabelled and --no-splits, but nnU-Net's own folds validate on unlabelled cases")
+        changing = {
+            "--allow-missing": self.allow_missing,
+            "--unlabelled": self.unlabelled,
+            "--unlabelled-as-test": self.unlabelled_as_test,
+            "--test-fraction": self.test_fraction,
+        }
+        found = [option for option, given in changing.items() if given]
+        if self.protocol and found:
+            raise InputError(f"found --protocol and {found[0]}, expected one of them: a protocol fixes its cases")
         if self.split_lists and self.test_fraction:
             raise InputError("found --splits and --test-fraction, expected one of them: lists name their test cases")
 
@@ -92,6 +105,8 @@ class Job:
         chosen = {name: getattr(self.options, name) for name in used}
         if self.options.test_fraction:
             chosen["seed"] = self.options.seed
+        if self.options.protocol:
+            chosen["protocol"] = self.options.protocol
         content = {"source": str(self.source), "description": asdict(self.description), **chosen}
         # as pairs, because mappings are equal whatever their order, and the order of channels and regions counts
         for key in ("modalities", "labels", "remap"):

@@ -13,6 +13,7 @@ from nnunetv2_mstkd.errors import InputError
 from .checks import LEVELS, MAX_OUTSIDE
 from .description import BACKGROUND, Description, read_description
 from .job import DEFAULT_WORKERS, Options
+from .protocols import protocols_of
 from .releases import RELEASES
 from .splits import SEED
 from .writing import COPY, LINK, REFERENCE
@@ -46,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser, converter: str) -> None:
         parser.formatter_class = argparse.RawDescriptionHelpFormatter
         parser.epilog = EXAMPLE
     else:
-        _add_common_arguments(parser, name=RELEASES[converter].title.split(" (")[0].replace(" ", ""))
         release = RELEASES[converter]
+        name = release.title.split(" (")[0].replace(" ", "")
+        _add_common_arguments(parser, name=name, protocols=protocols_of(converter))
         if release.regions:
             text = "mutually exclusive classes instead of overlapping regions"
             parser.add_argument("--labels", action="store_true", help=text)
@@ -120,7 +122,9 @@ def _label_values(option: str, text: str) -> int | list[int]:
 # ---- declarations: the names of the arguments are those of Options ---------------------------------------------------
 
 
-def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None = None) -> None:
+def _add_common_arguments(
+    parser: argparse.ArgumentParser, *, name: str | None = None, protocols: Sequence[str] = ()
+) -> None:
     """Add the options of every converter; `name` is the default name of the data set."""
     add = parser.add_argument
     add("source", metavar="SOURCE", type=Path, help="folder of the data set; it is only read")
@@ -161,9 +165,14 @@ def _add_common_arguments(parser: argparse.ArgumentParser, *, name: str | None =
     add("--val-cases", metavar="CASE", nargs="+", default=[], help="one fold that validates on these cases")
     add(
         "--splits", dest="split_lists", metavar="FILE", type=Path, nargs="+", default=[],
-        help="published splits: train.txt val.txt test.txt (train1.txt ... for several folds), a .csv table with the "
-        "columns case and part, or a splits_final.json",
+        help="published splits: train.txt val.txt test.txt or .csv with a column case (train1.txt ... for several "
+        "folds), one .csv table with the columns case and part, or a splits_final.json",
     )  # fmt: skip
+    if protocols:
+        add(
+            "--protocol", choices=protocols, default="",
+            help="published training, validation (fold 0) and test cases, all of which must be there without a problem",
+        )  # fmt: skip
     add("--no-splits", dest="write_splits", action="store_false", help="leave the folds to nnU-Net")
     add("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
     add(

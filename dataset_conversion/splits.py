@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,8 +21,14 @@ SEED = 12345
 Splits = list[dict[str, list[str]]]
 """Content of ``splits_final.json``: for each fold the cases to train on and those to validate on."""
 
-CASE_COLUMNS = ("case", "name", "id", "subject_id", "case_id", "subject", "brats_id")
+CASE_COLUMNS = ("case", "name", "id", "subject_id", "case_id", "subject", "brats_id", "data_name")
 PART_COLUMNS = ("part", "split", "set", "subset")
+
+LIST_NAME = re.compile(r"(?:^|[_-])(train|val|test)[a-z]*[-_]?(?:(\d+)(?![a-z\d]))?")
+"""Names of lists: the part, and perhaps the number of the fold, which ``val15splits`` does not give."""
+
+GRADE = re.compile(r"^[HL]G_")
+"""What the published lists of BraTS 2020 write before the name of a case: high or low grade."""
 
 
 def cross_validation(
@@ -122,16 +127,20 @@ def refuse_shared_patients(splits: Splits, patient_of: Callable[[str], str]) -> 
             )
 
 
-def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
+def read_lists(files: Sequence[Path], case_names: str = "") -> tuple[Splits, list[str]]:
     """Read published splits.
 
     Parameters
     ----------
     files
-        Either text files with one case per line, whose names begin with ``train``, ``val`` and ``test`` and may
-        continue with the number of the fold (``train1.txt``; RFNet's format; folders before the case names are
-        ignored); or one table ``.csv`` with a column for the case and one for the part (``train``, ``val``, ``test``);
-        or one ``.json`` like nnU-Net's ``splits_final.json``.
+        Either one list of cases per part: a text file with one case per line, or a table ``.csv`` with a column for the
+        case. Their names say ``train``, ``val`` or ``test``, perhaps after the name of the data set, and may end in the
+        number of the fold (``train1.txt``, ``BraTS23_val.csv``); folders before the case names are ignored. Or one
+        table ``.csv`` with a column for the case and one for the part (``train``, ``val``, ``test``). Or one ``.json``
+        like nnU-Net's ``splits_final.json``. Lines that begin with ``#`` are comments.
+    case_names
+        Regular expression for the names of a release's cases: where ``HG_`` or ``LG_`` precedes such a name, it is
+        removed.
 
     Returns
     -------
@@ -141,30 +150,27 @@ def read_lists(files: Sequence[Path]) -> tuple[Splits, list[str]]:
     for file in files:
         if not file.is_file():
             raise MissingFileError(f"no file {file}")
-        suffix = file.suffix.lower()
-        if suffix == ".json":
+        if file.suffix.lower() == ".json":
             parts.update(enumerate(read_splits(file)))
             continue
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
             raise InputError(f"{file} is no text in UTF-8: {error}") from error
-        if suffix == ".csv" and (table := _table(text, file)):
-            parts[0] |= table
-        else:
-            number, part, names = _list(text, file)
+        number, found = _read_list([line for line in text.splitlines() if not line.startswith("#")], file)
+        for part, names in found.items():
             if part in parts[number]:
                 raise InputError(f"{file} is a second list of {part} cases for one fold")
-            parts[number][part] = names
+            parts[number][part] = [_identifier(name, case_names) for name in names]
     where = ", ".join(map(str, files))
-    found = [_checked_fold(parts[number], where) for number in sorted(parts)]
-    tests = [test for _, test in found]
+    found_folds = [_checked_fold(parts[number], where) for number in sorted(parts)]
+    tests = [test for _, test in found_folds]
     if any(test != tests[0] for test in tests):
         raise InputError(
-            f"the {len(found)} splits have different test cases, of which a data set can have one set only; convert "
+            f"the {len(tests)} splits have different test cases, of which a data set can have one set only; convert "
             "one data set per split"
         )
-    return [fold for fold, _ in found], tests[0]
+    return [fold for fold, _ in found_folds], tests[0]
 
 
 def _checked_fold(parts: Mapping[str, list[str]], where: str) -> tuple[dict[str, list[str]], list[str]]:
@@ -179,12 +185,20 @@ def _checked_fold(parts: Mapping[str, list[str]], where: str) -> tuple[dict[str,
     return {"train": sorted(set(train)), "val": sorted(set(validation))}, sorted(set(test))
 
 
-def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[str]) -> None:
-    """Raise ValueError if lists name cases that do not exist."""
-    named = {*test, *(case for fold in splits for part in fold.values() for case in part)}
+def refuse_unknown_cases(splits: Splits, test: Sequence[str], cases: Iterable[str], protocol: str = "") -> None:
+    """Raise InputError if lists, perhaps those of a protocol, name cases that do not exist."""
+    named = listed_cases(splits, test)
     unknown = sorted(named - set(cases))
     if unknown:
-        raise InputError(f"the lists name {len(unknown)} of {len(named)} cases that do not exist: {_some(unknown)}")
+        lists, advice = (f"the lists of {protocol}", "; complete the download") if protocol else ("the lists", "")
+        raise InputError(
+            f"{lists} name {len(unknown)} of {len(named)} cases that do not exist: {_some(unknown)}{advice}"
+        )
+
+
+def listed_cases(splits: Splits, test: Sequence[str]) -> set[str]:
+    """All cases that lists name."""
+    return {*test, *(case for fold in splits for part in fold.values() for case in part)}
 
 
 def without(splits: Splits, skipped: Iterable[str]) -> Splits:
@@ -212,33 +226,43 @@ def present_splits(path: Path) -> Splits | None:
         return None
 
 
-def _table(text: str, file: Path) -> Mapping[str, list[str]] | None:
-    """The parts of a table; None if its first line names no column of cases or none of parts."""
-    reader = csv.DictReader(io.StringIO(text))
-    columns = {name.strip().lower(): name for name in reader.fieldnames or []}
-    case = next((columns[name] for name in CASE_COLUMNS if name in columns), None)
-    part = next((columns[name] for name in PART_COLUMNS if name in columns), None)
-    if case is None or part is None:
-        return None
+def _read_list(lines: Sequence[str], file: Path) -> tuple[int, dict[str, list[str]]]:
+    """The number of the fold, and the cases of each part that a list or table names."""
+    if file.suffix.lower() == ".csv":
+        table = csv.DictReader(lines)
+        columns = {name.strip().lower(): name for name in table.fieldnames or []}
+        case = next((columns[name] for name in CASE_COLUMNS if name in columns), None)
+        part = next((columns[name] for name in PART_COLUMNS if name in columns), None)
+        if case is not None and part is not None:
+            return 0, _parts_of_table(table, case, part, file)
+        if case is not None:
+            lines = [row[case] or "" for row in table]
+    match = LIST_NAME.search(file.stem.lower())
+    if match is None or file.suffix.lower() not in (".txt", ".csv"):
+        raise InputError(
+            f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt (or .csv), a .csv table with the "
+            "columns case and part, or nnU-Net's splits_final.json"
+        )
+    names = [line.strip().strip(",") for line in lines]
+    return int(match[2] or 0), {match[1]: [name for name in names if name]}
+
+
+def _parts_of_table(table: Iterable[dict[str, str]], case: str, part: str, file: Path) -> dict[str, list[str]]:
+    """The cases of each part; `case` and `part` are the names of the columns."""
     found: dict[str, list[str]] = defaultdict(list)
-    for row in reader:
+    for row in table:
         match = re.match("train|val|test", (row[part] or "").strip().lower())
         if match is None:
             raise InputError(f"{file} puts {row[case]} into {row[part]!r}, expected train, val or test")
-        found[match[0]].append(PurePosixPath((row[case] or "").strip()).name)
+        found[match[0]].append((row[case] or "").strip())
     return found
 
 
-def _list(text: str, file: Path) -> tuple[int, str, list[str]]:
-    """The number of the fold, the part and the cases of a list with one case per line."""
-    match = re.match(r"(train|val|test)[a-z]*[-_]?(\d*)", file.stem.lower())
-    if match is None or file.suffix.lower() not in (".txt", ".csv"):
-        raise InputError(
-            f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt, a .csv table with the columns "
-            "case and part, or nnU-Net's splits_final.json"
-        )
-    names = [line.strip().strip(",") for line in text.splitlines()]
-    return int(match[2] or 0), match[1], [PurePosixPath(name.replace("\\", "/")).name for name in names if name]
+def _identifier(name: str, case_names: str) -> str:
+    """The name of a case, without the folders and the grade that lists write before it."""
+    name = PurePosixPath(name.replace("\\", "/")).name
+    short = GRADE.sub("", name)
+    return short if case_names and re.fullmatch(case_names, short, re.ASCII) else name
 
 
 def _by_patient(cases: Sequence[str], patient_of: Callable[[str], str]) -> dict[str, list[str]]:

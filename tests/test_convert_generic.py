@@ -495,6 +495,7 @@ def test_unreadable_descriptions_are_one_line(tmp_path, name, text, message):
         (["--modality", "T1=a", "--modality", "T1=b"], "--modality names T1 twice"),
         (["--class", "edema=one"], "--class has the value 'one'"),
         (["--test-cases", "z"], "matches the test case 'z'"),
+        (["--test-cases", "y", "z"], "matches the test case 'y' and 1 more"),
         (["--test-cases", "*"], "all 3 cases"),
         (["--cases", "x*"], "matches 'x*', expected one folder per case"),
         (["--workers", "0"], "--workers is 0"),

@@ -113,6 +113,33 @@ def test_split_table(tmp_path):
     assert read_lists([tmp_path / "split.csv"]) == ([{"train": ["a", "b"], "val": ["c"]}], ["d"])
 
 
+def test_tables_of_one_part_and_names_that_hold_a_number(tmp_path):
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    (tmp_path / "val15splits.csv").write_text('case,mask\nc,"[False, False, True, False]"\n\n')
+    (tmp_path / "Brats18_test15splits.csv").write_text('case,mask\r\nHGG/d,"[True, True, True, True]"\r\n')
+    assert read_lists(sorted(tmp_path.iterdir())) == ([{"train": ["a", "b"], "val": ["c"]}], ["d"])
+
+
+def test_grade_before_the_case_is_removed_where_a_case_follows(tmp_path):
+    files = write_lists(tmp_path, train=["HG_case_1", "case_2"], val=["LG_case_3", "HG_other"])
+    assert read_lists(files, r"case_\d") == ([{"train": ["case_1", "case_2"], "val": ["HG_other", "case_3"]}], [])
+    assert read_lists(files) == ([{"train": ["HG_case_1", "case_2"], "val": ["HG_other", "LG_case_3"]}], [])
+
+
+def test_comments_in_lists_are_skipped(tmp_path):
+    (tmp_path / "split.csv").write_text("# from somewhere\ncase,part\na,train\nb,val\n")
+    assert read_lists([tmp_path / "split.csv"]) == ([{"train": ["a"], "val": ["b"]}], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "fold"),
+    [("val", 0), ("val2", 2), ("validation_2", 2), ("val2_cases", 2), ("val15splits", 0), ("BraTS23_val", 0)],
+)
+def test_fold_in_the_name_of_a_list(tmp_path, name, fold):
+    files = write_lists(tmp_path, **{name: ["b"], f"train{fold or ''}": ["a"]})
+    assert read_lists(files) == ([{"train": ["a"], "val": ["b"]}], [])
+
+
 def test_splits_final_as_a_list(tmp_path):
     splits = [{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]
     (tmp_path / "splits_final.json").write_text(json.dumps(splits))
@@ -126,6 +153,8 @@ def test_splits_final_as_a_list(tmp_path):
         ({"train": ["a", "b"], "val": ["c"], "test": ["a"]}, "a in more than one part"),
         ({"train": ["a"]}, "no train or no val cases"),
         ({"cases": ["a"]}, "cases.txt is no list of cases"),
+        ({"constrain": ["a"]}, "constrain.txt is no list of cases"),
+        ({"train": ["a"], "val": ["b"], "val15splits": ["c"]}, "a second list of val cases"),
         ({"train": ["a"], "training": ["b"], "val": ["c"]}, "a second list of train cases"),
         (
             {"train1": ["a"], "val1": ["b"], "test1": ["c"], "train2": ["a"], "val2": ["c"], "test2": ["b"]},

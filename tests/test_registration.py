@@ -223,6 +223,8 @@ def test_wheel_holds_exactly_the_package(wheel):
         expected |= {f"{inside}/{module}" for module in modules}
     templates = ROOT / "nnunetv2_mstkd" / "reporting" / "templates"
     expected |= {f"nnunetv2_mstkd/reporting/templates/{file.name}" for file in templates.iterdir()}
+    protocols = ROOT / "dataset_conversion" / "protocols"
+    expected |= {f"nnunetv2_mstkd/dataset_conversion/protocols/{file.name}" for file in protocols.iterdir()}
     assert {name for name in names if ".dist-info/" not in name} == expected
 
 
