@@ -18,7 +18,12 @@ from torch import nn
 from torch.nn import functional
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.methods.medmap.losses import gaussian_alignment, mixture_alignment, renormalized_weights
+from nnunetv2_mstkd.methods.medmap.losses import (
+    gaussian_alignment,
+    leave_one_out_weights,
+    mixture_alignment,
+    renormalized_weights,
+)
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
 from nnunetv2_mstkd.methods.mstkd.network import Features, MultiScaleTransformerUNet, TransformerDesign
 from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
@@ -52,9 +57,10 @@ AlignedFeatures = namedtuple("AlignedFeatures", (*Features._fields, "alignment")
 class ModalityAnchor(nn.Module):
     """Anchor of one stage of features (B, C, F, *grid): the modalities' weights, the alignment loss, and imputation.
 
-    ``star`` is the weighted mean of all modalities (P*_mix), ``fixed`` one modality (P^k_mix), ``gaussian`` a learned
-    Gaussian per channel, ``normal`` the standard normal distribution. ``normalize`` and ``detach_anchor`` act on
-    ``star`` and ``fixed`` only: for standardised features the other two would be constant.
+    ``leave_one_out`` is a mixture for each modality whose weights learn from the others, ``star`` the weighted mean of
+    all modalities (P*_mix), ``fixed`` one modality (P^k_mix), ``gaussian`` a learned Gaussian per channel, ``normal``
+    the standard normal distribution. ``normalize`` and ``detach_anchor`` do not act on the last two, which would be
+    constant for standardised features.
     """
 
     fixed: torch.Tensor
@@ -97,6 +103,8 @@ class ModalityAnchor(nn.Module):
         weights = self.fixed.expand(len(z), -1)
         if self.anchor == "star":
             weights = renormalized_weights(self.weights, present)
+        elif self.anchor == "leave_one_out":
+            weights = leave_one_out_weights(self.weights, present)
         return mixture_alignment(z, weights, present, normalize=self.normalize, detach_anchor=self.detach_anchor)
 
 
