@@ -238,6 +238,7 @@ def test_class_builds_the_network_for_prediction(make_trainer, cls, front):
 @each_trainer
 def test_network_compiles_into_one_graph(make_trainer, cls, front):
     trainer = make_trainer(cls, block={**NO_TERMS, **medmap(**front)}, deep_supervision=False)
+    torch._dynamo.reset()  # all aligned networks share one forward, which may be compiled eight times in a process
     compiled = torch.compile(trainer.network, backend="eager", fullgraph=True)
     data = batch(trainer)["data"]
     masked = modalities.mask_modalities(data, SUBSETS[3:5])

@@ -2,7 +2,12 @@
 
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTeacherTrainer, AdaMMTrainer
 from nnunetv2_mstkd.methods.conditioned.trainer import ModalityConditionedTrainer
-from nnunetv2_mstkd.methods.medmap.trainer import MedMAPMSTKDTrainer, MedMAPTrainer
+from nnunetv2_mstkd.methods.medmap.trainer import (
+    MedMAPAdaMMTrainer,
+    MedMAPMSTKDTrainer,
+    MedMAPSMMLTrainer,
+    MedMAPTrainer,
+)
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrainer
 from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
 from nnunetv2_mstkd.training.base import FullModalityTrainer
@@ -14,7 +19,9 @@ __all__ = [
     "FullModalityTrainer",
     "MSTKDTeacherTrainer",
     "MSTKDTrainer",
+    "MedMAPAdaMMTrainer",
     "MedMAPMSTKDTrainer",
+    "MedMAPSMMLTrainer",
     "MedMAPTrainer",
     "ModalityConditionedTrainer",
     "ModalityDropoutTrainer",
