@@ -1,4 +1,4 @@
-"""MedMAP's front before other networks, and its loss in other trainers."""
+"""MedMAP's front before other networks, its loss in other trainers, and its distillation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tiny import NO_TERMS, batch, give_teacher, state, wake
 from torch import nn
 
 from nnunetv2_mstkd import methods, modalities, testing
-from nnunetv2_mstkd.methods import MedMAPAdaMMTrainer, MedMAPSMMLTrainer
+from nnunetv2_mstkd.methods import MedMAPAdaMMTrainer, MedMAPKDTrainer, MedMAPSMMLTrainer, MedMAPTeacherTrainer
 from nnunetv2_mstkd.methods.conditioned.trainer import ConditionedDesign, ModalityConditionedTrainer
 from nnunetv2_mstkd.methods.configuration import configure
 from nnunetv2_mstkd.methods.medmap.network import AlignedDesign, AlignedStem, align
@@ -33,12 +33,12 @@ class OutsideTrainer(AlignmentMixin, ModalityConditionedTrainer):
     design = AlignedDesign(ConditionedDesign())
 
 
-TRAINERS = [MedMAPAdaMMTrainer, MedMAPSMMLTrainer, OutsideTrainer]
+TRAINERS = [MedMAPAdaMMTrainer, MedMAPSMMLTrainer, MedMAPKDTrainer, OutsideTrainer]
 each_trainer = pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__name__)
 
 
 def settings(**medmap: Any) -> dict[str, Any]:
-    return {**NO_TERMS, "medmap": medmap}
+    return {**NO_TERMS, "medmap": {"kd": 0, **medmap}}
 
 
 def fronts(trainer: Any) -> list[Any]:
@@ -182,7 +182,7 @@ def test_training_and_prediction_use_one_network(make_trainer, cls):
     assert torch.equal(fresh(masked), wanted)
 
 
-@pytest.mark.parametrize("cls", [MedMAPAdaMMTrainer, MedMAPSMMLTrainer], ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [MedMAPAdaMMTrainer, MedMAPSMMLTrainer, MedMAPKDTrainer], ids=lambda cls: cls.__name__)
 def test_network_compiles_into_one_graph(make_trainer, cls):
     trainer = make_trainer(cls, block=settings(), deep_supervision=False)
     torch._dynamo.reset()  # all aligned networks share one forward, which may be compiled eight times in a process
@@ -283,3 +283,46 @@ def test_one_encoder_per_modality_comes_from_medmap(make_trainer):
         make_trainer(MedMAPSMMLTrainer, block={"smml": {"light": False}})
     trainer = make_trainer(MedMAPSMMLTrainer, block={"medmap": {"placement": "encoders"}})
     assert [len(front.encoders) for front in fronts(trainer)] == [4, 4]
+
+
+# ---- distillation ----------------------------------------------------------------------------------------------------
+
+
+def test_teacher_is_trained_with_the_alignment_on_complete_input(make_trainer):
+    trainer = make_trainer(MedMAPTeacherTrainer, block={"medmap": {"weight": 0.3}})
+    content = batch(trainer)
+    step = trainer.compute_losses(content["data"], content["target"])
+    torch.testing.assert_close(step.total, step.terms["segmentation"] + 0.3 * step.terms["alignment"])
+    (front,) = fronts(trainer)
+    z = front.layers(content["data"]).unflatten(1, (4, -1))
+    torch.testing.assert_close(step.terms["alignment"], front.anchor.alignment(z, torch.ones(2, 4, dtype=torch.bool)))
+    torch.testing.assert_close(
+        step.terms["segmentation"], trainer.loss(trainer.network(content["data"]), content["target"])
+    )
+    without = make_trainer(MedMAPTeacherTrainer, block={"medmap": {"weight": 0}})
+    assert set(without.train_step(content)["terms"]) == {"segmentation"}
+
+
+def test_student_follows_the_teachers_probabilities(make_trainer):
+    block = {
+        "medmap": {"weight": 0.1, "kd": 0.5},
+        "distillation": {"ramp": 0, "fade": 0, "where": "everywhere"},
+    }
+    trainer = give_teacher(make_trainer(MedMAPKDTrainer, block=block))
+    trainer.on_train_epoch_start()
+    content = batch(trainer)
+    seen: list[Any] = []
+    trainer.network.register_forward_hook(lambda module, given, output: seen.append(output))
+    step = trainer.compute_losses(content["data"], content["target"])
+    theirs, ours = trainer.teacher(content["data"]).log_softmax(1), seen[0].logits[0].log_softmax(1)
+    expected = (theirs.exp() * (theirs - ours)).sum(1).mean()
+    torch.testing.assert_close(step.terms["kd"], expected)
+    torch.testing.assert_close(step.total, step.terms["segmentation"] + 0.5 * expected + 0.1 * step.terms["alignment"])
+
+
+def test_student_starts_from_the_aligned_teacher(make_trainer):
+    trainer = make_trainer(MedMAPKDTrainer)
+    teacher = state(make_trainer(MedMAPTeacherTrainer, seed=5).network)
+    trainer._start_from(teacher, "the teacher")
+    assert tiny.same(state(trainer.network), teacher)
+    assert trainer.configuration_manager.configuration[BLOCK]["medmap"]["kd"] == 1

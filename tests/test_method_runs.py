@@ -21,6 +21,7 @@ METHODS = {
     "MedMAP with MST-KDNet": ("MedMAPMSTKDTrainer", {}),
     "MedMAP with AdaMM": ("MedMAPAdaMMTrainer", {}),
     "MedMAP with SMML": ("MedMAPSMMLTrainer", {"smml.warmup": 0.0}),
+    "MedMAP, distilled": ("MedMAPKDTrainer", {}),
     "SMML": ("SMMLTrainer", {"smml.warmup": 0.0}),
     "SMML, one encoder per modality, one student after the other": (
         "SMMLTrainer",

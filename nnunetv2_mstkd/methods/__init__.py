@@ -4,8 +4,10 @@ from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTeacherTrainer, AdaMMTrain
 from nnunetv2_mstkd.methods.conditioned.trainer import ModalityConditionedTrainer
 from nnunetv2_mstkd.methods.medmap.trainer import (
     MedMAPAdaMMTrainer,
+    MedMAPKDTrainer,
     MedMAPMSTKDTrainer,
     MedMAPSMMLTrainer,
+    MedMAPTeacherTrainer,
     MedMAPTrainer,
 )
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrainer
@@ -20,8 +22,10 @@ __all__ = [
     "MSTKDTeacherTrainer",
     "MSTKDTrainer",
     "MedMAPAdaMMTrainer",
+    "MedMAPKDTrainer",
     "MedMAPMSTKDTrainer",
     "MedMAPSMMLTrainer",
+    "MedMAPTeacherTrainer",
     "MedMAPTrainer",
     "ModalityConditionedTrainer",
     "ModalityDropoutTrainer",

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 
+from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.methods.adamm.network import AdaptiveDesign
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTrainer
 from nnunetv2_mstkd.methods.medmap.network import Aligned, AlignedDesign
@@ -17,9 +18,11 @@ from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTrainer
 from nnunetv2_mstkd.methods.smml.network import MutualDesign, StudentDesign
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
+from nnunetv2_mstkd.training.base import TeacherTrainer
+from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import Settings
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.step import Losses, Term, active_terms
 
 _ALIGNMENT = "alignment"
 
@@ -79,6 +82,34 @@ class MedMAPTrainer(AlignmentMixin, ModalityDropoutTrainer):
 
     design = AlignedDesign()
     encoders = True
+
+
+class MedMAPTeacherTrainer(TeacherTrainer):
+    """The teacher of :class:`MedMAPKDTrainer`: the aligned network on complete input, with the alignment loss."""
+
+    design = AlignedDesign()
+
+    def compute_losses(self, data: torch.Tensor, target: Any, present: torch.Tensor | None = None) -> Losses:
+        weight = self.settings[MedMAPSettings].weight
+        if not weight:
+            return super().compute_losses(data, target, present)
+        output = self.network(data, complete=data)
+        segmentation = self.loss(output.logits, target)
+        terms = {"segmentation": segmentation, _ALIGNMENT: output.alignment}
+        return Losses(segmentation + weight * output.alignment, terms)
+
+
+class MedMAPKDTrainer(AlignmentMixin, DistillationTrainer):
+    """MedMAP's distillation: a student that is aligned too, and follows the probabilities of an aligned teacher."""
+
+    design = AlignedDesign()
+    encoders = True
+    teacher_trainer = MedMAPTeacherTrainer
+    logit_terms = ("kd",)
+
+    def make_terms(self) -> tuple[Term, ...]:
+        divergence = functools.partial(self.compare_logits, soft_label_divergence)
+        return (*active_terms(Term("kd", self.settings[MedMAPSettings].kd, divergence)), *super().make_terms())
 
 
 class MedMAPMSTKDTrainer(AlignmentMixin, MSTKDTrainer):
