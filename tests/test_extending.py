@@ -89,6 +89,33 @@ def test_properties_of_the_example(call, tmp_path):
     )
 
 
+def test_medmap_fits_before_the_example(call, tmp_path):
+    code = re.search(r"### MedMAP in front of it\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    test = """
+import pytest
+from matching.trainer import MatchingTrainer
+from nnunetv2_mstkd import testing
+
+CODE
+
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+def test_both(check, tmp_path):
+    block = {"medmap": {"weight": 0}} if check is testing.check_no_leak else {}
+    check(MedMAPMatchingTrainer, tmp_path, block=block)
+
+def test_terms(tmp_path):
+    with testing.nnunet_folders(tmp_path):
+        trainer = testing.give_teacher(testing.make_trainer(MedMAPMatchingTrainer))
+        trainer.on_train_epoch_start()
+        terms = trainer.train_step(testing.batch(trainer))["terms"]
+        assert set(terms) == {"segmentation", "matching", "alignment"} and terms["alignment"] > 0
+"""
+    file = tmp_path / "test_both.py"
+    file.write_text(test.replace("CODE", code))
+    done = call("pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, file)
+    assert f"{len(testing.CHECKS) + 1} passed" in done
+
+
 @pytest.mark.parametrize(
     ("code", "problem"),
     [

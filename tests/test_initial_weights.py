@@ -160,7 +160,7 @@ def test_every_trainer_starts_from_a_plain_network(start, name, block, residual)
         getattr(methods, name), NAMES, [NAMES[number] for number in order], block=block, residual=residual
     )
     own, first = trainer.network.state_dict(), STEM if residual else WEIGHT
-    prefixes = ("students.0.", "students.1.") if name == "SMMLTrainer" else ("",)
+    prefixes = ("students.0.", "students.1.") if "SMML" in name else ("",)
     replaced = any(part in key for key in own for part in SKIPPED) and not own.keys() >= {first}
     permuted = [order.index(channel) for channel in range(4)]
     for prefix in prefixes:

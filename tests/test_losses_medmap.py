@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nnunetv2_mstkd.methods.medmap.losses import gaussian_alignment, mixture_alignment, renormalized_weights
+from nnunetv2_mstkd.methods.medmap.losses import (
+    gaussian_alignment,
+    leave_one_out_weights,
+    mixture_alignment,
+    renormalized_weights,
+)
 
 GRIDS = {"2d": (6, 5), "3d": (4, 3, 5)}
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -122,6 +127,103 @@ def test_weights_are_convex_and_renormalised_for_each_sample():
     available = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 1], [1, 0, 0, 0]], dtype=torch.bool)
     expected = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0, 1 / 3, 0, 2 / 3], [1, 0, 0, 0]])
     torch.testing.assert_close(renormalized_weights(weights, available), expected)
+
+
+# ---- weights that learn ----------------------------------------------------------------------------------------------
+
+PRESENT = torch.tensor([[1, 1, 1, 1], [1, 0, 1, 1], [0, 1, 1, 0], [0, 0, 1, 0]], dtype=torch.bool)
+
+
+def test_own_share_is_fixed_and_the_others_are_renormalised():
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    found = leave_one_out_weights(weights, PRESENT)
+    for sample, row in enumerate(PRESENT.tolist()):
+        there = [m for m in range(4) if row[m]]
+        for m in there:
+            others = {k: float(weights[k]) for k in there if k != m}
+            expected = torch.zeros(4)
+            expected[m] = 1 / len(there)
+            for k, weight in others.items():
+                expected[k] = (1 - 1 / len(there)) * weight / sum(others.values())
+            torch.testing.assert_close(found[sample, m], expected)
+            assert found[sample, m].sum() == pytest.approx(1)
+
+
+@each_grid
+@pytest.mark.parametrize("normalize", [True, False])
+def test_leave_one_out_is_the_error_of_imputation(grid, normalize):
+    """((n - 1) / n)^2 / 2 times the squared error of each modality's prediction from the others, value and gradient."""
+    results = []
+    for written in (False, True):
+        z = features(4, grid, batch=4).requires_grad_()
+        raw = torch.linspace(-1, 1, 4).requires_grad_()
+        w = raw.softmax(0)
+        if written:
+            x, space = z, tuple(range(3, z.ndim))
+            if normalize:
+                x = (z - z.mean(space, keepdim=True)) / (z.var(space, keepdim=True, unbiased=False) + 1e-5).sqrt()
+            loss = torch.zeros(())
+            for sample, row in enumerate(PRESENT.tolist()):
+                there = [m for m in range(4) if row[m]]
+                for m in there if len(there) > 1 else []:
+                    others = [k for k in there if k != m]
+                    mean = sum(w[k] * x[sample, k] for k in others) / sum(w[k] for k in others)
+                    error = (x[sample, m] - mean).square().mean()
+                    loss = loss + 0.5 * (1 - 1 / len(there)) ** 2 * error / len(there) / 4
+        else:
+            loss = mixture_alignment(z, leave_one_out_weights(w, PRESENT), PRESENT, normalize=normalize)
+        loss.backward()
+        results.append((loss, z.grad, raw.grad))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    assert results[0][2].abs().max() > 1e-3
+
+
+@each_count
+def test_with_equal_weights_the_anchor_is_the_mean(count):
+    z = features(count, (5, 4))
+    rows = leave_one_out_weights(torch.ones(count), everyone(z))
+    torch.testing.assert_close(rows, torch.full_like(rows, 1 / count))
+    torch.testing.assert_close(mixture_alignment(z, rows, everyone(z)), mixture_alignment(z, uniform(z), everyone(z)))
+
+
+def learned(anchor: str, noise: list[float], *, normalize: bool, steps: int = 300) -> list[float]:
+    """Weights after Adam on the alignment alone: one signal, and independent noise of these deviations."""
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(2, 1, 4, 12, 12, 12, generator=generator)
+    z = signal + torch.stack([torch.randn(2, 4, 12, 12, 12, generator=generator) * sigma for sigma in noise], 1)
+    raw = torch.zeros(len(noise), requires_grad=True)
+    optimizer = torch.optim.Adam([raw], lr=0.05)
+    choose = {"star": renormalized_weights, "leave_one_out": leave_one_out_weights}[anchor]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        mixture_alignment(z, choose(raw.softmax(0), everyone(z)), everyone(z), normalize=normalize).backward()
+        optimizer.step()
+    return raw.detach().softmax(0).tolist()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("count", [3, 4])
+def test_weights_leave_an_outlier_and_keep_the_others(count, normalize):
+    *others, outlier = learned("leave_one_out", [*[0.5] * (count - 1), 3.0], normalize=normalize)
+    assert outlier < 0.1
+    assert min(others) > 0.8 / (count - 1) and max(others) < 1.2 / (count - 1)
+
+
+def test_weights_of_like_modalities_stay_near_uniform():
+    assert learned("leave_one_out", [0.5] * 4, normalize=True) == pytest.approx([0.25] * 4, abs=0.02)
+
+
+def test_weights_become_the_precisions():
+    noise = [0.5, 1.0, 0.5, 1.0]
+    precisions = [1 / sigma**2 for sigma in noise]
+    expected = [precision / sum(precisions) for precision in precisions]
+    assert learned("leave_one_out", noise, normalize=False) == pytest.approx(expected, abs=0.02)
+
+
+def test_weights_of_one_mixture_for_all_do_not_learn():
+    """Why the released form's anchor is in effect the mean."""
+    assert learned("star", [0.5, 0.5, 0.5, 3.0], normalize=True) == pytest.approx([0.25] * 4, abs=1e-4)
 
 
 def test_modality_alignment_bounds_every_subset():

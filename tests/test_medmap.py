@@ -24,9 +24,12 @@ FRONTS = {
     "encoders, all stages": {"placement": "encoders", "stages": "all", "width": 0.3},
 }
 ANCHORS = {
-    "star": {},
-    "star as it is": {"normalize": False},
-    "star, detached": {"detach_anchor": True},
+    "leave one out": {},
+    "leave one out, as it is": {"normalize": False},
+    "leave one out, detached": {"detach_anchor": True},
+    "star": {"anchor": "star"},
+    "star as it is": {"anchor": "star", "normalize": False},
+    "star, detached": {"anchor": "star", "detach_anchor": True},
     "fixed": {"anchor": "fixed", "fixed_channel": 1},
     "gaussian": {"anchor": "gaussian"},
     "normal": {"anchor": "normal"},
@@ -78,6 +81,16 @@ def test_absent_features_are_not_in_the_imputation():
     for value in (float("nan"), 1e30):
         z[:, 1] = value
         assert torch.equal(anchor(z, available), wanted)
+
+
+def test_star_is_one_mixture_for_all():
+    z, present = torch.randn(2, 3, 2, 5, 5), torch.tensor([[1, 1, 1], [1, 0, 1]], dtype=torch.bool)
+    weights, expected = torch.tensor([-1.0, 0.0, 1.0]).softmax(0), 0.0
+    for sample, row in enumerate(present):
+        mean = (weights[row, None, None, None] * z[sample, row]).sum(0) / weights[row].sum()
+        expected += 0.25 * (z[sample, row] - mean).square().mean()
+    torch.testing.assert_close(anchor_of(anchor="star", normalize=False).alignment(z, present), expected)
+    assert anchor_of(normalize=False).alignment(z, present) != expected
 
 
 def test_the_gaussian_starts_as_miro_does():
@@ -225,6 +238,7 @@ def test_class_builds_the_network_for_prediction(make_trainer, cls, front):
 @each_trainer
 def test_network_compiles_into_one_graph(make_trainer, cls, front):
     trainer = make_trainer(cls, block={**NO_TERMS, **medmap(**front)}, deep_supervision=False)
+    torch._dynamo.reset()  # all aligned networks share one forward, which may be compiled eight times in a process
     compiled = torch.compile(trainer.network, backend="eager", fullgraph=True)
     data = batch(trainer)["data"]
     masked = modalities.mask_modalities(data, SUBSETS[3:5])

@@ -11,7 +11,7 @@ import SimpleITK as sitk
 import torch
 from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, in_this_process, train
 
-from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import cli, methods
 from nnunetv2_mstkd.nnunet import checkpoints
 
 METHODS = {
@@ -19,6 +19,9 @@ METHODS = {
     "MedMAP, one encoder per modality": ("MedMAPTrainer", {"medmap.placement": "encoders"}),
     "MedMAP, learned Gaussian": ("MedMAPTrainer", {"medmap.anchor": "gaussian"}),
     "MedMAP with MST-KDNet": ("MedMAPMSTKDTrainer", {}),
+    "MedMAP with AdaMM": ("MedMAPAdaMMTrainer", {}),
+    "MedMAP with SMML": ("MedMAPSMMLTrainer", {"smml.warmup": 0.0}),
+    "MedMAP, distilled": ("MedMAPKDTrainer", {}),
     "SMML": ("SMMLTrainer", {"smml.warmup": 0.0}),
     "SMML, one encoder per modality, one student after the other": (
         "SMMLTrainer",
@@ -46,6 +49,9 @@ def predict_with_nnunet(model: Path, images: Path, output: Path) -> None:
 def test_train_validate_and_predict_with_absent_files(models, tmp_path, trainer, settings):
     settings = {**TINY, "schedule.epochs": 1, **settings}
     add_configuration(models.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+    teacher = getattr(getattr(methods, trainer), "teacher_trainer", methods.MSTKDTeacherTrainer).__name__
+    if not models.fold(teacher).is_dir():
+        train(teacher)
     train(trainer, validate=True)
     fold = models.fold(trainer)
     assert (fold / "validation" / "summary.json").is_file()
@@ -55,7 +61,7 @@ def test_train_validate_and_predict_with_absent_files(models, tmp_path, trainer,
 
     # prediction has the model folder and nothing else
     shutil.rmtree(models.preprocessed)
-    shutil.rmtree(models.fold("MSTKDTeacherTrainer").parent)
+    shutil.rmtree(models.fold(teacher).parent)
     given, filled = tmp_path / "given", tmp_path / "filled"
     given.mkdir()
     for case, absent in ABSENT.items():
@@ -73,7 +79,7 @@ def test_train_validate_and_predict_with_absent_files(models, tmp_path, trainer,
         assert set(np.unique(ours)) <= {0, 1, 2, 3}
         assert np.array_equal(ours, stock)
 
-    if trainer != "SMMLTrainer":
+    if not trainer.endswith("SMMLTrainer"):
         assert cli.main(["predict", *arguments, *quick, "--student", "1"]) == 2
         return
     assert cli.main(["predict", *arguments, *quick, "--student", "3"]) == 2

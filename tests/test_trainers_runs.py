@@ -92,7 +92,7 @@ def test_older_log_without_a_term_is_padded(models):
     "trainer",
     [
         *("MSTKDTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer"),
-        *("MedMAPTrainer", "MedMAPMSTKDTrainer", "SMMLTrainer"),
+        *("MedMAPTrainer", "MedMAPMSTKDTrainer", "MedMAPSMMLTrainer", "SMMLTrainer"),
     ],
 )
 def test_resumed_training_equals_uninterrupted_one(models, trainer):

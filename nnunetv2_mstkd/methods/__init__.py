@@ -2,7 +2,14 @@
 
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTeacherTrainer, AdaMMTrainer
 from nnunetv2_mstkd.methods.conditioned.trainer import ModalityConditionedTrainer
-from nnunetv2_mstkd.methods.medmap.trainer import MedMAPMSTKDTrainer, MedMAPTrainer
+from nnunetv2_mstkd.methods.medmap.trainer import (
+    MedMAPAdaMMTrainer,
+    MedMAPKDTrainer,
+    MedMAPMSTKDTrainer,
+    MedMAPSMMLTrainer,
+    MedMAPTeacherTrainer,
+    MedMAPTrainer,
+)
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrainer
 from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
 from nnunetv2_mstkd.training.base import FullModalityTrainer
@@ -14,7 +21,11 @@ __all__ = [
     "FullModalityTrainer",
     "MSTKDTeacherTrainer",
     "MSTKDTrainer",
+    "MedMAPAdaMMTrainer",
+    "MedMAPKDTrainer",
     "MedMAPMSTKDTrainer",
+    "MedMAPSMMLTrainer",
+    "MedMAPTeacherTrainer",
     "MedMAPTrainer",
     "ModalityConditionedTrainer",
     "ModalityDropoutTrainer",

@@ -50,6 +50,8 @@ class UNetPlan:
     """Output channels K: segmentation heads."""
     deep_supervision: bool = False
     """Whether the decoder returns logits of every stage."""
+    modality_features: int = 1
+    """Channels per modality that the U-Net reads: more than 1 behind a stem."""
 
     @classmethod
     def of(
@@ -95,13 +97,12 @@ class UNetPlan:
             tuple(grids),
         )
 
-    def replace(self, *, num_modalities: int | None = None, widths: Sequence[int] | None = None) -> UNetPlan:
-        """Return a copy with other input channels or other channels per stage."""
+    def replace(self, *, widths: Sequence[int] | None = None, **changes: int) -> UNetPlan:
+        """Return a copy with other channels per stage, ``num_modalities`` or ``modality_features``."""
         kwargs = dict(self.architecture_kwargs)
         if widths is not None:
             kwargs["features_per_stage"] = list(widths)
-        channels = self.num_modalities if num_modalities is None else num_modalities
-        return dataclasses.replace(self, architecture_kwargs=kwargs, num_modalities=channels)
+        return dataclasses.replace(self, architecture_kwargs=kwargs, **changes)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise InputError if the plans name neither a PlainConvUNet nor a ResidualEncoderUNet."""
@@ -121,7 +122,7 @@ class UNetPlan:
             self.architecture_class,
             dict(self.architecture_kwargs),
             self.requires_import,
-            self.num_modalities,
+            self.num_modalities * self.modality_features,
             self.num_outputs,
             allow_init=True,
             deep_supervision=self.deep_supervision,

@@ -14,7 +14,7 @@ from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
 from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target, with_logits
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
 from nnunetv2_mstkd.training.step import Term, active_terms
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
@@ -72,19 +72,15 @@ class DistillationTrainer(ModalityDropoutTrainer):
         weight = self.settings[DistillationSettings].soft_labels
         return active_terms(Term(SOFT_LABELS, weight, partial(self.compare_logits, soft_label_divergence)))
 
-    def active(self, *names: str) -> list[str]:
-        """Return those of the names that are terms with a weight above 0."""
-        return [term.name for term in self.terms if term.name in names]
-
     def forward_options(self) -> dict[str, Any]:
         """Return what the active terms ask of a forward pass, as keyword arguments of both networks."""
         return {}
 
     def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
-        return self.network(inputs, **self.forward_options())
+        return with_logits(self.run_network(inputs, complete, **self.forward_options()))
 
     def forward_teacher(self, complete: torch.Tensor) -> Any:
-        return self.teacher(complete, **self.forward_options())
+        return with_logits(self.teacher(complete, **self.forward_options()))
 
     def compare_logits(
         self, loss: Callable[..., torch.Tensor], student: Any, teacher: Any, target: Target, **options: Any

@@ -52,6 +52,11 @@ class Segmentation(NamedTuple):
     """(B, K, *spatial), or a list of these, finest first, under deep supervision."""
 
 
+def with_logits(output: Any) -> Any:
+    """Return what a network returned, as a NamedTuple with ``logits``."""
+    return output if hasattr(output, "logits") else Segmentation(output)
+
+
 class ModalityDropoutTrainer(SettingsTrainer):
     """Each sample of a training batch keeps a random non-empty subset of its modalities; nothing else changes.
 
@@ -213,7 +218,11 @@ class ModalityDropoutTrainer(SettingsTrainer):
         ``inputs`` is the batch (B, C, *spatial) with absent modalities zero; nothing of ``complete``, the same batch
         with all modalities, may reach the logits.
         """
-        return Segmentation(self.network(inputs))
+        return with_logits(self.run_network(inputs, complete))
+
+    def run_network(self, inputs: torch.Tensor, complete: torch.Tensor, **options: Any) -> Any:
+        """Call the network in :meth:`forward_student`; a mixin may give it ``complete``, for terms that read it."""
+        return self.network(inputs, **options)
 
     def forward_teacher(self, complete: torch.Tensor) -> Any:
         """Run the teacher on complete input, under no_grad."""
@@ -284,6 +293,10 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return section.weight * self.rise(section.ramp)
 
     # ---- terms ---------------------------------------------------------------------------------------------------
+
+    def active(self, *names: str) -> list[str]:
+        """Return those of the names that are terms with a weight above 0."""
+        return [term.name for term in self.terms if term.name in names]
 
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """Return how much each voxel counts in the logit terms, (B, 1, *spatial); None: all alike."""

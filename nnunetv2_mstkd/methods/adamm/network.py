@@ -134,15 +134,21 @@ class AdaptiveUNet(AvailabilityAware):
         return [part for part in parts if part is not None]
 
     def forward(
-        self, x: torch.Tensor, *, return_features: bool = False, return_style: bool = False
+        self,
+        x: torch.Tensor,
+        *,
+        availability: torch.Tensor | None = None,
+        return_features: bool = False,
+        return_style: bool = False,
     ) -> torch.Tensor | list[torch.Tensor] | Features:
         """Segment a batch (B, C, *spatial) whose absent modalities are zero, as the plans' network does.
 
         With ``return_features`` the result is :class:`Features`, with ``return_style`` its style maps too.
+        ``availability``, bool (B, C), says which modalities there are where ``x`` is not the image.
         """
         selection = partial = None
         if self.subsets is not None or self.refinement is not None:
-            availability = self.available(x)
+            availability = self.available(x) if availability is None else availability
             partial = (~availability.all(1)).float()
             selection = None if self.subsets is None else self.subsets(availability)
         stem = getattr(self.encoder, "stem", None)

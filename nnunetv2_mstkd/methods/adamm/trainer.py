@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,6 +14,7 @@ from nnunetv2_mstkd.methods.adamm.network import AdaptiveDesign, Features, Plain
 from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.base import TeacherTrainer
+from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.modality_dropout import Target
 from nnunetv2_mstkd.training.step import Term, active_terms
@@ -35,7 +36,7 @@ class AdaMMTrainer(DistillationTrainer):
     ``reliability``), on a network with adapters per subset and graph refinement (GARM). Every part can be switched off.
     """
 
-    design = AdaptiveDesign()
+    design: ClassVar[NetworkDesign | None] = AdaptiveDesign()
     teacher_trainer = AdaMMTeacherTrainer
     logit_terms = ("consistency",)
     feature_terms = ("content", "style", "adversarial")

@@ -69,9 +69,14 @@ class ConditionedUNet(AvailabilityAware):
                     setattr(module, name, replaced[child])
         self.norms = list(replaced.values())
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """Segment a batch (B, C, *spatial) whose absent modalities are zero, as the plans' network does."""
-        absence = self.available(x).float() - 1
+    def forward(
+        self, x: torch.Tensor, *, availability: torch.Tensor | None = None
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Segment a batch (B, C, *spatial) whose absent modalities are zero, as the plans' network does.
+
+        ``availability``, bool (B, C), says which modalities there are where ``x`` is not the image.
+        """
+        absence = (self.available(x) if availability is None else availability).float() - 1
         for norm in self.norms:
             norm.absence = absence
         return self.decoder(self.encoder(x))

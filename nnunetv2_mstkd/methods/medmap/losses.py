@@ -3,7 +3,8 @@
 With q_m the distribution of modality m's features, P the anchor and w_m the modalities' weights, the sum over m of
 w_m KL(q_m || P) equals JS_w({q_m}) + KL(sum_m w_m q_m || P): to align every modality bounds the divergence of every
 subset's mixture at once, and over all anchors the sum is smallest for the mixture itself. That argument is this
-package's reading of the paper's title; its own proof was not available.
+package's reading of the paper's title; its own proof was not available. The losses here, like the released code, count
+every modality alike: weighted by w_m, the sum would be smallest with all weight on one modality.
 """
 
 from __future__ import annotations
@@ -22,6 +23,21 @@ def renormalized_weights(weights: torch.Tensor, available: torch.Tensor) -> torc
     return kept / kept.sum(1, keepdim=True)
 
 
+def leave_one_out_weights(weights: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """Anchor of each modality from the others: float32, (B, C, C), one convex mixture per row.
+
+    Row m of a case with n modalities has its own share fixed at 1/n, and ``(n - 1)/n w_k / sum_{l != m} w_l`` for each
+    other present modality k. With equal weights every row is the mean; with no other modality the anchor is z_m itself.
+
+    Arguments are those of :func:`renormalized_weights`.
+    """
+    own = torch.eye(present.shape[1], dtype=torch.bool, device=present.device)
+    others = torch.where(present[:, None] & ~own, weights.float(), 0.0)
+    others = others / others.sum(2, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    share = 1 / present.sum(1).float()[:, None, None]
+    return torch.where(own, share, (1 - share) * others)
+
+
 def mixture_alignment(
     features: torch.Tensor,
     weights: torch.Tensor,
@@ -30,23 +46,29 @@ def mixture_alignment(
     normalize: bool = True,
     detach_anchor: bool = False,
 ) -> torch.Tensor:
-    """Squared distance of every modality's features to their weighted mean.
+    """Squared distance of every modality's features to a weighted mean of all.
 
-    ``L = 1/2 mean over b and present m of MSE(z_m, sum_n w_n z_n)``, MSE the mean over channels and positions. With a
-    weight for each modality this is the alignment to P*_mix of MedMAP (arXiv 2408.09465; its released code divides the
-    sum of four MSEs by 8, which is the same); with weight 1 for one modality k it is the alignment to P^k_mix. The 1/2
-    makes it KL(N(z_m, I) || N(p, I)).
+    ``L = 1/2 mean over b and present m of MSE(z_m, sum_n w_mn z_n)``, MSE the mean over channels and positions. With
+    the same weights w_n for all m this is the alignment to P*_mix of MedMAP (arXiv 2408.09465; its released code
+    divides the sum of four MSEs by 8, which is the same); with weight 1 for one modality k it is the alignment to
+    P^k_mix. The 1/2 makes it KL(N(z_m, I) || N(p, I)).
+
+    Weights common to all m learn nothing from this loss: the plain mean minimises it. Those of
+    :func:`leave_one_out_weights` do. It is then ``((n - 1)/n)^2`` times the error of imputing each modality from the
+    others, so that weights move away from a modality that tells little about them; for independent errors of variance
+    s_k^2 the minimum is the precision-weighted mean, w_k proportional to 1 / s_k^2. A modality's own share does not
+    depend on the weights, so that no weight can win by predicting itself.
 
     Changed against the released code: z is standardised over space first (``normalize``), because otherwise shrinking
     all features minimises the loss; the mean goes over the modalities that a training case has. Distances come from the
-    C x C inner products, (e_m - w)^T G (e_m - w), so that nothing of the features' size is kept but the features.
+    C x C inner products, (e_m - w_m)^T G (e_m - w_m), so that nothing of the features' size is kept but the features.
 
     Parameters
     ----------
     features
         F channels of each of C modalities, (B, C, F, *spatial).
     weights
-        Weights of the anchor, (B, C); each row sums to 1.
+        Weights of one anchor for all modalities, (B, C), or of one for each, (B, C, C); each row sums to 1.
     present
         Modalities that take part, bool (B, C); no row is all False.
     normalize
@@ -77,9 +99,9 @@ def mixture_alignment(
             cross = cross * scale[..., None] * other[..., None, :]
             inner = inner * other[..., None] * other[..., None, :]
             own = own * scale.square()
-        w = weights.float()[:, None]  # (B, 1, C), the same for all channels
-        mixture = (inner @ w[..., None]).squeeze(-1).mul(w).sum(-1, keepdim=True)
-        distance = own - 2 * (cross @ w[..., None]).squeeze(-1) + mixture
+        w = (weights[:, None] if weights.ndim == 2 else weights).float()[:, None]  # (B, 1, 1 or C, C)
+        mixture = (w @ inner).mul(w).sum(-1)
+        distance = own - 2 * cross.mul(w).sum(-1) + mixture
         return 0.5 * _mean_over_present(distance.mean(1), present)
 
 

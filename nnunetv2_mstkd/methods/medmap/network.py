@@ -1,15 +1,16 @@
 """MedMAP on nnU-Net: per-modality features aligned to an anchor, absent ones imputed from the others.
 
-Two placements (arXiv 2408.09465 and its two released fragments): a grouped stem in front of the unchanged plans'
-network, or one encoder per modality. Both are a *front*, a module between the image and the network's encoder, so that
-either fits in front of the plain U-Net and of the one with a multi-scale transformer.
+Two placements (arXiv 2408.09465 and its two released fragments): a grouped stem in front of the unchanged network, or
+one encoder per modality. Both are a *front*, a module between the image and the network's encoder.
+:class:`AlignedDesign` puts one in front of the network of another design, :func:`align` in front of any network.
 """
 
 from __future__ import annotations
 
-from collections import namedtuple
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from dynamic_network_architectures.building_blocks.helper import get_matching_instancenorm
@@ -18,15 +19,18 @@ from torch import nn
 from torch.nn import functional
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.methods.medmap.losses import gaussian_alignment, mixture_alignment, renormalized_weights
+from nnunetv2_mstkd.methods.medmap.losses import (
+    gaussian_alignment,
+    leave_one_out_weights,
+    mixture_alignment,
+    renormalized_weights,
+)
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
-from nnunetv2_mstkd.methods.mstkd.network import Features, MultiScaleTransformerUNet, TransformerDesign
-from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
-from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign, first_weights
-from nnunetv2_mstkd.training.settings import Section, Settings
+from nnunetv2_mstkd.training.settings import Settings
 
 MAX_STEM_FEATURES = 4
 """Channels per modality of the stem at most, unless the settings say more."""
@@ -35,26 +39,30 @@ VARIANCE_START = 0.1
 VARIANCE_FLOOR = 1e-5
 """Of the learned Gaussian anchor, as in MIRO (Cha et al., ECCV 2022)."""
 
+Network = TypeVar("Network", bound=nn.Module)
+
 
 class Aligned(NamedTuple):
-    """What a training step reads from the plain network."""
+    """What a network behind an aligning front returns if it is given the complete batch."""
 
-    logits: torch.Tensor | list[torch.Tensor]
-    """What the plans' network returns: (B, K, *spatial), or a list of these under deep supervision."""
+    output: Any
+    """What the network itself returns."""
     alignment: torch.Tensor
     """Scalar alignment loss, mean over the aligned stages."""
 
-
-AlignedFeatures = namedtuple("AlignedFeatures", (*Features._fields, "alignment"))  # type: ignore[misc]
-"""What a training step reads from MST-KDNet's network behind an aligning front."""
+    @property
+    def logits(self) -> Any:
+        """Logits (B, K, *spatial), or a list of these under deep supervision."""
+        return getattr(self.output, "logits", self.output)
 
 
 class ModalityAnchor(nn.Module):
     """Anchor of one stage of features (B, C, F, *grid): the modalities' weights, the alignment loss, and imputation.
 
-    ``star`` is the weighted mean of all modalities (P*_mix), ``fixed`` one modality (P^k_mix), ``gaussian`` a learned
-    Gaussian per channel, ``normal`` the standard normal distribution. ``normalize`` and ``detach_anchor`` act on
-    ``star`` and ``fixed`` only: for standardised features the other two would be constant.
+    ``leave_one_out`` is a mixture for each modality whose weights learn from the others, ``star`` the weighted mean of
+    all modalities (P*_mix), ``fixed`` one modality (P^k_mix), ``gaussian`` a learned Gaussian per channel, ``normal``
+    the standard normal distribution. ``normalize`` and ``detach_anchor`` do not act on the last two, which would be
+    constant for standardised features.
     """
 
     fixed: torch.Tensor
@@ -97,6 +105,8 @@ class ModalityAnchor(nn.Module):
         weights = self.fixed.expand(len(z), -1)
         if self.anchor == "star":
             weights = renormalized_weights(self.weights, present)
+        elif self.anchor == "leave_one_out":
+            weights = leave_one_out_weights(self.weights, present)
         return mixture_alignment(z, weights, present, normalize=self.normalize, detach_anchor=self.detach_anchor)
 
 
@@ -166,110 +176,126 @@ class AlignedEncoders(nn.Module):
 Front: TypeAlias = AlignedStem | AlignedEncoders
 
 
-class _AlignedInput(AvailabilityAware):
-    """What both networks share: which modalities there are, and the front's answer."""
+class AlignedNetwork(AvailabilityAware):
+    """Mixin: a network whose encoder reads an aligning front instead of the image; see :func:`align`."""
 
     front: Front
+    takes_availability: bool
 
-    def enter(self, x: torch.Tensor, complete: torch.Tensor | None) -> tuple[Any, torch.Tensor | None]:
-        """Input of the encoder, and the alignment loss if the complete batch is given."""
-        available = self.available(x)
-        if complete is None:
-            return self.front(x, available)[0], None
-        # a patch without any voxel counts as complete: its logits must not read what is in the others
-        anything = x.flatten(1).any(1).reshape(-1, *[1] * (x.ndim - 1))
-        complete = torch.where(anything, complete, x)
-        y, aligned = self.front(complete, available)
-        present = modalities.known_availability(complete)
-        return y, torch.stack([anchor.alignment(z, present) for anchor, z in aligned]).mean()
+    def forward(
+        self,
+        x: torch.Tensor,
+        availability: torch.Tensor | None = None,
+        *,
+        complete: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        """Segment a batch (B, C, *spatial) whose absent modalities are zero, as the network does without a front.
 
-
-class MedMAPUNet(_AlignedInput):
-    """The plans' U-Net behind an aligning front; ``encoder`` may be the fusion of one encoder per modality."""
-
-    def __init__(self, front: Front, encoder: nn.Module, decoder: nn.Module) -> None:
-        super().__init__()
-        self.front, self.encoder, self.decoder = front, encoder, decoder
-
-    def forward(self, x: torch.Tensor, *, complete: torch.Tensor | None = None):
-        """Segment a batch (B, C, *spatial) whose absent modalities are zero, as the plans' network does.
-
-        With ``complete``, the same batch with all modalities, the result is an :class:`Aligned`. Its logits are those
-        of ``x`` alone: what ``x`` lacks is encoded, but replaced by the imputation.
+        Parameters
+        ----------
+        availability
+            What is known of the cases; None: the attribute ``availability``.
+        complete
+            The same batch with all modalities. The result is then :class:`Aligned`. Its logits are those of ``x``
+            alone: what ``x`` lacks is encoded, but replaced by the imputation.
+        options
+            Further arguments of the network.
         """
-        y, alignment = self.enter(x, complete)
-        logits = self.decoder(self.encoder(y))
-        return logits if alignment is None else Aligned(logits, alignment)
+        available = modalities.known_availability(x, self.availability if availability is None else availability)
+        if complete is not None:
+            # a patch without any voxel counts as complete: its logits must not read what is in the others
+            anything = x.flatten(1).any(1).reshape(-1, *[1] * (x.ndim - 1))
+            complete = torch.where(anything, complete, x)
+        y, aligned = self.front(x if complete is None else complete, available)
+        if self.takes_availability:
+            options["availability"] = available
+        output = super().forward(y, **options)
+        if complete is None:
+            return output
+        present = modalities.known_availability(complete)
+        return Aligned(output, torch.stack([anchor.alignment(z, present) for anchor, z in aligned]).mean())
 
 
-class MedMAPTransformerUNet(MultiScaleTransformerUNet, _AlignedInput):
-    """MST-KDNet's network behind an aligning front."""
+@functools.cache
+def _aligned_class(cls: type[nn.Module]) -> type[nn.Module]:
+    takes = "availability" in inspect.signature(cls.forward).parameters
+    return type(f"Aligned{cls.__name__}", (AlignedNetwork, cls), {"takes_availability": takes})
 
-    def __init__(self, front: Front, encoder: Any, decoder: Any, shape: UNetShape, section: NetworkSettings) -> None:
-        super().__init__(encoder, decoder, shape, section)
-        self.front = front
 
-    def forward(self, x: torch.Tensor, *, complete: torch.Tensor | None = None, **options: bool):
-        """Segment as MST-KDNet's network does; features with ``complete`` are :data:`AlignedFeatures`."""
-        y, alignment = self.enter(x, complete)
-        output: Any = super().forward(y, **options)
-        return output if alignment is None else AlignedFeatures._make((*output, alignment))
+def align(network: Network, front: Front) -> Network:
+    """Put a front before a network and return it, as an :class:`AlignedNetwork` that is also of its own class.
+
+    All attributes and names in the state dict stay, and the front is ``front``. As with PyTorch's ``fully_shard`` the
+    object changes its class. ``forward`` takes the image first; if it has an argument ``availability``, it gets which
+    modalities each sample has, bool (B, C), which cannot be seen in the front's output.
+    """
+    network.front = front
+    network.__class__ = _aligned_class(type(network))  # type: ignore[assignment, arg-type]
+    return network
 
 
 class AlignedDesign(NetworkDesign):
-    """The plans' U-Net behind an aligning front."""
+    """The network of another design behind an aligning front.
 
-    sections: ClassVar[tuple[type[Section], ...]] = (MedMAPSettings,)
+    Parameters
+    ----------
+    inner
+        Design of the network; default: the plans' U-Net.
+    """
+
+    def __init__(self, inner: NetworkDesign | None = None) -> None:
+        self.inner = NetworkDesign() if inner is None else inner
+        self.sections = (*self.inner.sections, MedMAPSettings)  # type: ignore[misc]
 
     def check(self, plan: UNetPlan, settings: Settings, names: Sequence[str]) -> None:
-        super().check(plan, settings, names)
+        self.inner.check(plan, settings, names)
         section, last = settings[MedMAPSettings], len(names) - 1
         expected = f"a channel number of the data set: 0 ... {last} ({', '.join(names)})"
         section.require((section.fixed_channel or 0) <= last, "fixed_channel", expected)
 
     def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
         """``features``: half of the planned finest width for all modalities, so that the stem stays cheap beside it."""
+        settings = self.inner.resolve(settings, plan, names)
         if settings[MedMAPSettings].features is not None:
             return settings
         features = plan.shape.widths[0] // (2 * plan.num_modalities)
         return settings.replace(MedMAPSettings, features=max(1, min(MAX_STEM_FEATURES, features)))
 
     def build(self, plan: UNetPlan, settings: Settings) -> Any:
-        return MedMAPUNet(*self.parts(plan, settings[MedMAPSettings]))
-
-    def parts(self, plan: UNetPlan, section: MedMAPSettings) -> tuple[Front, Any, Any]:
-        """Build front, encoder and decoder."""
+        section = settings[MedMAPSettings]
+        front: Front
         if section.placement == "stem":
-            unet = plan.replace(num_modalities=plan.num_modalities * (section.features or 1)).build()
-            return AlignedStem(unet.encoder, plan.num_modalities, section), unet.encoder, unet.decoder
-        encoders, fusion, decoder = build_modality_encoders(plan, section.width)
-        first: Any = encoders[0]
-        return AlignedEncoders(encoders, first.output_channels, section), fusion, decoder
-
-    def input_weights(self, network: Any) -> list[torch.Tensor]:
-        """Those of the U-Net's first convolution behind a stem that gives every modality one channel."""
-        front, weights = network.front, first_weights(network)
-        fits = isinstance(front, AlignedStem) and weights[0].shape[1] == front.num_modalities
-        return weights if fits else []
-
-    def modality_weights(self, network: Any) -> list[torch.Tensor]:
-        """The front, and what reads its features: the U-Net's first convolution, or the fusion."""
-        stem = isinstance(network.front, AlignedStem)
-        return [*network.front.parameters(), *(first_weights(network) if stem else network.encoder.parameters())]
-
-
-class AlignedTransformerDesign(AlignedDesign):
-    """MST-KDNet's network behind an aligning front."""
-
-    transformer = TransformerDesign()
-    sections: ClassVar[tuple[type[Section], ...]] = (*TransformerDesign.sections, *AlignedDesign.sections)
-
-    def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
-        return self.transformer.resolve(super().resolve(settings, plan, names), plan, names)
-
-    def build(self, plan: UNetPlan, settings: Settings) -> MedMAPTransformerUNet:
-        parts = self.parts(plan, settings[MedMAPSettings])
-        return MedMAPTransformerUNet(*parts, plan.shape, settings[NetworkSettings])
+            network = self.inner.build(plan.replace(modality_features=section.features or 1), settings)
+            front = AlignedStem(network.encoder, plan.num_modalities, section)
+        else:
+            network = self.inner.build(plan, settings)
+            encoders, network.encoder, network.decoder = build_modality_encoders(plan, section.width)
+            widths: Any = encoders[0].output_channels
+            front = AlignedEncoders(encoders, widths, section)
+        align(network, front)
+        if type(self.inner) is NetworkDesign:  # front first: checkpoints keep the optimiser's state by position
+            for name in ("encoder", "decoder"):
+                module = getattr(network, name)
+                delattr(network, name)
+                setattr(network, name, module)
+        return network
 
     def added_modules(self, network: Any) -> list[nn.Module]:
-        return self.transformer.added_modules(network)
+        return self.inner.added_modules(network)
+
+    def translate(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return self.inner.translate(weights)
+
+    def input_weights(self, network: Any) -> list[torch.Tensor]:
+        """The inner network's; without its first convolution unless a stem gives that one channel per modality."""
+        first, weights = first_weights(network), self.inner.input_weights(network)
+        if isinstance(network.front, AlignedStem) and first[0].shape[1] == network.front.num_modalities:
+            return weights
+        return [weight for weight in weights if weight is not first[0]]
+
+    def modality_weights(self, network: Any) -> list[torch.Tensor]:
+        """The front, what reads its features (first convolution or fusion), and the inner network's."""
+        stem = isinstance(network.front, AlignedStem)
+        reading = first_weights(network) if stem else network.encoder.parameters()
+        return [*network.front.parameters(), *reading, *self.inner.modality_weights(network)]

@@ -25,19 +25,22 @@ class MedMAPSettings(Section):
     stages: Literal["ends", "all"] = "ends"
     """Stages that are aligned and imputed with one encoder per modality: ``ends`` (the first and the bottleneck) or
     ``all``. At the others an absent modality is zero."""
-    anchor: Literal["star", "fixed", "gaussian", "normal"] = "star"
-    """``star``: learned convex mixture of all modalities; ``fixed``: one modality; ``gaussian``: a learned Gaussian per
-    channel; ``normal``: the standard normal distribution. Absent modalities are imputed from the mixture of the
-    available ones in any case."""
+    anchor: Literal["leave_one_out", "star", "fixed", "gaussian", "normal"] = "leave_one_out"
+    """``leave_one_out``: for each modality a convex mixture whose weights learn to predict it from the others;
+    ``star``: one mixture for all, the released form, in effect the mean; ``fixed``: one modality; ``gaussian``: a
+    learned Gaussian per channel; ``normal``: the standard normal distribution. Absent modalities are imputed from the
+    weighted mean of the available ones in any case."""
     fixed_channel: Annotated[int, Range(0)] | None = None
     """Channel number of the modality that is the anchor; with anchor ``fixed`` only."""
     weight: Weight = 0.1
     """Weight of the alignment loss. No value is published; this one is ours."""
+    kd: Weight = 1.0
+    """Weight of the divergence from the teacher's probabilities; ``MedMAPKDTrainer`` only."""
     normalize: bool = True
-    """Standardise features over space before they are compared (``star`` and ``fixed``), so that they cannot align by
-    shrinking."""
+    """Standardise features over space before they are compared (not ``gaussian`` and ``normal``), so that they cannot
+    align by shrinking."""
     detach_anchor: bool = False
-    """No gradient to the features of the anchor (``star`` and ``fixed``); its learned weights still get one."""
+    """No gradient to the features of the anchor (not ``gaussian`` and ``normal``); its weights still get one."""
 
     def check(self) -> None:
         self.require(

@@ -1,51 +1,138 @@
-"""MedMAP on nnU-Net: modalities aligned to one anchor distribution, absent ones imputed; alone and with MST-KDNet."""
+"""MedMAP on nnU-Net: modalities aligned to an anchor, absent ones imputed; alone and with other methods."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections import namedtuple
+from typing import Any, ClassVar
 
 import torch
 
-from nnunetv2_mstkd.methods.medmap.network import AlignedDesign, AlignedTransformerDesign
+from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
+from nnunetv2_mstkd.methods.adamm.network import AdaptiveDesign
+from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTrainer
+from nnunetv2_mstkd.methods.medmap.network import Aligned, AlignedDesign
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
+from nnunetv2_mstkd.methods.mstkd.network import TransformerDesign
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTrainer
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
+from nnunetv2_mstkd.methods.smml.network import MutualDesign, StudentDesign
+from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
+from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
+from nnunetv2_mstkd.training.base import TeacherTrainer
+from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import Settings
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.step import Losses, Term, active_terms
+
+_ALIGNMENT = "alignment"
 
 
-def alignment_term(settings: Settings) -> tuple[Term, ...]:
-    """The alignment loss, which the network computes while it segments; none with weight 0."""
-    weight = settings[MedMAPSettings].weight
-    return active_terms(
-        Term("alignment", weight, lambda student, teacher, target: student.alignment, needs_teacher=False)
-    )
+@functools.cache
+def _with_alignment(kind: Any) -> Any:
+    return namedtuple(f"Aligned{kind.__name__}", (*kind._fields, _ALIGNMENT))  # type: ignore
 
 
-class MedMAPTrainer(ModalityDropoutTrainer):
+def join(output: Any) -> Any:
+    """One NamedTuple of what terms read: the fields of the network's output, and ``alignment``.
+
+    ``output`` is an :class:`Aligned`, or a tuple of these, one per student.
+    """
+    if not isinstance(output, Aligned):
+        return tuple(join(student) for student in output)
+    fields = with_logits(output.output)
+    kind: Any = type(fields)
+    return _with_alignment(kind)._make((*fields, output.alignment))
+
+
+class AlignmentMixin(ModalityDropoutTrainer):
+    """Adds MedMAP's alignment loss to another trainer: name it before that trainer, among the bases.
+
+    The class needs ``design = AlignedDesign(...)`` around the other trainer's design. The alignment reads the complete
+    training batch; the logits read the subset alone.
+    """
+
+    encoders: ClassVar[bool] = False
+    """Whether the front may also be one encoder per modality: the network then has ``encoder`` and ``decoder`` and
+    calls ``encoder`` as a whole."""
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        section = settings[MedMAPSettings]
+        expected = f'"stem" with {cls.__name__}, whose network keeps its encoder'
+        section.require(section.placement == "stem" or cls.encoders, "placement", expected)
+
+    def make_terms(self) -> tuple[Term, ...]:
+        weight = self.settings[MedMAPSettings].weight
+        term = Term(_ALIGNMENT, weight, lambda student, teacher, target: student.alignment, needs_teacher=False)
+        return (*super().make_terms(), *active_terms(term))
+
+    def run_network(self, inputs: torch.Tensor, complete: torch.Tensor, **options: Any) -> Any:
+        if not self.active(_ALIGNMENT):
+            return super().run_network(inputs, complete, **options)
+        return join(self.network(inputs, complete=complete, **options))
+
+
+class MedMAPTrainer(AlignmentMixin, ModalityDropoutTrainer):
     """MedMAP: "Promoting Incomplete Multi-modal Brain Tumor Segmentation with Alignment", arXiv 2408.09465.
 
     Segmentation loss on a random subset, plus ``medmap.weight`` times the distance of every modality's features to the
-    anchor. The alignment reads the complete training batch; the logits read the subset alone.
+    anchor.
     """
 
     design = AlignedDesign()
+    encoders = True
+
+
+class MedMAPTeacherTrainer(TeacherTrainer):
+    """The teacher of :class:`MedMAPKDTrainer`: the aligned network on complete input, with the alignment loss."""
+
+    design = AlignedDesign()
+
+    def compute_losses(self, data: torch.Tensor, target: Any, present: torch.Tensor | None = None) -> Losses:
+        weight = self.settings[MedMAPSettings].weight
+        if not weight:
+            return super().compute_losses(data, target, present)
+        output = self.network(data, complete=data)
+        segmentation = self.loss(output.logits, target)
+        terms = {"segmentation": segmentation, _ALIGNMENT: output.alignment}
+        return Losses(segmentation + weight * output.alignment, terms)
+
+
+class MedMAPKDTrainer(AlignmentMixin, DistillationTrainer):
+    """MedMAP's distillation: a student that is aligned too, and follows the probabilities of an aligned teacher."""
+
+    design = AlignedDesign()
+    encoders = True
+    teacher_trainer = MedMAPTeacherTrainer
+    logit_terms = ("kd",)
 
     def make_terms(self) -> tuple[Term, ...]:
-        return alignment_term(self.settings)
-
-    def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
-        return self.network(inputs, complete=complete)
+        divergence = functools.partial(self.compare_logits, soft_label_divergence)
+        return (*active_terms(Term("kd", self.settings[MedMAPSettings].kd, divergence)), *super().make_terms())
 
 
-class MedMAPMSTKDTrainer(MSTKDTrainer):
+class MedMAPMSTKDTrainer(AlignmentMixin, MSTKDTrainer):
     """MST-KDNet whose student has an aligning front; the teacher is MST-KDNet's own."""
 
-    design = AlignedTransformerDesign()
+    design = AlignedDesign(TransformerDesign())
+    encoders = True
 
-    def make_terms(self) -> tuple[Term, ...]:
-        return (*super().make_terms(), *alignment_term(self.settings))
 
-    def forward_student(self, inputs: torch.Tensor, complete: torch.Tensor) -> Any:
-        aligned = {"complete": complete} if self.active("alignment") else {}
-        return self.network(inputs, **self.forward_options(), **aligned)
+class MedMAPAdaMMTrainer(AlignmentMixin, AdaMMTrainer):
+    """AdaMM whose student has an aligning stem; the teacher is AdaMM's own."""
+
+    design = AlignedDesign(AdaptiveDesign())
+
+
+class MedMAPSMMLTrainer(AlignmentMixin, SMMLTrainer):
+    """SMML whose students each have an aligning front."""
+
+    design = MutualDesign(AlignedDesign(StudentDesign()))
+    encoders = True
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        expected = 'true with this trainer; for one encoder per modality set medmap.placement to "encoders"'
+        settings[SMMLSettings].require(settings[SMMLSettings].light, "light", expected)

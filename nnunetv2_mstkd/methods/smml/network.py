@@ -64,6 +64,7 @@ class MutualNet(AvailabilityAware):
         other: torch.Tensor | None = None,
         other_availability: torch.Tensor | None = None,
         student: int | None = None,
+        **options: Any,
     ):
         """Segment a batch (B, C, *spatial) whose absent modalities are zero.
 
@@ -75,6 +76,8 @@ class MutualNet(AvailabilityAware):
             The modalities of ``other``, bool (B, C); None: those that are not zero.
         student
             Run this one, 0 or 1, alone.
+        options
+            Further arguments of the students, with ``other`` or ``student``.
 
         Returns
         -------
@@ -82,9 +85,10 @@ class MutualNet(AvailabilityAware):
         ``other`` a pair of :class:`StudentOutput`, with ``student`` one.
         """
         if student is not None:
-            return self.students[student](x, self.availability)
+            return self.students[student](x, self.availability, **options)
         if other is not None:
-            return self.students[0](x, self.availability), self.students[1](other, other_availability)
+            second = self.students[1](other, other_availability, **options)
+            return self.students[0](x, self.availability, **options), second
         if self.student is not None:
             return self.students[self.student - 1](x, self.availability).logits
         first, second = (member(x, self.availability).logits for member in self.students)
@@ -93,22 +97,43 @@ class MutualNet(AvailabilityAware):
         return (first + second) / 2
 
 
-class MutualDesign(NetworkDesign):
-    """The network of SMML."""
+class StudentDesign(NetworkDesign):
+    """One student."""
 
     sections: ClassVar[tuple[type[Section], ...]] = (SMMLSettings,)
 
-    def build(self, plan: UNetPlan, settings: Settings) -> MutualNet:
+    def build(self, plan: UNetPlan, settings: Settings) -> Student:
         section = settings[SMMLSettings]
-        students = []
-        for _ in range(2):
-            if section.light:
-                unet = plan.build()
-                students.append(Student(unet.encoder, unet.decoder))
-            else:
-                encoders, fusion, decoder = build_modality_encoders(plan, section.width)
-                students.append(Student(fusion, decoder, encoders))
-        return MutualNet(students)
+        if section.light:
+            unet = plan.build()
+            return Student(unet.encoder, unet.decoder)
+        encoders, fusion, decoder = build_modality_encoders(plan, section.width)
+        return Student(fusion, decoder, encoders)
+
+    def input_weights(self, network: Any) -> list[torch.Tensor]:
+        return first_weights(network) if network.modality_encoders is None else []
+
+    def modality_weights(self, network: Any) -> list[torch.Tensor]:
+        """With one encoder per modality: these, and the fusion of their features."""
+        encoders = network.modality_encoders
+        return [] if encoders is None else [*encoders.parameters(), *network.encoder.parameters()]
+
+
+class MutualDesign(NetworkDesign):
+    """The network of SMML: two students of one design."""
+
+    def __init__(self, student: NetworkDesign | None = None) -> None:
+        self.student = StudentDesign() if student is None else student
+        self.sections = self.student.sections  # type: ignore[misc]
+
+    def check(self, plan: UNetPlan, settings: Settings, names: Sequence[str]) -> None:
+        self.student.check(plan, settings, names)
+
+    def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
+        return self.student.resolve(settings, plan, names)
+
+    def build(self, plan: UNetPlan, settings: Settings) -> MutualNet:
+        return MutualNet([self.student.build(plan, settings) for _ in range(2)])
 
     def translate(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Give the weights of a plain U-Net to both students.
@@ -120,11 +145,7 @@ class MutualDesign(NetworkDesign):
         return {f"students.{number}.{name}": value for number in range(2) for name, value in weights.items()}
 
     def input_weights(self, network: Any) -> list[torch.Tensor]:
-        plain = (student for student in network.students if student.modality_encoders is None)
-        return [weight for student in plain for weight in first_weights(student)]
+        return [weight for student in network.students for weight in self.student.input_weights(student)]
 
     def modality_weights(self, network: Any) -> list[torch.Tensor]:
-        """With one encoder per modality: these, and the fusion of their features."""
-        split = [student for student in network.students if student.modality_encoders is not None]
-        modules = [module for student in split for module in (student.modality_encoders, student.encoder)]
-        return [weight for module in modules for weight in module.parameters()]
+        return [weight for student in network.students for weight in self.student.modality_weights(student)]

@@ -182,20 +182,20 @@ class SMMLTrainer(ModalityDropoutTrainer):
             # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
             torch.clear_autocast_cache()
             with self.conditioned_on(subsets[0]):
-                first = self.network(inputs[0], student=0)
+                first = self.run_network(inputs[0], data, student=0)
             loss, terms = self._student_loss(0, first, peer, target, label, priors[0])
             with torch.autocast(self.device.type, enabled=False):
                 self.backward(loss)
             # without its graph, whose memory is free then
             first = StudentOutput(finest(first.logits).detach(), first.bottleneck.detach())
             with self.conditioned_on(subsets[1]):
-                second = self.network(inputs[1], student=1)
+                second = self.run_network(inputs[1], data, student=1)
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss.detach() + other_loss
         else:
             known = subsets[1].to(self.device, non_blocking=True)
             with self.conditioned_on(subsets[0]):
-                first, second = self.network(inputs[0], other=inputs[1], other_availability=known)
+                first, second = self.run_network(inputs[0], data, other=inputs[1], other_availability=known)
             loss, terms = self._student_loss(0, first, second, target, label, priors[0])
             other_loss, other_terms = self._student_loss(1, second, first, target, label, priors[1])
             total = loss + other_loss
@@ -222,6 +222,9 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 own.bottleneck, peer.bottleneck.detach(), peer_logits, label.label, **heads
             )
             total = total + smml.feature * terms["feature"]
+        for term in self.terms:
+            terms[term.name] = term.function(own, None, label)
+            total = total + term.weight * terms[term.name]
         if prior is not None:
             refined = self.refine[number](prior, logits, regions=self.label_manager.has_regions)
             loss = self.loss if isinstance(own.logits, torch.Tensor) else self.loss.loss  # without deep supervision
