@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -35,12 +35,10 @@ def commands(page: Path) -> list[str]:
     return [line for line in found if re.match("mstkd [a-z-]+( |$)", line) and "…" not in line and "..." not in line]
 
 
-def test_settings_page_is_made_from_the_settings():
-    file = ROOT / "documentation" / "make_settings_page.py"
-    spec = importlib.util.spec_from_file_location("make_settings_page", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.page() == module.PAGE.read_text(encoding="utf-8"), "run python documentation/make_settings_page.py"
+@pytest.mark.parametrize("script", ["make_settings_page.py", "make_metrics_page.py"])
+def test_generated_pages_are_current(script):
+    module = runpy.run_path(str(ROOT / "documentation" / script))
+    assert module["page"]() == module["PAGE"].read_text(encoding="utf-8"), f"run python documentation/{script}"
 
 
 @each_page
