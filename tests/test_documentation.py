@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import cli, methods
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / "documentation", ROOT / "nnunetv2_mstkd", ROOT / "benchmarks"]
@@ -39,6 +39,19 @@ def commands(page: Path) -> list[str]:
 def test_generated_pages_are_current(script):
     module = runpy.run_path(str(ROOT / "documentation" / script))
     assert module["page"]() == module["PAGE"].read_text(encoding="utf-8"), f"run python documentation/{script}"
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 1100
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 100] == []
+
+
+def test_trainers_page_lists_every_trainer():
+    page = (ROOT / "documentation" / "trainers.md").read_text(encoding="utf-8")
+    assert [name for name in methods.__all__ if f"`{name}`" not in page] == []
 
 
 @each_page
