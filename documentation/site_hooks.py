@@ -5,6 +5,7 @@ The method cards, CONTRIBUTING.md and others stay where a code host shows them; 
 
 from __future__ import annotations
 
+import json
 import posixpath
 import re
 import runpy
@@ -82,7 +83,25 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     commands = runpy.run_path(str(HERE / "make_commands_page.py"))["page"]()
     files.append(File.generated(config, "reference/commands.md", content=commands))
     files.append(File.generated(config, "reference/api.md", content=API))
+    files.append(File.generated(config, "tutorial.md", content=notebook(HERE / "tutorial.ipynb")))
     return files
+
+
+def notebook(file: Path) -> str:
+    """A notebook with its outputs as a page."""
+    parts = []
+    for cell in json.loads(file.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            found = output.get("data", {"text/plain": output.get("text", "")})
+            if "image/png" in found:
+                parts.append(f'<img src="data:image/png;base64,{"".join(found["image/png"]).strip()}" alt="output">')
+            elif "text/html" in found:
+                parts.append("".join(found["text/html"]))
+            else:
+                parts.append(f"```text\n{''.join(found['text/plain']).rstrip()}\n```")
+    return "\n\n".join(parts)
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
