@@ -35,7 +35,12 @@ from nnunetv2_mstkd.nnunet.preprocessing import identifiers
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
-from nnunetv2_mstkd.training.initial_weights import ChannelMatch, checkpoint_modalities, match_channels
+from nnunetv2_mstkd.training.initial_weights import (
+    ChannelMatch,
+    checkpoint_modalities,
+    copies_for_encoders,
+    match_channels,
+)
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
@@ -440,11 +445,12 @@ class SettingsTrainer(nnUNetTrainer):
             self.print_to_log_file(f"weights were already loaded (-pretrained_weights); not starting from {source}")
             return
         network, design = self.plain_network, self.design or NetworkDesign()
-        weights = design.translate(weights)
+        weights, own_names = design.translate(weights), modalities.modality_names(self.dataset_json)
+        match = ChannelMatch(own_names, own_names if names is None else names)
+        copies = copies_for_encoders(network, weights, match.sources)
         if names is not None:
-            match = ChannelMatch(modalities.modality_names(self.dataset_json), names)
             weights = match_channels(network, design, weights, match)
-        loaded, kept = checkpoints.load_matching(network, weights)
+        loaded, kept = checkpoints.load_matching(network, {**weights, **copies})
         counts = f"{len(loaded)} tensors loaded, {len(kept)} kept their initial value"
         self.print_to_log_file(f"started from {source}: {counts}")
         if names is not None:

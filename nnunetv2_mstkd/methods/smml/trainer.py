@@ -36,8 +36,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
     network. The other's side of a constraint is detached, so that one backward pass serves both. Refinement networks
     and prior stay outside the network: a trained model predicts without them.
 
-    With ``schedule.init_from`` a plain U-Net starts both students. Equal at first, they become different because every
-    step shows them different subsets.
+    With ``schedule.init_from`` a plain U-Net starts both students, and every modality's encoder of its width. Equal at
+    first, they become different because every step shows them different subsets.
     """
 
     design = MutualDesign()
