@@ -53,7 +53,7 @@ from nnunetv2_mstkd.training.settings import (
     Settings,
     TeacherSettings,
 )
-from nnunetv2_mstkd.training.step import Losses, LossMonitor
+from nnunetv2_mstkd.training.step import Losses, LossMonitor, Target
 
 
 class SettingsTrainer(nnUNetTrainer):
@@ -67,6 +67,8 @@ class SettingsTrainer(nnUNetTrainer):
     """Sections of the settings that this trainer reads, besides those of its network's design."""
     design: ClassVar[NetworkDesign | None] = None
     """How the network is made from the plans; None: nnU-Net's own way, whatever the plans name."""
+    logs_terms: bool = False
+    """Whether the terms of the loss are logged by name."""
 
     def __init__(
         self,
@@ -236,6 +238,17 @@ class SettingsTrainer(nnUNetTrainer):
     def clip_groups(self) -> list[torch.nn.Module]:
         """Return the modules whose gradients are clipped to a norm of 12 (nnU-Net's), each separately."""
         return [self.network]
+
+    def read_target(self, target: torch.Tensor) -> Target:
+        """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
+        labels = self.label_manager
+        if labels.has_regions:
+            valid = ~target[:, -1:].bool() if labels.has_ignore_label else None
+            label = target[:, :-1] if labels.has_ignore_label else target
+            return Target(label, label.bool().any(1, keepdim=True), valid)
+        valid = target != labels.ignore_label if labels.has_ignore_label else None
+        label = target if valid is None else torch.where(valid, target, 0)
+        return Target(label, label > 0, valid)
 
     def after_step(self, losses: Losses) -> None:
         """Override for what follows the optimiser's step, such as an adversary's own."""
@@ -513,6 +526,22 @@ class SettingsTrainer(nnUNetTrainer):
                 f"checkpoint with --c"
             )
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        if self.logs_terms:
+            names = list(train_outputs[0]["terms"])
+            means = np.mean([[output["terms"][name] for name in names] for output in train_outputs], 0)
+            self.log_terms(dict(zip(names, np.mean(self._gather(means), 0).tolist(), strict=True)))
+
+    def _gather(self, value: Any) -> list[Any]:
+        """This process's value, or those of all processes of a multi-GPU training."""
+        everyone = [value] * (dist.get_world_size() if self.is_ddp else 1)
+        if self.is_ddp:
+            dist.all_gather_object(everyone, value)
+        return everyone
+
+    def log_terms(self, values: dict[str, float]) -> None:
+        """One line in the log file, one entry in nnU-Net's logger."""
+        self.term_log.log(values, self.current_epoch)
+        self.print_to_log_file("terms: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def on_epoch_end(self) -> None:
         if self.local_rank == 0:

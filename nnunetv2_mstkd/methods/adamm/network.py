@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.adamm.adapters import MIN_HIDDEN, AdapterBank, SubsetIndex
 from nnunetv2_mstkd.methods.adamm.graph_refinement import GraphRefinement
 from nnunetv2_mstkd.methods.adamm.presence_gate import PresenceGate
-from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings, AdaMMTeacherSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import decode
 from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
@@ -247,7 +248,9 @@ class AdaptiveDesign(NetworkDesign):
 
 
 class PlainDesign(NetworkDesign):
-    """The teacher's network: the plans' own, able to return the features of its encoder."""
+    """The teacher's network: the plans' own, which can return its encoder's features, and may have a presence head."""
+
+    sections: ClassVar[tuple[type[Section], ...]] = (AdaMMTeacherSettings,)
 
     def build(self, plan: UNetPlan, settings: Settings) -> AdaptiveUNet:
-        return AdaptiveUNet(plan, PARTS_OFF)
+        return AdaptiveUNet(plan, replace(PARTS_OFF, presence=settings[AdaMMTeacherSettings].presence))

@@ -16,7 +16,7 @@ from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
@@ -25,7 +25,7 @@ from nnunetv2_mstkd.training.settings import (
     SettingsError,
     UnlabelledSettings,
 )
-from nnunetv2_mstkd.training.step import Losses
+from nnunetv2_mstkd.training.step import Losses, Target
 
 
 class SMMLTrainer(ModalityDropoutTrainer):
