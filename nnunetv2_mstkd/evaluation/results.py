@@ -39,6 +39,11 @@ COLUMNS: Mapping[str, str] = {
 }
 """Name and meaning of the columns, in the order of the file. Further columns are kept but not used."""
 
+SCORE, IN_REFERENCE = "presence", "in_reference"
+PRESENCE_COLUMNS = (FOLD, CASE, SUBSET, REGION, SCORE, IN_REFERENCE)
+"""Columns of ``presence.csv``: ``presence`` is the stated probability that the case has any voxel of the region,
+``in_reference`` whether its reference has one."""
+
 KEY = (MODEL, TRAINER, FOLD, CASE, SUBSET, REGION, METRIC)
 """No two rows agree in all of these columns."""
 

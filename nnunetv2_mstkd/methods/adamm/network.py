@@ -178,13 +178,13 @@ class AdaptiveUNet(AvailabilityAware):
     def conditioned(
         self, availability: torch.Tensor, label_manager: Any, student: int | None = None
     ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
-        """With ``adamm.gate`` above 0 the function that finishes the logits (S, K, *spatial) of a case deletes from
-        them what the presence head has not seen in any of its patches."""
-        if self.gate > 0 and self.presence is not None:
+        """What finishes the logits (S, K, *spatial) of a case knows what the presence head has seen in its patches;
+        with ``adamm.gate`` above 0 it deletes from them what the head has not seen in any."""
+        if self.presence is not None:
             self._gate = PresenceGate(self.gate, label_manager, availability.device)
         try:
             with super().conditioned(availability, label_manager) as unchanged:
-                yield unchanged if self._gate is None else self._gate.apply
+                yield unchanged if self._gate is None else self._gate
         finally:
             self._gate = None
 
