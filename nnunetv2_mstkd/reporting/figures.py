@@ -185,17 +185,18 @@ def similarity_maps(table: pd.DataFrame) -> Figure:
             part = table[table["stage"] == stage]
             values = part.pivot(index="first", columns="second", values=kind).loc[subsets, subsets].to_numpy(float)
             axis.set_facecolor("0.8")
-            image = axis.imshow(values, cmap="vlag", vmin=-1, vmax=1)
+            image = axis.imshow(values, cmap="vlag", vmin=-1, vmax=1, aspect="auto")
             sizes = np.abs(values[off_diagonal])
             sizes = sizes[np.isfinite(sizes)]
-            title = f"{stage}: {sizes.mean():.3f}" if len(sizes) else f"{stage}: untrained"
+            title = f"{stage}, {'all weights' if kind == 'weights' else 'up · down'}: "
+            title += f"{sizes.mean():.3f}" if len(sizes) else "untrained"
             axis.set_title(title + (f" (chance {part['chance'].iloc[0]:.3f})" if kind == "weights" else ""), fontsize=7)
             axis.tick_params(length=0, labelsize=5)
             axis.set_xticks(range(len(subsets)), subsets, rotation=90)
             axis.set_yticks(range(len(subsets)), subsets)
-        row[0].set_ylabel({"weights": "all weights", "map": "up · down"}[kind], fontsize=8)
     assert image is not None
-    figure.colorbar(image, ax=axes.ravel().tolist(), label="cosine similarity", fraction=0.03, pad=0.02)
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), label="cosine similarity", fraction=0.03, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
     return figure
 
 
