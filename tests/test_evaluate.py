@@ -25,11 +25,12 @@ from evaluate_inputs import (
     write_dataset,
 )
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from predict_inputs import CHANNELS, files, read, trainer_class, write, write_case, write_model
+from predict_inputs import CHANNELS, SHAPE, files, read, trainer_class, write, write_case, write_model
 
 from nnunetv2_mstkd import cli, modalities
 from nnunetv2_mstkd.evaluation import run as run_module
 from nnunetv2_mstkd.evaluation.montage import Montage, choose_view, read_montage
+from nnunetv2_mstkd.evaluation.results import PRESENCE_COLUMNS
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.nnunet.model import load_predictor
 from nnunetv2_mstkd.statistics.shapley import shapley_matrix
@@ -169,6 +170,33 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
         assert math.isclose(summary["loss_against_full_input"][region]["T1"]["dice"], loss, abs_tol=1e-12)
     near = summary["near_decision"]
     assert near["of"] == 3 * 15 * math.prod((14, 20, 18)) and 0 < near["voxels"] < near["of"]
+
+
+def test_stated_presence_is_written_for_each_case_and_subset(nnunet_folders, capsys):
+    model = write_model(trainer_class("AdaMMTrainer"), folds=(0, 1), labels=tiny.REGIONS)
+    write_dataset(model)
+    options = "--subsets", *FEW, "--disable_tta"
+    assert evaluate(model, *options, "--stack", "2") == 0
+    stated = pd.read_csv(model / "subsets" / "presence.csv")
+    assert list(stated.columns) == list(PRESENCE_COLUMNS)
+    assert len(stated) == 3 * 3 * 2 and stated["in_reference"].all() and stated["presence"].between(0, 1).all()
+    assert "Presence stated by the model" in (model / "subsets" / "report.html").read_text()
+    # what predict states of a case with these images, and what a continued evaluation keeps
+    folder = nnunet_folders / "in"
+    folder.mkdir()
+    for channel in (1, 3):
+        name = f"{CASES[0]}_{channel:04d}.nii.gz"
+        shutil.copy(nnunet_folders / "raw" / tiny.DATASET / "imagesTr" / name, folder / name)
+    for channel in (0, 2):  # the same crop as of complete cases
+        write(folder / f"{CASES[0]}_{channel:04d}.nii.gz", np.zeros(SHAPE, np.float32))
+    command = ["-i", str(folder), "-o", str(nnunet_folders / "out"), "-m", str(model), "-f", "0", "--disable_tta"]
+    assert cli.main(["predict", *command, "-device", "cpu", "-npp", "0", "-nps", "0"]) == 0
+    case = json.loads((nnunet_folders / "out" / "predictions.json").read_text())["cases"][CASES[0]]
+    rows = stated[(stated["case"] == CASES[0]) & (stated["subset"] == "T1+T3")]
+    assert dict(zip(rows["region"], rows["presence"], strict=True)) == pytest.approx(case["presence"], abs=2e-4)
+    before = (model / "subsets" / "presence.csv").read_bytes()
+    assert evaluate(model, *options) == 0
+    assert (model / "subsets" / "presence.csv").read_bytes() == before
 
 
 def test_predict_reads_the_expected_dice_from_the_summary(student):
@@ -377,13 +405,13 @@ def test_more_metrics_are_measured_on_request(student):
 
 def count_predictions(monkeypatch) -> list:
     seen = []
-    real = run_module.SubsetPredictor.logits
+    real = run_module.SubsetPredictor.predict
 
-    def logits(self, data, rows):
+    def predict(self, data, rows):
         seen.append(len(rows))
         return real(self, data, rows)
 
-    monkeypatch.setattr(run_module.SubsetPredictor, "logits", logits)
+    monkeypatch.setattr(run_module.SubsetPredictor, "predict", predict)
     return seen
 
 

@@ -230,13 +230,13 @@ def test_available_restricts_what_a_case_has(model, folder, nnunet_folders):
 @pytest.fixture
 def predicted(monkeypatch) -> list[int]:
     """The number of subsets of each call of the network's predictor."""
-    calls, real = [], SubsetPredictor.logits
+    calls, real = [], SubsetPredictor.predict
 
-    def logits(self, data, subsets):
+    def predict(self, data, subsets):
         calls.append(len(subsets))
         return real(self, data, subsets)
 
-    monkeypatch.setattr(SubsetPredictor, "logits", logits)
+    monkeypatch.setattr(SubsetPredictor, "predict", predict)
     return calls
 
 

@@ -30,7 +30,7 @@ def no_network(monkeypatch):
     def fail(*arguments):
         raise AssertionError("the network ran")
 
-    monkeypatch.setattr(SubsetPredictor, "logits", fail)
+    monkeypatch.setattr(SubsetPredictor, "predict", fail)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from report_inputs import CASES, EVIL, MODALITIES, RUN, montage, report, results, subsets
@@ -22,7 +23,9 @@ from nnunetv2_mstkd.evaluation.montage import (
     slice_images,
     write_montage,
 )
+from nnunetv2_mstkd.evaluation.results import PRESENCE_COLUMNS
 from nnunetv2_mstkd.reporting import pictures
+from nnunetv2_mstkd.reporting.tables import presence_table
 
 # ---- which slice ---------------------------------------------------------------------------------------------------
 
@@ -245,6 +248,22 @@ def test_layouts_of_subset_tables(tmp_path):
     assert first.count("<tr>") == 1 + 31 + 1 and "average" in first
     assert content.count('<details class="montage" open>') == 3 and wide.count('<details class="montage" open>') == 1
     assert wide.count("<h4>5 modalities</h4>") == 3 and "<h4>3 modalities</h4>" in wide
+
+
+def test_stated_presence_is_a_table_where_there_is_one(tmp_path, page):
+    assert "Presence stated by the model" not in " ".join(page.texts)
+    rows = [("0", case, "T1", "WT", score, case != "fine") for case, score in zip(CASES, (0.9, 0.8, 0.1), strict=True)]
+    rows += [("0", case, "FLAIR", EVIL, 0.5, True) for case in CASES]
+    stated = Page(report(tmp_path, presence=pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS))))
+    assert "Presence stated by the model" in " ".join(stated.texts)
+    assert "0.85 (n = 2) / 0.10 (n = 1)" in stated.texts and len(stated.all("script")) == 1
+
+
+def test_the_table_of_stated_presence():
+    rows = [("0", case, "T1", "WT", score, True) for case, score in (("a", 0.25), ("b", 0.75))]
+    rows.append(("0", "b", "T1+T2", "WT", 0.5, False))
+    table = presence_table(pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS)), ["T2", "T1", "T1+T2"])
+    assert table.values.tolist() == [["T1", "0.50 (n = 2) / -"], ["T1+T2", "- / 0.50 (n = 1)"]]
 
 
 def test_cases_stand_worst_first_with_the_numbers_to_sort_by(page):

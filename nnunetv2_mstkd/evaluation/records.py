@@ -13,7 +13,7 @@ import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_montage
-from nnunetv2_mstkd.evaluation.results import COLUMNS, read_object, subset_size
+from nnunetv2_mstkd.evaluation.results import COLUMNS, PRESENCE_COLUMNS, read_object, subset_size
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.images.atomic import write_json
 from nnunetv2_mstkd.nnunet.folders import check_file_name
@@ -84,7 +84,14 @@ class CaseRecords:
             return {}
         try:
             return {
-                subset: SubsetScore(_with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]))
+                subset: SubsetScore(
+                    _with_nan(entry["values"]),
+                    int(entry["near"]),
+                    int(entry["voxels"]),
+                    {region: (float(score), bool(there)) for region, (score, there) in entry["presence"].items()}
+                    if "presence" in entry
+                    else {},
+                )
                 for subset, entry in content["subsets"].items()
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -113,7 +120,12 @@ class CaseRecords:
         if not (self.folder / RUN).is_file():
             write_json(self.folder / RUN, self._run)  # not earlier: a run without results must not bind later ones
         subsets = {
-            subset: {"values": _without_nan(score.values), "near": score.near, "voxels": score.voxels}
+            subset: {
+                "values": _without_nan(score.values),
+                "near": score.near,
+                "voxels": score.voxels,
+                **({"presence": score.presence} if score.presence else {}),
+            }
             for subset, score in scores.items()
         }
         write_json(file, {"weights": self._weights[fold], "images": images, "subsets": subsets})
@@ -138,6 +150,21 @@ class CaseRecords:
                     for metric, value in values.items()
                 ]
         return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels)
+
+    def presence(self, cases: Iterable[tuple[str, str, Sequence[str]]]) -> pd.DataFrame:
+        """What the network says about presence, one row per case, subset and region.
+
+        Empty for a network without a presence head; ``cases`` as for :meth:`table`. The columns are
+        :data:`~nnunetv2_mstkd.evaluation.results.PRESENCE_COLUMNS`.
+        """
+        rows = [
+            (fold, case, subset, region, score, there)
+            for fold, case, subsets in cases
+            for subset, of_subset in self.load(fold, case).items()
+            if subset in subsets
+            for region, (score, there) in of_subset.presence.items()
+        ]
+        return pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS))
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
         return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"

@@ -58,6 +58,8 @@ class Measured:
     near: tuple[int, int] | None
     """Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone."""
     records: CaseRecords
+    presence: pd.DataFrame
+    """What the model's presence head says; see :meth:`CaseRecords.presence`. Empty without one."""
 
 
 @dataclass
@@ -131,14 +133,20 @@ class Evaluator:
             for fold, predictor in self.predictors.items():
                 cases = [each for each in self.unfinished if each.case.fold == fold]
                 self._evaluate(predictor, cases, preparing, scoring, bar)
+        evaluated = [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases]
         results, near = self.records.table(
-            [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases],
-            model=request.name or self.settings["folder"],
-            trainer=self.model.trainer_name,
+            evaluated, model=request.name or self.settings["folder"], trainer=self.model.trainer_name
         )
         # not in the records: cases may be added
         moved = {"moved_modalities": self.moved} if self.moved else {}
-        return Measured(results, self.rules, {**self.settings, **moved}, near if self.stack > 1 else None, self.records)
+        return Measured(
+            results,
+            self.rules,
+            {**self.settings, **moved},
+            near if self.stack > 1 else None,
+            self.records,
+            self.records.presence(evaluated),
+        )
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 
@@ -347,8 +355,9 @@ class Evaluator:
                 bar.set_description(f"fold {case.fold}, {case.name}")
                 each.show(slice_images(data, properties, view, predictor.plans_manager.transpose_forward))
                 rows = torch.tensor([self.subsets[subset] for subset in subsets])
-                for subset, logits in zip(subsets, stacked.logits(torch.from_numpy(data), rows), strict=True):
-                    measured = logits, properties, case.label, *model, self.rules, view
+                predicted = stacked.predict(torch.from_numpy(data), rows)
+                for subset, (logits, presence) in zip(subsets, predicted, strict=True):
+                    measured = logits, properties, case.label, *model, self.rules, view, presence
                     backlog.submit((each, subset), score_prediction, *measured)
                     # logits wait in memory for a free process
                     backlog.collect(processes + stacked.stack if processes else 0)

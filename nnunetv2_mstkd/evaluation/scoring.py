@@ -28,6 +28,7 @@ from nnunetv2_mstkd.metrics.conventions import (
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
+from nnunetv2_mstkd.nnunet.description import foreground_heads
 from nnunetv2_mstkd.nnunet.preprocessing import segment
 
 NEAR = 0.05
@@ -169,6 +170,9 @@ class SubsetScore:
     """Voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision)."""
     voxels: int
     """Voxels of the segmentation, in its original geometry."""
+    presence: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    """region -> probability of presence that the network states, and whether the reference has any voxel of it; empty
+    without a presence head."""
     slice: np.ndarray | None = field(default=None, compare=False)
     """The segmentation in the slice to show; None: none was requested, or the score was read from disk."""
 
@@ -182,6 +186,7 @@ def score_prediction(
     dataset_json: dict,
     rules: Rules,
     view: SliceView | None = None,
+    presence: np.ndarray | None = None,
 ) -> SubsetScore:
     """Resample logits with nnU-Net's exporter and measure the segmentation.
 
@@ -195,6 +200,8 @@ def score_prediction(
         The model, as for :func:`~nnunetv2_mstkd.evaluation.cases.prepare`, and what is measured.
     view:
         The slice to keep; None: none.
+    presence:
+        Probability that there is any voxel of each output channel, shape (K,); None: the network does not say.
     """
     counting = _CountingLabels(plans.get_label_manager(dataset_json))
     segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
@@ -203,7 +210,11 @@ def score_prediction(
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
     kept = None if view is None else view.cut(segmentation).astype(view.reference.dtype)
-    return SubsetScore(values, counting.near, segmentation.size, kept)
+    stated = {}
+    if presence is not None:
+        for region, head in foreground_heads(dataset_json).items():
+            stated[region] = float(presence[head]), bool(np.isin(reference, rules.regions[region]).any())
+    return SubsetScore(values, counting.near, segmentation.size, stated, kept)
 
 
 class _CountingLabels:

@@ -11,3 +11,6 @@ SUMMARY = "summary.json"
 
 TABLES = {"markdown": "tables.md", "latex": "tables.tex"}
 REPORT = "report.html"
+
+PRESENCE = "presence.csv"
+"""What the presence head of a model says of each case and subset, where it has one."""

@@ -45,11 +45,15 @@ class Prediction:
     expected_dice
         Mean Dice per region that an evaluation of the model found for these modalities; None without one. It describes
         the cases of that evaluation and is no confidence for this one.
+    presence
+        Probability, by name, that the case has any voxel of a label or region; None if the model has no presence head
+        (AdaMM has one).
     """
 
     segmentation: np.ndarray = field(repr=False)
     available: tuple[str, ...]
     expected_dice: Mapping[str, float] | None
+    presence: Mapping[str, float] | None
     _probabilities: Callable[[], np.ndarray] = field(repr=False)
     _save: Callable[[Path], None] = field(repr=False)
 
@@ -248,7 +252,7 @@ class Predictor:
             case = self._checked_case(images, Path(scratch))
             data, properties = preprocessing.preprocess_case(case, plans, configuration, model.dataset_json)
         try:
-            logits = predict_logits(model, data, case.availability, student=self.student)
+            logits, presence = predict_logits(model, data, case.availability, student=self.student)
         finally:
             free_memory(model.device)
         what = logits, properties, plans, configuration, model.label_manager
@@ -257,6 +261,7 @@ class Predictor:
             segmentation=as_written(segmentation, properties, reader),
             available=tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there),
             expected_dice=self.expected_dice.get(modalities.subset_code(case.availability)),
+            presence=presence,
             _probabilities=partial(preprocessing.probabilities, *what),
             _save=partial(preprocessing.write_segmentation, segmentation, properties, reader),
         )

@@ -77,8 +77,8 @@ class Record:
             if case.availability[channel] or channel in case.all_zero
         }
 
-    def add(self, case: Case) -> None:
-        """Note that the segmentation of a case is written."""
+    def add(self, case: Case, presence: Mapping[str, float] | None = None) -> None:
+        """Note that the segmentation of a case is written, and the probability of presence of labels or regions."""
         names = list(zip(self.names, case.availability, strict=True))
         entry: dict[str, Any] = {
             "subset": modalities.subset_name(case.availability, self.names),
@@ -90,6 +90,8 @@ class Record:
             entry["all_zero"] = [self.names[channel] for channel in case.all_zero]
         if self.expected:
             entry["expected_dice"] = self.expected.get(modalities.subset_code(case.availability))
+        if presence is not None:
+            entry["presence"] = {name: round(score, 4) for name, score in presence.items()}
         self.cases[case.name] = entry
         if time.monotonic() - self._saved >= SAVE_INTERVAL:
             self.save()

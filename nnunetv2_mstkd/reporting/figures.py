@@ -165,6 +165,41 @@ def differences_plot(
     return figure
 
 
+def similarity_maps(table: pd.DataFrame) -> Figure:
+    """Cosine similarity of adapters between subsets: a panel per stage, for all weights and for the linear map alone.
+
+    ``table`` has the columns stage, first, second, weights, map and chance. Titles have the mean size of the values off
+    the diagonal and, for weights, of a cosine between random ones. Grey: an adapter that is still zero.
+    """
+    subsets, stages = list(dict.fromkeys(table["first"])), list(dict.fromkeys(table["stage"]))
+    sides = [[stage for stage in stages if stage[0] == side] for side in dict.fromkeys(stage[0] for stage in stages)]
+    grid = [(kind, side) for kind in ("weights", "map") for side in sides]
+    columns, edge = max(map(len, sides)), 0.9 + 0.09 * len(subsets)
+    figure = _figure(1.6 + 0.06 * max(map(len, subsets)) + columns * edge, 0.8 + len(grid) * (edge + 0.35))
+    axes = figure.subplots(len(grid), columns, squeeze=False, sharex=True, sharey=True)
+    off_diagonal, image = ~np.eye(len(subsets), dtype=bool), None
+    for row, (kind, side) in zip(axes, grid, strict=True):
+        for axis in row[len(side) :]:
+            axis.set_visible(False)
+        for axis, stage in zip(row, side, strict=False):
+            part = table[table["stage"] == stage]
+            values = part.pivot(index="first", columns="second", values=kind).loc[subsets, subsets].to_numpy(float)
+            axis.set_facecolor("0.8")
+            image = axis.imshow(values, cmap="vlag", vmin=-1, vmax=1, aspect="auto")
+            sizes = np.abs(values[off_diagonal])
+            sizes = sizes[np.isfinite(sizes)]
+            title = f"{stage}, {'all weights' if kind == 'weights' else 'up · down'}: "
+            title += f"{sizes.mean():.3f}" if len(sizes) else "untrained"
+            axis.set_title(title + (f" (chance {part['chance'].iloc[0]:.3f})" if kind == "weights" else ""), fontsize=7)
+            axis.tick_params(length=0, labelsize=5)
+            axis.set_xticks(range(len(subsets)), subsets, rotation=90)
+            axis.set_yticks(range(len(subsets)), subsets)
+    assert image is not None
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), label="cosine similarity", fraction=0.03, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
     """Write a figure atomically, in the format of the file name's ending (png, pdf, svg)."""
     path = Path(path)

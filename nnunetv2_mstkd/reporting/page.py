@@ -31,7 +31,7 @@ from nnunetv2_mstkd.evaluation.results import (
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
 from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
-from nnunetv2_mstkd.reporting.tables import finding_tables, points, subset_content
+from nnunetv2_mstkd.reporting.tables import finding_tables, points, presence_table, subset_content
 from nnunetv2_mstkd.statistics.findings import Findings
 
 WIDE = 16
@@ -62,6 +62,7 @@ def html_report(
     figures: Mapping[str, Path],
     pictures: Pictures,
     *,
+    presence: pd.DataFrame | None = None,
     now: datetime | None = None,
 ) -> str:
     """The page as HTML.
@@ -77,6 +78,9 @@ def html_report(
         PNG files by their names in :data:`FIGURE_TITLES`.
     pictures:
         The cases that are pictured.
+    presence:
+        What the model's presence head says; see :class:`~nnunetv2_mstkd.evaluation.run.Measured`. None or empty: it has
+        none.
     now:
         Date of the page; default today.
     """
@@ -98,6 +102,7 @@ def html_report(
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
         summaries=list(finding_tables(findings)),
+        presence=None if presence is None or presence.empty else presence_table(presence, findings.subsets),
         figures=[
             {"name": name.removesuffix(".png"), "title": title, "source": file_uri(figures[name])}
             for name, title in FIGURE_TITLES.items()

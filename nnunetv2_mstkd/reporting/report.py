@@ -13,7 +13,7 @@ from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE,
 from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.images.atomic import write_json, write_text
-from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.inference.evaluation_files import PRESENCE, REPORT, RESULTS, SUMMARY, TABLES
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.page import Pictures, html_report
@@ -41,10 +41,20 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
         write_text(output / name, _tables(evaluation.results, rules, fmt))
     drawn = _write_figures(evaluation, output)
     shown = Pictures(pictures, measured.records.load_montage)
-    write_text(output / REPORT, html_report(evaluation, rules, measured.settings, near, drawn, shown))
+    _write_presence(measured.presence, output / PRESENCE)
+    page = html_report(evaluation, rules, measured.settings, near, drawn, shown, presence=measured.presence)
+    write_text(output / REPORT, page)
     # last: mstkd predict looks for it
     write_json(output / SUMMARY, _summary(evaluation, measured))
     return evaluation
+
+
+def _write_presence(presence: pd.DataFrame, file: Path) -> None:
+    """Write what a presence head said; without one there is no file."""
+    if len(presence):
+        write_text(file, presence.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+    else:
+        file.unlink(missing_ok=True)
 
 
 def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:

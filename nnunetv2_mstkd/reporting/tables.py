@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.results import IN_REFERENCE, MODALITIES, REGION, SCORE, SEPARATOR, SUBSET, VALUE
 from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -186,6 +186,26 @@ def finding_tables(findings: Findings) -> Iterator[FindingTable]:
     if findings.shapley is not None:
         title = f"Contribution of each modality: exact Shapley values, points of Dice{some}"
         yield FindingTable(title, spread_table(findings.shapley, MODALITY), full)
+
+
+def presence_table(presence: pd.DataFrame, subsets: Sequence[str]) -> pd.DataFrame:
+    """Mean stated presence of each subset and region, as text: where the reference has the region / where it has not.
+
+    ``presence`` has the columns :data:`~nnunetv2_mstkd.evaluation.results.PRESENCE_COLUMNS`.
+    """
+    keys = [SUBSET, REGION, IN_REFERENCE]
+    found = presence.groupby(keys)[SCORE].agg(["mean", "size"]).to_dict("index")
+
+    def text(*key: Hashable) -> str:
+        return f"{found[key]['mean']:.2f} (n = {found[key]['size']})" if key in found else NO_VALUE
+
+    regions = list(dict.fromkeys(presence[REGION]))
+    stated = [subset for subset in subsets if subset in set(presence[SUBSET])]
+    rows = [
+        (subset, *(f"{text(subset, region, True)} / {text(subset, region, False)}" for region in regions))
+        for subset in stated
+    ]
+    return pd.DataFrame(rows, columns=[SUBSET, *regions])
 
 
 def overall_table(table: pd.DataFrame, counts: Mapping[str, int]) -> pd.DataFrame:

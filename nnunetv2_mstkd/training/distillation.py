@@ -14,9 +14,9 @@ from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
 from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target, with_logits
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.step import Target, Term, active_terms
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
 
 SOFT_LABELS = "soft_labels"
