@@ -570,7 +570,7 @@ class SettingsTrainer(nnUNetTrainer):
         if self.logs_terms:
             # a term of a teacher that is not asked in every step has its mean over the steps in which it was
             terms = [output["terms"] for output in train_outputs]
-            names = list(max(terms, key=lambda values: len(values)))
+            names = max(map(list, terms), key=len)
             means = [np.mean([values[name] for values in terms if name in values]) for name in names]
             self.log_terms(dict(zip(names, np.mean(self._gather(means), 0).tolist(), strict=True)))
 
