@@ -363,6 +363,21 @@ def test_the_table_names_the_model_as_asked(student):
     assert set(results(student / "subsets")["model"]) == {student.name}
 
 
+def test_a_minimum_size_adds_a_region_that_no_average_has(student, capsys):
+    assert evaluate(student, "--subsets", *FEW, "--et-min", "whole=100000") == 0
+    table, folder = results(student / "subsets"), student / "subsets"
+    assert list(dict.fromkeys(table["region"])) == ["whole", "whole (min 100000)", "core"]
+    small = table[(table["region"] == "whole (min 100000)") & (table["metric"] == "dice")]
+    assert (small["value"] == 0).all()
+    summary = json.loads((folder / "summary.json").read_text())
+    means = summary["mean_over_subsets"]
+    assert math.isclose(means["average"]["dice"], (means["whole"]["dice"] + means["core"]["dice"]) / 2)
+    assert "not found where fewer than 100000" in (folder / "tables.md").read_text()
+    assert "whole (min 100000)" in (folder / "report.html").read_text()
+    assert set(read_expected_dice(student, NAMES)[15]) == {"whole", "core"}
+    assert "with min_voxels" in refused(capsys, student, "--subsets", *FEW)
+
+
 def test_more_metrics_are_measured_on_request(student):
     names = ["hd95", "nsd", "sensitivity", "precision", "volume_error_ml", "lesion_dice", "lesion_hd95"]
     assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", *names, "--convention", "nnunet") == 0

@@ -180,6 +180,7 @@ class Evaluator:
             convention=self.request.convention,
             lesion_convention=self.request.lesions,
             tolerance=self.request.tolerance,
+            min_voxels=self.request.min_voxels,
         )
 
     def _find_cases(self) -> list[LabelledCase]:
@@ -313,6 +314,7 @@ class Evaluator:
             "convention": rules.convention,
             "lesion_convention": rules.lesion_convention,
             "tolerance": rules.tolerance,
+            "min_voxels": dict(rules.min_voxels) or None,  # None as in folders from before this option
         }
         if normalization(self.model.configuration_manager) == PER_CHANNEL:
             settings["normalization"] = PER_CHANNEL

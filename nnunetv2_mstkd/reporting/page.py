@@ -29,7 +29,7 @@ from nnunetv2_mstkd.evaluation.results import (
     subset_size,
 )
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
-from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
+from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
 from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
 from nnunetv2_mstkd.reporting.tables import finding_tables, points, subset_content
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -156,9 +156,10 @@ def _case_means(findings: Findings) -> pd.DataFrame:
     the regions; ``full``, the same with all modalities, NaN where they were not evaluated; ``lacks``, as text the
     modalities that no evaluated subset of the case has.
     """
-    dice = findings.results[findings.results[METRIC] == DICE]
-    keys = [FOLD, CASE]
-    by_region = dice.groupby([*keys, REGION], sort=False)[VALUE].mean().unstack(REGION)
+    of_all = findings.results[findings.results[METRIC] == DICE]
+    keys, regions = [FOLD, CASE], list(dict.fromkeys(of_all[REGION]))
+    by_region = of_all.groupby([*keys, REGION], sort=False)[VALUE].mean().unstack(REGION)
+    dice = of_all[~of_all[REGION].isin(postprocessed_regions(regions))]
     by_subset = dice.groupby([*keys, SUBSET], sort=False)[VALUE].mean().unstack(SUBSET)[findings.subsets]
     table = pd.DataFrame(index=by_region.index)
     table["mean"] = dice.groupby(keys, sort=False)[VALUE].mean()
@@ -172,7 +173,7 @@ def _case_means(findings: Findings) -> pd.DataFrame:
         for subsets in subsets_of.loc[table.index]
     ]
     # under separate keys: a region may have the name of a column
-    table = pd.concat({"case": table, "region": by_region[list(dict.fromkeys(dice[REGION]))]}, axis=1)
+    table = pd.concat({"case": table, "region": by_region[regions]}, axis=1)
     return table.sort_values(("case", "mean"), kind="stable")
 
 
@@ -180,13 +181,13 @@ def _worst_cases(cases: pd.DataFrame, findings: Findings, rules: Rules) -> dict[
     """All cases, worst first: column heads, and rows of text with the values to sort by."""
     full = findings.gap is not None
     several = len(findings.subsets) > 1
-    heads = ["case", "fold", "mean", *rules.regions]
+    heads = ["case", "fold", "mean", *rules.scored]
     heads += ["worst subset", "its mean"] if several else []
     heads += ["full input"] if full else []
     heads += [] if findings.complete else ["lacks"]
     rows = []
     for (fold, case), row in zip(cases.index, cases.to_dict("records"), strict=True):
-        numbers = [row["case", "mean"], *(row["region", region] for region in rules.regions)]
+        numbers = [row["case", "mean"], *(row["region", region] for region in rules.scored)]
         cells = [{"text": case, "key": None}, {"text": fold, "key": None}, *map(_cell, numbers)]
         if several:
             cells += [{"text": row["case", "worst"], "key": None}, _cell(row["case", "worst_value"])]
@@ -245,7 +246,7 @@ def _montage(
             picture = {
                 "name": subset,
                 "source": overlay_uri(montage.segmentations[subset], colors, outline),
-                "values": [(region, points(values[subset, region])) for region in rules.regions],
+                "values": [(region, points(values[subset, region])) for region in rules.scored],
             }
             groups.setdefault(subset_size(subset), []).append(picture)
     shown = clearest_image(montage)

@@ -68,7 +68,7 @@ def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:
 def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
     rules = measured.rules
     subsets: dict[str, dict[str, dict[str, float | None]]] = {
-        subset: {region: {} for region in rules.regions} for subset in findings.subsets
+        subset: {region: {} for region in rules.scored} for subset in findings.subsets
     }
     for row in findings.by_subset.to_dict("records"):
         subsets[row[SUBSET]][row[REGION]][row["metric"]] = _number(row[VALUE])

@@ -17,7 +17,7 @@ import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
-from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
+from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named, min_voxels_text
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
@@ -132,7 +132,7 @@ def subset_content(
     if left_out:
         about += f"; {left_out} of {evaluated.size} values left out"
     patients = "" if data.complete else ", which are of different patients"
-    notes = [f"{about}; average over {len(data.subsets)} subsets{patients}", *notes]
+    notes = [f"{about}; average over {len(data.subsets)} subsets{patients}", *notes, *min_voxels_text(data.regions)]
     members = [subset.split(SEPARATOR) for subset in data.subsets]
     available = np.array([[name in subset for subset in members] for name in data.modalities])
     return SubsetContent(data, available, texts, best, notes)
