@@ -176,6 +176,55 @@ def test_compare_returns_data_frames():
     assert Path("out/comparison.md").exists()
 
 
+def test_the_table_of_all_models_and_subsets(capsys):
+    for name, gain in (("a", 0.0), ("b", 0.01), ("c", 0.02)):
+        model(name, gain, settings={"convention": "nnunet"})
+    assert cli.main(["compare", "a", "b", "c"]) == 0
+    # single modalities: 0.535 + 4.5 times the gain; both: 0.535
+    row = r"\| WT +\| c +\| +\*\*62.5\*\* \| +\*\*62.5\*\* \| +\*\*53.5\*\* \| +\*\*59.5\*\* \|"
+    assert re.search(row, capsys.readouterr().out) and re.search(row, Path("comparison/tables.md").read_text())
+    assert r"\underline{58.0}" in Path("comparison/tables.tex").read_text()
+    assert "dice,ET,b,58.0,58.0,53.5,56.5" in Path("comparison/tables.csv").read_text().splitlines()
+    page = Path("comparison/comparison.html").read_text()
+    assert "<b>62.5</b>" in page and "<u>58.0</u>" in page and "Empty masks (nnunet" in page
+    assert 'href="tables.csv"' in page and 'id="cost"' not in page and not Path("comparison/cost.png").exists()
+
+
+def test_postprocessed_regions_are_in_the_table_but_not_tested():
+    regions = ("WT", "ET", "ET (min 500)")
+    for name, gain in (("old", 0.0), ("new", 0.01)):
+        model(name, gain, regions=regions)
+    found = compare(["new", "old"])
+    assert "ET (min 500)" in found.text and set(found.overall["region"]) == {"WT", "ET", "average"}
+
+
+def test_cost_is_that_of_the_evaluation_or_given(capsys):
+    for name, gain, cost in (("old", 0.0, {"parameters": 3e6, "training_hours": 2.0}), ("new", 0.01, {})):
+        model(name, gain, settings=cost)
+    assert cli.main(["compare", "new", "old", "--hours", "new=3.5"]) == 0
+    rows = numbers()["costs"]
+    assert [(row["model"], row["parameters"], row["training_hours"]) for row in rows] == [
+        ("new", None, 3.5),
+        ("old", 3e6, 2.0),
+    ]
+    assert [row["value"] for row in rows] == pytest.approx([0.565, 0.535])  # 0.535, and 4.5 gains in 2 of 3 subsets
+    assert re.search(r"\| old +\| +53.5 +\| +3.00 +\| +2.00", capsys.readouterr().out)
+    assert Path("comparison/cost.png").read_bytes()[:4] == b"\x89PNG"
+    assert 'id="cost"' in Path("comparison/comparison.html").read_text()
+    for hours, what in (("x=1", "no such model"), ("new", "is not NAME=HOURS"), ("new=-1", "is not NAME=HOURS")):
+        capsys.readouterr()
+        assert cli.main(["compare", "new", "old", "--hours", hours, "-o", "other"]) == 2
+        assert what in capsys.readouterr().err
+
+
+def test_names_in_the_page_are_escaped():
+    model("old")
+    model("new", 0.01)
+    compare({"<script>alert(1)</script>": "new", "b": "old"}, output="out")
+    page = Path("out/comparison.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
+
+
 def test_names_are_printed_as_they_are(capsys):
     model("a__b_c")
     model("_new_", 0.01)
@@ -349,7 +398,7 @@ def test_bad_input_is_one_line(capsys):
     assert "no values of hd95, it has dice; evaluate it with --metrics dice hd95" in refused(
         capsys, "new", "old", "--metrics", "hd95"
     )
-    assert "unknown metric 'iou'" in refused(capsys, "new", "old", "--metrics", "iou")
+    assert "unknown metric 'jaccard'" in refused(capsys, "new", "old", "--metrics", "jaccard")
     assert "no model x; they have new, old" in refused(capsys, "new", "old", "--baseline", "x")
     assert "is a file" in refused(capsys, "new", "old", "-o", "old/subsets/results.csv")
     Path("old/subsets/summary.json").write_text("{")

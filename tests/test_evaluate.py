@@ -167,6 +167,7 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
         assert math.isclose(summary["by_number_of_modalities"][region]["1"]["dice"], singles)
         loss = means[region, every[-1]] - means[region, "T1"]
         assert math.isclose(summary["loss_against_full_input"][region]["T1"]["dice"], loss, abs_tol=1e-12)
+    assert summary["parameters"] > 1000 and "training_hours" not in summary  # the checkpoint has no log
     near = summary["near_decision"]
     assert near["of"] == 3 * 15 * math.prod((14, 20, 18)) and 0 < near["voxels"] < near["of"]
 

@@ -60,6 +60,28 @@ def test_the_best_of_several_models_is_bold_and_equals_share():
     assert cells(found[4]) == ["ET", "new_1", "45.0", "**60.0**", "**90.0**", "**65.0**"]
 
 
+def test_the_second_best_of_three_is_marked():
+    values = TWO | {("third", "ET"): (0.4, 0.6, 0.8)}
+    found = tables.subset_table(table(values)).splitlines()
+    assert cells(found[3])[1:] == ["old", "**50.0**", "**60.0**", "70.0", "_60.0_"]
+    assert cells(found[4])[1:] == ["new_1", "_45.0_", "**60.0**", "**90.0**", "**65.0**"]
+    assert cells(found[5])[1:] == ["third", "40.0", "**60.0**", "_80.0_", "_60.0_"]
+    assert "* bold: best; italics: second best" in found
+    assert r"\underline{80.0}" in tables.subset_table(table(values), fmt="latex")
+
+
+def test_tables_of_subsets_as_csv():
+    values = TWO | {("old", "WT"): (math.nan,) * 3, ("new_1", "WT"): (0.1, 0.2, 0.6)}
+    lines = tables.subset_csv({"dice": tables.subset_content(table(values))}).splitlines()
+    assert lines[0] == "metric,region,model,T1,T1ce,T1+T1ce,average"
+    assert lines[1:3] == ["dice,ET,old,50.0,60.0,70.0,60.0", "dice,ET,new_1,45.0,60.0,90.0,65.0"]
+    assert lines[3:] == ["dice,WT,old,,,,", "dice,WT,new_1,10.0,20.0,60.0,30.0"]
+
+
+def test_unknown_rules_for_empty_masks_are_not_named():
+    assert "Empty masks" not in tables.subset_table(table(ONE), convention=None)
+
+
 def test_what_is_equal_as_printed_shares_and_zero_has_no_sign():
     values = {("a", "ET"): (-0.0001, 0.601, 0.7), ("b", "ET"): (0.0, 0.60101, 0.6)}
     found = tables.subset_table(table(values, "volume_error_ml"), metric="volume_error_ml").splitlines()

@@ -23,10 +23,12 @@ from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET,
 from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, cube, mean
+from nnunetv2_mstkd.statistics.comparison import HOURS, PARAMETERS
 from nnunetv2_mstkd.statistics.shapley import MODALITY
 from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE
 
 COLORS = "colorblind"
+MARKERS = "osD^vP*X"
 
 
 def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
@@ -162,6 +164,37 @@ def differences_plot(
     figure.supxlabel(f"difference of {_label(metric).replace('(%)', '(points)')}", fontsize=10)
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=min(len(pairs), 2), frameon=False, fontsize=9)
+    return figure
+
+
+def cost_plot(costs: pd.DataFrame, *, metric: str = "dice") -> Figure | None:
+    """Mean value of each model against its parameters and hours, a panel each; None where neither is known.
+
+    ``costs`` is from :class:`~nnunetv2_mstkd.statistics.comparison.Comparison`. Small dots are trainings of a model,
+    the large one is their mean.
+    """
+    labels = {PARAMETERS: "parameters (millions)", HOURS: "hours of training"}
+    known = {column: label for column, label in labels.items() if costs[column].notna().any()}
+    if not known:
+        return None
+    costs = costs.assign(**{VALUE: costs[VALUE] * metric_named(metric).factor, PARAMETERS: costs[PARAMETERS] / 1e6})
+    models = list(dict.fromkeys(costs[MODEL]))
+    figure = _figure(0.8 + 3.6 * len(known), 3.4)
+    axes = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
+    for axis, (column, label) in zip(axes, known.items(), strict=True):
+        for number, (model, color) in enumerate(zip(models, sns.color_palette(COLORS, len(models)), strict=True)):
+            part = costs[(costs[MODEL] == model) & costs[column].notna()]
+            marker = MARKERS[number % len(MARKERS)]
+            if len(part) > 1:
+                axis.scatter(part[column], part[VALUE], s=12, color=color, marker=marker, alpha=0.6)
+            axis.scatter(part[column].mean(), part[VALUE].mean(), s=60, color=color, marker=marker, label=model)
+        _finish(axis, "", grid="y")
+        axis.set_xlabel(label)
+        axis.margins(0.1)
+        axis.set_xlim(left=0)
+    axes[0].set_ylabel(_label(metric))
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(models), 4), frameon=False, fontsize=9)
     return figure
 
 

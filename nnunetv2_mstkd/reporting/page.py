@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import pandas as pd
 
-import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import Montage
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
@@ -30,6 +26,7 @@ from nnunetv2_mstkd.evaluation.results import (
 )
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
+from nnunetv2_mstkd.reporting.html import render
 from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
 from nnunetv2_mstkd.reporting.tables import finding_tables, points, subset_content
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -66,8 +63,6 @@ def html_report(
 ) -> str:
     """The page as HTML.
 
-    All names are escaped, and the page's own policy forbids connections and all scripts but its own.
-
     Parameters
     ----------
     findings, rules, run, near:
@@ -80,22 +75,13 @@ def html_report(
     now:
         Date of the page; default today.
     """
-    loader = jinja2.PackageLoader("nnunetv2_mstkd.reporting")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    # our own, not escaped
-    script, style = (loader.get_source(environment, f"report.{ending}")[0] for ending in ("js", "css"))
     cases = _case_means(findings)
     folds = ", ".join(findings.folds)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
+        now=now,
         title=f"{findings.model}: {findings.trainer}, fold{'s' if len(findings.folds) > 1 else ''} {folds}",
-        date=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d"),
-        version=nnunetv2_mstkd.__version__,
         findings=findings,
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
         summaries=list(finding_tables(findings)),
         figures=[
