@@ -24,6 +24,13 @@ from nnunetv2_mstkd.evaluation.montage import (
 )
 from nnunetv2_mstkd.reporting import pictures
 
+
+def test_a_region_has_the_colour_of_its_own_label():
+    colors = pictures.label_colors([0, 1, 2, 3], None)
+    regions = {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)}
+    assert pictures.region_colors(regions, colors) == {"WT": colors[1], "TC": colors[2], "ET": colors[3]}
+
+
 # ---- which slice ---------------------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--metrics", metavar="METRIC", nargs="+", default=("dice",), help=metrics)
     hours = "hours of training, such as teacher and student together (default: those of its own epochs)"
     add("--hours", metavar="NAME=H", nargs="+", default=(), help=hours)
+    cases = "cases in the figure with pictures (default: the one of median value)"
+    add("--show-cases", metavar="CASE", nargs="+", default=(), help=cases)
+    subsets = "subsets in that figure (default: the worst of each number of modalities)"
+    add("--show-subsets", metavar="T1+FLAIR", nargs="+", default=(), help=subsets)
     add("--baseline", metavar="NAME", help="compare all others with it (default: all pairs)")
 
 
@@ -41,7 +45,15 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.reporting.compare import HTML, compare
 
     hours = dict(map(_name_and_hours, args.hours))
-    comparison = compare(args.models, metrics=args.metrics, baseline=args.baseline, hours=hours, output=args.output)
+    comparison = compare(
+        args.models,
+        metrics=args.metrics,
+        baseline=args.baseline,
+        hours=hours,
+        show_cases=args.show_cases,
+        show_subsets=args.show_subsets,
+        output=args.output,
+    )
     print(f"{comparison.text}\n\nwritten to {args.output}; {HTML} is the page to look at")
 
 

@@ -11,3 +11,5 @@ SUMMARY = "summary.json"
 
 TABLES = {"markdown": "tables.md", "latex": "tables.tex"}
 REPORT = "report.html"
+CASES = "cases"
+"""Folder with ``fold_0/CASE.json``, the results of a case, and ``CASE.npz``, one slice of it."""

@@ -40,6 +40,7 @@ NUMBERS = "comparison.json"
 HTML = "comparison.html"
 FIGURE = "comparison.png"
 COST = "cost.png"
+QUALITATIVE = "qualitative.png"
 TABLES = {MARKDOWN: "tables.md", LATEX: "tables.tex"}
 CSV = "tables.csv"
 
@@ -59,6 +60,8 @@ def compare(
     metrics: Sequence[str] = ("dice",),
     baseline: str | None = None,
     hours: Mapping[str, float] | None = None,
+    show_cases: Sequence[str] = (),
+    show_subsets: Sequence[str] = (),
     output: Path | str | None = None,
 ) -> ModelComparison:
     """Compare two or more evaluated models case by case, over all subsets of modalities.
@@ -76,6 +79,8 @@ def compare(
     hours:
         Hours of training by name of a model, such as those of teacher and student together; default: those that
         evaluations noted.
+    show_cases, show_subsets:
+        Cases and subsets in the figure with pictures; default: the median case, and the worst subset of each size.
     output:
         Folder for comparison.html and all other files, made if absent; default: nothing is written.
 
@@ -96,23 +101,25 @@ def compare(
         read_evaluations(models), metrics=tuple(dict.fromkeys(metrics)), baseline=baseline, hours=hours
     )
     if output is not None:
-        _write(comparison, output)
+        _write(comparison, output, show_cases, show_subsets)
     return comparison
 
 
-def _write(comparison: Comparison, output: Path) -> None:
+def _write(comparison: Comparison, output: Path, cases: Sequence[str], subsets: Sequence[str]) -> None:
     """Write all files of a comparison, each of them atomically."""
     # here, because it imports matplotlib
     from nnunetv2_mstkd.reporting.figures import cost_plot, differences_plot, save_figure
+    from nnunetv2_mstkd.reporting.qualitative import qualitative_plot
 
+    drawn = {QUALITATIVE: qualitative_plot(comparison, cases, subsets)}
     metric = comparison.metrics[0]
     tables = [_part(table, metric) for table in (comparison.overall, comparison.by_count, comparison.by_subset)]
-    save_figure(differences_plot(*tables, metric=metric), output / FIGURE)
-    costs = cost_plot(comparison.costs, metric=metric)
-    if costs is None:
-        (output / COST).unlink(missing_ok=True)
-    else:
-        save_figure(costs, output / COST)
+    drawn |= {FIGURE: differences_plot(*tables, metric=metric), COST: cost_plot(comparison.costs, metric=metric)}
+    for name, figure in drawn.items():
+        if figure is None:
+            (output / name).unlink(missing_ok=True)  # of an earlier comparison
+        else:
+            save_figure(figure, output / name, dpi=200 if name == QUALITATIVE else 150)
     for fmt, name in TABLES.items():
         mark = "##" if fmt == MARKDOWN else "%"
         parts = [
@@ -121,7 +128,7 @@ def _write(comparison: Comparison, output: Path) -> None:
         write_text(output / name, "\n".join(parts))
     write_text(output / CSV, subset_csv({each: _content(comparison, each) for each in comparison.metrics}))
     write_json(output / NUMBERS, _numbers(comparison))
-    write_text(output / PAGE, _page(comparison))
+    write_text(output / PAGE, _page(comparison, drawn[QUALITATIVE] is not None))
     write_text(output / HTML, _html(comparison, output))
 
 
@@ -178,7 +185,7 @@ def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def _page(comparison: Comparison) -> str:
+def _page(comparison: Comparison, pictured: bool) -> str:
     lines = [f"# {escaped(_title(comparison), MARKDOWN)}", "", _compared(comparison), ""]
     lines += [frame_table(_models(comparison), fmt=MARKDOWN), "", *_bullets(comparison.notes)]
     for name in comparison.metrics:
@@ -200,6 +207,8 @@ def _page(comparison: Comparison) -> str:
         ranks = frame_table(_ranks(comparison.ranks), fmt=MARKDOWN)
         lines += ["## Ranks", "", ranks, "", _about_ranks(comparison), ""]
     label = metric_named(comparison.metrics[0]).label
+    if pictured:
+        lines += ["## Pictures", "", f"![Segmentations of all models]({QUALITATIVE})", ""]
     lines += [f"![Differences of {label} with intervals]({FIGURE})", "", *_bullets(_method(comparison))]
     return "\n".join(lines) + "\n"
 
@@ -228,6 +237,7 @@ def _html(comparison: Comparison, output: Path) -> str:
         ],
         plot=file_uri(output / FIGURE),
         cost=file_uri(output / COST) if _costs_known(comparison) else None,
+        qualitative=file_uri(output / QUALITATIVE) if (output / QUALITATIVE).is_file() else None,
         costs=frame_cells(_costs(comparison)),
         ranks=None if comparison.ranks is None else frame_cells(_ranks(comparison.ranks)),
         about_ranks=_about_ranks(comparison),

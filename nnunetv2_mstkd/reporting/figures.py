@@ -43,7 +43,7 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     if not data.complete:
         names = tuple(f"{name} (n = {number})" for name, number in zip(names, data.counts, strict=True))
     width = 1.6 + 0.09 * max(map(len, names)) + panels * max(1.9, 0.6 * len(data.regions))
-    figure = _figure(width, 1.4 + 0.26 * len(data.subsets))
+    figure = new_figure(width, 1.4 + 0.26 * len(data.subsets))
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     finite = means[np.isfinite(means)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
@@ -136,7 +136,7 @@ def differences_plot(
     table = _scaled(pd.concat(parts, ignore_index=True).rename(columns={DIFFERENCE: VALUE}), metric)
     pairs = list(dict.fromkeys(zip(overall[MODEL], overall[AGAINST], strict=True)))
     width = 1.2 + 0.07 * max(map(len, rows)) + 2.6 * len(regions)
-    figure = _figure(width, 1.6 + (0.2 + 0.07 * len(pairs)) * len(rows))
+    figure = new_figure(width, 1.6 + (0.2 + 0.07 * len(pairs)) * len(rows))
     axes = figure.subplots(1, len(regions), sharey=True, sharex=True, squeeze=False)[0]
     places = {name: place for place, name in enumerate(rows)}
     colors = sns.color_palette(COLORS, len(pairs))
@@ -179,7 +179,7 @@ def cost_plot(costs: pd.DataFrame, *, metric: str = "dice") -> Figure | None:
         return None
     costs = costs.assign(**{VALUE: costs[VALUE] * metric_named(metric).factor, PARAMETERS: costs[PARAMETERS] / 1e6})
     models = list(dict.fromkeys(costs[MODEL]))
-    figure = _figure(0.8 + 3.6 * len(known), 3.4)
+    figure = new_figure(0.8 + 3.6 * len(known), 3.4)
     axes = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
     for axis, (column, label) in zip(axes, known.items(), strict=True):
         for number, (model, color) in enumerate(zip(models, sns.color_palette(COLORS, len(models)), strict=True)):
@@ -210,7 +210,8 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150)
         figure.savefig(scratch, format=ending, dpi=dpi)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches, without pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
@@ -222,7 +223,7 @@ def _panels(table: pd.DataFrame, draw: Callable[..., None], *, width: float, lab
     The places of the models are centred at 0.
     """
     regions, models = (list(dict.fromkeys(table[column])) for column in (REGION, MODEL))
-    figure = _figure(1.2 + width * len(regions), 3.2 if len(models) == 1 else 3.6)
+    figure = new_figure(1.2 + width * len(regions), 3.2 if len(models) == 1 else 3.6)
     axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
     colors = sns.color_palette(COLORS, len(models))
     for axis, region in zip(axes, regions, strict=True):

@@ -371,7 +371,7 @@ class Comparison:
             ]
         return pd.DataFrame(rows, columns=[MODEL, TRAINING, VALUE, PARAMETERS, HOURS])
 
-    def rule(self, key: str) -> str | None:
+    def rule(self, key: str) -> Any:
         """A rule of measurement that all evaluations share, such as the convention; None if none of them tells."""
         return next((each.settings[key] for each in self.models if each.settings.get(key) is not None), None)
 
