@@ -139,7 +139,7 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
     assert dict(zip(table["case"], table["fold"], strict=True)) == {CASES[0]: "0", CASES[1]: "0", CASES[2]: "1"}
 
     written = sorted(path.name for path in (student / "subsets").iterdir())
-    pictures = ["curve.png", "heat_map.png", "shapley.png"]
+    pictures = ["curve.png", "heat_map.png", "missing.png", "shapley.png"]
     assert written == sorted(
         [*pictures, "cases", "report.html", "results.csv", "summary.json", "tables.md", "tables.tex"]
     )
@@ -296,6 +296,18 @@ def test_with_mask_first_the_pictures_show_all_images(student):
     assert evaluate(student, "--subsets", "T1+T3", "T0", "-f", "0", "--metrics", "dice", "--mask-first") == 0
     strip = stored(student, 0, CASES[0])
     assert strip.images.any(axis=(1, 2)).tolist() == [True, True, False, True]
+
+
+def test_every_case_has_a_page_that_is_kept(student):
+    assert evaluate(student, "--subsets", *FEW, "--strips", "1") == 0
+    pages = sorted((student / "subsets" / "cases").rglob("*.html"))
+    assert [page.stem for page in pages] == list(CASES[:3])
+    report = (student / "subsets" / "report.html").read_text()
+    linked = [page.relative_to(student / "subsets").as_posix() for page in pages]
+    assert sum(f'href="{link}"' in report for link in linked) == 2  # the third is on the page itself
+    before = [page.stat().st_mtime_ns for page in pages]
+    assert evaluate(student, "--subsets", *FEW) == 0
+    assert [page.stat().st_mtime_ns for page in pages] == before
 
 
 def test_an_evaluation_without_pictures_still_has_its_page(student, capsys):

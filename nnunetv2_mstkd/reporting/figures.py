@@ -6,7 +6,7 @@ They are drawn without pyplot, which needs no window system and keeps no global 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +27,18 @@ from nnunetv2_mstkd.statistics.comparison import HOURS, PARAMETERS
 from nnunetv2_mstkd.statistics.shapley import MODALITY
 from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE
 
+RegionColor = tuple[float, float, float]
+"""Red, green and blue from 0 to 1."""
+
 COLORS = "colorblind"
+NEUTRAL: RegionColor = (0.4, 0.4, 0.4)
+"""Of the average over regions."""
+
 MARKERS = "osD^vP*X"
 
 
 def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
-    """Mean of every subset (rows) and region (columns), a panel per model, all on one scale.
+    """Mean of every subset (rows) and region (columns), a panel per model, all on one scale: that of the metric.
 
     ``results`` is the long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     """
@@ -47,6 +53,8 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     finite = means[np.isfinite(means)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    if np.isfinite([kind.lowest, kind.highest]).all():
+        low, high = kind.lowest * kind.factor, kind.highest * kind.factor  # so that pages of models compare
     for axis, model, values in zip(axes, data.models, means, strict=True):
         sns.heatmap(
             values,
@@ -68,10 +76,13 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     return figure
 
 
-def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice") -> Figure:
+def curve_by_count(
+    counts: pd.DataFrame, *, metric: str = "dice", colors: Mapping[str, RegionColor] | None = None
+) -> Figure:
     """Mean against the number of available modalities with its interval, a line per model and a panel per region.
 
-    ``counts`` is from :func:`~nnunetv2_mstkd.statistics.findings.mean_by_count`.
+    ``counts`` is from :func:`~nnunetv2_mstkd.statistics.findings.mean_by_count`; ``colors`` are those of the regions,
+    for a single model.
     """
 
     def draw(axis: Axes, part: pd.DataFrame, place: float, _: int, **style: Any) -> None:
@@ -80,17 +91,19 @@ def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice") -> Figure:
         places = part[MODALITIES].to_numpy() + 0.08 * place
         axis.errorbar(places, part[VALUE].to_numpy(), _distances(part), marker="o", markersize=4, capsize=2, **style)
 
-    figure = _panels(_scaled(counts, metric), draw, width=2.6, label=_label(metric))
+    figure = _panels(_scaled(counts, metric), draw, width=2.6, label=_label(metric), colors=colors)
     for axis in figure.axes:
         axis.set_xlabel("available modalities")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
+def shapley_bars(
+    values: pd.DataFrame, *, metric: str = "dice", colors: Mapping[str, RegionColor] | None = None
+) -> Figure:
     """Shapley value of each modality with its interval, a group of bars per modality and a panel per region.
 
-    ``values`` is from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
+    ``values`` is from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`; ``colors`` as for :func:`curve_by_count`.
     """
     values = _scaled(values, metric)
     names = list(dict.fromkeys(values[MODALITY]))
@@ -102,10 +115,42 @@ def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
         axis.bar(places, heights, 0.9 * width, yerr=_distances(part), ecolor="0.3", capsize=2, **style)
 
     label = f"Shapley value, {_label(metric)}"
-    figure = _panels(values, draw, width=max(2.4, 0.5 * len(names)), label=label)
+    figure = _panels(values, draw, width=max(2.4, 0.5 * len(names)), label=label, colors=colors)
     for axis in figure.axes:
         axis.set_xticks(np.arange(len(names)), names)
         axis.axhline(0, color="0.3", linewidth=0.8)
+    return figure
+
+
+def missing_bars(missing: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
+    """Loss of Dice without each modality with its interval: a group of bars per modality, a bar per region.
+
+    ``missing`` is from :func:`~nnunetv2_mstkd.statistics.findings.missing_one`; ``colors`` are those of the regions.
+    """
+    missing = _scaled(missing, "dice")
+    names, regions = (list(dict.fromkeys(missing[column])) for column in (MODALITY, REGION))
+    palette = _region_palette(regions, colors)
+    figure = new_figure(1.4 + max(0.9, 0.3 * len(regions)) * len(names), 2.8)
+    axis = figure.subplots()
+    width = 0.8 / len(regions)
+    for number, region in enumerate(regions):
+        part = missing[missing[REGION] == region].set_index(MODALITY).loc[names]
+        places = np.arange(len(names)) + width * (number - (len(regions) - 1) / 2)
+        axis.bar(
+            places,
+            part[VALUE].to_numpy(),
+            0.9 * width,
+            yerr=_distances(part),
+            ecolor="0.3",
+            capsize=2,
+            color=palette[region],
+            label=region,
+        )
+    _finish(axis, "", grid="y")
+    axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set_xticks(np.arange(len(names)), [f"without\n{name}" for name in names])
+    axis.set_ylabel("loss of Dice (points)")
+    axis.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -217,17 +262,33 @@ def new_figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _panels(table: pd.DataFrame, draw: Callable[..., None], *, width: float, label: str) -> Figure:
+def _region_palette(regions: Sequence[str], colors: Mapping[str, RegionColor] | None) -> dict[str, RegionColor]:
+    """The colours of regions; a postprocessed region has that of the plain one."""
+    if colors is None:
+        colors = dict(zip(regions, sns.color_palette(COLORS, len(regions)), strict=True))
+    plain = {region: region if region in colors else region.partition(" (min ")[0] for region in regions}
+    return {region: colors.get(name, NEUTRAL) for region, name in plain.items()}
+
+
+def _panels(
+    table: pd.DataFrame,
+    draw: Callable[..., None],
+    *,
+    width: float,
+    label: str,
+    colors: Mapping[str, RegionColor] | None = None,
+) -> Figure:
     """A panel per region, in which ``draw(axis, part, place, number of models, label=, color=)`` draws each model.
 
-    The places of the models are centred at 0.
+    The places of the models are centred at 0. Colours of the regions are used for a single model.
     """
     regions, models = (list(dict.fromkeys(table[column])) for column in (REGION, MODEL))
     figure = new_figure(1.2 + width * len(regions), 3.2 if len(models) == 1 else 3.6)
     axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
-    colors = sns.color_palette(COLORS, len(models))
+    by_region = None if colors is None or len(models) > 1 else _region_palette(regions, colors)
     for axis, region in zip(axes, regions, strict=True):
-        for number, (model, color) in enumerate(zip(models, colors, strict=True)):
+        of_models = sns.color_palette(COLORS, len(models)) if by_region is None else [by_region[region]]
+        for number, (model, color) in enumerate(zip(models, of_models, strict=True)):
             part = table[(table[REGION] == region) & (table[MODEL] == model)]
             draw(axis, part, number - (len(models) - 1) / 2, len(models), label=model, color=color)
         _finish(axis, region, grid="y")

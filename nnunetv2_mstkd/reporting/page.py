@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,7 @@ from nnunetv2_mstkd.evaluation.results import (
     subset_size,
 )
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
+from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
 from nnunetv2_mstkd.reporting.html import render
 from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
@@ -35,10 +37,15 @@ WIDE = 16
 """From this number of subsets on, a table has a row per subset instead of a column, and only one case is unfolded."""
 
 FIGURE_TITLES = {
+    "missing.png": "Loss of Dice when one modality is missing",
     "heat_map.png": "Dice of every subset and region",
     "curve.png": "Dice against the number of modalities",
     "shapley.png": "Contribution of each modality: exact Shapley values of the Dice",
 }
+
+
+LEAD = "missing.png"
+"""Stands first on the page, with the headline."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +66,7 @@ def html_report(
     figures: Mapping[str, Path],
     pictures: Pictures,
     *,
+    pages: Mapping[tuple[str, str], str] | None = None,
     now: datetime | None = None,
 ) -> str:
     """The page as HTML.
@@ -72,6 +80,8 @@ def html_report(
         PNG files by their names in :data:`FIGURE_TITLES`.
     pictures:
         The cases that are pictured.
+    pages:
+        Pages of further cases by fold and name, from :func:`case_page`.
     now:
         Date of the page; default today.
     """
@@ -87,8 +97,10 @@ def html_report(
         figures=[
             {"name": name.removesuffix(".png"), "title": title, "source": file_uri(figures[name])}
             for name, title in FIGURE_TITLES.items()
-            if name in figures
+            if name in figures and name != LEAD
         ],
+        lead=file_uri(figures[LEAD]) if LEAD in figures else None,
+        lead_title=FIGURE_TITLES[LEAD],
         montages=[
             _montage(number, place, findings, rules, pictures) for number, place in enumerate(_places(cases, pictures))
         ],
@@ -96,9 +108,35 @@ def html_report(
         many=len(findings.subsets) >= WIDE,
         channels=list(run["channels"]),
         worst=_worst_cases(cases, findings, rules),
+        links=_links(cases, pictures, pages or {}),
+        files=[RESULTS, SUMMARY, *TABLES.values()],
         settings=[(key.replace("_", " "), _words(value)) for key, value in run.items()],
         near=None if near is None else {"voxels": near[0], "of": near[1], "logit": NEAR},
     )
+
+
+def case_page(
+    findings: Findings, rules: Rules, run: Mapping[str, Any], pictures: Pictures, fold: str, case: str
+) -> str:
+    """The pictures of one case as a page of its own; parameters as for :func:`html_report`."""
+    table = findings.results
+    dice = table[(table[METRIC] == DICE) & (table[FOLD] == fold) & (table[CASE] == case)]
+    mean = dice.loc[~dice[REGION].isin(postprocessed_regions(dice[REGION].unique())), VALUE].mean()
+    return render(
+        "case.html",
+        title=f"{case} (fold {fold})",
+        model=f"{findings.model}: {findings.trainer}",
+        report=f"../../{REPORT}",
+        montage=_montage(0, (fold, case, "", mean), findings, rules, pictures),
+        legend=_legend(rules),
+        channels=list(run["channels"]),
+    )
+
+
+def _links(cases: pd.DataFrame, pictures: Pictures, pages: Mapping[tuple[str, str], str]) -> list[str | None]:
+    """Where each case of the table is pictured: on this page, on its own, or nowhere."""
+    here = {(fold, case): f"#montage-{number}" for number, (fold, case, *_) in enumerate(_places(cases, pictures))}
+    return [here.get(place) or (quote(pages[place]) if place in pages else None) for place in cases.index]
 
 
 def _words(value: Any) -> str:
