@@ -65,6 +65,7 @@ def report(
     load: Callable[[str, str], Montage | None] = montage,
     near: tuple[int, int] | None = (5, 1000),
     run: dict | None = None,
+    pages: dict | None = None,
     presence: pd.DataFrame | None = None,
 ) -> str:
     """The page, with figures of one colour."""
@@ -75,4 +76,4 @@ def report(
     findings = Findings(results() if frame is None else frame)
     pictures = Pictures(number, load)
     when = datetime(2026, 3, 4)
-    return html_report(findings, RULES, run or RUN, near, figures, pictures, presence=presence, now=when)
+    return html_report(findings, RULES, run or RUN, near, figures, pictures, pages=pages, presence=presence, now=when)

@@ -140,7 +140,7 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
     assert dict(zip(table["case"], table["fold"], strict=True)) == {CASES[0]: "0", CASES[1]: "0", CASES[2]: "1"}
 
     written = sorted(path.name for path in (student / "subsets").iterdir())
-    pictures = ["curve.png", "heat_map.png", "shapley.png"]
+    pictures = ["curve.png", "heat_map.png", "missing.png", "shapley.png"]
     assert written == sorted(
         [*pictures, "cases", "report.html", "results.csv", "summary.json", "tables.md", "tables.tex"]
     )
@@ -168,6 +168,7 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
         assert math.isclose(summary["by_number_of_modalities"][region]["1"]["dice"], singles)
         loss = means[region, every[-1]] - means[region, "T1"]
         assert math.isclose(summary["loss_against_full_input"][region]["T1"]["dice"], loss, abs_tol=1e-12)
+    assert summary["parameters"] > 1000 and "training_hours" not in summary  # the checkpoint has no log
     near = summary["near_decision"]
     assert near["of"] == 3 * 15 * math.prod((14, 20, 18)) and 0 < near["voxels"] < near["of"]
 
@@ -325,6 +326,18 @@ def test_with_mask_first_the_pictures_show_all_images(student):
     assert strip.images.any(axis=(1, 2)).tolist() == [True, True, False, True]
 
 
+def test_every_case_has_a_page_that_is_kept(student):
+    assert evaluate(student, "--subsets", *FEW, "--strips", "1") == 0
+    pages = sorted((student / "subsets" / "cases").rglob("*.html"))
+    assert [page.stem for page in pages] == list(CASES[:3])
+    report = (student / "subsets" / "report.html").read_text()
+    linked = [page.relative_to(student / "subsets").as_posix() for page in pages]
+    assert sum(f'href="{link}"' in report for link in linked) == 2  # the third is on the page itself
+    before = [page.stat().st_mtime_ns for page in pages]
+    assert evaluate(student, "--subsets", *FEW) == 0
+    assert [page.stat().st_mtime_ns for page in pages] == before
+
+
 def test_an_evaluation_without_pictures_still_has_its_page(student, capsys):
     options = ("--subsets", "T0", "-f", "0", "--metrics", "dice")
     assert evaluate(student, *options, "--strips", "0") == 0
@@ -389,6 +402,21 @@ def test_the_table_names_the_model_as_asked(student):
     assert set(results(student / "subsets")["model"]) == {"ours"}
     assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", "dice") == 0
     assert set(results(student / "subsets")["model"]) == {student.name}
+
+
+def test_a_minimum_size_adds_a_region_that_no_average_has(student, capsys):
+    assert evaluate(student, "--subsets", *FEW, "--et-min", "whole=100000") == 0
+    table, folder = results(student / "subsets"), student / "subsets"
+    assert list(dict.fromkeys(table["region"])) == ["whole", "whole (min 100000)", "core"]
+    small = table[(table["region"] == "whole (min 100000)") & (table["metric"] == "dice")]
+    assert (small["value"] == 0).all()
+    summary = json.loads((folder / "summary.json").read_text())
+    means = summary["mean_over_subsets"]
+    assert math.isclose(means["average"]["dice"], (means["whole"]["dice"] + means["core"]["dice"]) / 2)
+    assert "not found where fewer than 100000" in (folder / "tables.md").read_text()
+    assert "whole (min 100000)" in (folder / "report.html").read_text()
+    assert set(read_expected_dice(student, NAMES)[15]) == {"whole", "core"}
+    assert "with min_voxels" in refused(capsys, student, "--subsets", *FEW)
 
 
 def test_more_metrics_are_measured_on_request(student):

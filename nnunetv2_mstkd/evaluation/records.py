@@ -16,9 +16,9 @@ from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_monta
 from nnunetv2_mstkd.evaluation.results import COLUMNS, PRESENCE_COLUMNS, read_object, subset_size
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.inference.evaluation_files import CASES
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
-CASES = "cases"
 RUN = "run.json"
 RECORD = "record of an evaluation", "evaluate again with --restart"
 """What a file is, and what to do about one that is not."""

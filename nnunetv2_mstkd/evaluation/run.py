@@ -30,7 +30,7 @@ from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
-from nnunetv2_mstkd.nnunet.checkpoints import noted_split
+from nnunetv2_mstkd.nnunet.checkpoints import noted_split, training_hours
 from nnunetv2_mstkd.nnunet.folders import (
     find_checkpoints,
     find_raw_folder,
@@ -137,16 +137,10 @@ class Evaluator:
         results, near = self.records.table(
             evaluated, model=request.name or self.settings["folder"], trainer=self.model.trainer_name
         )
-        # not in the records: cases may be added
-        moved = {"moved_modalities": self.moved} if self.moved else {}
-        return Measured(
-            results,
-            self.rules,
-            {**self.settings, **moved},
-            near if self.stack > 1 else None,
-            self.records,
-            self.records.presence(evaluated),
-        )
+        # not in the records: cases and folds may be added
+        settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
+        near_cases, presence = near if self.stack > 1 else None, self.records.presence(evaluated)
+        return Measured(results, self.rules, settings, near_cases, self.records, presence)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 
@@ -188,6 +182,7 @@ class Evaluator:
             convention=self.request.convention,
             lesion_convention=self.request.lesions,
             tolerance=self.request.tolerance,
+            min_voxels=self.request.min_voxels,
         )
 
     def _find_cases(self) -> list[LabelledCase]:
@@ -233,6 +228,19 @@ class Evaluator:
             self.moved = list(found.moved)
             what = "they are removed after preprocessing, so mstkd predict will not tell what Dice to expect"
         request.report(f"{found}; {what}")
+
+    def _cost(self) -> dict[str, float]:
+        """Number of parameters of the network, and mean hours of training of the folds where checkpoints tell them."""
+        cost: dict[str, float] = {"parameters": sum(each.numel() for each in self.model.network.parameters())}
+        try:
+            folder, folds = self.request.model_folder, "+".join(self.predictors).split("+")
+            hours = [training_hours(folder / f"fold_{fold}" / self.request.checkpoint) for fold in folds]
+        except InputError:
+            if not self.request.trust:
+                raise
+            return cost
+        known = [each for each in hours if each is not None]
+        return {**cost, "training_hours": float(np.mean(known))} if known else cost
 
     def _noted_split(self, fold: str) -> dict[str, list[str]] | None:
         try:
@@ -321,6 +329,7 @@ class Evaluator:
             "convention": rules.convention,
             "lesion_convention": rules.lesion_convention,
             "tolerance": rules.tolerance,
+            "min_voxels": dict(rules.min_voxels) or None,  # None as in folders from before this option
         }
         if normalization(self.model.configuration_manager) == PER_CHANNEL:
             settings["normalization"] = PER_CHANNEL

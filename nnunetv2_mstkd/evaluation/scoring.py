@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from nnunetv2_mstkd.metrics.conventions import (
     NSD,
     empty_rules_text,
     lesion_convention_named,
+    min_voxels_region,
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
@@ -50,11 +51,21 @@ class Rules:
     lesion_convention: str | None = None
     tolerance: float = 1.0
     """Of the normalised surface Dice, in millimetres."""
+    min_voxels: Mapping[str, int] = field(default_factory=dict)
+    """These regions are also scored as not found where they are predicted with fewer voxels than the number."""
 
     def __post_init__(self) -> None:
         # both refuse unknown names
         empty_rules_text(self.convention, self.metrics, lesion_convention=self.lesion_convention)
         check_tolerance(self.tolerance)
+        for region, voxels in self.min_voxels.items():
+            if region not in self.regions:
+                raise InputError(
+                    f"--et-min: the data set has no region {region}; it has {', '.join(self.regions)}; name one: "
+                    f"--et-min REGION={voxels}"
+                )
+            if voxels < 1:
+                raise InputError(f"--et-min is {voxels} for {region}, expected at least 1 voxel")
         if self._of_lesions():
             settings = lesion_convention_named(str(self.lesion_convention))
             for region, partners in settings.partners.items():
@@ -64,6 +75,16 @@ class Rules:
                         f"{self.lesion_convention} joins the lesions of {region} by those of {', '.join(partners)}, "
                         f"and dataset.json has no label {', '.join(missing)}; take another --lesion-convention"
                     )
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of the regions in the results: each one, and after it the one of :attr:`min_voxels`."""
+        names = []
+        for region in self.regions:
+            names.append(region)
+            if region in self.min_voxels:
+                names.append(min_voxels_region(region, self.min_voxels[region]))
+        return tuple(names)
 
     def _of_lesions(self) -> bool:
         return any(name in LESION_RULES for name in self.metrics)
@@ -81,12 +102,29 @@ class Rules:
         prediction, reference = prediction.reshape(shape), reference.reshape(shape)
         spacing = [spacing[axis] for axis in kept]
         predicted, wanted = self._masks(prediction, reference), self._masks(reference, reference)
-        scores = {name: self._score_region(predicted[name], wanted[name], spacing) for name in self.regions}
+        scores = self._score(predicted, wanted, spacing, self.regions)
+        for region, voxels in self.min_voxels.items():
+            found = scores[region]
+            if np.count_nonzero(predicted[region]) < voxels:
+                emptied = {**predicted, region: np.zeros_like(predicted[region])}
+                found = self._score(emptied, wanted, spacing, [region])[region]
+            scores[min_voxels_region(region, voxels)] = dict(found)
+        return {name: scores[name] for name in self.scored}
+
+    def _score(
+        self,
+        predicted: Mapping[str, np.ndarray],
+        wanted: Mapping[str, np.ndarray],
+        spacing: Sequence[float],
+        names: Iterable[str],
+    ) -> dict[str, dict[str, float]]:
+        """The metrics of some regions; lesions of all of them may decide about each other."""
+        scores = {name: self._score_region(predicted[name], wanted[name], spacing) for name in names}
         if self._of_lesions():
             lesions = lesionwise_regions(predicted, wanted, spacing, str(self.lesion_convention))
-            for name, found in lesions.items():
-                values = {LESION_DICE: found.dice, LESION_HD95: found.hd95_mm}
-                scores[name] |= {metric: value for metric, value in values.items() if metric in self.metrics}
+            for name, of_region in scores.items():
+                values = {LESION_DICE: lesions[name].dice, LESION_HD95: lesions[name].hd95_mm}
+                of_region |= {metric: value for metric, value in values.items() if metric in self.metrics}
         return scores
 
     def _masks(self, segmentation: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference import evaluation_files
+from nnunetv2_mstkd.metrics.conventions import postprocessed_regions
 
 SUMMARY = Path(evaluation_files.FOLDER, evaluation_files.SUMMARY)
 
@@ -47,7 +48,8 @@ def read_expected_dice(
             code = modalities.subset_code(modalities.parse_subset(text, names))
             values = {region: measures.get("dice") for region, measures in regions.items()}
             known = {region: dice for region, dice in values.items() if dice is not None and math.isfinite(dice)}
-            expected[code] = {region: float(dice) for region, dice in known.items()}
+            postprocessed = postprocessed_regions(known)  # prediction does not do that step
+            expected[code] = {region: float(dice) for region, dice in known.items() if region not in postprocessed}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE, write_results
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, MODALITIES, REGION, SUBSET, VALUE, write_results
 from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.images.atomic import write_json, write_text
-from nnunetv2_mstkd.inference.evaluation_files import PRESENCE, REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.inference.evaluation_files import CASES, PRESENCE, REPORT, RESULTS, SUMMARY, TABLES
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
-from nnunetv2_mstkd.reporting.page import Pictures, html_report
+from nnunetv2_mstkd.reporting.page import Pictures, case_page, html_report
+from nnunetv2_mstkd.reporting.pictures import label_colors, region_colors
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -39,10 +41,13 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
     write_results(evaluation.results, output / RESULTS)
     for fmt, name in TABLES.items():
         write_text(output / name, _tables(evaluation.results, rules, fmt))
-    drawn = _write_figures(evaluation, output)
+    drawn = _write_figures(evaluation, rules, output)
     shown = Pictures(pictures, measured.records.load_montage)
     _write_presence(measured.presence, output / PRESENCE)
-    page = html_report(evaluation, rules, measured.settings, near, drawn, shown, presence=measured.presence)
+    pages = _write_case_pages(evaluation, measured, output, shown) if pictures else {}
+    page = html_report(
+        evaluation, rules, measured.settings, near, drawn, shown, pages=pages, presence=measured.presence
+    )
     write_text(output / REPORT, page)
     # last: mstkd predict looks for it
     write_json(output / SUMMARY, _summary(evaluation, measured))
@@ -57,12 +62,35 @@ def _write_presence(presence: pd.DataFrame, file: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:
+def _write_case_pages(
+    findings: Findings, measured: Measured, output: Path, pictures: Pictures
+) -> dict[tuple[str, str], str]:
+    """Write a page with pictures for each case that has none since its last results; paths by fold and case."""
+    pages = {}
+    for fold, case in dict.fromkeys(zip(findings.results[FOLD], findings.results[CASE], strict=True)):
+        slices = output / CASES / f"fold_{fold}" / f"{case}.npz"
+        file = slices.with_suffix(".html")
+        if not slices.is_file():
+            continue
+        if not file.is_file() or file.stat().st_mtime < slices.stat().st_mtime:
+            write_text(file, case_page(findings, measured.rules, measured.settings, pictures, fold, case))
+        pages[fold, case] = file.relative_to(output).as_posix()
+    return pages
+
+
+def _write_figures(findings: Findings, rules: Rules, output: Path) -> dict[str, Path]:
     """Draw the figures, remove those of an earlier run with other subsets, and return the files by name."""
-    drawings = {
+    of_labels = label_colors(list(rules.labels), rules.ignore_label)
+    colors = {
+        name: (red / 255, green / 255, blue / 255)
+        for name, (red, green, blue) in region_colors(rules.regions, of_labels).items()
+    }
+    of_regions = partial(partial, colors=colors)
+    drawings: dict[str, tuple[Callable[..., Any], pd.DataFrame | None]] = {
+        "missing.png": (of_regions(figures.missing_bars), findings.missing_one),
         "heat_map.png": (figures.heat_map, findings.results),
-        "curve.png": (figures.curve_by_count, findings.by_count),
-        "shapley.png": (figures.shapley_bars, findings.shapley),
+        "curve.png": (of_regions(figures.curve_by_count), findings.by_count),
+        "shapley.png": (of_regions(figures.shapley_bars), findings.shapley),
     }
     for name, (draw, table) in drawings.items():
         if table is None:
@@ -78,7 +106,7 @@ def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:
 def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
     rules = measured.rules
     subsets: dict[str, dict[str, dict[str, float | None]]] = {
-        subset: {region: {} for region in rules.regions} for subset in findings.subsets
+        subset: {region: {} for region in rules.scored} for subset in findings.subsets
     }
     for row in findings.by_subset.to_dict("records"):
         subsets[row[SUBSET]][row[REGION]][row["metric"]] = _number(row[VALUE])
@@ -101,6 +129,7 @@ def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
         "loss_against_full_input": None if findings.gap is None else _nested(findings.gap, SUBSET),
         "shapley": None if findings.shapley is None else _nested(findings.shapley, MODALITY),
         "cases_with_full_input": len(findings.full_cases),
+        "headline": findings.headline,
         "warnings": findings.warnings,
         "notes": findings.notes,
     }
@@ -143,7 +172,8 @@ def _table(results: pd.DataFrame, rules: Rules, metric: str, fmt: str) -> str:
 
 def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str:
     """All findings, as printed."""
-    parts = [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name, TEXT)}" for name in rules.metrics]
+    parts = [] if findings.headline is None else [findings.headline]
+    parts += [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name, TEXT)}" for name in rules.metrics]
     for title, table, patients in finding_tables(findings):
         interval = f"95 % interval over {patients} patients" if patients > 1 else "one patient, no interval"
         parts.append(f"{title} ({interval})\n\n{frame_table(table, fmt=TEXT)}")

@@ -38,6 +38,10 @@ MIN_PATIENTS = 6
 """With fewer patients no two-sided test on paired differences can reach 5 % (2 / 2^6 = 3 %)."""
 
 
+MIN_CASES = 3
+"""In fewer cases two subsets may give the same values by chance."""
+
+
 def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> list[str]:
     """Report the results of each model that contradict what the modalities show.
 
@@ -163,6 +167,8 @@ def _oedema(evidence: _Evidence) -> Iterator[str]:
 
 def _identical(data: Cube, m: int) -> Iterator[str]:
     """Subsets with the same values in all cases and regions: the modality between them was never removed."""
+    if len(data.cases) < MIN_CASES:
+        return
     groups: dict[bytes, list[str]] = {}
     for subset, values in zip(data.subsets, data.values[m].transpose(1, 0, 2), strict=True):
         # perfect, empty and missing values repeat by themselves
