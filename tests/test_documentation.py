@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 
-from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import cli, methods
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = [ROOT / "documentation", ROOT / "nnunetv2_mstkd", ROOT / "benchmarks"]
@@ -35,12 +35,23 @@ def commands(page: Path) -> list[str]:
     return [line for line in found if re.match("mstkd [a-z-]+( |$)", line) and "…" not in line and "..." not in line]
 
 
-def test_settings_page_is_made_from_the_settings():
-    file = ROOT / "documentation" / "make_settings_page.py"
-    spec = importlib.util.spec_from_file_location("make_settings_page", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.page() == module.PAGE.read_text(encoding="utf-8"), "run python documentation/make_settings_page.py"
+@pytest.mark.parametrize("script", ["make_settings_page.py", "make_metrics_page.py"])
+def test_generated_pages_are_current(script):
+    module = runpy.run_path(str(ROOT / "documentation" / script))
+    assert module["page"]() == module["PAGE"].read_text(encoding="utf-8"), f"run python documentation/{script}"
+
+
+def test_readme_is_short():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 1100
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert [line for block in blocks for line in block.splitlines() if len(line) > 100] == []
+
+
+def test_trainers_page_lists_every_trainer():
+    page = (ROOT / "documentation" / "trainers.md").read_text(encoding="utf-8")
+    assert [name for name in methods.__all__ if f"`{name}`" not in page] == []
 
 
 @each_page
