@@ -23,7 +23,9 @@ from nnunetv2_mstkd.metrics.conventions import (
     LESION_HD95,
     LESION_RULES,
     NSD,
+    REGION_SPELLINGS,
     empty_rules_text,
+    known_name,
     lesion_convention_named,
     min_voxels_region,
 )
@@ -150,7 +152,8 @@ class Rules:
 def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Rules:
     """The rules for a data set: its regions, or its labels if it has none.
 
-    ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`.
+    ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`; in ``min_voxels``
+    ``ET`` and ``WT`` stand for the regions that are called so in other words.
     """
     regions = {
         name: tuple(int(label) for label in np.atleast_1d(value))
@@ -159,8 +162,11 @@ def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Ru
     }
     known = [int(label) for label in labels.all_labels]
     ignore = None if labels.ignore_label is None else int(labels.ignore_label)
+    wanted = options.pop("min_voxels", {})
+    spelled = {known_name(name, REGION_SPELLINGS): name for name in regions}
+    sizes = {name if name in regions else spelled.get(name, name): voxels for name, voxels in wanted.items()}
     everything = tuple(sorted({0, *known, *([] if ignore is None else [ignore])}))
-    return Rules(regions, everything, ignore_label=ignore, **options)
+    return Rules(regions, everything, ignore_label=ignore, min_voxels=sizes, **options)
 
 
 def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np.ndarray, dict]:

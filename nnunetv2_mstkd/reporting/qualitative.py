@@ -37,6 +37,9 @@ ABSENT = "missing"
 PANEL = 1.35
 """Width of a picture in inches."""
 
+LINE = 28
+"""Characters below a picture."""
+
 ALL = "all"
 
 
@@ -210,9 +213,12 @@ def _rgb(color: Color) -> tuple[float, float, float]:
 
 
 def _values(model: EvaluatedModel, case: str, subset: str, metric: str, regions: Mapping[str, tuple[int, ...]]) -> str:
-    """The values of the regions, three to a line."""
+    """The values of the regions, as many to a line as fit below a picture."""
     table: pd.DataFrame = model.results
     table = table[(table[CASE] == case) & (table[SUBSET] == subset) & (table[METRIC] == metric)]
     values = table.groupby(REGION)[VALUE].mean() * metric_named(metric).factor
-    parts = [f"{name} {values[name]:.1f}" for name in regions]
-    return "\n".join("  ".join(parts[start : start + 3]) for start in range(0, len(parts), 3))
+    lines: list[str] = []
+    for text in (f"{name} {values[name]:.1f}" for name in regions):
+        fits = lines and len(lines[-1]) + len(text) + 2 <= LINE
+        lines[-1:] = [f"{lines[-1]}  {text}"] if fits else [*lines[-1:], text]
+    return "\n".join(lines)
