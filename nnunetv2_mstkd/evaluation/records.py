@@ -84,7 +84,9 @@ class CaseRecords:
             return {}
         try:
             return {
-                subset: SubsetScore(_with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]))
+                subset: SubsetScore(
+                    _with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]), entry.get("entropy")
+                )
                 for subset, entry in content["subsets"].items()
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -113,31 +115,40 @@ class CaseRecords:
         if not (self.folder / RUN).is_file():
             write_json(self.folder / RUN, self._run)  # not earlier: a run without results must not bind later ones
         subsets = {
-            subset: {"values": _without_nan(score.values), "near": score.near, "voxels": score.voxels}
+            subset: {
+                "values": _without_nan(score.values),
+                "near": score.near,
+                "voxels": score.voxels,
+                "entropy": score.entropy,
+            }
             for subset, score in scores.items()
         }
         write_json(file, {"weights": self._weights[fold], "images": images, "subsets": subsets})
 
     def table(
         self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str
-    ) -> tuple[pd.DataFrame, tuple[int, int]]:
-        """The long table of evaluated cases, and the numbers of voxels close to the decision and of all voxels.
+    ) -> tuple[pd.DataFrame, tuple[int, int], dict[str, list[float]]]:
+        """The long table of evaluated cases, the numbers of voxels close to the decision and of all, and entropies.
+
+        The entropies are lists by subset, without the cases that have none.
 
         ``cases`` are their folds, names and subsets. For the table see
         :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
         """
         rows, near, voxels = [], 0, 0
+        entropies: dict[str, list[float]] = {}
         for fold, case, subsets in cases:
             scores = self.load(fold, case)
             for subset in subsets:
                 score = scores[subset]
                 near, voxels = near + score.near, voxels + score.voxels
+                entropies.setdefault(subset, []).extend([] if score.entropy is None else [score.entropy])
                 rows += [
                     (model, trainer, fold, case, subset, subset_size(subset), region, metric, value)
                     for region, values in score.values.items()
                     for metric, value in values.items()
                 ]
-        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels)
+        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels), entropies
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
         return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -58,6 +58,8 @@ class Measured:
     near: tuple[int, int] | None
     """Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone."""
     records: CaseRecords
+    entropies: dict[str, list[float]] = field(default_factory=dict)
+    """Entropies of the cases by subset, without those that have none."""
 
 
 @dataclass
@@ -131,14 +133,14 @@ class Evaluator:
             for fold, predictor in self.predictors.items():
                 cases = [each for each in self.unfinished if each.case.fold == fold]
                 self._evaluate(predictor, cases, preparing, scoring, bar)
-        results, near = self.records.table(
+        results, near, entropies = self.records.table(
             [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases],
             model=request.name or self.settings["folder"],
             trainer=self.model.trainer_name,
         )
         # not in the records: cases and folds may be added
         settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
-        return Measured(results, self.rules, settings, near if self.stack > 1 else None, self.records)
+        return Measured(results, self.rules, settings, near if self.stack > 1 else None, self.records, entropies)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ from nnunetv2_mstkd.metrics.conventions import (
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
+from nnunetv2_mstkd.nnunet.entropy import case_entropy
 from nnunetv2_mstkd.nnunet.preprocessing import segment
 
 NEAR = 0.05
@@ -213,6 +214,8 @@ class SubsetScore:
     """Voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision)."""
     voxels: int
     """Voxels of the segmentation, in its original geometry."""
+    entropy: float | None = None
+    """Mean over the predicted foreground; None where there is none, or in records of before."""
     slice: np.ndarray | None = field(default=None, compare=False)
     """The segmentation in the slice to show; None: none was requested, or the score was read from disk."""
 
@@ -247,7 +250,8 @@ def score_prediction(
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
     kept = None if view is None else view.cut(segmentation).astype(view.reference.dtype)
-    return SubsetScore(values, counting.near, segmentation.size, kept)
+    entropy = case_entropy(logits, counting.has_regions)
+    return SubsetScore(values, counting.near, segmentation.size, entropy, kept)
 
 
 class _CountingLabels:

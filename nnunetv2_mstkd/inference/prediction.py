@@ -50,7 +50,8 @@ def predict_cases(
     preprocessing_processes: int = 0,
     export_processes: int = 0,
     progress: bool = False,
-    on_written: Callable[[Case], None] = lambda case: None,
+    save_uncertainty: bool = False,
+    on_written: Callable[[Case, float | None], None] = lambda case, entropy: None,
 ) -> None:
     """Predict checked cases and write their segmentations.
 
@@ -66,16 +67,18 @@ def predict_cases(
         Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
     preprocessing_processes, export_processes
         Number of background processes; 0 runs everything in this process.
+    save_uncertainty
+        Also write the entropy of each voxel; see :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
     on_written
-        Called for each case when its segmentation is in the folder.
+        Called for each case, with its entropy, when its segmentation is in the folder.
     """
     plans, configuration, dataset_json = (
         predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
     )  # fmt: skip
     names = modalities.modality_names(dataset_json)
 
-    def written(case: Case, _: None) -> None:
-        on_written(case)
+    def written(case: Case, entropy: float | None) -> None:
+        on_written(case, entropy)
         bar.update()
 
     with (
@@ -91,7 +94,7 @@ def predict_cases(
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
                 logits = predict_logits(predictor, data, case.availability, student=student)
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
-                exports.submit(case, export_case, *what)
+                exports.submit(case, export_case, *what, save_uncertainty)
                 exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
             exports.collect()
         finally:
