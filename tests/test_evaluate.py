@@ -169,6 +169,9 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
         loss = means[region, every[-1]] - means[region, "T1"]
         assert math.isclose(summary["loss_against_full_input"][region]["T1"]["dice"], loss, abs_tol=1e-12)
     assert summary["parameters"] > 1000 and "training_hours" not in summary  # the checkpoint has no log
+    ranges = summary["ranges"]["T1"]
+    of_subset = table[(table["subset"] == "T1") & (table["region"] == "whole") & (table["metric"] == "dice")]["value"]
+    assert ranges["whole"] == [of_subset.min(), of_subset.max()] and 0 < ranges["entropy"][0] <= ranges["entropy"][1]
     near = summary["near_decision"]
     assert near["of"] == 3 * 15 * math.prod((14, 20, 18)) and 0 < near["voxels"] < near["of"]
 

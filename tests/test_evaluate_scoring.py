@@ -73,6 +73,12 @@ def test_small_regions_are_also_scored_as_not_found():
     assert (right["core"]["dice"], right["core (min 2)"]["dice"]) == (0, 1)
 
 
+def test_the_enhancing_tumor_is_known_by_other_names():
+    content = tiny.dataset_json(labels={"background": 0, "edema": 1, "Enhancing tumor": 2})
+    found = rules_of(content, LabelManager(content["labels"], None), min_voxels={"ET": 5, "edema": 3})
+    assert found.min_voxels == {"Enhancing tumor": 5, "edema": 3}
+
+
 def test_lesions_of_small_regions_are_not_found_either():
     prediction, reference = np.zeros((2, 20, 20, 20), np.uint8)
     reference[2:8, 2:8, 2:8] = 1

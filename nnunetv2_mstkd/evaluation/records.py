@@ -88,9 +88,11 @@ class CaseRecords:
                     _with_nan(entry["values"]),
                     int(entry["near"]),
                     int(entry["voxels"]),
-                    {region: (float(score), bool(there)) for region, (score, there) in entry["presence"].items()}
-                    if "presence" in entry
-                    else {},
+                    entry.get("entropy"),
+                    {
+                        region: (float(score), bool(there))
+                        for region, (score, there) in entry.get("presence", {}).items()
+                    },
                 )
                 for subset, entry in content["subsets"].items()
             }
@@ -124,6 +126,7 @@ class CaseRecords:
                 "values": _without_nan(score.values),
                 "near": score.near,
                 "voxels": score.voxels,
+                "entropy": score.entropy,
                 **({"presence": score.presence} if score.presence else {}),
             }
             for subset, score in scores.items()
@@ -132,24 +135,28 @@ class CaseRecords:
 
     def table(
         self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str
-    ) -> tuple[pd.DataFrame, tuple[int, int]]:
-        """The long table of evaluated cases, and the numbers of voxels close to the decision and of all voxels.
+    ) -> tuple[pd.DataFrame, tuple[int, int], dict[str, list[float]]]:
+        """The long table of evaluated cases, the numbers of voxels close to the decision and of all, and entropies.
+
+        The entropies are lists by subset, without the cases that have none.
 
         ``cases`` are their folds, names and subsets. For the table see
         :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
         """
         rows, near, voxels = [], 0, 0
+        entropies: dict[str, list[float]] = {}
         for fold, case, subsets in cases:
             scores = self.load(fold, case)
             for subset in subsets:
                 score = scores[subset]
                 near, voxels = near + score.near, voxels + score.voxels
+                entropies.setdefault(subset, []).extend([] if score.entropy is None else [score.entropy])
                 rows += [
                     (model, trainer, fold, case, subset, subset_size(subset), region, metric, value)
                     for region, values in score.values.items()
                     for metric, value in values.items()
                 ]
-        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels)
+        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels), entropies
 
     def presence(self, cases: Iterable[tuple[str, str, Sequence[str]]]) -> pd.DataFrame:
         """What the network says about presence, one row per case, subset and region.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -60,6 +60,8 @@ class Measured:
     records: CaseRecords
     presence: pd.DataFrame
     """What the model's presence head says; see :meth:`CaseRecords.presence`. Empty without one."""
+    entropies: dict[str, list[float]] = field(default_factory=dict)
+    """Entropies of the cases by subset, without those that have none."""
 
 
 @dataclass
@@ -134,13 +136,13 @@ class Evaluator:
                 cases = [each for each in self.unfinished if each.case.fold == fold]
                 self._evaluate(predictor, cases, preparing, scoring, bar)
         evaluated = [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases]
-        results, near = self.records.table(
+        results, near, entropies = self.records.table(
             evaluated, model=request.name or self.settings["folder"], trainer=self.model.trainer_name
         )
         # not in the records: cases and folds may be added
         settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
         near_cases, presence = near if self.stack > 1 else None, self.records.presence(evaluated)
-        return Measured(results, self.rules, settings, near_cases, self.records, presence)
+        return Measured(results, self.rules, settings, near_cases, self.records, presence, entropies)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 

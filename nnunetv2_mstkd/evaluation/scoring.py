@@ -23,13 +23,16 @@ from nnunetv2_mstkd.metrics.conventions import (
     LESION_HD95,
     LESION_RULES,
     NSD,
+    REGION_SPELLINGS,
     empty_rules_text,
+    known_name,
     lesion_convention_named,
     min_voxels_region,
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
 from nnunetv2_mstkd.nnunet.description import foreground_heads
+from nnunetv2_mstkd.nnunet.entropy import case_entropy
 from nnunetv2_mstkd.nnunet.preprocessing import segment
 
 NEAR = 0.05
@@ -151,7 +154,8 @@ class Rules:
 def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Rules:
     """The rules for a data set: its regions, or its labels if it has none.
 
-    ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`.
+    ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`; in ``min_voxels``
+    ``ET`` and ``WT`` stand for the regions that are called so in other words.
     """
     regions = {
         name: tuple(int(label) for label in np.atleast_1d(value))
@@ -160,8 +164,11 @@ def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Ru
     }
     known = [int(label) for label in labels.all_labels]
     ignore = None if labels.ignore_label is None else int(labels.ignore_label)
+    wanted = options.pop("min_voxels", {})
+    spelled = {known_name(name, REGION_SPELLINGS): name for name in regions}
+    sizes = {name if name in regions else spelled.get(name, name): voxels for name, voxels in wanted.items()}
     everything = tuple(sorted({0, *known, *([] if ignore is None else [ignore])}))
-    return Rules(regions, everything, ignore_label=ignore, **options)
+    return Rules(regions, everything, ignore_label=ignore, min_voxels=sizes, **options)
 
 
 def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np.ndarray, dict]:
@@ -208,6 +215,8 @@ class SubsetScore:
     """Voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision)."""
     voxels: int
     """Voxels of the segmentation, in its original geometry."""
+    entropy: float | None = None
+    """Mean over the predicted foreground; None where there is none, or in records of before."""
     presence: dict[str, tuple[float, bool]] = field(default_factory=dict)
     """region -> probability of presence that the network states, and whether the reference has any voxel of it; empty
     without a presence head."""
@@ -252,7 +261,8 @@ def score_prediction(
     if presence is not None:
         for region, head in foreground_heads(dataset_json).items():
             stated[region] = float(presence[head]), bool(np.isin(reference, rules.regions[region]).any())
-    return SubsetScore(values, counting.near, segmentation.size, stated, kept)
+    entropy = case_entropy(logits, counting.has_regions)
+    return SubsetScore(values, counting.near, segmentation.size, entropy, stated, kept)
 
 
 class _CountingLabels:

@@ -67,6 +67,51 @@ def read_expected_dice(
     return expected
 
 
+Range = tuple[float, float]
+
+MIN_CASES = 10
+"""The range of fewer cases says little about the next one."""
+
+ENTROPY = "entropy"
+"""Key of the range of entropies, beside those of the regions' Dice."""
+
+
+def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, Range]]:
+    """Read the lowest and highest value of the cases of an evaluation, by subset.
+
+    Parameters
+    ----------
+    names
+        Names of the C channels.
+
+    Returns
+    -------
+    :func:`~nnunetv2_mstkd.modalities.subset_code` -> region, and :data:`ENTROPY`, -> range. Empty without an
+    evaluation, or with one of fewer than :data:`MIN_CASES` cases, whose range says little.
+
+    Raises
+    ------
+    InputError
+        If the file is no evaluation.
+    """
+    file = model_folder / SUMMARY
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            modalities.subset_code(modalities.parse_subset(text, names)): {
+                key: (float(low), float(high)) for key, (low, high) in ranges.items()
+            }
+            for text, ranges in content.get("ranges", {}).items()
+            if content["cases_by_subset"][text] >= MIN_CASES
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
+        ) from error
+
+
 def format_dice(dice: Mapping[str, float] | None) -> str:
     """Return `` (expected Dice: WT 0.912, TC 0.874)``, or nothing where nothing is known."""
     values = ", ".join(f"{region} {value:.3f}" for region, value in (dice or {}).items())

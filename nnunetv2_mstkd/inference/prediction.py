@@ -64,7 +64,8 @@ def predict_cases(
     preprocessing_processes: int = 0,
     export_processes: int = 0,
     progress: bool = False,
-    on_written: Callable[[Case, dict[str, float] | None], None] = lambda case, presence: None,
+    save_uncertainty: bool = False,
+    on_written: Callable[[Case, float | None, dict[str, float] | None], None] = lambda case, entropy, presence: None,
 ) -> None:
     """Predict checked cases and write their segmentations.
 
@@ -80,16 +81,20 @@ def predict_cases(
         Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
     preprocessing_processes, export_processes
         Number of background processes; 0 runs everything in this process.
+    save_uncertainty
+        Also write the entropy of each voxel; see :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
     on_written
-        Called for each case, with what :class:`Predicted` says of presence, when its segmentation is in the folder.
+        Called for each case, with its entropy and what :class:`Predicted` says of presence, when its segmentation is in
+        the folder.
     """
     plans, configuration, dataset_json = (
         predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
     )  # fmt: skip
     names = modalities.modality_names(dataset_json)
 
-    def written(label: tuple[Case, dict[str, float] | None], _: None) -> None:
-        on_written(*label)
+    def written(label: tuple[Case, dict[str, float] | None], entropy: float | None) -> None:
+        case, presence = label
+        on_written(case, entropy, presence)
         bar.update()
 
     with (
@@ -105,7 +110,7 @@ def predict_cases(
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
                 logits, presence = predict_logits(predictor, data, case.availability, student=student)
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
-                exports.submit((case, presence), export_case, *what)
+                exports.submit((case, presence), export_case, *what, save_uncertainty)
                 exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
             exports.collect()
         finally:

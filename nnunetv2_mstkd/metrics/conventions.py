@@ -209,6 +209,20 @@ def _rule(metric: str, convention: str) -> EmptyRule:
     return rules[metric]
 
 
+# ---- regions -------------------------------------------------------------------------------------------------------
+
+REGION_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "ET": ("et", "enhancing tumor", "enhancing tumour", "enhancing"),
+    "WT": ("wt", "whole tumor", "whole tumour", "whole"),
+}
+
+
+def known_name(name: str, spellings: Mapping[str, Iterable[str]]) -> str | None:
+    """The key under whose spellings a name is listed, in upper or lower case; None if it is none of them."""
+    folded = name.strip().casefold()
+    return next((known for known, others in spellings.items() if folded in others), None)
+
+
 # ---- small predictions ---------------------------------------------------------------------------------------------
 
 _MIN_VOXELS = re.compile(r"(.+) \(min (\d+)\)")

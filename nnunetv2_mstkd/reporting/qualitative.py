@@ -37,6 +37,9 @@ ABSENT = "missing"
 PANEL = 1.35
 """Width of a picture in inches."""
 
+LINE = 28
+"""Characters below a picture."""
+
 ALL = "all"
 
 
@@ -149,11 +152,14 @@ def _draw(
 ) -> Figure:
     names = modality_order(comparison.models[0].results[SUBSET])
     colors = label_colors(sorted({label for values in regions.values() for label in values}), None)
-    heights = [montage.reference.shape[0] / montage.reference.shape[1] * PANEL + 0.2 for _, _, montage in rows]
+    metric = comparison.metrics[0]
+    texts = [[_values(model, case, subset, metric, regions) for model in models.values()] for case, subset, _ in rows]
+    below = 0.15 + 0.1 * max(text.count("\n") + 1 for of_row in texts for text in of_row)
+    heights = [montage.reference.shape[0] / montage.reference.shape[1] * PANEL + below for _, _, montage in rows]
     columns = len(names) + 1 + len(models)
-    figure = new_figure(PANEL * columns + 0.3, sum(heights) + 0.7)
+    figure = new_figure(PANEL * columns + 0.3, sum(heights) + 0.8)
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
-    for line, (case, subset, montage) in zip(axes, rows, strict=True):
+    for line, (case, subset, montage), values in zip(axes, rows, texts, strict=True):
         available = [name in subset.split(SEPARATOR) for name in names]
         shown = clearest_image(replace(montage, images=montage.images[np.array(available)]))
         background = montage.images[np.flatnonzero(available)[shown]]
@@ -161,15 +167,15 @@ def _draw(
             _image(axis, image, there)
         line[0].set_ylabel(case, fontsize=6)
         _overlay(line[len(names)], background, montage.reference, colors, None)
-        for axis, (name, model) in zip(line[len(names) + 1 :], models.items(), strict=True):
+        for axis, name, text in zip(line[len(names) + 1 :], models, values, strict=True):
             _overlay(axis, background, montage.segmentations[name], colors, montage.reference != 0)
-            axis.set_xlabel(_values(model, case, subset, comparison.metrics[0], regions), fontsize=6, labelpad=2)
+            axis.set_xlabel(text, fontsize=6, labelpad=2)
     for axis, title in zip(axes[0], [*names, "reference", *models], strict=True):
         axis.set_title(title, fontsize=8)
     patches = [Patch(color=_rgb(color), label=name) for name, color in region_colors(regions, colors).items()]
     outline = Line2D([], [], color="0.4", linewidth=1, label="outline: reference")
-    metric = metric_named(comparison.metrics[0])
-    numbers = Line2D([], [], linestyle="none", label=f"numbers: {metric.label} ({metric.unit}) of the whole case")
+    kind = metric_named(metric)
+    numbers = Line2D([], [], linestyle="none", label=f"numbers: {kind.label} ({kind.unit}) of the whole case")
     figure.legend(
         handles=[*patches, outline, numbers],
         loc="outside lower center",
@@ -210,9 +216,12 @@ def _rgb(color: Color) -> tuple[float, float, float]:
 
 
 def _values(model: EvaluatedModel, case: str, subset: str, metric: str, regions: Mapping[str, tuple[int, ...]]) -> str:
-    """The values of the regions, three to a line."""
+    """The values of the regions, as many to a line as fit below a picture."""
     table: pd.DataFrame = model.results
     table = table[(table[CASE] == case) & (table[SUBSET] == subset) & (table[METRIC] == metric)]
     values = table.groupby(REGION)[VALUE].mean() * metric_named(metric).factor
-    parts = [f"{name} {values[name]:.1f}" for name in regions]
-    return "\n".join("  ".join(parts[start : start + 3]) for start in range(0, len(parts), 3))
+    lines: list[str] = []
+    for text in (f"{name} {values[name]:.1f}" for name in regions):
+        fits = lines and len(lines[-1]) + len(text) + 2 <= LINE
+        lines[-1:] = [f"{lines[-1]}  {text}"] if fits else [*lines[-1:], text]
+    return "\n".join(lines)

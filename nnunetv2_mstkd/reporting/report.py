@@ -10,11 +10,12 @@ from typing import Any
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import CASE, FOLD, MODALITIES, REGION, SUBSET, VALUE, write_results
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, REGION, SUBSET, VALUE, write_results
 from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.inference.evaluation_files import CASES, PRESENCE, REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.inference.expected_dice import ENTROPY
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.page import Pictures, case_page, html_report
@@ -123,6 +124,7 @@ def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
             rules.convention, rules.metrics, lesion_convention=rules.lesion_convention
         ).splitlines(),
         "subsets": subsets,
+        "ranges": _ranges(findings, measured.entropies),
         "mean_over_subsets": {row[REGION]: _interval(row) for row in overall},
         "worst_subset": {row[REGION]: {"subset": row["worst_subset"], DICE: _number(row["worst"])} for row in overall},
         "by_number_of_modalities": _nested(findings.by_count, MODALITIES),
@@ -136,6 +138,18 @@ def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
     if measured.near is not None:
         content["near_decision"] = {"logit": NEAR, "voxels": measured.near[0], "of": measured.near[1]}
     return content
+
+
+def _ranges(findings: Findings, entropies: Mapping[str, list[float]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Lowest and highest Dice of a case by subset and region, and its entropy."""
+    dice = findings.results[findings.results[METRIC] == DICE].dropna(subset=[VALUE])
+    found: dict[str, dict[str, tuple[float, float]]] = {subset: {} for subset in findings.subsets}
+    for (subset, region), values in dice.groupby([SUBSET, REGION], sort=False)[VALUE]:
+        found[subset][region] = float(values.min()), float(values.max())
+    for subset, values in entropies.items():
+        if values:
+            found[subset][ENTROPY] = min(values), max(values)
+    return found
 
 
 def _nested(table: pd.DataFrame, column: str) -> dict[str, dict[str, dict[str, float | None]]]:
