@@ -47,7 +47,7 @@ TEACHER = "MSTKDTeacherTrainer"
 TEACHERS = {
     "ModalityDropoutTrainer": TEACHER,
     "MSTKDTrainer": TEACHER,
-    "AdaMMTrainer": "AdaMMTeacherTrainer",
+    "KDTrainer": "KDTeacherTrainer",
 }
 WITHOUT_WORKERS = {"nnUNet_n_proc_DA": "0"}
 """For trainings: a seed repeats them then. nnU-Net's planner does not accept it."""
@@ -71,9 +71,6 @@ NO_UNLABELLED, OWN = {"unlabelled.share": 0}, {"unlabelled.share": 0.5}
 
 NO_TERMS = {f"mstkd.{term}": 0 for term in ("evd", "maps", "discrepancy", "kl", "style", "adversarial")}
 SOFT = {"distillation.where": "everywhere", "distillation.fade": 0, "distillation.soft_labels": 1}
-PLAIN = {"adamm.adapters": False, "adamm.refinement": "off", "adamm.presence": False}
-PLAIN |= {f"adamm.{term}": 0 for term in ("consistency", "content", "style")}
-
 ROWS = {
     "dropout": Row("modality dropout, labelled cases", "ModalityDropoutTrainer", {**WARM, **NO_UNLABELLED}),
     "dropout-scratch": Row(
@@ -89,21 +86,21 @@ ROWS = {
     "soft-unlabelled": Row(
         "MSTKDTrainer, soft labels alone, unlabelled cases too", "MSTKDTrainer", {**NO_TERMS, **SOFT}
     ),
-    "plain-soft": Row("plain network, soft labels, labelled cases", "AdaMMTrainer", {**PLAIN, **SOFT, **NO_UNLABELLED}),
+    "plain-soft": Row("plain network, soft labels, labelled cases", "KDTrainer", NO_UNLABELLED),
     "plain-soft-2": Row(
         "the same, a teacher in every second step",
-        "AdaMMTrainer",
-        {**PLAIN, **SOFT, **NO_UNLABELLED, "distillation.every": 2},
+        "KDTrainer",
+        {**NO_UNLABELLED, "distillation.every": 2},
     ),
     "plain-soft-4": Row(
         "the same, a teacher in every fourth step",
-        "AdaMMTrainer",
-        {**PLAIN, **SOFT, **NO_UNLABELLED, "distillation.every": 4},
+        "KDTrainer",
+        {**NO_UNLABELLED, "distillation.every": 4},
     ),
-    "plain-soft-unlabelled": Row("plain network, soft labels, unlabelled cases too", "AdaMMTrainer", {**PLAIN, **SOFT}),
-    "plain-unlabelled": Row("plain network, unlabelled cases too", "AdaMMTrainer", PLAIN),
+    "plain-soft-unlabelled": Row("plain network, soft labels, unlabelled cases too", "KDTrainer"),
+    "plain-unlabelled": Row("plain network, unlabelled cases too", "KDTrainer", {"distillation.soft_labels": 0}),
 }
-"""``plain`` rows are AdaMMTrainer with all of its parts off: the plans' network and its teacher, and nothing else."""
+"""The results of ``plain`` rows of 2026-11-28 are from AdaMMTrainer with all of its parts off, which is the same."""
 CONTROL = "dropout"
 DEFAULT_ROWS = ("dropout", "dropout-self", "mstkd", "mstkd-unlabelled")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -15,6 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.processes import usable_cores
 
 from .cases import Case
 from .checks import MAX_OUTSIDE, Checked, Headers, check_case
@@ -23,7 +23,7 @@ from .progress import CaseRecord
 from .splits import SEED
 from .writing import COPY, REFERENCE
 
-DEFAULT_WORKERS = min(8, os.cpu_count() or 1)
+DEFAULT_WORKERS = min(8, usable_cores())
 
 
 @dataclass(frozen=True)

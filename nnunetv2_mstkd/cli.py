@@ -26,6 +26,8 @@ COMMANDS = {
     "compare": "compare evaluated models case by case",
     "crossval": "train, evaluate and compare over the folds, here or on a cluster",
     "status": "show how far a cross-validation is",
+    "prior": "make SMML's semantic prior with a SAM",
+    "adapters": "draw how alike the adapters of an AdaMM model are",
     "fill-missing": "write zero images for absent modalities, for nnUNetv2_predict",
     "configure": "write the settings of a training into a new configuration of the plans",
     "convert": "turn a data set into nnU-Net's raw format",

@@ -21,6 +21,20 @@ def command_path(name: str) -> str:
     return found
 
 
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""Where a container finds its limit of processor time, as microseconds per period, or "max"."""
+
+
+def usable_cores() -> int:
+    """Return how many cores this process may use, which a scheduler or a container may have limited; at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = CPU_QUOTA.read_text().split()
+        return cores if quota == "max" else max(1, min(cores, round(int(quota) / int(period))))
+    except (OSError, ValueError):
+        return cores
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: a cluster scheduler, ``kill`` or a shutdown asks this process to end."""
 

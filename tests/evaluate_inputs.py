@@ -26,7 +26,7 @@ def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the figures empty: drawing takes longer than all else in a small evaluation."""
     from nnunetv2_mstkd.reporting import figures
 
-    for name in ("heat_map", "curve_by_count", "shapley_bars"):
+    for name in ("missing_bars", "heat_map", "curve_by_count", "shapley_bars"):
         monkeypatch.setattr(figures, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: Path(path).touch())
 

@@ -65,6 +65,8 @@ def report(
     load: Callable[[str, str], Montage | None] = montage,
     near: tuple[int, int] | None = (5, 1000),
     run: dict | None = None,
+    pages: dict | None = None,
+    presence: pd.DataFrame | None = None,
 ) -> str:
     """The page, with figures of one colour."""
     figures = {}
@@ -73,4 +75,5 @@ def report(
         Image.new("RGB", (60, 40), "white").save(figures[name])
     findings = Findings(results() if frame is None else frame)
     pictures = Pictures(number, load)
-    return html_report(findings, RULES, run or RUN, near, figures, pictures, now=datetime(2026, 3, 4))
+    when = datetime(2026, 3, 4)
+    return html_report(findings, RULES, run or RUN, near, figures, pictures, pages=pages, presence=presence, now=when)

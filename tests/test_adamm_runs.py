@@ -93,6 +93,24 @@ def test_logs_checkpoints_resuming_and_prediction(student):
     assert (folder / "validation" / "summary.json").is_file()
 
 
+def test_a_teacher_with_a_presence_head(phantom):
+    configure(phantom, schedule__epochs=2, adamm_teacher__presence=True)
+    train("AdaMMTeacherTrainer")
+    folder = phantom.fold("AdaMMTeacherTrainer")
+    teacher = checkpoints.read(folder / "checkpoint_final.pth")
+    for name in ("presence", "reliability"):
+        assert np.isfinite(teacher["logging"][f"mstkd_{name}"]).all()
+        assert len(teacher["logging"][f"mstkd_{name}"]) == 2
+    assert "terms: segmentation " in log_text(folder)
+    train("AdaMMTrainer")
+    log = log_text(phantom.fold("AdaMMTrainer"))
+    assert "started from the teacher: " in log and "presence.logits.weight" not in log
+    # another teacher is another network
+    configure(phantom, schedule__epochs=2, adamm_teacher__presence=False)
+    with pytest.raises(SettingsError, match=r"another network: adamm_teacher\.presence is True there and False here"):
+        train("AdaMMTeacherTrainer", fold=1)
+
+
 def test_term_weights_of_the_checkpoint_win(student):
     configure(student, schedule__epochs=9, adamm__style=0.7, adamm__subsets=["T1+FLAIR"])
     trainer = get_trainer_from_args(str(PHANTOM), CONFIGURATION, 0, "AdaMMTrainer", device=torch.device("cpu"))

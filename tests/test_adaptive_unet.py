@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import hand_plans
+import numpy as np
 import pytest
 import torch
 from hand_networks import plain_network, unet_plan
@@ -21,7 +22,7 @@ from nnunetv2_mstkd.methods.adamm.network import (
     distillation_stage,
     style_channels,
 )
-from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings, AdaMMTeacherSettings
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.settings import Settings, SettingsError
 
@@ -320,11 +321,13 @@ def test_presence_is_recorded_only_when_asked():
                 for patch in order:
                     network(patch)
                 torch.testing.assert_close(network._gate.seen, wanted)
+        with ungated.conditioned(full, LABELS) as finish:
+            for patch in patches:
+                ungated(patch)
+            np.testing.assert_allclose(finish.presence(), wanted.sigmoid().numpy(), rtol=1e-5)
         for silent in (network, ungated):
             silent.presence.register_forward_hook(lambda *call: pytest.fail("nobody reads the presence"))
-        network(patches[0])
-        with ungated.conditioned(full, LABELS):
-            ungated(patches[0])
+            silent(patches[0])
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------
@@ -350,7 +353,9 @@ def test_a_switched_off_part_has_no_parameters():
         return {name.split(".")[0] for name, _ in network.named_parameters()} - {"encoder", "decoder"}
 
     assert AdaMMSettings(**NOTHING) == PARTS_OFF
-    assert parts(PlainDesign().build(Case().plan, Settings([]))) == set()
+    for presence, wanted in ((False, set()), (True, {"presence"})):
+        section = AdaMMTeacherSettings(presence=presence)
+        assert parts(PlainDesign().build(Case().plan, Settings([section]))) == wanted
     assert parts(Case(adapters=False).full()) == {"refinement", "presence"}
     assert parts(Case(refinement="off").full()) == {"encoder_adapters", "decoder_adapters", "presence"}
     assert parts(Case(presence=False).full()) == {"encoder_adapters", "decoder_adapters", "refinement"}

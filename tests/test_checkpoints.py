@@ -266,3 +266,12 @@ def test_a_shared_tensor_is_loaded_under_either_of_its_names(prefix):
 def test_weights_of_another_network_are_refused():
     with pytest.raises(ValueError, match="is it another one"):
         checkpoints.load_matching(nn.Linear(2, 3), {"weight": torch.zeros(4, 4), "other": torch.zeros(3)})
+
+
+def test_training_hours_are_those_of_the_epochs(tmp_path):
+    """A pause between two epochs, of an interrupted training, does not count."""
+    log = {"epoch_start_timestamps": [1000.0, 99000.0], "epoch_end_timestamps": [2800.0, 100800.0]}
+    for name, content in (("with", {"logging": log}), ("without", {})):
+        torch.save({"network_weights": {}, **content}, tmp_path / name)
+    assert checkpoints.training_hours(tmp_path / "with") == 1.0
+    assert checkpoints.training_hours(tmp_path / "without") is None

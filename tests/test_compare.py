@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,8 +14,10 @@ import pandas as pd
 import pytest
 
 from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.evaluation.montage import Montage, write_montage
 from nnunetv2_mstkd.evaluation.results import COLUMNS, write_results
 from nnunetv2_mstkd.reporting.compare import compare
+from nnunetv2_mstkd.reporting.qualitative import qualitative_plot
 
 CASES = tuple(f"BraTS-GLI-{number:05d}-100" for number in range(8))
 NAMES = ("T1", "T2")
@@ -174,6 +177,117 @@ def test_compare_returns_data_frames():
     assert not Path("comparison").exists()
     compare(["a", "b"], output="out")
     assert Path("out/comparison.md").exists()
+
+
+def test_the_table_of_all_models_and_subsets(capsys):
+    for name, gain in (("a", 0.0), ("b", 0.01), ("c", 0.02)):
+        model(name, gain, settings={"convention": "nnunet"})
+    assert cli.main(["compare", "a", "b", "c"]) == 0
+    # single modalities: 0.535 + 4.5 times the gain; both: 0.535
+    row = r"\| WT +\| c +\| +\*\*62.5\*\* \| +\*\*62.5\*\* \| +\*\*53.5\*\* \| +\*\*59.5\*\* \|"
+    assert re.search(row, capsys.readouterr().out) and re.search(row, Path("comparison/tables.md").read_text())
+    assert r"\underline{58.0}" in Path("comparison/tables.tex").read_text()
+    assert "dice,ET,b,58.0,58.0,53.5,56.5" in Path("comparison/tables.csv").read_text().splitlines()
+    page = Path("comparison/comparison.html").read_text()
+    assert "<b>62.5</b>" in page and "<u>58.0</u>" in page and "Empty masks (nnunet" in page
+    assert 'href="tables.csv"' in page and 'id="cost"' not in page and not Path("comparison/cost.png").exists()
+
+
+def test_postprocessed_regions_are_in_the_table_but_not_tested():
+    regions = ("WT", "ET", "ET (min 500)")
+    for name, gain in (("old", 0.0), ("new", 0.01)):
+        model(name, gain, regions=regions)
+    found = compare(["new", "old"])
+    assert "ET (min 500)" in found.text and set(found.overall["region"]) == {"WT", "ET", "average"}
+
+
+def test_cost_is_that_of_the_evaluation_or_given(capsys):
+    for name, gain, cost in (("old", 0.0, {"parameters": 3e6, "training_hours": 2.0}), ("new", 0.01, {})):
+        model(name, gain, settings=cost)
+    assert cli.main(["compare", "new", "old", "--hours", "new=3.5"]) == 0
+    rows = numbers()["costs"]
+    assert [(row["model"], row["parameters"], row["training_hours"]) for row in rows] == [
+        ("new", None, 3.5),
+        ("old", 3e6, 2.0),
+    ]
+    assert [row["value"] for row in rows] == pytest.approx([0.565, 0.535])  # 0.535, and 4.5 gains in 2 of 3 subsets
+    assert re.search(r"\| old +\| +53.5 +\| +3.00 +\| +2.00", capsys.readouterr().out)
+    assert Path("comparison/cost.png").read_bytes()[:4] == b"\x89PNG"
+    assert 'id="cost"' in Path("comparison/comparison.html").read_text()
+    for hours, what in (("x=1", "no such model"), ("new", "is not NAME=HOURS"), ("new=-1", "is not NAME=HOURS")):
+        capsys.readouterr()
+        assert cli.main(["compare", "new", "old", "--hours", hours, "-o", "other"]) == 2
+        assert what in capsys.readouterr().err
+
+
+def with_slices(name: str, index: int = 3, **options) -> Path:
+    """An evaluation that has kept a slice of each case: a square of label 1 with one of label 2 in it."""
+    folder = model(name, settings={"regions": {"WT": [1, 2], "ET": [2]}, "channels": list(NAMES)}, **options)
+    reference = np.zeros((20, 16), np.uint8)
+    reference[5:15, 4:12], reference[8:12, 6:10] = 1, 2
+    found = dict.fromkeys(("T1", "T2", "T1+T2"), reference)
+    images = np.full((2, 20, 16), 90, np.uint8)
+    for case in CASES:
+        file = folder / "subsets" / "cases" / "fold_0" / f"{case}.npz"
+        write_montage(Montage(0, index, 9, images, reference, found), file)
+    return folder
+
+
+def drawn(comparison, *choice) -> list[list[str]]:
+    """All texts of the figure by row: titles, boxes and labels of its panels."""
+    figure = qualitative_plot(comparison, *choice)
+    panels = [
+        [axis.get_title(), *(text.get_text() for text in axis.texts), axis.get_ylabel(), axis.get_xlabel()]
+        for axis in figure.axes
+    ]
+    columns = len(NAMES) + 1 + len(comparison.trainings)
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    return [[" ".join(filter(None, panel)) for panel in row] for row in rows]
+
+
+def test_pictures_of_all_models_with_boxes_for_absent_images():
+    with_slices("old")
+    with_slices("new", gain=0.01)
+    comparison = compare(["new", "old"])
+    rows = drawn(comparison)
+    # the median case; T1 and T2 have equal values, so the first of them stands for one modality
+    assert rows[0] == [f"T1 {CASES[3]}", "T2 missing", "reference", "new WT 57.0  ET 57.0", "old WT 53.0  ET 53.0"]
+    assert rows[1] == [CASES[3], "", "", "WT 53.0  ET 53.0", "WT 53.0  ET 53.0"]
+    chosen = drawn(comparison, [CASES[7], CASES[0]], ["T2", "all"])
+    assert [row[0] for row in chosen] == [f"T1 missing {CASES[7]}", CASES[7], f"missing {CASES[0]}", CASES[0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        (["--show-cases", "nobody"], "the case nobody is not compared"),
+        (["--show-subsets", "T9"], "the subset T9 is not compared"),
+        (["--show-subsets", "T1"], "have not kept the same slices"),
+    ],
+)
+def test_pictures_that_are_not_there_are_refused(capsys, options, what):
+    with_slices("old")
+    with_slices("new", index=4)  # another slice
+    assert what in refused(capsys, "new", "old", *options)
+
+
+def test_pictures_are_left_out_where_none_were_kept():
+    with_slices("old")
+    model("new")
+    compare(["new", "old"], output="out")
+    assert not Path("out/qualitative.png").exists() and 'id="pictures"' not in Path("out/comparison.html").read_text()
+    shutil.copytree("old/subsets/cases", "new/subsets/cases")
+    compare(["new", "old"], output="out")
+    assert Path("out/qualitative.png").exists() and 'id="pictures"' in Path("out/comparison.html").read_text()
+    assert "(qualitative.png)" in Path("out/comparison.md").read_text()
+
+
+def test_names_in_the_page_are_escaped():
+    model("old")
+    model("new", 0.01)
+    compare({"<script>alert(1)</script>": "new", "b": "old"}, output="out")
+    page = Path("out/comparison.html").read_text()
+    assert "<script>alert" not in page and "&lt;script&gt;alert" in page
 
 
 def test_names_are_printed_as_they_are(capsys):
@@ -349,7 +463,7 @@ def test_bad_input_is_one_line(capsys):
     assert "no values of hd95, it has dice; evaluate it with --metrics dice hd95" in refused(
         capsys, "new", "old", "--metrics", "hd95"
     )
-    assert "unknown metric 'iou'" in refused(capsys, "new", "old", "--metrics", "iou")
+    assert "unknown metric 'jaccard'" in refused(capsys, "new", "old", "--metrics", "jaccard")
     assert "no model x; they have new, old" in refused(capsys, "new", "old", "--baseline", "x")
     assert "is a file" in refused(capsys, "new", "old", "-o", "old/subsets/results.csv")
     Path("old/subsets/summary.json").write_text("{")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nnunetv2_mstkd.inference.conditioning import conditioned
+from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
 
 LABELS = SimpleNamespace(has_regions=False, num_segmentation_heads=3)
 ROWS = torch.tensor([[True, False], [True, True]])
@@ -48,6 +48,27 @@ def test_a_network_that_does_not_ask():
         assert vars(network) == before
         logits = np.ones((2, 3, 2, 2))
         assert finish(logits) is logits
+
+
+class Stating(Asking):
+    """States a presence."""
+
+    @contextmanager
+    def conditioned(self, availability, label_manager, student):
+        class Finish:
+            def __call__(self, logits):
+                return logits
+
+            def presence(self):
+                return np.full((len(availability), 3), 0.25)
+
+        yield Finish()
+
+
+def test_what_a_network_states_about_presence():
+    for network, wanted in ((Asking(), None), (torch.nn.Identity(), None), (Stating(), np.full((2, 3), 0.25))):
+        with conditioned(network, ROWS, LABELS) as finish:
+            assert np.array_equal(presence_of(finish), wanted)
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,12 @@ from evaluate_inputs import (
     write_dataset,
 )
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
-from predict_inputs import CHANNELS, files, read, trainer_class, write, write_case, write_model
+from predict_inputs import CHANNELS, SHAPE, files, read, trainer_class, write, write_case, write_model
 
 from nnunetv2_mstkd import cli, modalities
 from nnunetv2_mstkd.evaluation import run as run_module
 from nnunetv2_mstkd.evaluation.montage import Montage, choose_view, read_montage
+from nnunetv2_mstkd.evaluation.results import PRESENCE_COLUMNS
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.nnunet.model import load_predictor
 from nnunetv2_mstkd.statistics.shapley import shapley_matrix
@@ -139,7 +140,7 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
     assert dict(zip(table["case"], table["fold"], strict=True)) == {CASES[0]: "0", CASES[1]: "0", CASES[2]: "1"}
 
     written = sorted(path.name for path in (student / "subsets").iterdir())
-    pictures = ["curve.png", "heat_map.png", "shapley.png"]
+    pictures = ["curve.png", "heat_map.png", "missing.png", "shapley.png"]
     assert written == sorted(
         [*pictures, "cases", "report.html", "results.csv", "summary.json", "tables.md", "tables.tex"]
     )
@@ -167,8 +168,39 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
         assert math.isclose(summary["by_number_of_modalities"][region]["1"]["dice"], singles)
         loss = means[region, every[-1]] - means[region, "T1"]
         assert math.isclose(summary["loss_against_full_input"][region]["T1"]["dice"], loss, abs_tol=1e-12)
+    assert summary["parameters"] > 1000 and "training_hours" not in summary  # the checkpoint has no log
+    ranges = summary["ranges"]["T1"]
+    of_subset = table[(table["subset"] == "T1") & (table["region"] == "whole") & (table["metric"] == "dice")]["value"]
+    assert ranges["whole"] == [of_subset.min(), of_subset.max()] and 0 < ranges["entropy"][0] <= ranges["entropy"][1]
     near = summary["near_decision"]
     assert near["of"] == 3 * 15 * math.prod((14, 20, 18)) and 0 < near["voxels"] < near["of"]
+
+
+def test_stated_presence_is_written_for_each_case_and_subset(nnunet_folders, capsys):
+    model = write_model(trainer_class("AdaMMTrainer"), folds=(0, 1), labels=tiny.REGIONS)
+    write_dataset(model)
+    options = "--subsets", *FEW, "--disable_tta"
+    assert evaluate(model, *options, "--stack", "2") == 0
+    stated = pd.read_csv(model / "subsets" / "presence.csv")
+    assert list(stated.columns) == list(PRESENCE_COLUMNS)
+    assert len(stated) == 3 * 3 * 2 and stated["in_reference"].all() and stated["presence"].between(0, 1).all()
+    assert "Presence stated by the model" in (model / "subsets" / "report.html").read_text()
+    # what predict states of a case with these images, and what a continued evaluation keeps
+    folder = nnunet_folders / "in"
+    folder.mkdir()
+    for channel in (1, 3):
+        name = f"{CASES[0]}_{channel:04d}.nii.gz"
+        shutil.copy(nnunet_folders / "raw" / tiny.DATASET / "imagesTr" / name, folder / name)
+    for channel in (0, 2):  # the same crop as of complete cases
+        write(folder / f"{CASES[0]}_{channel:04d}.nii.gz", np.zeros(SHAPE, np.float32))
+    command = ["-i", str(folder), "-o", str(nnunet_folders / "out"), "-m", str(model), "-f", "0", "--disable_tta"]
+    assert cli.main(["predict", *command, "-device", "cpu", "-npp", "0", "-nps", "0"]) == 0
+    case = json.loads((nnunet_folders / "out" / "predictions.json").read_text())["cases"][CASES[0]]
+    rows = stated[(stated["case"] == CASES[0]) & (stated["subset"] == "T1+T3")]
+    assert dict(zip(rows["region"], rows["presence"], strict=True)) == pytest.approx(case["presence"], abs=2e-4)
+    before = (model / "subsets" / "presence.csv").read_bytes()
+    assert evaluate(model, *options) == 0
+    assert (model / "subsets" / "presence.csv").read_bytes() == before
 
 
 def test_predict_reads_the_expected_dice_from_the_summary(student):
@@ -297,6 +329,18 @@ def test_with_mask_first_the_pictures_show_all_images(student):
     assert strip.images.any(axis=(1, 2)).tolist() == [True, True, False, True]
 
 
+def test_every_case_has_a_page_that_is_kept(student):
+    assert evaluate(student, "--subsets", *FEW, "--strips", "1") == 0
+    pages = sorted((student / "subsets" / "cases").rglob("*.html"))
+    assert [page.stem for page in pages] == list(CASES[:3])
+    report = (student / "subsets" / "report.html").read_text()
+    linked = [page.relative_to(student / "subsets").as_posix() for page in pages]
+    assert sum(f'href="{link}"' in report for link in linked) == 2  # the third is on the page itself
+    before = [page.stat().st_mtime_ns for page in pages]
+    assert evaluate(student, "--subsets", *FEW) == 0
+    assert [page.stat().st_mtime_ns for page in pages] == before
+
+
 def test_an_evaluation_without_pictures_still_has_its_page(student, capsys):
     options = ("--subsets", "T0", "-f", "0", "--metrics", "dice")
     assert evaluate(student, *options, "--strips", "0") == 0
@@ -363,6 +407,21 @@ def test_the_table_names_the_model_as_asked(student):
     assert set(results(student / "subsets")["model"]) == {student.name}
 
 
+def test_a_minimum_size_adds_a_region_that_no_average_has(student, capsys):
+    assert evaluate(student, "--subsets", *FEW, "--et-min", "whole=100000") == 0
+    table, folder = results(student / "subsets"), student / "subsets"
+    assert list(dict.fromkeys(table["region"])) == ["whole", "whole (min 100000)", "core"]
+    small = table[(table["region"] == "whole (min 100000)") & (table["metric"] == "dice")]
+    assert (small["value"] == 0).all()
+    summary = json.loads((folder / "summary.json").read_text())
+    means = summary["mean_over_subsets"]
+    assert math.isclose(means["average"]["dice"], (means["whole"]["dice"] + means["core"]["dice"]) / 2)
+    assert "not found where fewer than 100000" in (folder / "tables.md").read_text()
+    assert "whole (min 100000)" in (folder / "report.html").read_text()
+    assert set(read_expected_dice(student, NAMES)[15]) == {"whole", "core"}
+    assert "with min_voxels" in refused(capsys, student, "--subsets", *FEW)
+
+
 def test_more_metrics_are_measured_on_request(student):
     names = ["hd95", "nsd", "sensitivity", "precision", "volume_error_ml", "lesion_dice", "lesion_hd95"]
     assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", *names, "--convention", "nnunet") == 0
@@ -377,13 +436,13 @@ def test_more_metrics_are_measured_on_request(student):
 
 def count_predictions(monkeypatch) -> list:
     seen = []
-    real = run_module.SubsetPredictor.logits
+    real = run_module.SubsetPredictor.predict
 
-    def logits(self, data, rows):
+    def predict(self, data, rows):
         seen.append(len(rows))
         return real(self, data, rows)
 
-    monkeypatch.setattr(run_module.SubsetPredictor, "logits", logits)
+    monkeypatch.setattr(run_module.SubsetPredictor, "predict", predict)
     return seen
 
 

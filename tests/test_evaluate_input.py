@@ -30,7 +30,7 @@ def no_network(monkeypatch):
     def fail(*arguments):
         raise AssertionError("the network ran")
 
-    monkeypatch.setattr(SubsetPredictor, "logits", fail)
+    monkeypatch.setattr(SubsetPredictor, "predict", fail)
 
 
 @pytest.fixture
@@ -265,7 +265,9 @@ def test_labels_in_another_direction_than_the_images(model, capsys, folder, nnun
         (["--subsets", "T1+T0", "T0,T1"], "the subset T0+T1 stands twice"),
         (["--available", "T0,X"], "unknown modality 'X'"),
         (["--subsets", "T0+T1", "--available", "T1,T2"], "T0+T1 is not within --available T1,T2"),
-        (["--metrics", "iou"], "unknown metric 'iou'"),
+        (["--metrics", "jaccard"], "unknown metric 'jaccard'"),
+        (["--et-min", "500"], "no region ET"),
+        (["--et-min", "core=few"], "neither a number of voxels nor"),
         (["--convention", "mine"], "unknown convention 'mine'"),
         (["--metrics", "lesion_dice", "--lesion-convention", "mine"], "unknown lesion-wise convention 'mine'"),
         (["--metrics", "nsd", "--tolerance", "-1"], "-1"),

@@ -9,6 +9,7 @@ import pytest
 import tiny
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.scoring import Rules, rules_of
 from nnunetv2_mstkd.metrics.conventions import METRICS
 
@@ -56,6 +57,41 @@ def test_overlap_is_the_same_with_and_without_surfaces():
 def test_every_metric_can_be_asked_for():
     scores = rules(metrics=tuple(METRICS), lesion_convention="brats2023_gli").score(*pair(), (1.0, 1.0, 1.0))
     assert all(set(of_region) == set(METRICS) for of_region in scores.values())
+
+
+def test_small_regions_are_also_scored_as_not_found():
+    prediction, reference = pair()  # core: one of two voxels is found
+    small = rules(metrics=("dice", "iou", "hd95"), min_voxels={"core": 2}).score(prediction, reference, (1.0,) * 3)
+    assert list(small) == ["whole", "core", "core (min 2)"]
+    assert small["core"]["dice"] == 2 / 3 and small["core"]["iou"] == 1 / 2
+    diagonal = math.sqrt(3**2 + 4**2 + 5**2)
+    assert small["core (min 2)"] == {"dice": 0, "iou": 0, "hd95": diagonal}
+    large = rules(metrics=("dice",), min_voxels={"core": 1}).score(prediction, reference, (1.0,) * 3)
+    assert large["core (min 1)"] == large["core"] and large["whole"]["dice"] == small["whole"]["dice"]
+    reference[reference == 1] = 2  # no core at all: deleting the false voxel makes the case perfect
+    right = rules(metrics=("dice",), min_voxels={"core": 2}).score(prediction, reference, (1.0,) * 3)
+    assert (right["core"]["dice"], right["core (min 2)"]["dice"]) == (0, 1)
+
+
+def test_the_enhancing_tumor_is_known_by_other_names():
+    content = tiny.dataset_json(labels={"background": 0, "edema": 1, "Enhancing tumor": 2})
+    found = rules_of(content, LabelManager(content["labels"], None), min_voxels={"ET": 5, "edema": 3})
+    assert found.min_voxels == {"Enhancing tumor": 5, "edema": 3}
+
+
+def test_lesions_of_small_regions_are_not_found_either():
+    prediction, reference = np.zeros((2, 20, 20, 20), np.uint8)
+    reference[2:8, 2:8, 2:8] = 1
+    prediction[2:4, 2:8, 2:8] = 1
+    scored = rules(metrics=("lesion_dice",), lesion_convention="brats2023_gli", min_voxels={"core": 100})
+    found = scored.score(prediction, reference, (1.0, 1.0, 1.0))
+    assert found["core"]["lesion_dice"] == pytest.approx(0.5) and found["core (min 100)"]["lesion_dice"] == 0
+
+
+@pytest.mark.parametrize(("sizes", "what"), [({"ET": 500}, "no region ET"), ({"core": 0}, "at least 1 voxel")])
+def test_impossible_minimum_sizes_are_refused(sizes, what):
+    with pytest.raises(InputError, match=what):
+        rules(min_voxels=sizes)
 
 
 def test_ignored_voxels_do_not_count():

@@ -120,7 +120,7 @@ def test_unwritable_folder_ends_evaluation_early(folders, capsys, monkeypatch):
     model = write_model(trainers.ModalityDropoutTrainer)
     write_dataset(model)
     (folders / "file").touch()
-    monkeypatch.setattr(run_module.SubsetPredictor, "logits", lambda *_: pytest.fail("the network ran"))
+    monkeypatch.setattr(run_module.SubsetPredictor, "predict", lambda *_: pytest.fail("the network ran"))
     assert evaluate(model, "-f", "0", "--subsets", "T0", "-o", str(folders / "file" / "out")) == 2
     assert "Not a directory" in error_of(capsys)
 

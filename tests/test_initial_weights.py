@@ -202,6 +202,48 @@ def test_every_trainer_starts_from_its_own_kind(start, name, block):
     assert names["input"] | names["other"]
 
 
+def wide(name: str) -> dict[str, Any]:
+    """Settings of encoders of single modalities with all of the planned channels."""
+    section = {"SMMLTrainer": "smml", "MedMAPTrainer": "medmap"}[name]
+    return {**ENCODERS[name], section: {**ENCODERS[name][section], "width": 1.0}}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
+def test_every_modality_encoder_starts_from_the_plain_encoder(start, name, residual):
+    order = ["T2", "T1", "PD", "FLAIR"]  # T1ce is new
+    trainer, given, before, log = start(getattr(methods, name), NAMES, order, block=wide(name), residual=residual)
+    own, first = trainer.network.state_dict(), STEM if residual else WEIGHT
+    twins = {key for key in given if given[key].shape == given[first].shape and torch.equal(given[key], given[first])}
+    students = "students.0.modality_encoders", "students.1.modality_encoders"
+    for place in students if name == "SMMLTrainer" else ("front.encoders",):
+        for channel, source in enumerate((1, None, 0, 3)):
+            for key, value in given.items():
+                copy = f"{place}.{channel}.{key.removeprefix('encoder.')}"
+                if key.startswith("decoder."):
+                    continue
+                if key not in twins:
+                    assert torch.equal(own[copy], value), copy
+                elif source is None:
+                    assert torch.equal(own[copy], before[copy]), copy
+                else:
+                    assert torch.equal(own[copy], value[:, source : source + 1]), copy
+    assert "T1ce keeps its initial weights" in log
+
+
+def test_encoders_of_a_single_channel_are_not_divided(make_trainer, tmp_path):
+    file, first = one_channel_checkpoint(tmp_path, make_trainer)
+    block = {**wide("SMMLTrainer"), "schedule": {"init_from": str(file)}}
+    trainer = make_trainer(methods.SMMLTrainer, block=block)
+    trainer.prepare_training()
+    image = torch.randn(2, 4, 16, 16, 16)
+    with torch.no_grad():
+        stages = trainer.network.students[1].modality_encoders(image)
+        for channel in range(4):
+            wanted = first.encoder(image[:, channel : channel + 1])
+            assert all(torch.allclose(stage[:, channel], want) for stage, want in zip(stages, wanted, strict=True))
+
+
 def test_the_first_weights_read_the_image(make_trainer):
     for residual in (False, True):
         for dimensions in (2, 3):

@@ -82,5 +82,5 @@ def test_distillation_leaks_only_through_the_teacher(make_trainer, monkeypatch, 
 
 def test_every_masking_trainer_is_tested():
     assert {cls.__name__ for cls in STUDENTS} == set(methods.__all__) - {
-        "FullModalityTrainer", "MSTKDTeacherTrainer", "AdaMMTeacherTrainer",
+        "FullModalityTrainer", "MSTKDTeacherTrainer", "AdaMMTeacherTrainer", "MedMAPTeacherTrainer", "KDTeacherTrainer",
     }  # fmt: skip

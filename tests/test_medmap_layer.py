@@ -38,7 +38,7 @@ each_trainer = pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__na
 
 
 def settings(**medmap: Any) -> dict[str, Any]:
-    return {**NO_TERMS, "medmap": {"kd": 0, **medmap}}
+    return {**NO_TERMS, "medmap": medmap}
 
 
 def fronts(trainer: Any) -> list[Any]:
@@ -305,8 +305,8 @@ def test_teacher_is_trained_with_the_alignment_on_complete_input(make_trainer):
 
 def test_student_follows_the_teachers_probabilities(make_trainer):
     block = {
-        "medmap": {"weight": 0.1, "kd": 0.5},
-        "distillation": {"ramp": 0, "fade": 0, "where": "everywhere"},
+        "medmap": {"weight": 0.1},
+        "distillation": {"ramp": 0, "soft_labels": 0.5},
     }
     trainer = give_teacher(make_trainer(MedMAPKDTrainer, block=block))
     trainer.on_train_epoch_start()
@@ -316,7 +316,7 @@ def test_student_follows_the_teachers_probabilities(make_trainer):
     step = trainer.compute_losses(content["data"], content["target"])
     theirs, ours = trainer.teacher(content["data"]).log_softmax(1), seen[0].logits[0].log_softmax(1)
     expected = (theirs.exp() * (theirs - ours)).sum(1).mean()
-    torch.testing.assert_close(step.terms["kd"], expected)
+    torch.testing.assert_close(step.terms["soft_labels"], expected)
     torch.testing.assert_close(step.total, step.terms["segmentation"] + 0.5 * expected + 0.1 * step.terms["alignment"])
 
 
@@ -325,4 +325,4 @@ def test_student_starts_from_the_aligned_teacher(make_trainer):
     teacher = state(make_trainer(MedMAPTeacherTrainer, seed=5).network)
     trainer._start_from(teacher, "the teacher")
     assert tiny.same(state(trainer.network), teacher)
-    assert trainer.configuration_manager.configuration[BLOCK]["medmap"]["kd"] == 1
+    assert trainer.configuration_manager.configuration[BLOCK]["distillation"]["soft_labels"] == 1

@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 from nnunetv2_mstkd.metrics import conventions
 from nnunetv2_mstkd.metrics.overlap import (
     dice,
+    iou,
     precision,
     relative_volume_error,
     score,
@@ -42,6 +43,7 @@ PREDICTION = with_voxels((0, 0, 0), (0, 0, 1), (0, 0, 2), (3, 4, 5))
 
 def test_overlap_metrics_of_a_worked_example():
     assert dice(PREDICTION, REFERENCE) == 2 * 3 / (4 + 6)
+    assert iou(PREDICTION, REFERENCE) == 3 / 7
     assert sensitivity(PREDICTION, REFERENCE) == 3 / 6
     assert precision(PREDICTION, REFERENCE) == 3 / 4
     assert relative_volume_error(PREDICTION, REFERENCE) == (4 - 6) / 6
@@ -56,6 +58,7 @@ def test_score_gives_what_the_single_functions_give():
     spacing = (1.0, 1.0, 3.0)
     assert score(PREDICTION, REFERENCE, spacing, tolerance=2.0) == {
         "dice": dice(PREDICTION, REFERENCE),
+        "iou": iou(PREDICTION, REFERENCE),
         "sensitivity": sensitivity(PREDICTION, REFERENCE),
         "precision": precision(PREDICTION, REFERENCE),
         "volume_error_ml": volume_error_ml(PREDICTION, REFERENCE, spacing),
@@ -75,6 +78,7 @@ NAN = math.nan
     ("convention", "metric", "both", "prediction_empty", "reference_empty"),
     [
         ("brats", "dice", 1, 0, 0),
+        ("brats", "iou", 1, 0, 0),
         ("brats", "hd95", 0, DIAGONAL, DIAGONAL),
         ("brats", "nsd", 1, 0, 0),
         ("brats", "sensitivity", 1, 0, 0),
@@ -82,6 +86,7 @@ NAN = math.nan
         ("brats", "volume_error_ml", 0, -0.036, 0.024),
         ("brats", "relative_volume_error", 0, -1, NAN),
         ("nnunet", "dice", NAN, 0, 0),
+        ("nnunet", "iou", NAN, 0, 0),
         ("nnunet", "hd95", NAN, NAN, NAN),
         ("nnunet", "nsd", NAN, NAN, NAN),
         ("nnunet", "sensitivity", NAN, 0, NAN),
@@ -208,6 +213,13 @@ def test_mending_a_voxel_never_lowers_dice(prediction, reference, position):
     better = prediction.copy()
     better.flat[position] = reference.flat[position]
     assert dice(better, reference) >= dice(prediction, reference)
+
+
+@settings(max_examples=60, deadline=None)
+@given(small_masks, small_masks)
+def test_iou_is_a_function_of_dice(prediction, reference):
+    value = dice(prediction, reference)
+    assert iou(prediction, reference) == pytest.approx(value / (2 - value))
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nnunetv2_mstkd.nnunet import checkpoints
+from nnunetv2_mstkd.nnunet.description import foreground_heads
 from nnunetv2_mstkd.nnunet.folders import (
     CHECKPOINTS,
     FINAL,
@@ -30,6 +31,13 @@ def test_names():
     assert CHECKPOINTS[0] == FINAL == "checkpoint_final.pth"
     with pytest.raises(ValueError, match="expected one such as Dataset226_BraTS"):
         dataset_number("BraTS")
+
+
+def test_output_channels_by_name():
+    labels = {"background": 0, "edema": 2, "core": 1, "ignore": 3}
+    assert foreground_heads({"labels": labels}) == {"edema": 2, "core": 1}
+    regions = {"background": [0], "whole": [1, 2], "core": 1, "ignore": 3}
+    assert foreground_heads({"labels": regions, "regions_class_order": [2, 1]}) == {"whole": 0, "core": 1}
 
 
 def test_trained_folds(tmp_path: Path):

@@ -23,6 +23,7 @@ from predict_inputs import (
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
+from nnunetv2_mstkd.nnunet.entropy import case_entropy, entropy_map
 
 
 def test_the_record_says_what_each_case_was_predicted_from(folders, model, capsys):
@@ -30,6 +31,7 @@ def test_the_record_says_what_each_case_was_predicted_from(folders, model, capsy
     found = record(folders / "out")
     for name, case in found["cases"].items():
         images = case.pop("images")
+        assert 0 < case.pop("entropy") < 1
         assert list(images) == case["modalities"]
         for channel, stamp in images.items():
             status = (folders / "in" / f"{name}_000{channel[1]}.nii.gz").stat()
@@ -60,6 +62,60 @@ def test_the_record_holds_the_expected_dice_of_an_evaluation(folders, model, cap
         "two": {"WT": 0.8},
     }
     assert "T1+T3: 1 (expected Dice: WT 0.800)" in capsys.readouterr().out
+
+
+def evaluated(model: Path, entropy: tuple[float, float], cases: int = 10) -> None:
+    """An evaluation whose cases had this range of entropies with T2 alone, and a Dice from 0.7 with all modalities."""
+    content = {
+        "subsets": {"T2": {"WT": {"dice": 0.6}}, "all": {"WT": {"dice": 0.9}}},
+        "cases_by_subset": {"T2": cases, "T0+T1+T2+T3": cases},
+        "ranges": {"T2": {"WT": [0.1, 0.9], "entropy": entropy}, "T0+T1+T2+T3": {"WT": [0.7, 1.0]}},
+    }
+    (model / "subsets").mkdir(exist_ok=True)
+    (model / "subsets" / "summary.json").write_text(json.dumps(content))
+
+
+def test_cases_unlike_those_of_the_evaluation_are_flagged(folders, model, capsys):
+    evaluated(model, (0.0, 0.001))
+    assert predict(folders, model) == 0
+    cases = record(folders / "out")["cases"]
+    assert "flags" not in cases["complete"] and "flags" not in cases["two"]
+    entropy, dice = cases["one"]["flags"]
+    assert entropy == f"entropy {cases['one']['entropy']:.3f}, in the evaluation 0.000 to 0.001"
+    assert "expected Dice 0.600, below every case of the evaluation with all modalities (0.700)" in dice
+    assert f"  one: {entropy}; {dice}" in capsys.readouterr().out
+    evaluated(model, (0.0, 1.0))
+    assert predict(folders, model, output="usual") == 0
+    assert len(record(folders / "usual")["cases"]["one"]["flags"]) == 1
+    evaluated(model, (0.0, 0.001), cases=9)  # too few for a range
+    assert predict(folders, model, output="few") == 0
+    assert "flags" not in record(folders / "few")["cases"]["one"]
+
+
+def test_maps_of_entropy(folders, model):
+    assert predict(folders, model, "--save-uncertainty", "--save_probabilities") == 0
+    found = sitk.ReadImage(str(folders / "out" / "uncertainty" / "one.nii.gz"))
+    segmentation = sitk.ReadImage(str(folders / "out" / "one.nii.gz"))
+    assert found.GetSize() == segmentation.GetSize() and found.GetOrigin() == segmentation.GetOrigin()
+    with np.load(folders / "out" / "one.npz") as content:
+        expected = entropy_map(content["probabilities"].astype(np.float32), False)
+    assert np.abs(sitk.GetArrayFromImage(found) - 100 * expected).max() < 1
+    kept = (folders / "out" / "one.nii.gz").stat().st_mtime_ns
+    (folders / "out" / "uncertainty" / "two.nii.gz").unlink()
+    assert predict(folders, model, "--save-uncertainty", "--continue_prediction") == 0
+    assert (folders / "out" / "uncertainty" / "two.nii.gz").is_file()
+    assert (folders / "out" / "one.nii.gz").stat().st_mtime_ns == kept
+
+
+def test_entropy_is_a_fraction_of_its_maximum():
+    softmax = np.array([[1, 0.25, 0.5], [0, 0.25, 0.5], [0, 0.25, 0], [0, 0.25, 0]], np.float32)
+    assert entropy_map(softmax, False) == pytest.approx([0, 1, 0.5], abs=1e-4)
+    assert entropy_map(np.array([[1, 0.5, 0.5], [0, 0, 0.5]], np.float32), True) == pytest.approx([0, 1, 1], abs=1e-4)
+    # of the foreground alone: one voxel is certain background, one undecided between labels 1 and 2
+    logits = np.array([[50, -50], [0, 2], [0, 2]], np.float32)
+    assert case_entropy(logits, False) == pytest.approx(np.log(2) / np.log(3), abs=1e-4)
+    assert case_entropy(logits[:, :1], False) is None
+    assert case_entropy(np.array([[3.0, -9], [-9, -9]], np.float32), True) == pytest.approx(0.2754, abs=1e-3)
 
 
 def test_a_broken_evaluation_is_a_warning(folders, model, capsys):
@@ -108,7 +164,7 @@ def test_an_all_zero_image_is_an_absent_modality(folders, model):
     assert predict(folders, model, output="zero") == 0
     assert segmentations(folders / "zero") == segmentations(folders / "out")
     entry = record(folders / "zero")["cases"]["one"]
-    assert list(entry.pop("images")) == ["T0", "T2"]
+    assert list(entry.pop("images")) == ["T0", "T2"] and 0 < entry.pop("entropy") < 1
     assert entry == {
         "subset": "T2",
         "modalities": ["T2"],

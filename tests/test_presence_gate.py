@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,7 +24,7 @@ def applied(labels, presence: list[float], *, threshold: float = 0.5, shape=(4, 
     for below in (3.0, 0.0, 7.0):
         gate.see(torch.tensor([presence]) - below)
     logits = np.random.default_rng(0).normal(0, 3, (1, 3, *shape)).astype(np.float16)
-    return gate.apply(logits)[0]
+    return gate(logits)[0]
 
 
 def test_an_absent_label_is_deleted_and_others_stay():
@@ -59,7 +60,7 @@ def test_rows_are_gated_separately():
     gate = PresenceGate(0.5, LABELS, CPU)
     gate.see(torch.tensor([[9.0, 9.0, -9.0], [9.0, -9.0, 9.0]]))
     logits = np.random.default_rng(0).normal(0, 3, (2, 3, 4, 4))
-    first, second = gate.apply(logits.copy())
+    first, second = gate(logits.copy())
     assert np.array_equal(first[:2], logits[0, :2]) and (first[2] < first[:2].min()).all()
     assert np.array_equal(second[::2], logits[1, ::2]) and (second[1] < second[::2].min()).all()
 
@@ -111,6 +112,26 @@ def gated(folders, monkeypatch, threshold: float, bias: float, name: str):
         model = write_model(AdaMMTrainer, block={"adamm": {"gate": threshold}})
     assert predict(folders, model, output=name) == 0
     return segmentations(folders / name)
+
+
+def test_without_a_gate_presence_is_stated_and_nothing_deleted():
+    gate = PresenceGate(0.0, LABELS, CPU)
+    for shift in (0.0, -5.0):
+        gate.see(torch.tensor([[9.0, -9.0, 1.0], [0.0, 0.0, 0.0]]) + shift)
+    np.testing.assert_allclose(gate.presence(), [[0.99988, 0.00012, 0.73106], [0.5] * 3], atol=1e-5)
+    logits = np.ones((2, 3, 2, 2))
+    assert gate(logits) is logits and (logits == 1).all()
+
+
+def test_predictions_state_presence_with_and_without_the_gate(folders, monkeypatch):
+    for threshold, name in ((0.0, "off"), (0.5, "on")):
+        gated(folders, monkeypatch, threshold, -20.0, name)
+        cases = json.loads((folders / name / "predictions.json").read_text())["cases"]
+        assert set(cases) == set(PRESENT)
+        assert all(case["presence"] == {"core": 0.0, "edema": 1.0} for case in cases.values())
+    model = write_model(AdaMMTrainer, block={"adamm": {"presence": False}})
+    assert predict(folders, model, output="none") == 0
+    assert "presence" not in (folders / "none" / "predictions.json").read_text()
 
 
 def test_predict_deletes_an_absent_label(folders, monkeypatch):

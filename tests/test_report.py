@@ -9,9 +9,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
-from report_inputs import CASES, EVIL, MODALITIES, RUN, montage, report, results, subsets
+from report_inputs import CASES, EVIL, MODALITIES, RULES, RUN, montage, report, results, subsets
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import (
@@ -22,7 +23,18 @@ from nnunetv2_mstkd.evaluation.montage import (
     slice_images,
     write_montage,
 )
+from nnunetv2_mstkd.evaluation.results import PRESENCE_COLUMNS
 from nnunetv2_mstkd.reporting import pictures
+from nnunetv2_mstkd.reporting.page import Pictures, case_page
+from nnunetv2_mstkd.reporting.tables import presence_table
+from nnunetv2_mstkd.statistics.findings import Findings
+
+
+def test_a_region_has_the_colour_of_its_own_label():
+    colors = pictures.label_colors([0, 1, 2, 3], None)
+    regions = {"WT": (1, 2, 3), "TC": (2, 3), "ET": (3,)}
+    assert pictures.region_colors(regions, colors) == {"WT": colors[1], "TC": colors[2], "ET": colors[3]}
+
 
 # ---- which slice ---------------------------------------------------------------------------------------------------
 
@@ -226,9 +238,12 @@ def test_names_are_text_wherever_they_stand(page):
 def test_nothing_is_loaded_from_elsewhere(tmp_path, page):
     content = report(tmp_path)
     for name in ("src", "href", "srcset", "action", "data", "poster"):
-        for _, attributes in page.elements:
+        for tag, attributes in page.elements:
             value = attributes.get(name, "data:")
-            assert value.startswith(("data:", "#")), (name, value[:80])
+            if (tag, name) == ("a", "href"):  # a link loads nothing by itself, and leads to files beside the page
+                assert value.startswith("#") or re.fullmatch(r"[\w.]+", value), value[:80]
+            else:
+                assert value.startswith(("data:", "#")), (name, value[:80])
     assert set(re.findall(r"url\(\W*(\w+)", content)) == {"data"} and "@import" not in content
     policy = next(each["content"] for each in page.all("meta") if "http-equiv" in each)
     assert policy.startswith("default-src 'none'; img-src data:;") and "script-src 'sha256-" in policy
@@ -245,6 +260,22 @@ def test_layouts_of_subset_tables(tmp_path):
     assert first.count("<tr>") == 1 + 31 + 1 and "average" in first
     assert content.count('<details class="montage" open>') == 3 and wide.count('<details class="montage" open>') == 1
     assert wide.count("<h4>5 modalities</h4>") == 3 and "<h4>3 modalities</h4>" in wide
+
+
+def test_stated_presence_is_a_table_where_there_is_one(tmp_path, page):
+    assert "Presence stated by the model" not in " ".join(page.texts)
+    rows = [("0", case, "T1", "WT", score, case != "fine") for case, score in zip(CASES, (0.9, 0.8, 0.1), strict=True)]
+    rows += [("0", case, "FLAIR", EVIL, 0.5, True) for case in CASES]
+    stated = Page(report(tmp_path, presence=pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS))))
+    assert "Presence stated by the model" in " ".join(stated.texts)
+    assert "0.85 (n = 2) / 0.10 (n = 1)" in stated.texts and len(stated.all("script")) == 1
+
+
+def test_the_table_of_stated_presence():
+    rows = [("0", case, "T1", "WT", score, True) for case, score in (("a", 0.25), ("b", 0.75))]
+    rows.append(("0", "b", "T1+T2", "WT", 0.5, False))
+    table = presence_table(pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS)), ["T2", "T1", "T1+T2"])
+    assert table.values.tolist() == [["T1", "0.50 (n = 2) / -"], ["T1+T2", "- / 0.50 (n = 1)"]]
 
 
 def test_cases_stand_worst_first_with_the_numbers_to_sort_by(page):
@@ -291,6 +322,32 @@ def test_a_case_without_pictures_says_so(tmp_path):
     found = Page(report(tmp_path, load=lambda fold, case: None, near=None))
     assert sum("No slice of this case is stored" in text for text in found.texts) == 3
     assert not any("of the decision" in text for text in found.texts)
+
+
+def test_the_page_begins_with_what_a_missing_modality_costs(page):
+    # each modality more adds two points, in both regions alike
+    place = next(number for number, text in enumerate(page.texts) if "Dice points" in text)
+    costs = [f"{name}: WT -2.0" for name in MODALITIES]
+    assert page.texts[place] == (
+        f"Without {costs[0]} Dice points; without {costs[1]}; without {costs[2]} (of each the region that loses most)."
+    )
+    assert place < page.texts.index("Summary of the Dice") and page.all("img")[0]["alt"].startswith("Loss of Dice")
+
+
+def test_every_case_is_linked_from_the_table(tmp_path):
+    pages = {("0", case): f"cases/fold_0/{case}.html" for case in ("fine", "middling", "a#b")}
+    found = Page(report(tmp_path, results(cases=[*CASES, "a#b"]), number=2, pages=pages))
+    links = [each["href"] for each in found.all("a") if each["href"].startswith(("#montage-", "cases/"))]
+    assert links == ["#montage-0", "cases/fold_0/a%23b.html", "cases/fold_0/middling.html", "#montage-1"]
+    assert {"montage-0", "montage-1"} <= {each.get("id") for _, each in found.elements}
+    assert "results.csv" in [each["href"] for each in found.all("a")]
+
+
+def test_a_case_has_a_page_of_its_own(tmp_path):
+    findings, pictures = Findings(results()), Pictures(0, montage)
+    found = Page(case_page(findings, RULES, RUN, pictures, "0", "fine"))
+    assert found.texts[0] == "fine (fold 0)" and {"href": "../../report.html"} in found.all("a")
+    assert f"fine segmented from {subsets()[0]}" in [image["alt"] for image in found.all("img")]
 
 
 def test_warnings_stand_on_top(tmp_path):

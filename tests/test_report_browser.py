@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from report_inputs import CASES, EVIL, report
 
+from nnunetv2_mstkd.reporting.page import FIGURE_TITLES
+
 BROWSER = next(
     (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
 )
@@ -81,14 +83,36 @@ def test_all_pictures_are_seen(browser):
     widths = browser.execute_script(
         "return [...document.images].map((image) => [image.naturalWidth, image.clientWidth])"
     )
-    # three figures; per case three images, the reference and seven subsets
-    assert len(widths) == 3 + 3 * (3 + 1 + 7)
+    # the figures; per case three images, the reference and seven subsets
+    assert len(widths) == len(FIGURE_TITLES) + 3 * (3 + 1 + 7)
     assert all(natural > 0 and shown > 0 for natural, shown in widths)
     backgrounds = browser.execute_script(
         "return [...document.querySelectorAll('.segmented .picture')]"
         ".map((each) => getComputedStyle(each).backgroundImage)"
     )
     assert len(backgrounds) == 21 and all(each.startswith('url("data:image/png') for each in backgrounds)
+
+
+def test_a_click_enlarges_a_picture(browser):
+    picture = browser.find_element("css selector", ".segmented .picture")
+    width = picture.size["width"]
+    browser.execute_script("arguments[0].scrollIntoView()", picture)
+    picture.click()
+    large = browser.find_element("css selector", "dialog[open] .picture")
+    assert large.size["width"] > 2 * width
+    assert large.value_of_css_property("background-image").startswith('url("data:image/png')
+    large.click()
+    assert browser.find_elements("css selector", "dialog[open]") == []
+    picture.send_keys("\n")
+    assert browser.find_elements("css selector", "dialog[open]") != []
+    browser.find_element("css selector", "dialog").click()
+
+
+def test_a_name_leads_to_its_pictures(browser):
+    link = browser.find_element("link text", "fine")
+    browser.execute_script("arguments[0].click()", link)
+    target = browser.execute_script("return document.querySelector(location.hash).textContent")
+    assert target.strip().startswith("fine: best")
 
 
 def cases(browser) -> list[str]:

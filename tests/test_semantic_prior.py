@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -174,6 +175,121 @@ def test_label_maps_are_preprocessed_once(phantom, tmp_path):
     for file in trainer._prior_folder().iterdir():
         file.unlink()
     train("SMMLTrainer", only_run_validation=True, validate=True)
+
+
+# ---- probability maps ----------------------------------------------------------------------------------------------
+
+
+def test_probabilities_move_with_the_image_and_keep_their_values(make_trainer):
+    trainer = make_trainer(SMMLTrainer, block={"smml": {"prior": "precomputed", "prior_path": "maps"}})
+    trainer.soft_prior = True
+    _, _, patch, mirror = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(8):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        pipeline = trainer.get_training_transforms(
+            trainer.configuration_manager.patch_size,
+            (-0.5, 0.5),
+            trainer._get_deep_supervision_scales(),
+            mirror,
+            seed % 2 == 1,  # rotation in slices only
+            use_mask_for_norm=[True] * 4,
+            foreground_labels=trainer.label_manager.foreground_labels,
+        )
+        depth = 16 if seed % 2 else patch[0]
+        label = torch.randint(0, 3, (1, 5, 5, 5), generator=generator).to(torch.int16)  # cubes of 8 voxels
+        for axis, size in enumerate((depth, *patch[1:]), 1):
+            label = label.repeat_interleave(8, axis).narrow(axis, 0, size)
+        # every modality knows the labels, at half certainty
+        maps = torch.cat([(label == head).float() / 2 for _ in range(4) for head in range(3)])
+        out = pipeline(
+            image=torch.cat([torch.randn(4, *label.shape[1:], generator=generator), maps]), segmentation=label
+        )
+        assert out["image"].shape == (16, 16, 16, 16) and out["segmentation"][0].shape == (1, 16, 16, 16)
+        moved = trainer._prior_maps(None, out["image"][None, 4:], None)
+        assert moved.shape == (1, 4, 3, 16, 16, 16) and moved.min() >= 0 and moved.max() <= 0.5 + 1e-6
+        assert all(torch.equal(moved[:, 0], moved[:, channel]) for channel in range(1, 4))
+        # where it is nearly certain of a class, that is the label
+        for head in (1, 2):
+            assert (out["segmentation"][0][0][moved[0, 0, head] > 0.45] == head).all()
+            assert (moved[0, 0, head] > 0.45).any()
+
+
+def write_probabilities(folders, target: Path, *, change=lambda maps: maps) -> None:
+    """Of the true labels three quarters, of the other labels an eighth."""
+    target.mkdir()
+    for file in sorted((folders.raw / folders.dataset / "labelsTr").glob("*.nii.gz")):
+        label = sitk.GetArrayFromImage(sitk.ReadImage(str(file)))
+        heads = write_probabilities.heads
+        maps = np.stack([np.where(np.isin(label, members), 0.75, 0.125) for members in heads]).astype(np.float16)
+        for channel in range(4):
+            name = f"{file.name.removesuffix('.nii.gz')}_{channel:04d}.npz"
+            np.savez_compressed(target / name, probabilities=change(maps * (channel > 0)))
+
+
+def of_heads(folders) -> list[list[int]]:
+    labels = json.loads((folders.raw / folders.dataset / "dataset.json").read_text())["labels"]
+    return [np.atleast_1d(value).tolist() for name, value in labels.items() if name != "background"]
+
+
+def test_probability_maps_reach_the_refinement_networks(phantom, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom), raising=False)
+    write_probabilities(phantom, tmp_path / "maps")
+    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"), warmup=0.0)
+    trainer = build()
+    trainer.initialize()
+    trainer.prepare_training()
+    cases, _ = trainer.get_tr_and_val_datasets()
+    heads = trainer.label_manager.num_segmentation_heads
+    for case in cases.identifiers:
+        data, segmentation, *_ = cases.load_case(case)
+        assert data.shape == (4 + 4 * heads, *segmentation.shape[1:])
+        box = (slice(None), *(slice(2, size - 1) for size in segmentation.shape[1:]))
+        patch, label = data[box], np.asarray(segmentation[box])[0]
+        assert np.array_equal(patch[:4], np.asarray(cases._cases.load_case(case)[0][box]))
+        assert patch.dtype == np.float32 and (patch[4 : 4 + heads] == 0).all()
+        for head, members in enumerate(write_probabilities.heads):
+            # the grid is the image's own, so nothing is interpolated
+            expected = np.where(np.isin(label, members), 0.75, 0.125)
+            inside = label >= 0
+            np.testing.assert_allclose(patch[4 + 2 * heads + head][inside], expected[inside], atol=0.5 / 255)
+
+    train("SMMLTrainer")
+    content = checkpoints.read(phantom.fold("SMMLTrainer") / "checkpoint_final.pth")
+    assert content["logging"]["mstkd_guidance"][1] > 0
+    log = "".join(path.read_text() for path in phantom.fold("SMMLTrainer").glob("training_log_*"))
+    assert "semantic prior: probabilities in " in log
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda maps: maps[:-1], r"_0000\.npz has shape .*, expected 3 channels"),
+        (lambda maps: maps[:, 1:], r"voxels of .* mm, the images of its case have"),
+        (lambda maps: maps * 2, r"has values from 1\.5 to 1\.5, expected probabilities"),
+        (lambda maps: maps * np.float16("nan"), "expected probabilities"),
+    ],
+    ids=["channels", "grid", "above 1", "nan"],
+)
+def test_probability_maps_that_do_not_fit_are_refused(phantom, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom), raising=False)
+    write_probabilities(phantom, tmp_path / "maps", change=lambda maps: change(maps if maps.any() else maps + 0.75))
+    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"))
+    with pytest.raises(ValueError, match=message):
+        train("SMMLTrainer")
+
+
+def test_damaged_probability_maps_are_one_line(phantom, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom), raising=False)
+    write_probabilities(phantom, tmp_path / "maps")
+    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"))
+    files = sorted((tmp_path / "maps").iterdir())
+    for content in (b"nothing", files[0].read_bytes()[:200]):
+        for file in files:
+            file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"\.npz cannot be read"):
+            train("SMMLTrainer")
 
 
 @pytest.mark.parametrize(

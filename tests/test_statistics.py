@@ -653,6 +653,34 @@ def test_a_modality_that_was_never_removed_is_noticed():
     assert found[1].startswith("M: T2+FLAIR, T1+T2+FLAIR give")
 
 
+def test_two_cases_are_too_few_for_a_warning():
+    frame = believable()
+    frame.loc[frame["subset"] == "T1+T2", "value"] = frame.loc[frame["subset"] == "T2", "value"].to_numpy()
+    few = frame[frame["case"].isin(sorted(frame["case"].unique())[:2])]
+    assert any("the same value" in text for text in warnings_of(frame)) and warnings_of(few) == []
+
+
+def test_what_a_missing_modality_costs():
+    rows = {"T1+T2": (0.5, 0.9), "T1+T1ce": (0.85, 0.8), "T1ce+T2": (0.9, 0.91), "T1+T1ce+T2": (0.9, 0.9)}
+    frame = pd.DataFrame(
+        [
+            ("M", "t", "0", case, subset, subset.count("+") + 1, region, "dice", value)
+            for case in ("a", "b")
+            for subset, values in rows.items()
+            for region, value in zip(("ET", "WT"), values, strict=True)
+        ],
+        columns=list(COLUMNS),
+    )
+    found = findings.Findings(frame)
+    table = found.missing_one
+    assert list(zip(table["modality"], table["region"], strict=True)) == [
+        (name, region) for name in ("T1ce", "T2", "T1") for region in ("ET", "WT")
+    ]
+    assert table["value"].tolist() == pytest.approx([0.4, 0.0, 0.05, 0.1, 0.0, -0.01])
+    assert found.headline.startswith("Without T1ce: ET -40.0 Dice points; without T2: WT -10.0; without T1: ET +0.0")
+    assert findings.Findings(frame[frame["subset"] != "T1+T1ce+T2"]).headline is None
+
+
 def test_values_that_repeat_by_themselves_are_not_suspicious():
     found = warnings_of(believable({"WT": SHOWS["WT"]}).assign(value=0.0))
     assert found == []

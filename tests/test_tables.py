@@ -10,7 +10,7 @@ import pytest
 from nnunetv2_mstkd.evaluation.results import COLUMNS
 from nnunetv2_mstkd.reporting import figures, tables
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap
-from nnunetv2_mstkd.statistics.findings import mean_by_count
+from nnunetv2_mstkd.statistics.findings import gap_to_full, mean_by_count, missing_one
 from nnunetv2_mstkd.statistics.shapley import shapley
 
 SUBSETS = ("T1", "T1ce", "T1+T1ce")
@@ -58,6 +58,28 @@ def test_the_best_of_several_models_is_bold_and_equals_share():
     found = tables.subset_table(table(TWO)).splitlines()
     assert cells(found[3]) == ["ET", "old", "**50.0**", "**60.0**", "70.0", "60.0"]
     assert cells(found[4]) == ["ET", "new_1", "45.0", "**60.0**", "**90.0**", "**65.0**"]
+
+
+def test_the_second_best_of_three_is_marked():
+    values = TWO | {("third", "ET"): (0.4, 0.6, 0.8)}
+    found = tables.subset_table(table(values)).splitlines()
+    assert cells(found[3])[1:] == ["old", "**50.0**", "**60.0**", "70.0", "_60.0_"]
+    assert cells(found[4])[1:] == ["new_1", "_45.0_", "**60.0**", "**90.0**", "**65.0**"]
+    assert cells(found[5])[1:] == ["third", "40.0", "**60.0**", "_80.0_", "_60.0_"]
+    assert "* bold: best; italics: second best" in found
+    assert r"\underline{80.0}" in tables.subset_table(table(values), fmt="latex")
+
+
+def test_tables_of_subsets_as_csv():
+    values = TWO | {("old", "WT"): (math.nan,) * 3, ("new_1", "WT"): (0.1, 0.2, 0.6)}
+    lines = tables.subset_csv({"dice": tables.subset_content(table(values))}).splitlines()
+    assert lines[0] == "metric,region,model,T1,T1ce,T1+T1ce,average"
+    assert lines[1:3] == ["dice,ET,old,50.0,60.0,70.0,60.0", "dice,ET,new_1,45.0,60.0,90.0,65.0"]
+    assert lines[3:] == ["dice,WT,old,,,,", "dice,WT,new_1,10.0,20.0,60.0,30.0"]
+
+
+def test_unknown_rules_for_empty_masks_are_not_named():
+    assert "Empty masks" not in tables.subset_table(table(ONE), convention=None)
 
 
 def test_what_is_equal_as_printed_shares_and_zero_has_no_sign():
@@ -177,6 +199,26 @@ def test_a_heat_map_shows_every_value_in_percent():
     assert texts_in(second) == ["0.0", "0.0", "10.0", "0.0", "20.0", "100.0"]
     assert [label.get_text() for label in first.get_yticklabels()] == list(SUBSETS)
     assert (first.get_title(), second.get_title(), scale.get_ylabel()) == ("M", "N", "Dice (%)")
+
+
+def test_heat_maps_of_fractions_share_a_scale_from_0_to_100():
+    for values in (ONE, TWO):
+        assert figures.heat_map(table(values)).axes[0].collections[0].get_clim() == (0, 100)
+    far = table({("M", "ET"): (5.0, 60.0, 30.0)}, "hd95")
+    assert figures.heat_map(far, metric="hd95").axes[0].collections[0].get_clim() == (5, 60)
+
+
+def test_regions_keep_their_colours():
+    colors = {"WT": (1.0, 0.0, 0.0), "ET": (0.0, 0.0, 1.0)}
+    missing = missing_one(gap_to_full(table(ONE), **QUICK), ("T1", "T1ce"))
+    bars = [bar.get_facecolor()[:3] for bar in figures.missing_bars(missing, colors=colors).axes[0].patches]
+    assert bars == [colors["WT"]] * 2 + [colors["ET"]] * 2
+    panels = figures.shapley_bars(shapley(table(ONE), **QUICK), colors=colors).axes
+    assert [axis.patches[0].get_facecolor()[:3] for axis in panels] == list(colors.values())
+    curves = figures.curve_by_count(mean_by_count(table(ONE), **QUICK), colors=colors).axes
+    assert [axis.lines[0].get_color() for axis in curves][:2] == list(colors.values())
+    heights = [bar.get_height() for bar in figures.missing_bars(missing).axes[0].patches]
+    assert heights == pytest.approx([20, 10, 65, 10])  # T1ce costs more
 
 
 def test_a_curve_has_a_line_per_model_and_a_panel_per_region():

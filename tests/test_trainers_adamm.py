@@ -146,6 +146,38 @@ def test_the_teacher_is_the_plans_own_network(make_trainer):
         assert all(torch.equal(one, other) for one, other in zip(plain.network(x), teacher.network(x), strict=True))
 
 
+@pytest.mark.parametrize("labels", [None, REGIONS_WITH_IGNORE], ids=["labels", "regions"])
+def test_a_teacher_with_a_presence_head_has_the_students_two_terms(make_trainer, labels):
+    teacher = make_trainer(AdaMMTeacherTrainer, block={"adamm_teacher": {"presence": True}}, labels=labels)
+    content = batch(teacher)
+    step = teacher.compute_losses(content["data"], content["target"])
+    assert list(step.terms) == ["segmentation", "presence", "reliability"]
+    expected = step.terms["segmentation"] + 0.1 * step.terms["presence"] + 0.5 * step.terms["reliability"]
+    assert step.total.item() == pytest.approx(expected.item(), rel=1e-6)
+    before = state(teacher.network)
+    teacher.train_step(content)
+    assert not torch.equal(before["presence.logits.weight"], teacher.network.presence.logits.weight)
+    # the head changes nothing of what the network segments, and the student starts from it
+    plain = make_trainer(AdaMMTeacherTrainer, labels=labels)
+    plain.network.load_state_dict({k: v for k, v in before.items() if not k.startswith("presence.")})
+    teacher.network.load_state_dict(before)
+    with torch.no_grad():
+        pairs = zip(plain.network(content["data"]), teacher.network(content["data"]), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+    student = make_trainer(AdaMMTrainer, labels=labels)
+    loaded, _ = checkpoints.load_matching(student.network, teacher.network.state_dict())
+    assert "presence.logits.weight" in loaded
+
+
+def test_the_teachers_terms_can_be_weighted(make_trainer):
+    section = {"presence": True, "presence_weight": 0.3, "reliability": 0}
+    teacher = make_trainer(AdaMMTeacherTrainer, block={"adamm_teacher": section})
+    assert [(term.name, term.weight) for term in teacher.terms] == [("presence", 0.3)]
+    with pytest.raises(SettingsError, match="presence_weight"):
+        make_trainer(AdaMMTeacherTrainer, block={"adamm_teacher": {"presence_weight": 0}})
+    assert not make_trainer(AdaMMTeacherTrainer).terms
+
+
 def test_teacher_of_other_widths_is_refused(make_trainer):
     other = make_trainer(AdaMMTeacherTrainer, features=(8, 16, 32)).network
     teacher = Teacher(other, {}, {"path": "somewhere"}, Settings([]))

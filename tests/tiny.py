@@ -31,9 +31,9 @@ REGIONS_WITH_IGNORE = {**REGIONS, "ignore": 3}
 
 NO_TERMS: dict[str, dict[str, Any]] = {
     "mstkd": dict.fromkeys(TERMS, 0),
-    "distillation": {"where": "everywhere"},
+    "distillation": {"where": "everywhere", "soft_labels": 0},
     "adamm": {"consistency": 0, "content": 0, "style": 0, "adversarial": 0},
-    "medmap": {"weight": 0, "kd": 0},
+    "medmap": {"weight": 0},
     "smml": {"pixel": 0, "feature": 0},
     "teacher": {"warm_start": False},
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS
 
 
@@ -30,12 +31,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="OUT", type=Path, default=Path("comparison"), help=output)
     metrics = "metrics to compare by (default: dice); the figure shows the first"
     add("--metrics", metavar="METRIC", nargs="+", default=("dice",), help=metrics)
+    hours = "hours of training, such as teacher and student together (default: those of its own epochs)"
+    add("--hours", metavar="NAME=H", nargs="+", default=(), help=hours)
+    cases = "cases in the figure with pictures (default: the one of median value)"
+    add("--show-cases", metavar="CASE", nargs="+", default=(), help=cases)
+    subsets = "subsets in that figure (default: the worst of each number of modalities)"
+    add("--show-subsets", metavar="T1+FLAIR", nargs="+", default=(), help=subsets)
     add("--baseline", metavar="NAME", help="compare all others with it (default: all pairs)")
 
 
 def run(args: argparse.Namespace) -> None:
     """Compare, write and print."""
-    from nnunetv2_mstkd.reporting.compare import compare
+    from nnunetv2_mstkd.reporting.compare import HTML, compare
 
-    comparison = compare(args.models, metrics=args.metrics, baseline=args.baseline, output=args.output)
-    print(f"{comparison.text}\n\nwritten to {args.output}")
+    hours = dict(map(_name_and_hours, args.hours))
+    comparison = compare(
+        args.models,
+        metrics=args.metrics,
+        baseline=args.baseline,
+        hours=hours,
+        show_cases=args.show_cases,
+        show_subsets=args.show_subsets,
+        output=args.output,
+    )
+    print(f"{comparison.text}\n\nwritten to {args.output}; {HTML} is the page to look at")
+
+
+def _name_and_hours(text: str) -> tuple[str, float]:
+    name, _, hours = text.rpartition("=")
+    try:
+        if name and float(hours) >= 0:
+            return name, float(hours)
+    except ValueError:
+        pass
+    raise InputError(f"--hours {text} is not NAME=HOURS, such as --hours A=12.5")

@@ -6,13 +6,14 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_mstkd.commands import model_options as options
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.request import DEFAULT_LESIONS
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER, REPORT
 from nnunetv2_mstkd.inference.workers import start_server
 
 SAME_NAME = (
     "folds", "trust", "name", "images", "labels", "output", "subsets", "available", "mask_first", "metrics",
-    "convention", "lesion_convention", "tolerance", "stack", "pictures", "restart", "step_size",
+    "convention", "lesion_convention", "tolerance", "min_voxels", "stack", "pictures", "restart", "step_size",
 )  # fmt: skip
 """Options that :func:`~nnunetv2_mstkd.reporting.evaluate.evaluate` calls by the same name."""
 
@@ -40,6 +41,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--convention", default="brats", help="rules for empty masks: brats or nnunet (default: %(default)s)")
     add("--lesion-convention", metavar="NAME", help=f"rules for lesion metrics (default: {DEFAULT_LESIONS})")
     add("--tolerance", metavar="MM", type=float, default=1.0, help="tolerance of nsd in mm (default: %(default)s)")
+    add(
+        "--et-min",
+        dest="min_voxels",
+        metavar="[REGION=]N",
+        nargs="+",
+        default=(),
+        help="score the region (default: ET) once more, as not found where it has fewer predicted voxels; papers: 500",
+    )
     run = parser.add_argument_group("how")
     add = run.add_argument
     add("--stack", metavar="N", type=int, help="subsets per forward pass (default: by the batch size)")
@@ -49,6 +58,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(run, export="resampling and metrics")
 
 
+def _region_and_voxels(text: str) -> tuple[str, int]:
+    """``500`` and ``ET=500`` as a region and its number of voxels."""
+    region, _, voxels = text.rpartition("=")
+    if not voxels.isdecimal():
+        raise InputError(f"--et-min {text} is neither a number of voxels nor REGION=NUMBER")
+    return region or "ET", int(voxels)
+
+
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
     options.check_options(args)
@@ -56,6 +73,7 @@ def run(args: argparse.Namespace) -> None:
         start_server()  # imports torch at the same time as this process
     from nnunetv2_mstkd.reporting.evaluate import evaluate
 
+    args.min_voxels = dict(map(_region_and_voxels, args.min_voxels))
     evaluation = evaluate(
         options.model_folder(args),
         checkpoint=args.chk,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.nnunet.folders import FINAL, find_model_folder
+from nnunetv2_mstkd.processes import usable_cores
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +105,7 @@ def model_folder(args: argparse.Namespace) -> Path:
 
 
 def torch_device(name: str) -> torch.device:
-    """Return the torch device; as in nnUNetv2_predict, with one thread beside a GPU and all cores without."""
+    """Return the torch device; with one thread beside a GPU, as in nnUNetv2_predict, else all cores it may use."""
     import torch
 
     from nnunetv2_mstkd.nnunet.model import find_device
@@ -113,7 +114,7 @@ def torch_device(name: str) -> torch.device:
     if device.type != "cpu":
         torch.set_num_threads(1)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(os.cpu_count() or 1)
+        torch.set_num_threads(usable_cores())
     return device
 
 

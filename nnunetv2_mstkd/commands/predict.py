@@ -17,8 +17,8 @@ FOLDS = (0, 1, 2, 3, 4)
 """nnUNetv2_predict's default."""
 
 FOLDER_ONLY = {
-    "--drop": None, "--skip-bad": False, "--save_probabilities": False, "--continue_prediction": False,
-    "-num_parts": 1, "-part_id": 0,
+    "--drop": None, "--skip-bad": False, "--save_probabilities": False, "--save-uncertainty": False,
+    "--continue_prediction": False, "-num_parts": 1, "-part_id": 0,
 }  # fmt: skip
 """Options that do not go with ``--image``, and their defaults."""
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(run)
     add = run.add_argument
     add("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
+    add("--save-uncertainty", action="store_true", help="also write uncertainty/CASE: entropy in %% of its maximum")
     add("--continue_prediction", action="store_true", help="keep the cases that are there, made of the same modalities")
     add("-num_parts", metavar="N", type=int, default=1, help="calls that share the input folder")
     add("-part_id", metavar="K", type=int, default=0, help="which of them this one is, 0 to N - 1")
@@ -69,6 +70,7 @@ def _predict_folder(args: argparse.Namespace) -> int:
         skip_bad=args.skip_bad,
         continue_prediction=args.continue_prediction,
         save_probabilities=args.save_probabilities,
+        save_uncertainty=args.save_uncertainty,
         part_id=args.part_id,
         num_parts=args.num_parts,
         preprocessing_processes=args.npp,

@@ -16,6 +16,7 @@ from nnunetv2_mstkd.crossval.steps import Progress, Step, Train
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.nnunet.registration import EXTERNAL_TRAINERS, TRAINER_PATH
+from nnunetv2_mstkd.processes import usable_cores
 
 BAR = "{desc:<26}{percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 FOLDERS = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
@@ -82,7 +83,7 @@ class TrainModel(DemoStep, Train):
     """Train a model of the demo; on a CPU its data are loaded in the process itself."""
 
     def variables(self) -> dict[str, str]:
-        loaders = 0 if self.model.device == "cpu" else min(12, os.cpu_count() or 1)
+        loaders = 0 if self.model.device == "cpu" else min(12, usable_cores())
         return super().variables() | {"nnUNet_n_proc_DA": str(loaders)}
 
 

@@ -13,12 +13,12 @@ import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_montage
-from nnunetv2_mstkd.evaluation.results import COLUMNS, read_object, subset_size
+from nnunetv2_mstkd.evaluation.results import COLUMNS, PRESENCE_COLUMNS, read_object, subset_size
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.inference.evaluation_files import CASES
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
-CASES = "cases"
 RUN = "run.json"
 RECORD = "record of an evaluation", "evaluate again with --restart"
 """What a file is, and what to do about one that is not."""
@@ -84,7 +84,16 @@ class CaseRecords:
             return {}
         try:
             return {
-                subset: SubsetScore(_with_nan(entry["values"]), int(entry["near"]), int(entry["voxels"]))
+                subset: SubsetScore(
+                    _with_nan(entry["values"]),
+                    int(entry["near"]),
+                    int(entry["voxels"]),
+                    entry.get("entropy"),
+                    {
+                        region: (float(score), bool(there))
+                        for region, (score, there) in entry.get("presence", {}).items()
+                    },
+                )
                 for subset, entry in content["subsets"].items()
             }
         except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -113,31 +122,56 @@ class CaseRecords:
         if not (self.folder / RUN).is_file():
             write_json(self.folder / RUN, self._run)  # not earlier: a run without results must not bind later ones
         subsets = {
-            subset: {"values": _without_nan(score.values), "near": score.near, "voxels": score.voxels}
+            subset: {
+                "values": _without_nan(score.values),
+                "near": score.near,
+                "voxels": score.voxels,
+                "entropy": score.entropy,
+                **({"presence": score.presence} if score.presence else {}),
+            }
             for subset, score in scores.items()
         }
         write_json(file, {"weights": self._weights[fold], "images": images, "subsets": subsets})
 
     def table(
         self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str
-    ) -> tuple[pd.DataFrame, tuple[int, int]]:
-        """The long table of evaluated cases, and the numbers of voxels close to the decision and of all voxels.
+    ) -> tuple[pd.DataFrame, tuple[int, int], dict[str, list[float]]]:
+        """The long table of evaluated cases, the numbers of voxels close to the decision and of all, and entropies.
+
+        The entropies are lists by subset, without the cases that have none.
 
         ``cases`` are their folds, names and subsets. For the table see
         :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
         """
         rows, near, voxels = [], 0, 0
+        entropies: dict[str, list[float]] = {}
         for fold, case, subsets in cases:
             scores = self.load(fold, case)
             for subset in subsets:
                 score = scores[subset]
                 near, voxels = near + score.near, voxels + score.voxels
+                entropies.setdefault(subset, []).extend([] if score.entropy is None else [score.entropy])
                 rows += [
                     (model, trainer, fold, case, subset, subset_size(subset), region, metric, value)
                     for region, values in score.values.items()
                     for metric, value in values.items()
                 ]
-        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels)
+        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels), entropies
+
+    def presence(self, cases: Iterable[tuple[str, str, Sequence[str]]]) -> pd.DataFrame:
+        """What the network says about presence, one row per case, subset and region.
+
+        Empty for a network without a presence head; ``cases`` as for :meth:`table`. The columns are
+        :data:`~nnunetv2_mstkd.evaluation.results.PRESENCE_COLUMNS`.
+        """
+        rows = [
+            (fold, case, subset, region, score, there)
+            for fold, case, subsets in cases
+            for subset, of_subset in self.load(fold, case).items()
+            if subset in subsets
+            for region, (score, there) in of_subset.presence.items()
+        ]
+        return pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS))
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
         return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"

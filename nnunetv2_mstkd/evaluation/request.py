@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Request:
     convention: str
     lesion_convention: str | None
     tolerance: float
+    min_voxels: Mapping[str, int]
     stack: int | None
     restart: bool
     step_size: float

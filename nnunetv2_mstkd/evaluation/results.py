@@ -42,6 +42,11 @@ COLUMNS: Mapping[str, str] = {
 TRAINING = "training"
 """Optional column, not in files: tells several trainings of a model apart, such as those with different seeds."""
 
+SCORE, IN_REFERENCE = "presence", "in_reference"
+PRESENCE_COLUMNS = (FOLD, CASE, SUBSET, REGION, SCORE, IN_REFERENCE)
+"""Columns of ``presence.csv``: ``presence`` is the stated probability that the case has any voxel of the region,
+``in_reference`` whether its reference has one."""
+
 KEY = (MODEL, TRAINER, FOLD, CASE, SUBSET, REGION, METRIC)
 """No two rows agree in all of these columns and, where it is, in :data:`TRAINING`."""
 

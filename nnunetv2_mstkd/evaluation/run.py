@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
-from nnunetv2_mstkd.nnunet.checkpoints import noted_split
+from nnunetv2_mstkd.nnunet.checkpoints import noted_split, training_hours
 from nnunetv2_mstkd.nnunet.folders import (
     find_checkpoints,
     find_raw_folder,
@@ -58,6 +58,10 @@ class Measured:
     near: tuple[int, int] | None
     """Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone."""
     records: CaseRecords
+    presence: pd.DataFrame
+    """What the model's presence head says; see :meth:`CaseRecords.presence`. Empty without one."""
+    entropies: dict[str, list[float]] = field(default_factory=dict)
+    """Entropies of the cases by subset, without those that have none."""
 
 
 @dataclass
@@ -131,14 +135,14 @@ class Evaluator:
             for fold, predictor in self.predictors.items():
                 cases = [each for each in self.unfinished if each.case.fold == fold]
                 self._evaluate(predictor, cases, preparing, scoring, bar)
-        results, near = self.records.table(
-            [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases],
-            model=request.name or self.settings["folder"],
-            trainer=self.model.trainer_name,
+        evaluated = [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases]
+        results, near, entropies = self.records.table(
+            evaluated, model=request.name or self.settings["folder"], trainer=self.model.trainer_name
         )
-        # not in the records: cases may be added
-        moved = {"moved_modalities": self.moved} if self.moved else {}
-        return Measured(results, self.rules, {**self.settings, **moved}, near if self.stack > 1 else None, self.records)
+        # not in the records: cases and folds may be added
+        settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
+        near_cases, presence = near if self.stack > 1 else None, self.records.presence(evaluated)
+        return Measured(results, self.rules, settings, near_cases, self.records, presence, entropies)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 
@@ -180,6 +184,7 @@ class Evaluator:
             convention=self.request.convention,
             lesion_convention=self.request.lesions,
             tolerance=self.request.tolerance,
+            min_voxels=self.request.min_voxels,
         )
 
     def _find_cases(self) -> list[LabelledCase]:
@@ -225,6 +230,19 @@ class Evaluator:
             self.moved = list(found.moved)
             what = "they are removed after preprocessing, so mstkd predict will not tell what Dice to expect"
         request.report(f"{found}; {what}")
+
+    def _cost(self) -> dict[str, float]:
+        """Number of parameters of the network, and mean hours of training of the folds where checkpoints tell them."""
+        cost: dict[str, float] = {"parameters": sum(each.numel() for each in self.model.network.parameters())}
+        try:
+            folder, folds = self.request.model_folder, "+".join(self.predictors).split("+")
+            hours = [training_hours(folder / f"fold_{fold}" / self.request.checkpoint) for fold in folds]
+        except InputError:
+            if not self.request.trust:
+                raise
+            return cost
+        known = [each for each in hours if each is not None]
+        return {**cost, "training_hours": float(np.mean(known))} if known else cost
 
     def _noted_split(self, fold: str) -> dict[str, list[str]] | None:
         try:
@@ -313,6 +331,7 @@ class Evaluator:
             "convention": rules.convention,
             "lesion_convention": rules.lesion_convention,
             "tolerance": rules.tolerance,
+            "min_voxels": dict(rules.min_voxels) or None,  # None as in folders from before this option
         }
         if normalization(self.model.configuration_manager) == PER_CHANNEL:
             settings["normalization"] = PER_CHANNEL
@@ -347,8 +366,9 @@ class Evaluator:
                 bar.set_description(f"fold {case.fold}, {case.name}")
                 each.show(slice_images(data, properties, view, predictor.plans_manager.transpose_forward))
                 rows = torch.tensor([self.subsets[subset] for subset in subsets])
-                for subset, logits in zip(subsets, stacked.logits(torch.from_numpy(data), rows), strict=True):
-                    measured = logits, properties, case.label, *model, self.rules, view
+                predicted = stacked.predict(torch.from_numpy(data), rows)
+                for subset, (logits, presence) in zip(subsets, predicted, strict=True):
+                    measured = logits, properties, case.label, *model, self.rules, view, presence
                     backlog.submit((each, subset), score_prediction, *measured)
                     # logits wait in memory for a free process
                     backlog.collect(processes + stacked.stack if processes else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,16 @@ from nnunetv2_mstkd.metrics.conventions import (
     LESION_HD95,
     LESION_RULES,
     NSD,
+    REGION_SPELLINGS,
     empty_rules_text,
+    known_name,
     lesion_convention_named,
+    min_voxels_region,
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
+from nnunetv2_mstkd.nnunet.description import foreground_heads
+from nnunetv2_mstkd.nnunet.entropy import case_entropy
 from nnunetv2_mstkd.nnunet.preprocessing import segment
 
 NEAR = 0.05
@@ -49,11 +54,21 @@ class Rules:
     lesion_convention: str | None = None
     tolerance: float = 1.0
     """Of the normalised surface Dice, in millimetres."""
+    min_voxels: Mapping[str, int] = field(default_factory=dict)
+    """These regions are also scored as not found where they are predicted with fewer voxels than the number."""
 
     def __post_init__(self) -> None:
         # both refuse unknown names
         empty_rules_text(self.convention, self.metrics, lesion_convention=self.lesion_convention)
         check_tolerance(self.tolerance)
+        for region, voxels in self.min_voxels.items():
+            if region not in self.regions:
+                raise InputError(
+                    f"--et-min: the data set has no region {region}; it has {', '.join(self.regions)}; name one: "
+                    f"--et-min REGION={voxels}"
+                )
+            if voxels < 1:
+                raise InputError(f"--et-min is {voxels} for {region}, expected at least 1 voxel")
         if self._of_lesions():
             settings = lesion_convention_named(str(self.lesion_convention))
             for region, partners in settings.partners.items():
@@ -63,6 +78,16 @@ class Rules:
                         f"{self.lesion_convention} joins the lesions of {region} by those of {', '.join(partners)}, "
                         f"and dataset.json has no label {', '.join(missing)}; take another --lesion-convention"
                     )
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """Names of the regions in the results: each one, and after it the one of :attr:`min_voxels`."""
+        names = []
+        for region in self.regions:
+            names.append(region)
+            if region in self.min_voxels:
+                names.append(min_voxels_region(region, self.min_voxels[region]))
+        return tuple(names)
 
     def _of_lesions(self) -> bool:
         return any(name in LESION_RULES for name in self.metrics)
@@ -80,12 +105,29 @@ class Rules:
         prediction, reference = prediction.reshape(shape), reference.reshape(shape)
         spacing = [spacing[axis] for axis in kept]
         predicted, wanted = self._masks(prediction, reference), self._masks(reference, reference)
-        scores = {name: self._score_region(predicted[name], wanted[name], spacing) for name in self.regions}
+        scores = self._score(predicted, wanted, spacing, self.regions)
+        for region, voxels in self.min_voxels.items():
+            found = scores[region]
+            if np.count_nonzero(predicted[region]) < voxels:
+                emptied = {**predicted, region: np.zeros_like(predicted[region])}
+                found = self._score(emptied, wanted, spacing, [region])[region]
+            scores[min_voxels_region(region, voxels)] = dict(found)
+        return {name: scores[name] for name in self.scored}
+
+    def _score(
+        self,
+        predicted: Mapping[str, np.ndarray],
+        wanted: Mapping[str, np.ndarray],
+        spacing: Sequence[float],
+        names: Iterable[str],
+    ) -> dict[str, dict[str, float]]:
+        """The metrics of some regions; lesions of all of them may decide about each other."""
+        scores = {name: self._score_region(predicted[name], wanted[name], spacing) for name in names}
         if self._of_lesions():
             lesions = lesionwise_regions(predicted, wanted, spacing, str(self.lesion_convention))
-            for name, found in lesions.items():
-                values = {LESION_DICE: found.dice, LESION_HD95: found.hd95_mm}
-                scores[name] |= {metric: value for metric, value in values.items() if metric in self.metrics}
+            for name, of_region in scores.items():
+                values = {LESION_DICE: lesions[name].dice, LESION_HD95: lesions[name].hd95_mm}
+                of_region |= {metric: value for metric, value in values.items() if metric in self.metrics}
         return scores
 
     def _masks(self, segmentation: np.ndarray, reference: np.ndarray) -> dict[str, np.ndarray]:
@@ -112,7 +154,8 @@ class Rules:
 def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Rules:
     """The rules for a data set: its regions, or its labels if it has none.
 
-    ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`.
+    ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`; in ``min_voxels``
+    ``ET`` and ``WT`` stand for the regions that are called so in other words.
     """
     regions = {
         name: tuple(int(label) for label in np.atleast_1d(value))
@@ -121,8 +164,11 @@ def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Ru
     }
     known = [int(label) for label in labels.all_labels]
     ignore = None if labels.ignore_label is None else int(labels.ignore_label)
+    wanted = options.pop("min_voxels", {})
+    spelled = {known_name(name, REGION_SPELLINGS): name for name in regions}
+    sizes = {name if name in regions else spelled.get(name, name): voxels for name, voxels in wanted.items()}
     everything = tuple(sorted({0, *known, *([] if ignore is None else [ignore])}))
-    return Rules(regions, everything, ignore_label=ignore, **options)
+    return Rules(regions, everything, ignore_label=ignore, min_voxels=sizes, **options)
 
 
 def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np.ndarray, dict]:
@@ -169,6 +215,11 @@ class SubsetScore:
     """Voxels whose label another rounding of the logits could change (within :data:`NEAR` of the decision)."""
     voxels: int
     """Voxels of the segmentation, in its original geometry."""
+    entropy: float | None = None
+    """Mean over the predicted foreground; None where there is none, or in records of before."""
+    presence: dict[str, tuple[float, bool]] = field(default_factory=dict)
+    """region -> probability of presence that the network states, and whether the reference has any voxel of it; empty
+    without a presence head."""
     slice: np.ndarray | None = field(default=None, compare=False)
     """The segmentation in the slice to show; None: none was requested, or the score was read from disk."""
 
@@ -182,6 +233,7 @@ def score_prediction(
     dataset_json: dict,
     rules: Rules,
     view: SliceView | None = None,
+    presence: np.ndarray | None = None,
 ) -> SubsetScore:
     """Resample logits with nnU-Net's exporter and measure the segmentation.
 
@@ -195,6 +247,8 @@ def score_prediction(
         The model, as for :func:`~nnunetv2_mstkd.evaluation.cases.prepare`, and what is measured.
     view:
         The slice to keep; None: none.
+    presence:
+        Probability that there is any voxel of each output channel, shape (K,); None: the network does not say.
     """
     counting = _CountingLabels(plans.get_label_manager(dataset_json))
     segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
@@ -203,7 +257,12 @@ def score_prediction(
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
     kept = None if view is None else view.cut(segmentation).astype(view.reference.dtype)
-    return SubsetScore(values, counting.near, segmentation.size, kept)
+    stated = {}
+    if presence is not None:
+        for region, head in foreground_heads(dataset_json).items():
+            stated[region] = float(presence[head]), bool(np.isin(reference, rules.regions[region]).any())
+    entropy = case_entropy(logits, counting.has_regions)
+    return SubsetScore(values, counting.near, segmentation.size, entropy, stated, kept)
 
 
 class _CountingLabels:

@@ -16,7 +16,7 @@ from torch import nn
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.inference.conditioning import conditioned
+from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
 from nnunetv2_mstkd.nnunet.model import free_memory
 
 TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
@@ -86,7 +86,12 @@ class SubsetPredictor:
         predictor.network = self._network
 
     def logits(self, data: torch.Tensor, subsets: torch.Tensor) -> Iterator[np.ndarray]:
-        """The logits of each subset in turn, arrays of shape (K, *spatial) and type float16.
+        """The logits of each subset in turn; see :meth:`predict`."""
+        return (logits for logits, _ in self.predict(data, subsets))
+
+    def predict(self, data: torch.Tensor, subsets: torch.Tensor) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Of each subset in turn the logits, shape (K, *spatial) and type float16, and the probability that there is
+        any voxel of each output channel, shape (K,); None without a presence head.
 
         The preprocessed image, float32 of shape (C, *spatial), has the modalities of all subsets: bool, shape (S, C),
         no row all False.
@@ -111,8 +116,8 @@ class SubsetPredictor:
             done += size
             yield from stacked
 
-    def _predict(self, data: torch.Tensor, subsets: torch.Tensor) -> np.ndarray:
-        """Logits of all subsets at once, shape (S, K, *spatial)."""
+    def _predict(self, data: torch.Tensor, subsets: torch.Tensor) -> list[tuple[np.ndarray, np.ndarray | None]]:
+        """All subsets at once."""
         predictor = self._predictor
         rows = subsets.to(predictor.device)
         predictor.label_manager = _StackedHeads(self._labels, len(subsets))
@@ -120,7 +125,8 @@ class SubsetPredictor:
         try:
             with conditioned(self._network.plain_network, rows, self._labels) as finish:
                 logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
-                return finish(logits.reshape(len(subsets), -1, *logits.shape[1:]))
+                finished, scores = finish(logits.reshape(len(subsets), -1, *logits.shape[1:])), presence_of(finish)
+            return list(zip(finished, [None] * len(subsets) if scores is None else scores, strict=True))
         finally:
             predictor.label_manager = self._labels
             self._network.subsets = None

@@ -18,7 +18,8 @@ from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet.model import plain_network
 
 Finish: TypeAlias = Callable[[np.ndarray], np.ndarray]
-"""Finishes the logits of a case, shape (S, K, *spatial)."""
+"""Finishes the logits of a case, shape (S, K, *spatial). It may have a method ``presence()``, which returns what the
+network says after the case about the presence of each output channel: probabilities, shape (S, K)."""
 
 
 @contextmanager
@@ -47,6 +48,11 @@ def conditioned(
             yield finish
     else:
         yield lambda logits: logits
+
+
+def presence_of(finish: Finish) -> np.ndarray | None:
+    """Return what a network says about presence in a case, (S, K); None if it says nothing."""
+    return finish.presence() if hasattr(finish, "presence") else None
 
 
 def check_student(network: torch.nn.Module, student: int | None) -> None:

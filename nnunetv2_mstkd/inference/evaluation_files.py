@@ -11,3 +11,8 @@ SUMMARY = "summary.json"
 
 TABLES = {"markdown": "tables.md", "latex": "tables.tex"}
 REPORT = "report.html"
+CASES = "cases"
+"""Folder with ``fold_0/CASE.json``, the results of a case, and ``CASE.npz``, one slice of it."""
+
+PRESENCE = "presence.csv"
+"""What the presence head of a model says of each case and subset, where it has one."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference import evaluation_files
+from nnunetv2_mstkd.metrics.conventions import postprocessed_regions
 
 SUMMARY = Path(evaluation_files.FOLDER, evaluation_files.SUMMARY)
 
@@ -47,7 +48,8 @@ def read_expected_dice(
             code = modalities.subset_code(modalities.parse_subset(text, names))
             values = {region: measures.get("dice") for region, measures in regions.items()}
             known = {region: dice for region, dice in values.items() if dice is not None and math.isfinite(dice)}
-            expected[code] = {region: float(dice) for region, dice in known.items()}
+            postprocessed = postprocessed_regions(known)  # prediction does not do that step
+            expected[code] = {region: float(dice) for region, dice in known.items() if region not in postprocessed}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
@@ -63,6 +65,51 @@ def read_expected_dice(
             f"{'--restart' if found != normalization else '--restart --mask-first'}"
         )
     return expected
+
+
+Range = tuple[float, float]
+
+MIN_CASES = 10
+"""The range of fewer cases says little about the next one."""
+
+ENTROPY = "entropy"
+"""Key of the range of entropies, beside those of the regions' Dice."""
+
+
+def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, Range]]:
+    """Read the lowest and highest value of the cases of an evaluation, by subset.
+
+    Parameters
+    ----------
+    names
+        Names of the C channels.
+
+    Returns
+    -------
+    :func:`~nnunetv2_mstkd.modalities.subset_code` -> region, and :data:`ENTROPY`, -> range. Empty without an
+    evaluation, or with one of fewer than :data:`MIN_CASES` cases, whose range says little.
+
+    Raises
+    ------
+    InputError
+        If the file is no evaluation.
+    """
+    file = model_folder / SUMMARY
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return {
+            modalities.subset_code(modalities.parse_subset(text, names)): {
+                key: (float(low), float(high)) for key, (low, high) in ranges.items()
+            }
+            for text, ranges in content.get("ranges", {}).items()
+            if content["cases_by_subset"][text] >= MIN_CASES
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
+        ) from error
 
 
 def format_dice(dice: Mapping[str, float] | None) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.inference.conditioning import conditioned
+from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
+from nnunetv2_mstkd.nnunet.description import foreground_heads
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.model import free_memory, nnUNetPredictor
 from nnunetv2_mstkd.nnunet.preprocessing import export_case, preprocess_case
@@ -20,10 +22,19 @@ EXPORTS_AHEAD = 2
 """Cases beside those in the export processes whose logits may wait, as in nnU-Net: a slow disk must not fill memory."""
 
 
+class Predicted(NamedTuple):
+    """What a network says about a case."""
+
+    logits: np.ndarray
+    """Shape (K, *spatial), in the geometry of the preprocessed image."""
+    presence: dict[str, float] | None
+    """Probability that there is any voxel of each label or region, by name; None without a presence head."""
+
+
 def predict_logits(
     predictor: nnUNetPredictor, data: np.ndarray, availability: Sequence[bool], *, student: int | None = None
-) -> np.ndarray:
-    """Return the logits, shape (K, *spatial), of a preprocessed case.
+) -> Predicted:
+    """Predict a preprocessed case.
 
     Parameters
     ----------
@@ -37,7 +48,10 @@ def predict_logits(
     row = torch.tensor([list(availability)], dtype=torch.bool, device=predictor.device)
     with conditioned(predictor.network, row, predictor.label_manager, student=student) as finish:
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
-        return finish(logits[None])[0]
+        finished, scores = finish(logits[None])[0], presence_of(finish)
+    heads = foreground_heads(predictor.dataset_json)
+    presence = None if scores is None else {name: float(scores[0, head]) for name, head in heads.items()}
+    return Predicted(finished, presence)
 
 
 def predict_cases(
@@ -50,7 +64,8 @@ def predict_cases(
     preprocessing_processes: int = 0,
     export_processes: int = 0,
     progress: bool = False,
-    on_written: Callable[[Case], None] = lambda case: None,
+    save_uncertainty: bool = False,
+    on_written: Callable[[Case, float | None, dict[str, float] | None], None] = lambda case, entropy, presence: None,
 ) -> None:
     """Predict checked cases and write their segmentations.
 
@@ -66,16 +81,20 @@ def predict_cases(
         Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
     preprocessing_processes, export_processes
         Number of background processes; 0 runs everything in this process.
+    save_uncertainty
+        Also write the entropy of each voxel; see :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
     on_written
-        Called for each case when its segmentation is in the folder.
+        Called for each case, with its entropy and what :class:`Predicted` says of presence, when its segmentation is in
+        the folder.
     """
     plans, configuration, dataset_json = (
         predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
     )  # fmt: skip
     names = modalities.modality_names(dataset_json)
 
-    def written(case: Case, _: None) -> None:
-        on_written(case)
+    def written(label: tuple[Case, dict[str, float] | None], entropy: float | None) -> None:
+        case, presence = label
+        on_written(case, entropy, presence)
         bar.update()
 
     with (
@@ -89,9 +108,9 @@ def predict_cases(
         try:
             for case, (data, properties) in zip(cases, prepared, strict=True):
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
-                logits = predict_logits(predictor, data, case.availability, student=student)
+                logits, presence = predict_logits(predictor, data, case.availability, student=student)
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
-                exports.submit(case, export_case, *what)
+                exports.submit((case, presence), export_case, *what, save_uncertainty)
                 exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
             exports.collect()
         finally:

@@ -20,7 +20,7 @@ from nnunetv2_mstkd.images.atomic import write_json
 from nnunetv2_mstkd.images.writing import ImageInMemory, write_given
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.conditioning import check_student
-from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
+from nnunetv2_mstkd.inference.expected_dice import Range, read_expected_dice, read_ranges
 from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
@@ -29,6 +29,7 @@ from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
 from nnunetv2_mstkd.nnunet.model import find_device, free_memory, load_predictor
 from nnunetv2_mstkd.nnunet.per_channel import PER_CHANNEL, normalization
+from nnunetv2_mstkd.nnunet.preprocessing import UNCERTAINTY
 from nnunetv2_mstkd.nnunet.reading import as_written
 
 
@@ -45,11 +46,15 @@ class Prediction:
     expected_dice
         Mean Dice per region that an evaluation of the model found for these modalities; None without one. It describes
         the cases of that evaluation and is no confidence for this one.
+    presence
+        Probability, by name, that the case has any voxel of a label or region; None if the model has no presence head
+        (AdaMM has one).
     """
 
     segmentation: np.ndarray = field(repr=False)
     available: tuple[str, ...]
     expected_dice: Mapping[str, float] | None
+    presence: Mapping[str, float] | None
     _probabilities: Callable[[], np.ndarray] = field(repr=False)
     _save: Callable[[Path], None] = field(repr=False)
 
@@ -92,7 +97,8 @@ class FolderResult:
     record
         The file that says what each case was predicted from.
     subsets
-        One line per subset: how many cases have it, and the Dice to expect.
+        One line per subset: how many cases have it, and the Dice to expect; then one per case that is unlike those of
+        the evaluation.
     """
 
     predicted: list[str]
@@ -135,6 +141,9 @@ class Predictor:
     ----------
     modalities
         Names of the C modalities, in channel order.
+    ranges
+        Ranges of the evaluation's cases by subset code; see
+        :func:`~nnunetv2_mstkd.inference.expected_dice.read_ranges`.
     expected_dice
         Expected Dice by :func:`~nnunetv2_mstkd.modalities.subset_code` and region, from an evaluation of the model;
         empty without one.
@@ -197,10 +206,13 @@ class Predictor:
         check_student(self._predictor.network, student)
         self.modalities = modalities.modality_names(self._predictor.dataset_json)
         self.expected_dice: dict[int, dict[str, float]] = {}
+        self.ranges: dict[int, dict[str, Range]] = {}
         try:
             self.expected_dice = read_expected_dice(
                 self.folder, self.modalities, normalization(self._predictor.configuration_manager)
             )
+            if self.expected_dice:
+                self.ranges = read_ranges(self.folder, self.modalities)
         except ValueError as error:
             print(f"warning: {error}", file=sys.stderr)
         self._checker = Checker(
@@ -248,7 +260,7 @@ class Predictor:
             case = self._checked_case(images, Path(scratch))
             data, properties = preprocessing.preprocess_case(case, plans, configuration, model.dataset_json)
         try:
-            logits = predict_logits(model, data, case.availability, student=self.student)
+            logits, presence = predict_logits(model, data, case.availability, student=self.student)
         finally:
             free_memory(model.device)
         what = logits, properties, plans, configuration, model.label_manager
@@ -257,6 +269,7 @@ class Predictor:
             segmentation=as_written(segmentation, properties, reader),
             available=tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there),
             expected_dice=self.expected_dice.get(modalities.subset_code(case.availability)),
+            presence=presence,
             _probabilities=partial(preprocessing.probabilities, *what),
             _save=partial(preprocessing.write_segmentation, segmentation, properties, reader),
         )
@@ -304,6 +317,7 @@ class Predictor:
         skip_bad: bool = False,
         continue_prediction: bool = False,
         save_probabilities: bool = False,
+        save_uncertainty: bool = False,
         part_id: int = 0,
         num_parts: int = 1,
         preprocessing_processes: int = 3,
@@ -329,6 +343,8 @@ class Predictor:
             Keep the cases of an earlier run whose images have not changed.
         save_probabilities
             Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
+        save_uncertainty
+            Also write ``uncertainty/CASE``: the entropy of each voxel in percent of its maximum.
         part_id, num_parts
             Predict every ``num_parts``-th case, starting with number ``part_id``: several processes can share a folder.
         preprocessing_processes, export_processes
@@ -357,15 +373,17 @@ class Predictor:
         if not 0 <= part_id < num_parts:
             raise InputError(f"-part_id is {part_id}, expected 0 to {num_parts - 1} with -num_parts {num_parts}")
         model, ending = self._predictor, self._predictor.dataset_json["file_ending"]
-        written = [ending, ".npz"] if save_probabilities else [ending]
+        written = ["{}" + ending, *(["{}.npz"] if save_probabilities else [])]
+        written += [f"{UNCERTAINTY}/{{}}{ending}"] if save_uncertainty else []
         # processes that share an output folder each write their own record
         file = output / ("predictions.json" if num_parts == 1 else f"predictions_part{part_id}of{num_parts}.json")
         run = self._describe(drop)
-        record = Record(file, run, self.modalities, self.expected_dice, resume=continue_prediction)
+        record = Record(file, run, self.modalities, self.expected_dice, self.ranges, resume=continue_prediction)
 
         def is_done(case: Case) -> bool:
             known = record.has(case) or not record.resumed
-            return continue_prediction and known and all((output / f"{case.name}{end}").is_file() for end in written)
+            paths = (output / each.format(case.name) for each in written)
+            return continue_prediction and known and all(path.is_file() for path in paths)
 
         selection = select(
             images,
@@ -392,6 +410,7 @@ class Predictor:
                 output,
                 student=self.student,
                 save_probabilities=save_probabilities,
+                save_uncertainty=save_uncertainty,
                 preprocessing_processes=preprocessing_processes,
                 export_processes=export_processes,
                 progress=progress,
@@ -400,7 +419,8 @@ class Predictor:
         finally:
             record.save()
         names = [case.name for case in selection.cases]
-        return FolderResult(names, selection.done, selection.problems, record.file, record.by_subset())
+        lines = [*record.by_subset(), *record.flagged()]
+        return FolderResult(names, selection.done, selection.problems, record.file, lines)
 
     def _warn_of_differences(self, cases: Sequence[Case]) -> None:
         """Say in one line if the intensities of incomplete cases depend on what they lack."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import write_json
-from nnunetv2_mstkd.inference.expected_dice import format_dice
+from nnunetv2_mstkd.inference.expected_dice import ENTROPY, Range, format_dice
 from nnunetv2_mstkd.nnunet.input_folder import Case
 
 SAVE_INTERVAL = 2.0
@@ -30,6 +31,8 @@ class Record:
         Names of the C channels.
     expected
         See :func:`~nnunetv2_mstkd.inference.expected_dice.read_expected_dice`.
+    ranges
+        See :func:`~nnunetv2_mstkd.inference.expected_dice.read_ranges`.
     resume
         Keep the cases of an earlier run; InputError if it had another model or other options.
     """
@@ -40,10 +43,11 @@ class Record:
         run: Mapping[str, Any],
         names: Sequence[str],
         expected: Mapping[int, Mapping[str, float]],
+        ranges: Mapping[int, Mapping[str, Range]] | None = None,
         *,
         resume: bool,
     ) -> None:
-        self.file, self.names, self.expected = file, names, expected
+        self.file, self.names, self.expected, self.ranges = file, names, expected, ranges or {}
         self.resumed = resume and file.is_file()
         self.run = json.loads(json.dumps(run))
         self.cases: dict[str, Any] = self._read_cases() if self.resumed else {}
@@ -77,8 +81,11 @@ class Record:
             if case.availability[channel] or channel in case.all_zero
         }
 
-    def add(self, case: Case) -> None:
-        """Note that the segmentation of a case is written."""
+    def add(self, case: Case, entropy: float | None = None, presence: Mapping[str, float] | None = None) -> None:
+        """Note that the segmentation of a case is written.
+
+        ``entropy`` is the mean over its foreground, ``presence`` the probability of presence of labels or regions.
+        """
         names = list(zip(self.names, case.availability, strict=True))
         entry: dict[str, Any] = {
             "subset": modalities.subset_name(case.availability, self.names),
@@ -90,9 +97,36 @@ class Record:
             entry["all_zero"] = [self.names[channel] for channel in case.all_zero]
         if self.expected:
             entry["expected_dice"] = self.expected.get(modalities.subset_code(case.availability))
+        if presence is not None:
+            entry["presence"] = {name: round(score, 4) for name, score in presence.items()}
+        if entropy is not None:
+            entry[ENTROPY] = round(entropy, 4)
+        flags = self._flags(modalities.subset_code(case.availability), entropy)
+        if flags:
+            entry["flags"] = flags
         self.cases[case.name] = entry
         if time.monotonic() - self._saved >= SAVE_INTERVAL:
             self.save()
+
+    def _flags(self, code: int, entropy: float | None) -> list[str]:
+        """What is out of the range of the evaluation's cases."""
+        flags = []
+        low, high = self.ranges.get(code, {}).get(ENTROPY, (-math.inf, math.inf))
+        if entropy is not None and not low <= entropy <= high:
+            flags.append(f"entropy {entropy:.3f}, in the evaluation {low:.3f} to {high:.3f}")
+        full = self.ranges.get(2 ** len(self.names) - 1, {})
+        for region, dice in (self.expected.get(code) or {}).items():
+            lowest = full.get(region, (-math.inf, math.inf))[0]
+            if dice < lowest:
+                flags.append(
+                    f"{region}: expected Dice {dice:.3f}, below every case of the evaluation with all modalities "
+                    f"({lowest:.3f})"
+                )
+        return flags
+
+    def flagged(self) -> list[str]:
+        """One line per case that is out of the range of the evaluation's cases."""
+        return [f"{name}: {'; '.join(entry['flags'])}" for name, entry in self.cases.items() if entry.get("flags")]
 
     def save(self) -> None:
         """Write the file."""

@@ -2,6 +2,7 @@
 
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTeacherTrainer, AdaMMTrainer
 from nnunetv2_mstkd.methods.conditioned.trainer import ModalityConditionedTrainer
+from nnunetv2_mstkd.methods.kd.trainer import KDTeacherTrainer, KDTrainer
 from nnunetv2_mstkd.methods.medmap.trainer import (
     MedMAPAdaMMTrainer,
     MedMAPKDTrainer,
@@ -19,6 +20,8 @@ __all__ = [
     "AdaMMTeacherTrainer",
     "AdaMMTrainer",
     "FullModalityTrainer",
+    "KDTeacherTrainer",
+    "KDTrainer",
     "MSTKDTeacherTrainer",
     "MSTKDTrainer",
     "MedMAPAdaMMTrainer",

@@ -7,6 +7,7 @@ one table, and :func:`empty_rules_text` describes the one in use.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from nnunetv2_mstkd.errors import InputError
 
 DICE = "dice"
+IOU = "iou"
 HD95 = "hd95"
 NSD = "nsd"
 SENSITIVITY = "sensitivity"
@@ -43,6 +45,7 @@ class Metric(NamedTuple):
 
 METRICS: Mapping[str, Metric] = {
     DICE: Metric("Dice", "%", +1, 0.0, 1.0),
+    IOU: Metric("IoU", "%", +1, 0.0, 1.0),
     HD95: Metric("HD95", "mm", -1, 0.0, math.inf),
     NSD: Metric("NSD", "%", +1, 0.0, 1.0),
     SENSITIVITY: Metric("sensitivity", "%", +1, 0.0, 1.0),
@@ -99,6 +102,7 @@ CONVENTIONS: Mapping[str, Convention] = {
         "BraTS 2018-2022; Dice as in the missing-modality literature, whose epsilon gives 1 for two empty masks",
         {
             DICE: EmptyRule(1.0, 0.0, 0.0),
+            IOU: EmptyRule(1.0, 0.0, 0.0),
             HD95: EmptyRule(0.0, DIAGONAL, DIAGONAL),
             NSD: EmptyRule(1.0, 0.0, 0.0),
             SENSITIVITY: EmptyRule(1.0, 0.0, 0.0),
@@ -111,6 +115,7 @@ CONVENTIONS: Mapping[str, Convention] = {
         "nnU-Net 2 (Dice) and nnU-Net 1 (the others): NaN, dropped by nanmean",
         {
             DICE: EmptyRule(LEFT_OUT, 0.0, 0.0),
+            IOU: EmptyRule(LEFT_OUT, 0.0, 0.0),
             HD95: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
             NSD: EmptyRule(LEFT_OUT, LEFT_OUT, LEFT_OUT),
             SENSITIVITY: EmptyRule(LEFT_OUT, 0.0, LEFT_OUT),
@@ -202,6 +207,49 @@ def _rule(metric: str, convention: str) -> EmptyRule:
         metric_named(metric)
         raise InputError(f"the convention {convention!r} has no rule for {metric}; it has {', '.join(rules)}")
     return rules[metric]
+
+
+# ---- regions -------------------------------------------------------------------------------------------------------
+
+REGION_SPELLINGS: Mapping[str, tuple[str, ...]] = {
+    "ET": ("et", "enhancing tumor", "enhancing tumour", "enhancing"),
+    "WT": ("wt", "whole tumor", "whole tumour", "whole"),
+}
+
+
+def known_name(name: str, spellings: Mapping[str, Iterable[str]]) -> str | None:
+    """The key under whose spellings a name is listed, in upper or lower case; None if it is none of them."""
+    folded = name.strip().casefold()
+    return next((known for known, others in spellings.items() if folded in others), None)
+
+
+# ---- small predictions ---------------------------------------------------------------------------------------------
+
+_MIN_VOXELS = re.compile(r"(.+) \(min (\d+)\)")
+
+
+def min_voxels_region(region: str, voxels: int) -> str:
+    """Name of a region that counts as not found where it is predicted with fewer voxels, such as ``ET (min 500)``."""
+    return f"{region} (min {voxels})"
+
+
+def postprocessed_regions(regions: Iterable[str]) -> dict[str, int]:
+    """The regions named by :func:`min_voxels_region` beside their plain ones, and their numbers of voxels.
+
+    They say the same as the plain region once more, so no average over regions includes them.
+    """
+    regions = list(regions)
+    matches = {name: _MIN_VOXELS.fullmatch(name) for name in regions}
+    return {name: int(found.group(2)) for name, found in matches.items() if found and found.group(1) in regions}
+
+
+def min_voxels_text(regions: Iterable[str]) -> list[str]:
+    """What postprocessed regions mean, a sentence for each, as notes under a table."""
+    return [
+        f"{name}: not found where fewer than {voxels} voxels are predicted in all, whether these become background "
+        f"(RFNet, mmFormer) or necrosis (nnU-Net 1, DeMoSeg); other regions are scored without this step"
+        for name, voxels in postprocessed_regions(regions).items()
+    ]
 
 
 # ---- lesion-wise conventions ---------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nnunetv2_mstkd.metrics.conventions import (
     BRATS,
     DICE,
     HD95,
+    IOU,
     NSD,
     PRECISION,
     RELATIVE_VOLUME_ERROR,
@@ -30,6 +31,11 @@ def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRA
     The rules for empty masks are ``"brats"`` (both empty: 1) or ``"nnunet"`` (both empty: NaN, excluded from means).
     """
     return _overlap(DICE, prediction, reference, convention)
+
+
+def iou(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
+    """Intersection over union |P and R| / |P or R|, the Jaccard index. Parameters as for :func:`dice`."""
+    return _overlap(IOU, prediction, reference, convention)
 
 
 def sensitivity(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
@@ -77,13 +83,13 @@ def score(
 
     Returns
     -------
-    dict with the keys dice, hd95, nsd, sensitivity, precision, volume_error_ml and relative_volume_error.
+    dict with the keys dice, iou, hd95, nsd, sensitivity, precision, volume_error_ml and relative_volume_error.
     """
     check_masks(prediction, reference)
     check_tolerance(tolerance)
     steps = check_spacing(spacing, prediction.ndim)
     counts = _counts(prediction, reference)
-    scores = {name: _from_counts(name, counts, convention) for name in (DICE, SENSITIVITY, PRECISION)}
+    scores = {name: _from_counts(name, counts, convention) for name in (DICE, IOU, SENSITIVITY, PRECISION)}
     scores[VOLUME_ERROR] = _volume_error(counts[1], counts[2], steps)
     scores[RELATIVE_VOLUME_ERROR] = _from_counts(RELATIVE_VOLUME_ERROR, counts, convention)
     if not surfaces:
@@ -121,6 +127,8 @@ def _from_counts(metric: str, counts: tuple[int, int, int], convention: str) -> 
         return value
     if metric == DICE:
         return 2 * both / (predicted + wanted)
+    if metric == IOU:
+        return both / (predicted + wanted - both)
     if metric == SENSITIVITY:
         return both / wanted
     if metric == PRECISION:

@@ -79,6 +79,15 @@ def noted_split(path: str | os.PathLike) -> dict[str, list[str]] | None:
     return noted.get("split") if isinstance(noted, Mapping) else None
 
 
+def training_hours(path: str | os.PathLike) -> float | None:
+    """Hours that the epochs of a training took, from the log in its checkpoint; None if the log does not have them."""
+    log = read(path).get("logging")
+    times = [log.get(f"epoch_{end}_timestamps") for end in ("start", "end")] if isinstance(log, Mapping) else [None]
+    if not all(isinstance(each, list) and each for each in times):
+        return None
+    return sum(end - start for start, end in zip(*times, strict=False)) / 3600
+
+
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of the sorted tensor names and the tensors' bytes.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
@@ -44,6 +45,15 @@ def check_description(dataset_json: dict[str, Any], source: str) -> dict[str, An
 def read_description(file: Path) -> dict[str, Any]:
     """Read and check a dataset.json."""
     return check_description(read_json(file), str(file))
+
+
+def foreground_heads(dataset_json: Mapping[str, Any]) -> dict[str, int]:
+    """Return the output channel of each label but the background, or of each region, by name."""
+    labels = {name: np.atleast_1d(value) for name, value in dataset_json["labels"].items() if name != "ignore"}
+    labels = {name: values for name, values in labels.items() if np.any(values.astype(int) != 0)}
+    if dataset_json.get("regions_class_order"):
+        return {name: head for head, name in enumerate(labels)}
+    return {name: int(values[0]) for name, values in labels.items()}
 
 
 def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any], type[BaseReaderWriter]]:

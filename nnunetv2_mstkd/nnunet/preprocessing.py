@@ -21,6 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import complete_image, read_json, scratch_folder
+from nnunetv2_mstkd.nnunet.entropy import case_entropy, entropy_map
 from nnunetv2_mstkd.nnunet.folders import dataset_number
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.per_channel import preprocessor
@@ -181,9 +182,23 @@ def export_case(
     plans: PlansManager,
     dataset_json: dict[str, Any],
     save_probabilities: bool,
-) -> None:
-    """Write a segmentation with nnU-Net's exporter; it appears complete or not at all."""
+    save_uncertainty: bool = False,
+) -> float | None:
+    """Write a segmentation with nnU-Net's exporter; it appears complete or not at all.
+
+    With ``save_uncertainty`` the entropy of each voxel is written to ``uncertainty/``, in percent of its maximum.
+
+    Returns
+    -------
+    :func:`~nnunetv2_mstkd.nnunet.entropy.case_entropy`.
+    """
     segmentation = name + dataset_json["file_ending"]
+    labels = plans.get_label_manager(dataset_json)
+    if save_uncertainty:
+        found = entropy_map(probabilities(logits, properties, plans, configuration, labels), labels.has_regions)
+        (output / UNCERTAINTY).mkdir(exist_ok=True)
+        percent = (100 * found).round().astype(np.uint8)
+        write_segmentation(percent, properties, plans.image_reader_writer_class, output / UNCERTAINTY / segmentation)
     with scratch_folder(output / name) as scratch:
         with complete_image(scratch / segmentation):
             export_prediction_from_logits(
@@ -192,6 +207,11 @@ def export_case(
         # the segmentation last: it says that the case is done
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == segmentation):
             os.replace(file, output / file.name)
+    return case_entropy(logits, labels.has_regions)
+
+
+UNCERTAINTY = "uncertainty"
+"""Folder of the maps of entropy; beside the segmentations nnU-Net would take them for some."""
 
 
 def check_ending(path: Path, reader: Reader) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import re
 import statistics
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import complete_image, replace_folder, scratch_folder, write_json
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
+from nnunetv2_mstkd.processes import usable_cores
 
 GENERATOR_VERSION = 1
 """Incremented when the same arguments give different images, so that old folders are not mistaken for new ones."""
@@ -149,7 +149,7 @@ def describe_volumes(folder: Path) -> list[str]:
 
 def default_workers() -> int:
     """Number of cores that this process may use, at most 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return min(8, cores)
 
 

@@ -1,9 +1,9 @@
-"""Compare evaluated models case by case: a page in Markdown, all numbers as JSON, a figure, and the text to print."""
+"""Compare evaluated models case by case: pages in HTML and Markdown, tables, figures, JSON, and the text to print."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,38 @@ import pandas as pd
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import ExistingFileError
-from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET
+from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.metrics.conventions import Metric, metric_named
-from nnunetv2_mstkd.reporting.tables import MARKDOWN, NO_VALUE, P_HOLM, TEXT, escaped, estimate, frame_table, number
+from nnunetv2_mstkd.reporting.html import render
+from nnunetv2_mstkd.reporting.tables import (
+    LATEX,
+    MARKDOWN,
+    NO_VALUE,
+    P_HOLM,
+    TEXT,
+    SubsetContent,
+    escaped,
+    estimate,
+    frame_cells,
+    frame_table,
+    number,
+    subset_content,
+    subset_csv,
+    subset_table,
+)
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
-from nnunetv2_mstkd.statistics.comparison import Comparison, Models, read_evaluations
+from nnunetv2_mstkd.statistics.comparison import HOURS, PARAMETERS, Comparison, Models, read_evaluations
 from nnunetv2_mstkd.statistics.significance import AGAINST, BY_TRAINING, DIFFERENCE, P_CORRECTED, P
 
 PAGE = "comparison.md"
 NUMBERS = "comparison.json"
+HTML = "comparison.html"
 FIGURE = "comparison.png"
+COST = "cost.png"
+QUALITATIVE = "qualitative.png"
+TABLES = {MARKDOWN: "tables.md", LATEX: "tables.tex"}
+CSV = "tables.csv"
 
 
 class ModelComparison(Comparison):
@@ -38,6 +59,9 @@ def compare(
     *,
     metrics: Sequence[str] = ("dice",),
     baseline: str | None = None,
+    hours: Mapping[str, float] | None = None,
+    show_cases: Sequence[str] = (),
+    show_subsets: Sequence[str] = (),
     output: Path | str | None = None,
 ) -> ModelComparison:
     """Compare two or more evaluated models case by case, over all subsets of modalities.
@@ -52,12 +76,18 @@ def compare(
         Metrics to compare by; the figure shows the first.
     baseline:
         Name of the model that all others are compared with; default: all pairs are compared.
+    hours:
+        Hours of training by name of a model, such as those of teacher and student together; default: those that
+        evaluations noted.
+    show_cases, show_subsets:
+        Cases and subsets in the figure with pictures; default: the median case, and the worst subset of each size.
     output:
-        Folder for comparison.md, .json and .png, made if absent; default: nothing is written.
+        Folder for comparison.html and all other files, made if absent; default: nothing is written.
 
     Returns
     -------
-    A comparison with ``text`` and the data frames ``overall``, ``by_count``, ``by_subset``, ``per_case`` and ``ranks``.
+    A comparison with ``text`` and the data frames ``overall``, ``by_count``, ``by_subset``, ``per_case``, ``ranks``
+    and ``costs``; ``results`` are the compared values.
 
     Raises
     ------
@@ -67,22 +97,39 @@ def compare(
     output = None if output is None else Path(output)
     if output is not None and output.exists() and not output.is_dir():
         raise ExistingFileError(f"the output folder {output} is a file")
-    comparison = ModelComparison(read_evaluations(models), metrics=tuple(dict.fromkeys(metrics)), baseline=baseline)
+    comparison = ModelComparison(
+        read_evaluations(models), metrics=tuple(dict.fromkeys(metrics)), baseline=baseline, hours=hours
+    )
     if output is not None:
-        _write(comparison, output)
+        _write(comparison, output, show_cases, show_subsets)
     return comparison
 
 
-def _write(comparison: Comparison, output: Path) -> None:
+def _write(comparison: Comparison, output: Path, cases: Sequence[str], subsets: Sequence[str]) -> None:
     """Write all files of a comparison, each of them atomically."""
     # here, because it imports matplotlib
-    from nnunetv2_mstkd.reporting.figures import differences_plot, save_figure
+    from nnunetv2_mstkd.reporting.figures import cost_plot, differences_plot, save_figure
+    from nnunetv2_mstkd.reporting.qualitative import qualitative_plot
 
+    drawn = {QUALITATIVE: qualitative_plot(comparison, cases, subsets)}
     metric = comparison.metrics[0]
     tables = [_part(table, metric) for table in (comparison.overall, comparison.by_count, comparison.by_subset)]
-    save_figure(differences_plot(*tables, metric=metric), output / FIGURE)
+    drawn |= {FIGURE: differences_plot(*tables, metric=metric), COST: cost_plot(comparison.costs, metric=metric)}
+    for name, figure in drawn.items():
+        if figure is None:
+            (output / name).unlink(missing_ok=True)  # of an earlier comparison
+        else:
+            save_figure(figure, output / name, dpi=200 if name == QUALITATIVE else 150)
+    for fmt, name in TABLES.items():
+        mark = "##" if fmt == MARKDOWN else "%"
+        parts = [
+            f"{mark} {metric_named(each).label}\n\n{_subsets(comparison, each, fmt)}\n" for each in comparison.metrics
+        ]
+        write_text(output / name, "\n".join(parts))
+    write_text(output / CSV, subset_csv({each: _content(comparison, each) for each in comparison.metrics}))
     write_json(output / NUMBERS, _numbers(comparison))
-    write_text(output / PAGE, _page(comparison))
+    write_text(output / PAGE, _page(comparison, drawn[QUALITATIVE] is not None))
+    write_text(output / HTML, _html(comparison, output))
 
 
 def _part(table: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -114,6 +161,7 @@ def _numbers(comparison: Comparison) -> dict[str, Any]:
         if comparison.several_trainings
         else "two-sided Wilcoxon signed-rank test on the patients' mean differences; Holm's correction",
         "notes": comparison.notes,
+        "costs": _records(comparison.costs),
         "metrics": {
             metric: {
                 "better": {1: "higher", -1: "lower", 0: "closer to zero"}[metric_named(metric).better],
@@ -137,30 +185,65 @@ def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
 # ---- text ----------------------------------------------------------------------------------------------------------
 
 
-def _page(comparison: Comparison) -> str:
-    names = " against ".join(escaped(name, MARKDOWN) for name in comparison.trainings)
-    tested = not comparison.several_trainings
-    lines = [f"# {names}", "", _compared(comparison), "", _models(comparison), "", *_bullets(comparison.notes)]
+def _page(comparison: Comparison, pictured: bool) -> str:
+    lines = [f"# {escaped(_title(comparison), MARKDOWN)}", "", _compared(comparison), ""]
+    lines += [frame_table(_models(comparison), fmt=MARKDOWN), "", *_bullets(comparison.notes)]
     for name in comparison.metrics:
         metric = metric_named(name)
-        lines += [f"## {metric.label}", "", _direction(metric), ""]
-        lines += ["### Mean over all subsets", "", _overall(comparison, name, MARKDOWN), ""]
-        for title, table, column in (
-            ("By number of modalities", comparison.by_count, MODALITIES),
-            ("By subset", comparison.by_subset, SUBSET),
-        ):
-            counts = comparison.counts if column == SUBSET and comparison.uneven else {}
-            lines += [
-                f"### {title}",
-                "",
-                _differences(_part(table, name), column, metric, MARKDOWN, tested, counts),
-                "",
-            ]
+        lines += [f"## {metric.label}", "", "### All models and subsets", "", _subsets(comparison, name, MARKDOWN), ""]
+        lines += ["### Differences", "", _direction(metric), ""]
+        for title, table in _difference_tables(comparison, name):
+            lines += [f"#### {title}", "", frame_table(table, fmt=MARKDOWN), ""]
+    if _costs_known(comparison):
+        lines += [
+            "## Cost",
+            "",
+            frame_table(_costs(comparison), fmt=MARKDOWN),
+            "",
+            f"![Performance and cost]({COST})",
+            "",
+        ]
     if comparison.ranks is not None:
-        lines += ["## Ranks", "", _ranks(comparison.ranks, MARKDOWN), "", _about_ranks(comparison), ""]
+        ranks = frame_table(_ranks(comparison.ranks), fmt=MARKDOWN)
+        lines += ["## Ranks", "", ranks, "", _about_ranks(comparison), ""]
     label = metric_named(comparison.metrics[0]).label
-    lines += [f"![Differences of {label} with intervals]({FIGURE})", "", *_method(comparison)]
+    if pictured:
+        lines += ["## Pictures", "", f"![Segmentations of all models]({QUALITATIVE})", ""]
+    lines += [f"![Differences of {label} with intervals]({FIGURE})", "", *_bullets(_method(comparison))]
     return "\n".join(lines) + "\n"
+
+
+def _html(comparison: Comparison, output: Path) -> str:
+    """The page with all tables and the figures of a folder."""
+    # here, because it imports seaborn
+    from nnunetv2_mstkd.reporting.pictures import file_uri
+
+    contents = {name: _content(comparison, name) for name in comparison.metrics}
+    return render(
+        "comparison.html",
+        title=_title(comparison),
+        compared=_compared(comparison),
+        notes=comparison.notes,
+        files=[*TABLES.values(), CSV],
+        second=any(content.second.any() for content in contents.values()),
+        metrics=[
+            {
+                "label": metric_named(name).label,
+                "content": content,
+                "direction": _direction(metric_named(name)),
+                "tables": [(title, frame_cells(table)) for title, table in _difference_tables(comparison, name)],
+            }
+            for name, content in contents.items()
+        ],
+        plot=file_uri(output / FIGURE),
+        cost=file_uri(output / COST) if _costs_known(comparison) else None,
+        qualitative=file_uri(output / QUALITATIVE) if (output / QUALITATIVE).is_file() else None,
+        costs=frame_cells(_costs(comparison)),
+        ranks=None if comparison.ranks is None else frame_cells(_ranks(comparison.ranks)),
+        about_ranks=_about_ranks(comparison),
+        models=frame_cells(_models(comparison)),
+        method=_method(comparison),
+    )
 
 
 def _text(comparison: Comparison) -> str:
@@ -169,14 +252,59 @@ def _text(comparison: Comparison) -> str:
     for name in comparison.metrics:
         metric, counts = metric_named(name), _part(comparison.by_count, name)
         region = counts[REGION].iloc[-1]
-        parts.append(f"{metric.label}: {_direction(metric)}\n\n{_overall(comparison, name, TEXT)}")
+        parts.append(f"{metric.label}\n\n{_subsets(comparison, name, TEXT)}")
+        parts.append(f"{metric.label}: {_direction(metric)}\n\n{frame_table(_overall(comparison, name), fmt=TEXT)}")
         tested = not comparison.several_trainings
-        table = _differences(counts[counts[REGION] == region], MODALITIES, metric, TEXT, tested)
-        parts.append(f"by number of modalities, {region}\n\n{table}")
+        table = _differences(counts[counts[REGION] == region], MODALITIES, metric, tested)
+        parts.append(f"by number of modalities, {region}\n\n{frame_table(table, fmt=TEXT)}")
+    if _costs_known(comparison):
+        parts.append(f"cost\n\n{frame_table(_costs(comparison), fmt=TEXT)}")
     if comparison.ranks is not None:
-        parts.append(f"{_ranks(comparison.ranks, TEXT)}\n\n{_about_ranks(comparison)}")
+        parts.append(f"{frame_table(_ranks(comparison.ranks), fmt=TEXT)}\n\n{_about_ranks(comparison)}")
     parts += [f"note: {note}" for note in comparison.notes]
     return "\n\n".join(parts)
+
+
+def _title(comparison: Comparison) -> str:
+    names = list(comparison.trainings)
+    return (" against " if len(names) == 2 else ", ").join(names)
+
+
+def _content(comparison: Comparison, metric: str) -> SubsetContent:
+    return subset_content(comparison.results, metric=metric, **_rules(comparison))
+
+
+def _subsets(comparison: Comparison, metric: str, fmt: str) -> str:
+    return subset_table(comparison.results, metric=metric, fmt=fmt, **_rules(comparison))
+
+
+def _rules(comparison: Comparison) -> dict[str, str | None]:
+    return {key: comparison.rule(key) for key in ("convention", "lesion_convention")}
+
+
+def _difference_tables(comparison: Comparison, name: str) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Title and table of all differences of a metric."""
+    metric, tested = metric_named(name), not comparison.several_trainings
+    yield "Mean over all subsets", _overall(comparison, name)
+    yield "By number of modalities", _differences(_part(comparison.by_count, name), MODALITIES, metric, tested)
+    counts = comparison.counts if comparison.uneven else {}
+    yield "By subset", _differences(_part(comparison.by_subset, name), SUBSET, metric, tested, counts)
+
+
+def _costs_known(comparison: Comparison) -> bool:
+    return bool(comparison.costs[[PARAMETERS, HOURS]].notna().any(axis=None))
+
+
+def _costs(comparison: Comparison) -> pd.DataFrame:
+    """What each model costs, and its mean value; means over its trainings."""
+    metric = metric_named(comparison.metrics[0])
+    table = comparison.costs.groupby(MODEL, sort=False)[[VALUE, PARAMETERS, HOURS]].mean()
+    rows = [
+        (name, number(value * metric.factor), number(parameters / 1e6, 2), number(hours, 2))
+        for name, value, parameters, hours in table.itertuples()
+    ]
+    columns = [MODEL, f"{metric.label} ({metric.unit})", "parameters (millions)", "hours of training"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _compared(comparison: Comparison) -> str:
@@ -185,12 +313,12 @@ def _compared(comparison: Comparison) -> str:
     return f"Compared on {cases} of {patients}, {subsets} of modalities."
 
 
-def _models(comparison: Comparison) -> str:
+def _models(comparison: Comparison) -> pd.DataFrame:
     rows = [
         (model.label, each["trainer"], " ".join(each["folds"]), each["cases"], len(each["not_compared"]))
         for model, each in zip(comparison.models, comparison.about(), strict=True)
     ]
-    return frame_table(pd.DataFrame(rows, columns=["model", "trainer", "folds", "cases", "of these not compared"]))
+    return pd.DataFrame(rows, columns=["model", "trainer", "folds", "cases", "of these not compared"])
 
 
 def _direction(metric: Metric) -> str:
@@ -199,24 +327,23 @@ def _direction(metric: Metric) -> str:
     return f"differences (model - against) in {unit}; {better[metric.better]}"
 
 
-def _overall(comparison: Comparison, name: str, fmt: str) -> str:
+def _overall(comparison: Comparison, name: str) -> pd.DataFrame:
     metric, columns = metric_named(name), [MODEL, AGAINST, REGION, "difference [interval]"]
     columns += ["by training"] if comparison.several_trainings else [P, P_HOLM]
     rows = []
     for row in _part(comparison.overall, name).to_dict("records"):
         last = (_by_training(row, metric),) if comparison.several_trainings else (row[P], row[P_CORRECTED])
         rows.append((row[MODEL], row[AGAINST], row[REGION], _estimate(row, metric), *last))
-    return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _differences(
     table: pd.DataFrame,
     column: str,
     metric: Metric,
-    fmt: str,
     tested: bool,
     counts: Mapping[str, int] | None = None,
-) -> str:
+) -> pd.DataFrame:
     """A row per pair and value of ``column``, and a column per region, or two with the corrected p-value.
 
     Numbers of cases by value of ``column`` get a column too.
@@ -234,7 +361,7 @@ def _differences(
         rows.append((*pair, str(key), *count, *cells))
     heads = (head for region in regions for head in (region, *([P_HOLM] if tested else [])))
     columns = [*((MODEL, AGAINST) if several else ()), column, *(("n",) if counts else ()), *heads]
-    return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _estimate(row: dict[Any, Any], metric: Metric) -> str:
@@ -248,7 +375,7 @@ def _by_training(row: dict[Any, Any], metric: Metric) -> str:
     return ", ".join(number(value * metric.factor, 2, "+") for value in values)
 
 
-def _ranks(ranks: pd.DataFrame, fmt: str) -> str:
+def _ranks(ranks: pd.DataFrame) -> pd.DataFrame:
     rows = [
         (
             row["rank"],
@@ -260,7 +387,7 @@ def _ranks(ranks: pd.DataFrame, fmt: str) -> str:
         for row in ranks.to_dict("records")
     ]
     columns = ["rank", MODEL, "mean rank", "interval of the rank", "first in resamples"]
-    return frame_table(pd.DataFrame(rows, columns=columns), fmt=fmt)
+    return pd.DataFrame(rows, columns=columns)
 
 
 def _about_ranks(comparison: Comparison) -> str:
@@ -286,13 +413,11 @@ def _method(comparison: Comparison) -> list[str]:
             "its table, over all its rows and regions; in tables by subset or number within each pair of models.",
         ]
     )
-    return _bullets(
-        [
-            *about,
-            "Research use. The numbers describe these cases; they say nothing about other scanners, sites or patients, "
-            "and nothing about clinical benefit.",
-        ]
-    )
+    return [
+        *about,
+        "Research use. The numbers describe these cases; they say nothing about other scanners, sites or patients, "
+        "and nothing about clinical benefit.",
+    ]
 
 
 def _bullets(sentences: list[str]) -> list[str]:

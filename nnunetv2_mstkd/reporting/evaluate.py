@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -30,6 +30,7 @@ def evaluate(
     convention: str = "brats",
     lesion_convention: str | None = None,
     tolerance: float = 1.0,
+    min_voxels: Mapping[str, int] | None = None,
     stack: int | None = None,
     pictures: int = 3,
     restart: bool = False,
@@ -76,6 +77,8 @@ def evaluate(
         Convention of lesion-wise metrics; default ``"brats2023_gli"``.
     tolerance:
         Tolerance of the normalised surface Dice in millimetres.
+    min_voxels:
+        Regions to score once more, as not found where fewer voxels are predicted, such as ``{"ET": 500}``.
     stack:
         Subsets per forward pass; default by the batch size.
     pictures:
@@ -106,6 +109,7 @@ def evaluate(
     """
     options = locals().copy()  # all arguments
     del options["pictures"]
+    options["min_voxels"] = dict(min_voxels or {})
     request = Request(**options)
     if pictures < 0:
         raise InputError(f"--strips is {pictures}, expected a number of cases, or 0 for no pictures")

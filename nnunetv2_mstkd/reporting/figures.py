@@ -6,7 +6,7 @@ They are drawn without pyplot, which needs no window system and keeps no global 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +23,22 @@ from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET,
 from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, cube, mean
+from nnunetv2_mstkd.statistics.comparison import HOURS, PARAMETERS
 from nnunetv2_mstkd.statistics.shapley import MODALITY
 from nnunetv2_mstkd.statistics.significance import AGAINST, DIFFERENCE
 
+RegionColor = tuple[float, float, float]
+"""Red, green and blue from 0 to 1."""
+
 COLORS = "colorblind"
+NEUTRAL: RegionColor = (0.4, 0.4, 0.4)
+"""Of the average over regions."""
+
+MARKERS = "osD^vP*X"
 
 
 def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
-    """Mean of every subset (rows) and region (columns), a panel per model, all on one scale.
+    """Mean of every subset (rows) and region (columns), a panel per model, all on one scale: that of the metric.
 
     ``results`` is the long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     """
@@ -41,10 +49,12 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     if not data.complete:
         names = tuple(f"{name} (n = {number})" for name, number in zip(names, data.counts, strict=True))
     width = 1.6 + 0.09 * max(map(len, names)) + panels * max(1.9, 0.6 * len(data.regions))
-    figure = _figure(width, 1.4 + 0.26 * len(data.subsets))
+    figure = new_figure(width, 1.4 + 0.26 * len(data.subsets))
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     finite = means[np.isfinite(means)]
     low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
+    if np.isfinite([kind.lowest, kind.highest]).all():
+        low, high = kind.lowest * kind.factor, kind.highest * kind.factor  # so that pages of models compare
     for axis, model, values in zip(axes, data.models, means, strict=True):
         sns.heatmap(
             values,
@@ -66,10 +76,13 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     return figure
 
 
-def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice") -> Figure:
+def curve_by_count(
+    counts: pd.DataFrame, *, metric: str = "dice", colors: Mapping[str, RegionColor] | None = None
+) -> Figure:
     """Mean against the number of available modalities with its interval, a line per model and a panel per region.
 
-    ``counts`` is from :func:`~nnunetv2_mstkd.statistics.findings.mean_by_count`.
+    ``counts`` is from :func:`~nnunetv2_mstkd.statistics.findings.mean_by_count`; ``colors`` are those of the regions,
+    for a single model.
     """
 
     def draw(axis: Axes, part: pd.DataFrame, place: float, _: int, **style: Any) -> None:
@@ -78,17 +91,19 @@ def curve_by_count(counts: pd.DataFrame, *, metric: str = "dice") -> Figure:
         places = part[MODALITIES].to_numpy() + 0.08 * place
         axis.errorbar(places, part[VALUE].to_numpy(), _distances(part), marker="o", markersize=4, capsize=2, **style)
 
-    figure = _panels(_scaled(counts, metric), draw, width=2.6, label=_label(metric))
+    figure = _panels(_scaled(counts, metric), draw, width=2.6, label=_label(metric), colors=colors)
     for axis in figure.axes:
         axis.set_xlabel("available modalities")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
+def shapley_bars(
+    values: pd.DataFrame, *, metric: str = "dice", colors: Mapping[str, RegionColor] | None = None
+) -> Figure:
     """Shapley value of each modality with its interval, a group of bars per modality and a panel per region.
 
-    ``values`` is from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
+    ``values`` is from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`; ``colors`` as for :func:`curve_by_count`.
     """
     values = _scaled(values, metric)
     names = list(dict.fromkeys(values[MODALITY]))
@@ -100,10 +115,42 @@ def shapley_bars(values: pd.DataFrame, *, metric: str = "dice") -> Figure:
         axis.bar(places, heights, 0.9 * width, yerr=_distances(part), ecolor="0.3", capsize=2, **style)
 
     label = f"Shapley value, {_label(metric)}"
-    figure = _panels(values, draw, width=max(2.4, 0.5 * len(names)), label=label)
+    figure = _panels(values, draw, width=max(2.4, 0.5 * len(names)), label=label, colors=colors)
     for axis in figure.axes:
         axis.set_xticks(np.arange(len(names)), names)
         axis.axhline(0, color="0.3", linewidth=0.8)
+    return figure
+
+
+def missing_bars(missing: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
+    """Loss of Dice without each modality with its interval: a group of bars per modality, a bar per region.
+
+    ``missing`` is from :func:`~nnunetv2_mstkd.statistics.findings.missing_one`; ``colors`` are those of the regions.
+    """
+    missing = _scaled(missing, "dice")
+    names, regions = (list(dict.fromkeys(missing[column])) for column in (MODALITY, REGION))
+    palette = _region_palette(regions, colors)
+    figure = new_figure(1.4 + max(0.9, 0.3 * len(regions)) * len(names), 2.8)
+    axis = figure.subplots()
+    width = 0.8 / len(regions)
+    for number, region in enumerate(regions):
+        part = missing[missing[REGION] == region].set_index(MODALITY).loc[names]
+        places = np.arange(len(names)) + width * (number - (len(regions) - 1) / 2)
+        axis.bar(
+            places,
+            part[VALUE].to_numpy(),
+            0.9 * width,
+            yerr=_distances(part),
+            ecolor="0.3",
+            capsize=2,
+            color=palette[region],
+            label=region,
+        )
+    _finish(axis, "", grid="y")
+    axis.axhline(0, color="0.3", linewidth=0.8)
+    axis.set_xticks(np.arange(len(names)), [f"without\n{name}" for name in names])
+    axis.set_ylabel("loss of Dice (points)")
+    axis.legend(frameon=False, fontsize=9)
     return figure
 
 
@@ -134,7 +181,7 @@ def differences_plot(
     table = _scaled(pd.concat(parts, ignore_index=True).rename(columns={DIFFERENCE: VALUE}), metric)
     pairs = list(dict.fromkeys(zip(overall[MODEL], overall[AGAINST], strict=True)))
     width = 1.2 + 0.07 * max(map(len, rows)) + 2.6 * len(regions)
-    figure = _figure(width, 1.6 + (0.2 + 0.07 * len(pairs)) * len(rows))
+    figure = new_figure(width, 1.6 + (0.2 + 0.07 * len(pairs)) * len(rows))
     axes = figure.subplots(1, len(regions), sharey=True, sharex=True, squeeze=False)[0]
     places = {name: place for place, name in enumerate(rows)}
     colors = sns.color_palette(COLORS, len(pairs))
@@ -165,6 +212,37 @@ def differences_plot(
     return figure
 
 
+def cost_plot(costs: pd.DataFrame, *, metric: str = "dice") -> Figure | None:
+    """Mean value of each model against its parameters and hours, a panel each; None where neither is known.
+
+    ``costs`` is from :class:`~nnunetv2_mstkd.statistics.comparison.Comparison`. Small dots are trainings of a model,
+    the large one is their mean.
+    """
+    labels = {PARAMETERS: "parameters (millions)", HOURS: "hours of training"}
+    known = {column: label for column, label in labels.items() if costs[column].notna().any()}
+    if not known:
+        return None
+    costs = costs.assign(**{VALUE: costs[VALUE] * metric_named(metric).factor, PARAMETERS: costs[PARAMETERS] / 1e6})
+    models = list(dict.fromkeys(costs[MODEL]))
+    figure = new_figure(0.8 + 3.6 * len(known), 3.4)
+    axes = figure.subplots(1, len(known), sharey=True, squeeze=False)[0]
+    for axis, (column, label) in zip(axes, known.items(), strict=True):
+        for number, (model, color) in enumerate(zip(models, sns.color_palette(COLORS, len(models)), strict=True)):
+            part = costs[(costs[MODEL] == model) & costs[column].notna()]
+            marker = MARKERS[number % len(MARKERS)]
+            if len(part) > 1:
+                axis.scatter(part[column], part[VALUE], s=12, color=color, marker=marker, alpha=0.6)
+            axis.scatter(part[column].mean(), part[VALUE].mean(), s=60, color=color, marker=marker, label=model)
+        _finish(axis, "", grid="y")
+        axis.set_xlabel(label)
+        axis.margins(y=0.1)
+        axis.set_xlim(0, 1.1 * costs[column].max())
+    axes[0].set_ylabel(_label(metric))
+    handles, names = axes[0].get_legend_handles_labels()
+    figure.legend(handles, names, loc="outside lower center", ncols=min(len(models), 4), frameon=False, fontsize=9)
+    return figure
+
+
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
     """Write a figure atomically, in the format of the file name's ending (png, pdf, svg)."""
     path = Path(path)
@@ -177,23 +255,40 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150)
         figure.savefig(scratch, format=ending, dpi=dpi)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """A figure of this size in inches, without pyplot."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _panels(table: pd.DataFrame, draw: Callable[..., None], *, width: float, label: str) -> Figure:
+def _region_palette(regions: Sequence[str], colors: Mapping[str, RegionColor] | None) -> dict[str, RegionColor]:
+    """The colours of regions; a postprocessed region has that of the plain one."""
+    if colors is None:
+        colors = dict(zip(regions, sns.color_palette(COLORS, len(regions)), strict=True))
+    plain = {region: region if region in colors else region.partition(" (min ")[0] for region in regions}
+    return {region: colors.get(name, NEUTRAL) for region, name in plain.items()}
+
+
+def _panels(
+    table: pd.DataFrame,
+    draw: Callable[..., None],
+    *,
+    width: float,
+    label: str,
+    colors: Mapping[str, RegionColor] | None = None,
+) -> Figure:
     """A panel per region, in which ``draw(axis, part, place, number of models, label=, color=)`` draws each model.
 
-    The places of the models are centred at 0.
+    The places of the models are centred at 0. Colours of the regions are used for a single model.
     """
     regions, models = (list(dict.fromkeys(table[column])) for column in (REGION, MODEL))
-    figure = _figure(1.2 + width * len(regions), 3.2 if len(models) == 1 else 3.6)
+    figure = new_figure(1.2 + width * len(regions), 3.2 if len(models) == 1 else 3.6)
     axes = figure.subplots(1, len(regions), sharey=True, squeeze=False)[0]
-    colors = sns.color_palette(COLORS, len(models))
+    by_region = None if colors is None or len(models) > 1 else _region_palette(regions, colors)
     for axis, region in zip(axes, regions, strict=True):
-        for number, (model, color) in enumerate(zip(models, colors, strict=True)):
+        of_models = sns.color_palette(COLORS, len(models)) if by_region is None else [by_region[region]]
+        for number, (model, color) in enumerate(zip(models, of_models, strict=True)):
             part = table[(table[REGION] == region) & (table[MODEL] == model)]
             draw(axis, part, number - (len(models) - 1) / 2, len(models), label=model, color=color)
         _finish(axis, region, grid="y")
@@ -228,3 +323,38 @@ def _distances(table: pd.DataFrame) -> np.ndarray:
     """Error bars: how far the limits lie below and above the value, shape (2, rows)."""
     value, low, high = (table[column].to_numpy() for column in (VALUE, LOW, HIGH))
     return np.stack([value - low, high - value]).clip(0)
+
+
+def similarity_maps(table: pd.DataFrame) -> Figure:
+    """Cosine similarity of adapters between subsets: a panel per stage, for all weights and for the linear map alone.
+
+    ``table`` has the columns stage, first, second, weights, map and chance. Titles have the mean size of the values off
+    the diagonal and, for weights, of a cosine between random ones. Grey: an adapter that is still zero.
+    """
+    subsets, stages = list(dict.fromkeys(table["first"])), list(dict.fromkeys(table["stage"]))
+    sides = [[stage for stage in stages if stage[0] == side] for side in dict.fromkeys(stage[0] for stage in stages)]
+    grid = [(kind, side) for kind in ("weights", "map") for side in sides]
+    columns, edge = max(map(len, sides)), 0.9 + 0.09 * len(subsets)
+    figure = new_figure(1.6 + 0.06 * max(map(len, subsets)) + columns * edge, 0.8 + len(grid) * (edge + 0.35))
+    axes = figure.subplots(len(grid), columns, squeeze=False, sharex=True, sharey=True)
+    off_diagonal, image = ~np.eye(len(subsets), dtype=bool), None
+    for row, (kind, side) in zip(axes, grid, strict=True):
+        for axis in row[len(side) :]:
+            axis.set_visible(False)
+        for axis, stage in zip(row, side, strict=False):
+            part = table[table["stage"] == stage]
+            values = part.pivot(index="first", columns="second", values=kind).loc[subsets, subsets].to_numpy(float)
+            axis.set_facecolor("0.8")
+            image = axis.imshow(values, cmap="vlag", vmin=-1, vmax=1, aspect="auto")
+            sizes = np.abs(values[off_diagonal])
+            sizes = sizes[np.isfinite(sizes)]
+            title = f"{stage}, {'all weights' if kind == 'weights' else 'up · down'}: "
+            title += f"{sizes.mean():.3f}" if len(sizes) else "untrained"
+            axis.set_title(title + (f" (chance {part['chance'].iloc[0]:.3f})" if kind == "weights" else ""), fontsize=7)
+            axis.tick_params(length=0, labelsize=5)
+            axis.set_xticks(range(len(subsets)), subsets, rotation=90)
+            axis.set_yticks(range(len(subsets)), subsets)
+    assert image is not None
+    bar = figure.colorbar(image, ax=axes.ravel().tolist(), label="cosine similarity", fraction=0.03, pad=0.02)
+    bar.ax.tick_params(labelsize=7)
+    return figure

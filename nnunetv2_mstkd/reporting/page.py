@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-import jinja2
 import numpy as np
 import pandas as pd
 
-import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import Montage
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
@@ -29,19 +26,26 @@ from nnunetv2_mstkd.evaluation.results import (
     subset_size,
 )
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
-from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
+from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
+from nnunetv2_mstkd.reporting.html import render
 from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
-from nnunetv2_mstkd.reporting.tables import finding_tables, points, subset_content
+from nnunetv2_mstkd.reporting.tables import finding_tables, points, presence_table, subset_content
 from nnunetv2_mstkd.statistics.findings import Findings
 
 WIDE = 16
 """From this number of subsets on, a table has a row per subset instead of a column, and only one case is unfolded."""
 
 FIGURE_TITLES = {
+    "missing.png": "Loss of Dice when one modality is missing",
     "heat_map.png": "Dice of every subset and region",
     "curve.png": "Dice against the number of modalities",
     "shapley.png": "Contribution of each modality: exact Shapley values of the Dice",
 }
+
+
+LEAD = "missing.png"
+"""Stands first on the page, with the headline."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +66,11 @@ def html_report(
     figures: Mapping[str, Path],
     pictures: Pictures,
     *,
+    pages: Mapping[tuple[str, str], str] | None = None,
+    presence: pd.DataFrame | None = None,
     now: datetime | None = None,
 ) -> str:
     """The page as HTML.
-
-    All names are escaped, and the page's own policy forbids connections and all scripts but its own.
 
     Parameters
     ----------
@@ -77,32 +81,31 @@ def html_report(
         PNG files by their names in :data:`FIGURE_TITLES`.
     pictures:
         The cases that are pictured.
+    pages:
+        Pages of further cases by fold and name, from :func:`case_page`.
+    presence:
+        What the model's presence head says; see :class:`~nnunetv2_mstkd.evaluation.run.Measured`. None or empty: it has
+        none.
     now:
         Date of the page; default today.
     """
-    loader = jinja2.PackageLoader("nnunetv2_mstkd.reporting")
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    # our own, not escaped
-    script, style = (loader.get_source(environment, f"report.{ending}")[0] for ending in ("js", "css"))
     cases = _case_means(findings)
     folds = ", ".join(findings.folds)
-    return environment.get_template("report.html").render(
+    return render(
+        "report.html",
+        now=now,
         title=f"{findings.model}: {findings.trainer}, fold{'s' if len(findings.folds) > 1 else ''} {folds}",
-        date=(now or datetime.now(timezone.utc)).strftime("%Y-%m-%d"),
-        version=nnunetv2_mstkd.__version__,
         findings=findings,
-        style=style,
-        script=script,
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
         summaries=list(finding_tables(findings)),
+        presence=None if presence is None or presence.empty else presence_table(presence, findings.subsets),
         figures=[
             {"name": name.removesuffix(".png"), "title": title, "source": file_uri(figures[name])}
             for name, title in FIGURE_TITLES.items()
-            if name in figures
+            if name in figures and name != LEAD
         ],
+        lead=file_uri(figures[LEAD]) if LEAD in figures else None,
+        lead_title=FIGURE_TITLES[LEAD],
         montages=[
             _montage(number, place, findings, rules, pictures) for number, place in enumerate(_places(cases, pictures))
         ],
@@ -110,9 +113,35 @@ def html_report(
         many=len(findings.subsets) >= WIDE,
         channels=list(run["channels"]),
         worst=_worst_cases(cases, findings, rules),
+        links=_links(cases, pictures, pages or {}),
+        files=[RESULTS, SUMMARY, *TABLES.values()],
         settings=[(key.replace("_", " "), _words(value)) for key, value in run.items()],
         near=None if near is None else {"voxels": near[0], "of": near[1], "logit": NEAR},
     )
+
+
+def case_page(
+    findings: Findings, rules: Rules, run: Mapping[str, Any], pictures: Pictures, fold: str, case: str
+) -> str:
+    """The pictures of one case as a page of its own; parameters as for :func:`html_report`."""
+    table = findings.results
+    dice = table[(table[METRIC] == DICE) & (table[FOLD] == fold) & (table[CASE] == case)]
+    mean = dice.loc[~dice[REGION].isin(postprocessed_regions(dice[REGION].unique())), VALUE].mean()
+    return render(
+        "case.html",
+        title=f"{case} (fold {fold})",
+        model=f"{findings.model}: {findings.trainer}",
+        report=f"../../{REPORT}",
+        montage=_montage(0, (fold, case, "", mean), findings, rules, pictures),
+        legend=_legend(rules),
+        channels=list(run["channels"]),
+    )
+
+
+def _links(cases: pd.DataFrame, pictures: Pictures, pages: Mapping[tuple[str, str], str]) -> list[str | None]:
+    """Where each case of the table is pictured: on this page, on its own, or nowhere."""
+    here = {(fold, case): f"#montage-{number}" for number, (fold, case, *_) in enumerate(_places(cases, pictures))}
+    return [here.get(place) or (quote(pages[place]) if place in pages else None) for place in cases.index]
 
 
 def _words(value: Any) -> str:
@@ -156,9 +185,10 @@ def _case_means(findings: Findings) -> pd.DataFrame:
     the regions; ``full``, the same with all modalities, NaN where they were not evaluated; ``lacks``, as text the
     modalities that no evaluated subset of the case has.
     """
-    dice = findings.results[findings.results[METRIC] == DICE]
-    keys = [FOLD, CASE]
-    by_region = dice.groupby([*keys, REGION], sort=False)[VALUE].mean().unstack(REGION)
+    of_all = findings.results[findings.results[METRIC] == DICE]
+    keys, regions = [FOLD, CASE], list(dict.fromkeys(of_all[REGION]))
+    by_region = of_all.groupby([*keys, REGION], sort=False)[VALUE].mean().unstack(REGION)
+    dice = of_all[~of_all[REGION].isin(postprocessed_regions(regions))]
     by_subset = dice.groupby([*keys, SUBSET], sort=False)[VALUE].mean().unstack(SUBSET)[findings.subsets]
     table = pd.DataFrame(index=by_region.index)
     table["mean"] = dice.groupby(keys, sort=False)[VALUE].mean()
@@ -172,7 +202,7 @@ def _case_means(findings: Findings) -> pd.DataFrame:
         for subsets in subsets_of.loc[table.index]
     ]
     # under separate keys: a region may have the name of a column
-    table = pd.concat({"case": table, "region": by_region[list(dict.fromkeys(dice[REGION]))]}, axis=1)
+    table = pd.concat({"case": table, "region": by_region[regions]}, axis=1)
     return table.sort_values(("case", "mean"), kind="stable")
 
 
@@ -180,13 +210,13 @@ def _worst_cases(cases: pd.DataFrame, findings: Findings, rules: Rules) -> dict[
     """All cases, worst first: column heads, and rows of text with the values to sort by."""
     full = findings.gap is not None
     several = len(findings.subsets) > 1
-    heads = ["case", "fold", "mean", *rules.regions]
+    heads = ["case", "fold", "mean", *rules.scored]
     heads += ["worst subset", "its mean"] if several else []
     heads += ["full input"] if full else []
     heads += [] if findings.complete else ["lacks"]
     rows = []
     for (fold, case), row in zip(cases.index, cases.to_dict("records"), strict=True):
-        numbers = [row["case", "mean"], *(row["region", region] for region in rules.regions)]
+        numbers = [row["case", "mean"], *(row["region", region] for region in rules.scored)]
         cells = [{"text": case, "key": None}, {"text": fold, "key": None}, *map(_cell, numbers)]
         if several:
             cells += [{"text": row["case", "worst"], "key": None}, _cell(row["case", "worst_value"])]
@@ -245,7 +275,7 @@ def _montage(
             picture = {
                 "name": subset,
                 "source": overlay_uri(montage.segmentations[subset], colors, outline),
-                "values": [(region, points(values[subset, region])) for region in rules.regions],
+                "values": [(region, points(values[subset, region])) for region in rules.scored],
             }
             groups.setdefault(subset_size(subset), []).append(picture)
     shown = clearest_image(montage)

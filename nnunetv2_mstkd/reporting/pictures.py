@@ -5,7 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -72,6 +73,20 @@ def label_colors(labels: list[int], ignore_label: int | None) -> dict[int, Color
         for label, (red, green, blue) in zip(shown, palette, strict=True)
     }
     return colors if ignore_label is None else {**colors, ignore_label: IGNORED}
+
+
+def region_colors(regions: Mapping[str, Sequence[int]], colors: Mapping[int, Color]) -> dict[str, Color]:
+    """A colour per region: that of the label that is in the fewest other regions, so of WT the edema's.
+
+    Parameters
+    ----------
+    regions:
+        Labels of each region.
+    colors:
+        Colour of each label, from :func:`label_colors`.
+    """
+    members = Counter(label for labels in regions.values() for label in labels)
+    return {name: colors[min(labels, key=lambda label: members[label])] for name, labels in regions.items()}
 
 
 def cropped(montage: Montage) -> Montage:

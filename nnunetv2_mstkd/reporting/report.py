@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SUBSET, VALUE, write_results
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODALITIES, REGION, SUBSET, VALUE, write_results
 from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.images.atomic import write_json, write_text
-from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.inference.evaluation_files import CASES, PRESENCE, REPORT, RESULTS, SUMMARY, TABLES
+from nnunetv2_mstkd.inference.expected_dice import ENTROPY
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
-from nnunetv2_mstkd.reporting.page import Pictures, html_report
+from nnunetv2_mstkd.reporting.page import Pictures, case_page, html_report
+from nnunetv2_mstkd.reporting.pictures import label_colors, region_colors
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -39,20 +42,56 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
     write_results(evaluation.results, output / RESULTS)
     for fmt, name in TABLES.items():
         write_text(output / name, _tables(evaluation.results, rules, fmt))
-    drawn = _write_figures(evaluation, output)
+    drawn = _write_figures(evaluation, rules, output)
     shown = Pictures(pictures, measured.records.load_montage)
-    write_text(output / REPORT, html_report(evaluation, rules, measured.settings, near, drawn, shown))
+    _write_presence(measured.presence, output / PRESENCE)
+    pages = _write_case_pages(evaluation, measured, output, shown) if pictures else {}
+    page = html_report(
+        evaluation, rules, measured.settings, near, drawn, shown, pages=pages, presence=measured.presence
+    )
+    write_text(output / REPORT, page)
     # last: mstkd predict looks for it
     write_json(output / SUMMARY, _summary(evaluation, measured))
     return evaluation
 
 
-def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:
+def _write_presence(presence: pd.DataFrame, file: Path) -> None:
+    """Write what a presence head said; without one there is no file."""
+    if len(presence):
+        write_text(file, presence.to_csv(index=False, float_format="%.4f", lineterminator="\n"))
+    else:
+        file.unlink(missing_ok=True)
+
+
+def _write_case_pages(
+    findings: Findings, measured: Measured, output: Path, pictures: Pictures
+) -> dict[tuple[str, str], str]:
+    """Write a page with pictures for each case that has none since its last results; paths by fold and case."""
+    pages = {}
+    for fold, case in dict.fromkeys(zip(findings.results[FOLD], findings.results[CASE], strict=True)):
+        slices = output / CASES / f"fold_{fold}" / f"{case}.npz"
+        file = slices.with_suffix(".html")
+        if not slices.is_file():
+            continue
+        if not file.is_file() or file.stat().st_mtime < slices.stat().st_mtime:
+            write_text(file, case_page(findings, measured.rules, measured.settings, pictures, fold, case))
+        pages[fold, case] = file.relative_to(output).as_posix()
+    return pages
+
+
+def _write_figures(findings: Findings, rules: Rules, output: Path) -> dict[str, Path]:
     """Draw the figures, remove those of an earlier run with other subsets, and return the files by name."""
-    drawings = {
+    of_labels = label_colors(list(rules.labels), rules.ignore_label)
+    colors = {
+        name: (red / 255, green / 255, blue / 255)
+        for name, (red, green, blue) in region_colors(rules.regions, of_labels).items()
+    }
+    of_regions = partial(partial, colors=colors)
+    drawings: dict[str, tuple[Callable[..., Any], pd.DataFrame | None]] = {
+        "missing.png": (of_regions(figures.missing_bars), findings.missing_one),
         "heat_map.png": (figures.heat_map, findings.results),
-        "curve.png": (figures.curve_by_count, findings.by_count),
-        "shapley.png": (figures.shapley_bars, findings.shapley),
+        "curve.png": (of_regions(figures.curve_by_count), findings.by_count),
+        "shapley.png": (of_regions(figures.shapley_bars), findings.shapley),
     }
     for name, (draw, table) in drawings.items():
         if table is None:
@@ -68,7 +107,7 @@ def _write_figures(findings: Findings, output: Path) -> dict[str, Path]:
 def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
     rules = measured.rules
     subsets: dict[str, dict[str, dict[str, float | None]]] = {
-        subset: {region: {} for region in rules.regions} for subset in findings.subsets
+        subset: {region: {} for region in rules.scored} for subset in findings.subsets
     }
     for row in findings.by_subset.to_dict("records"):
         subsets[row[SUBSET]][row[REGION]][row["metric"]] = _number(row[VALUE])
@@ -85,18 +124,32 @@ def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
             rules.convention, rules.metrics, lesion_convention=rules.lesion_convention
         ).splitlines(),
         "subsets": subsets,
+        "ranges": _ranges(findings, measured.entropies),
         "mean_over_subsets": {row[REGION]: _interval(row) for row in overall},
         "worst_subset": {row[REGION]: {"subset": row["worst_subset"], DICE: _number(row["worst"])} for row in overall},
         "by_number_of_modalities": _nested(findings.by_count, MODALITIES),
         "loss_against_full_input": None if findings.gap is None else _nested(findings.gap, SUBSET),
         "shapley": None if findings.shapley is None else _nested(findings.shapley, MODALITY),
         "cases_with_full_input": len(findings.full_cases),
+        "headline": findings.headline,
         "warnings": findings.warnings,
         "notes": findings.notes,
     }
     if measured.near is not None:
         content["near_decision"] = {"logit": NEAR, "voxels": measured.near[0], "of": measured.near[1]}
     return content
+
+
+def _ranges(findings: Findings, entropies: Mapping[str, list[float]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Lowest and highest Dice of a case by subset and region, and its entropy."""
+    dice = findings.results[findings.results[METRIC] == DICE].dropna(subset=[VALUE])
+    found: dict[str, dict[str, tuple[float, float]]] = {subset: {} for subset in findings.subsets}
+    for (subset, region), values in dice.groupby([SUBSET, REGION], sort=False)[VALUE]:
+        found[subset][region] = float(values.min()), float(values.max())
+    for subset, values in entropies.items():
+        if values:
+            found[subset][ENTROPY] = min(values), max(values)
+    return found
 
 
 def _nested(table: pd.DataFrame, column: str) -> dict[str, dict[str, dict[str, float | None]]]:
@@ -133,7 +186,8 @@ def _table(results: pd.DataFrame, rules: Rules, metric: str, fmt: str) -> str:
 
 def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str:
     """All findings, as printed."""
-    parts = [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name, TEXT)}" for name in rules.metrics]
+    parts = [] if findings.headline is None else [findings.headline]
+    parts += [f"{metric_named(name).label}\n\n{_table(findings.results, rules, name, TEXT)}" for name in rules.metrics]
     for title, table, patients in finding_tables(findings):
         interval = f"95 % interval over {patients} patients" if patients > 1 else "one patient, no interval"
         parts.append(f"{title} ({interval})\n\n{frame_table(table, fmt=TEXT)}")

@@ -9,15 +9,25 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import MODALITIES, REGION, SEPARATOR, SUBSET, VALUE
-from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named
+from nnunetv2_mstkd.evaluation.results import (
+    IN_REFERENCE,
+    METRIC,
+    MODALITIES,
+    MODEL,
+    REGION,
+    SCORE,
+    SEPARATOR,
+    SUBSET,
+    VALUE,
+)
+from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named, min_voxels_text
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
@@ -48,7 +58,7 @@ def subset_table(
     *,
     metric: str = "dice",
     fmt: str = MARKDOWN,
-    convention: str = BRATS,
+    convention: str | None = BRATS,
     lesion_convention: str | None = None,
 ) -> str:
     """A metric of all models with every subset of modalities.
@@ -56,14 +66,14 @@ def subset_table(
     Parameters
     ----------
     results:
-        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`. With several models the best one of each
-        column is bold.
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`. With several models the best of each
+        column is bold, and of three or more the second best is in italics, in LaTeX underlined.
     metric:
         Name of the metric; fractions are printed in percent.
     fmt:
         ``"text"``, ``"markdown"``, or ``"latex"``, which needs the package booktabs.
     convention, lesion_convention:
-        The rules that the values were computed with, for the text below.
+        The rules that the values were computed with, for the text below; None: not known, so none are named.
 
     Returns
     -------
@@ -78,8 +88,10 @@ def subset_table(
     _check_format(fmt)
     content = subset_content(results, metric=metric, convention=convention, lesion_convention=lesion_convention)
     data, several = content.data, len(content.data.models) > 1
-    before, after = (r"\textbf{", "}") if fmt == LATEX else ("**", "**")
-    texts = np.where(content.best, before + content.texts + after, content.texts)
+    marks = ((r"\textbf{", "}"), (r"\underline{", "}")) if fmt == LATEX else (("**", "**"), ("_", "_"))
+    texts = content.texts
+    for (before, after), marked in zip(marks, (content.best, content.second), strict=True):
+        texts = np.where(marked, before + content.texts + after, texts)
     dots = (r"$\bullet$", r"$\circ$") if fmt == LATEX else (AVAILABLE, MISSING)
     head = [
         [escaped(name, fmt), *([""] if several else []), *(dots[0] if there else dots[1] for there in row), ""]
@@ -94,14 +106,28 @@ def subset_table(
             name = escaped(region, fmt) if m == 0 or fmt != LATEX else ""
             body.append([name, *([escaped(model, fmt)] if several else []), *texts[m, :, r]])
     lines = _layout(head, body, fmt, len(data.models) if several else 0, named=2 if several else 1)
-    return "\n".join(lines) + "\n\n" + _below(content.notes, fmt)
+    legend = [f"bold: best; {'underlined' if fmt == LATEX else 'italics'}: second best"] if content.second.any() else []
+    return "\n".join(lines) + "\n\n" + _below([content.notes[0], *legend, *content.notes[1:]], fmt)
+
+
+def subset_csv(contents: Mapping[str, SubsetContent]) -> str:
+    """Tables of subsets by metric as comma-separated values: a row per metric, region and model."""
+    frames = []
+    for metric, content in contents.items():
+        data = content.data
+        texts = content.texts.transpose(2, 0, 1).reshape(-1, len(data.subsets) + 1)  # (regions x models, subsets)
+        frame = pd.DataFrame(np.where(texts == NO_VALUE, "", texts), columns=[*data.subsets, "average"])
+        keys = pd.MultiIndex.from_product([data.regions, data.models], names=[REGION, MODEL]).to_frame(index=False)
+        frames.append(pd.concat([keys, frame], axis=1).assign(metric=metric).set_index(METRIC))
+    return pd.concat(frames).to_csv(lineterminator="\n")
 
 
 class SubsetContent(NamedTuple):
     """The content of a table of subsets, before any layout.
 
-    ``texts`` are the means, ``best`` whether a model is the best of several, both of shape (models, subsets and their
-    average, regions); ``notes`` are sentences for below the table, including the rules for empty masks.
+    ``texts`` are the means, ``best`` and ``second`` whether a model is the best of several and the second best of three
+    or more, all of shape (models, subsets and their average, regions); ``notes`` are sentences for below the table,
+    including the rules for empty masks.
     """
 
     data: Cube
@@ -109,20 +135,27 @@ class SubsetContent(NamedTuple):
     """bool, shape (modalities, subsets)."""
     texts: np.ndarray
     best: np.ndarray
+    second: np.ndarray
     notes: list[str]
 
 
 def subset_content(
-    results: pd.DataFrame, *, metric: str = "dice", convention: str = BRATS, lesion_convention: str | None = None
+    results: pd.DataFrame,
+    *,
+    metric: str = "dice",
+    convention: str | None = BRATS,
+    lesion_convention: str | None = None,
 ) -> SubsetContent:
     """The content of :func:`subset_table`, which explains the parameters."""
     kind = metric_named(metric)
-    notes = empty_rules_text(convention, [metric], lesion_convention=lesion_convention).splitlines()
+    notes = []
+    if convention is not None:
+        notes = empty_rules_text(convention, [metric], lesion_convention=lesion_convention).splitlines()
     data = cube(results, metric)
     # (models, subsets and their average, regions)
     means = mean(data.values, axis=1) * kind.factor
     means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
-    texts, best = _texts(means, 1 if kind.unit == "%" else 2, kind.better)
+    texts, best, second = _texts(means, 1 if kind.unit == "%" else 2, kind.better)
     cases = f"{len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
     if not data.complete:
         cases = f"n of {cases}, those with these modalities"
@@ -132,15 +165,21 @@ def subset_content(
     if left_out:
         about += f"; {left_out} of {evaluated.size} values left out"
     patients = "" if data.complete else ", which are of different patients"
-    notes = [f"{about}; average over {len(data.subsets)} subsets{patients}", *notes]
+    notes = [f"{about}; average over {len(data.subsets)} subsets{patients}", *notes, *min_voxels_text(data.regions)]
     members = [subset.split(SEPARATOR) for subset in data.subsets]
     available = np.array([[name in subset for subset in members] for name in data.modalities])
-    return SubsetContent(data, available, texts, best, notes)
+    return SubsetContent(data, available, texts, best, second, notes)
 
 
 def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) -> str:
     """Any table, whose column names may repeat; floats are rounded to ``digits``."""
     _check_format(fmt)
+    head, body = frame_cells(table, fmt=fmt, digits=digits)
+    return "\n".join(_layout([head], body, fmt, 0, named=1))
+
+
+def frame_cells(table: pd.DataFrame, *, fmt: str = TEXT, digits: int = 3) -> tuple[list[str], list[list[str]]]:
+    """The column names and the rows of :func:`frame_table` as text."""
 
     def text(value: object, column: str) -> str:
         if isinstance(value, float | np.floating):
@@ -151,12 +190,11 @@ def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) ->
             return f"{value:.{digits}f}"
         return escaped(str(value), fmt)
 
-    head = [[escaped(str(name), fmt) for name in table.columns]]
-    body = [
+    head = [escaped(str(name), fmt) for name in table.columns]
+    return head, [
         [text(value, str(name)) for name, value in zip(table.columns, row, strict=True)]
         for row in table.itertuples(index=False)
     ]
-    return "\n".join(_layout(head, body, fmt, 0, named=1))
 
 
 # ---- the findings of one model -------------------------------------------------------------------------------------
@@ -186,6 +224,26 @@ def finding_tables(findings: Findings) -> Iterator[FindingTable]:
     if findings.shapley is not None:
         title = f"Contribution of each modality: exact Shapley values, points of Dice{some}"
         yield FindingTable(title, spread_table(findings.shapley, MODALITY), full)
+
+
+def presence_table(presence: pd.DataFrame, subsets: Sequence[str]) -> pd.DataFrame:
+    """Mean stated presence of each subset and region, as text: where the reference has the region / where it has not.
+
+    ``presence`` has the columns :data:`~nnunetv2_mstkd.evaluation.results.PRESENCE_COLUMNS`.
+    """
+    keys = [SUBSET, REGION, IN_REFERENCE]
+    found = presence.groupby(keys)[SCORE].agg(["mean", "size"]).to_dict("index")
+
+    def text(*key: Hashable) -> str:
+        return f"{found[key]['mean']:.2f} (n = {found[key]['size']})" if key in found else NO_VALUE
+
+    regions = list(dict.fromkeys(presence[REGION]))
+    stated = [subset for subset in subsets if subset in set(presence[SUBSET])]
+    rows = [
+        (subset, *(f"{text(subset, region, True)} / {text(subset, region, False)}" for region in regions))
+        for subset in stated
+    ]
+    return pd.DataFrame(rows, columns=[SUBSET, *regions])
 
 
 def overall_table(table: pd.DataFrame, counts: Mapping[str, int]) -> pd.DataFrame:
@@ -246,15 +304,17 @@ def _check_format(fmt: str) -> None:
         raise InputError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
 
 
-def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.ndarray]:
-    """Values as text, and where a model is the best of several; both of the shape of ``means``."""
+def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values as text, where a model is the best of several, and the second best of more, in the shape of ``means``."""
     rounded = means.round(digits) + 0.0  # no -0.0
     texts = np.array([f"{value:.{digits}f}" for value in rounded.ravel()], dtype=object).reshape(means.shape)
     texts[np.isnan(means)] = NO_VALUE
     badness = np.where(np.isnan(rounded), np.inf, np.abs(rounded) if better == 0 else -better * rounded)
     # values that are printed alike share the best place
     best = (badness == badness.min(axis=0)) & np.isfinite(badness) & (len(means) > 1)
-    return texts, best
+    others = np.where(best, np.inf, badness)
+    second = (others == others.min(axis=0)) & np.isfinite(others) & (len(means) > 2)
+    return texts, best, second
 
 
 def _layout(head: list[list[str]], body: list[list[str]], fmt: str, group: int, *, named: int) -> list[str]:

@@ -24,7 +24,7 @@ from nnunetv2_mstkd.evaluation.results import (
     subset_order,
     subset_size,
 )
-from nnunetv2_mstkd.metrics.conventions import metric_named
+from nnunetv2_mstkd.metrics.conventions import metric_named, postprocessed_regions
 
 SAMPLES = 10_000
 """Enough for the tails that 45 corrected intervals need (15 subsets, 3 regions)."""
@@ -191,10 +191,20 @@ def badness(values: np.ndarray, metric: str) -> np.ndarray:
 
 
 def with_average(values: np.ndarray, regions: tuple[str, ...]) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Append the mean over the regions, the last axis, if there are several and it is not there already."""
-    if len(regions) == 1 or AVERAGE in regions:
+    """Append the mean over the regions, the last axis, if there are several and it is not there already.
+
+    Postprocessed regions, ``ET (min 500)`` beside ``ET``, are not in the mean.
+    """
+    plain = plain_regions(regions)
+    if len(plain) == 1 or AVERAGE in regions:
         return values, regions
-    return np.concatenate([values, mean(values, axis=-1)[..., None]], axis=-1), (*regions, AVERAGE)
+    return np.concatenate([values, mean(values[..., plain], axis=-1)[..., None]], axis=-1), (*regions, AVERAGE)
+
+
+def plain_regions(regions: Sequence[str]) -> list[int]:
+    """Positions of the regions that are not postprocessed ones."""
+    postprocessed = postprocessed_regions(regions)
+    return [place for place, name in enumerate(regions) if name not in postprocessed]
 
 
 def long_table(axes: Mapping[str, Iterable], **columns: np.ndarray) -> pd.DataFrame:

@@ -6,6 +6,7 @@ Everything here works on the files of ``mstkd evaluate``; no model is loaded.
 from __future__ import annotations
 
 import itertools
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,8 +35,8 @@ from nnunetv2_mstkd.evaluation.results import (
     subset_order,
 )
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS, SUMMARY
-from nnunetv2_mstkd.metrics.conventions import LESION_RULES, NSD, metric_named
-from nnunetv2_mstkd.statistics.bootstrap import Bootstrap
+from nnunetv2_mstkd.metrics.conventions import LESION_RULES, NSD, metric_named, postprocessed_regions
+from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, cube, mean, plain_regions, unsigned
 from nnunetv2_mstkd.statistics.significance import (
     AGAINST,
     P,
@@ -60,6 +61,9 @@ CIRCUMSTANCES = {
 }
 """Keys in which models may differ, which is then noted."""
 
+PARAMETERS, HOURS = "parameters", "training_hours"
+"""Keys of summary.json: what a model costs."""
+
 LEVEL = 0.05
 """Readers look for p-values below it."""
 
@@ -80,6 +84,11 @@ class EvaluatedModel:
     def label(self) -> str:
         """Name, and number of the training where there are several; unique in a comparison."""
         return self.name if self.training is None else f"{self.name} ({self.training})"
+
+    def cost(self, key: str) -> float:
+        """Number of parameters or hours of training; NaN if the evaluation does not tell."""
+        value = self.settings.get(key)
+        return float(value) if isinstance(value, int | float) else math.nan
 
     def distinct(self, column: str) -> list[str]:
         """The distinct values of a column, in order of appearance."""
@@ -178,6 +187,8 @@ def _read(name: str | None, file: Path) -> list[EvaluatedModel]:
         raise InputError(f"{file} holds the models {', '.join(models)}; leave out the name {name}=")
     found = []
     for model in models:
+        if len(models) > 1:  # a summary is about one model
+            settings = {key: value for key, value in settings.items() if key not in (PARAMETERS, HOURS)}
         part = results[results[MODEL] == model].reset_index(drop=True)
         part[MODEL] = name or model
         found.append(EvaluatedModel(name or model, file, part, settings))
@@ -276,12 +287,23 @@ class Comparison:
     ranks:
         ``rank_table`` over all metrics; None if values are left out (nan), which have no rank, or models have different
         numbers of trainings.
+    results:
+        The compared values of all models, with a column ``training``. Differences and ranks leave postprocessed regions
+        such as ``ET (min 500)`` out.
+    costs:
+        A row per training: model, training, value (mean of the first metric over subsets and regions, in its own unit),
+        parameters and training_hours, NaN where neither the evaluation nor ``hours`` tells.
     notes:
         What a reader must know about this comparison, a sentence each.
     """
 
     def __init__(
-        self, models: Sequence[EvaluatedModel], *, metrics: Sequence[str] = ("dice",), baseline: str | None = None
+        self,
+        models: Sequence[EvaluatedModel],
+        *,
+        metrics: Sequence[str] = ("dice",),
+        baseline: str | None = None,
+        hours: Mapping[str, float] | None = None,
     ) -> None:
         check_comparable(models, metrics)
         self.models, self.metrics, self.baseline = models, metrics, baseline
@@ -293,7 +315,10 @@ class Comparison:
             [each.results.assign(**{TRAINING: each.training or 1}) for each in models], ignore_index=True
         )
         used = pd.MultiIndex.from_frame(results[[CASE, SUBSET]]).isin(self._pairs)
-        results = results[used & results[METRIC].isin(metrics)]
+        self.results = results = results[used & results[METRIC].isin(metrics)]
+        self.costs = self._costs(hours or {})
+        # a postprocessed region says the same once more, and each test makes the correction stricter
+        results = results[~results[REGION].isin(postprocessed_regions(results[REGION].unique()))]
         self.per_case = self._by_metric(paired_differences, results)
         self.overall, self.by_count, self.by_subset = (
             self._by_metric(function, results, bootstrap=self.bootstrap)
@@ -329,6 +354,26 @@ class Comparison:
     def several_trainings(self) -> bool:
         """Whether models have several trainings: intervals then include their variation, and there are no tests."""
         return max(self.trainings.values()) > 1
+
+    def _costs(self, hours: Mapping[str, float]) -> pd.DataFrame:
+        unknown = [name for name in hours if name not in self.trainings]
+        if unknown:
+            raise InputError(f"hours of {', '.join(unknown)}: no such model; they are {', '.join(self.trainings)}")
+        data = cube(self.results, self.metrics[0])
+        rows = []
+        for name, trainings in zip(data.models, data.trainings, strict=True):
+            by_region = mean(mean(unsigned(trainings, self.metrics[0]), axis=1), axis=1)  # over cases, then subsets
+            values = mean(by_region[:, plain_regions(data.regions)], axis=1)
+            of_name = [each for each in self.models if each.name == name]
+            rows += [
+                (name, each.training, value, each.cost(PARAMETERS), hours.get(name, each.cost(HOURS)))
+                for each, value in zip(of_name, values, strict=True)
+            ]
+        return pd.DataFrame(rows, columns=[MODEL, TRAINING, VALUE, PARAMETERS, HOURS])
+
+    def rule(self, key: str) -> Any:
+        """A rule of measurement that all evaluations share, such as the convention; None if none of them tells."""
+        return next((each.settings[key] for each in self.models if each.settings.get(key) is not None), None)
 
     def _by_metric(self, function: Callable[..., pd.DataFrame], results: pd.DataFrame, **options: Any) -> pd.DataFrame:
         tables = {name: function(results, metric=name, baseline=self.baseline, **options) for name in self.metrics}

@@ -6,6 +6,8 @@ if a patient has several cases.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 
@@ -24,9 +26,19 @@ from nnunetv2_mstkd.evaluation.results import (
     patients_of,
     subset_order,
 )
-from nnunetv2_mstkd.statistics.bootstrap import DEFAULT, Bootstrap, badness, cube, long_table, mean, with_average
+from nnunetv2_mstkd.metrics.conventions import postprocessed_regions
+from nnunetv2_mstkd.statistics.bootstrap import (
+    AVERAGE,
+    DEFAULT,
+    Bootstrap,
+    badness,
+    cube,
+    long_table,
+    mean,
+    with_average,
+)
 from nnunetv2_mstkd.statistics.plausibility import plausibility_warnings
-from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, shapley
+from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, MODALITY, shapley
 
 
 class Findings:
@@ -44,6 +56,11 @@ class Findings:
     gap, shapley:
         Loss of Dice against the full input (:func:`gap_to_full`), and Shapley values of the modalities; None if the
         subsets that they need were not evaluated. Both are from the cases that have the full input.
+    missing_one:
+        The rows of ``gap`` for the subsets that lack one modality, with the column ``modality``, the costliest first;
+        None without any.
+    headline:
+        In one sentence what each missing modality costs; None without ``missing_one``.
     warnings, notes:
         Results that contradict what the modalities show, and what cases that lack modalities mean for the numbers.
     model, trainer, folds, cases, subsets, num_patients:
@@ -72,6 +89,8 @@ class Findings:
         self.by_count = mean_by_count(results, bootstrap=bootstrap)
         self.full_cases = list(of_subset.get(SEPARATOR.join(modalities), ()))
         self.gap = gap_to_full(results, bootstrap=bootstrap) if self.full_cases and len(self.subsets) > 1 else None
+        self.missing_one = None if self.gap is None else missing_one(self.gap, modalities)
+        self.headline = None if self.missing_one is None else headline(self.missing_one)
         every = len(self.subsets) == 2 ** len(modalities) - 1 and 1 < len(modalities) <= MAX_MODALITIES
         self.shapley = shapley(results, bootstrap=bootstrap) if every else None
         self.warnings = plausibility_warnings(results, bootstrap=bootstrap)
@@ -95,6 +114,40 @@ class Findings:
         if self.shapley is None:
             notes.append(f"no Shapley values: no case was evaluated with all subsets of {', '.join(modalities)}")
         return notes
+
+
+def missing_one(gap: pd.DataFrame, modalities: Sequence[str]) -> pd.DataFrame | None:
+    """What a missing modality costs: the rows of :func:`gap_to_full` for subsets that lack just one.
+
+    Returns
+    -------
+    The rows with a further column ``modality``, sorted by the largest loss of a region; None without any. The average
+    over regions and postprocessed regions are left out.
+    """
+    lacking = {SEPARATOR.join(name for name in modalities if name != missing): missing for missing in modalities}
+    plain = ~gap[REGION].isin({AVERAGE, *postprocessed_regions(gap[REGION].unique())})
+    table = gap[gap[SUBSET].isin(lacking) & plain]
+    if not len(table):
+        return None
+    table = table.assign(**{MODALITY: table[SUBSET].map(lacking)})
+    found = set(table[MODALITY])
+    most = table.groupby(MODALITY)[VALUE].max().round(9)[[name for name in modalities if name in found]]
+    order = most.sort_values(ascending=False, kind="stable").index
+    return table.set_index(MODALITY).loc[order].reset_index()
+
+
+def headline(missing: pd.DataFrame) -> str | None:
+    """In a sentence what each missing modality costs the region that loses most; ``missing`` is from missing_one.
+
+    None where no region has a value.
+    """
+    known = missing.dropna(subset=[VALUE])
+    worst = known.loc[known.groupby(MODALITY, sort=False)[VALUE].idxmax()].to_dict("records")
+    parts = [f"without {row[MODALITY]}: {row[REGION]} {0.0 - round(100 * row[VALUE], 1):+.1f}" for row in worst]
+    if not parts:
+        return None
+    parts[0] = f"{parts[0].capitalize()[0]}{parts[0][1:]} Dice points"
+    return f"{'; '.join(parts)} (of each the region that loses most)"
 
 
 def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:

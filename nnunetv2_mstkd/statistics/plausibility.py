@@ -14,7 +14,7 @@ import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import SEPARATOR
-from nnunetv2_mstkd.metrics.conventions import metric_named
+from nnunetv2_mstkd.metrics.conventions import REGION_SPELLINGS, known_name, metric_named
 from nnunetv2_mstkd.statistics.bootstrap import DEFAULT, Bootstrap, Cube, cube, mean
 from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, shapley_matrix, subset_columns
 
@@ -26,16 +26,15 @@ SPELLINGS: Mapping[str, tuple[str, ...]] = {
 }
 """Names in lower case under which data sets have these modalities."""
 
-REGION_SPELLINGS: Mapping[str, tuple[str, ...]] = {
-    "ET": ("et", "enhancing tumor", "enhancing tumour", "enhancing"),
-    "WT": ("wt", "whole tumor", "whole tumour", "whole"),
-}
-
 SLACK = 0.02
 """Smaller differences of the mean do not matter; 2 points of Dice."""
 
 MIN_PATIENTS = 6
 """With fewer patients no two-sided test on paired differences can reach 5 % (2 / 2^6 = 3 %)."""
+
+
+MIN_CASES = 3
+"""In fewer cases two subsets may give the same values by chance."""
 
 
 def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> list[str]:
@@ -62,16 +61,11 @@ def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootst
     for m, model in enumerate(data.models):
         for r, region in enumerate(data.regions):
             evidence = _Evidence(data, data.values[m, :, :, r], bootstrap)
-            of_region = {"ET": [_contrast_agent], "WT": [_oedema]}.get(_known(region, REGION_SPELLINGS) or "", [])
+            of_region = {"ET": [_contrast_agent], "WT": [_oedema]}.get(known_name(region, REGION_SPELLINGS) or "", [])
             rules = [_full_is_best, *of_region]
             warnings += [f"{model}, {region}: {text}" for rule in rules for text in rule(evidence)]
         warnings += _identical(data, m)
     return warnings
-
-
-def _known(name: str, spellings: Mapping[str, tuple[str, ...]]) -> str | None:
-    folded = name.strip().casefold()
-    return next((known for known, others in spellings.items() if folded in others), None)
 
 
 class _Evidence:
@@ -85,7 +79,7 @@ class _Evidence:
 
     def modality(self, known: str) -> str | None:
         """This data set's name of a modality."""
-        return next((name for name in self.data.modalities if _known(name, SPELLINGS) == known), None)
+        return next((name for name in self.data.modalities if known_name(name, SPELLINGS) == known), None)
 
     def value(self, subset: str) -> float:
         return float(self.means[self.data.subsets.index(subset)])
@@ -163,6 +157,8 @@ def _oedema(evidence: _Evidence) -> Iterator[str]:
 
 def _identical(data: Cube, m: int) -> Iterator[str]:
     """Subsets with the same values in all cases and regions: the modality between them was never removed."""
+    if len(data.cases) < MIN_CASES:
+        return
     groups: dict[bytes, list[str]] = {}
     for subset, values in zip(data.subsets, data.values[m].transpose(1, 0, 2), strict=True):
         # perfect, empty and missing values repeat by themselves

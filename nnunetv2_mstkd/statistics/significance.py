@@ -35,6 +35,7 @@ from nnunetv2_mstkd.statistics.bootstrap import (
     cube,
     long_table,
     mean,
+    plain_regions,
     unsigned,
     with_average,
 )
@@ -150,10 +151,10 @@ def rank_table(
 ) -> pd.DataFrame:
     """Rank models as BraTS does, with the stability of the ranking.
 
-    Models are ranked within each case, subset, region and metric, ties sharing their mean rank; the mean of these ranks
-    decides. Stability as in Wiesenfarth et al., Sci. Rep. 11:2369 (2021): the ranking is repeated on resampled
-    patients. Of several trainings, those of the same number are ranked together, and trainings are resampled too, which
-    shows less than their true variation if they are few.
+    Models are ranked within each case, subset, region (postprocessed ones excepted) and metric, ties sharing their mean
+    rank; the mean of these ranks decides. Stability as in Wiesenfarth et al., Sci. Rep. 11:2369 (2021): the ranking is
+    repeated on resampled patients. Of several trainings, those of the same number are ranked together, and trainings
+    are resampled too, which shows less than their true variation if they are few.
 
     Returns
     -------
@@ -173,7 +174,8 @@ def rank_table(
         data = cube(results, metric, models=models)
         if len({len(each) for each in data.trainings}) > 1:
             raise InputError("a ranking needs equally many trainings of each model")
-        values = np.stack(data.trainings)  # (models, trainings, cases, subsets, regions)
+        # (models, trainings, cases, subsets, regions)
+        values = np.stack(data.trainings)[..., plain_regions(data.regions)]
         if np.isnan(values[:, :, data.evaluated]).any():
             raise InputError(
                 f"the results have {metric} values that are left out (nan), and these have no rank; evaluate with the "

@@ -36,7 +36,12 @@ from nnunetv2_mstkd.nnunet.preprocessing import identifiers
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
-from nnunetv2_mstkd.training.initial_weights import ChannelMatch, checkpoint_modalities, match_channels
+from nnunetv2_mstkd.training.initial_weights import (
+    ChannelMatch,
+    checkpoint_modalities,
+    copies_for_encoders,
+    match_channels,
+)
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
 from nnunetv2_mstkd.training.loaders import loader_with_patch
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
@@ -51,7 +56,7 @@ from nnunetv2_mstkd.training.settings import (
     Settings,
     TeacherSettings,
 )
-from nnunetv2_mstkd.training.step import Losses, LossMonitor
+from nnunetv2_mstkd.training.step import Losses, LossMonitor, Target
 
 
 def unwrapped(network: Any) -> Any:
@@ -71,6 +76,8 @@ class SettingsTrainer(nnUNetTrainer):
     """Sections of the settings that this trainer reads, besides those of its network's design."""
     design: ClassVar[NetworkDesign | None] = None
     """How the network is made from the plans; None: nnU-Net's own way, whatever the plans name."""
+    logs_terms: bool = False
+    """Whether the terms of the loss are logged by name."""
 
     def __init__(
         self,
@@ -247,6 +254,17 @@ class SettingsTrainer(nnUNetTrainer):
     def clip_groups(self) -> list[torch.nn.Module]:
         """Return the modules whose gradients are clipped to a norm of 12 (nnU-Net's), each separately."""
         return [self.network]
+
+    def read_target(self, target: torch.Tensor) -> Target:
+        """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
+        labels = self.label_manager
+        if labels.has_regions:
+            valid = ~target[:, -1:].bool() if labels.has_ignore_label else None
+            label = target[:, :-1] if labels.has_ignore_label else target
+            return Target(label, label.bool().any(1, keepdim=True), valid)
+        valid = target != labels.ignore_label if labels.has_ignore_label else None
+        label = target if valid is None else torch.where(valid, target, 0)
+        return Target(label, label > 0, valid)
 
     def after_step(self, losses: Losses) -> None:
         """Override for what follows the optimiser's step, such as an adversary's own."""
@@ -456,11 +474,12 @@ class SettingsTrainer(nnUNetTrainer):
             self.print_to_log_file(f"weights were already loaded (-pretrained_weights); not starting from {source}")
             return
         network, design = self.plain_network, self.design or NetworkDesign()
-        weights = design.translate(weights)
+        weights, own_names = design.translate(weights), modalities.modality_names(self.dataset_json)
+        match = ChannelMatch(own_names, own_names if names is None else names)
+        copies = copies_for_encoders(network, weights, match.sources)
         if names is not None:
-            match = ChannelMatch(modalities.modality_names(self.dataset_json), names)
             weights = match_channels(network, design, weights, match)
-        loaded, kept = checkpoints.load_matching(network, weights)
+        loaded, kept = checkpoints.load_matching(network, {**weights, **copies})
         counts = f"{len(loaded)} tensors loaded, {len(kept)} kept their initial value"
         self.print_to_log_file(f"started from {source}: {counts}")
         if names is not None:
@@ -548,6 +567,24 @@ class SettingsTrainer(nnUNetTrainer):
                 f"checkpoint with --c"
             )
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
+        if self.logs_terms:
+            # a term of a teacher that is not asked in every step has its mean over the steps in which it was
+            terms = [output["terms"] for output in train_outputs]
+            names = max(map(list, terms), key=len)
+            means = [np.mean([values[name] for values in terms if name in values]) for name in names]
+            self.log_terms(dict(zip(names, np.mean(self._gather(means), 0).tolist(), strict=True)))
+
+    def _gather(self, value: Any) -> list[Any]:
+        """This process's value, or those of all processes of a multi-GPU training."""
+        everyone = [value] * (dist.get_world_size() if self.is_ddp else 1)
+        if self.is_ddp:
+            dist.all_gather_object(everyone, value)
+        return everyone
+
+    def log_terms(self, values: dict[str, float]) -> None:
+        """One line in the log file, one entry in nnU-Net's logger."""
+        self.term_log.log(values, self.current_epoch)
+        self.print_to_log_file("terms: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     def on_epoch_end(self) -> None:
         if self.local_rank == 0:

@@ -58,6 +58,10 @@ class NetworkDesign:
 def first_weights(network: Any) -> list[torch.Tensor]:
     """Return the weights of the first convolution of a network's encoder, if there is one."""
     encoder = getattr(network, "encoder", None)
-    found = () if encoder is None else encoder.modules()
+    return [] if encoder is None else first_convolution(encoder)
+
+
+def first_convolution(encoder: torch.nn.Module) -> list[torch.Tensor]:
+    """Return the weights of an encoder's first convolution, if there is one."""
     kinds = (torch.nn.Conv2d, torch.nn.Conv3d)
-    return [module.weight for module in found if isinstance(module, kinds)][:1]
+    return [module.weight for module in encoder.modules() if isinstance(module, kinds)][:1]

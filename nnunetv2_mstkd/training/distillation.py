@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd.errors import InputError
@@ -14,9 +15,9 @@ from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
 from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target, with_logits
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.step import Target, Term, active_terms
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
 
 SOFT_LABELS = "soft_labels"
@@ -42,7 +43,18 @@ class DistillationTrainer(ModalityDropoutTrainer):
     """Terms per voxel, which ``distillation.where`` restricts."""
     feature_terms: ClassVar[tuple[str, ...]] = ()
     """Terms that compare features, so that teacher and student need features of equal shape."""
+    distillation_defaults: ClassVar[DistillationSettings] = DistillationSettings(
+        where="teacher_better", fade=0.5, soft_labels=0.0
+    )
+    """What this method takes for the nulls of the section ``distillation``."""
     _teacher_identity: dict[str, str] | None = None
+
+    @classmethod
+    def resolve(cls, settings: Settings, configuration_manager: ConfigurationManager, dataset_json: dict) -> Settings:
+        settings = super().resolve(settings, configuration_manager, dataset_json)
+        given = settings[DistillationSettings].to_dict()
+        missing = {key: getattr(cls.distillation_defaults, key) for key, value in given.items() if value is None}
+        return settings.replace(DistillationSettings, **missing)
 
     @property
     def teacher_learns(self) -> bool:  # type: ignore[override]
@@ -69,7 +81,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
         return teacher.logits
 
     def common_terms(self) -> tuple[Term, ...]:
-        weight = self.settings[DistillationSettings].soft_labels
+        weight = self.settings[DistillationSettings].soft_labels or 0.0
         return active_terms(Term(SOFT_LABELS, weight, partial(self.compare_logits, soft_label_divergence)))
 
     def forward_options(self) -> dict[str, Any]:
@@ -192,7 +204,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def fading(self) -> float:
         """The linear fade at the end alone."""
         fade, left = self.settings[DistillationSettings].fade, 1 - self.iteration / self.total_iterations
-        return min(1.0, left / fade) if fade > 0 else 1.0
+        return min(1.0, left / fade) if fade else 1.0
 
     def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
         """1 where the teacher is more right than the student, if the settings ask to distil only there."""

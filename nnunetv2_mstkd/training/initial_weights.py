@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from nnunetv2_mstkd.modalities import modality_names
+from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders
 from nnunetv2_mstkd.nnunet.description import check_description
-from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.design import NetworkDesign, first_convolution
 
 
 def checkpoint_modalities(content: Mapping[str, Any], source: str) -> tuple[str, ...] | None:
@@ -84,19 +85,54 @@ def match_channels(
     Weights that depend on the order of the modalities in another way are left out if the order is another one.
     """
     own = network.state_dict()
-
-    def names_of(tensors: Sequence[torch.Tensor]) -> set[str]:
-        """All names of these tensors: nnU-Net's networks hold some several times."""
-        places = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
-        return {name for name, value in own.items() if value.data_ptr() in places}
-
-    inputs = names_of(design.input_weights(network))
+    inputs = _names_of(design.input_weights(network), own)
     matched = {name: value for name, value in weights.items() if name not in inputs}
     for name in inputs & set(weights):
         value = match.apply(own[name], weights[name])
         if value is not None:
             matched[name] = value
     if not match.unchanged:
-        for name in names_of(design.modality_weights(network)) - inputs:
+        for name in _names_of(design.modality_weights(network), own) - inputs:
             matched.pop(name, None)
     return matched
+
+
+def copies_for_encoders(
+    network: torch.nn.Module, weights: Mapping[str, torch.Tensor], sources: Sequence[int | None]
+) -> dict[str, torch.Tensor]:
+    """Return what the encoders of single modalities start from: the encoder of a plain U-Net, once for each of them.
+
+    Parameters
+    ----------
+    network
+        Any network; without :class:`~nnunetv2_mstkd.networks.modality_encoders.ModalityEncoders` there is nothing.
+    weights
+        A plain U-Net's, under the network's names. Weights of a network that has such encoders give nothing.
+    sources
+        For each of the C modalities, the channel of the first convolution that its encoder takes; None: it keeps its
+        initial one.
+    """
+    own, copies = network.state_dict(), dict[str, torch.Tensor]()
+    for place, encoders in network.named_modules():
+        if not isinstance(encoders, ModalityEncoders) or any(name.startswith(f"{place}.") for name in weights):
+            continue
+        parents = place.split(".")[:-1]
+        prefixes = [".".join([*parents[:depth], "encoder."]) for depth in range(len(parents), -1, -1)]
+        prefix = next((each for each in prefixes if any(name.startswith(each) for name in weights)), None)
+        for channel, (encoder, source) in enumerate(zip(encoders, sources, strict=True)):
+            first = _names_of(first_convolution(encoder), own)
+            for name, value in weights.items():
+                if prefix is None or not name.startswith(prefix):
+                    continue
+                copy = f"{place}.{channel}.{name.removeprefix(prefix)}"
+                if copy not in first:
+                    copies[copy] = value
+                elif source is not None and value.ndim > 1:
+                    copies[copy] = value[:, source : source + 1]
+    return copies
+
+
+def _names_of(tensors: Sequence[torch.Tensor], state: Mapping[str, torch.Tensor]) -> set[str]:
+    """All names of these tensors: nnU-Net's networks hold some several times."""
+    places = {tensor.data_ptr() for tensor in tensors if tensor.numel()}
+    return {name for name, value in state.items() if value.data_ptr() in places}

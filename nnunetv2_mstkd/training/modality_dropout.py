@@ -29,20 +29,7 @@ from nnunetv2_mstkd.training.settings import (
     TeacherSettings,
     UnlabelledSettings,
 )
-from nnunetv2_mstkd.training.step import Losses, Term, rows_of
-
-
-class Target(NamedTuple):
-    """The label at full resolution, as terms per voxel read it."""
-
-    label: torch.Tensor
-    """(B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background."""
-    foreground: torch.Tensor
-    """Bool, (B, 1, *spatial): any region or label above 0."""
-    valid: torch.Tensor | None
-    """Bool, (B, 1, *spatial): not the ignore label; None where the data set has none."""
-    weight: torch.Tensor | None = None
-    """Float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike."""
+from nnunetv2_mstkd.training.step import Losses, Target, Term, rows_of
 
 
 class Segmentation(NamedTuple):
@@ -69,6 +56,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
     """
 
     sections = (*SettingsTrainer.sections, SamplerSettings, UnlabelledSettings)
+    logs_terms = True
     teacher: Any = None
     """A network that sees complete input; None where no term compares with one."""
     teacher_learns: bool = False
@@ -309,37 +297,6 @@ class ModalityDropoutTrainer(SettingsTrainer):
     def teacher_factor(self) -> float:
         """Common factor of the weights of all terms that need the teacher, at this iteration."""
         return 1.0
-
-    def read_target(self, target: torch.Tensor) -> Target:
-        """Split nnU-Net's full-resolution target into label, foreground and valid voxels."""
-        labels = self.label_manager
-        if labels.has_regions:
-            valid = ~target[:, -1:].bool() if labels.has_ignore_label else None
-            label = target[:, :-1] if labels.has_ignore_label else target
-            return Target(label, label.bool().any(1, keepdim=True), valid)
-        valid = target != labels.ignore_label if labels.has_ignore_label else None
-        label = target if valid is None else torch.where(valid, target, 0)
-        return Target(label, label > 0, valid)
-
-    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
-        # a term of a teacher that is not asked in every step has its mean over the steps in which it was
-        names = list(max(train_outputs, key=lambda output: len(output["terms"]))["terms"])
-        means = [np.mean([each["terms"][name] for each in train_outputs if name in each["terms"]]) for name in names]
-        means = np.mean(self._gather(means), 0)
-        super().on_train_epoch_end(train_outputs)
-        self.log_terms(dict(zip(names, means.tolist(), strict=True)))
-
-    def _gather(self, value: Any) -> list[Any]:
-        """This process's value, or those of all processes of a multi-GPU training."""
-        everyone = [value] * (dist.get_world_size() if self.is_ddp else 1)
-        if self.is_ddp:
-            dist.all_gather_object(everyone, value)
-        return everyone
-
-    def log_terms(self, values: dict[str, float]) -> None:
-        """One line in the log file, one entry in nnU-Net's logger."""
-        self.term_log.log(values, self.current_epoch)
-        self.print_to_log_file("terms: " + ", ".join(f"{name} {value:.4g}" for name, value in values.items()))
 
     # ---- online validation --------------------------------------------------------------------------------------
 

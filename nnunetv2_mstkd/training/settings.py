@@ -266,7 +266,8 @@ class ScheduleSettings(Section):
     """Weights to start from: the name of a trainer whose final checkpoint of the same configuration and fold is taken
     (that trainer itself starts at random), or a checkpoint file (absolute or below nnUNet_results; it is of one fold,
     whose training cases another fold validates on). Matching tensors are loaded, input channels by the modalities'
-    names, one channel is spread over all; the rest is listed."""
+    names, one channel is spread over all; an encoder per modality, if as wide, takes the U-Net's with that modality's
+    channel. The rest is listed."""
 
     LEARNING_RATES: ClassVar[Mapping[str, float]] = types.MappingProxyType({"sgd": 1e-2, "adamw": 1e-3, "adam": 1e-4})
 
@@ -288,15 +289,18 @@ class DistillationSettings(Section):
 
     ramp: Fraction = 0.1
     """Fraction of the training over which the weights rise as exp(-5 (1 - t)^2)."""
-    fade: Fraction = 0.5
-    """Fraction of the training, at its end, over which the weights fall linearly to 0."""
-    where: Literal["everywhere", "teacher_better"] = "teacher_better"
-    """``everywhere``, or logit terms only at voxels where the teacher's cross-entropy is below the student's."""
+    fade: Fraction | None = None
+    """Fraction of the training, at its end, over which the weights fall linearly to 0; null: the method's own, 0.5,
+    or 0 where soft labels are all that is distilled."""
+    where: Literal["everywhere", "teacher_better"] | None = None
+    """``everywhere``, or logit terms only at voxels where the teacher's cross-entropy is below the student's; null:
+    the method's own, ``teacher_better``, or ``everywhere`` where soft labels are all that is distilled."""
     every: Count = 1
     """Ask the teacher in every step of this number only; its terms then count as many times. A frozen teacher's forward
     pass is most of what distillation costs."""
-    soft_labels: Weight = 0.0
-    """Weight of the divergence from the teacher's probabilities, for any method with a teacher."""
+    soft_labels: Weight | None = None
+    """Weight of the divergence from the teacher's probabilities, for any method with a teacher; null: the method's
+    own, 0, or 1 for ``KDTrainer``."""
 
 
 @dataclass(frozen=True, kw_only=True)

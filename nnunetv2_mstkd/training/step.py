@@ -16,6 +16,19 @@ MAX_SKIPPED_STEPS = 20
 SKIPPED = f"gradients of {MAX_SKIPPED_STEPS} steps in a row"
 
 
+class Target(NamedTuple):
+    """The label at full resolution, as terms per voxel read it."""
+
+    label: torch.Tensor
+    """(B, 1, *spatial) integers, or (B, regions, *spatial) 0/1; the ignore label is replaced by background."""
+    foreground: torch.Tensor
+    """Bool, (B, 1, *spatial): any region or label above 0."""
+    valid: torch.Tensor | None
+    """Bool, (B, 1, *spatial): not the ignore label; None where the data set has none."""
+    weight: torch.Tensor | None = None
+    """Float, (B, 1, *spatial): how much each voxel counts in the logit terms; None: all alike."""
+
+
 class Losses(NamedTuple):
     """The losses of one training step."""
 
@@ -37,7 +50,7 @@ class Term:
     """Factor of the term in the total."""
     function: Callable[[Any, Any, Any], torch.Tensor]
     """``function(student, teacher, target) -> scalar``, with what the two networks returned (logits at full
-    resolution) and a :class:`~nnunetv2_mstkd.training.modality_dropout.Target`."""
+    resolution) and a :class:`Target`."""
     needs_teacher: bool = True
     """Whether it compares with a teacher. Ramp and fade act on these terms only, and they see only the samples whose
     cases are complete."""

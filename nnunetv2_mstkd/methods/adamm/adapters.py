@@ -86,7 +86,7 @@ class AdapterBank(nn.Module):
 
     def forward(self, x: torch.Tensor, selection: Selection) -> torch.Tensor:
         """Features (B, width, *grid) to features of the same shape."""
-        down, down_bias, up, up_bias = self._weights(selection)
+        down, down_bias, up, up_bias = self.weights(selection)
         # the factor that spares the full set is cheaper on the weights than on the map
         partial = selection.partial[:, None, None]
         up, up_bias = up * partial, up_bias[..., None] * partial
@@ -95,7 +95,8 @@ class AdapterBank(nn.Module):
         # in the map's own precision: under autocast the sum would become a second map in float32
         return torch.baddbmm(flat + up_bias.to(flat.dtype), up, hidden).view_as(x)
 
-    def _weights(self, selection: Selection) -> tuple[torch.Tensor, ...]:
+    def weights(self, selection: Selection) -> tuple[torch.Tensor, ...]:
+        """Weights and biases of down (B, hidden, width) and up (B, width, hidden) for each sample."""
         own: tuple[torch.Tensor, ...] = ()
         parts: tuple[torch.Tensor, ...] = ()
         if self.num_rows:

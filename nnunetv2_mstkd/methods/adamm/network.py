@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.adamm.adapters import MIN_HIDDEN, AdapterBank, SubsetIndex
 from nnunetv2_mstkd.methods.adamm.graph_refinement import GraphRefinement
 from nnunetv2_mstkd.methods.adamm.presence_gate import PresenceGate
-from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings, AdaMMTeacherSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import decode
 from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
@@ -183,13 +184,13 @@ class AdaptiveUNet(AvailabilityAware):
     def conditioned(
         self, availability: torch.Tensor, label_manager: Any, student: int | None = None
     ) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
-        """With ``adamm.gate`` above 0 the function that finishes the logits (S, K, *spatial) of a case deletes from
-        them what the presence head has not seen in any of its patches."""
-        if self.gate > 0 and self.presence is not None:
+        """What finishes the logits (S, K, *spatial) of a case knows what the presence head has seen in its patches;
+        with ``adamm.gate`` above 0 it deletes from them what the head has not seen in any."""
+        if self.presence is not None:
             self._gate = PresenceGate(self.gate, label_manager, availability.device)
         try:
             with super().conditioned(availability, label_manager) as unchanged:
-                yield unchanged if self._gate is None else self._gate.apply
+                yield unchanged if self._gate is None else self._gate
         finally:
             self._gate = None
 
@@ -253,7 +254,9 @@ class AdaptiveDesign(NetworkDesign):
 
 
 class PlainDesign(NetworkDesign):
-    """The teacher's network: the plans' own, able to return the features of its encoder."""
+    """The teacher's network: the plans' own, which can return its encoder's features, and may have a presence head."""
+
+    sections: ClassVar[tuple[type[Section], ...]] = (AdaMMTeacherSettings,)
 
     def build(self, plan: UNetPlan, settings: Settings) -> AdaptiveUNet:
-        return AdaptiveUNet(plan, PARTS_OFF)
+        return AdaptiveUNet(plan, replace(PARTS_OFF, presence=settings[AdaMMTeacherSettings].presence))

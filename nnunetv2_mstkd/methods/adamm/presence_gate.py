@@ -1,4 +1,5 @@
-"""Deleting labels and regions of which a network says, after a whole case, that there is nothing (AdaMM's LGRM)."""
+"""What a network says, after a whole case, about which labels and regions there are, and deleting the others (AdaMM's
+LGRM)."""
 
 from __future__ import annotations
 
@@ -12,10 +13,10 @@ _BELOW = 20.0
 
 
 class PresenceGate:
-    """Records what a network says about presence in all patches of a case, and applies it to the case's logits.
+    """Records what a network says about presence in all patches of a case, and finishes the case's logits with it.
 
     A case has a label or region with the largest probability that any patch, mirrored patch and fold gave to it: one
-    patch that finds it is enough to keep it. What stays below the threshold (above 0) is deleted.
+    patch that finds it is enough to keep it. What stays below the threshold is deleted; with 0 nothing is.
     """
 
     def __init__(self, threshold: float, label_manager: Any, device: torch.device) -> None:
@@ -26,9 +27,15 @@ class PresenceGate:
         """Record the presence logits of a patch, shape (S, K); all patches of a case have the same number of rows."""
         self.seen = torch.maximum(self.seen, presence)
 
-    def apply(self, logits: np.ndarray) -> np.ndarray:
+    def presence(self) -> np.ndarray:
+        """Probability that the case has any voxel of each output channel, shape (S, K)."""
+        return self.seen.sigmoid().cpu().numpy()
+
+    def __call__(self, logits: np.ndarray) -> np.ndarray:
         """Delete what is not there from the logits of a case, shape (S, K, *spatial), in place."""
-        present = self.seen.sigmoid().cpu().numpy() >= self.threshold
+        if self.threshold == 0:
+            return logits
+        present = self.presence() >= self.threshold
         for row, there in zip(logits, present, strict=True):
             low = float(row.min())
             for head in self._deleted(there):

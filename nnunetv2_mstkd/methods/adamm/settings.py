@@ -70,3 +70,21 @@ class AdaMMSettings(Section):
         if texts:
             modalities.parse_subsets(texts, numbers)  # refuses the same one twice
         return texts
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaMMTeacherSettings(Section):
+    """What AdaMM's teacher has beyond the plans' network: its own LGRM, as in the released code."""
+
+    NAME: ClassVar[str] = "adamm_teacher"
+    NETWORK_KEYS: ClassVar[tuple[str, ...] | None] = ("presence",)
+
+    presence: bool = False
+    """A presence head in the teacher too, with the two terms below. The student's head then starts from it."""
+    presence_weight: Weight = 0.1
+    """Weight of the cross-entropy of the teacher's presence head, above 0."""
+    reliability: Weight = 0.5
+    """How much a wrong presence adds to the weight of the teacher's Dice loss at full resolution; 0: nothing."""
+
+    def check(self) -> None:
+        self.require(self.presence_weight > 0, "presence_weight", "a number above 0; presence = false builds no head")

@@ -11,22 +11,73 @@ from nnunetv2_mstkd.losses.relative import relative_difference
 from nnunetv2_mstkd.losses.style import style_matching
 from nnunetv2_mstkd.methods.adamm import losses
 from nnunetv2_mstkd.methods.adamm.network import AdaptiveDesign, Features, PlainDesign, style_channels
-from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings
+from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings, AdaMMTeacherSettings
+from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
-from nnunetv2_mstkd.training.base import TeacherTrainer
+from nnunetv2_mstkd.training.base import SettingsTrainer, TeacherTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
-from nnunetv2_mstkd.training.modality_dropout import Target
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.settings import Settings
+from nnunetv2_mstkd.training.step import Losses, Target, Term, active_terms
+
+
+def presence_terms(trainer: SettingsTrainer, presence: float, reliability: float) -> list[Term]:
+    """The terms of LGRM, with these weights, of a network with a presence head."""
+    regions = trainer.label_manager.has_regions
+
+    def read(output: Features, target: Target) -> tuple[torch.Tensor, losses.Presence]:
+        """Presence logits of the foreground heads, and the truth."""
+        assert output.presence is not None
+        logits = output.presence if regions else output.presence[:, 1:]
+        return logits, losses.presence_target(target.label, logits.shape[1], regions=regions, valid=target.valid)
+
+    def weighted_dice(output: Features, teacher: None, target: Target) -> torch.Tensor:
+        return losses.reliability_dice(
+            finest(output.logits),
+            target.label,
+            losses.presence_gap(*read(output, target)),
+            regions=regions,
+            batch_dice=trainer.configuration_manager.batch_dice,
+            valid=target.valid,
+        )
+
+    return [
+        Term(
+            "presence", presence, lambda output, _, target: losses.presence_loss(*read(output, target)),
+            needs_teacher=False,
+        ),
+        Term("reliability", reliability, weighted_dice, needs_teacher=False),
+    ]  # fmt: skip
 
 
 class AdaMMTeacherTrainer(TeacherTrainer):
     """The teacher: the plans' own network on complete input, trained before the student.
 
-    AdaMM's released code trains it together with the student and lets distillation pull it down.
+    AdaMM's released code trains it together with the student and lets distillation pull it down. There it also has a
+    presence head with the student's two terms, which is ``adamm_teacher.presence`` here.
     """
 
     design = PlainDesign()
+    terms: tuple[Term, ...] = ()
+
+    def apply_settings(self, settings: Settings) -> None:
+        super().apply_settings(settings)
+        section = self.settings[AdaMMTeacherSettings]
+        terms = presence_terms(self, section.presence_weight, section.reliability) if section.presence else ()
+        self.terms = active_terms(*terms)
+        self.logs_terms = bool(self.terms)
+
+    def compute_losses(self, data: torch.Tensor, target: Any, present: torch.Tensor | None = None) -> Losses:
+        if not self.terms:
+            return super().compute_losses(data, target, present)
+        output = self.network(data, return_features=True)
+        total = self.loss(output.logits, target)
+        values = {"segmentation": total}
+        label = self.read_target(finest(target))
+        for term in self.terms:
+            values[term.name] = term.function(output, None, label)
+            total = total + term.weight * values[term.name]
+        return Losses(total, values)
 
 
 class AdaMMTrainer(DistillationTrainer):
@@ -50,33 +101,11 @@ class AdaMMTrainer(DistillationTrainer):
             Term("adversarial", section.adversarial, self.adversarial),
         ]
         if section.presence:
-            terms += [
-                Term("presence", section.presence_weight, self._presence, needs_teacher=False),
-                Term("reliability", section.reliability, self._reliability, needs_teacher=False),
-            ]
+            terms += presence_terms(self, section.presence_weight, section.reliability)
         return active_terms(*terms)
 
     def forward_options(self) -> dict[str, Any]:
         return {"return_features": True, "return_style": bool(self.active("style", "adversarial"))}
-
-    def _presence_of(self, student: Any, target: Target) -> tuple[torch.Tensor, losses.Presence]:
-        """Presence logits of the foreground heads, and the truth."""
-        regions, presence = self.label_manager.has_regions, student.presence
-        logits = presence if regions else presence[:, 1:]
-        return logits, losses.presence_target(target.label, logits.shape[1], regions=regions, valid=target.valid)
-
-    def _presence(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
-        return losses.presence_loss(*self._presence_of(student, target))
-
-    def _reliability(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
-        return losses.reliability_dice(
-            student.logits,
-            target.label,
-            losses.presence_gap(*self._presence_of(student, target)),
-            regions=self.label_manager.has_regions,
-            batch_dice=self.configuration_manager.batch_dice,
-            valid=target.valid,
-        )
 
     # ---- adversary -----------------------------------------------------------------------------------------------
 

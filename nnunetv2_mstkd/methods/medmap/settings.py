@@ -34,8 +34,6 @@ class MedMAPSettings(Section):
     """Channel number of the modality that is the anchor; with anchor ``fixed`` only."""
     weight: Weight = 0.1
     """Weight of the alignment loss. No value is published; this one is ours."""
-    kd: Weight = 1.0
-    """Weight of the divergence from the teacher's probabilities; ``MedMAPKDTrainer`` only."""
     normalize: bool = True
     """Standardise features over space before they are compared (not ``gaussian`` and ``normal``), so that they cannot
     align by shrinking."""

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import torch
 
-from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.methods.adamm.network import AdaptiveDesign
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTrainer
+from nnunetv2_mstkd.methods.kd.trainer import SOFT_LABELS_ALONE
 from nnunetv2_mstkd.methods.medmap.network import Aligned, AlignedDesign
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
 from nnunetv2_mstkd.methods.mstkd.network import TransformerDesign
@@ -105,11 +105,7 @@ class MedMAPKDTrainer(AlignmentMixin, DistillationTrainer):
     design = AlignedDesign()
     encoders = True
     teacher_trainer = MedMAPTeacherTrainer
-    logit_terms = ("kd",)
-
-    def make_terms(self) -> tuple[Term, ...]:
-        divergence = functools.partial(self.compare_logits, soft_label_divergence)
-        return (*active_terms(Term("kd", self.settings[MedMAPSettings].kd, divergence)), *super().make_terms())
+    distillation_defaults = SOFT_LABELS_ALONE
 
 
 class MedMAPMSTKDTrainer(AlignmentMixin, MSTKDTrainer):

@@ -76,7 +76,7 @@ class MSTKDTrainer(DistillationTrainer):
 
     def apply_settings(self, settings: Settings) -> None:
         super().apply_settings(settings)
-        self.enable_deep_supervision = self.settings[MSTKDSettings].segmentation == "nnunet"
+        self.enable_deep_supervision &= self.settings[MSTKDSettings].segmentation == "nnunet"
 
     def make_terms(self) -> tuple[Term, ...]:
         weights = self.settings[MSTKDSettings]

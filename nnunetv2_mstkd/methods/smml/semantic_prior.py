@@ -1,16 +1,17 @@
 """What a single modality says about every class: the priors that guide SMML's refinement networks in training.
 
-SMML takes class maps from a frozen SAM encoder and decoder, whose prompts and weights are not released. Nothing is
-downloaded here: the prior is the student's own, label maps on disk, or a network in a local file.
+SMML takes class maps from a frozen SAM encoder and decoder, whose prompts and weights are not released. Here the prior
+is the student's own, label or probability maps on disk, or a network in a local file.
 """
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -119,7 +120,7 @@ class FileNetwork:
         return torch.stack([probabilities(self.network(channel), regions) for channel in data.split(1, 1)], 1)
 
 
-# ---- label maps on disk --------------------------------------------------------------------------------------------
+# ---- maps on disk --------------------------------------------------------------------------------------------------
 
 
 def one_hot_maps(labels: torch.Tensor, label_manager: LabelManager) -> torch.Tensor:
@@ -130,6 +131,12 @@ def one_hot_maps(labels: torch.Tensor, label_manager: LabelManager) -> torch.Ten
         members = [[head] for head in range(label_manager.num_segmentation_heads)]
     return torch.stack([torch.isin(labels, labels.new_tensor(values)) for values in members], 2).float()
 
+
+PROBABILITIES = "probabilities"
+"""Name in an .npz file, nnU-Net's own."""
+
+FULL = 255
+"""Stored value of probability 1."""
 
 TARGET_TRANSFORMS = ("ConvertSegmentationToRegionsTransform", "DownsampleSegForDSTransform")
 """Transforms of nnU-Net that make the target of the segmentation; the label maps must have left it before."""
@@ -145,21 +152,67 @@ class MovePriorToImage(BasicTransform):
         return data_dict
 
 
-class PriorDataset:
-    """nnU-Net's data set, each case with C label maps, from :func:`prepare_label_maps`, behind its segmentation."""
+class TakePriorFromImage(BasicTransform):
+    """Make the probability maps that were loaded behind the C channels of the image a regression target, before all
+    other transforms: those of space move it as the image, those of intensities leave it alone."""
 
-    def __init__(self, cases: Any, folder: Path) -> None:
-        self._cases, self._folder = cases, folder
+    def __init__(self, num_modalities: int) -> None:
+        super().__init__()
+        self.num_modalities = num_modalities
+
+    def apply(self, data_dict: dict, **params: Any) -> dict:
+        image = data_dict["image"]
+        data_dict["image"] = image[: self.num_modalities]
+        data_dict["regression_target"] = image[self.num_modalities :]
+        return data_dict
+
+
+class ReturnPriorToImage(BasicTransform):
+    """The end of :class:`TakePriorFromImage`."""
+
+    def apply(self, data_dict: dict, **params: Any) -> dict:
+        data_dict["image"] = torch.cat([data_dict["image"], data_dict.pop("regression_target")])
+        return data_dict
+
+
+class _Behind:
+    """An image (C, *spatial) with maps behind it, of which a patch is read, not the whole of both."""
+
+    def __init__(self, image: Any, maps: np.ndarray) -> None:
+        self.image, self.maps = image, maps
+        self.shape = (image.shape[0] + len(maps), *image.shape[1:])
+        self.dtype = np.dtype(np.float32)
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        if index[0] != slice(None):
+            raise IndexError(f"all channels are read at once, not {index[0]}")
+        maps = self.maps[index].astype(np.float32) / FULL
+        return np.concatenate([np.asarray(self.image[index], np.float32), maps])
+
+
+class PriorDataset:
+    """nnU-Net's data set, each case with the maps of :func:`prepare_maps`: label maps behind its segmentation,
+    probabilities (``soft``) behind its image."""
+
+    def __init__(self, cases: Any, folder: Path, *, soft: bool = False) -> None:
+        self._cases, self._folder, self._soft = cases, folder, soft
         self.identifiers = cases.identifiers
 
-    def load_case(self, identifier: str) -> tuple[Any, np.ndarray, Any, dict]:
+    def load_case(self, identifier: str) -> tuple[Any, Any, Any, dict]:
         """nnU-Net's tuple of image, segmentation, previous segmentation and properties."""
         data, segmentation, previous, properties = self._cases.load_case(identifier)
         maps = np.load(self._folder / f"{identifier}.npy", mmap_mode="r", allow_pickle=False)
+        if self._soft:
+            return _Behind(data, maps), segmentation, previous, properties
         return data, np.concatenate([np.asarray(segmentation[:]), maps]), previous, properties
 
 
-def prepare_label_maps(
+def is_soft(source: Path) -> bool:
+    """Whether a folder holds probabilities (``.npz``) and no label maps."""
+    return any(source.glob("*_0000.npz"))
+
+
+def prepare_maps(
     source: Path,
     target: Path,
     cases: Any,
@@ -168,14 +221,16 @@ def prepare_label_maps(
     configuration: ConfigurationManager,
     dataset_json: dict,
 ) -> None:
-    """Bring a user's label maps onto the grid of the preprocessed images, as nnU-Net's preprocessing does.
+    """Bring a user's label or probability maps onto the grid of the preprocessed images, as nnU-Net does.
 
     Parameters
     ----------
     source
-        Folder with CASE_000k and the data set's file ending: what modality k says, with the labels of the data set.
+        Folder with what modality k says: CASE_000k and the data set's file ending, with the labels of the data set; or
+        CASE_000k.npz with ``probabilities`` (K, *grid of the image), one per output channel, as nnU-Net saves them.
     target
-        Folder for CASE.npy, int8 (C, *shape), made if absent. What is there and fits source and images stays.
+        Folder for CASE.npy, made if absent: labels, int8 (C, *shape), or probabilities in steps of 1/255, uint8
+        (C * K, *shape). What is there and fits source and images stays.
     cases
         nnU-Net's data set object of the training cases.
     plans, configuration, dataset_json
@@ -184,20 +239,18 @@ def prepare_label_maps(
     Raises
     ------
     MissingFileError, InputError
-        Naming the first file that is absent, on another grid, or has another label.
+        Naming the first file that is absent, on another grid, or has another label or number of channels.
     """
-    reader = plans.image_reader_writer_class()
-    allowed = [int(label) for label in plans.get_label_manager(dataset_json).all_labels]
-    names = modalities.modality_names(dataset_json)
+    names, soft = modalities.modality_names(dataset_json), is_soft(source)
+    ending = ".npz" if soft else dataset_json["file_ending"]
     files = {
-        case: [source / f"{case}_{channel:04d}{dataset_json['file_ending']}" for channel in range(len(names))]
-        for case in cases.identifiers
+        case: [source / f"{case}_{channel:04d}{ending}" for channel in range(len(names))] for case in cases.identifiers
     }
     absent = [file for paths in files.values() for file in paths if not file.is_file()]
     if absent:
         raise MissingFileError(
-            f"setting smml.prior_path: {absent[0]} does not exist ({len(absent)} of {len(files) * len(names)} label "
-            f"maps are absent); expected one for each modality of each training case"
+            f"setting smml.prior_path: {absent[0]} does not exist ({len(absent)} of {len(files) * len(names)} "
+            f"maps are absent); expected one for each modality of each training case, all label maps or all .npz"
         )
     target.mkdir(parents=True, exist_ok=True)
     for case, paths in files.items():
@@ -209,37 +262,64 @@ def prepare_label_maps(
             continue
         properties = load_pickle(str(properties_file))
         shape = tuple(cases.load_case(case)[0].shape[1:])
-        maps = [_preprocess(path, reader, properties, shape, allowed, plans, configuration) for path in paths]
+        read = _read_probabilities if soft else _read_labels
+        place = _Place(properties, shape, plans, configuration)
+        maps = np.concatenate([read(path, place, plans.get_label_manager(dataset_json)) for path in paths])
         with atomic_write(maps_file) as scratch, scratch.open("wb") as stream:
-            np.save(stream, np.concatenate(maps).astype(np.int8 if max(allowed) < 128 else np.int16))
+            np.save(stream, maps)
         stamp_file.write_text(stamp, encoding="utf-8")
 
 
-def _preprocess(
-    path: Path,
-    reader: Any,
-    properties: dict,
-    shape: tuple[int, ...],
-    allowed: Sequence[int],
-    plans: PlansManager,
-    configuration: ConfigurationManager,
-) -> np.ndarray:
-    labels, own = reader.read_seg(str(path))
+class _Place(NamedTuple):
+    """Where the preprocessed image of a case lies."""
+
+    properties: dict
+    shape: tuple[int, ...]
+    plans: PlansManager
+    configuration: ConfigurationManager
+
+    def bring(self, maps: np.ndarray, path: Path, resample: Callable[..., Any], spacing: Sequence[float]) -> np.ndarray:
+        """Bring maps (N, *grid of the image) to the grid of the preprocessed image; InputError for another grid."""
+        properties, forward = self.properties, self.plans.transpose_forward
+        maps = maps.transpose([0, *[axis + 1 for axis in forward]])
+        if maps.shape[1:] != tuple(properties["shape_before_cropping"]) or not np.allclose(
+            spacing, properties["spacing"], rtol=1e-3
+        ):
+            raise InputError(
+                f"{path} has {maps.shape[1:]} voxels of {list(spacing)} mm, the images of its case have "
+                f"{tuple(properties['shape_before_cropping'])} of {list(properties['spacing'])} mm"
+            )
+        box = (slice(None), *(slice(low, high) for low, high in properties["bbox_used_for_cropping"]))
+        old_spacing = [properties["spacing"][axis] for axis in forward]
+        new_spacing = list(self.configuration.spacing)
+        if len(new_spacing) < len(old_spacing):  # 2d: nnU-Net does not change the distance of slices
+            new_spacing = [old_spacing[0], *new_spacing]
+        return np.asarray(resample(maps[box], self.shape, old_spacing, new_spacing))
+
+
+def _read_labels(path: Path, place: _Place, label_manager: LabelManager) -> np.ndarray:
+    """A label map, (1, *shape), int8 or int16."""
+    allowed = [int(label) for label in label_manager.all_labels]
+    labels, own = place.plans.image_reader_writer_class().read_seg(str(path))
     found = sorted(set(np.unique(labels).astype(int).tolist()) - set(allowed))
     if found or not np.array_equal(labels, np.round(labels)):
         raise InputError(f"{path} has values such as {found[:1] or 'fractions'}, expected the labels {list(allowed)}")
-    spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
-    labels = labels.transpose([0, *[axis + 1 for axis in plans.transpose_forward]])
-    if labels.shape[1:] != tuple(properties["shape_before_cropping"]) or not np.allclose(
-        own["spacing"], properties["spacing"], rtol=1e-3
-    ):
-        raise InputError(
-            f"{path} has {labels.shape[1:]} voxels of {list(own['spacing'])} mm, the images of its case have "
-            f"{tuple(properties['shape_before_cropping'])} of {list(properties['spacing'])} mm"
-        )
-    box = (slice(None), *(slice(low, high) for low, high in properties["bbox_used_for_cropping"]))
-    labels = labels[box]
-    new_spacing = list(configuration.spacing)
-    if len(new_spacing) < len(spacing):  # 2d: nnU-Net does not change the distance of slices
-        new_spacing = [spacing[0], *new_spacing]
-    return np.asarray(configuration.resampling_fn_seg(labels, shape, spacing, new_spacing))
+    moved = place.bring(labels, path, place.configuration.resampling_fn_seg, own["spacing"])
+    return moved.astype(np.int8 if max(allowed) < 128 else np.int16)
+
+
+def _read_probabilities(path: Path, place: _Place, label_manager: LabelManager) -> np.ndarray:
+    """Probabilities, uint8 (K, *shape)."""
+    heads = label_manager.num_segmentation_heads
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            maps = np.asarray(content[PROBABILITIES], np.float32)
+    except (OSError, KeyError, ValueError, BadZipFile) as error:
+        raise InputError(f"{path} cannot be read ({error}); expected an .npz file with {PROBABILITIES!r}") from error
+    if maps.ndim != len(place.properties["shape_before_cropping"]) + 1 or len(maps) != heads:
+        raise InputError(f"{path} has shape {maps.shape}, expected {heads} channels, one per label or region, in front")
+    if not (maps.min() >= 0 and maps.max() <= 1):  # NaN too
+        raise InputError(f"{path} has values from {maps.min():g} to {maps.max():g}, expected probabilities")
+    resample = place.configuration.resampling_fn_probabilities
+    moved = place.bring(maps, path, resample, place.properties["spacing"])
+    return np.rint(moved.clip(0, 1) * FULL).astype(np.uint8)

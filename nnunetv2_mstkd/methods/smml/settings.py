@@ -36,10 +36,11 @@ class SMMLSettings(Section):
     """Mean of the pixel-level divergence over classes first, so that a small one counts as much as the background."""
     prior: Literal["none", "self", "precomputed", "checkpoint"] = "none"
     """Semantic prior of the refinement networks: ``none`` (no refinement); ``self``: what a moving average of the first
-    student says from one modality; ``precomputed``: label maps of each modality; ``checkpoint``: a TorchScript network.
-    A trained model predicts without it."""
+    student says from one modality; ``precomputed``: label or probability maps of each modality;
+    ``checkpoint``: a TorchScript network. A trained model predicts without it."""
     prior_path: str | None = None
-    """For ``precomputed``: folder of label maps CASE_000k, named as the images are, absolute or below the raw data set;
+    """For ``precomputed``: folder of label maps CASE_000k, named as the images are, or of CASE_000k.npz with
+    ``probabilities`` of each label or region, as nnU-Net saves them; absolute or below the raw data set;
     for ``checkpoint``: a file with a network from one modality (B, 1, ...) to logits (B, heads, ...)."""
     ema: Annotated[float, Range(0, 1, below=True)] = 0.999
     """For ``self``: how much of the moving average stays in each step."""

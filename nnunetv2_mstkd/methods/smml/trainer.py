@@ -16,7 +16,7 @@ from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, Target
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
@@ -25,7 +25,7 @@ from nnunetv2_mstkd.training.settings import (
     SettingsError,
     UnlabelledSettings,
 )
-from nnunetv2_mstkd.training.step import Losses
+from nnunetv2_mstkd.training.step import Losses, Target
 
 
 class SMMLTrainer(ModalityDropoutTrainer):
@@ -36,13 +36,15 @@ class SMMLTrainer(ModalityDropoutTrainer):
     network. The other's side of a constraint is detached, so that one backward pass serves both. Refinement networks
     and prior stay outside the network: a trained model predicts without them.
 
-    With ``schedule.init_from`` a plain U-Net starts both students. Equal at first, they become different because every
-    step shows them different subsets.
+    With ``schedule.init_from`` a plain U-Net starts both students, and every modality's encoder of its width. Equal at
+    first, they become different because every step shows them different subsets.
     """
 
     design = MutualDesign()
     refiners: torch.nn.ModuleList | None = None
     average: semantic_prior.MovingAverage | None = None
+    soft_prior: bool = False
+    """Whether the precomputed prior holds probabilities, not labels; known once the training is prepared."""
     _file_network: semantic_prior.FileNetwork | None = None
 
     @classmethod
@@ -114,8 +116,11 @@ class SMMLTrainer(ModalityDropoutTrainer):
             source = (
                 path if path.is_absolute() else nnunet_folder("nnUNet_raw") / self.plans_manager.dataset_name / path
             )
-            self.print_to_log_file(f"semantic prior: label maps of {source}")
-            semantic_prior.prepare_label_maps(
+            self.soft_prior = semantic_prior.is_soft(source)
+            self.print_to_log_file(
+                f"semantic prior: {'probabilities' if self.soft_prior else 'label maps'} in {source}"
+            )
+            semantic_prior.prepare_maps(
                 source,
                 self._prior_folder(),
                 super().get_tr_and_val_datasets()[0],
@@ -130,16 +135,19 @@ class SMMLTrainer(ModalityDropoutTrainer):
     def get_tr_and_val_datasets(self):
         train, validation = super().get_tr_and_val_datasets()
         if self.smml.prior == "precomputed":
-            train = semantic_prior.PriorDataset(train, self._prior_folder())
+            train = semantic_prior.PriorDataset(train, self._prior_folder(), soft=self.soft_prior)
         return train, validation
 
     def get_training_transforms(self, *args: Any, **kwargs: Any):
-        """nnU-Net's, with the label maps of the prior handed over once image and segmentation are in place."""
+        """nnU-Net's, which move the maps of the prior as the image and hand them over behind it."""
         pipeline = super().get_training_transforms(*args, **kwargs)
         if self.smml.prior == "precomputed":
             names = [type(transform).__name__ for transform in pipeline.transforms]
             ends = [names.index(name) for name in semantic_prior.TARGET_TRANSFORMS if name in names]
-            pipeline.transforms.insert(min(ends, default=len(names)), semantic_prior.MovePriorToImage())
+            hand_over = semantic_prior.ReturnPriorToImage() if self.soft_prior else semantic_prior.MovePriorToImage()
+            pipeline.transforms.insert(min(ends, default=len(names)), hand_over)
+            if self.soft_prior:
+                pipeline.transforms.insert(0, semantic_prior.TakePriorFromImage(self.num_input_channels))
         return pipeline
 
     def _prior_maps(self, data: torch.Tensor, labels: torch.Tensor, needed: torch.Tensor) -> torch.Tensor:
@@ -149,6 +157,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
             return self.average.maps(data, needed, regions)
         if self._file_network is not None:
             return self._file_network.maps(data, regions)
+        if self.soft_prior:
+            return labels.unflatten(1, (self.num_input_channels, -1))
         return semantic_prior.one_hot_maps(labels, self.label_manager)
 
     # ---- training ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 
 "use strict";
-// Makes the heads of sortable tables buttons; without this script the tables stay as they were written.
+// Sorts tables and enlarges pictures; without this script the page stays as it was written.
 document.documentElement.classList.add("scripted");
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -25,4 +25,30 @@ for (const table of document.querySelectorAll("table.sortable")) {
       body.append(...[...body.rows].sort(compare));
     });
   });
+}
+
+// A click on a picture shows it as large as the window allows, another one closes it.
+const dialog = document.body.appendChild(document.createElement("dialog"));
+dialog.addEventListener("click", () => dialog.close());
+for (const picture of document.querySelectorAll(".picture, #lead img, #figures img, .enlarge img")) {
+  picture.classList.add("enlarges");
+  picture.tabIndex = 0;
+  picture.setAttribute("role", "button");
+  const enlarge = () => {
+    const copy = picture.cloneNode(true);
+    copy.removeAttribute("tabindex");
+    if (copy.matches(".picture")) {
+      const ratio = picture.clientWidth / picture.clientHeight;
+      copy.style.width = `min(98vw, ${96 * ratio}vh)`;
+    }
+    dialog.replaceChildren(copy);
+    dialog.showModal();
+  };
+  picture.addEventListener("click", enlarge);
+  picture.addEventListener("keydown", (event) => { if (event.key === "Enter") enlarge(); });
+}
+
+// A link to the pictures of a case unfolds them.
+for (const link of document.querySelectorAll('a[href^="#montage-"]')) {
+  link.addEventListener("click", () => { document.querySelector(link.hash).parentElement.open = true; });
 }

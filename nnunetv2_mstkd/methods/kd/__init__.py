@@ -1,0 +1,1 @@
+"""Plain knowledge distillation."""

@@ -1,0 +1,30 @@
+"""Plain knowledge distillation: the plans' own network, and a full-modality teacher's probabilities as soft labels."""
+
+from __future__ import annotations
+
+from nnunetv2_mstkd.training.base import TeacherTrainer
+from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.settings import DistillationSettings
+
+SOFT_LABELS_ALONE = DistillationSettings(where="everywhere", fade=0.0, soft_labels=1.0)
+"""Defaults of methods whose only link to the teacher are its probabilities."""
+
+
+class KDTeacherTrainer(TeacherTrainer):
+    """The teacher: the plans' own network on complete input, trained before the student."""
+
+    design = NetworkDesign()
+
+
+class KDTrainer(DistillationTrainer):
+    """Knowledge distillation (Hinton et al., arXiv 1503.02531) from a teacher that sees all modalities.
+
+    Segmentation loss on a random subset, plus ``distillation.soft_labels`` times the divergence of the student's
+    probabilities from the teacher's, at every voxel and to the end. There is no other term: the step costs one forward
+    pass of the teacher, or one in every ``distillation.every`` steps.
+    """
+
+    design = NetworkDesign()
+    teacher_trainer = KDTeacherTrainer
+    distillation_defaults = SOFT_LABELS_ALONE
