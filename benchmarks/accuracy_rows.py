@@ -161,6 +161,13 @@ ROWS: tuple[Row, ...] = (
     Row(name=FLOOR, title="FullModalityTrainer, given zeros", kind="floor", trainer="FullModalityTrainer"),
     Row(name="dropout", title="ModalityDropoutTrainer", kind="control", trainer="ModalityDropoutTrainer"),
     Row(
+        name="dropout-growing",
+        title="ModalityDropoutTrainer, growing patches",
+        kind="method",
+        trainer="ModalityDropoutTrainer",
+        settings={"schedule.patch_phases": 4},
+    ),
+    Row(
         name="dropout-warm",
         title="ModalityDropoutTrainer, warm start",
         kind="control",
@@ -191,6 +198,7 @@ ROWS: tuple[Row, ...] = (
         first="AdaMMTeacherTrainer",
         terms=True,
     ),
+    Row(name="kd", title="KDTrainer", kind="method", trainer="KDTrainer", first="KDTeacherTrainer", terms=True),
     Row(name="conditioned", title="ModalityConditionedTrainer", kind="method", trainer="ModalityConditionedTrainer"),
     Row(name="medmap", title="MedMAPTrainer", kind="method", trainer="MedMAPTrainer", terms=True),
     Row(name="smml", title="SMMLTrainer", kind="method", trainer="SMMLTrainer", terms=True),
