@@ -34,12 +34,10 @@ def patch_sizes(patch: Sequence[int], strides: Sequence[int]) -> list[tuple[int,
         The plan's.
     strides
         Product of the network's strides per axis: a legal edge is a multiple of it. The bottleneck of the smallest
-        patch has two positions, because instance norm cannot normalise one.
+        patch has two positions per axis, where the plan's has as many: instance norm makes the same two numbers of any
+        two positions, and has no gradient then.
     """
-    current = [min(stride, edge) for stride, edge in zip(strides, patch, strict=True)]
-    if all(size <= stride for size, stride in zip(current, strides, strict=True)):
-        longest = max(range(len(patch)), key=lambda axis: patch[axis] / strides[axis])
-        current[longest] = min(2 * strides[longest], patch[longest])
+    current = [min(2 * stride, edge) for stride, edge in zip(strides, patch, strict=True)]
     sizes = [tuple(current)]
     while sizes[-1] != tuple(patch):
         axis = min(range(len(patch)), key=lambda axis: current[axis] / patch[axis])
