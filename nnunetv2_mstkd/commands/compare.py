@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="OUT", type=Path, default=Path("comparison"), help=output)
     metrics = "metrics to compare by (default: dice); the figure shows the first"
     add("--metrics", metavar="METRIC", nargs="+", default=("dice",), help=metrics)
-    hours = "hours of training, such as teacher and student together (default: those of its own epochs)"
+    hours = "hours of training, for example of teacher and student together (default: those of the model alone)"
     add("--hours", metavar="NAME=H", nargs="+", default=(), help=hours)
     cases = "cases in the figure with pictures (default: the one of median value)"
     add("--show-cases", metavar="CASE", nargs="+", default=(), help=cases)

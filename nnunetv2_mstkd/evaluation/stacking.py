@@ -17,7 +17,7 @@ from torch import nn
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
-from nnunetv2_mstkd.nnunet.model import free_memory
+from nnunetv2_mstkd.nnunet.model import free_memory, plain_network
 
 TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
 """Default stack in training batches: on a GPU more fit without gradients, on a CPU larger ones are slower again
@@ -36,7 +36,7 @@ class StackedNetwork(nn.Module):
     @property
     def plain_network(self) -> nn.Module:
         """The network without the wrapper of torch.compile."""
-        return getattr(self.network, "_orig_mod", self.network)
+        return plain_network(self.network)
 
     def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
         """Load the weights of the inner network: nnU-Net does so for each fold before it predicts."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_mstkd import modalities
@@ -41,7 +42,7 @@ def read_expected_dice(
     if not file.is_file():
         return {}
     expected: dict[int, dict[str, float]] = {}
-    try:
+    with _refused_unless_understood(file):
         content = json.loads(file.read_text(encoding="utf-8"))
         moved, found = list(map(str, content.get("moved_modalities", ()))), content.get("normalization", "plans")
         for text, regions in content["subsets"].items():
@@ -50,10 +51,6 @@ def read_expected_dice(
             known = {region: dice for region, dice in values.items() if dice is not None and math.isfinite(dice)}
             postprocessed = postprocessed_regions(known)  # prediction does not do that step
             expected[code] = {region: float(dice) for region, dice in known.items() if region not in postprocessed}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
-        ) from error
     if found != normalization or moved:
         reason = (
             f"the model now has input.normalization={normalization}"
@@ -97,7 +94,7 @@ def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str,
     file = model_folder / SUMMARY
     if not file.is_file():
         return {}
-    try:
+    with _refused_unless_understood(file):
         content = json.loads(file.read_text(encoding="utf-8"))
         return {
             modalities.subset_code(modalities.parse_subset(text, names)): {
@@ -106,6 +103,13 @@ def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str,
             for text, ranges in content.get("ranges", {}).items()
             if content["cases_by_subset"][text] >= MIN_CASES
         }
+
+
+@contextlib.contextmanager
+def _refused_unless_understood(file: Path) -> Iterator[None]:
+    """Raise InputError for what goes wrong in reading a summary that is none of this model's."""
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"

@@ -60,6 +60,11 @@ def valid_map(valid: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
     return valid
 
 
+def mean_over_voxels(values: torch.Tensor, valid: torch.Tensor, voxel_weight: torch.Tensor | None) -> torch.Tensor:
+    """Mean of (weighted) values (B, 1, *spatial) over the valid voxels; 0 without any."""
+    return torch.where(valid, weigh(values, voxel_weight), 0.0).sum() / valid.sum().clamp_min(1)
+
+
 def weigh(values: torch.Tensor, voxel_weight: torch.Tensor | None) -> torch.Tensor:
     if voxel_weight is None:
         return values

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits, probabilities, valid_map, weigh
+from nnunetv2_mstkd.losses.logits import check_logits, mean_over_voxels, probabilities, valid_map
 
 
 def soft_label_divergence(
@@ -36,5 +36,4 @@ def soft_label_divergence(
             loss = loss.mean(1, keepdim=True)
         else:
             loss = (target * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1, keepdim=True)
-        loss = torch.where(valid, weigh(loss, voxel_weight), 0.0)
-        return loss.sum() / valid.sum().clamp(min=1)
+        return mean_over_voxels(loss, valid, voxel_weight)

@@ -75,6 +75,12 @@ def label_colors(labels: list[int], ignore_label: int | None) -> dict[int, Color
     return colors if ignore_label is None else {**colors, ignore_label: IGNORED}
 
 
+def fractions(color: Color) -> tuple[float, float, float]:
+    """Red, green and blue from 0 to 1, as matplotlib takes them."""
+    red, green, blue = (value / 255 for value in color)
+    return red, green, blue
+
+
 def region_colors(regions: Mapping[str, Sequence[int]], colors: Mapping[int, Color]) -> dict[str, Color]:
     """A colour per region: that of the label that is in the fewest other regions, so of WT the edema's.
 

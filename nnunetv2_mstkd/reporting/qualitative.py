@@ -30,7 +30,15 @@ from nnunetv2_mstkd.evaluation.results import (
 from nnunetv2_mstkd.inference.evaluation_files import CASES
 from nnunetv2_mstkd.metrics.conventions import metric_named
 from nnunetv2_mstkd.reporting.figures import new_figure
-from nnunetv2_mstkd.reporting.pictures import OPACITY, Color, clearest_image, cropped, label_colors, region_colors
+from nnunetv2_mstkd.reporting.pictures import (
+    OPACITY,
+    Color,
+    clearest_image,
+    cropped,
+    fractions,
+    label_colors,
+    region_colors,
+)
 from nnunetv2_mstkd.statistics.comparison import Comparison, EvaluatedModel
 
 ABSENT = "missing"
@@ -172,7 +180,7 @@ def _draw(
             axis.set_xlabel(text, fontsize=6, labelpad=2)
     for axis, title in zip(axes[0], [*names, "reference", *models], strict=True):
         axis.set_title(title, fontsize=8)
-    patches = [Patch(color=_rgb(color), label=name) for name, color in region_colors(regions, colors).items()]
+    patches = [Patch(color=fractions(color), label=name) for name, color in region_colors(regions, colors).items()]
     outline = Line2D([], [], color="0.4", linewidth=1, label="outline: reference")
     kind = metric_named(metric)
     numbers = Line2D([], [], linestyle="none", label=f"numbers: {kind.label} ({kind.unit}) of the whole case")
@@ -204,15 +212,10 @@ def _overlay(
     _image(axis, image)
     painted = np.zeros((*labels.shape, 4))
     for label, color in colors.items():
-        painted[labels == label] = (*_rgb(color), OPACITY / 255)
+        painted[labels == label] = (*fractions(color), OPACITY / 255)
     axis.imshow(painted)
     if outline is not None and outline.any() and not outline.all():
         axis.contour(outline, [0.5], colors="white", linewidths=0.6)
-
-
-def _rgb(color: Color) -> tuple[float, float, float]:
-    red, green, blue = (value / 255 for value in color)
-    return red, green, blue
 
 
 def _values(model: EvaluatedModel, case: str, subset: str, metric: str, regions: Mapping[str, tuple[int, ...]]) -> str:

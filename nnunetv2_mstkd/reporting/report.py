@@ -19,7 +19,7 @@ from nnunetv2_mstkd.inference.expected_dice import ENTROPY
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.page import Pictures, case_page, html_report
-from nnunetv2_mstkd.reporting.pictures import label_colors, region_colors
+from nnunetv2_mstkd.reporting.pictures import fractions, label_colors, region_colors
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -82,10 +82,7 @@ def _write_case_pages(
 def _write_figures(findings: Findings, rules: Rules, output: Path) -> dict[str, Path]:
     """Draw the figures, remove those of an earlier run with other subsets, and return the files by name."""
     of_labels = label_colors(list(rules.labels), rules.ignore_label)
-    colors = {
-        name: (red / 255, green / 255, blue / 255)
-        for name, (red, green, blue) in region_colors(rules.regions, of_labels).items()
-    }
+    colors = {name: fractions(color) for name, color in region_colors(rules.regions, of_labels).items()}
     of_regions = partial(partial, colors=colors)
     drawings: dict[str, tuple[Callable[..., Any], pd.DataFrame | None]] = {
         "missing.png": (of_regions(figures.missing_bars), findings.missing_one),

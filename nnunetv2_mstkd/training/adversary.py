@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd.losses.style import adversarial_student_term, discriminator_loss
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator, mean_logit
+from nnunetv2_mstkd.training.base import wrapped_for_ddp
 
 LEARNING_RATE = 1e-4
 BETAS = (0.9, 0.99)
@@ -37,8 +37,7 @@ class Adversary:
         self.optimizer = torch.optim.Adam(self.discriminator.parameters(), LEARNING_RATE, betas=BETAS)
         self._trained: torch.nn.Module = self.discriminator
         if distributed:
-            devices = [device] if device.type == "cuda" else None
-            self._trained = DistributedDataParallel(self.discriminator, device_ids=devices)
+            self._trained = wrapped_for_ddp(self.discriminator, device)
 
     def term(self, student: Any, teacher: Any = None, target: Any = None) -> torch.Tensor:
         """Return the student's loss for being told from the teacher; the discriminator gets no gradient."""

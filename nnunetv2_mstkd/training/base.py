@@ -18,7 +18,6 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
-from torch._dynamo import OptimizedModule
 from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
@@ -30,6 +29,7 @@ from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, per_channel
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
 from nnunetv2_mstkd.nnunet.folders import BEST, FINAL, find_raw_folder, model_folder_name
 from nnunetv2_mstkd.nnunet.mask_differences import MaskDifferences
+from nnunetv2_mstkd.nnunet.model import plain_network
 from nnunetv2_mstkd.nnunet.per_channel import data_folder
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.preprocessing import identifiers
@@ -61,8 +61,12 @@ from nnunetv2_mstkd.training.step import Losses, LossMonitor, Target
 
 def unwrapped(network: Any) -> Any:
     """Return a network without the wrappers of DDP and torch.compile."""
-    network = network.module if isinstance(network, DistributedDataParallel) else network
-    return network._orig_mod if isinstance(network, OptimizedModule) else network
+    return plain_network(network.module if isinstance(network, DistributedDataParallel) else network)
+
+
+def wrapped_for_ddp(module: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Wrap a module that a trainer has beside nnU-Net's network for a training on several GPUs, as nnU-Net does."""
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
 class SettingsTrainer(nnUNetTrainer):

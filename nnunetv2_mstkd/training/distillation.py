@@ -8,13 +8,12 @@ from typing import Any, ClassVar
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
-from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped
+from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped, wrapped_for_ddp
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
 from nnunetv2_mstkd.training.step import Target, Term, active_terms
@@ -119,9 +118,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
         super().initialize()
         if self.teacher_learns:
             self.teacher = torch.compile(self.teacher) if self._do_i_compile() else self.teacher
-            if self.is_ddp:
-                devices = [self.device] if self.device.type == "cuda" else None
-                self.teacher = DistributedDataParallel(self.teacher, device_ids=devices)
+            self.teacher = wrapped_for_ddp(self.teacher, self.device) if self.is_ddp else self.teacher
         self.adversary = None
         if self.active(self.adversarial_term):
             dimensions = len(self.configuration_manager.patch_size)

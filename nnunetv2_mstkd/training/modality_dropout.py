@@ -108,12 +108,13 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     def draw_availability(self, batch_size: int, present: torch.Tensor | None = None) -> torch.Tensor:
         """Draw which of its modalities each sample keeps in this step: bool, (B, C), on the CPU."""
-        if not self.settings[SamplerSettings].per_batch:
-            return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
-        common = None if present is None else present.all(0, keepdim=True)
-        if common is not None and not bool(common.any()):  # its cases have no modality in common
-            return self.sampler.sample(batch_size, present=present, generator=self._subset_generator)
-        return self.sampler.sample(1, present=common, generator=self._subset_generator).repeat(batch_size, 1)
+        draws = batch_size
+        if self.settings[SamplerSettings].per_batch:
+            common = None if present is None else present.all(0, keepdim=True)
+            if common is None or bool(common.any()):  # else its cases have no modality in common
+                draws, present = 1, common
+        drawn = self.sampler.sample(draws, present=present, generator=self._subset_generator)
+        return drawn.repeat(batch_size // draws, 1)
 
     @contextlib.contextmanager
     def conditioned_on(self, availability: torch.Tensor) -> Iterator[None]:

@@ -388,12 +388,12 @@ class Settings:
         """
         sections = tuple(sections)
         content = translate(block)
-        for section in dict.fromkeys((*sections, *known_sections().values())):
+        known = known_sections()
+        for section in dict.fromkeys((*sections, *known.values())):
             section.imply(content)
         names = {section.NAME for section in sections}
         others = {name: value for name, value in content.items() if name not in names}
         if strict:
-            known = known_sections()
             _known(BLOCK, content, known)
             for name, value in others.items():
                 known[name].read(value)

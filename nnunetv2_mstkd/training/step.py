@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -62,6 +62,16 @@ class Term:
 def active_terms(*terms: Term) -> tuple[Term, ...]:
     """Return the terms of weight above 0; the others are neither computed nor logged."""
     return tuple(term for term in terms if term.weight > 0)
+
+
+def add_terms(
+    total: torch.Tensor, values: dict[str, torch.Tensor], terms: Iterable[Term], output: Any, target: Target
+) -> torch.Tensor:
+    """Return a total with weighted terms that need no teacher, whose values are noted by name in ``values``."""
+    for term in terms:
+        values[term.name] = term.function(output, None, target)
+        total = total + term.weight * values[term.name]
+    return total
 
 
 def rows_of(output: Any, rows: torch.Tensor | slice) -> Any:

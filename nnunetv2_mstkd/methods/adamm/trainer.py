@@ -18,7 +18,7 @@ from nnunetv2_mstkd.training.base import SettingsTrainer, TeacherTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.settings import Settings
-from nnunetv2_mstkd.training.step import Losses, Target, Term, active_terms
+from nnunetv2_mstkd.training.step import Losses, Target, Term, active_terms, add_terms
 
 
 def presence_terms(trainer: SettingsTrainer, presence: float, reliability: float) -> list[Term]:
@@ -73,11 +73,7 @@ class AdaMMTeacherTrainer(TeacherTrainer):
         output = self.network(data, return_features=True)
         total = self.loss(output.logits, target)
         values = {"segmentation": total}
-        label = self.read_target(finest(target))
-        for term in self.terms:
-            values[term.name] = term.function(output, None, label)
-            total = total + term.weight * values[term.name]
-        return Losses(total, values)
+        return Losses(add_terms(total, values, self.terms, output, self.read_target(finest(target))), values)
 
 
 class AdaMMTrainer(DistillationTrainer):

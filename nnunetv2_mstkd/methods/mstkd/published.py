@@ -13,7 +13,14 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits, probabilities, valid_map, weigh
+from nnunetv2_mstkd.losses.logits import (
+    check_logits,
+    foreground_masks,
+    foreground_probabilities,
+    mean_over_voxels,
+    probabilities,
+    valid_map,
+)
 from nnunetv2_mstkd.methods.mstkd.losses import check_pairs, class_logits
 
 _NO_SPREAD = 1e-7
@@ -76,9 +83,10 @@ def probability_error(
     valid = valid_map(valid, student)
     with torch.autocast(device_type=student.device.type, enabled=False):
         # zeros come in before any arithmetic: 0 * NaN is NaN, in the gradient too
-        found, wanted = (probabilities(torch.where(valid, each, 0.0), regions) for each in (student, teacher))
-        squared = (found - wanted)[:, 0 if regions else 1 :].square().sum(1, keepdim=True)
-        return torch.where(valid, weigh(squared, voxel_weight), 0.0).sum() / valid.sum().clamp_min(1)
+        found, wanted = (
+            foreground_probabilities(torch.where(valid, each, 0.0), regions) for each in (student, teacher)
+        )
+        return mean_over_voxels((found - wanted).square().sum(1, keepdim=True), valid, voxel_weight)
 
 
 def standardized_kl(
@@ -115,7 +123,7 @@ def standardized_kl(
     with torch.autocast(device_type=student.device.type, enabled=False):
         found, wanted = log_probabilities(student), log_probabilities(teacher)
         divergence = (wanted.exp() * (wanted - found)).mean(1, keepdim=True)
-        return tau**2 * torch.where(valid, weigh(divergence, voxel_weight), 0.0).sum() / valid.sum().clamp_min(1)
+        return tau**2 * mean_over_voxels(divergence, valid, voxel_weight)
 
 
 def style(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -157,8 +165,7 @@ def dice(
     with torch.autocast(device_type=logits.device.type, enabled=False):
         found = probabilities(logits, regions)
         if not regions:
-            numbers = torch.arange(found.shape[1], device=label.device)
-            label = label == numbers.reshape(1, -1, *[1] * (label.ndim - 2))
+            label = torch.cat([label == 0, foreground_masks(label, found.shape[1])], 1)
         wanted, valid = label.float(), valid_map(valid, logits)
         found, wanted = (torch.where(valid, each, 0.0).transpose(0, 1).flatten(1) for each in (found, wanted))
         size = found.square().sum(1) + wanted.square().sum(1)

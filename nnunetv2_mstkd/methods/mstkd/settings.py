@@ -18,7 +18,7 @@ STYLE = 1e-5
 """Weight of the published form of ``style``, which the paper does not print and the released code does not use: with it
 the term pulled a tenth as hard as the segmentation loss, half-way through a training on the phantom."""
 
-_RELATIVE_PAPER = {"evd", "maps", "discrepancy", "kl", "style", "adversarial", "tau", "style_encoder"}
+_RELATIVE_PAPER = {*TERMS, "tau", "style_encoder"}
 """Keys that earlier versions stored beside ``recipe = "paper"``, which was this package's terms with other weights."""
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import UnsupportedError
@@ -16,6 +15,7 @@ from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
+from nnunetv2_mstkd.training.base import wrapped_for_ddp
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import (
@@ -25,7 +25,7 @@ from nnunetv2_mstkd.training.settings import (
     SettingsError,
     UnlabelledSettings,
 )
-from nnunetv2_mstkd.training.step import Losses, Target
+from nnunetv2_mstkd.training.step import Losses, Target, add_terms
 
 
 class SMMLTrainer(ModalityDropoutTrainer):
@@ -69,7 +69,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
     def configure_optimizers(self):
         """One optimiser over the students and their refinement networks, which are made here."""
         smml = self.smml
-        network = getattr(self.network, "_orig_mod", self.network)  # compiled, but not yet wrapped for DDP
+        network = self.plain_network
         trained = [network]
         self.refiners = self.average = None
         if smml.prior != "none":
@@ -94,8 +94,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
             )
         self.refine: list[torch.nn.Module] = list(self.refiners or ())
         if self.is_ddp:
-            device_ids = [self.local_rank] if self.device.type == "cuda" else None
-            self.refine = [DistributedDataParallel(refiner, device_ids=device_ids) for refiner in self.refine]
+            self.refine = [wrapped_for_ddp(refiner, self.device) for refiner in self.refine]
 
     @property
     def smml(self) -> SMMLSettings:
@@ -232,9 +231,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 own.bottleneck, peer.bottleneck.detach(), peer_logits, label.label, **heads
             )
             total = total + smml.feature * terms["feature"]
-        for term in self.terms:
-            terms[term.name] = term.function(own, None, label)
-            total = total + term.weight * terms[term.name]
+        total = add_terms(total, terms, self.terms, own, label)
         if prior is not None:
             refined = self.refine[number](prior, logits, regions=self.label_manager.has_regions)
             loss = self.loss if isinstance(own.logits, torch.Tensor) else self.loss.loss  # without deep supervision
