@@ -5,6 +5,11 @@
     python benchmarks/accuracy.py --preset full --out FOLDER --jobs 4     # nnU-Net's own widths, CUDA
     python benchmarks/accuracy.py --preset cpu --out FOLDER --only mstkd mstkd-zero dropout dropout-warm full --seeds 0
     python benchmarks/accuracy.py --preset cpu --out FOLDER --report      # tables of what is finished, runs nothing
+    python benchmarks/accuracy.py --preset slices --data RAW_DATASET --hours 0.1 --out FOLDER --only dropout-warm kd
+
+Without `--data` the cases are synthetic. With it they come from a data set in nnU-Net's raw format, such as one of
+`mstkd convert`; `--labelled 16` keeps the labels of 16 patients and trains on the others without. `--hours` gives every
+model the same time in place of the same steps: the time of a step is measured once, for all rows in one process.
 
 What is trained stands in `accuracy_rows.py`, what is asked of the result in `accuracy_verdict.py`. A finished run is
 skipped, a stopped one goes on. JSON (with the values of all cases), tables and figure go to benchmarks/results (preset
@@ -21,23 +26,22 @@ import json
 import os
 import platform
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from accuracy_data import COMPLETE, divide, make_data
 from accuracy_rows import (
     DATASET,
     DATASET_NAME,
     FLOOR,
     FOLD,
     LONGER,
-    PARENT,
     PLANS,
     PRESETS,
     ROWS,
@@ -53,12 +57,13 @@ from gradient_ratio import GRADIENTS
 from measured_training import read_cost
 
 from nnunetv2_mstkd.crossval.steps import Progress, Step, Train, Training
+from nnunetv2_mstkd.images.atomic import read_json
 from nnunetv2_mstkd.inference.evaluation_files import RESULTS
 from nnunetv2_mstkd.nnunet.folders import FINAL
-from nnunetv2_mstkd.processes import command_path
 
 HERE = Path(__file__).resolve().parent
 RECORD = "benchmark.json"
+STEP_TIMES = "step_times.json"
 
 
 # ---- steps ---------------------------------------------------------------------------------------------------------
@@ -155,15 +160,34 @@ class Benchmark:
         of the preset.
     device:
         in place of the preset's; None: the preset's.
+    data:
+        raw data set; None: the phantom.
+    labelled:
+        number of its patients that keep their label, or ``all`` or ``complete``.
+    changes:
+        fields of the preset with other values.
     """
 
     out: Path
     name: str
     device: str | None = None
+    data: Path | None = None
+    labelled: str = COMPLETE
+    changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def preset(self) -> Preset:
-        return PRESETS[self.name]
+        file = self.out / STEP_TIMES
+        return dataclasses.replace(
+            PRESETS[self.name], **self.changes, step_seconds=read_json(file) if file.is_file() else {}
+        )
+
+    @property
+    def title(self) -> str:
+        """The part of the names of result files that says what was run."""
+        data = [self.data.name.split("_", 1)[-1].lower(), self.labelled] if self.data else []
+        changes = [f"{key}{value:g}".replace("label_noise", "noise") for key, value in self.changes.items() if value]
+        return "_".join([self.name, *data, *changes])
 
     @property
     def dataset(self) -> str:
@@ -184,18 +208,23 @@ class Benchmark:
     def evaluation(self, row: Row, seed: int) -> Path:
         return self.out / "evaluations" / row.configuration(seed)
 
+    def first_stages(self, rows: Sequence[Row], seed: int) -> list[Step]:
+        """The trainings that rows start from, each once."""
+        steps = [
+            MeasuredTrain(self.training(row.first, row.first_stage(seed)), fold=FOLD, bfloat16=self.preset.bfloat16)
+            for row in rows
+            if row.first
+        ]
+        return list({step.key: step for step in steps}.values())
+
     def steps(self, rows: Sequence[Row], seeds: Sequence[int]) -> list[Step]:
         """Steps such that each comes after those that it needs; all rows of a seed before the next seed."""
         steps: dict[str, Step] = {}
         for seed in seeds:
             for row in rows:
-                needs: tuple[str, ...] = ()
-                if row.first:
-                    first = MeasuredTrain(
-                        self.training(row.first, row.first_stage(seed)), fold=FOLD, bfloat16=self.preset.bfloat16
-                    )
-                    steps.setdefault(first.key, first)
-                    needs = (first.key,)
+                first = self.first_stages([row], seed)
+                steps |= {step.key: step for step in first if step.key not in steps}
+                needs = tuple(step.key for step in first)
                 model = self.training(row.trainer, row.configuration(seed))
                 train = MeasuredTrain(model, needs, fold=FOLD, keep=row.terms, bfloat16=self.preset.bfloat16)
                 folder, options = self.evaluation(row, seed), (*self.preset.evaluation, "--name", row.name)
@@ -221,7 +250,8 @@ class Benchmark:
         """
         from nnunetv2_mstkd.demo.steps import FOLDERS, environment
 
-        record = json.loads(json.dumps({"preset": self.name, **dataclasses.asdict(self.preset)}))
+        data = {"data": str(self.data), "labelled": self.labelled} if self.data else {}
+        record = json.loads(json.dumps({"preset": self.name, **dataclasses.asdict(self.preset), **data}))
         file = self.out / RECORD
         if file.is_file():
             there = json.loads(file.read_text(encoding="utf-8"))
@@ -241,32 +271,6 @@ class Benchmark:
             if name in FOLDERS:
                 Path(value).mkdir(exist_ok=True)
 
-    def make_data(self) -> None:
-        """Cases, plans, preprocessed data and the split, as far as they are not there."""
-        from nnunetv2_mstkd.dataset_conversion.splits import write_splits
-        from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
-
-        preset = self.preset
-        write_dataset(
-            self.out / "raw", DATASET, name=DATASET_NAME, cases=preset.training_cases + preset.validation_cases,
-            test_cases=preset.test_cases, spacing=preset.spacing, recipe=preset.recipe, anatomy=preset.anatomy,
-            seed=preset.data_seed, progress=True,
-        )  # fmt: skip
-        splits = self.plans_file.with_name("splits_final.json")
-        if splits.is_file():  # the last thing that is written here
-            return
-        shutil.rmtree(self.plans_file.parent, ignore_errors=True)
-        workers = str(default_workers())
-        command = [command_path("nnUNetv2_plan_and_preprocess"), "-d", str(DATASET), "-c", PARENT]
-        print("plan and preprocess", flush=True)
-        subprocess.run(
-            [*command, "-np", workers, "-npfp", workers],
-            env={**os.environ, "nnUNet_def_n_proc": "1"}, check=True, stdout=subprocess.DEVNULL,
-        )  # fmt: skip
-        cases = sorted(path.name[: -len(".nii.gz")] for path in (self.raw / "labelsTr").glob("*.nii.gz"))
-        split = {"train": cases[: preset.training_cases], "val": cases[preset.training_cases :]}
-        write_splits([split], splits)
-
     def configure(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
         """A configuration per row and seed in the plans, as ``mstkd configure`` writes them.
 
@@ -279,14 +283,14 @@ class Benchmark:
         from nnunetv2_mstkd.nnunet.plans import read_plans
 
         preset = self.preset
-        planned = read_plans(self.plans_file)["configurations"][PARENT]["architecture"]["arch_kwargs"]
+        planned = read_plans(self.plans_file)["configurations"][preset.configuration]["architecture"]["arch_kwargs"]
         widths = preset.stages(len(planned["strides"]))
         for seed in seeds:
             for variant in sorted({"", *(row.variant for row in rows)}):
                 plans, name = read_plans(self.plans_file), first_stage(seed, variant)
                 entry = configure(
-                    plans, PARENT, name, assignments=first_assignments(preset, seed, variant), features=widths,
-                    batch_size=preset.batch_size,
+                    plans, preset.configuration, name, features=widths, batch_size=preset.batch_size,
+                    assignments=first_assignments(preset, seed, variant),
                 )  # fmt: skip
                 self._write(name, entry)
             for row in rows:
@@ -294,6 +298,19 @@ class Benchmark:
                 changes = row.assignments(preset, seed)
                 entry = configure(plans, row.first_stage(seed), row.configuration(seed), assignments=changes)
                 self._write(row.configuration(seed), entry)
+
+    def measure_steps(self, rows: Sequence[Row], seed: int) -> None:
+        """Note the time per step of rows and first stages where it is not known; their first stages are trained."""
+        known = self.preset.step_seconds
+        wanted = {row.name: (row.trainer, row.configuration(seed)) for row in rows}
+        wanted |= {row.first: (row.first, row.configuration(seed)) for row in rows if row.first}
+        missing = [f"{name}={trainer}:{of}" for name, (trainer, of) in wanted.items() if name not in known]
+        if missing:
+            print(f"time of a step of {', '.join(word.split('=')[0] for word in missing)}", flush=True)
+            options = ["--bfloat16"] if self.preset.bfloat16 else []
+            words = [sys.executable, str(HERE / "step_times.py"), *options, str(DATASET), str(FOLD)]
+            words += [self.device or self.preset.device, str(self.out / STEP_TIMES), *missing]
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
         from nnunetv2_mstkd.methods.configuration import complete_block
@@ -386,25 +403,35 @@ class Benchmark:
                 "torch": torch.__version__,
             },
             "data": {
-                "recipe": preset.recipe,
-                "spacing": preset.spacing,
-                "training_cases": preset.training_cases,
+                **self._about_cases(),
                 "test_cases": preset.test_cases,
                 "seed": preset.data_seed,
+                **({"label_noise": preset.label_noise} if preset.label_noise else {}),
                 "patch": list(plans.patch_size),
                 "batch": plans.batch_size,
                 "widths": list(widths),
             },
-            "budget": {
-                "first": preset.first_epochs * preset.iterations,
-                "student": preset.student_epochs * preset.iterations,
-                "total": (preset.first_epochs + preset.student_epochs) * preset.iterations,
-            },
+            "budget": _budget(preset),
             "not_measured": list(missing),
         }
 
-    def report(self, seeds: Sequence[int], folder: Path) -> None:
+    def _about_cases(self) -> dict[str, Any]:
+        """Where the cases come from, and how many are trained on."""
+        preset = self.preset
+        if self.data is None:
+            return {"recipe": preset.recipe, "spacing": preset.spacing, "training_cases": preset.training_cases}
+        parts = divide(self.data, preset, self.labelled)
+        spacing = list(preset.target_spacing) if preset.target_spacing else "nnU-Net's own"
+        numbers = {"training_cases": len(parts.labelled), "unlabelled_cases": len(parts.unlabelled)}
+        return {"name": self.data.name, "spacing": spacing, **numbers}
+
+    def report(self, seeds: Sequence[int], folder: Path, student: str = STUDENT) -> None:
         """Write and print all rows of the table that are finished with these seeds.
+
+        Parameters
+        ----------
+        student
+            The row that the verdict is about.
 
         Raises
         ------
@@ -443,44 +470,53 @@ class Benchmark:
         if longer.is_file():
             control_at_equal_hours(numbers, json.loads(longer.read_text(encoding="utf-8"))["rows"], about["clock"])
         findings = verdict(
-            results, student=STUDENT, controls=controls, floor=FLOOR, training_cases=self.preset.training_cases
+            results, student=student, controls=controls, floor=FLOOR, training_cases=about["data"]["training_cases"]
         )
         dedicated = [row for row in finished if row.subset is not None]
         of_subset = self.results(dedicated, seeds) if dedicated else None
-        comparable = STUDENT in numbers and best is not None
+        comparable = student in numbers and best is not None
         content = {
             "about": about,
-            "student": STUDENT,
+            "student": student,
             "best_control": best,
             "rows": numbers,
             "verdict": [{"claim": line.claim, "found": line.found, "result": line.word} for line in findings],
-            "subsets": subset_differences(results, STUDENT, best).to_dict("records") if comparable else [],
-            "dedicated": dedicated_numbers(results, of_subset, dedicated, [STUDENT, *([best] if best else []), FLOOR])
+            "subsets": subset_differences(results, student, best).to_dict("records") if comparable else [],
+            "dedicated": dedicated_numbers(results, of_subset, dedicated, [student, *([best] if best else []), FLOOR])
             if dedicated
             else [],
             "gradients": mean_gradients({row.name: self.gradients(row, seeds) for row in general if row.terms}),
             "cases": case_values(pd.concat([results, *([of_subset] if dedicated else [])])),
         }
-        name = f"accuracy_{self.name}"
+        name = f"accuracy_{self.title}"
         write_text(folder / f"{name}.json", compact_json(content))
         text = page(content, general)
         write_text(folder / f"{name}.md", text)
         save_figure(figure(content, general), folder / f"{name}.png")
-        self._compare(general, seeds)
+        self._compare(general, seeds, student)
         print(text)
         print(f"written to {folder / name}.json, .md and .png; all pairs in {self.out / 'comparison'}")
 
-    def _compare(self, rows: Sequence[Row], seeds: Sequence[int]) -> None:
+    def _compare(self, rows: Sequence[Row], seeds: Sequence[int], student: str) -> None:
         """What `mstkd compare` says of the same values, the student (or the first row) against all others."""
         from nnunetv2_mstkd.reporting.compare import compare
 
         if len(rows) > 1:
             models = {row.name: [self.evaluation(row, seed) for seed in seeds] for row in rows}
-            baseline = STUDENT if STUDENT in models else rows[0].name
+            baseline = student if student in models else rows[0].name
             compare(models, baseline=baseline, output=self.out / "comparison")
 
 
-_NOT_DATA = ("seconds_per_step", "where", "device", "evaluation")
+def _budget(preset: Preset) -> dict[str, Any]:
+    """Of every model, in steps or in hours."""
+    first = preset.first_epochs * preset.iterations
+    if preset.hours is not None:
+        return {"first": first, "hours": preset.hours}
+    student = preset.student_epochs * preset.iterations
+    return {"first": first, "student": student, "total": first + student}
+
+
+_NOT_DATA = ("seconds_per_step", "where", "device", "evaluation", "step_seconds")
 """Of a preset: what the results do not depend on, or what `mstkd evaluate` checks itself."""
 
 
@@ -511,6 +547,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=tuple(PRESETS), required=True)
     parser.add_argument("--out", type=Path, required=True, help="folder for data, models and values")
+    parser.add_argument("--data", type=Path, metavar="RAW_DATASET", help="DatasetXXX_NAME (default: the phantom)")
+    parser.add_argument("--labelled", help="patients of --data that keep their label: N, all or complete (the default)")
+    parser.add_argument("--hours", type=float, help="of each model, both stages (default: equal steps)")
+    parser.add_argument("--first-epochs", type=int, help="of the first stage (default: the preset's)")
+    parser.add_argument("--label-noise", type=float, metavar="MM", help="move the boundaries of training labels")
+    parser.add_argument("--student", default=STUDENT, help=f"row that the verdict is about (default: {STUDENT})")
     parser.add_argument("--only", nargs="+", metavar="ROW", help=f"of {', '.join(row.name for row in ROWS)}")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: the preset's")
@@ -533,27 +575,44 @@ def main() -> int:
 def run(args: argparse.Namespace) -> int:
     """What the command line asks for."""
     rows, seeds = chosen_rows(args.only), list(dict.fromkeys(args.seeds))
-    benchmark = Benchmark(args.out.resolve(), args.preset, args.device)
+    changes = {key: getattr(args, key) for key in ("hours", "first_epochs", "label_noise")}
+    changes = {key: value for key, value in changes.items() if value is not None}
+    if args.labelled and not args.data:
+        raise ValueError("--labelled is for --data; all cases of the phantom are labelled")
+    chosen_rows([args.student])
+    benchmark = Benchmark(
+        args.out.resolve(), args.preset, args.device, args.data and args.data.resolve(), args.labelled or COMPLETE,
+        changes,
+    )  # fmt: skip
     if args.dry_run:
         show(benchmark, rows, seeds)
         return 0
     benchmark.enter()
     left = 0
     if not args.report:
-        from nnunetv2_mstkd.crossval.local import run_steps
+        from nnunetv2_mstkd.crossval.local import Outcome, run_steps
 
         signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C: stop what runs
-        benchmark.make_data()
+        make_data(benchmark.out, benchmark.preset, benchmark.data, benchmark.labelled)
+        gpus = [text for text in (args.gpus or "").split(",") if text]
+
+        def run_all(steps: list[Step]) -> Outcome:
+            return run_steps(steps, jobs=args.jobs, gpus=gpus, report=lambda line: print(line, flush=True))
+
         with contextlib.redirect_stdout(io.StringIO()):
             benchmark.configure(rows, seeds)
-        gpus = [text for text in (args.gpus or "").split(",") if text]
-        outcome = run_steps(
-            benchmark.steps(rows, seeds), jobs=args.jobs, gpus=gpus, report=lambda line: print(line, flush=True)
-        )
+        if benchmark.preset.hours is not None:
+            # a student's step can be timed once its teacher is there, and its epochs follow from that time
+            run_all(benchmark.first_stages(rows, seeds[0]))
+            benchmark.measure_steps(rows, seeds[0])
+            with contextlib.redirect_stdout(io.StringIO()):
+                benchmark.configure(rows, seeds)
+        outcome = run_all(benchmark.steps(rows, seeds))
         for key, reason in outcome.left.items():
             print(f"not run {key}: {reason}")
         left = len(outcome.failed) + len(outcome.left)
-    benchmark.report(seeds, args.results or (benchmark.out if args.preset == "tiny" else HERE / "results"))
+    results = args.results or (benchmark.out if args.preset == "tiny" else HERE / "results")
+    benchmark.report(seeds, results, args.student)
     return 1 if left else 0
 
 

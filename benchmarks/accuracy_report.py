@@ -275,7 +275,8 @@ def page(content: Mapping[str, Any], rows: Sequence[Row]) -> str:
         )
     if about["not_measured"]:
         lines += ["", f"Not measured: {', '.join(about['not_measured'])}."]
-    return "\n".join([*lines, "", f"The data are synthetic: {DISCLAIMER}.", ""])
+    lines += ["", f"The data are synthetic: {DISCLAIMER}."] if _synthetic(about) else []
+    return "\n".join([*lines, ""])
 
 
 def _with_limits(entry: Mapping[str, Any]) -> str:
@@ -292,14 +293,29 @@ def _over(about: Mapping[str, Any]) -> str:
 def _facts(about: Mapping[str, Any]) -> list[str]:
     data, budget = about["data"], about["budget"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    source = (
+        f"Phantom, recipe {data['recipe']}, {data['spacing']} mm, {data['training_cases']} training"
+        if _synthetic(about)
+        else f"{data['name']}, {data['spacing']} mm, {data['training_cases']} labelled"
+    )
+    unlabelled = f", {data['unlabelled_cases']} unlabelled" if data.get("unlabelled_cases") else ""
+    noise = f"boundaries of training labels moved by {data['label_noise']} mm; " if data.get("label_noise") else ""
+    steps = f"{budget['first']} steps for teachers and other models to start from"
+    rest = (
+        f"{budget['hours']} hours for each model, these included"
+        if "hours" in budget
+        else f"{budget['student']} for what follows, {budget['total']} for models without a first stage"
+    )
     return [
         f"Preset {about['preset']}, seeds {', '.join(map(str, about['seeds']))}; {about['machine']}; {about['date']}; "
         f"{versions}.",
-        f"Phantom, recipe {data['recipe']}, {data['spacing']} mm, {data['training_cases']} training and "
-        f"{data['test_cases']} test cases; patch {data['patch']}, batch {data['batch']}, widths {data['widths']}; "
-        f"{budget['first']} steps for teachers and other models to start from, {budget['student']} for what follows, "
-        f"{budget['total']} for models without a first stage.",
+        f"{source}{unlabelled} and {data['test_cases']} test cases; {noise}patch {data['patch']}, batch "
+        f"{data['batch']}, widths {data['widths']}; {steps}, {rest}.",
     ]
+
+
+def _synthetic(about: Mapping[str, Any]) -> bool:
+    return "recipe" in about["data"]
 
 
 def _cost(cost: Mapping[str, Any] | None, clock: str) -> list[str]:

@@ -1,7 +1,7 @@
 """What `accuracy.py` trains: a table of rows and, per preset, the data and the budget that all rows share.
 
-A row is trained for one budget of iterations, that of teacher and student together. Rows with a first stage (a teacher,
-or a full-modality model to start from) spend part of it there, the others have all of it for themselves.
+A row is trained for one budget of iterations or of hours, that of teacher and student together. Rows with a first stage
+(a teacher, or a full-modality model to start from) spend part of it there, the others have all of it for themselves.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 
 DATASET = 903
 DATASET_NAME = "Accuracy"
-PARENT = "3d_fullres"
 PLANS = "nnUNetPlans"
 FOLD = 0
 
@@ -55,6 +54,8 @@ class Row:
         the only one that it is evaluated on; None: all.
     terms:
         whether it has weighted terms beside the segmentation loss.
+    unlabelled:
+        whether it says something only beside unlabelled cases; it has to be named.
     """
 
     name: str
@@ -67,14 +68,22 @@ class Row:
     variant: str = ""
     subset: str | None = None
     terms: bool = False
+    unlabelled: bool = False
 
     def first_stage(self, seed: int) -> str:
         """The configuration of its teacher or of the model that it starts from, and the parent of its own."""
         return first_stage(seed, self.variant)
 
     def epochs(self, preset: Preset) -> int:
-        """Of its own training, after the first stage."""
-        return preset.student_epochs if self.first else preset.first_epochs + preset.student_epochs
+        """Of its own training, after the first stage. With a budget of hours, 1 until the time per step is known."""
+        if preset.hours is None:
+            return preset.student_epochs if self.first else preset.first_epochs + preset.student_epochs
+        if self.name not in preset.step_seconds:
+            return 1
+        left = preset.hours * 3600
+        if self.first:
+            left -= preset.first_epochs * preset.iterations * preset.step_seconds[self.first]
+        return max(1, round(left / (preset.iterations * preset.step_seconds[self.name])))
 
     def first_epochs(self, preset: Preset) -> int:
         """Of the first stage; 0 without one."""
@@ -150,6 +159,13 @@ def _mstkd(
     )  # fmt: skip
 
 
+def _kd(name: str, title: str, settings: Mapping[str, Any]) -> Row:
+    return Row(
+        name=name, title=title, kind="method", trainer="KDTrainer", first="KDTeacherTrainer", settings=settings,
+        terms=True,
+    )  # fmt: skip
+
+
 STUDENT = "mstkd"
 FLOOR = "full"
 CHEAP_CONTROL = "dropout-warm"
@@ -172,7 +188,7 @@ ROWS: tuple[Row, ...] = (
         title="ModalityDropoutTrainer, warm start",
         kind="control",
         trainer="ModalityDropoutTrainer",
-        first="FullModalityTrainer",
+        first="KDTeacherTrainer",
         starts_from_first=True,
     ),
     _mstkd("mstkd-zero", "MSTKDTrainer, no distillation, warm start", "control", _without(*TERMS), terms=False),
@@ -198,7 +214,24 @@ ROWS: tuple[Row, ...] = (
         first="AdaMMTeacherTrainer",
         terms=True,
     ),
-    Row(name="kd", title="KDTrainer", kind="method", trainer="KDTrainer", first="KDTeacherTrainer", terms=True),
+    _kd("kd", "KDTrainer", {}),
+    _kd("kd-2", "KDTrainer, a teacher in every second step", {"distillation.every": 2}),
+    _kd("kd-fading", "KDTrainer, fading over the second half", {"distillation.fade": 0.5}),
+    replace(_kd("kd-labelled", "KDTrainer, labelled cases alone", {"unlabelled.share": 0}), unlabelled=True),
+    replace(
+        _mstkd("mstkd-labelled", "MSTKDTrainer, labelled cases alone", "method", {"unlabelled.share": 0}),
+        unlabelled=True,
+    ),
+    Row(
+        name="dropout-self",
+        title="ModalityDropoutTrainer, warm start, own pseudo-labels",
+        kind="method",
+        trainer="ModalityDropoutTrainer",
+        first="KDTeacherTrainer",
+        starts_from_first=True,
+        settings={"unlabelled.share": 0.5},
+        unlabelled=True,
+    ),
     Row(name="conditioned", title="ModalityConditionedTrainer", kind="method", trainer="ModalityConditionedTrainer"),
     Row(name="medmap", title="MedMAPTrainer", kind="method", trainer="MedMAPTrainer", terms=True),
     Row(name="smml", title="SMMLTrainer", kind="method", trainer="SMMLTrainer", terms=True),
@@ -216,7 +249,7 @@ class Preset:
     Attributes
     ----------
     spacing:
-        voxel edge in mm.
+        voxel edge of the phantom in mm.
     training_cases, validation_cases, test_cases:
         numbers; the validation cases are nnU-Net's own and decide nothing, the results are those of the test cases.
     features:
@@ -237,6 +270,18 @@ class Preset:
         what that estimate holds for.
     bfloat16:
         train in bfloat16 on a CPU; on CUDA nnU-Net's own mixed precision holds.
+    configuration:
+        of nnU-Net.
+    target_spacing:
+        in mm; None: nnU-Net's own.
+    data_seed:
+        of the phantom, or of the division of a data set into parts.
+    label_noise:
+        standard deviation of the boundaries of training labels in mm, see ``label_noise.py``.
+    hours:
+        of both stages together, in place of ``student_epochs``; a CPU's are those of the process.
+    step_seconds:
+        time of a training step by row and by trainer of the first stage, which ``hours`` are divided by.
     """
 
     spacing: float
@@ -258,6 +303,11 @@ class Preset:
     anatomy: str = "procedural"
     data_seed: int = 0
     bfloat16: bool = False
+    configuration: str = "3d_fullres"
+    target_spacing: tuple[float, float, float] | None = None
+    label_noise: float = 0.0
+    hours: float | None = None
+    step_seconds: Mapping[str, float] = field(default_factory=dict)
 
     def stages(self, planned: int) -> list[int] | None:
         """Widths for a plan of so many stages."""
@@ -290,6 +340,14 @@ PRESETS: Mapping[str, Preset] = {
     "short": SHORT,
     # twice the steps, and the teacher three times its own
     "longer": replace(SHORT, first_epochs=3 * SHORT.first_epochs),
+    # slices and small networks, so that a training of minutes comes close to where accuracy no longer rises
+    "slices": Preset(
+        spacing=4.0, training_cases=60, validation_cases=4, test_cases=24, features=(8, 16, 32, 48, 64), batch_size=8,
+        first_epochs=40, student_epochs=80, iterations=50, validation_iterations=4, device="cpu",
+        settings={**ADAMW, "input.normalization": "plans", "schedule.save_every": 5},
+        evaluation=("--disable_tta", "--stack", "7", "--strips", "0", "-npp", "0", "-nps", "0"), bfloat16=True,
+        seconds_per_step=0.06, where="one CPU core that knows bfloat16", configuration="2d", target_spacing=(5, 4, 4),
+    ),
     "full": Preset(
         spacing=2.0, training_cases=60, validation_cases=4, test_cases=24, features=None, batch_size=None,
         first_epochs=100, student_epochs=100, iterations=250, validation_iterations=20, device="cuda",
@@ -308,7 +366,7 @@ STEP_COST: Mapping[str, float] = {
 
 
 def chosen_rows(names: Iterable[str] | None) -> list[Row]:
-    """The rows of these names, in the table's order; None: all.
+    """The rows of these names, in the table's order; None: all but those for unlabelled cases.
 
     Raises
     ------
@@ -316,7 +374,7 @@ def chosen_rows(names: Iterable[str] | None) -> list[Row]:
         for a name that the table does not have.
     """
     known = [row.name for row in ROWS]
-    wanted = known if names is None else list(names)
+    wanted = [row.name for row in ROWS if not row.unlabelled] if names is None else list(names)
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise ValueError(f"no row {unknown[0]!r}; there are {', '.join(known)}")

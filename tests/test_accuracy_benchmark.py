@@ -72,7 +72,7 @@ def block_of(row: table.Row, preset: str = "cpu") -> dict:
     plans, _ = make_plans("small")
     chosen = table.PRESETS[preset]
     for name, parent, changes in (
-        (row.first_stage(1), table.PARENT, table.first_assignments(chosen, 1, row.variant)),
+        (row.first_stage(1), chosen.configuration, table.first_assignments(chosen, 1, row.variant)),
         (row.configuration(1), row.first_stage(1), row.assignments(chosen, 1)),
     ):
         plans["configurations"][name] = configure(plans, parent, name, assignments=changes)
@@ -115,6 +115,7 @@ def test_ablations_take_away_what_they_say():
         "mstkd-no-dmld": {"discrepancy", "kl"},
         "mstkd-no-gsme": {"style", "adversarial"},
         "mstkd-cold": set(),
+        "mstkd-labelled": set(),
     }
     assert not block_of(table.chosen_rows(["mstkd-cold"])[0])["teacher"]["warm_start"]
     schedule = ScheduleSettings(**block_of(table.chosen_rows(["mstkd-paper"])[0])["schedule"])
@@ -131,7 +132,7 @@ def test_first_stages_are_shared_within_a_seed_and_come_first(tmp_path):
     steps = accuracy.Benchmark(tmp_path, "tiny").steps(rows, [0, 1])
     titles = [step.title for step in steps]
     assert sum("MSTKDTeacherTrainer" in title for title in titles) == 2
-    assert sum(title.startswith("train FullModalityTrainer (first_s") for title in titles) == 2
+    assert sum(title.startswith("train KDTeacherTrainer (first_s") for title in titles) == 2
     assert sum(title.startswith("gradients") for title in titles) == 2  # of mstkd alone
     before: set[str] = set()
     for step in steps:
