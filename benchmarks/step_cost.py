@@ -5,9 +5,10 @@
     python benchmarks/step_cost.py --plan brats --count-only     # parameters and multiply-adds, on any machine
 
 Training: one step of each trainer on the same plans, patch and batch, over FullModalityTrainer's; time is the median of
-interleaved repetitions, memory the peak of a process of its own (resident set on a CPU, allocator on CUDA). Inference:
-forward pass of the student over that of the plans' plain network; multiply-adds are counted for one patch. The data are
-random: nothing here depends on them.
+interleaved repetitions, and the mean over a period where not every step asks the teacher. Memory: on CUDA the peak that
+the allocator counts above what the other trainers hold, on a CPU the resident set of a process for each trainer.
+Inference: forward pass of the student over that of the plans' plain network; multiply-adds are counted for one patch.
+The data are random: nothing here depends on them.
 """
 
 from __future__ import annotations
@@ -183,20 +184,17 @@ def timed(function, device: torch.device, clock: Callable[[], float]) -> float:
     return clock() - start
 
 
-def memory_of(trainer_name: str, plan: str, device_name: str, threads: int, queue) -> None:
-    """Peak memory of two steps above that of the imported libraries, in MiB; runs in a process of its own."""
+def memory_of(trainer_name: str, plan: str, threads: int, queue) -> None:
+    """Peak memory of two steps above that of the imported libraries, in MiB; for a process of its own on a CPU."""
     set_up(threads)
-    device = torch.device(device_name)
+    device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:
         batch = make_batch(plan, device)
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         trainer = prepare(trainer_name, plan, device, folder)
         for _ in range(2):
             trainer.train_step(batch)
-        if device.type == "cuda":
-            queue.put(torch.cuda.max_memory_allocated() / 2**20)
-        else:
-            queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
+        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before)
 
 
 def count(trainer, plan: str) -> dict[str, float]:
@@ -226,22 +224,30 @@ def measure(
 ) -> dict:
     rows: dict[str, dict[str, float]] = {name: {} for name in trainer_names}
     context = multiprocessing.get_context("spawn")
-    for name in trainer_names:
+    for name in trainer_names if device.type == "cpu" else ():
         queue = context.Queue()
-        process = context.Process(target=memory_of, args=(name, plan, device.type, threads, queue))
+        process = context.Process(target=memory_of, args=(name, plan, threads, queue))
         process.start()
         rows[name]["memory_mib"] = _answer(process, queue, name)
         process.join()
     with tempfile.TemporaryDirectory() as folder:
         batch = make_batch(plan, device)
-        prepared = {name: prepare(name, plan, device, folder) for name in trainer_names}
-        for trainer in prepared.values():
-            for _ in range(3 if device.type == "cuda" else 1):
+        prepared = {}
+        for name in trainer_names:
+            held = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+            trainer = prepared[name] = prepare(name, plan, device, folder)
+            if device.type == "cpu":
                 trainer.train_step(batch)
+                continue
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(3):
+                trainer.train_step(batch)
+            rows[name]["memory_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
         times: dict[str, list[float]] = {name: [] for name in trainer_names}
         forward: dict[str, list[float]] = {name: [] for name in trainer_names}
-        for _ in range(repetitions):
+        for repetition in range(repetitions):
             for name, trainer in prepared.items():
+                trainer._step_in_epoch = repetition
                 times[name].append(timed(lambda trainer=trainer: trainer.train_step(batch), device, clock))
         data = batch["data"].to(device)
         for trainer in prepared.values():
@@ -258,7 +264,8 @@ def measure(
                 if repetition >= 2:
                     forward[name].append(seconds)
         for name, trainer in prepared.items():
-            rows[name]["step_s"] = statistics.median(times[name])
+            period = getattr(trainer, "teacher_period", 1)
+            rows[name]["step_s"] = statistics.fmean(statistics.median(times[name][n::period]) for n in range(period))
             rows[name]["inference_s"] = statistics.median(forward[name])
             rows[name].update(count(trainer, plan))
     base = rows[BASELINE]
