@@ -32,6 +32,7 @@ from nnunetv2_mstkd.evaluation import run as run_module
 from nnunetv2_mstkd.evaluation.montage import Montage, choose_view, read_montage
 from nnunetv2_mstkd.evaluation.results import PRESENCE_COLUMNS
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
+from nnunetv2_mstkd.inference.predictor import Predictor
 from nnunetv2_mstkd.nnunet.model import load_predictor
 from nnunetv2_mstkd.statistics.shapley import shapley_matrix
 
@@ -211,6 +212,42 @@ def test_predict_reads_the_expected_dice_from_the_summary(student):
     for name in FEW_NAMES:
         code = modalities.subset_code(modalities.parse_subset(name, NAMES))
         assert expected[code] == {region: dice[name, region] for region in ("whole", "core")}
+
+
+def test_calibration_is_that_of_the_probabilities(student, nnunet_folders, capsys):
+    raw, out = nnunet_folders / "raw" / tiny.DATASET, nnunet_folders / "out"
+    assert evaluate(student, "--subsets", "all", "-f", "0") == 0
+    summary = json.loads((student / "subsets" / "summary.json").read_text())["calibration"]
+    predictor = Predictor(student, [0], device="cpu")
+    counts = {"whole": [], "core": []}
+    for case in results(student / "subsets")["case"].unique():
+        images = {name: raw / "imagesTr" / f"{case}_{channel:04d}.nii.gz" for channel, name in enumerate(NAMES)}
+        probabilities = predictor.predict(images).probabilities
+        label = read(raw / "labelsTr" / f"{case}.nii.gz").reshape(probabilities.shape[1:])
+        for head, (region, labels) in enumerate({"whole": (1, 2), "core": (1,)}.items()):
+            counts[region].append((probabilities[head].ravel(), np.isin(label, labels).ravel()))
+    for region, parts in counts.items():
+        stated, true = (np.concatenate(each) for each in zip(*parts, strict=True))
+        stated, true = stated[stated >= 0.01], true[stated >= 0.01]
+        group = np.minimum((stated * 15).astype(int), 14)
+        gap = sum(abs((true - stated)[group == each].sum()) for each in range(15)) / len(stated)
+        assert summary["expected_calibration_error"]["T0+T1+T2+T3"][region] == pytest.approx(gap, abs=0.01)
+        assert np.isfinite(summary["with_temperature"]["T0+T1+T2+T3"][region])
+    assert list(summary["temperature"]) == ["4"]
+    calibrated = Predictor(student, [0], device="cpu", calibrate=True)
+    warm = calibrated.predict(images).probabilities
+    odds = np.log(probabilities / (1 - probabilities)) / summary["temperature"]["4"]
+    there = (probabilities > 1e-4) & (probabilities < 1 - 1e-4)
+    assert np.allclose(warm[there], (1 / (1 + np.exp(-odds)))[there], atol=1e-3)
+    options = ["-m", str(student), "-f", "0", "-device", "cpu", "-npp", "0", "-nps", "0", "--save-uncertainty"]
+    for folder, more in ((out / "as_is", []), (out / "calibrated", ["--calibrate"])):
+        assert cli.main(["predict", "-i", str(raw / "imagesTr"), "-o", str(folder), *options, *more]) == 0
+    as_is, other = (files(out / name) for name in ("as_is", "calibrated"))
+    labels = [name for name in as_is if name.endswith(".nii.gz") and "uncertainty" not in name]
+    assert labels and all(as_is[name] == other[name] for name in labels)
+    maps = [name for name in as_is if "uncertainty" in name]
+    assert maps and any(as_is[name] != other[name] for name in maps)
+    assert json.loads((out / "calibrated" / "predictions.json").read_text())["calibrated"] is True
 
 
 def test_background_processes_give_the_same_results(student):

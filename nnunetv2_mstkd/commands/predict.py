@@ -18,7 +18,7 @@ FOLDS = (0, 1, 2, 3, 4)
 
 FOLDER_ONLY = {
     "--drop": None, "--skip-bad": False, "--save_probabilities": False, "--save-uncertainty": False,
-    "--continue_prediction": False, "-num_parts": 1, "-part_id": 0,
+    "--calibrate": False, "--continue_prediction": False, "-num_parts": 1, "-part_id": 0,
 }  # fmt: skip
 """Options that do not go with ``--image``, and their defaults."""
 
@@ -46,6 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = run.add_argument
     add("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
     add("--save-uncertainty", action="store_true", help="also write uncertainty/CASE: entropy in %% of its maximum")
+    add(
+        "--calibrate",
+        action="store_true",
+        help="save probabilities and entropies at the evaluation's temperature",
+    )
     add("--continue_prediction", action="store_true", help="keep the cases that are there, made of the same modalities")
     add("-num_parts", metavar="N", type=int, default=1, help="calls that share the input folder")
     add("-part_id", metavar="K", type=int, default=0, help="which of them this one is, 0 to N - 1")
@@ -129,4 +134,5 @@ def _load(args: argparse.Namespace) -> Predictor:
         trust=args.trust,
         on_device=not args.not_on_device,
         verbose=args.verbose,
+        calibrate=args.calibrate,
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
@@ -17,6 +18,7 @@ from nnunetv2_mstkd.evaluation.results import COLUMNS, PRESENCE_COLUMNS, read_ob
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.images.atomic import write_json
 from nnunetv2_mstkd.inference.evaluation_files import CASES
+from nnunetv2_mstkd.metrics.calibration import BINS
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
 RUN = "run.json"
@@ -93,10 +95,11 @@ class CaseRecords:
                         region: (float(score), bool(there))
                         for region, (score, there) in entry.get("presence", {}).items()
                     },
+                    {region: _dense(counts) for region, counts in entry.get("calibration", {}).items()},
                 )
                 for subset, entry in content["subsets"].items()
             }
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             raise InputError(f"{file} is no {RECORD[0]} ({error!r}); {RECORD[1]}") from error
 
     def load_montage(self, fold: str, case: str) -> Montage | None:
@@ -128,6 +131,7 @@ class CaseRecords:
                 "voxels": score.voxels,
                 "entropy": score.entropy,
                 **({"presence": score.presence} if score.presence else {}),
+                "calibration": {region: _sparse(counts) for region, counts in score.calibration.items()},
             }
             for subset, score in scores.items()
         }
@@ -173,8 +177,36 @@ class CaseRecords:
         ]
         return pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS))
 
+    def calibration(self, cases: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, dict[str, np.ndarray]]:
+        """Sum over cases of :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`, by subset and region.
+
+        Empty if any case has been evaluated before these were counted; ``cases`` as for :meth:`table`.
+        """
+        total: dict[str, dict[str, np.ndarray]] = {}
+        for fold, case, subsets in cases:
+            scores = self.load(fold, case)
+            for subset in subsets:
+                if not scores[subset].calibration:
+                    return {}
+                of_subset = total.setdefault(subset, {})
+                for region, counts in scores[subset].calibration.items():
+                    of_subset[region] = of_subset.get(region, 0) + counts
+        return total
+
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
         return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"
+
+
+def _sparse(counts: np.ndarray) -> list[list[int]]:
+    """Counts of logits as (bin, all, in the reference), without empty bins."""
+    return [[int(number), *map(int, counts[:, number])] for number in np.flatnonzero(counts[0])]
+
+
+def _dense(entries: Sequence[tuple[int, int, int]]) -> np.ndarray:
+    counts = np.zeros((2, BINS), np.int64)
+    for number, *values in entries:
+        counts[:, number] = values
+    return counts
 
 
 def _without_nan(values: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float | None]]:

@@ -62,6 +62,8 @@ class Measured:
     """What the model's presence head says; see :meth:`CaseRecords.presence`. Empty without one."""
     entropies: dict[str, list[float]] = field(default_factory=dict)
     """Entropies of the cases by subset, without those that have none."""
+    calibration: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    """Counts of logits by subset and region; see :meth:`CaseRecords.calibration`."""
 
 
 @dataclass
@@ -142,7 +144,8 @@ class Evaluator:
         # not in the records: cases and folds may be added
         settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
         near_cases, presence = near if self.stack > 1 else None, self.records.presence(evaluated)
-        return Measured(results, self.rules, settings, near_cases, self.records, presence, entropies)
+        calibration = self.records.calibration(evaluated)
+        return Measured(results, self.rules, settings, near_cases, self.records, presence, entropies, calibration)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.montage import SliceView
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.metrics import overlap
+from nnunetv2_mstkd.metrics.calibration import logit_counts
 from nnunetv2_mstkd.metrics.conventions import (
     BRATS,
     DICE,
@@ -220,6 +221,9 @@ class SubsetScore:
     presence: dict[str, tuple[float, bool]] = field(default_factory=dict)
     """region -> probability of presence that the network states, and whether the reference has any voxel of it; empty
     without a presence head."""
+    calibration: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
+    """region -> counts of logits, see :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`; empty in records of
+    before."""
     slice: np.ndarray | None = field(default=None, compare=False)
     """The segmentation in the slice to show; None: none was requested, or the score was read from disk."""
 
@@ -250,9 +254,10 @@ def score_prediction(
     presence:
         Probability that there is any voxel of each output channel, shape (K,); None: the network does not say.
     """
-    counting = _CountingLabels(plans.get_label_manager(dataset_json))
-    segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
     reference = _reference(label, plans.image_reader_writer_class, rules.labels)
+    within = _as_preprocessed(reference, properties, plans)
+    counting = _CountingLabels(plans.get_label_manager(dataset_json), dataset_json, rules, within)
+    segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
     if segmentation.shape != reference.shape:
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
@@ -262,22 +267,45 @@ def score_prediction(
         for region, head in foreground_heads(dataset_json).items():
             stated[region] = float(presence[head]), bool(np.isin(reference, rules.regions[region]).any())
     entropy = case_entropy(logits, counting.has_regions)
-    return SubsetScore(values, counting.near, segmentation.size, entropy, stated, kept)
+    return SubsetScore(values, counting.near, segmentation.size, entropy, stated, counting.calibration, kept)
+
+
+def _as_preprocessed(reference: np.ndarray, properties: Mapping[str, Any], plans: Any) -> np.ndarray:
+    """A reference with the order of axes and within the box in which nnU-Net decides about labels."""
+    box = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
+    return reference.transpose(plans.transpose_forward)[box]
 
 
 class _CountingLabels:
-    """nnU-Net's label manager, which also counts close decisions."""
+    """nnU-Net's label manager, which also counts close decisions, and logits by what the reference says."""
 
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
+    def __init__(self, manager: Any, dataset_json: Mapping[str, Any], rules: Rules, reference: np.ndarray) -> None:
+        self._manager, self._heads = manager, foreground_heads(dataset_json)
+        self._rules, self._reference = rules, reference
         self.near = 0
+        self.calibration: dict[str, np.ndarray] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
 
     def convert_logits_to_segmentation(self, logits: Any) -> Any:
-        self.near = int(near_decision(torch.as_tensor(logits), self._manager.has_regions).sum())
+        values = torch.as_tensor(logits)
+        self.near = int(near_decision(values, self._manager.has_regions).sum())
+        if values.shape[1:] == self._reference.shape:
+            counted = self._reference != self._rules.ignore_label
+            for region, head in self._heads.items():
+                there = np.isin(self._reference[counted], self._rules.regions[region])
+                odds = log_odds(values, head, self._manager.has_regions)[counted]
+                self.calibration[region] = logit_counts(odds, there)
         return self._manager.convert_logits_to_segmentation(logits)
+
+
+def log_odds(logits: torch.Tensor, head: int, regions: bool) -> np.ndarray:
+    """Logarithm of p / (1 - p) for the probability p of an output channel, from logits (K, *spatial): (*spatial)."""
+    own = logits[head].float()
+    if not regions:
+        own = own - torch.cat([logits[:head], logits[head + 1 :]]).float().logsumexp(0)
+    return own.numpy()
 
 
 def near_decision(logits: torch.Tensor, regions: bool) -> torch.Tensor:

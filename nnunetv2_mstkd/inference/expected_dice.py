@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.inference import evaluation_files
 from nnunetv2_mstkd.metrics.conventions import postprocessed_regions
 
@@ -71,6 +71,35 @@ MIN_CASES = 10
 
 ENTROPY = "entropy"
 """Key of the range of entropies, beside those of the regions' Dice."""
+
+
+TEMPERATURE = "temperature"
+"""Key of the temperatures by number of modalities, in the section ``calibration``."""
+
+
+def read_temperatures(model_folder: Path) -> dict[int, float]:
+    """Read the temperature for each number of modalities from the evaluation in a model folder.
+
+    Raises
+    ------
+    MissingFileError
+        Without an evaluation, or with one that did not count logits.
+    InputError
+        If the file is no evaluation.
+    """
+    file = model_folder / SUMMARY
+    if file.is_file():
+        with _refused_unless_understood(file):
+            section = json.loads(file.read_text(encoding="utf-8")).get("calibration") or {}
+            found = {int(size): float(value) for size, value in section.get(TEMPERATURE, {}).items()}
+            if not all(math.isfinite(value) and value > 0 for value in found.values()):
+                raise ValueError(f"a temperature is not above 0: {found}")
+        if found:
+            return found
+    raise MissingFileError(
+        f"{model_folder} has no temperature to calibrate with; fit it on the validation cases with 'mstkd evaluate -m "
+        f"{model_folder}'{' --restart' if file.is_file() else ''}"
+    )
 
 
 def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, Range]]:

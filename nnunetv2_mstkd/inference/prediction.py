@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,6 +65,7 @@ def predict_cases(
     export_processes: int = 0,
     progress: bool = False,
     save_uncertainty: bool = False,
+    temperatures: Mapping[int, float] | None = None,
     on_written: Callable[[Case, float | None, dict[str, float] | None], None] = lambda case, entropy, presence: None,
 ) -> None:
     """Predict checked cases and write their segmentations.
@@ -83,6 +84,8 @@ def predict_cases(
         Number of background processes; 0 runs everything in this process.
     save_uncertainty
         Also write the entropy of each voxel; see :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
+    temperatures
+        By number of modalities; saved probabilities and entropies are those of logits divided by them. None: as is.
     on_written
         Called for each case, with its entropy and what :class:`Predicted` says of presence, when its segmentation is in
         the folder.
@@ -110,7 +113,8 @@ def predict_cases(
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
                 logits, presence = predict_logits(predictor, data, case.availability, student=student)
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
-                exports.submit((case, presence), export_case, *what, save_uncertainty)
+                temperature = (temperatures or {}).get(sum(case.availability), 1.0)
+                exports.submit((case, presence), export_case, *what, save_uncertainty, temperature)
                 exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
             exports.collect()
         finally:

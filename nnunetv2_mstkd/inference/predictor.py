@@ -20,7 +20,7 @@ from nnunetv2_mstkd.images.atomic import write_json
 from nnunetv2_mstkd.images.writing import ImageInMemory, write_given
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.conditioning import check_student
-from nnunetv2_mstkd.inference.expected_dice import Range, read_expected_dice, read_ranges
+from nnunetv2_mstkd.inference.expected_dice import Range, read_expected_dice, read_ranges, read_temperatures
 from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
@@ -136,6 +136,9 @@ class Predictor:
         Collect results on the device; False is for images too large for it.
     verbose
         Print nnU-Net's own messages.
+    calibrate
+        Divide logits by the temperature that the evaluation of the model has for the case's number of modalities. It
+        changes probabilities and entropies that are returned or saved, not labels.
 
     Attributes
     ----------
@@ -182,6 +185,7 @@ class Predictor:
         trust: bool = False,
         on_device: bool = True,
         verbose: bool = False,
+        calibrate: bool = False,
     ) -> None:
         self.folder, self.checkpoint, self.student = Path(model_folder), checkpoint, student
         if not self.folder.is_dir():
@@ -190,6 +194,7 @@ class Predictor:
             self.folds = trained_folds(self.folder, checkpoint)
         else:
             self.folds = parse_folds([folds] if isinstance(folds, (int, str)) else folds)
+        self.temperatures = read_temperatures(self.folder) if calibrate else {}
         self._predictor = load_predictor(
             self.folder,
             self.folds,
@@ -270,7 +275,9 @@ class Predictor:
             available=tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there),
             expected_dice=self.expected_dice.get(modalities.subset_code(case.availability)),
             presence=presence,
-            _probabilities=partial(preprocessing.probabilities, *what),
+            _probabilities=partial(
+                preprocessing.probabilities, *what, self.temperatures.get(sum(case.availability), 1.0)
+            ),
             _save=partial(preprocessing.write_segmentation, segmentation, properties, reader),
         )
 
@@ -411,6 +418,7 @@ class Predictor:
                 student=self.student,
                 save_probabilities=save_probabilities,
                 save_uncertainty=save_uncertainty,
+                temperatures=self.temperatures,
                 preprocessing_processes=preprocessing_processes,
                 export_processes=export_processes,
                 progress=progress,
@@ -447,5 +455,6 @@ class Predictor:
             "mirroring": self._predictor.use_mirroring,
             "step_size": self._predictor.tile_step_size,
             "channels": list(self.modalities),
+            **({"calibrated": True} if self.temperatures else {}),
             "dropped": [self.modalities[channel] for channel in dropped_channels(drop, self.modalities)],
         }

@@ -166,11 +166,17 @@ def probabilities(
     plans: PlansManager,
     configuration: ConfigurationManager,
     labels: Any,
+    temperature: float = 1.0,
 ) -> np.ndarray:
     """Turn logits of the preprocessed image into the probabilities of nnU-Net's ``.npz`` files: (K, x, y, z)."""
     return convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, plans, configuration, labels, properties, return_probabilities=True
+        scaled(logits, temperature), plans, configuration, labels, properties, return_probabilities=True
     )[1]
+
+
+def scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """Logits over a temperature, as they are at 1."""
+    return logits if temperature == 1 else (logits / temperature).astype(logits.dtype)
 
 
 def export_case(
@@ -183,10 +189,12 @@ def export_case(
     dataset_json: dict[str, Any],
     save_probabilities: bool,
     save_uncertainty: bool = False,
+    temperature: float = 1.0,
 ) -> float | None:
     """Write a segmentation with nnU-Net's exporter; it appears complete or not at all.
 
     With ``save_uncertainty`` the entropy of each voxel is written to ``uncertainty/``, in percent of its maximum.
+    Saved entropies and probabilities are those of logits divided by ``temperature``; labels do not depend on it.
 
     Returns
     -------
@@ -195,14 +203,21 @@ def export_case(
     segmentation = name + dataset_json["file_ending"]
     labels = plans.get_label_manager(dataset_json)
     if save_uncertainty:
-        found = entropy_map(probabilities(logits, properties, plans, configuration, labels), labels.has_regions)
+        found = probabilities(logits, properties, plans, configuration, labels, temperature)
+        found = entropy_map(found, labels.has_regions)
         (output / UNCERTAINTY).mkdir(exist_ok=True)
         percent = (100 * found).round().astype(np.uint8)
         write_segmentation(percent, properties, plans.image_reader_writer_class, output / UNCERTAINTY / segmentation)
     with scratch_folder(output / name) as scratch:
         with complete_image(scratch / segmentation):
             export_prediction_from_logits(
-                logits, properties, configuration, plans, dataset_json, str(scratch / name), save_probabilities
+                scaled(logits, temperature) if save_probabilities else logits,
+                properties,
+                configuration,
+                plans,
+                dataset_json,
+                str(scratch / name),
+                save_probabilities,
             )
         # the segmentation last: it says that the case is done
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == segmentation):

@@ -30,7 +30,8 @@ from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, 
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
 from nnunetv2_mstkd.reporting.html import render
 from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
-from nnunetv2_mstkd.reporting.tables import finding_tables, points, presence_table, subset_content
+from nnunetv2_mstkd.reporting.tables import calibration_table, finding_tables, points, presence_table, subset_content
+from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
 
 WIDE = 16
@@ -68,6 +69,7 @@ def html_report(
     *,
     pages: Mapping[tuple[str, str], str] | None = None,
     presence: pd.DataFrame | None = None,
+    calibration: Calibration | None = None,
     now: datetime | None = None,
 ) -> str:
     """The page as HTML.
@@ -86,6 +88,8 @@ def html_report(
     presence:
         What the model's presence head says; see :class:`~nnunetv2_mstkd.evaluation.run.Measured`. None or empty: it has
         none.
+    calibration:
+        Calibration of the model; None: it was not counted.
     now:
         Date of the page; default today.
     """
@@ -99,6 +103,7 @@ def html_report(
         tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
         summaries=list(finding_tables(findings)),
         presence=None if presence is None or presence.empty else presence_table(presence, findings.subsets),
+        calibration=None if calibration is None else calibration_table(calibration),
         figures=[
             {"name": name.removesuffix(".png"), "title": title, "source": file_uri(figures[name])}
             for name, title in FIGURE_TITLES.items()

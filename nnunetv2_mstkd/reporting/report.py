@@ -15,13 +15,14 @@ from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.inference.evaluation_files import CASES, PRESENCE, REPORT, RESULTS, SUMMARY, TABLES
-from nnunetv2_mstkd.inference.expected_dice import ENTROPY
+from nnunetv2_mstkd.inference.expected_dice import ENTROPY, TEMPERATURE
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.page import Pictures, case_page, html_report
 from nnunetv2_mstkd.reporting.pictures import fractions, label_colors, region_colors
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
+from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
 
@@ -46,12 +47,14 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
     shown = Pictures(pictures, measured.records.load_montage)
     _write_presence(measured.presence, output / PRESENCE)
     pages = _write_case_pages(evaluation, measured, output, shown) if pictures else {}
+    calibration = Calibration(measured.calibration) if measured.calibration else None
     page = html_report(
-        evaluation, rules, measured.settings, near, drawn, shown, pages=pages, presence=measured.presence
-    )
+        evaluation, rules, measured.settings, near, drawn, shown, pages=pages, presence=measured.presence,
+        calibration=calibration,
+    )  # fmt: skip
     write_text(output / REPORT, page)
     # last: mstkd predict looks for it
-    write_json(output / SUMMARY, _summary(evaluation, measured))
+    write_json(output / SUMMARY, _summary(evaluation, measured, calibration))
     return evaluation
 
 
@@ -101,7 +104,7 @@ def _write_figures(findings: Findings, rules: Rules, output: Path) -> dict[str, 
 # ---- summary.json --------------------------------------------------------------------------------------------------
 
 
-def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
+def _summary(findings: Findings, measured: Measured, calibration: Calibration | None) -> dict[str, Any]:
     rules = measured.rules
     subsets: dict[str, dict[str, dict[str, float | None]]] = {
         subset: {region: {} for region in rules.scored} for subset in findings.subsets
@@ -122,6 +125,7 @@ def _summary(findings: Findings, measured: Measured) -> dict[str, Any]:
         ).splitlines(),
         "subsets": subsets,
         "ranges": _ranges(findings, measured.entropies),
+        "calibration": None if calibration is None else _calibration(calibration),
         "mean_over_subsets": {row[REGION]: _interval(row) for row in overall},
         "worst_subset": {row[REGION]: {"subset": row["worst_subset"], DICE: _number(row["worst"])} for row in overall},
         "by_number_of_modalities": _nested(findings.by_count, MODALITIES),
@@ -147,6 +151,18 @@ def _ranges(findings: Findings, entropies: Mapping[str, list[float]]) -> dict[st
         if values:
             found[subset][ENTROPY] = min(values), max(values)
     return found
+
+
+def _calibration(found: Calibration) -> dict[str, Any]:
+    """Expected calibration errors by subset and region, as is and with the temperatures, and these by number."""
+    errors = {
+        key: {
+            subset: {region: _number(found.error(subset, region, calibrated=calibrated)) for region in regions}
+            for subset, regions in found.counts.items()
+        }
+        for key, calibrated in (("expected_calibration_error", False), ("with_temperature", True))
+    }
+    return {**errors, TEMPERATURE: {str(size): value for size, value in found.temperatures.items()}}
 
 
 def _nested(table: pd.DataFrame, column: str) -> dict[str, dict[str, dict[str, float | None]]]:

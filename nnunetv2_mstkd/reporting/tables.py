@@ -26,9 +26,11 @@ from nnunetv2_mstkd.evaluation.results import (
     SEPARATOR,
     SUBSET,
     VALUE,
+    subset_size,
 )
 from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named, min_voxels_text
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean
+from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
 from nnunetv2_mstkd.statistics.significance import P_CORRECTED, P
@@ -244,6 +246,18 @@ def presence_table(presence: pd.DataFrame, subsets: Sequence[str]) -> pd.DataFra
         for subset in stated
     ]
     return pd.DataFrame(rows, columns=[SUBSET, *regions])
+
+
+def calibration_table(found: Calibration) -> pd.DataFrame:
+    """As text: for each subset and region, the calibration error in percent / that with the temperature beside it."""
+    rows = []
+    for subset, regions in found.counts.items():
+        errors = [
+            f"{points(found.error(subset, region))} / {points(found.error(subset, region, calibrated=True))}"
+            for region in regions
+        ]
+        rows.append((subset, *errors, f"{found.temperatures[subset_size(subset)]:.2f}"))
+    return pd.DataFrame(rows, columns=[SUBSET, *next(iter(found.counts.values())), "temperature"])
 
 
 def overall_table(table: pd.DataFrame, counts: Mapping[str, int]) -> pd.DataFrame:

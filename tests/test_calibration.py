@@ -1,0 +1,122 @@
+"""Expected calibration error and temperature: hand-computed counts, recovery of a known temperature, and a model's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.evaluation.records import _dense, _sparse
+from nnunetv2_mstkd.evaluation.scoring import log_odds
+from nnunetv2_mstkd.inference.expected_dice import SUMMARY, read_temperatures
+from nnunetv2_mstkd.metrics.calibration import BINS, expected_calibration_error, fit_temperature, logit_counts
+from nnunetv2_mstkd.nnunet.preprocessing import scaled
+from nnunetv2_mstkd.reporting.tables import calibration_table
+from nnunetv2_mstkd.statistics.calibration import Calibration
+
+
+def drawn(temperature: float, number: int = 200_000, seed: int = 0) -> np.ndarray:
+    """Counts of a model that says z where the truth is drawn with the odds z / temperature."""
+    random = np.random.default_rng(seed)
+    z = random.normal(0, 3, number)
+    return logit_counts(z, random.random(number) < 1 / (1 + np.exp(-z / temperature)))
+
+
+def test_counts_leave_out_what_is_certainly_background():
+    logits = np.array([[-9.0, -4.7, -4.5], [0.0, 3.0, 40.0]])
+    counts = logit_counts(logits, logits > 1)
+    assert counts.shape == (2, BINS)
+    assert counts.sum(1).tolist() == [4, 2]
+    assert counts[:, -1].tolist() == [1, 1]  # a logit above the last bin
+
+
+def test_error_of_a_hand_made_case():
+    # 0.9 is stated ten times and comes true six times, 0.1 ten times and comes true once
+    logits = np.log([9.0] * 10 + [1 / 9] * 10)
+    positive = np.array([True] * 6 + [False] * 4 + [True] + [False] * 9)
+    found = expected_calibration_error(logit_counts(logits, positive))
+    assert found == pytest.approx((0.3 * 10 + 0.0 * 10) / 20, abs=0.005)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.5])
+def test_a_known_temperature_is_recovered(temperature):
+    counts = drawn(temperature)
+    assert fit_temperature(counts) == pytest.approx(temperature, rel=0.03)
+    assert expected_calibration_error(counts, temperature) < 0.01
+    if temperature != 1:
+        assert expected_calibration_error(counts) > 0.05
+
+
+def test_nothing_to_count_says_nothing():
+    nothing = np.zeros((2, BINS), int)
+    assert np.isnan(expected_calibration_error(nothing))
+    assert fit_temperature(nothing) == 1.0
+
+
+def test_a_perfect_model_has_a_temperature_within_the_limits():
+    logits = np.array([5.0, 6.0, -4.0, -3.0])
+    assert 0.2 <= fit_temperature(logit_counts(logits, logits > 0)) < 0.21
+
+
+@pytest.mark.parametrize("regions", [True, False])
+def test_odds_are_those_of_the_probability(regions):
+    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    p = (torch.sigmoid(logits) if regions else torch.softmax(logits, 0))[1]
+    assert np.allclose(log_odds(logits, 1, regions), torch.log(p / (1 - p)), atol=1e-5)
+
+
+def test_one_temperature_for_each_number_of_modalities():
+    certain, right = drawn(3.0), drawn(1.0)
+    found = Calibration({"T1": {"WT": certain}, "T2": {"WT": certain}, "T1+T2": {"WT": right}})
+    assert list(found.temperatures) == [1, 2]
+    assert found.temperatures[1] == pytest.approx(3, rel=0.03)
+    assert found.error("T1", "WT", calibrated=True) < 0.01 < found.error("T1", "WT")
+    table = calibration_table(found)
+    assert table.columns.tolist() == ["subset", "WT", "temperature"]
+    assert table["temperature"].astype(float).tolist() == pytest.approx([3, 3, 1], rel=0.03)
+
+
+def test_counts_survive_the_record():
+    counts = drawn(1.0, number=100)
+    stored = json.loads(json.dumps(_sparse(counts)))
+    assert len(stored) <= 100
+    assert np.array_equal(_dense(stored), counts)
+
+
+# ---- temperatures of a model ---------------------------------------------------------------------------------------
+
+
+def with_summary(folder: Path, content: object) -> Path:
+    file = folder / SUMMARY
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(content))
+    return folder
+
+
+def test_temperatures_are_read_by_number_of_modalities(tmp_path):
+    model = with_summary(tmp_path, {"calibration": {"temperature": {"1": 1.5, "2": 1.25}}})
+    assert read_temperatures(model) == {1: 1.5, 2: 1.25}
+
+
+@pytest.mark.parametrize("content", [{}, {"calibration": None}])
+def test_an_evaluation_without_temperatures_has_to_be_repeated(tmp_path, content):
+    with pytest.raises(MissingFileError, match="mstkd evaluate .* --restart"):
+        read_temperatures(with_summary(tmp_path, content))
+    with pytest.raises(MissingFileError, match="mstkd evaluate -m"):
+        read_temperatures(tmp_path / "other")
+
+
+@pytest.mark.parametrize("value", [0, -1, "x", [1], float("inf")])
+def test_a_temperature_that_is_none_is_refused(tmp_path, value):
+    with pytest.raises(InputError, match="evaluate again"):
+        read_temperatures(with_summary(tmp_path, {"calibration": {"temperature": {"1": value}}}))
+
+
+def test_scaling_leaves_logits_alone_at_one():
+    logits = np.ones((2, 3), np.float16)
+    assert scaled(logits, 1.0) is logits
+    assert scaled(logits, 2.0).dtype == np.float16 and scaled(logits, 2.0)[0, 0] == 0.5
