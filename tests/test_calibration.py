@@ -104,7 +104,7 @@ def test_temperatures_are_read_by_number_of_modalities(tmp_path):
 
 @pytest.mark.parametrize("content", [{}, {"calibration": None}])
 def test_an_evaluation_without_temperatures_has_to_be_repeated(tmp_path, content):
-    with pytest.raises(MissingFileError, match="mstkd evaluate .* --restart"):
+    with pytest.raises(MissingFileError, match=r"mstkd evaluate .* --restart"):
         read_temperatures(with_summary(tmp_path, content))
     with pytest.raises(MissingFileError, match="mstkd evaluate -m"):
         read_temperatures(tmp_path / "other")

@@ -12,20 +12,20 @@ from nnunetv2_mstkd.methods import AdaMMTrainer, KDTeacherTrainer, KDTrainer, Me
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.training.settings import DistillationSettings
 
-OWN = {KDTrainer: (1.0, "everywhere", 0.0), MedMAPKDTrainer: (1.0, "everywhere", 0.0)}
-OTHERS = (0.0, "teacher_better", 0.5)
+OWN = {KDTrainer: (1.0, "everywhere", 0.0, 2), MedMAPKDTrainer: (1.0, "everywhere", 0.0, 2)}
+OTHERS = (0.0, "teacher_better", 0.5, 1)
 
 
 @pytest.mark.parametrize("cls", [KDTrainer, MedMAPKDTrainer, MSTKDTrainer, AdaMMTrainer], ids=lambda cls: cls.__name__)
 def test_nulls_are_the_methods_own(make_trainer, cls):
     trainer = make_trainer(cls)
     section = trainer.settings[DistillationSettings]
-    assert (section.soft_labels, section.where, section.fade) == OWN.get(cls, OTHERS)
+    assert (section.soft_labels, section.where, section.fade, section.every) == OWN.get(cls, OTHERS)
     written = trainer.configuration_manager.configuration[BLOCK]["distillation"]
-    assert (written["soft_labels"], written["where"], written["fade"]) == OWN.get(cls, OTHERS)
-    given = {"distillation": {"soft_labels": 0.25, "where": "teacher_better", "fade": 0.125}}
+    assert (written["soft_labels"], written["where"], written["fade"], written["every"]) == OWN.get(cls, OTHERS)
+    given = {"distillation": {"soft_labels": 0.25, "where": "teacher_better", "fade": 0.125, "every": 3}}
     section = make_trainer(cls, block=given).settings[DistillationSettings]
-    assert (section.soft_labels, section.where, section.fade) == (0.25, "teacher_better", 0.125)
+    assert (section.soft_labels, section.where, section.fade, section.every) == (0.25, "teacher_better", 0.125, 3)
 
 
 @pytest.mark.parametrize("regions", [False, True])
@@ -46,7 +46,12 @@ def test_the_loss_is_the_label_and_the_teachers_probabilities(make_trainer, regi
         expected = (p * (p / q).log()).sum(1).mean()
     assert list(step.terms) == ["segmentation", "soft_labels"]
     torch.testing.assert_close(step.terms["soft_labels"], expected)
-    torch.testing.assert_close(step.total, step.terms["segmentation"] + expected)
+    # in every second step, with twice the weight
+    torch.testing.assert_close(step.total, step.terms["segmentation"] + 2 * expected)
+    trainer._step_in_epoch = 1
+    step = trainer.compute_losses(content["data"], content["target"])
+    assert list(step.terms) == ["segmentation"]
+    assert step.total == step.terms["segmentation"]
 
 
 def test_teacher_and_student_have_the_plans_network(make_trainer):

@@ -43,7 +43,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
     feature_terms: ClassVar[tuple[str, ...]] = ()
     """Terms that compare features, so that teacher and student need features of equal shape."""
     distillation_defaults: ClassVar[DistillationSettings] = DistillationSettings(
-        where="teacher_better", fade=0.5, soft_labels=0.0
+        where="teacher_better", fade=0.5, every=1, soft_labels=0.0
     )
     """What this method takes for the nulls of the section ``distillation``."""
     _teacher_identity: dict[str, str] | None = None
@@ -63,7 +63,7 @@ class DistillationTrainer(ModalityDropoutTrainer):
     @property
     def teacher_period(self) -> int:  # type: ignore[override]
         """``distillation.every``."""
-        return self.settings[DistillationSettings].every
+        return self.settings[DistillationSettings].every or 1
 
     @property
     def needs_teacher(self) -> bool:

@@ -295,9 +295,10 @@ class DistillationSettings(Section):
     where: Literal["everywhere", "teacher_better"] | None = None
     """``everywhere``, or logit terms only at voxels where the teacher's cross-entropy is below the student's; null:
     the method's own, ``teacher_better``, or ``everywhere`` where soft labels are all that is distilled."""
-    every: Count = 1
+    every: Count | None = None
     """Ask the teacher in every step of this number only; its terms then count as many times. A frozen teacher's forward
-    pass is most of what distillation costs."""
+    pass is most of what distillation costs. null: the method's own, 1, or 2 where soft labels are all that is
+    distilled."""
     soft_labels: Weight | None = None
     """Weight of the divergence from the teacher's probabilities, for any method with a teacher; null: the method's
     own, 0, or 1 for ``KDTrainer``."""

@@ -7,7 +7,7 @@ from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.settings import DistillationSettings
 
-SOFT_LABELS_ALONE = DistillationSettings(where="everywhere", fade=0.0, soft_labels=1.0)
+SOFT_LABELS_ALONE = DistillationSettings(where="everywhere", fade=0.0, every=2, soft_labels=1.0)
 """Defaults of methods whose only link to the teacher are its probabilities."""
 
 
@@ -21,8 +21,8 @@ class KDTrainer(DistillationTrainer):
     """Knowledge distillation (Hinton et al., arXiv 1503.02531) from a teacher that sees all modalities.
 
     Segmentation loss on a random subset, plus ``distillation.soft_labels`` times the divergence of the student's
-    probabilities from the teacher's, at every voxel and to the end. There is no other term: the step costs one forward
-    pass of the teacher, or one in every ``distillation.every`` steps.
+    probabilities from the teacher's, at every voxel and to the end. There is no other term. The teacher is asked in
+    every second step (``distillation.every``), with twice the weight.
     """
 
     design = NetworkDesign()
