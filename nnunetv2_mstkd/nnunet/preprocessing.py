@@ -173,6 +173,18 @@ def probabilities(
     )[1]
 
 
+def uncertainty(
+    logits: np.ndarray,
+    properties: Mapping[str, Any],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    labels: Any,
+) -> np.ndarray:
+    """Entropy of each voxel of the original image in percent of its maximum: uint8, shape (x, y, z)."""
+    found = entropy_map(probabilities(logits, properties, plans, configuration, labels), labels.has_regions)
+    return (100 * found).round().astype(np.uint8)
+
+
 def export_case(
     name: str,
     output: Path,
@@ -195,9 +207,8 @@ def export_case(
     segmentation = name + dataset_json["file_ending"]
     labels = plans.get_label_manager(dataset_json)
     if save_uncertainty:
-        found = entropy_map(probabilities(logits, properties, plans, configuration, labels), labels.has_regions)
         (output / UNCERTAINTY).mkdir(exist_ok=True)
-        percent = (100 * found).round().astype(np.uint8)
+        percent = uncertainty(logits, properties, plans, configuration, labels)
         write_segmentation(percent, properties, plans.image_reader_writer_class, output / UNCERTAINTY / segmentation)
     with scratch_folder(output / name) as scratch:
         with complete_image(scratch / segmentation):
