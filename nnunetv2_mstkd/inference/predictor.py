@@ -290,7 +290,7 @@ class Predictor:
         segmentation = preprocessing.segment(*what)
         return Prediction(
             segmentation=as_written(segmentation, properties, reader),
-            available=tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there),
+            available=self._available(case),
             expected_dice=self.expected_dice.get(modalities.subset_code(case.availability)),
             presence=presence,
             _probabilities=partial(preprocessing.probabilities, *what),
@@ -300,18 +300,23 @@ class Predictor:
             ),
         )
 
-    def problems(self, images: Mapping[str, str | os.PathLike | ImageInMemory]) -> list[str]:
-        """Check images without predicting: one text for each reason why :meth:`predict` refuses them.
+    def check(self, images: Mapping[str, str | os.PathLike | ImageInMemory]) -> tuple[tuple[str, ...], list[str]]:
+        """Check images without predicting.
 
         An unknown modality, and a file that does not exist, raise the errors of :meth:`predict`.
 
+        Returns
+        -------
+        Names of the modalities that :meth:`predict` would use, and a text for each reason why it would refuse.
+
         Examples
         --------
-        >>> predictor.problems({"T1": t1_file, "FLAIR": flair_file})
-        []
+        >>> predictor.check({"T1": t1_file, "flair": flair_file})
+        (('T1', 'FLAIR'), [])
         """
         with tempfile.TemporaryDirectory() as scratch:
-            return self._check(images, Path(scratch))[1]
+            case, problems = self._check(images, Path(scratch))
+        return self._available(case), problems
 
     def _checked_case(self, images: Mapping[str, Any], scratch: Path) -> Case:
         """Make a checked case of the images."""
@@ -332,6 +337,10 @@ class Predictor:
             raise InputError(f"no image is given; name at least one of {', '.join(self.modalities)}")
         case, problems = self._checker.check(Case("case", tuple(files)))
         return case, [problem.text for problem in problems]
+
+    def _available(self, case: Case) -> tuple[str, ...]:
+        """Names of the modalities of a case."""
+        return tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there)
 
     def _as_file(self, image: Any, channel: int, scratch: Path) -> Path:
         if isinstance(image, (str, os.PathLike)):
