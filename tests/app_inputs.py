@@ -17,7 +17,15 @@ from starlette.testclient import TestClient
 from nnunetv2_mstkd import Predictor
 from nnunetv2_mstkd.app.server import Settings, make_app
 
+NAMES = ("T1", "T1ce", "T2", "FLAIR")
 ADDRESS = "http://127.0.0.1:8000"
+
+
+def case_of(trained) -> dict[str, Path]:
+    """Images of a test case of the fixture ``trained``, by modality."""
+    folder = trained.raw / trained.dataset / "imagesTs"
+    case = min(folder.iterdir()).name.partition("_0000")[0]
+    return {name: folder / f"{case}_{channel:04d}.nii.gz" for channel, name in enumerate(NAMES)}
 
 
 class Page:

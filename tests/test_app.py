@@ -18,7 +18,7 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
-from app_inputs import ADDRESS, Page, served_page, stored_values, write_series
+from app_inputs import ADDRESS, NAMES, Page, case_of, served_page, stored_values, write_series
 from predict_inputs import read
 from starlette.testclient import TestClient
 
@@ -31,7 +31,6 @@ from nnunetv2_mstkd.errors import DependencyError
 from nnunetv2_mstkd.processes import command_path
 
 MEMORY = Path("/proc/self/statm")
-NAMES = ("T1", "T1ce", "T2", "FLAIR")
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +45,7 @@ def predictor(model: Path) -> Predictor:
 
 @pytest.fixture(scope="module")
 def images(trained) -> dict[str, Path]:
-    """The images of a test case."""
-    folder = trained.raw / trained.dataset / "imagesTs"
-    case = min(folder.iterdir()).name.partition("_0000")[0]
-    return {name: folder / f"{case}_{channel:04d}.nii.gz" for channel, name in enumerate(NAMES)}
+    return case_of(trained)
 
 
 @pytest.fixture(scope="module")
@@ -416,13 +412,14 @@ def test_removing_the_images_removes_their_files(page, images):
 
 
 @pytest.mark.skipif(not MEMORY.exists(), reason="/proc tells how much memory a process uses on Linux only")
-def test_memory_does_not_grow(page, images):
+def test_memory_does_not_grow(model, images):
     used = []
-    for _ in range(20):
-        page.drop(images["T1"], images["FLAIR"])
-        assert page.segment()["state"] == "done"
-        page.client.post(f"{page.own}/clear")
-        used.append(int(MEMORY.read_text().split()[1]) * resource.getpagesize())
+    with served_page(Predictor(model, device="cpu", mirroring=False)) as page:
+        for _ in range(20):
+            page.drop(images["T1"], images["FLAIR"])
+            assert page.segment()["state"] == "done"
+            page.client.post(f"{page.own}/clear")
+            used.append(int(MEMORY.read_text().split()[1]) * resource.getpagesize())
     # a case that was kept would be seen: its images, logits, probabilities and results
     assert np.median(used[15:]) - np.median(used[5:10]) < 5 * 2**20
 

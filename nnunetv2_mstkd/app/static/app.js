@@ -58,8 +58,12 @@ async function dropped(items) {
       for (let some = await next(); some.length > 0; some = await next()) for (const each of some) await walk(each);
     }
   };
-  const entries = [...items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-  for (const entry of entries) await walk(entry);
+  // all at once, since the browser forgets them after the first wait
+  const entries = [...items].map((item) => item.webkitGetAsEntry?.() ?? item.getAsFile()).filter(Boolean);
+  for (const entry of entries) {
+    if (entry instanceof File) found.push(entry);
+    else await walk(entry);
+  }
   return found;
 }
 
