@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import json
 import re
 import resource
 import signal
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import httpx
@@ -27,6 +29,9 @@ from nnunetv2_mstkd.app import server, serving, viewer
 from nnunetv2_mstkd.app.sequences import recognise
 from nnunetv2_mstkd.app.server import Settings, make_app
 from nnunetv2_mstkd.app.session import Session
+from nnunetv2_mstkd.commands import app as app_command
+from nnunetv2_mstkd.demo import steps
+from nnunetv2_mstkd.demo.pipeline import Demo, Options
 from nnunetv2_mstkd.errors import DependencyError
 from nnunetv2_mstkd.processes import command_path
 
@@ -548,6 +553,24 @@ def test_a_model_of_other_images_is_refused(folders, capsys):
     model = write_model(trainer_class("MSTKDTrainer"), file_ending=".png", reader="NaturalImage2DIO")
     assert cli.main(["app", str(model), "-device", "cpu", "--no-browser"]) == 2
     assert "the page is for NIfTI and DICOM images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_the_demo_is_used_or_trained_first(tmp_path, monkeypatch, capsys, there):
+    runs = []
+    monkeypatch.setattr(Demo, "run", lambda demo: runs.append(demo.options))
+    monkeypatch.setattr(steps.TrainModel, "done", lambda step: there)
+    parser = cli._parser(["app"])
+    folder, example = app_command._demo(parser.parse_args(["app", "--demo", "--out", str(tmp_path / "new")]))
+    assert folder.parts[-4:-2] == ("new", "results") and folder.name.startswith("MSTKDTrainer__")
+    assert example.endswith("imagesTs") and len(runs) == (not there)
+    assert ("about" in capsys.readouterr().out) == (not there)
+    # a demo with other options than the usual ones is continued with them
+    options = asdict(Options("cpu", 3, 12, 2, 6.0, 1, "procedural", False))
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "demo.json").write_text(json.dumps({"options": options, "seconds": {}}))
+    app_command._demo(parser.parse_args(["app", "--demo", "--out", str(tmp_path / "old")]))
+    assert [asdict(run) for run in runs[1:]] == ([] if there else [options])
 
 
 def test_missing_packages_are_named(model, monkeypatch, capsys):

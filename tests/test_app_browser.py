@@ -100,6 +100,7 @@ def pixels(page, view: str) -> np.ndarray:
     """What is drawn in a view: shape (rows, columns, 3)."""
     wait(page, f"document.getElementById('{view}').dataset.shown")
     canvas = page.find_element("css selector", f"#{view} canvas")
+    page.execute_script("arguments[0].scrollIntoView({block: 'center'})", canvas)
     return np.asarray(Image.open(io.BytesIO(canvas.screenshot_as_png)).convert("RGB")).astype(int)
 
 
@@ -108,6 +109,13 @@ def coloured(page, view: str) -> int:
     red, green, blue = np.moveaxis(pixels(page, view), -1, 0)
     spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
     return int(((spread > 40) & ~((red > blue + 40) & (green > blue + 40))).sum())
+
+
+def set_opacity(page, value: float) -> None:
+    slider = page.find_element("id", "opacity")
+    page.execute_script(
+        "arguments[0].value = arguments[1]; arguments[0].dispatchEvent(new Event('input'))", slider, value
+    )
 
 
 def segment(page) -> None:
@@ -166,9 +174,13 @@ def test_one_click_shows_another_subset_beside(page, images):
     assert head == ["region", "T1+T1ce, ml", "T1, ml", "Dice of both"]
     click(page, "#without-T1ce")
     wait(page, "document.getElementById('right').hidden")
-    without = coloured(page, "left")
+    segmented = pixels(page, "left")
     click(page, "#uncertain")
-    assert abs(coloured(page, "left") - without) > FEW
+    uncertain = pixels(page, "left")
+    set_opacity(page, 0)
+    clear = pixels(page, "left")
+    for one, other in ((segmented, uncertain), (segmented, clear), (uncertain, clear)):
+        assert (abs(one - other).max(axis=-1) > 40).sum() > MANY
 
 
 @pytest.mark.parametrize("width", [400, 1400])

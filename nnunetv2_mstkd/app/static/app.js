@@ -2,7 +2,7 @@
 import { Niivue } from "/niivue.js";
 
 const LABELS = 1, UNCERTAINTY = 2; // places of the overlays above the shown sequence
-const UNCERTAINTY_OPACITY = 0.8;
+const CERTAIN = 20; // percent of the largest entropy up to which the map of uncertainty stays clear
 const AT_A_TIME = 4; // uploads
 const byId = (id) => document.getElementById(id);
 const problems = new Set(); // what this page has to say itself
@@ -262,7 +262,7 @@ class View {
       for (const name of ["segmentation.nii.gz", "uncertainty.nii.gz"]) {
         volumes.push({ url: `${own}/jobs/${job.number}/${name}`, name, opacity: 0 });
       }
-      Object.assign(volumes[UNCERTAINTY], { colormap: "inferno", cal_min: 1, cal_max: 100 });
+      Object.assign(volumes[UNCERTAINTY], { colormap: "inferno", cal_min: CERTAIN, cal_max: 100 });
     }
     await this.nv.loadVolumes(volumes);
     if (this.shown !== wanted) return; // another image was chosen while this one was loaded
@@ -280,11 +280,12 @@ class View {
     this.shown = "";
   }
 
-  /** Apply the opacity of the overlays. */
+  /** Show the segmentation, or the uncertainty instead. */
   blend() {
     if (this.nv.volumes.length <= UNCERTAINTY) return;
-    this.nv.volumes[LABELS].opacity = Number(byId("opacity").value);
-    this.nv.volumes[UNCERTAINTY].opacity = byId("uncertain").checked ? UNCERTAINTY_OPACITY : 0;
+    const opacity = Number(byId("opacity").value), uncertain = byId("uncertain").checked;
+    this.nv.volumes[LABELS].opacity = uncertain ? 0 : opacity;
+    this.nv.volumes[UNCERTAINTY].opacity = uncertain ? opacity : 0;
     this.nv.updateGLVolume();
   }
 }
