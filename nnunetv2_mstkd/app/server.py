@@ -106,14 +106,15 @@ class Sessions:
         if session is not None:
             session.close()
 
-    def close_unused(self) -> None:
-        """Close the sessions whose page is closed or idle."""
-        now = time.monotonic()
-        for name, session in list(self.open.items()):
+    def unused(self) -> list[str]:
+        """Names of the sessions whose page is closed or idle."""
+        now, found = time.monotonic(), []
+        for name, session in self.open.items():
             working = any(job.state in ("waiting", "running") for job in session.jobs)
             unused = now - session.last_used
             if (unused > self.settings.grace and not session.streams) or (unused > self.settings.idle and not working):
-                self.close(name)
+                found.append(name)
+        return found
 
 
 class Guard:
@@ -258,7 +259,8 @@ class _Routes:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            self.sessions.close_unused()
+            for name in self.sessions.unused():
+                await run_in_threadpool(self.sessions.close, name)
 
     def _session(self, request: Request) -> Session:
         session = self.sessions.open.get(request.path_params["session"])

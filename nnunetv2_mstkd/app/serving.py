@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import uvicorn
 
-from nnunetv2_mstkd.app.server import Settings, make_app
+from nnunetv2_mstkd.app.server import ANY_ADDRESS, Settings, make_app
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.predictor import Predictor
 
@@ -66,6 +66,8 @@ def make_server(predictor: Predictor, settings: Settings, port: int = 0) -> tupl
             f"the address {settings.host}:{port} cannot be used ({error.strerror}); choose another --host or --port"
         ) from error
     host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+    if settings.host in ANY_ADDRESS:
+        host = socket.gethostname()
     address = f"http://{host}:{listening.getsockname()[1]}/" + (f"?token={settings.token}" if settings.token else "")
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=CLOSE_SECONDS)
     return uvicorn.Server(config), listening, address

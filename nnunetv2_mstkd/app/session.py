@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import math
 import shutil
 import threading
@@ -72,26 +73,24 @@ class Session:
         self.folder.mkdir()
         self.uploads: list[tuple[Path, str]] = []
         self.received = 0
-        self.lock = threading.RLock()  # the page's requests run in several threads
-        self._count = 0
+        # Requests that take long run in threads. The server's own thread never waits for this lock.
+        self.lock = threading.RLock()
+        self._numbers = itertools.count(1)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def new_file(self) -> Path:
         """Return the path of a file to be uploaded."""
-        with self.lock:
-            self._count += 1
-            return self.folder / f"upload{self._count}"
+        return self.folder / f"upload{next(self._numbers)}"
 
     def count_received(self, number: int) -> None:
         """Note that so many bytes arrived; InputError if the session now has more than its limit."""
-        with self.lock:
-            self.received += number
-            if self.received > self.limit:
-                raise InputError(
-                    f"The files have more than {self.limit // MEGABYTE} MB, the limit of this page "
-                    f"(mstkd app --max-upload); drop one image per sequence only."
-                )
+        self.received += number
+        if self.received > self.limit:
+            raise InputError(
+                f"The files have more than {self.limit // MEGABYTE} MB, the limit of this page "
+                f"(mstkd app --max-upload); drop one image per sequence only."
+            )
 
     def sort(self) -> None:
         """Turn what was uploaded since the last call into images, and guess the modality of each."""
@@ -126,8 +125,7 @@ class Session:
 
     def _add(self, name: str, path: Path, series: dicom.Series | None) -> None:
         channel = recognise(name, self.predictor.modalities, contrast=series is not None and series.contrast)
-        self._count += 1
-        self.images.append(Image(self._count, name, path, channel, series))
+        self.images.append(Image(next(self._numbers), name, path, channel, series))
 
     def _leave_out_surplus(self) -> None:
         """Leave out images of unknown modality when every modality of the model has one."""
@@ -220,13 +218,12 @@ class Session:
             if any(job.subset == subset and not job.is_over_without_result for job in self.jobs):
                 return None
             self.jobs = [job for job in self.jobs if job.subset != subset]
-            self._count += 1
-            used = self.used()
+            used, number = self.used(), next(self._numbers)
             job = Job(
-                number=self._count,
+                number=number,
                 subset=subset,
                 files={name: used[name].path for name in left},
-                folder=self.folder / f"job{self._count}",
+                folder=self.folder / f"job{number}",
                 changed=self.changed,
                 beside=next((job.segmentation for job in self.jobs if job.state == "done"), None),
                 series=next((used[name].series for name in left if used[name].series is not None), None),
