@@ -18,6 +18,9 @@ from nnunetv2_mstkd import Predictor
 from nnunetv2_mstkd.app.server import Settings, make_app
 
 NAMES = ("T1", "T1ce", "T2", "FLAIR")
+SECONDS = 120
+"""How long something may take on a busy machine."""
+
 ADDRESS = "http://127.0.0.1:8000"
 
 
@@ -70,9 +73,11 @@ class Page:
         assert answer.status_code == 204, answer.text
         return self.wait()
 
-    def wait(self) -> dict:
-        """Wait for the last job."""
-        while (job := self.state()["jobs"][-1])["state"] in ("waiting", "running"):
+    def wait(self, *states: str) -> dict:
+        """Wait until the last job has one of these states, or is over, and return it."""
+        end = time.monotonic() + SECONDS
+        while (job := self.state()["jobs"][-1])["state"] not in (states or ("done", "failed", "cancelled")):
+            assert time.monotonic() < end, job
             time.sleep(0.01)
         return job
 

@@ -346,8 +346,7 @@ def test_a_job_waits_for_its_turn_and_can_be_cancelled(predictor, images, held):
         for page in (first, second):
             page.drop(images["T1"])
             assert page.start().status_code == 204
-        while first.state()["jobs"][0]["state"] != "running":
-            time.sleep(0.01)
+        first.wait("running")
         assert second.state()["jobs"][0]["state"] == "waiting"
         (job,) = first.state()["jobs"]
         assert first.client.post(f"{first.own}/jobs/{job['number']}/cancel").status_code == 204
@@ -368,8 +367,7 @@ def test_a_closed_page_stops_its_job_and_leaves_no_file(predictor, images, held,
             while not next(lines).startswith('data: {"images": [{'):
                 pass
             page.start()
-            while page.state()["jobs"][0]["state"] != "running":
-                time.sleep(0.01)
+            page.wait("running")
             time.sleep(0.5)  # longer than the grace: the open stream keeps the page
             assert page.state()["ready"]
         (session,), (job,) = opened, opened[0].jobs

@@ -12,7 +12,7 @@ from pathlib import Path
 import browsers
 import numpy as np
 import pytest
-from app_inputs import case_of
+from app_inputs import SECONDS, case_of
 from PIL import Image
 
 from nnunetv2_mstkd import Predictor, cli
@@ -24,9 +24,6 @@ pytestmark = browsers.NEEDED
 
 FEW, MANY = 20, 200
 """Coloured pixels of a view without and with a segmentation; the crosshair's edges give a few."""
-
-SECONDS = 60
-"""How long a step may take on a busy machine."""
 
 
 @pytest.fixture(scope="module")
