@@ -68,6 +68,7 @@ setup(
     include_package_data=False,  # the wheel gets what is listed here; MANIFEST.in adds more to the source archive
     package_data={
         "nnunetv2_mstkd": ["py.typed"],
+        "nnunetv2_mstkd.app": ["static/*"],
         "nnunetv2_mstkd.reporting": ["templates/*"],
         "nnunetv2_mstkd.dataset_conversion": ["protocols/*.csv"],
     },

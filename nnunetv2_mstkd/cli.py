@@ -22,6 +22,7 @@ COMMANDS = {
     "demo": "run the whole method on a small synthetic data set",
     "phantom": "make a synthetic data set with four modalities",
     "predict": "segment cases whose modalities are partly absent",
+    "app": "segment in the browser from the sequences that a patient has",
     "evaluate": "measure a model on all subsets of its modalities",
     "compare": "compare evaluated models case by case",
     "crossval": "train, evaluate and compare over the folds, here or on a cluster",

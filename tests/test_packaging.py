@@ -48,7 +48,8 @@ def test_archives_are_complete(tmp_path, monkeypatch):
     assert source >= {"CHANGELOG.md", "SECURITY.md", "nnunetv2_mstkd/methods/mstkd/README.md", *pages}
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         installed = set(wheel.namelist())
-    data = [*ROOT.glob("nnunetv2_mstkd/reporting/templates/*"), *ROOT.glob("dataset_conversion/protocols/*.csv")]
+    data = [*ROOT.glob("nnunetv2_mstkd/reporting/templates/*"), *ROOT.glob("nnunetv2_mstkd/app/static/*")]
+    data += ROOT.glob("dataset_conversion/protocols/*.csv")
     short = {"/".join(name.split("/")[-2:]) for name in installed}
     assert short >= {f"{path.parent.name}/{path.name}" for path in data}
     assert not any(name.endswith(".md") or name.startswith(("tests/", "documentation/")) for name in installed)

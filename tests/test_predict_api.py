@@ -7,6 +7,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +78,7 @@ def test_examples(trained, tmp_path, monkeypatch):
     }
     names["predictor"] = Predictor(names["model_folder"], folds=[0], device="cpu")
     tests = [test for test in doctest.DocTestFinder().find(module, extraglobs=names) if test.examples]
-    assert len(tests) == 3
+    assert len(tests) == 4
     runner = doctest.DocTestRunner()
     for test in tests:
         runner.run(test)
@@ -242,6 +243,48 @@ def test_a_format_that_cannot_be_written(folders, model):
     result.save(folders / "new" / "out.nii")
     np.testing.assert_array_equal(read(folders / "new" / "out.nii"), result.segmentation)
     assert list(files(folders / "new")) == ["out.nii"]
+
+
+@pytest.mark.parametrize("labels", [None, tiny.REGIONS], ids=["labels", "regions"])
+def test_uncertainty_is_that_of_the_command(folders, labels):
+    model = write_model(trainer_class("MSTKDTrainer"), labels=labels)
+    assert predict(folders, model, "--save-uncertainty") == 0
+    predictor = Predictor(model, [0], device="cpu")
+    predictor.predict(images_of(folders, "two")).save_uncertainty(folders / "map.nii.gz")
+    expected = read(folders / "out" / "uncertainty" / "two.nii.gz")
+    assert expected.any()
+    np.testing.assert_array_equal(read(folders / "map.nii.gz"), expected)
+    assert all(0 not in values for values in predictor.labels.values())
+    assert set(predictor.labels) == set(labels or predictor.labels) - {"background"}
+
+
+def test_every_pass_of_the_network_is_reported(folders):
+    model = write_model(trainer_class("MSTKDTrainer"), folds=(0, 1), mirroring=(0, 2))
+    predictor = Predictor(model, [0, 1], device="cpu")
+    calls = []
+    watched = predictor.predict(images_of(folders, "two"), on_pass=lambda *call: calls.append(call))
+    total = calls[0][1]
+    assert calls == [(done, total) for done in range(total)]
+    assert total % (2 * 4) == 0  # folds, mirrored copies
+    np.testing.assert_array_equal(watched.segmentation, predictor.predict(images_of(folders, "two")).segmentation)
+    assert calls[-1] == (total - 1, total) and len(calls) == total
+
+
+def test_a_prediction_can_be_cancelled(folders, model):
+    predictor = Predictor(model, [0], device="cpu")
+    images = {"T1": (noise(1, (40, 40, 40)), (1.0, 1.0, 1.25))}  # more patches than nnU-Net cuts in advance
+    before = predictor.predict(images).segmentation
+    threads = threading.active_count()
+
+    def stop(done: int, total: int) -> None:
+        assert done <= 1 < total - 4
+        if done == 1:
+            raise KeyError("stop")
+
+    with pytest.raises(KeyError, match="stop"):
+        predictor.predict(images, on_pass=stop)
+    assert threading.active_count() == threads  # nnU-Net's thread that cuts patches has ended
+    np.testing.assert_array_equal(predictor.predict(images).segmentation, before)
 
 
 # ---- a folder ------------------------------------------------------------------------------------------------------

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import browsers
 import pytest
 from report_inputs import CASES, EVIL, report
 
 from nnunetv2_mstkd.reporting.page import FIGURE_TITLES
 
-BROWSER = next(
-    (found for name in ("chromium", "google-chrome", "chromium-browser") if (found := shutil.which(name))), None
-)
-DRIVER = shutil.which("chromedriver")
-
-pytestmark = [
-    pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed (Debian: apt-get install chromium)"),
-    pytest.mark.skipif(DRIVER is None, reason="no chromedriver is installed (Debian: apt-get install chromium-driver)"),
-]
+pytestmark = browsers.NEEDED
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +24,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def browser(file: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    profile = tmp_path_factory.mktemp("profile")
-    arguments = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage", f"--user-data-dir={profile}"]
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        arguments.append("--no-sandbox")  # Chromium refuses to run as root with it
-    for argument in [*arguments, "--window-size=1200,1000"]:
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options=options, service=Service(DRIVER))
-    try:
+    with browsers.browser(tmp_path_factory.mktemp("profile"), "--disable-gpu", "--window-size=1200,1000") as driver:
         driver.get(file.as_uri())
         yield driver
-    finally:
-        driver.quit()
 
 
 @pytest.fixture(scope="module")

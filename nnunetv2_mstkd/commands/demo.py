@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from nnunetv2_mstkd.demo.pipeline import Demo
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--controls", action="store_true", help="also train the student without distillation, and FullModalityTrainer")
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run what is not done yet and print the result."""
+def open_demo(args: argparse.Namespace) -> Demo:
+    """Return the demo of these options."""
     from nnunetv2_mstkd.demo.pipeline import Demo, Options, choose_device
-    from nnunetv2_mstkd.demo.result import write_result
 
     anatomy = "mni" if importlib.util.find_spec("nilearn") else "procedural"
     options = Options(
         choose_device(args.device), args.epochs, args.cases, args.test_cases, args.spacing, args.seed, anatomy,
         args.controls,
     )  # fmt: skip
-    demo = Demo(args.out, options)
+    return Demo(args.out, options)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run what is not done yet and print the result."""
+    from nnunetv2_mstkd.demo.result import write_result
+
+    demo = open_demo(args)
     print(demo.announcement())
     print(write_result(demo, demo.run()))

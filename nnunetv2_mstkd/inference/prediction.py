@@ -15,7 +15,7 @@ from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet.description import foreground_heads
 from nnunetv2_mstkd.nnunet.input_folder import Case
-from nnunetv2_mstkd.nnunet.model import free_memory, nnUNetPredictor
+from nnunetv2_mstkd.nnunet.model import free_memory, nnUNetPredictor, watched
 from nnunetv2_mstkd.nnunet.preprocessing import export_case, preprocess_case
 
 EXPORTS_AHEAD = 2
@@ -32,7 +32,12 @@ class Predicted(NamedTuple):
 
 
 def predict_logits(
-    predictor: nnUNetPredictor, data: np.ndarray, availability: Sequence[bool], *, student: int | None = None
+    predictor: nnUNetPredictor,
+    data: np.ndarray,
+    availability: Sequence[bool],
+    *,
+    student: int | None = None,
+    on_pass: Callable[[int, int], None] | None = None,
 ) -> Predicted:
     """Predict a preprocessed case.
 
@@ -44,9 +49,14 @@ def predict_logits(
         True for each modality that the case has.
     student
         See :func:`~nnunetv2_mstkd.inference.conditioning.conditioned`.
+    on_pass
+        See :func:`~nnunetv2_mstkd.nnunet.model.watched`.
     """
     row = torch.tensor([list(availability)], dtype=torch.bool, device=predictor.device)
-    with conditioned(predictor.network, row, predictor.label_manager, student=student) as finish:
+    with (
+        watched(predictor, on_pass),
+        conditioned(predictor.network, row, predictor.label_manager, student=student) as finish,
+    ):
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
         finished, scores = finish(logits[None])[0], presence_of(finish)
     heads = foreground_heads(predictor.dataset_json)

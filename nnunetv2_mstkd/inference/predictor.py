@@ -25,6 +25,7 @@ from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
 from nnunetv2_mstkd.nnunet import mask_differences, preprocessing
+from nnunetv2_mstkd.nnunet.description import foreground_values
 from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder, trained_folds
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
 from nnunetv2_mstkd.nnunet.model import find_device, free_memory, load_predictor
@@ -57,6 +58,7 @@ class Prediction:
     presence: Mapping[str, float] | None
     _probabilities: Callable[[], np.ndarray] = field(repr=False)
     _save: Callable[[Path], None] = field(repr=False)
+    _save_uncertainty: Callable[[Path], None] = field(repr=False)
 
     @property
     def subset(self) -> str:
@@ -80,6 +82,16 @@ class Prediction:
             If the reader does not know the format.
         """
         self._save(Path(path))
+
+    def save_uncertainty(self, path: str | os.PathLike) -> None:
+        """Write the map of ``mstkd predict --save-uncertainty``: the entropy of each voxel in percent of its maximum.
+
+        Raises
+        ------
+        InputError
+            If the reader does not know the format.
+        """
+        self._save_uncertainty(Path(path))
 
 
 @dataclass(frozen=True)
@@ -144,6 +156,8 @@ class Predictor:
     ----------
     modalities
         Names of the C modalities, in channel order.
+    labels
+        Label values of each label or region, without background and ignore label.
     ranges
         Ranges of the evaluation's cases by subset code; see
         :func:`~nnunetv2_mstkd.inference.expected_dice.read_ranges`.
@@ -210,6 +224,7 @@ class Predictor:
         )
         check_student(self._predictor.network, student)
         self.modalities = modalities.modality_names(self._predictor.dataset_json)
+        self.labels = foreground_values(self._predictor.dataset_json)
         self.expected_dice: dict[int, dict[str, float]] = {}
         self.ranges: dict[int, dict[str, Range]] = {}
         try:
@@ -228,7 +243,12 @@ class Predictor:
 
     # ---- one case ------------------------------------------------------------------------------------------------
 
-    def predict(self, images: Mapping[str, str | os.PathLike | ImageInMemory]) -> Prediction:
+    def predict(
+        self,
+        images: Mapping[str, str | os.PathLike | ImageInMemory],
+        *,
+        on_pass: Callable[[int, int], None] | None = None,
+    ) -> Prediction:
         """Segment one case.
 
         Parameters
@@ -238,6 +258,9 @@ class Predictor:
             named are absent, and so are images that are zero everywhere. An image is a file that the model's image
             reader can read, a ``SimpleITK.Image``, or an array of shape (z, y, x) with the spacing of its axes in mm.
             All must have the same grid.
+        on_pass
+            Called before each forward pass of the network, with how many are done and how many there are in all. What
+            it raises ends the prediction.
 
         Returns
         -------
@@ -265,23 +288,50 @@ class Predictor:
             case = self._checked_case(images, Path(scratch))
             data, properties = preprocessing.preprocess_case(case, plans, configuration, model.dataset_json)
         try:
-            logits, presence = predict_logits(model, data, case.availability, student=self.student)
+            logits, presence = predict_logits(model, data, case.availability, student=self.student, on_pass=on_pass)
         finally:
             free_memory(model.device)
         what = logits, properties, plans, configuration, model.label_manager
         segmentation = preprocessing.segment(*what)
+        temperature = self.temperatures.get(sum(case.availability), 1.0)
         return Prediction(
             segmentation=as_written(segmentation, properties, reader),
-            available=tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there),
+            available=self._available(case),
             expected_dice=self.expected_dice.get(modalities.subset_code(case.availability)),
             presence=presence,
-            _probabilities=partial(
-                preprocessing.probabilities, *what, self.temperatures.get(sum(case.availability), 1.0)
-            ),
+            _probabilities=partial(preprocessing.probabilities, *what, temperature),
             _save=partial(preprocessing.write_segmentation, segmentation, properties, reader),
+            _save_uncertainty=lambda path: preprocessing.write_segmentation(
+                preprocessing.uncertainty(*what, temperature), properties, reader, path
+            ),
         )
 
+    def check(self, images: Mapping[str, str | os.PathLike | ImageInMemory]) -> tuple[tuple[str, ...], list[str]]:
+        """Check images without predicting.
+
+        An unknown modality, and a file that does not exist, raise the errors of :meth:`predict`.
+
+        Returns
+        -------
+        Names of the modalities that :meth:`predict` would use, and a text for each reason why it would refuse.
+
+        Examples
+        --------
+        >>> predictor.check({"T1": t1_file, "flair": flair_file})
+        (('T1', 'FLAIR'), [])
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            case, problems = self._check(images, Path(scratch))
+        return self._available(case), problems
+
     def _checked_case(self, images: Mapping[str, Any], scratch: Path) -> Case:
+        """Make a checked case of the images."""
+        case, problems = self._check(images, scratch)
+        if problems:
+            raise InputError(f"the case cannot be predicted: {'; '.join(problems)}")
+        return case
+
+    def _check(self, images: Mapping[str, Any], scratch: Path) -> tuple[Case, list[str]]:
         """Make a case of the images, those in memory as files in a scratch folder, and check it."""
         files: list[Path | None] = [None] * len(self.modalities)
         for name, image in images.items():
@@ -292,9 +342,11 @@ class Predictor:
         if not images:
             raise InputError(f"no image is given; name at least one of {', '.join(self.modalities)}")
         case, problems = self._checker.check(Case("case", tuple(files)))
-        if problems:
-            raise InputError(f"the case cannot be predicted: {'; '.join(problem.text for problem in problems)}")
-        return case
+        return case, [problem.text for problem in problems]
+
+    def _available(self, case: Case) -> tuple[str, ...]:
+        """Names of the modalities of a case."""
+        return tuple(name for name, there in zip(self.modalities, case.availability, strict=True) if there)
 
     def _as_file(self, image: Any, channel: int, scratch: Path) -> Path:
         if isinstance(image, (str, os.PathLike)):

@@ -49,11 +49,16 @@ def read_description(file: Path) -> dict[str, Any]:
 
 def foreground_heads(dataset_json: Mapping[str, Any]) -> dict[str, int]:
     """Return the output channel of each label but the background, or of each region, by name."""
-    labels = {name: np.atleast_1d(value) for name, value in dataset_json["labels"].items() if name != "ignore"}
-    labels = {name: values for name, values in labels.items() if np.any(values.astype(int) != 0)}
+    labels = foreground_values(dataset_json)
     if dataset_json.get("regions_class_order"):
         return {name: head for head, name in enumerate(labels)}
-    return {name: int(values[0]) for name, values in labels.items()}
+    return {name: values[0] for name, values in labels.items()}
+
+
+def foreground_values(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the label values of each label or region but background and ignore label, by name."""
+    labels = {name: np.atleast_1d(value).astype(int) for name, value in dataset_json["labels"].items()}
+    return {name: tuple(values.tolist()) for name, values in labels.items() if name != "ignore" and np.any(values)}
 
 
 def find_format(dataset: str | None, model: Path | None) -> tuple[dict[str, Any], type[BaseReaderWriter]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,57 @@ def free_memory(device: torch.device) -> None:
     """Free what nnU-Net's predictor keeps between images."""
     compute_gaussian.cache_clear()
     empty_cache(device)
+
+
+@contextlib.contextmanager
+def watched(predictor: nnUNetPredictor, on_pass: Callable[[int, int], None] | None) -> Iterator[None]:
+    """Report how far the prediction of one case in the block is, and let it be cancelled.
+
+    Parameters
+    ----------
+    on_pass
+        Called before each forward pass of the network, with how many are done and how many there are: one per patch,
+        mirrored copy and fold. What it raises ends the prediction and leaves the block: the passes that are left give
+        zeros, because nnU-Net's thread that cuts patches would outlive an exception and keep the case in memory.
+    """
+    if on_pass is None:
+        yield
+        return
+    network, cut = predictor.network, predictor._internal_get_sliding_window_slicers
+    forward, own = network.forward, vars(network).get("forward")  # that of a compiled network is no method
+    heads = predictor.label_manager.num_segmentation_heads
+    axes = predictor.allowed_mirroring_axes if predictor.use_mirroring else None
+    copies = 2 ** len(axes or ()) * len(predictor.list_of_parameters)
+    done = total = 0
+    error: Exception | None = None
+
+    def patches(size: tuple[int, ...]) -> list:
+        nonlocal total
+        found = cut(size)
+        total = len(found) * copies
+        return found
+
+    def one_pass(patch: torch.Tensor) -> torch.Tensor:
+        nonlocal done, error
+        if error is None:
+            try:
+                on_pass(done, total)
+            except Exception as stop:
+                error = stop
+        if error is not None:
+            return patch.new_zeros((len(patch), heads, *patch.shape[2:]))
+        done += 1
+        return forward(patch)
+
+    network.forward, predictor._internal_get_sliding_window_slicers = one_pass, patches
+    try:
+        yield
+    finally:
+        del network.forward, predictor._internal_get_sliding_window_slicers
+        if own is not None:
+            network.forward = own
+    if error is not None:
+        raise error
 
 
 def _build(

@@ -179,6 +179,19 @@ def scaled(logits: np.ndarray, temperature: float) -> np.ndarray:
     return logits if temperature == 1 else (logits / temperature).astype(logits.dtype)
 
 
+def uncertainty(
+    logits: np.ndarray,
+    properties: Mapping[str, Any],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    labels: Any,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """Entropy of each voxel of the original image in percent of its maximum: uint8, shape (x, y, z)."""
+    found = probabilities(logits, properties, plans, configuration, labels, temperature)
+    return (100 * entropy_map(found, labels.has_regions)).round().astype(np.uint8)
+
+
 def export_case(
     name: str,
     output: Path,
@@ -203,10 +216,8 @@ def export_case(
     segmentation = name + dataset_json["file_ending"]
     labels = plans.get_label_manager(dataset_json)
     if save_uncertainty:
-        found = probabilities(logits, properties, plans, configuration, labels, temperature)
-        found = entropy_map(found, labels.has_regions)
         (output / UNCERTAINTY).mkdir(exist_ok=True)
-        percent = (100 * found).round().astype(np.uint8)
+        percent = uncertainty(logits, properties, plans, configuration, labels, temperature)
         write_segmentation(percent, properties, plans.image_reader_writer_class, output / UNCERTAINTY / segmentation)
     with scratch_folder(output / name) as scratch:
         with complete_image(scratch / segmentation):

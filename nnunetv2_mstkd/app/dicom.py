@@ -1,0 +1,181 @@
+"""DICOM series as images, and segmentations as DICOM SEG."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydicom
+import SimpleITK as sitk
+from pydicom.uid import generate_uid
+
+import nnunetv2_mstkd
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.images.atomic import complete_image
+from nnunetv2_mstkd.images.geometry import last_line
+
+PREAMBLE, MAGIC = 128, b"DICM"
+
+SPACING_TOLERANCE = 0.02
+"""Largest deviation of a distance between slices from their mean, as a fraction of it."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """The slices of one DICOM series."""
+
+    name: str
+    """Its description."""
+    contrast: bool
+    """Whether its header names a contrast medium."""
+    files: tuple[Path, ...]
+    """In the order of their positions."""
+
+
+def is_dicom(start: bytes) -> bool:
+    """Whether a file that begins with these bytes is a DICOM file."""
+    return start[PREAMBLE : PREAMBLE + len(MAGIC)] == MAGIC
+
+
+def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[str]]:
+    """Sort files into series by their headers.
+
+    Parameters
+    ----------
+    files
+        Files and the names under which the user knows them.
+
+    Returns
+    -------
+    Series of images that make up a volume, and one sentence for each file or series that does not.
+    """
+    headers: dict[str, list[tuple[Path, pydicom.Dataset]]] = {}
+    series: list[Series] = []
+    problems = []
+    for path, name in files:
+        try:
+            header = pydicom.dcmread(path, stop_before_pixels=True)
+            headers.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
+        except Exception as error:  # pydicom has errors of many kinds for a damaged header
+            problems.append(f"{name} is a damaged DICOM file: {last_line(error)}.")
+    for slices in headers.values():
+        first = slices[0][1]
+        name = " ".join(str(first.get("SeriesDescription") or first.get("ProtocolName") or "").split())
+        name = name or f"series {first.get('SeriesNumber') or len(series) + 1}"
+        try:
+            contrast = bool(str(first.get("ContrastBolusAgent") or "").strip())
+            series.append(Series(name, contrast, _in_order(slices)))
+        except InputError as error:
+            problems.append(f"The DICOM series {name} {error}.")
+    return series, problems
+
+
+def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
+    """The files by position; InputError, whose message begins with a verb, unless they make up one volume."""
+    headers = [header for _, header in slices]
+    if any(int(header.get("NumberOfFrames") or 1) > 1 for header in headers):
+        raise InputError("has several slices in one file, which is not supported; convert it to NIfTI (dcm2niix)")
+    if any(not header.get("ImagePositionPatient") or not header.get("ImageOrientationPatient") for header in headers):
+        raise InputError("holds something other than slices with a position")
+    try:
+        directions = np.array([header.ImageOrientationPatient for header in headers], float)
+        positions = np.array([header.ImagePositionPatient for header in headers], float)
+        if directions.shape[1:] != (6,) or positions.shape[1:] != (3,):
+            raise ValueError
+    except ValueError as error:
+        raise InputError("has slices without a usable position") from error
+    if not np.allclose(directions, directions[0], atol=1e-3):
+        raise InputError("has slices of different orientations")
+    along = positions @ np.cross(directions[0, :3], directions[0, 3:])
+    order = np.argsort(along)
+    steps = np.diff(along[order])
+    if len(slices) < 2:
+        raise InputError("has a single slice, expected a volume")
+    if steps.min() < 1e-3:
+        raise InputError("has several slices at one position, so it is more than one volume")
+    if np.abs(steps - steps.mean()).max() > SPACING_TOLERANCE * steps.mean():
+        raise InputError("lacks slices, or their distances differ")
+    return tuple(slices[number][0] for number in order)
+
+
+def write_volume(series: Series, path: Path) -> None:
+    """Write a series as one NIfTI file; InputError, whose message begins with a verb, if it cannot be read."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames([str(file) for file in series.files])
+    try:
+        image = reader.Execute()
+    except RuntimeError as error:
+        raise InputError(f"cannot be read: {last_line(error)}") from error
+    with complete_image(path):
+        sitk.WriteImage(image, str(path))
+
+
+def write_segmentation_object(
+    segmentation: np.ndarray,
+    labels: Mapping[str, Sequence[int]],
+    colors: Mapping[str, Sequence[int]],
+    series: Series,
+    model: str,
+    path: Path,
+) -> None:
+    """Write a segmentation as DICOM SEG, with one binary segment for each label or region.
+
+    Parameters
+    ----------
+    segmentation
+        Label map on the grid of the series, shape (z, y, x).
+    labels
+        Label values of each label or region; regions may overlap.
+    colors
+        Red, green and blue (0 to 255) of each label or region.
+    series
+        The series that it was made from, to which it refers; patient and study are copied from it.
+    model
+        Name of the model.
+    """
+    import highdicom as hd
+    from highdicom.color import CIELabColor
+    from pydicom.sr.codedict import codes
+    from pydicom.sr.coding import Code
+
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name=model[:64], version=nnunetv2_mstkd.__version__, family=codes.DCM.ArtificialIntelligence
+    )
+    # what a label means is known to its data set only: a code of our own with the label's name
+    segments = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],
+            segmented_property_category=codes.SCT.Tissue,
+            segmented_property_type=Code(f"LABEL{number}", "99MSTKD", name[:64]),
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+            display_color=CIELabColor.from_rgb(*(int(part) for part in colors[name])),
+        )
+        for number, name in enumerate(labels, start=1)
+    ]
+    masks = np.stack([np.isin(segmentation, list(values)) for values in labels.values()], axis=-1)
+    slices = [pydicom.dcmread(file) for file in series.files]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what pydicom finds unusual in the values that are copied
+        written = hd.seg.Segmentation(
+            source_images=slices,
+            pixel_array=masks.astype(np.uint8),
+            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=segments,
+            series_instance_uid=generate_uid(),
+            series_number=int(slices[0].get("SeriesNumber") or 0) + 1000,
+            sop_instance_uid=generate_uid(),
+            instance_number=1,
+            manufacturer="nnunetv2_mstkd",
+            manufacturer_model_name=model[:64],
+            software_versions=nnunetv2_mstkd.__version__,
+            device_serial_number="0",
+            series_description=f"Segmentation of {series.name}"[:64],
+            omit_empty_frames=bool(masks.any()),
+        )
+        written.save_as(path)

@@ -1,0 +1,101 @@
+"""`mstkd app`: a page in the browser for one model."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import sys
+from pathlib import Path
+
+from nnunetv2_mstkd.commands import demo as demo_command
+from nnunetv2_mstkd.commands import model_options as options
+from nnunetv2_mstkd.errors import DependencyError, InputError
+from nnunetv2_mstkd.images.atomic import read_json
+from nnunetv2_mstkd.nnunet.folders import FINAL
+
+DEMO_FOLDER = Path("mstkd_demo")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of `mstkd app`."""
+    parser.description = (
+        "Open a page in the browser: drop the sequences that a patient has, as NIfTI files or DICOM series, and see "
+        "the segmentation, its volumes and what another missing sequence would change. Files stay on this machine and "
+        "are removed when the page is closed."
+    )
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="folder of a trained model")
+    source.add_argument("--demo", action="store_true", help="the model of `mstkd demo`, trained now if it is not there")
+    add = parser.add_argument
+    add("--out", metavar="FOLDER", type=Path, default=DEMO_FOLDER, help="folder of the demo (default: ./%(default)s)")
+    add("-f", "--folds", metavar="FOLD", nargs="+", help="folds (default: all that are trained)")
+    add("-chk", metavar="FILE", default=FINAL, help="checkpoint file name (default: %(default)s)")
+    add("-device", choices=("auto", *options.DEVICES), default="auto", help="default: CUDA if there is a GPU")
+    add("-step_size", metavar="S", type=float, default=0.5, help="step of the sliding window (default: %(default)s)")
+    add("--disable_tta", action="store_true", help="no mirroring: faster, a little less accurate")
+    add("--trust", action="store_true", help="let nnU-Net load the model: this executes whatever its files contain")
+    server = parser.add_argument_group("the server")
+    add = server.add_argument
+    add("--host", default="127.0.0.1", help="address to listen at; others than this machine's need the token")
+    add("--port", type=int, default=0, help="default: a free one")
+    add("--token", help="what the page's address must end with (default with --host: a random one)")
+    add("--max-upload", metavar="MB", type=int, default=2048, help="size of a page's images (default: %(default)s)")
+    add("--no-browser", action="store_true", help="only print the address")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C."""
+    if args.max_upload < 1:
+        raise InputError(f"--max-upload is {args.max_upload}, expected a number of megabytes")
+    if not 0 <= args.port < 2**16:
+        raise InputError(f"--port is {args.port}, expected 0 to {2**16 - 1}")
+    try:
+        from nnunetv2_mstkd.app.server import LOOPBACK, MEGABYTE, Settings
+        from nnunetv2_mstkd.app.serving import serve
+    except ImportError as error:
+        if isinstance(error, DependencyError):
+            raise
+        raise DependencyError(f"mstkd app needs {error.name}: pip install 'nnunetv2_mstkd[app]'") from error
+    from nnunetv2_mstkd.inference.predictor import Predictor
+
+    if args.trust:
+        print("warning: --trust unpickles the checkpoint, which executes whatever it contains", file=sys.stderr)
+    folder, example = _demo(args) if args.demo else (args.model, "")
+    device = options.torch_device(_device(args.device))
+    predictor = Predictor(
+        folder,
+        args.folds,
+        checkpoint=args.chk,
+        device=device,
+        mirroring=not args.disable_tta,
+        step_size=args.step_size,
+        trust=args.trust,
+    )
+    token = args.token or (None if args.host in LOOPBACK else secrets.token_urlsafe(16))
+    settings = Settings(args.host, token, args.max_upload * MEGABYTE, example=example)
+    serve(predictor, settings, args.port, browser=not args.no_browser)
+    return 0
+
+
+def _device(name: str) -> str:
+    """CUDA if there is a GPU and nothing else was asked for."""
+    import torch
+
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _demo(args: argparse.Namespace) -> tuple[Path, str]:
+    """Return the folder of the demo's student, which is trained if it is not there, and where its test images are."""
+    from nnunetv2_mstkd.demo.pipeline import STUDENT, Demo, Options
+
+    record = args.out / "demo.json"
+    if record.is_file():
+        demo = Demo(args.out, Options(**read_json(record)["options"]))
+    else:
+        parser = argparse.ArgumentParser()
+        demo_command.add_arguments(parser)
+        demo = demo_command.open_demo(parser.parse_args(["--out", str(args.out)]))
+    if not demo.train(STUDENT).done():
+        print(demo.announcement(), flush=True)
+        demo.run()
+    return demo.training(STUDENT).folder, str(demo.raw / "imagesTs")
