@@ -201,6 +201,8 @@ ROWS: tuple[Row, ...] = (
     Row(name="kd", title="KDTrainer", kind="method", trainer="KDTrainer", first="KDTeacherTrainer", terms=True),
     Row(name="conditioned", title="ModalityConditionedTrainer", kind="method", trainer="ModalityConditionedTrainer"),
     Row(name="medmap", title="MedMAPTrainer", kind="method", trainer="MedMAPTrainer", terms=True),
+    Row(name="mmformer", title="MMFormerTrainer", kind="method", trainer="MMFormerTrainer", terms=True),
+    Row(name="rfnet", title="RFNetTrainer", kind="method", trainer="RFNetTrainer", terms=True),
     Row(name="smml", title="SMMLTrainer", kind="method", trainer="SMMLTrainer", terms=True),
     _dedicated("FLAIR"),
     _dedicated("T1ce"),

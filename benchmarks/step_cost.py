@@ -42,6 +42,8 @@ TRAINERS = (
     "AdaMMTrainer",
     "MedMAPTrainer",
     "SMMLTrainer",
+    "MMFormerTrainer",
+    "RFNetTrainer",
 )
 BASELINE = "FullModalityTrainer"
 
