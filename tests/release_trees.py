@@ -122,9 +122,9 @@ def write_slices(folder: Path, images: np.ndarray, masks: np.ndarray | None) -> 
         tifffile.imwrite(folder / f"{folder.name}_{number}_mask.tif", mask)
 
 
-def make_release(source: Path, release: str) -> list[str]:
-    """Write four cases as the release has them and return their names."""
-    names = case_names(release)
+def make_release(source: Path, release: str, names: list[str] | None = None) -> list[str]:
+    """Write cases, by default four, as the release has them and return their names."""
+    names = case_names(release) if names is None else names
     if RELEASES[release].slices:
         for number, name in enumerate(names):
             write_slices(source / "kaggle_3m" / name, *lgg_patient(number))
