@@ -304,6 +304,8 @@ STEP_COST: Mapping[str, float] = {
     "AdaMMTrainer": 1.55,
     "MedMAPTrainer": 1.15,
     "SMMLTrainer": 2.1,
+    "MMFormerTrainer": 3.4,
+    "RFNetTrainer": 3.7,
     "MSTKDTeacherTrainer": 1.07,
 }
 """A training step over FullModalityTrainer's, from README's table; for the estimate only. Others: 1."""

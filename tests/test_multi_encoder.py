@@ -30,7 +30,6 @@ ALIGNED = [MedMAPMMFormerTrainer, MedMAPRFNetTrainer]
 each_trainer = pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__name__)
 every_trainer = pytest.mark.parametrize("cls", TRAINERS + ALIGNED, ids=lambda cls: cls.__name__)
 
-NO_SEPARATE = {"mmformer": {"separate": 0}, "rfnet": {"separate": 0}, "medmap": {"weight": 0}}
 PLANS = {
     "two channels, 2d": {"channels": 2, "dimensions": 2},
     "sixteen channels": {"channels": 16, "dimensions": 2, "edge": 8},
@@ -87,7 +86,7 @@ def test_anisotropic_plans(make_trainer, cls):
     ids=["two channels", "five channels", "residual"],
 )
 def test_nothing_of_an_absent_modality_leaks(cls, tmp_path, options):
-    testing.check_no_leak(cls, tmp_path, block=NO_SEPARATE, **options)
+    testing.check_no_leak(cls, tmp_path, **options)
 
 
 @each_trainer
@@ -103,6 +102,26 @@ def test_logits_do_not_read_the_complete_batch(make_trainer, cls):
         found = trainer.network(masked, auxiliary=data)
     torch.testing.assert_close(found.logits[0], plain)
     assert found.encoded.all() and found.separate.shape == (15, 4, *plain.shape[1:])
+
+
+@each_trainer
+def test_leak_test_finds_the_term_that_reads_the_complete_batch(monkeypatch, cls, tmp_path):
+    monkeypatch.setattr(cls, "reads_complete", ())
+    with pytest.raises((AssertionError, FloatingPointError)):
+        testing.check_no_leak(cls, tmp_path)
+
+
+@each_trainer
+def test_network_compiles_into_one_graph(make_trainer, cls):
+    network = make_trainer(cls, deep_supervision=False).network
+    torch._dynamo.reset()
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    data = torch.randn(2, 4, 16, 16, 16)
+    masked = modalities.mask_modalities(data, modalities.all_subsets(4)[3:5])
+    found, wanted = (each(masked, auxiliary=data) for each in (compiled, network))
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(found.separate, wanted.separate, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(compiled(masked), wanted.logits, rtol=1e-3, atol=1e-4)
 
 
 # ---- the decoder of single modalities --------------------------------------------------------------------------------

@@ -55,6 +55,7 @@ class AlignmentMixin(ModalityDropoutTrainer):
     training batch; the logits read the subset alone.
     """
 
+    reads_complete = ("medmap.weight",)
     encoders: ClassVar[bool] = False
     """Whether the front may also be one encoder per modality: the network then has ``encoder`` and ``decoder`` and
     calls ``encoder`` as a whole."""

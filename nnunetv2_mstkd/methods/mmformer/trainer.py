@@ -18,6 +18,7 @@ class MMFormerTrainer(MultiEncoderTrainer):
     """
 
     design: ClassVar[NetworkDesign | None] = MMFormerDesign()
+    reads_complete = ("mmformer.separate",)
 
     def make_terms(self) -> tuple[Term, ...]:
         return active_terms(self.separate_term(self.settings[MMFormerSettings].separate))

@@ -26,6 +26,7 @@ class RFNetTrainer(MultiEncoderTrainer):
     """
 
     design: ClassVar[NetworkDesign | None] = RFNetDesign()
+    reads_complete = ("rfnet.separate",)
 
     @classmethod
     def resolve(cls, settings: Settings, configuration_manager: ConfigurationManager, dataset_json: dict) -> Settings:
