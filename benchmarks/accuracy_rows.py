@@ -234,6 +234,8 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(name="conditioned", title="ModalityConditionedTrainer", kind="method", trainer="ModalityConditionedTrainer"),
     Row(name="medmap", title="MedMAPTrainer", kind="method", trainer="MedMAPTrainer", terms=True),
+    Row(name="mmformer", title="MMFormerTrainer", kind="method", trainer="MMFormerTrainer", terms=True),
+    Row(name="rfnet", title="RFNetTrainer", kind="method", trainer="RFNetTrainer", terms=True),
     Row(name="smml", title="SMMLTrainer", kind="method", trainer="SMMLTrainer", terms=True),
     _dedicated("FLAIR"),
     _dedicated("T1ce"),
@@ -360,6 +362,8 @@ STEP_COST: Mapping[str, float] = {
     "AdaMMTrainer": 1.55,
     "MedMAPTrainer": 1.15,
     "SMMLTrainer": 2.1,
+    "MMFormerTrainer": 3.4,
+    "RFNetTrainer": 3.7,
     "MSTKDTeacherTrainer": 1.07,
 }
 """A training step over FullModalityTrainer's, from README's table; for the estimate only. Others: 1."""

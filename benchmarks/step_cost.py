@@ -43,6 +43,8 @@ TRAINERS = (
     "AdaMMTrainer",
     "MedMAPTrainer",
     "SMMLTrainer",
+    "MMFormerTrainer",
+    "RFNetTrainer",
 )
 BASELINE = "FullModalityTrainer"
 

@@ -114,8 +114,10 @@ def find_cases(
         found = _find_stacked(search)
     else:
         folders, found = _release_folders(search) if description.case_names else _folders(search)
+        release = RELEASES.get(description.release)
         for folder in folders:
-            found.add(*(search.find_slices(folder) if description.slices else search.find(folder.name, folder)))
+            name = release.case_of(folder) if release else folder.name
+            found.add(*(search.find_slices(folder) if description.slices else search.find(name, folder)))
     _refuse_clashes(source, found.names)
     names = found.names
     absent = [test for test in description.test_cases if not any(fnmatchcase(name, test) for name in names)]
@@ -174,16 +176,17 @@ def _folders(search: _Search) -> tuple[list[Path], Found]:
 def _release_folders(search: _Search) -> tuple[list[Path], Found]:
     """The case folders of a release at any depth, after a look at what else the source holds."""
     source, description = search.source, search.description
+    release = RELEASES[description.release]
     endings = SLICE_ENDINGS if description.slices else NIFTI_ENDINGS
     ours, others, strange = [], defaultdict(list), []
     for folder, names in _walk(source):
-        if re.fullmatch(description.case_names, folder.name, re.ASCII):
+        if re.fullmatch(description.case_names, release.case_of(folder), re.ASCII):
             ours.append(folder)
-        elif releases := releases_of_case(folder.name):
+        elif releases := releases_of_case(folder):
             others[" or ".join(releases)].append(folder.name)
         elif any(name.lower().endswith(endings) for name in names):
             strange.append(folder)
-    example = RELEASES[description.release].example
+    example = release.example
     listed = "; ".join(f"{len(names)} of {key} such as {names[0]}" for key, names in others.items())
     if not ours:
         raise InputError(
@@ -195,14 +198,14 @@ def _release_folders(search: _Search) -> tuple[list[Path], Found]:
     problem = (
         f"this folder holds images, but its name is not as in {description.release} ({example}); rename or remove it"
     )
-    ours.sort(key=lambda folder: folder.name)
-    twice = [pair for pair in pairwise(ours) if pair[0].name == pair[1].name]
+    ours.sort(key=release.case_of)
+    twice = [pair for pair in pairwise(ours) if release.case_of(pair[0]) == release.case_of(pair[1])]
     if twice:
         raise InputError(
             f"{source} holds {len(twice)} cases more than once, such as {twice[0][0].name} in "
             f"{' and '.join(str(folder.parent) for folder in twice[0])}; name one of these folders"
         )
-    _refuse_clashes(source, [folder.name for folder in ours])
+    _refuse_clashes(source, [release.case_of(folder) for folder in ours])
     found = Found(problems={str(folder.relative_to(source)): [problem] for folder in strange})
     if description.slices:
         spacing = " x ".join(f"{mm:g}" for mm in description.slices.spacing)
@@ -217,7 +220,7 @@ def _walk(source: Path) -> Iterator[tuple[Path, list[str]]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if here != source:
             yield here, files
-        if len(here.relative_to(source).parts) >= DEPTH or releases_of_case(here.name):
+        if len(here.relative_to(source).parts) >= DEPTH or releases_of_case(here):
             folders.clear()
         for name in folders:
             if (here / name).is_symlink():  # os.walk lists it, but does not enter it

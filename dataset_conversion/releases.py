@@ -1,6 +1,8 @@
 """All releases as one table: names of files and cases, label values, regions, grid. A new release is a new row.
 
-Sources: the pages and official repositories of the challenges, and headers of cases of each grid; BraTS 2018 to 2020:
+Sources: the pages and official repositories of the challenges, and headers of cases of each grid; BraTS 2015: the label
+values on the challenge's page, http://blog.smir.ch/BRATS/Start2014, the names in public code that reads it, and the
+grid as in BRATS 2012 to 2018; BraTS 2018 to 2020:
 https://www.med.upenn.edu/cbica/brats2020/data.html; BraTS 2023 and later: https://www.synapse.org/brats; the regions of
 2024 and later as in the official evaluation (BraTS-2024-Metrics). LGG: its page,
 https://www.kaggle.com/datasets/mateuszbuda/lgg-mri-segmentation, and its files; the spacing is an assumption.
@@ -11,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from .description import BACKGROUND, Description, Grid, Slices
 from .modality_names import BRATS_MODALITIES
@@ -44,7 +47,12 @@ class Release:
     family: str  # name of the script that converts it, and of its page in the documentation
     stack: Sequence[str] = ()  # order of the channels if a case is one file of four dimensions, or of slices
     slices: Slices | None = None  # if a case is a folder of 2-D slices
+    with_parent: bool = False  # a case is named after its folder and the one above, as PARENT_FOLDER
     name: str = ""
+
+    def case_of(self, folder: Path) -> str:
+        """Return the name of the case in a folder."""
+        return f"{folder.parent.name}_{folder.name}" if self.with_parent else folder.name
 
     @property
     def written_values(self) -> dict[str, int]:
@@ -171,6 +179,26 @@ _TABLE = {
         small_et_becomes="NET",
     ),
     "brats2025_met": _since_2023("BraTS 2025 MET (metastases)", "MET", classes={**_THREE_IS_ET, "RC": 4}, grid=None),
+    "brats2015": Release(
+        title="BraTS 2015",
+        # HGG and LGG hold folders of the same names, which are other patients
+        case_names=r"(?P<patient>[HL]GG_brats_(?:2013|tcia)_pat\d+)_\d+",
+        example="HGG_brats_2013_pat0001_1",
+        with_parent=True,
+        # each file in a folder of its name, in some copies beside one another; the number is of the image, not the case
+        modalities={
+            modality: [f"VSD.*.MR_{name}.*/*.mha", f"VSD.*.MR_{name}.*.mha"]
+            for modality, name in zip(BRATS_MODALITIES, ("T1", "T1c", "T2", "Flair"), strict=True)
+        },
+        label=("VSD.*.OT.*/*.mha", "VSD.*.OT.*.mha"),
+        label_file="{case}.nii.gz",
+        classes={"NCR": 1, "ED": 2, "NET": 3, "ET": 4},
+        regions={WT: ("NCR", "ED", "NET", "ET"), TC: ("NCR", "NET", "ET"), ET: ("ET",)},
+        writes=("ED", "NET", "ET"),
+        grid=Grid("BraTS's", (240, 240, 155), (1.0, 1.0, 1.0)),
+        small_et_becomes="NCR",
+        family="brats",
+    ),
     "fets2022": _before_2023("FeTS 2022", **_FETS),
     "fets2024": _before_2023("FeTS 2024", **_FETS),
     "msd_task01": Release(
@@ -208,9 +236,13 @@ RELEASES: Mapping[str, Release] = {name: replace(release, name=name) for name, r
 """The table; its keys are the names of the sub-commands."""
 
 
-def releases_of_case(case: str) -> list[str]:
-    """Return the releases in which a case may have this name."""
-    return [name for name, release in RELEASES.items() if re.fullmatch(release.case_names, case, re.ASCII)]
+def releases_of_case(folder: Path) -> list[str]:
+    """Return the releases in which a case may have such a folder."""
+    return [
+        name
+        for name, release in RELEASES.items()
+        if re.fullmatch(release.case_names, release.case_of(folder), re.ASCII)
+    ]
 
 
 def meaning_of_value(value: int) -> str:

@@ -76,6 +76,20 @@ def outside_pages() -> dict[str, str]:
     return pages
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """List the card of every method in the navigation, which has an empty entry for them."""
+    cards = [page for page in outside_pages() if page.startswith("methods/")]
+    (methods,) = [
+        entry
+        for group in config.nav
+        if isinstance(group, dict)
+        for entry in group.get("Explanation", ())
+        if isinstance(entry, dict) and "Methods" in entry
+    ]
+    methods["Methods"] = cards
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages from elsewhere and the generated ones."""
     for page, source in outside_pages().items():

@@ -327,14 +327,17 @@ def _make(cls: type, **options: Any) -> Any:
 def check_no_leak(cls: type, folder: Path, **options: Any) -> None:
     """Absent channels change nothing: neither through the network nor through loss and gradients.
 
-    With what a teacher says held fixed. Terms of the student that are meant to read the complete batch, such as
-    MedMAP's alignment, must be switched off with ``block``.
+    With what a teacher says held fixed, and without the terms that the trainer names in ``reads_complete``.
     """
     if not issubclass(cls, ModalityDropoutTrainer):
         return
-    channels = options.get("channels", 4)
+    channels, block = options.get("channels", 4), {**options.get("block", {})}
+    for base in cls.__mro__:
+        for name in vars(base).get("reads_complete", ()):
+            section, key = name.split(".")
+            block[section] = {**block.get(section, {}), key: 0}
     with nnunet_folders(folder):
-        trainer = _make(cls, batch_size=2**channels - 1, **options)
+        trainer = _make(cls, batch_size=2**channels - 1, **{**options, "block": block})
         if trainer.teacher is not None and trainer.terms:
             fixed = trainer.forward_teacher(batch(trainer)["data"])
             trainer.forward_teacher = lambda complete: fixed

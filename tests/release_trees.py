@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import tifffile
 
 from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
@@ -48,6 +49,9 @@ def use_small_grids(patch: pytest.MonkeyPatch) -> None:
 def case_names(release: str) -> list[str]:
     """Four cases with names like the example's; if names tell the time point, the first two are of one patient."""
     example = RELEASES[release].example
+    if release == "brats2015":  # the last two folders have the same name
+        names = ("brats_tcia_pat153_0109", "brats_tcia_pat153_0181", "brats_2013_pat0001_1")
+        return [*(f"HGG_{name}" for name in names), f"LGG_{names[-1]}"]
     match = re.fullmatch(RELEASES[release].case_names, example, re.ASCII)
     if "patient" not in match.groupdict():
         return [_renumbered(example, number) for number in (0, 2, 3, 355)]
@@ -78,6 +82,12 @@ def own_label(release: str, number: int) -> np.ndarray:
 
 
 def write(path: Path, array: np.ndarray, affine: np.ndarray, *, sform: bool = True) -> None:
+    if path.suffix == ".mha":
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = sitk.GetImageFromArray(array.T)
+        image.SetOrigin((affine @ np.diag([-1, -1, 1, 1]))[:3, 3] * [-1, -1, 1])
+        sitk.WriteImage(image, str(path))
+        return
     image = nibabel.Nifti1Image(array, affine)
     image.set_qform(affine, code=1)
     image.set_sform(affine if sform else None, code=1 if sform else 0)
@@ -92,6 +102,9 @@ def affine_of(release: str) -> np.ndarray:
 
 def case_folder(source: Path, release: str, name: str) -> Path:
     """Where the release keeps the files of a case."""
+    if release == "brats2015":
+        grade, _, folder = name.partition("_")
+        return source / "BRATS2015_Training" / grade / folder
     if release in ("brats2018", "brats2019"):
         return source / ("LGG" if name.endswith("1") else "HGG") / name
     if release == "brats2020":
@@ -103,6 +116,11 @@ def file_of(release: str, name: str, channel: int | None = None) -> str:
     """File name of an image, or of the label."""
     row = RELEASES[release]
     patterns = row.label if channel is None else list(row.modalities.values())[channel]
+    if release == "brats2015":
+        stem = f"VSD.Brain_3more.XX.O.OT.{42000 + sum(map(ord, name))}"
+        if channel is not None:
+            stem = f"VSD.Brain.XX.O.MR_{('T1', 'T1c', 'T2', 'Flair')[channel]}.{54000 + channel}"
+        return f"{stem}/{stem}.mha" if name.startswith("HGG") else f"{stem}.mha"
     return patterns[0].replace("{case}", name).replace(".nii*", ENDINGS.get(release, ".nii.gz"))
 
 
@@ -122,9 +140,9 @@ def write_slices(folder: Path, images: np.ndarray, masks: np.ndarray | None) -> 
         tifffile.imwrite(folder / f"{folder.name}_{number}_mask.tif", mask)
 
 
-def make_release(source: Path, release: str) -> list[str]:
-    """Write four cases as the release has them and return their names."""
-    names = case_names(release)
+def make_release(source: Path, release: str, names: list[str] | None = None) -> list[str]:
+    """Write cases, by default four, as the release has them and return their names."""
+    names = case_names(release) if names is None else names
     if RELEASES[release].slices:
         for number, name in enumerate(names):
             write_slices(source / "kaggle_3m" / name, *lgg_patient(number))

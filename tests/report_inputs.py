@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
@@ -55,6 +56,17 @@ def montage(fold: str, case: str, modalities: Sequence[str] = MODALITIES) -> Mon
         found[subset] = reference.copy()
         found[subset][: 10 + number % 10] = 0
     return Montage(0, 11, 24, image, reference, found)
+
+
+def with_further(fold: str, case: str) -> Montage:
+    """The same, with two further slices, in which the image is darker and less is labelled."""
+    first = montage(fold, case)
+    further = []
+    for index, less in ((5, 12), (17, 15)):
+        other = montage(fold, case)
+        other.reference[:less] = 0
+        further.append(replace(other, index=index, images=other.images // 2))
+    return replace(first, further=tuple(further))
 
 
 def report(

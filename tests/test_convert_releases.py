@@ -88,12 +88,16 @@ def test_round_trip(nnunet, source, monkeypatch, capsys, release):
         painted = np.zeros_like(written)
         for values, value in zip(manager.foreground_regions, content["regions_class_order"], strict=True):
             painted[np.isin(written, values)] = value
+        if release == "brats2015":  # its three regions do not tell NCR from NET
+            written[written == 1] = 3
         np.testing.assert_array_equal(painted, written)
 
     out = nnunet / "restored"
     assert cli.main(["restore-labels", "-i", str(folder / "labelsTr"), "-o", str(out), "-d", "7"]) == 0
     for number, name in enumerate(names):
         own_name = release_trees.file_of(release, name).removesuffix(".gz").removesuffix(".nii")
+        if release == "brats2015":  # the number in a file's name says nothing about the case
+            own_name = name
         restored = nibabel.load(out / f"{own_name}.nii.gz")
         np.testing.assert_array_equal(np.asarray(restored.dataobj), own_label(release, number))
         np.testing.assert_allclose(restored.affine, release_trees.affine_of(release), atol=1e-5)
@@ -169,7 +173,9 @@ def test_regions_of_the_releases():
 
 @pytest.mark.parametrize("release", RELEASES)
 def test_examples_match_their_pattern(release):
-    assert release in releases.releases_of_case(RELEASES[release].example)
+    assert release in releases.releases_of_case(
+        release_trees.case_folder(Path("source"), release, RELEASES[release].example)
+    )
     assert set(RELEASES[release].writes) <= set(RELEASES[release].classes)
 
 

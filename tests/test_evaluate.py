@@ -334,13 +334,18 @@ def test_pictured_slices_equal_nnunets_segmentations(student, nnunet_folders):
         view = choose_view(label, (1.25, 1.0, 1.0))  # as the array is ordered
         assert (strip.axis, strip.index, strip.depth) == (0, view.index, len(label))
         assert np.array_equal(strip.reference, view.cut(label)) and strip.reference.any()
+        assert [each.index for each in strip.further] == [each.index for each in view.further] and strip.further
         assert list(strip.segmentations) == list(FEW_NAMES)
         for name, found in strip.segmentations.items():
             expected = segmentation_of(student, 0, case, name, nnunet_folders)
             assert np.array_equal(found, view.cut(expected)) and found.dtype == np.uint8
+            for each, other in zip(strip.further, view.further, strict=True):
+                assert np.array_equal(each.segmentations[name], other.cut(expected))
         # a head in air: the border is zero in the image, and so is the grey value
         raw = read(nnunet_folders / "raw" / tiny.DATASET / "imagesTr" / f"{case}_0000.nii.gz")
         assert np.array_equal(strip.images[0] > 0, view.cut(raw) != 0)
+        for each, other in zip(strip.further, view.further, strict=True):
+            assert np.array_equal(each.images[0] > 0, other.cut(raw) != 0)
 
 
 def test_pictures_survive_a_stop_and_grow_with_new_subsets(student):

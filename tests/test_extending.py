@@ -100,8 +100,7 @@ CODE
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
 def test_both(check, tmp_path):
-    block = {"medmap": {"weight": 0}} if check is testing.check_no_leak else {}
-    check(MedMAPMatchingTrainer, tmp_path, block=block)
+    check(MedMAPMatchingTrainer, tmp_path)
 
 def test_terms(tmp_path):
     with testing.nnunet_folders(tmp_path):

@@ -117,7 +117,7 @@ def test_what_is_known_wins_over_the_front(foreign):
 
 @pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
 def test_an_outside_trainer_has_all_properties(check, tmp_path):
-    check(OutsideTrainer, tmp_path, **({"block": {"medmap": {"weight": 0}}} if check is testing.check_no_leak else {}))
+    check(OutsideTrainer, tmp_path)
 
 
 HOSTS = {MedMAPAdaMMTrainer: methods.AdaMMTrainer, MedMAPSMMLTrainer: methods.SMMLTrainer}

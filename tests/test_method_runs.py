@@ -21,6 +21,9 @@ METHODS = {
     "MedMAP with MST-KDNet": ("MedMAPMSTKDTrainer", {}),
     "MedMAP with AdaMM": ("MedMAPAdaMMTrainer", {}),
     "MedMAP with SMML": ("MedMAPSMMLTrainer", {"smml.warmup": 0.0}),
+    "mmFormer": ("MMFormerTrainer", {}),
+    "RFNet": ("RFNetTrainer", {}),
+    "MedMAP with RFNet": ("MedMAPRFNetTrainer", {}),
     "MedMAP, distilled": ("MedMAPKDTrainer", {}),
     "SMML": ("SMMLTrainer", {"smml.warmup": 0.0}),
     "SMML, one encoder per modality, one student after the other": (

@@ -17,6 +17,7 @@ from nnunetv2_mstkd.methods.mstkd.network import (
     token_patch,
 )
 from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
+from nnunetv2_mstkd.networks.attention import positions_on
 from nnunetv2_mstkd.nnunet.unet import UNetShape
 
 ANISOTROPIC = [[1, 1, 1], [2, 2, 1], [2, 2, 1], [2, 2, 2]]
@@ -314,15 +315,15 @@ def test_positions_are_interpolated_to_other_grids():
     assert maps[0].shape == x.shape
     assert attention[0].shape[-1] == 48
     expected = torch.nn.functional.interpolate(module.position, size=(6, 4, 2), mode="trilinear", align_corners=False)
-    assert torch.equal(module._position_on((6, 4, 2)), expected)
-    assert module._position_on((4, 4, 4)) is module.position
+    assert torch.equal(positions_on(module.position, (6, 4, 2)), expected)
+    assert positions_on(module.position, (4, 4, 4)) is module.position
 
 
 @torch.no_grad()
 def test_interpolated_positions_stay_linear():
     module = transformer((4, 4), (1, 1))
     module.position.copy_(torch.arange(4.0).view(1, 1, 4, 1).expand_as(module.position))
-    fine = module._position_on((8, 4))[0, 0, :, 0]
+    fine = positions_on(module.position, (8, 4))[0, 0, :, 0]
     assert torch.allclose(fine[1:-1], torch.arange(0.25, 3, 0.5))
 
 

@@ -74,7 +74,16 @@ def shapes_of(trainer) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["MSTKDTrainer", "AdaMMTrainer", "MedMAPTrainer", "SMMLTrainer", "FullModalityTrainer"]
+    "name",
+    [
+        "MSTKDTrainer",
+        "AdaMMTrainer",
+        "MedMAPTrainer",
+        "SMMLTrainer",
+        "MMFormerTrainer",
+        "RFNetTrainer",
+        "FullModalityTrainer",
+    ],
 )
 def test_every_trainer_takes_growing_patches(models, name):
     configure(models, schedule__epochs=4, schedule__patch_phases=4, schedule__validation_iterations=1)

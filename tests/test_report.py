@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,11 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
-from report_inputs import CASES, EVIL, MODALITIES, RULES, RUN, montage, report, results, subsets
+from report_inputs import CASES, EVIL, MODALITIES, RULES, RUN, montage, report, results, subsets, with_further
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import (
     LONGEST,
+    SLICES,
     Montage,
     choose_view,
     read_montage,
@@ -117,6 +119,40 @@ def test_a_montage_is_read_as_it_was_written(tmp_path):
     assert all(np.array_equal(found.segmentations[name], written.segmentations[name]) for name in subsets())
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["case.npz"]
     assert read_montage(tmp_path / "none.npz") is None
+    assert found.further == ()
+
+
+def test_further_slices_are_kept(tmp_path):
+    written = with_further("0", "fine")
+    write_montage(written, tmp_path / "case.npz")
+    found = read_montage(tmp_path / "case.npz")
+    assert [each.index for each in found.every] == [5, 11, 17] and found.index == 11
+    for each, wanted in zip(found.every, written.every, strict=True):
+        assert np.array_equal(each.images, wanted.images) and np.array_equal(each.reference, wanted.reference)
+        assert all(np.array_equal(each.segmentations[name], wanted.segmentations[name]) for name in subsets())
+
+
+def test_slices_without_all_subsets_are_not_shown():
+    """Pictures of an earlier version hold one slice: subsets that were predicted then are in no other."""
+    old, new = montage("0", "fine"), with_further("0", "fine")
+    last = subsets()[-1]
+    parts = [replace(each, segmentations={last: each.segmentations[last]}) for each in (new, *new.further)]
+    merged = replace(parts[0], further=tuple(parts[1:])).with_older(old)
+    assert list(merged.segmentations) == subsets() and [each.index for each in merged.every] == [11]
+    assert [each.index for each in merged.with_older(new).every] == [5, 11, 17]
+
+
+def test_further_slices_are_spread_over_the_label():
+    label = np.zeros((40, 5, 5), np.uint8)
+    label[4:35, 2, 2] = 1
+    label[21, 2, 1:4] = 1
+    view = choose_view(label, (1, 1, 1))
+    assert view.index == 21 and len(view.every) == SLICES
+    others = [each.index for each in view.further]
+    assert others == sorted(others) and others[0] == 4 and others[-1] == 34 and view.index not in others
+    assert all(np.array_equal(each.reference, each.cut(label)) for each in view.every)
+    label[5:] = 0
+    assert [each.index for each in choose_view(label, (1, 1, 1)).every] == [4]
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import browsers
 import pytest
-from report_inputs import CASES, EVIL, report
+from report_inputs import CASES, EVIL, report, with_further
 
 from nnunetv2_mstkd.reporting.page import FIGURE_TITLES
 
@@ -82,6 +82,38 @@ def test_a_click_enlarges_a_picture(browser):
     picture.send_keys("\n")
     assert browser.find_elements("css selector", "dialog[open]") != []
     browser.find_element("css selector", "dialog").click()
+
+
+def test_the_slider_shows_another_slice(browser, file, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(report(tmp_path, load=with_further), encoding="utf-8")
+    browser.get(page.as_uri())
+    try:
+        slider = browser.find_element("css selector", ".slider input")
+        assert slider.is_displayed() and slider.get_attribute("value") == "1"
+
+        def seen() -> tuple[str, str, list[str]]:
+            shown = browser.find_elements("css selector", ".montage .segmented:first-child .picture img")
+            images = [each.get_attribute("src") for each in shown if each.is_displayed()]
+            picture = browser.find_element("css selector", ".montage .segmented .picture")
+            label = browser.find_element("css selector", ".montage output").text
+            return label, picture.value_of_css_property("background-image"), images
+
+        before = seen()
+        slider.send_keys("\ue014")  # the right arrow
+        after = seen()
+        assert (before[0], after[0]) == ("12", "18")
+        assert all(one != other for one, other in zip(before[1:], after[1:], strict=True))
+        assert len(after[2]) == len(before[2]) > 0
+        browser.find_element("css selector", ".montage .segmented .picture").click()
+        large = browser.find_element("css selector", "dialog[open] .picture")
+        assert large.value_of_css_property("background-image") == after[1]
+        assert sum(each.is_displayed() for each in large.find_elements("css selector", "img")) == 1
+        large.click()
+        outputs = [each.text for each in browser.find_elements("css selector", ".montage output")]
+        assert outputs == ["18", "12", "12"]  # of the other cases nothing changes
+    finally:
+        browser.get(file.as_uri())
 
 
 def test_a_name_leads_to_its_pictures(browser):

@@ -35,6 +35,8 @@ NO_TERMS: dict[str, dict[str, Any]] = {
     "adamm": {"consistency": 0, "content": 0, "style": 0, "adversarial": 0},
     "medmap": {"weight": 0},
     "smml": {"pixel": 0, "feature": 0},
+    "mmformer": {"separate": 0},
+    "rfnet": {"maps": 0, "separate": 0},
     "teacher": {"warm_start": False},
 }
 """Settings with which the distilling trainers need no teacher."""

@@ -1,6 +1,6 @@
-"""One slice of a case segmented from every subset, stored beside the case's results for the report.
+"""Slices of a case segmented from every subset, stored beside the case's results for the report.
 
-The slice is chosen from the label before the network runs, so that each background process cuts it out of the
+The slices are chosen from the label before the network runs, so that each background process cuts them out of the
 segmentation that it has just measured: no picture costs a prediction.
 """
 
@@ -21,6 +21,9 @@ from nnunetv2_mstkd.images.atomic import atomic_write
 LONGEST = 256
 """Maximum edge of a picture in pixels; larger slices are subsampled."""
 
+SLICES = 5
+"""Slices that are kept of a case, at most."""
+
 _ZERO = 1e-6
 
 
@@ -38,6 +41,13 @@ class SliceView:
     """Voxel indices along the two other axes, one per pixel."""
     reference: np.ndarray
     """The label in the slice, shape (rows, columns)."""
+    further: tuple[SliceView, ...] = ()
+    """Other slices along the axis, in their order."""
+
+    @property
+    def every(self) -> tuple[SliceView, ...]:
+        """This slice and the others."""
+        return self, *self.further
 
     def cut(self, volume: np.ndarray) -> np.ndarray:
         """The pixels of a volume of the label's shape."""
@@ -47,7 +57,8 @@ class SliceView:
 def choose_view(label: np.ndarray, spacing: Sequence[float], ignore_label: int | None = None) -> SliceView:
     """Choose the slice with the most labelled voxels, across the axis with the thickest slices.
 
-    Where nothing is labelled it is the middle slice. Of equal axes the first is taken: the axial one, as nnU-Net reads.
+    Others, :data:`SLICES` in all, are spread evenly from the first to the last slice with a label. Where nothing is
+    labelled it is the middle slice alone. Of equal axes the first is taken: the axial one, as nnU-Net reads.
     The label has three axes, the spacing is in millimetres per axis, and the ignore label counts as background.
     """
     single = [axis for axis, size in enumerate(label.shape) if size == 1]
@@ -64,8 +75,16 @@ def choose_view(label: np.ndarray, spacing: Sequence[float], ignore_label: int |
     rows, columns = (
         _voxels(size, max(1, math.floor(size * edge / pixel + 0.5))) for size, edge in zip(sizes, edges, strict=True)
     )
-    reference = np.take(label, index, axis=axis)[np.ix_(rows, columns)]
-    return SliceView(axis, index, label.shape[axis], rows, columns, reference)
+
+    def view(index: int, further: tuple[SliceView, ...] = ()) -> SliceView:
+        reference = np.take(label, index, axis=axis)[np.ix_(rows, columns)]
+        return SliceView(axis, index, label.shape[axis], rows, columns, reference, further)
+
+    found = np.flatnonzero(counts)
+    spread = np.linspace(found[0], found[-1], SLICES).round().astype(int).tolist() if len(found) else []
+    if spread:  # the chosen one takes the place of the nearest
+        spread.remove(min(spread, key=lambda other: abs(other - index)))
+    return view(index, tuple(view(other) for other in dict.fromkeys(spread) if other != index))
 
 
 def _voxels(size: int, pixels: int) -> np.ndarray:
@@ -134,26 +153,47 @@ class Montage:
     """Label values, shape (rows, columns)."""
     segmentations: dict[str, np.ndarray]
     """Label values by subset, each of shape (rows, columns)."""
+    further: tuple[Montage, ...] = ()
+    """Other slices along the axis, in their order."""
+
+    @property
+    def every(self) -> list[Montage]:
+        """The slices that show all subsets of this one, in their order."""
+        whole = [each for each in self.further if self.segmentations.keys() <= each.segmentations.keys()]
+        return sorted([self, *whole], key=lambda each: each.index)
 
     def with_older(self, older: Montage | None) -> Montage:
         """Add the subsets of an earlier run if it shows the same slice of the same label."""
         if older is None or older.index != self.index or not np.array_equal(older.reference, self.reference):
             return self
-        return replace(self, segmentations={**older.segmentations, **self.segmentations})
+        known = {each.index: each for each in older.further}
+        return replace(
+            self,
+            segmentations={**older.segmentations, **self.segmentations},
+            further=tuple(each.with_older(known.get(each.index)) for each in self.further),
+        )
 
 
 def write_montage(montage: Montage, file: Path) -> None:
     """Write the pictures of a case atomically."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    content: dict[str, Any] = {}
+    for number, each in enumerate((montage, *montage.further)):
+        arrays = {
+            "place": np.array([each.axis, each.index, each.depth]),
+            "images": each.images,
+            "reference": each.reference,
+            "subsets": np.array(list(each.segmentations), dtype=str),
+            "segmentations": np.stack(list(each.segmentations.values())),
+        }
+        content |= {_key(name, number): array for name, array in arrays.items()}
     with atomic_write(file) as scratch, scratch.open("wb") as stream:
-        np.savez_compressed(
-            stream,
-            place=np.array([montage.axis, montage.index, montage.depth]),
-            images=montage.images,
-            reference=montage.reference,
-            subsets=np.array(list(montage.segmentations), dtype=str),
-            segmentations=np.stack(list(montage.segmentations.values())),
-        )
+        np.savez_compressed(stream, **content)
+
+
+def _key(name: str, number: int) -> str:
+    """The name of an array in the file; files of earlier versions hold the first slice alone."""
+    return f"{name}_{number}" if number else name
 
 
 def read_montage(file: Path) -> Montage | None:
@@ -162,8 +202,16 @@ def read_montage(file: Path) -> Montage | None:
         return None
     try:
         with np.load(file, allow_pickle=False) as content:
-            axis, index, depth = content["place"].tolist()
-            segmentations = dict(zip(content["subsets"].tolist(), content["segmentations"], strict=True))
-            return Montage(axis, index, depth, content["images"], content["reference"], segmentations)
+            found, number = list[Montage](), 0
+            while not found or _key("place", number) in content:
+                parts = {
+                    name: content[_key(name, number)]
+                    for name in ("place", "images", "reference", "subsets", "segmentations")
+                }
+                axis, index, depth = parts["place"].tolist()
+                segmentations = dict(zip(parts["subsets"].tolist(), parts["segmentations"], strict=True))
+                found.append(Montage(axis, index, depth, parts["images"], parts["reference"], segmentations))
+                number += 1
+            return replace(found[0], further=tuple(found[1:]))
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(f"{file} is damaged ({error}); evaluate again with --restart") from error

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -73,21 +73,28 @@ class OpenCase:
     case: LabelledCase
     scores: dict[str, SubsetScore]
     view: SliceView | None = None
-    """The slice to show; None until the case is read."""
-    images: np.ndarray | None = None
-    """The images in the slice to show, uint8, shape (C, rows, columns); None before the first prediction."""
+    """The slices to show; None until the case is read."""
+    images: list[np.ndarray] = field(default_factory=list)
+    """The images in each of these slices, uint8, shape (C, rows, columns); empty before the first prediction."""
 
-    def show(self, images: np.ndarray) -> None:
-        """Add the images in the slice: with mask_first each prediction sees only the channels of its subset."""
-        known = images if self.images is None else self.images
-        self.images = np.where(known.any((1, 2), keepdims=True), known, images)
+    def show(self, images: list[np.ndarray]) -> None:
+        """Add the images in the slices: with mask_first each prediction sees only the channels of its subset."""
+        known = self.images or images
+        self.images = [
+            np.where(old.any((1, 2), keepdims=True), old, new) for old, new in zip(known, images, strict=True)
+        ]
 
     def montage(self) -> Montage:
         """The pictures of the subsets that were predicted in this run."""
-        assert self.images is not None and self.view is not None
-        view = self.view
-        slices = {subset: score.slice for subset, score in self.scores.items() if score.slice is not None}
-        return Montage(view.axis, view.index, view.depth, self.images, view.reference, slices)
+        assert self.images and self.view is not None
+        slices = {subset: score.slices for subset, score in self.scores.items() if score.slices}
+        first, *further = (
+            Montage(
+                view.axis, view.index, view.depth, images, view.reference, {s: cuts[n] for s, cuts in slices.items()}
+            )
+            for n, (view, images) in enumerate(zip(self.view.every, self.images, strict=True))
+        )
+        return replace(first, further=tuple(further))
 
 
 class Evaluator:
@@ -367,7 +374,8 @@ class Evaluator:
                 case, view = each.case, each.view
                 assert view is not None
                 bar.set_description(f"fold {case.fold}, {case.name}")
-                each.show(slice_images(data, properties, view, predictor.plans_manager.transpose_forward))
+                transpose = predictor.plans_manager.transpose_forward
+                each.show([slice_images(data, properties, one, transpose) for one in view.every])
                 rows = torch.tensor([self.subsets[subset] for subset in subsets])
                 predicted = stacked.predict(torch.from_numpy(data), rows)
                 for subset, (logits, presence) in zip(subsets, predicted, strict=True):
@@ -387,7 +395,7 @@ class Evaluator:
         if not self._missing(each):
             case = each.case
             self.records.save(case.fold, case.name, each.scores, each.montage(), self._seen(case))
-            each.scores, each.images = {}, None  # on disk now; the pictures of many cases fill memory
+            each.scores, each.images = {}, []  # on disk now; the pictures of many cases fill memory
         bar.update()
 
     def _missing(self, each: OpenCase) -> list[str]:

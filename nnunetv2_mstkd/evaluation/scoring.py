@@ -224,8 +224,8 @@ class SubsetScore:
     calibration: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     """region -> counts of logits, see :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`; empty in records of
     before."""
-    slice: np.ndarray | None = field(default=None, compare=False)
-    """The segmentation in the slice to show; None: none was requested, or the score was read from disk."""
+    slices: tuple[np.ndarray, ...] = field(default=(), compare=False)
+    """The segmentation in the slices to show; empty: none was requested, or the score was read from disk."""
 
 
 def score_prediction(
@@ -250,7 +250,7 @@ def score_prediction(
     plans, configuration, dataset_json, rules:
         The model, as for :func:`~nnunetv2_mstkd.evaluation.cases.prepare`, and what is measured.
     view:
-        The slice to keep; None: none.
+        The slices to keep; None: none.
     presence:
         Probability that there is any voxel of each output channel, shape (K,); None: the network does not say.
     """
@@ -261,7 +261,8 @@ def score_prediction(
     if segmentation.shape != reference.shape:
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
-    kept = None if view is None else view.cut(segmentation).astype(view.reference.dtype)
+    views = () if view is None else view.every
+    kept = tuple(each.cut(segmentation).astype(each.reference.dtype) for each in views)
     stated = {}
     if presence is not None:
         for region, head in foreground_heads(dataset_json).items():

@@ -6,12 +6,16 @@ from nnunetv2_mstkd.methods.kd.trainer import KDTeacherTrainer, KDTrainer
 from nnunetv2_mstkd.methods.medmap.trainer import (
     MedMAPAdaMMTrainer,
     MedMAPKDTrainer,
+    MedMAPMMFormerTrainer,
     MedMAPMSTKDTrainer,
+    MedMAPRFNetTrainer,
     MedMAPSMMLTrainer,
     MedMAPTeacherTrainer,
     MedMAPTrainer,
 )
+from nnunetv2_mstkd.methods.mmformer.trainer import MMFormerTrainer
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods.rfnet.trainer import RFNetTrainer
 from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
 from nnunetv2_mstkd.training.base import FullModalityTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
@@ -22,15 +26,19 @@ __all__ = [
     "FullModalityTrainer",
     "KDTeacherTrainer",
     "KDTrainer",
+    "MMFormerTrainer",
     "MSTKDTeacherTrainer",
     "MSTKDTrainer",
     "MedMAPAdaMMTrainer",
     "MedMAPKDTrainer",
+    "MedMAPMMFormerTrainer",
     "MedMAPMSTKDTrainer",
+    "MedMAPRFNetTrainer",
     "MedMAPSMMLTrainer",
     "MedMAPTeacherTrainer",
     "MedMAPTrainer",
     "ModalityConditionedTrainer",
     "ModalityDropoutTrainer",
+    "RFNetTrainer",
     "SMMLTrainer",
 ]

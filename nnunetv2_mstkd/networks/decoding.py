@@ -9,18 +9,23 @@ import torch
 
 
 def decode(
-    decoder: Any, skips: Sequence[torch.Tensor], visit: Callable[[int, torch.Tensor], torch.Tensor]
+    decoder: Any,
+    skips: Sequence[torch.Tensor],
+    visit: Callable[[int, torch.Tensor], torch.Tensor] = lambda stage, features: features,
+    join: Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor] = lambda stage, upsampled, skip: skip,
 ) -> torch.Tensor | list[torch.Tensor]:
     """Run a ``UNetDecoder`` of dynamic_network_architectures on features per encoder stage, finest first.
 
     ``visit`` is called with each decoder stage's number (0: the deepest) and features and returns the features to
-    continue with. Returned is what the decoder itself returns: logits (B, K, *spatial), or a list of these, finest
-    first, under deep supervision.
+    continue with. ``join`` is called before it, with the number, the features that come up from below and the skip
+    connection, and returns what takes the place of the skip connection. Returned is what the decoder itself returns:
+    logits (B, K, *spatial), or a list of these, finest first, under deep supervision.
     """
     outputs = []
     features, last = skips[-1], len(decoder.stages) - 1
     for stage in range(len(decoder.stages)):
-        features = torch.cat((decoder.transpconvs[stage](features), skips[-(stage + 2)]), 1)
+        upsampled = decoder.transpconvs[stage](features)
+        features = torch.cat((upsampled, join(stage, upsampled, skips[-(stage + 2)])), 1)
         features = visit(stage, decoder.stages[stage](features))
         if decoder.deep_supervision or stage == last:
             outputs.append(decoder.seg_layers[stage](features))

@@ -268,9 +268,8 @@ def _montage(
         return {**about, "groups": None}
     montage = cropped(stored)
     colors = label_colors(list(rules.labels), rules.ignore_label)
-    outline = montage.reference != 0
-    if rules.ignore_label is not None:
-        outline &= montage.reference != rules.ignore_label
+    slices = montage.every
+    outlines = [~np.isin(each.reference, (0, rules.ignore_label or 0)) for each in slices]
     dice = findings.results.query(f"{METRIC} == @DICE and {FOLD} == @fold and {CASE} == @case")
     values = dict(zip(zip(dice[SUBSET], dice[REGION], strict=True), dice[VALUE], strict=True))
     groups: dict[int, list[dict[str, Any]]] = {}
@@ -279,20 +278,27 @@ def _montage(
         if subset in montage.segmentations and (subset, next(iter(rules.regions))) in values:
             picture = {
                 "name": subset,
-                "source": overlay_uri(montage.segmentations[subset], colors, outline),
+                "sources": [
+                    overlay_uri(each.segmentations[subset], colors, outline)
+                    for each, outline in zip(slices, outlines, strict=True)
+                ],
                 "values": [(region, points(values[subset, region])) for region in rules.scored],
             }
             groups.setdefault(subset_size(subset), []).append(picture)
     shown = clearest_image(montage)
     return {
         **about,
-        "slice": montage.index + 1,
+        "slices": [each.index + 1 for each in slices],
+        "first": [each.index for each in slices].index(montage.index),
         "depth": montage.depth,
         "aspect": f"{montage.reference.shape[1]} / {montage.reference.shape[0]}",
-        "background": grey_uri(montage.images[shown]),
-        "images": [grey_uri(image) if image.any() else None for image in montage.images],
+        "backgrounds": [grey_uri(each.images[shown]) for each in slices],
+        "images": [
+            [grey_uri(each.images[channel]) for each in slices] if montage.images[channel].any() else None
+            for channel in range(len(montage.images))
+        ],
         "shown": shown,
-        "reference": overlay_uri(montage.reference, colors),
+        "reference": [overlay_uri(each.reference, colors) for each in slices],
         "groups": [(f"{size} modalit{'y' if size == 1 else 'ies'}", of_size) for size, of_size in groups.items()],
     }
 

@@ -96,17 +96,25 @@ def region_colors(regions: Mapping[str, Sequence[int]], colors: Mapping[int, Col
 
 
 def cropped(montage: Montage) -> Montage:
-    """Remove the empty border around the images and labels."""
-    shown = montage.images.any(axis=0) | (montage.reference != 0)
-    for segmentation in montage.segmentations.values():
-        shown |= segmentation != 0
+    """Remove the border around the images and labels that is empty in all slices."""
+    shown = np.zeros(montage.reference.shape, bool)
+    for each in (montage, *montage.further):
+        for part in (each.images.any(axis=0), each.reference, *each.segmentations.values()):
+            shown |= part != 0
     if not shown.any():
         return montage
-    rows, columns = (_extent(shown.any(axis=axis)) for axis in (1, 0))
-    window = rows, columns
-    segmentations = {subset: labels[window] for subset, labels in montage.segmentations.items()}
-    images = montage.images[:, rows, columns]
-    return replace(montage, images=images, reference=montage.reference[window], segmentations=segmentations)
+    rows, columns = (_extent(np.asarray(shown.any(axis=axis))) for axis in (1, 0))
+    return _within(montage, (rows, columns))
+
+
+def _within(montage: Montage, window: tuple[slice, slice]) -> Montage:
+    return replace(
+        montage,
+        images=montage.images[:, window[0], window[1]],
+        reference=montage.reference[window],
+        segmentations={subset: labels[window] for subset, labels in montage.segmentations.items()},
+        further=tuple(_within(each, window) for each in montage.further),
+    )
 
 
 def clearest_image(montage: Montage) -> int:

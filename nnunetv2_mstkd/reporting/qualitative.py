@@ -138,7 +138,7 @@ def _montage(models: Mapping[str, EvaluatedModel], case: str, subset: str) -> Mo
         if montage is None or subset not in montage.segmentations:
             return None
         if found is None:
-            found = replace(montage, segmentations={})
+            found = replace(montage, segmentations={}, further=())
         elif montage.index != found.index or not np.array_equal(montage.reference, found.reference):
             return None
         found = replace(found, segmentations={**found.segmentations, name: montage.segmentations[subset]})

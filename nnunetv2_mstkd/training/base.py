@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.configuration import default_num_processes
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
@@ -269,6 +270,17 @@ class SettingsTrainer(nnUNetTrainer):
         valid = target != labels.ignore_label if labels.has_ignore_label else None
         label = target if valid is None else torch.where(valid, target, 0)
         return Target(label, label > 0, valid)
+
+    def full_resolution_loss(self, logits: torch.Tensor, target: Target) -> torch.Tensor:
+        """Return nnU-Net's loss, without deep supervision, of logits (B, K, *spatial) and a :meth:`read_target`."""
+        labels, label = self.label_manager, target.label
+        if target.valid is not None:
+            if labels.has_regions:
+                label = torch.cat([label, (~target.valid).to(label.dtype)], 1)
+            else:
+                label = torch.where(target.valid, label, labels.ignore_label)
+        loss = self.loss.loss if isinstance(self.loss, DeepSupervisionWrapper) else self.loss
+        return loss(logits.float(), label)
 
     def after_step(self, losses: Losses) -> None:
         """Override for what follows the optimiser's step, such as an adversary's own."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -57,6 +57,9 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     sections = (*SettingsTrainer.sections, SamplerSettings, UnlabelledSettings)
     logs_terms = True
+    reads_complete: ClassVar[tuple[str, ...]] = ()
+    """Weights, such as ``medmap.weight``, of terms that are meant to read the complete batch. The leak test sets them
+    to 0; those of all bases count."""
     teacher: Any = None
     """A network that sees complete input; None where no term compares with one."""
     teacher_learns: bool = False

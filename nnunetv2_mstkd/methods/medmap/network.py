@@ -28,8 +28,10 @@ from nnunetv2_mstkd.methods.medmap.losses import (
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
+from nnunetv2_mstkd.networks.multi_encoder import MultiEncoderUNet
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign, first_weights
+from nnunetv2_mstkd.training.multi_encoder import MultiEncoderDesign
 from nnunetv2_mstkd.training.settings import Settings
 
 MAX_STEM_FEATURES = 4
@@ -255,8 +257,13 @@ class AlignedDesign(NetworkDesign):
         section.require((section.fixed_channel or 0) <= last, "fixed_channel", expected)
 
     def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
-        """``features``: half of the planned finest width for all modalities, so that the stem stays cheap beside it."""
+        """``features``: half of the planned finest width for all modalities, so that the stem stays cheap beside it.
+
+        ``placement``: a network with one encoder per modality has its own ones aligned.
+        """
         settings = self.inner.resolve(settings, plan, names)
+        if isinstance(self.inner, MultiEncoderDesign):
+            settings = settings.replace(MedMAPSettings, placement="encoders")
         if settings[MedMAPSettings].features is not None:
             return settings
         features = plan.shape.widths[0] // (2 * plan.num_modalities)
@@ -270,7 +277,10 @@ class AlignedDesign(NetworkDesign):
             front = AlignedStem(network.encoder, plan.num_modalities, section)
         else:
             network = self.inner.build(plan, settings)
-            encoders, network.encoder, network.decoder = build_modality_encoders(plan, section.width)
+            if isinstance(network, MultiEncoderUNet):
+                encoders, network.modality_encoders = network.modality_encoders, None
+            else:
+                encoders, network.encoder, network.decoder = build_modality_encoders(plan, section.width)
             widths: Any = encoders[0].output_channels
             front = AlignedEncoders(encoders, widths, section)
         align(network, front)

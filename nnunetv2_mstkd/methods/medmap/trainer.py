@@ -13,8 +13,12 @@ from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTrainer
 from nnunetv2_mstkd.methods.kd.trainer import SOFT_LABELS_ALONE
 from nnunetv2_mstkd.methods.medmap.network import Aligned, AlignedDesign
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
+from nnunetv2_mstkd.methods.mmformer.network import MMFormerDesign
+from nnunetv2_mstkd.methods.mmformer.trainer import MMFormerTrainer
 from nnunetv2_mstkd.methods.mstkd.network import TransformerDesign
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTrainer
+from nnunetv2_mstkd.methods.rfnet.network import RFNetDesign
+from nnunetv2_mstkd.methods.rfnet.trainer import RFNetTrainer
 from nnunetv2_mstkd.methods.smml.network import MutualDesign, StudentDesign
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
@@ -51,6 +55,7 @@ class AlignmentMixin(ModalityDropoutTrainer):
     training batch; the logits read the subset alone.
     """
 
+    reads_complete = ("medmap.weight",)
     encoders: ClassVar[bool] = False
     """Whether the front may also be one encoder per modality: the network then has ``encoder`` and ``decoder`` and
     calls ``encoder`` as a whole."""
@@ -112,6 +117,20 @@ class MedMAPMSTKDTrainer(AlignmentMixin, MSTKDTrainer):
     """MST-KDNet whose student has an aligning front; the teacher is MST-KDNet's own."""
 
     design = AlignedDesign(TransformerDesign())
+    encoders = True
+
+
+class MedMAPMMFormerTrainer(AlignmentMixin, MMFormerTrainer):
+    """mmFormer with the features of its encoders aligned and imputed."""
+
+    design = AlignedDesign(MMFormerDesign())
+    encoders = True
+
+
+class MedMAPRFNetTrainer(AlignmentMixin, RFNetTrainer):
+    """RFNet with the features of its encoders aligned and imputed."""
+
+    design = AlignedDesign(RFNetDesign())
     encoders = True
 
 

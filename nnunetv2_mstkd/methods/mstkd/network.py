@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods.mstkd.settings import NetworkSettings
-from nnunetv2_mstkd.networks.attention import TransformerBlock, default_heads
+from nnunetv2_mstkd.networks.attention import TransformerBlock, default_heads, positions_on
 from nnunetv2_mstkd.networks.decoding import decode
 from nnunetv2_mstkd.nnunet.unet import UNetPlan, UNetShape
 from nnunetv2_mstkd.training.design import NetworkDesign
@@ -226,7 +226,7 @@ class MultiScaleTransformer(nn.Module):
         within = (..., *(slice(size) for size in bottleneck.shape[2:]))  # without the padding
         x = self.embed(self._pad(bottleneck))
         token_grid = x.shape[2:]
-        x = (x + self._position_on(token_grid)).flatten(2).transpose(1, 2)
+        x = (x + positions_on(self.position, token_grid)).flatten(2).transpose(1, 2)
         hidden, attention = [], []
         for index, block in enumerate(self.blocks):
             tapped = index in self.tapped
@@ -250,12 +250,6 @@ class MultiScaleTransformer(nn.Module):
         if not any(missing):
             return x
         return functional.pad(x, [edge for size in reversed(missing) for edge in (0, size)])
-
-    def _position_on(self, grid: Sequence[int]) -> torch.Tensor:
-        if tuple(grid) == tuple(self.position.shape[2:]):
-            return self.position
-        mode = "trilinear" if len(grid) == 3 else "bilinear"
-        return functional.interpolate(self.position, size=tuple(grid), mode=mode, align_corners=False)
 
 
 class MultiScaleTransformerUNet(nn.Module):

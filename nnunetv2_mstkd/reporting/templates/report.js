@@ -1,6 +1,6 @@
 
 "use strict";
-// Sorts tables and enlarges pictures; without this script the page stays as it was written.
+// Sorts tables, goes through slices and enlarges pictures; without this script the page stays as it was written.
 document.documentElement.classList.add("scripted");
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
@@ -27,6 +27,15 @@ for (const table of document.querySelectorAll("table.sortable")) {
   });
 }
 
+// The slider of a case chooses the slice of all its pictures.
+for (const slices of document.querySelectorAll(".slices")) {
+  const slider = slices.querySelector("input");
+  slider?.addEventListener("input", () => {
+    slices.dataset.slice = slider.value;
+    slices.querySelector("output").value = slices.dataset.slices.split(" ")[slider.value];
+  });
+}
+
 // A click on a picture shows it as large as the window allows, another one closes it.
 const dialog = document.body.appendChild(document.createElement("dialog"));
 dialog.addEventListener("click", () => dialog.close());
@@ -41,6 +50,7 @@ for (const picture of document.querySelectorAll(".picture, #lead img, #figures i
       const ratio = picture.clientWidth / picture.clientHeight;
       copy.style.width = `min(98vw, ${96 * ratio}vh)`;
     }
+    dialog.dataset.slice = picture.closest(".slices")?.dataset.slice ?? "";
     dialog.replaceChildren(copy);
     dialog.showModal();
   };

@@ -1,0 +1,1 @@
+"""mmFormer: transformers within and between modalities."""

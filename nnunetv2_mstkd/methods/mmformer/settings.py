@@ -1,0 +1,24 @@
+"""Settings of mmFormer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from nnunetv2_mstkd.training.settings import Count, Range, Section, Share, Weight
+
+
+@dataclass(frozen=True, kw_only=True)
+class MMFormerSettings(Section):
+    """mmFormer's encoders, its transformers at the bottleneck, and the loss of single modalities."""
+
+    NAME: ClassVar[str] = "mmformer"
+
+    width: Share = 0.5
+    """Channels of a one-modality encoder over the planned ones."""
+    depth: Count = 1
+    """Transformer blocks of each modality, and after them of all modalities together."""
+    mlp_ratio: Annotated[float, Range(0, 16, above=True)] = 8.0
+    """Width of a block's hidden layer over the token width, which is the planned width of the bottleneck."""
+    separate: Weight = 1.0
+    """Weight of the loss of each modality alone, through a decoder that all of them share; 0 builds no such decoder."""

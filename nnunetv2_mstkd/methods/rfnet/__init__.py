@@ -1,0 +1,1 @@
+"""RFNet: fusion of the modalities region by region."""
