@@ -372,6 +372,25 @@ def test_command_writes_and_prints(plans_file, capsys):
     assert lines[1:5] == ["schedule.epochs = 5", "schedule.seed = 0", "mstkd.kl = 0.0", "batch_size = 3"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "trainers"),
+    [
+        (("schedule.seed=1",), "-tr ModalityDropoutTrainer"),
+        (("sampler.kind=by_size", "unlabelled.share=1"), "-tr ModalityDropoutTrainer"),
+        (("distillation.every=4",), "-tr KDTeacherTrainer, then -tr KDTrainer"),
+        (("mstkd.kl=2",), "-tr MSTKDTeacherTrainer, then -tr MSTKDTrainer"),
+        (("mstkd.recipe=paper",), "-tr MSTKDTrainer"),
+        (("network.placement=main",), "-tr MSTKDTeacherTrainer, then -tr MSTKDTrainer"),
+        (("adamm.presence=false",), "-tr AdaMMTeacherTrainer, then -tr AdaMMTrainer"),
+        (("smml.light=true",), "-tr SMMLTrainer"),
+    ],
+)
+def test_command_names_a_trainer_that_reads_the_settings(plans_file, capsys, changes, trainers):
+    words = [word for change in changes for word in ("--set", change)]
+    assert run_configure(*words) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"912 {NAME} 0 {trainers}")
+
+
 def test_command_takes_parent_widths_and_patch(plans_file):
     arguments = ["-c", "2d", "--features", "8", "16", "32", "--patch", "64", "64"]
     assert cli.main(["configure", "-d", "Dataset912_Hand", "--name", "2d_small", *arguments]) == 0

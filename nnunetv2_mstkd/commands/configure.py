@@ -12,8 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd configure`."""
     parser.description = (
         "Write a new configuration into the plans of a preprocessed data set. It inherits from an existing one, shares "
-        "its preprocessed data and has its own results folder. Train it with nnUNetv2_train ID NAME FOLD -tr "
-        "MSTKDTrainer."
+        "its preprocessed data and has its own results folder. Train it with nnUNetv2_train ID NAME FOLD -tr TRAINER."
     )
     add = parser.add_argument
     add("-d", "--dataset", required=True, help="number or full name of the data set")
@@ -23,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--epochs", type=int, help="short for --set schedule.epochs=N")
     add("--iterations", type=int, help="steps per epoch; short for --set schedule.iterations=N")
     add("--seed", type=int, help="short for --set schedule.seed=N")
-    setting = "any setting, for example distillation.kl=0 or sampler.kind=by_size; may be given several times"
+    setting = "any setting, for example mstkd.kl=0 or sampler.kind=by_size; may be given several times"
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help=setting)
     add("--features", type=int, nargs="+", metavar="N", help="channels per stage, finest first")
     add("--patch", type=int, nargs="+", metavar="N", help="patch size in voxels")
@@ -34,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the configuration and print what differs from the defaults."""
     from nnunetv2_mstkd.methods.configuration import configure, read_assignments
+    from nnunetv2_mstkd.methods.registry import simplest_trainer
     from nnunetv2_mstkd.modalities import modality_names
     from nnunetv2_mstkd.nnunet.description import read_description
     from nnunetv2_mstkd.nnunet.folders import dataset_number, find_dataset_folder, find_raw_folder
@@ -64,9 +64,11 @@ def run(args: argparse.Namespace) -> None:
     if differences:
         print(f"  {differences}; see input.normalization in documentation/data.md")
     number = dataset_number(folder.name)
-    joint = entry[BLOCK]["teacher"]["joint"]
-    trainers = "MSTKDTrainer (and its teacher with it)" if joint else "MSTKDTeacherTrainer, then -tr MSTKDTrainer"
-    print(f"train it: nnUNetv2_train {number} {args.name} 0 -tr {trainers}")
+    trainer = simplest_trainer({section for section, _, _ in assignments})
+    if trainer is not None:
+        teacher = getattr(trainer, "teacher_trainer", None)
+        first = f"{teacher.__name__}, then -tr " if teacher and not entry[BLOCK]["teacher"]["joint"] else ""
+        print(f"train it, for example: nnUNetv2_train {number} {args.name} 0 -tr {first}{trainer.__name__}")
 
 
 def describe(entry: Mapping[str, Any]) -> list[str]:

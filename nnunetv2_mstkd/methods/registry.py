@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from importlib.metadata import entry_points
 from typing import Any
 
 from nnunetv2_mstkd import methods
 from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 
 GROUP = "nnunetv2_mstkd.trainers"
 """Entry-point group in which another package names its trainers: ``MyTrainer = "my_package.trainer:MyTrainer"``."""
@@ -31,6 +33,20 @@ def trainers() -> dict[str, type[SettingsTrainer]]:
         else:
             warnings.warn(f"the registered trainer {entry.name} ({entry.value}) is left out: {problem}", stacklevel=2)
     return found
+
+
+def simplest_trainer(sections: Collection[str]) -> type[SettingsTrainer] | None:
+    """Return the trainer for missing modalities that reads these sections of the settings, and the fewest others.
+
+    None: no trainer reads all of them.
+    """
+    found = [
+        trainer
+        for trainer in trainers().values()
+        if issubclass(trainer, ModalityDropoutTrainer)
+        and set(sections) <= {section.NAME for section in trainer.all_sections()}
+    ]
+    return min(found, key=lambda trainer: (len(trainer.all_sections()), len(trainer.__mro__)), default=None)
 
 
 def _problem(name: str, trainer: Any, found: dict[str, type[SettingsTrainer]]) -> str | None:
