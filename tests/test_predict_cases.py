@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+import tiny
 import torch
 from predict_inputs import (
     CHANNELS,
@@ -14,6 +15,7 @@ from predict_inputs import (
     files,
     noise,
     predict,
+    read,
     record,
     segmentations,
     trainer_class,
@@ -23,7 +25,10 @@ from predict_inputs import (
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
-from nnunetv2_mstkd.nnunet.entropy import case_entropy, entropy_map
+from nnunetv2_mstkd.nnunet.entropy import Disagreement, case_entropy, entropy_map
+from nnunetv2_mstkd.nnunet.input_folder import Case
+from nnunetv2_mstkd.nnunet.model import load_predictor
+from nnunetv2_mstkd.nnunet.preprocessing import as_original, preprocess_case, probabilities
 
 
 def test_the_record_says_what_each_case_was_predicted_from(folders, model, capsys):
@@ -105,6 +110,56 @@ def test_maps_of_entropy(folders, model):
     assert predict(folders, model, "--save-uncertainty", "--continue_prediction") == 0
     assert (folders / "out" / "uncertainty" / "two.nii.gz").is_file()
     assert (folders / "out" / "one.nii.gz").stat().st_mtime_ns == kept
+
+
+@pytest.mark.parametrize("labels", [tiny.LABELS, tiny.REGIONS], ids=["labels", "regions"])
+def test_maps_of_disagreement_are_the_mutual_information_of_the_folds(folders, labels):
+    model = write_model(trainer_class("ModalityDropoutTrainer"), folds=(0, 1), labels=labels)
+    assert predict(folders, model, "-f", "0", "1", "--save-uncertainty", output="both") == 0
+    found = read(folders / "both" / "disagreement" / "one.nii.gz")
+    members = []
+    for fold in ("0", "1"):
+        assert predict(folders, model, "-f", fold, "--save-uncertainty", "--save_probabilities", output=fold) == 0
+        assert not (folders / fold / "disagreement").exists()
+        with np.load(folders / fold / "one.npz") as content:
+            members.append(content["probabilities"].astype(np.float32).clip(1e-7, 1 - 1e-7))
+
+    def entropies(p: np.ndarray) -> np.ndarray:
+        if labels is tiny.REGIONS:
+            return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+        return -(p * np.log(p)).sum(0, keepdims=True) / np.log(len(p))
+
+    gain = entropies((members[0] + members[1]) / 2) - (entropies(members[0]) + entropies(members[1])) / 2
+    expected = 100 * gain.max(0).clip(0)
+    assert expected.max() > 2
+    # computed before resampling, which changes these noisy maps
+    assert np.corrcoef(found.reshape(expected.shape).ravel(), expected.ravel())[0, 1] > 0.9
+    assert found.mean() == pytest.approx(expected.mean(), rel=0.2)
+
+
+def test_maps_come_back_to_the_original_image_as_logits_do(folders, model):
+    predictor = load_predictor(model, (0,), device=torch.device("cpu"), allow_tqdm=False)
+    plans, configuration = predictor.plans_manager, predictor.configuration_manager
+    case = Case("one", tuple(folders / "in" / f"one_{channel:04d}.nii.gz" for channel in range(CHANNELS)))
+    case = Case("one", tuple(file if file.is_file() else None for file in case.files))
+    data, properties = preprocess_case(case, plans, configuration, predictor.dataset_json)
+    logits = np.random.default_rng(0).normal(size=(3, *data.shape[1:])).astype(np.float32)
+    wanted = probabilities(logits, properties, plans, configuration, predictor.label_manager)
+    own = np.stack([as_original(channel, properties, plans, configuration) for channel in logits])
+    found = torch.from_numpy(own).softmax(0).numpy()
+    inside = own.any(0)  # nnU-Net puts background around the box
+    assert inside.any() and np.abs(found - wanted)[:, inside].max() < 1e-3
+
+
+def test_networks_that_agree_disagree_nowhere():
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
+    same, opposite = Disagreement(True), Disagreement(False)
+    for _ in range(3):
+        same.add(logits)
+    assert same.map() == pytest.approx(np.zeros(5), abs=1e-6)
+    opposite.add(torch.tensor([[20.0], [-20.0]]))
+    opposite.add(torch.tensor([[-20.0], [20.0]]))
+    assert opposite.map() == pytest.approx([1.0], abs=1e-4)
 
 
 def test_entropy_is_a_fraction_of_its_maximum():

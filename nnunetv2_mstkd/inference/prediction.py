@@ -14,8 +14,9 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet.description import foreground_heads
+from nnunetv2_mstkd.nnunet.entropy import Disagreement
 from nnunetv2_mstkd.nnunet.input_folder import Case
-from nnunetv2_mstkd.nnunet.model import free_memory, nnUNetPredictor, watched
+from nnunetv2_mstkd.nnunet.model import each_fold, free_memory, nnUNetPredictor, watched
 from nnunetv2_mstkd.nnunet.preprocessing import export_case, preprocess_case
 
 EXPORTS_AHEAD = 2
@@ -29,6 +30,8 @@ class Predicted(NamedTuple):
     """Shape (K, *spatial), in the geometry of the preprocessed image."""
     presence: dict[str, float] | None
     """Probability that there is any voxel of each label or region, by name; None without a presence head."""
+    disagreement: np.ndarray | None = None
+    """Of the folds, shape (*spatial), see :class:`~nnunetv2_mstkd.nnunet.entropy.Disagreement`; None: not asked for."""
 
 
 def predict_logits(
@@ -38,6 +41,7 @@ def predict_logits(
     *,
     student: int | None = None,
     on_pass: Callable[[int, int], None] | None = None,
+    disagreement: bool = False,
 ) -> Predicted:
     """Predict a preprocessed case.
 
@@ -51,17 +55,21 @@ def predict_logits(
         See :func:`~nnunetv2_mstkd.inference.conditioning.conditioned`.
     on_pass
         See :func:`~nnunetv2_mstkd.nnunet.model.watched`.
+    disagreement
+        Also compare the folds' networks, of which there must be several.
     """
+    between = Disagreement(predictor.label_manager.has_regions) if disagreement else None
     row = torch.tensor([list(availability)], dtype=torch.bool, device=predictor.device)
     with (
         watched(predictor, on_pass),
+        each_fold(predictor, None if between is None else between.add),
         conditioned(predictor.network, row, predictor.label_manager, student=student) as finish,
     ):
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
         finished, scores = finish(logits[None])[0], presence_of(finish)
     heads = foreground_heads(predictor.dataset_json)
     presence = None if scores is None else {name: float(scores[0, head]) for name, head in heads.items()}
-    return Predicted(finished, presence)
+    return Predicted(finished, presence, None if between is None else between.map())
 
 
 def predict_cases(
@@ -93,7 +101,8 @@ def predict_cases(
     preprocessing_processes, export_processes
         Number of background processes; 0 runs everything in this process.
     save_uncertainty
-        Also write the entropy of each voxel; see :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
+        Also write the entropy of each voxel and the disagreement of several folds; see
+        :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
     temperatures
         By number of modalities; saved probabilities and entropies are those of logits divided by them. None: as is.
     on_written
@@ -104,6 +113,7 @@ def predict_cases(
         predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
     )  # fmt: skip
     names = modalities.modality_names(dataset_json)
+    several = len(predictor.list_of_parameters) > 1
 
     def written(label: tuple[Case, dict[str, float] | None], entropy: float | None) -> None:
         case, presence = label
@@ -121,10 +131,12 @@ def predict_cases(
         try:
             for case, (data, properties) in zip(cases, prepared, strict=True):
                 bar.set_description(f"{case.name} ({modalities.subset_name(case.availability, names)})")
-                logits, presence = predict_logits(predictor, data, case.availability, student=student)
+                logits, presence, between = predict_logits(
+                    predictor, data, case.availability, student=student, disagreement=save_uncertainty and several
+                )
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
                 temperature = (temperatures or {}).get(sum(case.availability), 1.0)
-                exports.submit((case, presence), export_case, *what, save_uncertainty, temperature)
+                exports.submit((case, presence), export_case, *what, save_uncertainty, temperature, between)
                 exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
             exports.collect()
         finally:

@@ -30,7 +30,7 @@ from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
 from nnunetv2_mstkd.nnunet.model import find_device, free_memory, load_predictor
 from nnunetv2_mstkd.nnunet.per_channel import PER_CHANNEL, normalization
-from nnunetv2_mstkd.nnunet.preprocessing import UNCERTAINTY
+from nnunetv2_mstkd.nnunet.preprocessing import DISAGREEMENT, UNCERTAINTY
 from nnunetv2_mstkd.nnunet.reading import as_written
 
 
@@ -288,7 +288,7 @@ class Predictor:
             case = self._checked_case(images, Path(scratch))
             data, properties = preprocessing.preprocess_case(case, plans, configuration, model.dataset_json)
         try:
-            logits, presence = predict_logits(model, data, case.availability, student=self.student, on_pass=on_pass)
+            logits, presence, _ = predict_logits(model, data, case.availability, student=self.student, on_pass=on_pass)
         finally:
             free_memory(model.device)
         what = logits, properties, plans, configuration, model.label_manager
@@ -403,7 +403,8 @@ class Predictor:
         save_probabilities
             Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
         save_uncertainty
-            Also write ``uncertainty/CASE``: the entropy of each voxel in percent of its maximum.
+            Also write ``uncertainty/CASE``: the entropy of each voxel in percent of its maximum; and with several folds
+            ``disagreement/CASE``: how far their networks differ, in percent.
         part_id, num_parts
             Predict every ``num_parts``-th case, starting with number ``part_id``: several processes can share a folder.
         preprocessing_processes, export_processes
@@ -433,7 +434,9 @@ class Predictor:
             raise InputError(f"-part_id is {part_id}, expected 0 to {num_parts - 1} with -num_parts {num_parts}")
         model, ending = self._predictor, self._predictor.dataset_json["file_ending"]
         written = ["{}" + ending, *(["{}.npz"] if save_probabilities else [])]
-        written += [f"{UNCERTAINTY}/{{}}{ending}"] if save_uncertainty else []
+        if save_uncertainty:
+            maps = [UNCERTAINTY, *([DISAGREEMENT] if len(self.folds) > 1 else [])]
+            written += [f"{folder}/{{}}{ending}" for folder in maps]
         # processes that share an output folder each write their own record
         file = output / ("predictions.json" if num_parts == 1 else f"predictions_part{part_id}of{num_parts}.json")
         run = self._describe(drop)

@@ -8,6 +8,15 @@ import numpy as np
 import torch
 
 
+def _entropies(probabilities: np.ndarray, regions: bool) -> np.ndarray:
+    """Entropy of each region, (K, *spatial), or of the labels, (1, *spatial), as a fraction of its maximum."""
+    values = np.clip(np.asarray(probabilities, np.float32), 1e-7, 1)
+    if regions:
+        others = np.clip(1 - values, 1e-7, 1)
+        return -(values * np.log2(values) + others * np.log2(others))
+    return -(values * np.log(values)).sum(axis=0, keepdims=True) / math.log(max(len(values), 2))
+
+
 def entropy_map(probabilities: np.ndarray, regions: bool) -> np.ndarray:
     """Entropy of each voxel as a fraction of its maximum.
 
@@ -22,11 +31,39 @@ def entropy_map(probabilities: np.ndarray, regions: bool) -> np.ndarray:
     -------
     float32, shape (*spatial).
     """
-    values = np.clip(np.asarray(probabilities, np.float32), 1e-7, 1)
-    if regions:
-        others = np.clip(1 - values, 1e-7, 1)
-        return (-(values * np.log2(values) + others * np.log2(others))).max(axis=0)
-    return -(values * np.log(values)).sum(axis=0) / math.log(max(len(values), 2))
+    return _entropies(probabilities, regions).max(axis=0)
+
+
+class Disagreement:
+    """How far several networks disagree about a case: the mutual information of prediction and network.
+
+    It is the entropy of their mean probability minus the mean of their entropies (Houlsby et al., arXiv 1112.5745): 0
+    where all say the same, however uncertain they are, and 1 where each is certain of something else.
+
+    Parameters
+    ----------
+    regions
+        As for :func:`entropy_map`.
+    """
+
+    def __init__(self, regions: bool) -> None:
+        self._regions, self._number = regions, 0
+        self._probabilities: np.ndarray | float = 0.0
+        self._entropies: np.ndarray | float = 0.0
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Add a network's logits, shape (K, *spatial)."""
+        values = logits.float()
+        probabilities = (values.sigmoid() if self._regions else values.softmax(0)).cpu().numpy()
+        self._probabilities = self._probabilities + probabilities
+        self._entropies = self._entropies + _entropies(probabilities, self._regions)
+        self._number += 1
+
+    def map(self) -> np.ndarray:
+        """Return the disagreement of each voxel, float32 between 0 and 1, shape (*spatial)."""
+        mean = np.asarray(self._probabilities) / self._number
+        found = _entropies(mean, self._regions) - np.asarray(self._entropies) / self._number
+        return np.clip(found.max(axis=0), 0, 1)
 
 
 def case_entropy(logits: np.ndarray, regions: bool) -> float | None:

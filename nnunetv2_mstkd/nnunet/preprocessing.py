@@ -192,6 +192,21 @@ def uncertainty(
     return (100 * entropy_map(found, labels.has_regions)).round().astype(np.uint8)
 
 
+def as_original(
+    values: np.ndarray, properties: Mapping[str, Any], plans: PlansManager, configuration: ConfigurationManager
+) -> np.ndarray:
+    """Bring a map of the preprocessed image, (*spatial), to the original one as nnU-Net does with logits: (x, y, z)."""
+    shape = properties["shape_after_cropping_and_before_resampling"]
+    spacing = [properties["spacing"][axis] for axis in plans.transpose_forward]
+    own = configuration.spacing
+    current = own if len(own) == len(shape) else [spacing[0], *own]  # slices of a 2-D configuration keep theirs
+    resampled = configuration.resampling_fn_probabilities(values[None], shape, current, spacing)
+    whole = np.zeros(properties["shape_before_cropping"], np.float32)
+    box = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
+    whole[box] = np.asarray(resampled[0])
+    return whole.transpose(plans.transpose_backward)
+
+
 def export_case(
     name: str,
     output: Path,
@@ -203,11 +218,13 @@ def export_case(
     save_probabilities: bool,
     save_uncertainty: bool = False,
     temperature: float = 1.0,
+    disagreement: np.ndarray | None = None,
 ) -> float | None:
     """Write a segmentation with nnU-Net's exporter; it appears complete or not at all.
 
-    With ``save_uncertainty`` the entropy of each voxel is written to ``uncertainty/``, in percent of its maximum.
-    Saved entropies and probabilities are those of logits divided by ``temperature``; labels do not depend on it.
+    With ``save_uncertainty`` the entropy of each voxel is written to ``uncertainty/``, in percent of its maximum;
+    ``disagreement``, shape (*spatial), 0 to 1, goes to ``disagreement/``, in percent. Saved entropies and probabilities
+    are those of logits divided by ``temperature``; labels do not depend on it.
 
     Returns
     -------
@@ -219,6 +236,11 @@ def export_case(
         (output / UNCERTAINTY).mkdir(exist_ok=True)
         percent = uncertainty(logits, properties, plans, configuration, labels, temperature)
         write_segmentation(percent, properties, plans.image_reader_writer_class, output / UNCERTAINTY / segmentation)
+    if disagreement is not None:
+        (output / DISAGREEMENT).mkdir(exist_ok=True)
+        found = as_original(disagreement, properties, plans, configuration)
+        percent = (100 * found.clip(0, 1)).round().astype(np.uint8)
+        write_segmentation(percent, properties, plans.image_reader_writer_class, output / DISAGREEMENT / segmentation)
     with scratch_folder(output / name) as scratch:
         with complete_image(scratch / segmentation):
             export_prediction_from_logits(
@@ -236,8 +258,9 @@ def export_case(
     return case_entropy(logits, labels.has_regions)
 
 
-UNCERTAINTY = "uncertainty"
-"""Folder of the maps of entropy; beside the segmentations nnU-Net would take them for some."""
+UNCERTAINTY, DISAGREEMENT = "uncertainty", "disagreement"
+"""Folders of the maps of entropy and of the folds' disagreement; beside the segmentations nnU-Net would take them for
+some."""
 
 
 def check_ending(path: Path, reader: Reader) -> None:
