@@ -56,7 +56,7 @@ def block(trainer: str) -> dict[str, Any]:
     return {
         "sampler": {"kind": "fixed", "subsets": [SUBSET]},
         "schedule": {"seed": 3, "epochs": 2, "iterations": STEPS},
-        "distillation": {"ramp": 0, "fade": 0, "where": "everywhere"},
+        "distillation": {"ramp": 0, "fade": 0, "where": "everywhere", "every": 1},
         # a voxel at a decision may change sides with the size of the batch: without the Dice, and most are certain
         "unlabelled": {"ramp": 0, "confidence": 0.5, "dice": 0.0},
         "teacher": {"joint": trainer.endswith(JOINT)},
