@@ -111,12 +111,14 @@ def make_data(out: Path, preset: Preset, source: Path | None, labelled: str) -> 
         )  # fmt: skip
         cases = sorted(path.name.removesuffix(".nii.gz") for path in (raw / "labelsTr").glob("*.nii.gz"))
         train, validation = cases[: preset.training_cases], cases[preset.training_cases :]
+        labelled_cases = train
     else:
         parts = divide(source, preset, labelled)
         write_raw(source, parts, raw)
         train, validation = sorted(parts.labelled + parts.unlabelled), parts.validation
+        labelled_cases = parts.labelled
     if preset.label_noise:
-        _perturb_labels(raw, train, preset)
+        _perturb_labels(raw, labelled_cases, preset)  # the ignore label of the others is no boundary
     print("plan and preprocess", flush=True)
     shutil.rmtree(preprocessed, ignore_errors=True)
     _plan(preset)
@@ -124,7 +126,7 @@ def make_data(out: Path, preset: Preset, source: Path | None, labelled: str) -> 
 
 
 def _perturb_labels(raw: Path, cases: Sequence[str], preset: Preset) -> None:
-    """Replace the training cases' labels, as files of their own."""
+    """Replace the links to the labels of these cases by perturbed labels."""
     for number, case in enumerate(cases):
         file = raw / "labelsTr" / f"{case}.nii.gz"
         noisy = perturb(

@@ -36,8 +36,6 @@ def perturb(label: sitk.Image, sigma: float, random: np.random.Generator) -> sit
     result = np.zeros_like(values)
     for value in range(1, int(values.max()) + 1):
         region = values >= value
-        if not region.any():
-            break
         if value == values.max() > 1:
             parts, number = ndimage.label(region)
             seen = np.flatnonzero(random.random(number) >= MISSED) + 1

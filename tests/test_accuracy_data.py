@@ -16,7 +16,8 @@ import SimpleITK as sitk
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
-from accuracy_data import Parts, divide, write_raw
+import accuracy_data
+from accuracy_data import Parts, divide, make_data, write_raw
 from accuracy_rows import PRESETS
 from accuracy_verdict import difference
 from label_noise import perturb
@@ -112,6 +113,19 @@ def test_noise_moves_boundaries_by_about_its_standard_deviation():
     )
     assert 1.0 < outside[boundary].std() < 3.0
     assert np.array_equal(sitk.GetArrayFromImage(perturb(exact, 0.0, np.random.default_rng(0))) > 0, inside)
+
+
+def test_noise_spares_the_ignore_label_of_unlabelled_cases(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(accuracy_data, "_plan", lambda preset: None)
+    monkeypatch.setattr(accuracy_data, "write_splits", lambda splits, file: None)
+    preset = dataclasses.replace(PRESET, label_noise=2.0)
+    make_data(tmp_path, preset, source, "2")
+    (raw,) = (tmp_path / "raw").iterdir()
+    parts = divide(source, PRESET, "2")
+    for case in parts.unlabelled:
+        assert (sitk.GetArrayFromImage(sitk.ReadImage(str(raw / "labelsTr" / f"{case}.nii.gz"))) == 2).all()
+    replaced = {file.name[:7] for file in (raw / "labelsTr").iterdir() if not file.is_symlink()}
+    assert replaced == {*parts.labelled, *parts.unlabelled}
 
 
 def test_a_quarter_of_the_innermost_parts_is_missed():

@@ -250,6 +250,8 @@ def test_an_image_of_zeros_counts_as_missing(page, images, tmp_path):
     state = page.drop(images["T1"], zero)
     assert state["available"] == ["T1"] and state["ready"]
     assert page.sentences() == ["T2 (t2.nii.gz) is zero everywhere, so it counts as missing."]
+    page.assign("t2.nii.gz", "FLAIR")
+    assert page.sentences() == ["FLAIR (t2.nii.gz) is zero everywhere, so it counts as missing."]
 
 
 # ---- hostile requests ----------------------------------------------------------------------------------------------
@@ -290,6 +292,9 @@ def test_other_hosts_and_other_pages_are_refused(page):
     assert client.get("/").status_code == 200
     assert client.get("/", headers={"Host": "evil.example:8000"}).status_code == 421
     assert client.get("/", headers={"Host": "localhost:8000"}).status_code == 200
+    for malformed in ("[", "127.0.0.1:x"):
+        assert client.get("/", headers={"Host": malformed}).status_code == 421
+        assert client.post("/api/sessions", headers={"Origin": f"http://{malformed}"}).status_code == 403
     assert client.post("/api/sessions", headers={"Origin": "http://evil.example"}).status_code == 403
     assert client.post("/api/sessions", headers={"Origin": "http://127.0.0.1:9000"}).status_code == 403
     assert client.post("/api/sessions", headers={"Sec-Fetch-Site": "cross-site"}).status_code == 403
@@ -307,6 +312,25 @@ def test_every_request_needs_the_token(predictor):
         answer = client.get("/?token=secret")
         assert answer.status_code == 303 and "HttpOnly" in answer.headers["set-cookie"]
         assert client.get("/").status_code == 200  # the cookie
+        assert client.get("/", headers={"Host": "192.0.2.1:8001"}).status_code == 401  # that of another server
+
+
+def test_a_host_name_has_no_case(predictor):
+    with TestClient(make_app(predictor, Settings(host="Station", token="secret")), base_url="http://station") as client:
+        assert client.get("/api/model", headers={"Authorization": "Bearer secret"}).status_code == 200
+
+
+def test_sessions_may_close_while_unused_ones_are_looked_for(predictor, tmp_path):
+    sessions = server.Sessions(predictor, Settings(grace=-1), tmp_path)
+    first, second = sessions.add(), sessions.add()
+
+    class Closing(list):
+        def __iter__(self):
+            sessions.close(second)
+            return super().__iter__()
+
+    sessions.open[first].jobs = Closing()
+    assert first in sessions.unused()
 
 
 def test_the_page_loads_nothing_from_elsewhere(page):
@@ -504,6 +528,28 @@ def test_a_series_that_is_no_volume_is_one_sentence(page, images, tmp_path, chan
     assert sentence.startswith("The DICOM series T1 ") and told in sentence and page.state()["images"] == []
 
 
+def test_a_series_that_asks_for_too_much_memory_is_refused(predictor, images, tmp_path):
+    folder = write_series(tmp_path / "a", images["T1"], "T1")
+    for file in folder.iterdir():
+        edit(file, "Rows", 60000)
+        edit(file, "Columns", 60000)
+    with served_page(predictor, limit=2**28) as page:
+        page.drop(*folder.iterdir())
+        (sentence,) = page.sentences()
+        assert sentence.startswith("The DICOM series T1 has more than 256 MB")
+
+
+def test_a_deflated_file_is_not_unpacked(page, images, tmp_path, monkeypatch):
+    file = next(write_series(tmp_path / "a", images["T1"], "T1").iterdir())
+    dataset = pydicom.dcmread(file)
+    dataset.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    dataset.save_as(file, implicit_vr=False, little_endian=True)
+    monkeypatch.setattr(pydicom, "dcmread", None)
+    page.drop(file)
+    (sentence,) = page.sentences()
+    assert sentence.startswith(f"{file.name} is a deflated DICOM file")
+
+
 def edit(file: Path, keyword: str, value) -> None:
     dataset = pydicom.dcmread(file)
     setattr(dataset, keyword, value)
@@ -545,6 +591,7 @@ def test_another_host_gets_a_token(model, monkeypatch):
         (["nowhere"], "no model folder nowhere"),
         (["MODEL", "--port", "99999"], "--port is 99999, expected 0 to 65535"),
         (["MODEL", "--max-upload", "0"], "--max-upload is 0"),
+        (["MODEL", "--token", "a&b"], "--token is part of an address"),
         (["MODEL", "--host", "192.0.2.1"], "the address 192.0.2.1:0 cannot be used"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ import torch
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.records import _dense, _sparse
-from nnunetv2_mstkd.evaluation.scoring import log_odds
+from nnunetv2_mstkd.evaluation.scoring import _CountingLabels, log_odds
 from nnunetv2_mstkd.inference.expected_dice import SUMMARY, read_temperatures
 from nnunetv2_mstkd.metrics.calibration import BINS, expected_calibration_error, fit_temperature, logit_counts
+from nnunetv2_mstkd.nnunet.description import foreground_heads
 from nnunetv2_mstkd.nnunet.preprocessing import scaled
 from nnunetv2_mstkd.reporting.tables import calibration_table
 from nnunetv2_mstkd.statistics.calibration import Calibration
@@ -32,6 +34,26 @@ def test_counts_leave_out_what_is_certainly_background():
     assert counts.shape == (2, BINS)
     assert counts.sum(1).tolist() == [4, 2]
     assert counts[:, -1].tolist() == [1, 1]  # a logit above the last bin
+    assert logit_counts(np.array([np.inf, 1e30]), np.array([True, False]))[:, -1].tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("ignore", [None, 3])
+def test_counts_of_a_case_are_those_of_all_its_voxels(regions, ignore):
+    random = np.random.default_rng(0)
+    logits = torch.from_numpy(random.normal(0, 8, (3, 6, 7, 8)).astype(np.float32))
+    reference = random.integers(0, 4, (6, 7, 8)).astype(np.uint8)
+    labels = {"background": 0, "WT": [1, 2], "TC": 2} if regions else {"background": 0, "a": 1, "b": 2}
+    content = {"labels": labels, **({"regions_class_order": [1, 2]} if regions else {})}
+    values = {name: np.atleast_1d(value) for name, value in labels.items() if name != "background"}
+    rules = SimpleNamespace(ignore_label=ignore, regions=values)
+    manager = SimpleNamespace(has_regions=regions, convert_logits_to_segmentation=lambda logits: logits)
+    counting = _CountingLabels(manager, content, rules, reference)
+    counting.convert_logits_to_segmentation(logits)
+    known = np.full(reference.shape, True) if ignore is None else reference != ignore
+    for region, head in foreground_heads(content).items():
+        odds, there = log_odds(logits, head, regions), np.isin(reference, values[region])
+        np.testing.assert_array_equal(counting.calibration[region], logit_counts(odds[known], there[known]))
 
 
 def test_error_of_a_hand_made_case():

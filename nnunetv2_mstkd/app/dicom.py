@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ from typing import Any
 import numpy as np
 import pydicom
 import SimpleITK as sitk
-from pydicom.uid import generate_uid
+from pydicom.filereader import read_file_meta_info
+from pydicom.uid import DeflatedExplicitVRLittleEndian, generate_uid
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import InputError
@@ -34,6 +36,8 @@ class Series:
     """Whether its header names a contrast medium."""
     files: tuple[Path, ...]
     """In the order of their positions."""
+    size: int
+    """Bytes of the volume, as the headers say."""
 
 
 def is_dicom(start: bytes) -> bool:
@@ -58,6 +62,9 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
     problems = []
     for path, name in files:
         try:
+            if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+                problems.append(f"{name} is a deflated DICOM file; convert it to NIfTI (dcm2niix).")
+                continue  # reading the header would unpack the whole file, whatever its size
             header = pydicom.dcmread(path, stop_before_pixels=True)
             headers.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
         except Exception as error:  # pydicom has errors of many kinds for a damaged header
@@ -68,10 +75,19 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
         name = name or f"series {first.get('SeriesNumber') or len(series) + 1}"
         try:
             contrast = bool(str(first.get("ContrastBolusAgent") or "").strip())
-            series.append(Series(name, contrast, _in_order(slices)))
+            size = sum(_frame_size(header) for _, header in slices)
+            series.append(Series(name, contrast, _in_order(slices), size))
         except InputError as error:
             problems.append(f"The DICOM series {name} {error}.")
+        except (TypeError, ValueError):
+            problems.append(f"The DICOM series {name} has a damaged header.")
     return series, problems
+
+
+def _frame_size(header: Any) -> int:
+    """Bytes of the unpacked pixels of a slice."""
+    values = (int(header.get(keyword) or 1) for keyword in ("Rows", "Columns", "SamplesPerPixel"))
+    return math.prod(values) * int(header.get("BitsAllocated") or 8) // 8
 
 
 def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -109,7 +109,7 @@ class Sessions:
     def unused(self) -> list[str]:
         """Names of the sessions whose page is closed or idle."""
         now, found = time.monotonic(), []
-        for name, session in self.open.items():
+        for name, session in list(self.open.items()):  # other threads close sessions
             working = any(job.state in ("waiting", "running") for job in session.jobs)
             unused = now - session.last_used
             if (unused > self.settings.grace and not session.streams) or (unused > self.settings.idle and not working):
@@ -148,11 +148,11 @@ class Guard:
         """The answer to a request that is not let in."""
         host = headers.get("host", "")
         if self.settings.host not in ANY_ADDRESS:
-            known = LOOPBACK if self.settings.host in LOOPBACK else (self.settings.host,)
-            if urlsplit(f"//{host}").hostname not in known:
+            known = LOOPBACK if self.settings.host in LOOPBACK else (self.settings.host.lower(),)
+            if _split(f"//{host}").hostname not in known:
                 return _refuse(421, f"This page is not at {host}; open it at the address that mstkd app printed.")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split(origin).netloc != host:
             return _refuse(403, "This request comes from another page.")
         if headers.get("sec-fetch-site") == "cross-site" and scope["method"] != "GET":
             return _refuse(403, "This request comes from another page.")
@@ -162,13 +162,14 @@ class Guard:
         """The answer to a request without the token, or to one that has it in its address: a cookie instead."""
         token = str(self.settings.token)
         cookies = (each.strip().partition("=") for each in headers.get("cookie", "").split(";"))
-        given = [value for name, _, value in cookies if name == COOKIE]
+        own_cookie = f"{COOKIE}_{_split('//' + headers.get('host', '')).port}"  # browsers share cookies between ports
+        given = [value for name, _, value in cookies if name == own_cookie]
         given += [headers.get("authorization", "").removeprefix("Bearer ")]
         if any(_same(each, token) for each in given):
             return None
         if scope["path"] == "/" and _same(QueryParams(scope["query_string"]).get("token", ""), token):
             answer = RedirectResponse("/", 303)
-            answer.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+            answer.set_cookie(own_cookie, token, httponly=True, samesite="strict")
             return answer
         return _refuse(401, "Open the address that mstkd app printed: it ends with the token of this page.")
 
@@ -433,6 +434,16 @@ async def _content(request: Request) -> Mapping[str, Any]:
 
 def _refuse(status: int, text: str) -> Response:
     return PlainTextResponse(text, status)
+
+
+def _split(address: str) -> SplitResult:
+    """The parts of an address, all empty if it is malformed."""
+    try:
+        parts = urlsplit(address)
+        _ = parts.port  # raises as well
+    except ValueError:
+        return SplitResult("", "", "", "", "")
+    return parts
 
 
 def _same(given: str, token: str) -> bool:

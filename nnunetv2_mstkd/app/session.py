@@ -60,6 +60,8 @@ class Session:
     """What became of the last upload's files that are no images."""
     problems: list[str] = field(default_factory=list)
     """Why the images cannot be segmented as they are."""
+    zero: list[str] = field(default_factory=list)
+    """Which images are zero everywhere."""
     available: tuple[str, ...] = ()
     """Modalities of the images, if there is no problem."""
     version: int = 0
@@ -115,6 +117,7 @@ class Session:
             for each in series:
                 path = self.new_file().with_suffix(".nii.gz")
                 try:
+                    _refuse_larger(each.size, self.limit)
                     dicom.write_volume(each, path)
                 except InputError as error:
                     self.notices.append(f"The DICOM series {each.name} {error}.")
@@ -169,7 +172,7 @@ class Session:
             for job in self.jobs:
                 shutil.rmtree(job.folder, ignore_errors=True)
             self.jobs = []
-            self.problems, self.available = self._undecided(), ()
+            self.problems, self.available, self.zero = self._undecided(), (), []
             if self.images and not self.problems:
                 self.available, self.problems = self._checked()
             self.changed()
@@ -196,12 +199,11 @@ class Session:
         available, texts = self.predictor.check({name: image.path for name, image in used.items()})
         for image in used.values():
             texts = [text.replace(f"({image.path.name})", f"({image.name})") for text in texts]
-        zero = [
+        self.zero = [
             f"{name} ({image.name}) is zero everywhere, so it counts as missing."
             for name, image in used.items()
             if not texts and name not in available
         ]
-        self.notices = [notice for notice in self.notices if notice not in zero] + zero
         return available, [f"The case {text}." if text.startswith("has ") else f"{text}." for text in texts]
 
     # ---- segmentations ---------------------------------------------------------------------------------------------
@@ -258,12 +260,14 @@ class Session:
                     }
                     for image in self.images
                 ],
-                "notices": self.notices,
+                "notices": [*self.notices, *self.zero],
                 "problems": self.problems,
                 "available": self.available,
                 "expected": self.expected_dice(self.available) if self.available else None,
                 "ready": bool(self.available) and not self.problems,
-                "jobs": [job.state_for_page(self.expected_dice(job.subset.split("+"))) for job in self.jobs],
+                "jobs": [
+                    job.state_for_page(self.expected_dice(job.subset.split(modalities.SEPARATOR))) for job in self.jobs
+                ],
             }
 
     def close(self) -> None:
@@ -312,6 +316,10 @@ def _check_size(path: Path, limit: int) -> None:
         raise InputError("is damaged: it has no header of a NIfTI file") from error
     if path.name.endswith(".gz") and size <= limit:
         size = max(size, _unpacked_size(path, limit))
+    _refuse_larger(size, limit)
+
+
+def _refuse_larger(size: int, limit: int) -> None:
     if size > limit:
         raise InputError(f"has more than {limit // MEGABYTE} MB when it is unpacked, the limit of this page")
 

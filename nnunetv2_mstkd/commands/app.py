@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -49,6 +50,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--max-upload is {args.max_upload}, expected a number of megabytes")
     if not 0 <= args.port < 2**16:
         raise InputError(f"--port is {args.port}, expected 0 to {2**16 - 1}")
+    if args.token is not None and not re.fullmatch(r"[\w.~-]+", args.token, re.ASCII):
+        raise InputError("--token is part of an address: expected letters, digits and any of . _ ~ -")
     try:
         from nnunetv2_mstkd.app.server import LOOPBACK, MEGABYTE, Settings
         from nnunetv2_mstkd.app.serving import serve

@@ -135,7 +135,8 @@ class CaseRecords:
             }
             for subset, score in scores.items()
         }
-        write_json(file, {"weights": self._weights[fold], "images": images, "subsets": subsets})
+        content = {"weights": self._weights[fold], "images": images, "subsets": subsets}
+        write_json(file, content, indent=None)  # indented, each count of logits is a line
 
     def table(
         self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str

@@ -15,7 +15,7 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.montage import SliceView
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.metrics import overlap
-from nnunetv2_mstkd.metrics.calibration import logit_counts
+from nnunetv2_mstkd.metrics.calibration import LOWEST, logit_counts
 from nnunetv2_mstkd.metrics.conventions import (
     BRATS,
     DICE,
@@ -292,13 +292,20 @@ class _CountingLabels:
     def convert_logits_to_segmentation(self, logits: Any) -> Any:
         values = torch.as_tensor(logits)
         self.near = int(near_decision(values, self._manager.has_regions).sum())
-        if values.shape[1:] == self._reference.shape:
-            counted = self._reference != self._rules.ignore_label
-            for region, head in self._heads.items():
-                there = np.isin(self._reference[counted], self._rules.regions[region])
-                odds = log_odds(values, head, self._manager.has_regions)[counted]
-                self.calibration[region] = logit_counts(odds, there)
+        if values.shape[1:] == self._reference.shape:  # another shape is refused later
+            self._count(values, self._manager.has_regions)
         return self._manager.convert_logits_to_segmentation(logits)
+
+    def _count(self, logits: torch.Tensor, regions: bool) -> None:
+        # the log-odds are at most the distance to the largest logit: most voxels need no logsumexp
+        least = LOWEST - 1 if regions else logits.amax(0) + (LOWEST - 1)  # 1: for logits of half precision
+        ignored = self._rules.ignore_label
+        for region, head in self._heads.items():
+            counted = logits[head] >= least
+            if ignored is not None:
+                counted &= torch.from_numpy(self._reference != ignored)
+            there = np.isin(self._reference[counted.numpy()], self._rules.regions[region])
+            self.calibration[region] = logit_counts(log_odds(logits[:, counted], head, regions), there)
 
 
 def log_odds(logits: torch.Tensor, head: int, regions: bool) -> np.ndarray:

@@ -65,8 +65,8 @@ def write_text(file: Path, text: str) -> None:
         scratch.write_text(text, encoding="utf-8", newline="\n")
 
 
-def write_json(file: Path, content: Any, *, indent: int = 2) -> None:
-    """Write a JSON file atomically."""
+def write_json(file: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Write a JSON file atomically; on one line if ``indent`` is None."""
     write_text(file, json.dumps(content, indent=indent) + "\n")
 
 

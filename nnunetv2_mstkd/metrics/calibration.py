@@ -37,7 +37,7 @@ def logit_counts(logits: np.ndarray, positive: np.ndarray) -> np.ndarray:
     Integers, shape (2, BINS): all voxels, and those in the reference, by bins of :data:`WIDTH` from ``LOWEST`` on.
     """
     counted = logits >= LOWEST
-    bins = ((logits[counted] - LOWEST) / WIDTH).astype(np.int64).clip(0, BINS - 1)
+    bins = ((logits[counted].clip(max=HIGHEST) - LOWEST) / WIDTH).astype(np.int64).clip(0, BINS - 1)
     there = bins[positive[counted]]
     return np.stack([np.bincount(each, minlength=BINS) for each in (bins, there)])
 
