@@ -486,6 +486,7 @@ def test_dicom_series_in_and_dicom_seg_out(page, images, predictor, tmp_path):
     job = page.segment()
     assert job["dicom"]
     (tmp_path / "seg.dcm").write_bytes(page.result(job, "segmentation.dcm"))
+    assert page.result(job, "segmentation.dcm") == (tmp_path / "seg.dcm").read_bytes()  # written once
     (tmp_path / "seg.nii.gz").write_bytes(page.result(job))
     labels = read(tmp_path / "seg.nii.gz")
     import highdicom as hd
@@ -548,6 +549,19 @@ def test_a_deflated_file_is_not_unpacked(page, images, tmp_path, monkeypatch):
     page.drop(file)
     (sentence,) = page.sentences()
     assert sentence.startswith(f"{file.name} is a deflated DICOM file")
+
+
+def test_a_series_without_a_study_gives_no_dicom_seg(page, images, tmp_path):
+    files = sorted(write_series(tmp_path / "a", images["T1"], "ax T1").iterdir())
+    for file in files:
+        dataset = pydicom.dcmread(file)
+        del dataset.StudyInstanceUID
+        dataset.save_as(file)
+    page.drop(*files)
+    job = page.segment()
+    answer = page.client.get(f"{page.own}/jobs/{job['number']}/segmentation.dcm")
+    assert answer.status_code == 400 and "download the segmentation as NIfTI" in answer.text
+    assert page.result(job)
 
 
 def edit(file: Path, keyword: str, value) -> None:

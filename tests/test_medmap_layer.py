@@ -306,7 +306,7 @@ def test_teacher_is_trained_with_the_alignment_on_complete_input(make_trainer):
 def test_student_follows_the_teachers_probabilities(make_trainer):
     block = {
         "medmap": {"weight": 0.1},
-        "distillation": {"ramp": 0, "soft_labels": 0.5},
+        "distillation": {"ramp": 0, "soft_labels": 0.5, "every": 1},
     }
     trainer = give_teacher(make_trainer(MedMAPKDTrainer, block=block))
     trainer.on_train_epoch_start()

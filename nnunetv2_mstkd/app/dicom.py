@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,18 @@ def write_volume(series: Series, path: Path) -> None:
         sitk.WriteImage(image, str(path))
 
 
+@contextlib.contextmanager
+def _refused(series: Series) -> Iterator[None]:
+    """Raise InputError for what highdicom misses in a series."""
+    try:
+        yield
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(
+            f"The DICOM series {series.name} cannot be referred to by a DICOM SEG ({last_line(error)}); "
+            f"download the segmentation as NIfTI."
+        ) from error
+
+
 def write_segmentation_object(
     segmentation: np.ndarray,
     labels: Mapping[str, Sequence[int]],
@@ -152,6 +165,11 @@ def write_segmentation_object(
         The series that it was made from, to which it refers; patient and study are copied from it.
     model
         Name of the model.
+
+    Raises
+    ------
+    InputError
+        If the series lacks what a DICOM SEG must repeat, such as the patient or the study.
     """
     import highdicom as hd
     from highdicom.color import CIELabColor
@@ -176,7 +194,7 @@ def write_segmentation_object(
     ]
     masks = np.stack([np.isin(segmentation, list(values)) for values in labels.values()], axis=-1)
     slices = [pydicom.dcmread(file) for file in series.files]
-    with warnings.catch_warnings():
+    with _refused(series), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what pydicom finds unusual in the values that are copied
         written = hd.seg.Segmentation(
             source_images=slices,

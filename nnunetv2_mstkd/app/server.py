@@ -38,6 +38,7 @@ from nnunetv2_mstkd.app.jobs import Job, Worker
 from nnunetv2_mstkd.app.session import MEGABYTE, Image, Session
 from nnunetv2_mstkd.app.viewer import niivue_module
 from nnunetv2_mstkd.errors import InputError, UserError
+from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.images.geometry import read_nifti_voxels
 from nnunetv2_mstkd.inference.predictor import Predictor
 from nnunetv2_mstkd.reporting.pictures import label_colors, region_colors
@@ -399,13 +400,22 @@ class _Routes:
         path = {"segmentation.nii.gz": job.segmentation, "uncertainty.nii.gz": job.uncertainty}.get(file)
         if file == "segmentation.dcm" and job.series is not None:
             path = job.folder / file
-            arguments = (self.predictor.labels, self._region_colors, job.series, self.predictor.folder.resolve().name)
-            voxels = await run_in_threadpool(read_nifti_voxels, job.segmentation)
-            await run_in_threadpool(dicom.write_segmentation_object, voxels, *arguments, path)
+            await run_in_threadpool(self._write_segmentation_object, session, job, path)
         if path is None:
             raise HTTPException(404, "There is no such file.")
         name = f"{file.partition('.')[0]}_{job.subset}.{file.partition('.')[2]}"
         return FileResponse(path, media_type="application/octet-stream", filename=name)
+
+    def _write_segmentation_object(self, session: Session, job: Job, path: Path) -> None:
+        """Write the DICOM SEG of a segmentation, once; another download waits for it."""
+        with session.lock:
+            if path.is_file() or job.series is None:
+                return
+            with atomic_write(path) as scratch:
+                dicom.write_segmentation_object(
+                    read_nifti_voxels(job.segmentation), self.predictor.labels, self._region_colors, job.series,
+                    self.predictor.folder.resolve().name, scratch,
+                )  # fmt: skip
 
 
 def _of_number(things: Sequence[Numbered], request: Request) -> Numbered:
