@@ -6,7 +6,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -113,6 +113,8 @@ def make_data(out: Path, preset: Preset, source: Path | None, labelled: str) -> 
         train, validation = cases[: preset.training_cases], cases[preset.training_cases :]
         labelled_cases = train
     else:
+        if preset.label_noise:
+            check_nested(read_json(source / "dataset.json")["labels"])
         parts = divide(source, preset, labelled)
         write_raw(source, parts, raw)
         train, validation = sorted(parts.labelled + parts.unlabelled), parts.validation
@@ -123,6 +125,17 @@ def make_data(out: Path, preset: Preset, source: Path | None, labelled: str) -> 
     shutil.rmtree(preprocessed, ignore_errors=True)
     _plan(preset)
     write_splits([{"train": train, "val": validation}], splits)
+
+
+def check_nested(labels: Mapping[str, int | list[int]]) -> None:
+    """Raise ValueError unless each region holds all labels from a first one on, as ``label_noise.py`` needs them."""
+    regions = [
+        set(map(int, np.atleast_1d(value))) for name, value in labels.items() if name not in ("background", "ignore")
+    ]
+    last = max(map(max, regions))
+    for region in regions:
+        if region != set(range(min(region), last + 1)):
+            raise ValueError(f"--label-noise needs one label, or regions that each hold the next one; labels: {labels}")
 
 
 def _perturb_labels(raw: Path, cases: Sequence[str], preset: Preset) -> None:

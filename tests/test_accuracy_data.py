@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import accuracy
 import accuracy_data
-from accuracy_data import Parts, divide, make_data, write_raw
+from accuracy_data import Parts, check_nested, divide, make_data, write_raw
 from accuracy_rows import PRESETS
 from accuracy_verdict import difference
 from label_noise import perturb
@@ -133,6 +133,14 @@ def test_a_quarter_of_the_innermost_parts_is_missed():
     seen = [int(sitk.GetArrayFromImage(perturb(ball(16, (6, 3)), 0.5, random)).max()) for _ in range(400)]
     assert set(seen) == {1, 2}
     assert 0.18 < seen.count(1) / len(seen) < 0.32
+
+
+def test_noise_is_for_nested_labels():
+    check_nested({"background": 0, "tumor": 1})
+    check_nested({"background": 0, "whole": [1, 2, 3], "core": [2, 3], "enhancing": [3], "ignore": 4})
+    for labels in ({"background": 0, "a": 1, "b": 2}, {"background": 0, "whole": [1, 2, 3], "core": [1, 3]}):
+        with pytest.raises(ValueError, match="--label-noise needs one label"):
+            check_nested(labels)
 
 
 # ---- hours ---------------------------------------------------------------------------------------------------------
