@@ -221,8 +221,8 @@ def test_wheel_holds_exactly_the_package(wheel):
     for source, inside in zip(SOURCES, ("nnunetv2_mstkd", "nnunetv2_mstkd/dataset_conversion"), strict=True):
         modules = (path.relative_to(ROOT / source).as_posix() for path in (ROOT / source).rglob("*.py"))
         expected |= {f"{inside}/{module}" for module in modules}
-    templates = ROOT / "nnunetv2_mstkd" / "reporting" / "templates"
-    expected |= {f"nnunetv2_mstkd/reporting/templates/{file.name}" for file in templates.iterdir()}
+    for folder in ("reporting/templates", "app/static"):
+        expected |= {f"nnunetv2_mstkd/{folder}/{file.name}" for file in (ROOT / "nnunetv2_mstkd" / folder).iterdir()}
     protocols = ROOT / "dataset_conversion" / "protocols"
     expected |= {f"nnunetv2_mstkd/dataset_conversion/protocols/{file.name}" for file in protocols.iterdir()}
     assert {name for name in names if ".dist-info/" not in name} == expected
