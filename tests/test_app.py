@@ -430,6 +430,25 @@ def test_an_error_in_the_network_is_one_sentence(predictor, images, monkeypatch,
     assert ("Traceback" in capsys.readouterr().err) == isinstance(error, KeyError)
 
 
+def test_an_upload_that_is_overtaken_by_removing_is_not_kept(page, images, monkeypatch):
+    counted, sessions = Session.count_received, []
+
+    def count_and_remove(session: Session, number: int) -> None:
+        counted(session, number)
+        if not sessions:
+            sessions.append(session)
+            session.clear()
+
+    monkeypatch.setattr(Session, "count_received", count_and_remove)
+    parts = iter([b"first", b"second"])
+    answer = page.client.post(f"{page.own}/files", content=parts, headers={"X-File-Name": "T1.nii.gz"})
+    (session,) = sessions
+    assert answer.status_code == 400 and "T1.nii.gz was removed with the other images" in answer.text
+    assert (session.received, session.uploads, list(session.folder.iterdir())) == (0, [], [])
+    monkeypatch.undo()
+    assert page.drop(images["T1"])["images"]
+
+
 def test_removing_the_images_removes_their_files(page, images):
     page.drop(images["T1"])
     page.segment()

@@ -334,22 +334,26 @@ class _Routes:
         if len(session.uploads) >= MAX_FILES:
             raise InputError(f"More than {MAX_FILES} files at once; drop the series of one patient only.")
         name = _shown_name(request.headers.get("x-file-name", ""))
-        path, size = session.new_file(), 0
+        path, size, cleared = session.new_file(), 0, session.cleared
         try:
             with path.open("wb") as file:
                 async for chunk in request.stream():
+                    if session.cleared != cleared:
+                        raise InputError(f"{name} was removed with the other images while it arrived.")
                     size += len(chunk)
                     session.count_received(len(chunk))
                     await run_in_threadpool(file.write, chunk)
         except (InputError, OSError, ClientDisconnect) as error:
             path.unlink(missing_ok=True)
-            session.count_received(-size)
+            if session.cleared == cleared:
+                session.count_received(-size)
             if session.closed:
                 raise HTTPException(404, "This page was closed.") from error
             if isinstance(error, OSError):
                 raise InputError(f"{name} could not be stored ({error.strerror}).") from error
             raise
-        session.uploads.append((path, name))
+        if session.cleared == cleared:
+            session.uploads.append((path, name))
         return Response(status_code=204)
 
     async def sort(self, request: Request) -> Response:

@@ -70,6 +70,8 @@ class Session:
     """How many connections follow it: 0 if the page is closed."""
     last_used: float = field(default_factory=time.monotonic)
     closed: bool = False
+    cleared: int = 0
+    """How often the images were removed: an upload that was on its way then is not counted and not kept."""
 
     def __post_init__(self) -> None:
         self.folder.mkdir()
@@ -153,6 +155,7 @@ class Session:
         """Forget images and segmentations, and remove their files."""
         with self.lock:
             self._cancel_all()
+            self.cleared += 1
             self.images, self.jobs, self.uploads, self.notices, self.received = [], [], [], [], 0
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()
