@@ -217,13 +217,13 @@ class SubsetScore:
     voxels: int
     """Voxels of the segmentation, in its original geometry."""
     entropy: float | None = None
-    """Mean over the predicted foreground; None where there is none, or in records of before."""
+    """Mean over the predicted foreground; None where there is none, or in older records."""
     presence: dict[str, tuple[float, bool]] = field(default_factory=dict)
     """region -> probability of presence that the network states, and whether the reference has any voxel of it; empty
     without a presence head."""
     calibration: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
-    """region -> counts of logits, see :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`; empty in records of
-    before."""
+    """region -> counts of logits, see :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`; empty in older
+    records."""
     slices: tuple[np.ndarray, ...] = field(default=(), compare=False)
     """The segmentation in the slices to show; empty: none was requested, or the score was read from disk."""
 

@@ -16,9 +16,9 @@ LOWEST, HIGHEST = float(np.log(LEAST / (1 - LEAST))), 20.0
 WIDTH = 0.1
 """Of the bins of logits: a probability changes by at most 0.025 within one."""
 BINS = int(np.ceil((HIGHEST - LOWEST) / WIDTH))
-GROUPS = 15
+ECE_BINS = 15
 """Bins of equal width of the probability in the expected calibration error, as in the paper."""
-COLDEST, HOTTEST = 0.2, 10.0
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.2, 10.0
 """Limits of the temperature."""
 
 
@@ -38,8 +38,8 @@ def logit_counts(logits: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """
     counted = logits >= LOWEST
     bins = ((logits[counted].clip(max=HIGHEST) - LOWEST) / WIDTH).astype(np.int64).clip(0, BINS - 1)
-    there = bins[positive[counted]]
-    return np.stack([np.bincount(each, minlength=BINS) for each in (bins, there)])
+    positives = bins[positive[counted]]
+    return np.stack([np.bincount(each, minlength=BINS) for each in (bins, positives)])
 
 
 def _probabilities(temperature: float) -> np.ndarray:
@@ -62,12 +62,12 @@ def expected_calibration_error(counts: np.ndarray, temperature: float = 1.0) -> 
     -------
     NaN where no voxel counts.
     """
-    number, there = counts
+    number, positives = counts
     if not number.sum():
         return float("nan")
     stated = _probabilities(temperature)
-    group = np.minimum((stated * GROUPS).astype(int), GROUPS - 1)
-    gaps = np.bincount(group, there - number * stated, GROUPS)
+    group = np.minimum((stated * ECE_BINS).astype(int), ECE_BINS - 1)
+    gaps = np.bincount(group, positives - number * stated, ECE_BINS)
     return float(np.abs(gaps).sum() / number.sum())
 
 
@@ -83,14 +83,14 @@ def fit_temperature(counts: np.ndarray) -> float:
     -------
     Between 0.2 and 10; 1 where nothing can be fitted, because no voxel counts.
     """
-    number, there = counts
+    number, positives = counts
     if not number.sum():
         return 1.0
     centres = LOWEST + WIDTH * (np.arange(BINS) + 0.5)
 
     def loss(log_temperature: float) -> float:
         z = centres / np.exp(log_temperature)
-        return float((there * np.logaddexp(0, -z) + (number - there) * np.logaddexp(0, z)).sum() / number.sum())
+        return float((positives * np.logaddexp(0, -z) + (number - positives) * np.logaddexp(0, z)).sum() / number.sum())
 
-    found = minimize_scalar(loss, bounds=(np.log(COLDEST), np.log(HOTTEST)), method="bounded")
+    found = minimize_scalar(loss, bounds=(np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE)), method="bounded")
     return float(np.exp(found.x))
