@@ -173,6 +173,15 @@ CHEAP_CONTROL = "dropout-warm"
 LONGER = {"short": "longer"}
 """By preset, the one with the same control and more steps, between which the control is interpolated at other hours."""
 
+WARM = Row(
+    name=CHEAP_CONTROL,
+    title="ModalityDropoutTrainer, warm start",
+    kind="control",
+    trainer="ModalityDropoutTrainer",
+    first="KDTeacherTrainer",
+    starts_from_first=True,
+)
+
 ROWS: tuple[Row, ...] = (
     Row(name=FLOOR, title="FullModalityTrainer, given zeros", kind="floor", trainer="FullModalityTrainer"),
     Row(name="dropout", title="ModalityDropoutTrainer", kind="control", trainer="ModalityDropoutTrainer"),
@@ -183,14 +192,7 @@ ROWS: tuple[Row, ...] = (
         trainer="ModalityDropoutTrainer",
         settings={"schedule.patch_phases": 4},
     ),
-    Row(
-        name="dropout-warm",
-        title="ModalityDropoutTrainer, warm start",
-        kind="control",
-        trainer="ModalityDropoutTrainer",
-        first="KDTeacherTrainer",
-        starts_from_first=True,
-    ),
+    WARM,
     _mstkd("mstkd-zero", "MSTKDTrainer, no distillation, warm start", "control", _without(*TERMS), terms=False),
     _mstkd(STUDENT, "MSTKDTrainer", "method", {}),
     _mstkd("mstkd-separate", "MSTKDTrainer, KL of separate regions", "method", {"mstkd.regions": "separate"}),
@@ -215,20 +217,18 @@ ROWS: tuple[Row, ...] = (
         terms=True,
     ),
     _kd("kd", "KDTrainer", {}),
-    _kd("kd-2", "KDTrainer, a teacher in every second step", {"distillation.every": 2}),
+    _kd("kd-every-step", "KDTrainer, a teacher in every step", {"distillation.every": 1}),
     _kd("kd-fading", "KDTrainer, fading over the second half", {"distillation.fade": 0.5}),
     replace(_kd("kd-labelled", "KDTrainer, labelled cases alone", {"unlabelled.share": 0}), unlabelled=True),
     replace(
         _mstkd("mstkd-labelled", "MSTKDTrainer, labelled cases alone", "method", {"unlabelled.share": 0}),
         unlabelled=True,
     ),
-    Row(
+    replace(
+        WARM,
         name="dropout-self",
         title="ModalityDropoutTrainer, warm start, own pseudo-labels",
         kind="method",
-        trainer="ModalityDropoutTrainer",
-        first="KDTeacherTrainer",
-        starts_from_first=True,
         settings={"unlabelled.share": 0.5},
         unlabelled=True,
     ),
