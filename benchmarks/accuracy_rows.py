@@ -75,7 +75,7 @@ class Row:
         return first_stage(seed, self.variant)
 
     def epochs(self, preset: Preset) -> int:
-        """Of its own training, after the first stage. With a budget of hours, 1 until the time per step is known."""
+        """Epochs after the first stage. With a budget of hours: 1 until the time per step is known."""
         if preset.hours is None:
             return preset.student_epochs if self.first else preset.first_epochs + preset.student_epochs
         if self.name not in preset.step_seconds:

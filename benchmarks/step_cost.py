@@ -187,7 +187,7 @@ def timed(function, device: torch.device, clock: Callable[[], float]) -> float:
 
 
 def memory_of(trainer_name: str, plan: str, threads: int, queue) -> None:
-    """Peak memory of two steps above that of the imported libraries, in MiB; for a process of its own on a CPU."""
+    """Peak memory of two steps above that of the imported libraries, in MiB; call it in a separate process."""
     set_up(threads)
     device = torch.device("cpu")
     with tempfile.TemporaryDirectory() as folder:

@@ -7,7 +7,7 @@ import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -24,6 +24,23 @@ from nnunetv2_mstkd.nnunet.folders import check_file_name
 RUN = "run.json"
 RECORD = "record of an evaluation", "evaluate again with --restart"
 """What a file is, and what to do about one that is not."""
+
+
+class Collected(NamedTuple):
+    """What is on record of evaluated cases."""
+
+    results: pd.DataFrame
+    """The long table, see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`."""
+    near: tuple[int, int]
+    """Numbers of voxels close to the decision and of all voxels."""
+    entropies: dict[str, list[float]]
+    """Entropies of the cases by subset, without those that have none."""
+    presence: pd.DataFrame
+    """What a presence head says, one row per case, subset and region, in the columns
+    :data:`~nnunetv2_mstkd.evaluation.results.PRESENCE_COLUMNS`; empty without such a head."""
+    calibration: dict[str, dict[str, np.ndarray]]
+    """Sum over cases of :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`, by subset and region; empty if any
+    case was evaluated before these were counted."""
 
 
 class CaseRecords:
@@ -138,18 +155,17 @@ class CaseRecords:
         content = {"weights": self._weights[fold], "images": images, "subsets": subsets}
         write_json(file, content, indent=None)  # indented, each count of logits is a line
 
-    def table(
-        self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str
-    ) -> tuple[pd.DataFrame, tuple[int, int], dict[str, list[float]]]:
-        """The long table of evaluated cases, the numbers of voxels close to the decision and of all, and entropies.
+    def collect(self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str) -> Collected:
+        """Everything that is on record of evaluated cases, each file read once.
 
-        The entropies are lists by subset, without the cases that have none.
-
-        ``cases`` are their folds, names and subsets. For the table see
-        :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+        ``cases`` are their folds, names and subsets.
         """
-        rows, near, voxels = [], 0, 0
+        rows: list[tuple] = []
+        stated: list[tuple] = []
+        near, voxels = 0, 0
         entropies: dict[str, list[float]] = {}
+        counts: dict[str, dict[str, np.ndarray]] = {}
+        all_counted = True
         for fold, case, subsets in cases:
             scores = self.load(fold, case)
             for subset in subsets:
@@ -161,38 +177,18 @@ class CaseRecords:
                     for region, values in score.values.items()
                     for metric, value in values.items()
                 ]
-        return pd.DataFrame(rows, columns=list(COLUMNS)), (near, voxels), entropies
-
-    def presence(self, cases: Iterable[tuple[str, str, Sequence[str]]]) -> pd.DataFrame:
-        """What the network says about presence, one row per case, subset and region.
-
-        Empty for a network without a presence head; ``cases`` as for :meth:`table`. The columns are
-        :data:`~nnunetv2_mstkd.evaluation.results.PRESENCE_COLUMNS`.
-        """
-        rows = [
-            (fold, case, subset, region, score, there)
-            for fold, case, subsets in cases
-            for subset, of_subset in self.load(fold, case).items()
-            if subset in subsets
-            for region, (score, there) in of_subset.presence.items()
-        ]
-        return pd.DataFrame(rows, columns=list(PRESENCE_COLUMNS))
-
-    def calibration(self, cases: Iterable[tuple[str, str, Sequence[str]]]) -> dict[str, dict[str, np.ndarray]]:
-        """Sum over cases of :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`, by subset and region.
-
-        Empty if any case has been evaluated before these were counted; ``cases`` as for :meth:`table`.
-        """
-        total: dict[str, dict[str, np.ndarray]] = {}
-        for fold, case, subsets in cases:
-            scores = self.load(fold, case)
-            for subset in subsets:
-                if not scores[subset].calibration:
-                    return {}
-                of_subset = total.setdefault(subset, {})
-                for region, counts in scores[subset].calibration.items():
-                    of_subset[region] = of_subset.get(region, 0) + counts
-        return total
+                stated += [(fold, case, subset, region, *of_region) for region, of_region in score.presence.items()]
+                all_counted &= bool(score.calibration)
+                of_subset = counts.setdefault(subset, {})
+                for region, of_region in score.calibration.items():
+                    of_subset[region] = of_subset.get(region, 0) + of_region
+        return Collected(
+            pd.DataFrame(rows, columns=list(COLUMNS)),
+            (near, voxels),
+            entropies,
+            pd.DataFrame(stated, columns=list(PRESENCE_COLUMNS)),
+            counts if all_counted else {},
+        )
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:
         return self.folder / f"fold_{fold}" / f"{check_file_name(case, 'a case id')}.{ending}"

@@ -59,11 +59,11 @@ class Measured:
     """Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone."""
     records: CaseRecords
     presence: pd.DataFrame
-    """What the model's presence head says; see :meth:`CaseRecords.presence`. Empty without one."""
+    """What the model's presence head says; see :class:`Collected`. Empty without one."""
     entropies: dict[str, list[float]] = field(default_factory=dict)
     """Entropies of the cases by subset, without those that have none."""
     calibration: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Counts of logits by subset and region; see :meth:`CaseRecords.calibration`."""
+    """Counts of logits by subset and region; see :class:`Collected`."""
 
 
 @dataclass
@@ -145,14 +145,15 @@ class Evaluator:
                 cases = [each for each in self.unfinished if each.case.fold == fold]
                 self._evaluate(predictor, cases, preparing, scoring, bar)
         evaluated = [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases]
-        results, near, entropies = self.records.table(
+        found = self.records.collect(
             evaluated, model=request.name or self.settings["folder"], trainer=self.model.trainer_name
         )
         # not in the records: cases and folds may be added
         settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
-        near_cases, presence = near if self.stack > 1 else None, self.records.presence(evaluated)
-        calibration = self.records.calibration(evaluated)
-        return Measured(results, self.rules, settings, near_cases, self.records, presence, entropies, calibration)
+        near = found.near if self.stack > 1 else None
+        return Measured(
+            found.results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration
+        )
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 

@@ -32,9 +32,9 @@ from nnunetv2_mstkd.metrics.conventions import (
 )
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
-from nnunetv2_mstkd.nnunet.description import foreground_heads
+from nnunetv2_mstkd.nnunet.description import foreground_heads, foreground_values
 from nnunetv2_mstkd.nnunet.entropy import case_entropy
-from nnunetv2_mstkd.nnunet.preprocessing import segment
+from nnunetv2_mstkd.nnunet.preprocessing import as_preprocessed, segment
 
 NEAR = 0.05
 """Logit. Another stack size changes logits by rounding, far less than this; voxels farther away keep their label."""
@@ -158,11 +158,7 @@ def rules_of(dataset_json: Mapping[str, Any], labels: Any, **options: Any) -> Ru
     ``labels`` is nnU-Net's label manager, ``options`` are further attributes of :class:`Rules`; in ``min_voxels``
     ``ET`` and ``WT`` stand for the regions that are called so in other words.
     """
-    regions = {
-        name: tuple(int(label) for label in np.atleast_1d(value))
-        for name, value in dataset_json["labels"].items()
-        if name != "ignore" and np.any(np.atleast_1d(value) != 0)
-    }
+    regions = foreground_values(dataset_json)
     known = [int(label) for label in labels.all_labels]
     ignore = None if labels.ignore_label is None else int(labels.ignore_label)
     wanted = options.pop("min_voxels", {})
@@ -255,7 +251,7 @@ def score_prediction(
         Probability that there is any voxel of each output channel, shape (K,); None: the network does not say.
     """
     reference = _reference(label, plans.image_reader_writer_class, rules.labels)
-    within = _as_preprocessed(reference, properties, plans)
+    within = as_preprocessed(reference, properties, plans)
     counting = _CountingLabels(plans.get_label_manager(dataset_json), dataset_json, rules, within)
     segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
     if segmentation.shape != reference.shape:
@@ -269,12 +265,6 @@ def score_prediction(
             stated[region] = float(presence[head]), bool(np.isin(reference, rules.regions[region]).any())
     entropy = case_entropy(logits, counting.has_regions)
     return SubsetScore(values, counting.near, segmentation.size, entropy, stated, counting.calibration, kept)
-
-
-def _as_preprocessed(reference: np.ndarray, properties: Mapping[str, Any], plans: Any) -> np.ndarray:
-    """A reference with the order of axes and within the box in which nnU-Net decides about labels."""
-    box = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
-    return reference.transpose(plans.transpose_forward)[box]
 
 
 class _CountingLabels:

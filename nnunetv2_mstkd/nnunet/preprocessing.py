@@ -189,7 +189,11 @@ def uncertainty(
 ) -> np.ndarray:
     """Entropy of each voxel of the original image in percent of its maximum: uint8, shape (x, y, z)."""
     found = probabilities(logits, properties, plans, configuration, labels, temperature)
-    return (100 * entropy_map(found, labels.has_regions)).round().astype(np.uint8)
+    return _percent(entropy_map(found, labels.has_regions))
+
+
+def _percent(fraction: np.ndarray) -> np.ndarray:
+    return (100 * fraction).round().astype(np.uint8)
 
 
 def as_original(
@@ -202,9 +206,18 @@ def as_original(
     current = own if len(own) == len(shape) else [spacing[0], *own]  # slices of a 2-D configuration keep theirs
     resampled = configuration.resampling_fn_probabilities(values[None], shape, current, spacing)
     whole = np.zeros(properties["shape_before_cropping"], np.float32)
-    box = tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
-    whole[box] = np.asarray(resampled[0])
+    whole[_box(properties)] = np.asarray(resampled[0])
     return whole.transpose(plans.transpose_backward)
+
+
+def as_preprocessed(image: np.ndarray, properties: Mapping[str, Any], plans: PlansManager) -> np.ndarray:
+    """An image in the order of axes and the box in which nnU-Net decides about labels, before any resampling."""
+    return image.transpose(plans.transpose_forward)[_box(properties)]
+
+
+def _box(properties: Mapping[str, Any]) -> tuple[slice, ...]:
+    """What cropping has kept of the transposed image."""
+    return tuple(slice(low, high) for low, high in properties["bbox_used_for_cropping"])
 
 
 def export_case(
@@ -232,15 +245,14 @@ def export_case(
     """
     segmentation = name + dataset_json["file_ending"]
     labels = plans.get_label_manager(dataset_json)
+    maps = {}
     if save_uncertainty:
-        (output / UNCERTAINTY).mkdir(exist_ok=True)
-        percent = uncertainty(logits, properties, plans, configuration, labels, temperature)
-        write_segmentation(percent, properties, plans.image_reader_writer_class, output / UNCERTAINTY / segmentation)
+        maps[UNCERTAINTY] = uncertainty(logits, properties, plans, configuration, labels, temperature)
     if disagreement is not None:
-        (output / DISAGREEMENT).mkdir(exist_ok=True)
-        found = as_original(disagreement, properties, plans, configuration)
-        percent = (100 * found.clip(0, 1)).round().astype(np.uint8)
-        write_segmentation(percent, properties, plans.image_reader_writer_class, output / DISAGREEMENT / segmentation)
+        maps[DISAGREEMENT] = _percent(as_original(disagreement, properties, plans, configuration).clip(0, 1))
+    for folder, percent in maps.items():
+        (output / folder).mkdir(exist_ok=True)
+        write_segmentation(percent, properties, plans.image_reader_writer_class, output / folder / segmentation)
     with scratch_folder(output / name) as scratch:
         with complete_image(scratch / segmentation):
             export_prediction_from_logits(
