@@ -29,6 +29,7 @@ from nnunetv2_mstkd.reporting.tables import (
     number,
     subset_content,
     subset_csv,
+    subset_rows,
     subset_table,
 )
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
@@ -252,7 +253,9 @@ def _text(comparison: Comparison) -> str:
     for name in comparison.metrics:
         metric, counts = metric_named(name), _part(comparison.by_count, name)
         region = counts[REGION].iloc[-1]
-        parts.append(f"{metric.label}\n\n{_subsets(comparison, name, TEXT)}")
+        content = _content(comparison, name)
+        table = frame_table(subset_rows(content, name), fmt=TEXT)
+        parts.append("\n\n".join([content.notes[0], table, *content.notes[1:]]))
         parts.append(f"{metric.label}: {_direction(metric)}\n\n{frame_table(_overall(comparison, name), fmt=TEXT)}")
         tested = not comparison.several_trainings
         table = _differences(counts[counts[REGION] == region], MODALITIES, metric, tested)

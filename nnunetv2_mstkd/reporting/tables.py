@@ -28,8 +28,8 @@ from nnunetv2_mstkd.evaluation.results import (
     VALUE,
     subset_size,
 )
-from nnunetv2_mstkd.metrics.conventions import BRATS, empty_rules_text, metric_named, min_voxels_text
-from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean
+from nnunetv2_mstkd.metrics.conventions import BRATS, Metric, empty_rules_text, metric_named, min_voxels_text
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean, plain_regions
 from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
@@ -127,14 +127,16 @@ def subset_csv(contents: Mapping[str, SubsetContent]) -> str:
 class SubsetContent(NamedTuple):
     """The content of a table of subsets, before any layout.
 
-    ``texts`` are the means, ``best`` and ``second`` whether a model is the best of several and the second best of three
-    or more, all of shape (models, subsets and their average, regions); ``notes`` are sentences for below the table,
-    including the rules for empty masks.
+    ``texts`` are ``means`` as text, ``best`` and ``second`` whether a model is the best of several and the second best
+    of three or more, all of shape (models, subsets and their average, regions); ``notes`` are sentences for below the
+    table, including the rules for empty masks.
     """
 
     data: Cube
     available: np.ndarray
     """bool, shape (modalities, subsets)."""
+    means: np.ndarray
+    """float, in the unit of the metric."""
     texts: np.ndarray
     best: np.ndarray
     second: np.ndarray
@@ -157,7 +159,7 @@ def subset_content(
     # (models, subsets and their average, regions)
     means = mean(data.values, axis=1) * kind.factor
     means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
-    texts, best, second = _texts(means, 1 if kind.unit == "%" else 2, kind.better)
+    texts, best, second = _texts(means, kind)
     cases = f"{len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
     if not data.complete:
         cases = f"n of {cases}, those with these modalities"
@@ -170,7 +172,25 @@ def subset_content(
     notes = [f"{about}; average over {len(data.subsets)} subsets{patients}", *notes, *min_voxels_text(data.regions)]
     members = [subset.split(SEPARATOR) for subset in data.subsets]
     available = np.array([[name in subset for subset in members] for name in data.modalities])
-    return SubsetContent(data, available, texts, best, second, notes)
+    return SubsetContent(data, available, means, texts, best, second, notes)
+
+
+def subset_rows(content: SubsetContent, metric: str) -> pd.DataFrame:
+    """A table for a narrow page, as text: a row per subset, a column per model with its mean over the regions.
+
+    The rows below have the average over subsets, of all regions and of each.
+    """
+    data, average = content.data, content.means.shape[1] - 1
+    over_regions = mean(content.means[..., plain_regions(data.regions)], axis=2)
+    means = np.concatenate([over_regions, content.means[:, average]], axis=1)
+    texts = _texts(means, metric_named(metric))[0]
+    rows = [[AVAILABLE if there else MISSING for there in row] for row in content.available.T]
+    below = ["average", *data.regions] if len(data.regions) > 1 else ["average"]
+    rows += [[name] + [""] * (len(data.modalities) - 1) for name in below]
+    if not data.complete:
+        rows = [[*row, str(n)] for row, n in zip(rows, [*data.counts, *[""] * len(below)], strict=True)]
+    columns = [*data.modalities, *([] if data.complete else ["n"]), *data.models]
+    return pd.DataFrame([[*row, *texts[:, i]] for i, row in enumerate(rows)], columns=columns)
 
 
 def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) -> str:
@@ -318,8 +338,9 @@ def _check_format(fmt: str) -> None:
         raise InputError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
 
 
-def _texts(means: np.ndarray, digits: int, better: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _texts(means: np.ndarray, metric: Metric) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Values as text, where a model is the best of several, and the second best of more, in the shape of ``means``."""
+    digits, better = 1 if metric.unit == "%" else 2, metric.better
     rounded = means.round(digits) + 0.0  # no -0.0
     texts = np.array([f"{value:.{digits}f}" for value in rounded.ravel()], dtype=object).reshape(means.shape)
     texts[np.isnan(means)] = NO_VALUE
