@@ -42,7 +42,6 @@ from evaluate_speed import SHAPES, make_predictor, write_case
 from step_cost import PLANS
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.demo.inputs import JOIN, write_subset_inputs
 from nnunetv2_mstkd.demo.pipeline import CONFIGURATION
 from nnunetv2_mstkd.evaluation.cases import LabelledCase, folder_cases, prepare
 from nnunetv2_mstkd.evaluation.scoring import Rules, rules_of
@@ -143,7 +142,7 @@ def separately(
         command = [script("nnUNetv2_predict_from_modelfolder"), "-i", folder, "-o", output / folder.name, "-m", model]
         predicting += measure([*command, "-f", "0", "-device", device, *options], log)[0]
     files = sorted(output.glob("*/*.nii.gz"))
-    of_files = [labels / f"{path.name.split(JOIN)[0].removesuffix('.nii.gz')}.nii.gz" for path in files]
+    of_files = [labels / path.name for path in files]
     begin = time.perf_counter()
     with concurrent.futures.ProcessPoolExecutor(METRIC_PROCESSES) as pool:
         list(pool.map(functools.partial(score_file, rules=rules), files, of_files))
@@ -152,12 +151,14 @@ def separately(
 
 def subset_folders(images: Path, folder: Path, names: Sequence[str], subsets: torch.Tensor) -> None:
     """A folder of inputs for each subset, absent channels as zero images."""
-    flat = folder.with_name("flat")
-    for identifier in write_subset_inputs(images, flat, names, subsets):
-        for path in flat.glob(f"{identifier}_[0-9][0-9][0-9][0-9].nii.gz"):
-            target = folder / identifier.split(JOIN)[1]
-            target.mkdir(parents=True, exist_ok=True)
-            path.rename(target / path.name)
+    for row in subsets.tolist():
+        target = folder / modalities.subset_name(row, names)
+        target.mkdir(parents=True)
+        for path in images.glob("*.nii.gz"):
+            if row[int(path.name.removesuffix(".nii.gz")[-4:])]:
+                (target / path.name).symlink_to(path.resolve())
+            else:
+                sitk.WriteImage(0 * sitk.ReadImage(str(path)), str(target / path.name), useCompression=True)
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -251,7 +252,9 @@ def main() -> int:
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--demo", type=Path, help="folder of a finished `mstkd demo`")
     source.add_argument("--plan", choices=sorted(set(PLANS) & set(SHAPES)), default="small")
-    parser.add_argument("--trainer", default="MSTKDTrainer", help="of the demo's model (default: %(default)s)")
+    parser.add_argument(
+        "--trainer", default="ModalityDropoutTrainer", help="of the demo's model (default: %(default)s)"
+    )
     parser.add_argument("--cases", type=int, default=2, help="random cases (default: %(default)s)")
     parser.add_argument("--shape", type=int, nargs=3, help="voxels of a random case (default: by the plan)")
     parser.add_argument("--subsets", nargs="+", default=(), help="only these, for example T1 T1+FLAIR (default: all)")

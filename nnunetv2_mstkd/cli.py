@@ -19,7 +19,7 @@ import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import did_you_mean, run_and_report
 
 COMMANDS = {
-    "demo": "run the whole method on a small synthetic data set",
+    "demo": "train, evaluate and compare two models on a small synthetic data set",
     "phantom": "make a synthetic data set with four modalities",
     "predict": "segment cases whose modalities are partly absent",
     "app": "segment in the browser from the sequences that a patient has",

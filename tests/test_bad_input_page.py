@@ -229,7 +229,7 @@ def test_predict_refuses(world, capsys, break_model, phrase):
 @pytest.mark.parametrize(
     ("command", "phrase"),
     [
-        ("status 555 tiny", "no folder Dataset555_*"),
+        ("status -d 555 -c tiny", "no folder Dataset555_*"),
         ("demo --out in --spacing 9", "--spacing is 9.0, expected 2 to 6"),
         ("demo --out in --epochs 0", "--epochs is 0, expected at least 1"),
         ("demo --out in", "is not empty and holds no demo"),

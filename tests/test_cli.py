@@ -145,7 +145,7 @@ def test_missing_command_is_refused(capsys):
         ("predict -i a -d 1", "required: -o"),
         ("predict -i", "-i: expected one argument"),
         ("demo --epochs many", "--epochs: invalid int value: 'many'"),
-        ("crossval -d 901 -c demo", "unknown option -d; usage: mstkd crossval ID CONFIGURATION"),
+        ("crossval 901 demo", "the following arguments are required: -d, -c"),
         ("--verzion", "mstkd: unknown option --verzion (did you mean '--version'?)"),
     ],
 )

@@ -388,11 +388,13 @@ def test_teacher_of_a_parent_configuration(phantom):
 
 
 def command(*words: str) -> int:
-    return cli.main(["crossval", str(PHANTOM), CONFIGURATION, "-device", "cpu", *words])
+    return cli.main(["crossval", "-d", str(PHANTOM), "-c", CONFIGURATION, "-device", "cpu", *words])
 
 
 def test_dry_run_only_prints(phantom, capsys):
     assert command("--folds", "0", "--dry-run") == 0
+    assert "-tr ModalityDropoutTrainer" in capsys.readouterr().out
+    assert command("--folds", "0", "--dry-run", "-tr", "MSTKDTrainer") == 0
     printed = capsys.readouterr().out
     assert "nnUNetv2_train 902 tiny 0 -tr MSTKDTeacherTrainer -p nnUNetPlans -device cpu" in printed
     assert "after: train MSTKDTeacherTrainer (tiny), fold 0" in printed
@@ -408,7 +410,7 @@ def test_dry_run_only_prints(phantom, capsys):
         (["--folds", "5"], "the folds 0 to 4"),  # of nnU-Net, or of its splits_final.json
         (["--folds", "-1"], "folds are numbers from 0"),
         (["--folds", "1", "1"], "--folds names 1 twice"),
-        (["--trainer", "NoTrainer"], "trainer 'NoTrainer' was not found"),
+        (["-tr", "NoTrainer"], "trainer 'NoTrainer' was not found"),
         (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
         (["--jobs", "0"], "expected numbers from 1"),
         (["-p", "Other"], "nnUNetv2_plan_and_preprocess"),
@@ -429,13 +431,13 @@ def test_bad_input_is_one_line(phantom, capsys, words, line):
 def test_default_folds_are_those_of_the_data_set(phantom, capsys):
     splits = phantom.preprocessed / phantom.dataset / "splits_final.json"
     splits.write_text(json.dumps([{"train": ["a"], "val": ["b"]}, {"train": ["b"], "val": ["a"]}]))
-    assert command("--dry-run", "--trainer", "nnUNetTrainer") == 0
+    assert command("--dry-run", "-tr", "nnUNetTrainer") == 0
     printed = capsys.readouterr().out
     assert "fold 1" in printed and "fold 2" not in printed
 
 
 def test_unknown_configuration_lists_known_ones(phantom, capsys):
-    assert cli.main(["status", str(PHANTOM), "4d"]) == errors.EXIT_USER_ERROR
+    assert cli.main(["status", "-d", str(PHANTOM), "-c", "4d"]) == errors.EXIT_USER_ERROR
     assert "has no configuration '4d'; it has" in capsys.readouterr().err
 
 
@@ -456,7 +458,7 @@ def test_sbatch_times(text, minutes):
 def test_concurrent_call_is_refused(phantom, capsys):
     step = steps_for(phantom, "MSTKDTrainer", folds=(0,))["train MSTKDTrainer (tiny), fold 0"]
     step.lock.acquire()
-    assert command("--folds", "0") == errors.EXIT_USER_ERROR
+    assert command("--folds", "0", "-tr", "MSTKDTrainer") == errors.EXIT_USER_ERROR
     assert f"is run by process {os.getpid()} on this machine" in capsys.readouterr().err
     assert [path.name for path in step.log.parent.iterdir()] == [step.lock.file.name]
 
@@ -486,7 +488,7 @@ def test_validates_evaluates_and_shows_trained_models(models, capsys, monkeypatc
     teacher = models.fold("MSTKDTeacherTrainer") / "validation"
     teacher.mkdir()
     (teacher / "summary.json").write_text("{}")
-    assert command("--folds", "0", "--disable_tta") == 0
+    assert command("--folds", "0", "--disable_tta", "-tr", "MSTKDTrainer") == 0
     printed = capsys.readouterr().out
     assert "Teacher" not in printed
     assert "begin   train MSTKDTrainer (tiny), fold 0" in printed  # its validation is what is missing
@@ -496,10 +498,10 @@ def test_validates_evaluates_and_shows_trained_models(models, capsys, monkeypatc
     assert (folder / "subsets" / "results.csv").is_file()
     assert "--val" in (models.results / models.dataset / "crossval" / f"{folder.name}.fold_0.train.log").read_text()
 
-    assert command("--folds", "0", "--dry-run") == 0
+    assert command("--folds", "0", "--dry-run", "-tr", "MSTKDTrainer") == 0
     printed = capsys.readouterr().out
     assert "nnUNetv2_train" not in printed and printed.endswith("3 of 3 steps are done\n")
-    assert cli.main(["status", str(PHANTOM), CONFIGURATION, "--folds", "0", "1"]) == 0
+    assert cli.main(["status", "-d", str(PHANTOM), "-c", CONFIGURATION, "-tr", "MSTKDTrainer", "-f", "0", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:-1]] == ["done"] * 3 + ["waiting"] * 4
     assert lines[-1] == "3 of 7 steps are done"

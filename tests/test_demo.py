@@ -14,9 +14,10 @@ import torch
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.crossval.steps import Progress
 from nnunetv2_mstkd.demo import pipeline, steps
-from nnunetv2_mstkd.demo.pipeline import CONTROLS, STUDENT, TEACHER, Demo, Options
+from nnunetv2_mstkd.demo.pipeline import BASELINE, RECOMMENDED, Demo, Model, Options
 from nnunetv2_mstkd.demo.result import next_commands
 
+DROPOUT = Model(RECOMMENDED)
 SMALLEST = ["--epochs", "1", "--cases", "6", "--test-cases", "1", "--spacing", "6", "--device", "cpu"]
 PREPROCESS_HERE = f"""
 import os
@@ -29,8 +30,8 @@ plan_and_preprocess(Folders(*folders), {pipeline.DATASET}, "3d_fullres")
 
 
 def options(**changes) -> Options:
-    values = {"device": "cpu", "epochs": None, "cases": 6, "test_cases": 1, "spacing": 6.0, "seed": 0}
-    return Options(**{**values, "anatomy": "procedural", "controls": False, **changes})
+    values = {"device": "cpu", "epochs": 11, "cases": 6, "test_cases": 1, "spacing": 6.0, "seed": 0}
+    return Options(**{**values, "anatomy": "procedural", "trainers": (), **changes})
 
 
 def test_runs_through_and_repeats_nothing(tmp_path, monkeypatch, capsys):
@@ -42,28 +43,30 @@ def test_runs_through_and_repeats_nothing(tmp_path, monkeypatch, capsys):
     out = tmp_path / "demo"
     assert cli.main(["demo", "--out", str(out), *SMALLEST]) == 0, capsys.readouterr().err
     first, bars = capsys.readouterr()
-    assert "teacher given zeros" in first and "MST-KDNet student" in first
+    header = [cell.strip() for cell in _table(first).splitlines()[2].split("|")[1:-1]]
+    assert header == ["T1", "T1ce", "T2", "FLAIR", "nnU-Net given zeros", RECOMMENDED]
+    assert _table(first).count("\u25cf") == 32  # 15 subsets of four
     assert "say nothing about clinical performance" in first
-    assert "train student" in bars and "15/15" in bars
-    scores = pd.read_csv(out / "results.csv")
-    assert len(scores) == 15 * 2 * 3 and scores["dice"].between(0, 1).all()
-    assert scores["subset"].nunique() == 15 and set(scores["region"]) == {"WT", "TC", "ET"}
-    for picture in ("heatmap.png", "slices.png"):
-        assert (out / picture).read_bytes().startswith(b"\x89PNG")
+    assert f"train {RECOMMENDED}" in bars and f"evaluate {RECOMMENDED}" in bars and "min left in all" in bars
     record = json.loads((out / "demo.json").read_text())
-    demo = Demo(out, Options(**record["options"]))
+    demo = Demo(out, Options.read(record))
+    for model in demo.models:
+        scores = pd.read_csv(demo.evaluation(model) / "results.csv")
+        assert len(scores) == 15 * 3 and scores["value"].between(0, 1).all() and set(scores["model"]) == {model.title}
+        assert (demo.evaluation(model) / "report.html").is_file()
+    assert (out / "comparison" / "heat_map.png").read_bytes().startswith(b"\x89PNG")
+    assert "Pictures" in (out / "comparison" / "comparison.md").read_text()
     # what moves the bars is still what nnU-Net writes
-    assert demo.train(TEACHER).log.read_text().count("Epoch time:") == 2
-    assert steps.Train.progress(demo.train(STUDENT)) == Progress("validation")
-    assert len(list(demo.predictions(STUDENT).glob("*.nii.gz"))) == 15
+    assert demo.train(BASELINE).log.read_text().count("Epoch time:") == 1
+    assert steps.Train.progress(demo.train(DROPOUT)) == Progress("validation")
     done = [step.split("_")[0] for step in record["seconds"]]
-    assert done == ["plan", "configure", "train", "train", "predict", "predict"]
+    assert done == ["plan", "configure", "train", "train", "evaluate", "evaluate"]
 
     monkeypatch.setattr(steps, "run_steps", lambda *_, **__: pytest.fail("a finished step ran again"))
     assert cli.main(["demo", "--out", str(out), *SMALLEST]) == 0
     second = capsys.readouterr().out
     assert _table(second) == _table(first)
-    assert "minutes in all" in first and "everything is computed" in second and "minutes in all" not in second
+    assert "timed anew" in first and "everything is computed" in second and "timed anew" not in second
     assert cli.main(["demo", "--out", str(out), *SMALLEST, "--seed", "1"]) == 2
     assert "holds a demo with other options: seed 0 (now 1)" in capsys.readouterr().err
 
@@ -80,7 +83,7 @@ def preprocess_here(real):
 
 
 def _table(text: str) -> str:
-    return text[text.index("Dice in percent") : text.index("measured in")]
+    return text[text.index("Dice in %") : text.index("measured in")]
 
 
 @pytest.mark.parametrize(
@@ -89,6 +92,7 @@ def _table(text: str) -> str:
         (["--cases", "5"], "--cases is 5, expected at least 6"),
         (["--test-cases", "0"], "--test-cases is 0, expected at least 1"),
         (["--seed", "-1"], "--seed is -1, expected 0 to"),
+        (["--trainers", "MSTKTrainer"], "'MSTKTrainer' was not found (did you mean MSTKDTrainer?)"),
         pytest.param(
             ["--device", "cuda"],
             "torch finds no CUDA GPU",
@@ -117,13 +121,13 @@ def command(demo: Demo, code: str, total: int = 2) -> steps.Command:
     made.mkdir(parents=True)
     words = [sys.executable, "-c", f"from pathlib import Path; made = Path({str(made)!r}); {code}"]
     return steps.Command(
-        demo.training(STUDENT), (), "a step", 1, lambda: words, total, lambda: len(list(made.iterdir()))
+        demo.training(DROPOUT), (), "a step", words=lambda: words, total=total, count=lambda: len(list(made.iterdir()))
     )
 
 
 def test_bar_follows_the_files_of_a_step(demo, capsys):
     step = command(demo, "import time; (made / 'a').touch(); time.sleep(0.5); (made / 'b').touch(); print('log')")
-    assert steps.run_with_bar(step) > 0.4
+    assert steps.run_with_bar(step, steps.Clock()) > 0.4
     error = capsys.readouterr().err
     assert "a step" in error and "2/2" in error
     assert step.log.read_text().splitlines()[1:] == ["log"]
@@ -132,45 +136,47 @@ def test_bar_follows_the_files_of_a_step(demo, capsys):
 def test_failure_names_last_line_and_log(demo):
     step = command(demo, "import sys; print('no room'); sys.exit(3)")
     with pytest.raises(ValueError, match=rf"a step failed: exit code 3: no room \(log: {step.log}\)"):
-        steps.run_with_bar(step)
+        steps.run_with_bar(step, steps.Clock())
 
 
 def test_steps_work_in_the_folder_of_the_demo(demo):
-    variables = demo.train(STUDENT).variables()
+    variables = demo.train(DROPOUT).variables()
     assert variables["nnUNet_results"] == str(demo.folder / "results")
     assert (variables["nnUNet_n_proc_DA"], variables["nnUNet_def_n_proc"]) == ("0", "1")
-    assert demo.train(STUDENT).command()[-2:] == ["-device", "cpu"]
+    assert demo.train(DROPOUT).command()[-2:] == ["-device", "cpu"]
 
 
-def test_truncated_predictions_are_made_again(tmp_path):
-    file = tmp_path / "case.nii.gz"
-    file.write_bytes(b"\x1f\x8b\x08")
-    steps.drop_truncated(tmp_path)
-    assert not file.exists()
+def test_time_left_follows_the_pace_of_trainings(demo):
+    clock, train = steps.Clock(), demo.train(DROPOUT)
+    clock.measure(demo.preprocess(), 1000.0, 0.5)
+    assert clock.minutes_left(train, 0.0, 60.0) == pytest.approx((train.seconds + 60) / 60)
+    clock.measure(train, 3 * (steps.START + (train.seconds - steps.START) / 4), 0.25)  # thrice as slow as estimated
+    assert clock.minutes_left(train, 0.25, 60.0) == pytest.approx(3 * (0.75 * train.seconds + 60) / 60)
 
 
-def test_controls_get_the_whole_budget(tmp_path):
-    demo = Demo(tmp_path / "demo", options(controls=True))
-    plain, no_distillation = CONTROLS
-    assert demo.epochs(plain) == demo.epochs(TEACHER) + demo.epochs(STUDENT)
-    assert demo.epochs(no_distillation) == demo.epochs(STUDENT)
-    assert demo.models == [TEACHER, *CONTROLS, STUDENT]  # the student is shown last
-    assert len(demo.configurations()) == 3
-    assert demo.minutes_left()["controls"] > 0
-    assert "controls" not in Demo(tmp_path / "demo", options()).minutes_left()
+def test_further_trainers_have_their_teachers_trained_first(tmp_path):
+    demo = Demo(tmp_path / "demo", options(trainers=("MSTKDTrainer", "KDTrainer", RECOMMENDED)))
+    assert [model.trainer for model in demo.models] == ["FullModalityTrainer", RECOMMENDED, "MSTKDTrainer", "KDTrainer"]
+    trained = [step.model.trainer for step in demo.commands() if isinstance(step, steps.TrainModel)]
+    teachers = ["MSTKDTeacherTrainer", "KDTeacherTrainer"]
+    assert trained == ["FullModalityTrainer", RECOMMENDED, *teachers, "MSTKDTrainer", "KDTrainer"]
+    evaluated = [step.model.trainer for step in demo.commands() if step.name.startswith("evaluate")]
+    assert evaluated == [model.trainer for model in demo.models]
 
 
 def test_changed_options_are_named(tmp_path):
     demo = Demo(tmp_path, options())
     demo._save_record()
-    Demo(tmp_path, options(controls=True))  # may be added
-    with pytest.raises(ValueError, match=r"other options: epochs by default \(now 3\)"):
+    Demo(tmp_path, options(trainers=("MSTKDTrainer",)))  # may be added
+    with pytest.raises(ValueError, match=r"other options: epochs 11 \(now 3\)"):
         Demo(tmp_path, options(epochs=3))
 
 
-@pytest.mark.parametrize(("student", "teacher"), [(None, 14), (9, 14), (1, 2), (90, 140)])
-def test_teacher_epochs_follow_the_students(student, teacher):
-    assert options(epochs=student).teacher_epochs == teacher
+def test_the_record_of_another_version_is_refused(tmp_path):
+    record = {"options": {"device": "cpu", "controls": False}, "seconds": {}}
+    (tmp_path / "demo.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match="another version; choose another folder"):
+        Demo(tmp_path, options())
 
 
 def test_foreign_folder_is_refused(tmp_path):
@@ -180,8 +186,12 @@ def test_foreign_folder_is_refused(tmp_path):
 
 
 def test_next_commands_are_valid(tmp_path):
-    export, *commands = next_commands(Demo(tmp_path / "a demo", options()))
+    demo = Demo(tmp_path / "a demo", options())
+    export, predict, app = next_commands(demo)
     assert len(shlex.split(export)) == 4
-    for line in commands:
-        words = shlex.split(line)[1:]
-        assert cli._parser(words).parse_args(words).d == "901"
+    words = shlex.split(predict)[1:]
+    parsed = cli._parser(words).parse_args(words)
+    assert (parsed.d, parsed.tr, parsed.drop) == ("901", RECOMMENDED, "T1ce")
+    words = shlex.split(app)[1:]
+    parsed = cli._parser(words).parse_args(words)
+    assert parsed.demo and parsed.out == demo.folder

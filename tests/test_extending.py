@@ -69,7 +69,7 @@ def test_every_command_knows_it(call, phantom, tmp_path):
         call("mstkd", "evaluate", *model, trainer, *options, "--subsets", "T1", "all")
     folders = [fold.parent, phantom.fold("FullModalityTrainer", configuration="strong").parent]
     assert "MatchingTrainer" in call("mstkd", "compare", *folders, "-o", tmp_path / "comparison")
-    steps = call("mstkd", "crossval", PHANTOM, "strong", "--trainer", "MatchingTrainer", "--folds", 1, "--dry-run")
+    steps = call("mstkd", "crossval", "-d", PHANTOM, "-c", "strong", "-tr", "MatchingTrainer", "-f", 1, "--dry-run")
     assert "train FullModalityTrainer (tiny), fold 1" in steps and "train MatchingTrainer (strong), fold 1" in steps
 
 

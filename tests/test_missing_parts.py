@@ -17,7 +17,7 @@ from nnunetv2_mstkd.processes import command_path
 def test_a_variable_of_nnunet_that_is_not_set_is_named(monkeypatch, capsys):
     for name in ("raw", "preprocessed", "results"):
         monkeypatch.delenv(f"nnUNet_{name}", raising=False)
-    assert cli.main(["crossval", "901", "3d_fullres", "--dry-run"]) == 2
+    assert cli.main(["crossval", "-d", "901", "-c", "3d_fullres", "--dry-run"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "nnUNet_preprocessed is not set; nnU-Net needs it too: export nnUNet_preprocessed=FOLDER" in error

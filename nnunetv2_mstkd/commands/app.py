@@ -88,17 +88,18 @@ def _device(name: str) -> str:
 
 
 def _demo(args: argparse.Namespace) -> tuple[Path, str]:
-    """Return the folder of the demo's student, which is trained if it is not there, and where its test images are."""
-    from nnunetv2_mstkd.demo.pipeline import STUDENT, Demo, Options
+    """Return the folder of the demo's model, which is trained if it is not there, and where its test images are."""
+    from nnunetv2_mstkd.demo.pipeline import RECOMMENDED, Demo, Model, Options
 
     record = args.out / "demo.json"
     if record.is_file():
-        demo = Demo(args.out, Options(**read_json(record)["options"]))
+        demo = Demo(args.out, Options.read(read_json(record)))
     else:
         parser = argparse.ArgumentParser()
         demo_command.add_arguments(parser)
         demo = demo_command.open_demo(parser.parse_args(["--out", str(args.out)]))
-    if not demo.train(STUDENT).done():
+    model = Model(RECOMMENDED)
+    if not demo.train(model).done():
         print(demo.announcement(), flush=True)
         demo.run()
-    return demo.training(STUDENT).folder, str(demo.raw / "imagesTs")
+    return demo.training(model).folder, str(demo.raw / "imagesTs")

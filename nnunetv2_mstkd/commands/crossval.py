@@ -8,7 +8,7 @@ from functools import partial
 
 from nnunetv2_mstkd.errors import InputError
 
-DEFAULT_TRAINER = "MSTKDTrainer"
+DEFAULT_TRAINER = "ModalityDropoutTrainer"
 SLURM_OPTIONS = {
     "partition": "NAME", "account": "NAME", "qos": "NAME", "time": "LIMIT", "mem": "SIZE", "cpus-per-task": "N",
     "gres": "LIST", "constraint": "LIST",
@@ -18,18 +18,15 @@ SLURM_OPTIONS = {
 
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which steps there are: for `mstkd crossval` and `mstkd status`."""
-    parser.add_argument("dataset", metavar="ID", help="data set, number or name, as for nnUNetv2_train")
-    parser.add_argument("configuration", metavar="CONFIGURATION", help="for example 3d_fullres")
-    parser.add_argument(
-        *("--trainer", "-tr"), dest="trainers", metavar="TRAINER", nargs="+", default=[DEFAULT_TRAINER],
-        help=f"one or several, also nnU-Net's own; several are compared (default: {DEFAULT_TRAINER})",
-    )  # fmt: skip
-    parser.add_argument(
-        *("--folds", "-f"), metavar="FOLD", type=int, nargs="+",
-        help="default: all of splits_final.json, or nnU-Net's 0 1 2 3 4",
-    )  # fmt: skip
-    parser.add_argument("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
-    parser.add_argument("--no-evaluation", action="store_true", help="train only")
+    add = parser.add_argument
+    add("-d", dest="dataset", metavar="ID", required=True, help="data set, number or name")
+    add("-c", dest="configuration", metavar="CONFIGURATION", required=True, help="for example 3d_fullres")
+    trainers = f"one or several, also nnU-Net's own; several are compared (default: {DEFAULT_TRAINER})"
+    add("-tr", dest="trainers", metavar="TRAINER", nargs="+", default=[DEFAULT_TRAINER], help=trainers)
+    folds = "default: all of splits_final.json, or nnU-Net's 0 1 2 3 4"
+    add("-f", "--folds", metavar="FOLD", type=int, nargs="+", help=folds)
+    add("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
+    add("--no-evaluation", action="store_true", help="train only")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -71,7 +68,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.executor == "slurm":
         jobs = cluster.submit_steps(steps, sbatch)
-        print(f"{len(jobs)} jobs submitted; follow them with mstkd status {args.dataset} {args.configuration} ...")
+        follow = f"mstkd status -d {args.dataset} -c {args.configuration} -tr {' '.join(args.trainers)}"
+        print(f"{len(jobs)} jobs submitted; follow them with {follow}")
         return 0
     outcome = local.run_steps(steps, jobs=args.jobs, gpus=gpus, report=partial(print, flush=True))
     problems = overview.problems(steps, outcome)

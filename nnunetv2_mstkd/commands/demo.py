@@ -1,4 +1,4 @@
-"""`mstkd demo`: the whole method on a small synthetic data set."""
+"""`mstkd demo`: from data to a comparison of two models, on a small synthetic data set."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd demo`."""
     parser.description = (
-        "Make a small synthetic data set with four MRI modalities, train a full-modality teacher and an MST-KDNet "
-        "student with nnU-Net's own commands, remove modalities from test cases, predict all 15 subsets with "
-        "nnUNetv2_predict and print the Dice of both. A second call continues where the first was stopped."
+        "Make a small synthetic data set with four MRI modalities, train nnU-Net on complete cases and "
+        "ModalityDropoutTrainer on random subsets, evaluate both on all 15 subsets of the test cases, and compare the "
+        "two. A second call continues where the first was stopped."
     )
     add = parser.add_argument
     add("--out", type=Path, default=Path("mstkd_demo"), help="output folder (default: ./%(default)s)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: CUDA if there is a GPU")
-    add("--epochs", type=int, help="epochs of the student; the teacher's follow in proportion")
+    add("--trainers", metavar="NAME", nargs="+", default=(), help="further trainers, as MSTKDTrainer; teachers too")
+    add("--epochs", type=int, help="epochs of 50 steps for each model")
     add("--cases", type=int, default=40, help="training cases, 2 of them for validation (default: %(default)s)")
     add("--test-cases", type=int, default=8, help="test cases (default: %(default)s)")
     add("--spacing", type=float, default=5.0, help="voxel edge in mm, 2 to 6 (default: %(default)s)")
     add("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
-    add("--controls", action="store_true", help="also train the student without distillation, and FullModalityTrainer")
 
 
 def open_demo(args: argparse.Namespace) -> Demo:
     """Return the demo of these options."""
-    from nnunetv2_mstkd.demo.pipeline import Demo, Options, choose_device
+    from nnunetv2_mstkd.demo.pipeline import EPOCHS, Demo, Options, choose_device
 
     anatomy = "mni" if importlib.util.find_spec("nilearn") else "procedural"
     options = Options(
-        choose_device(args.device), args.epochs, args.cases, args.test_cases, args.spacing, args.seed, anatomy,
-        args.controls,
+        choose_device(args.device), EPOCHS if args.epochs is None else args.epochs, args.cases, args.test_cases,
+        args.spacing, args.seed, anatomy, tuple(args.trainers),
     )  # fmt: skip
     return Demo(args.out, options)
 
@@ -46,5 +46,6 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.demo.result import write_result
 
     demo = open_demo(args)
-    print(demo.announcement())
-    print(write_result(demo, demo.run()))
+    print(demo.announcement(), flush=True)
+    demo.run()
+    print(write_result(demo))

@@ -53,7 +53,7 @@ def plan_steps(
     preprocessed = find_dataset_folder("nnUNet_preprocessed", dataset)
     existing = number_of_folds(preprocessed)
     folds = list(range(existing)) if folds is None else sorted(folds)
-    for what, values in (("--trainer", trainers), ("--folds", folds)):
+    for what, values in (("-tr", trainers), ("--folds", folds)):
         twice = [value for value in values if list(values).count(value) > 1]
         if twice:
             raise InputError(f"{what} names {twice[0]} twice")

@@ -1,46 +1,45 @@
-"""The demo: data, plans, teacher, student, predictions with missing modalities."""
+"""The demo: data, plans, two models, an evaluation of each on every subset of the modalities, and their comparison."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.crossval.steps import Step, Training
+from nnunetv2_mstkd.crossval.steps import Training
 from nnunetv2_mstkd.demo import steps
-from nnunetv2_mstkd.demo.inputs import write_subset_inputs
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import write_json
-from nnunetv2_mstkd.methods.mstkd.settings import TERMS
+from nnunetv2_mstkd.inference.evaluation_files import CASES, FOLDER, REPORT
 from nnunetv2_mstkd.nnunet.plans import read_plans
+from nnunetv2_mstkd.nnunet.trainers import find_trainer
 from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
 
 DATASET = 901
 NAME = "Demo"
 PARENT = "3d_fullres"
 CONFIGURATION = "demo"
-NO_DISTILLATION = "demo_no_distillation"
-EQUAL_BUDGET = "demo_equal_budget"
-"""For FullModalityTrainer: as many iterations as teacher and student together."""
 CHANNELS = ("T1", "T1ce", "T2", "FLAIR")
 VALIDATION_CASES = 2
+DISCLAIMER = "synthetic phantom: these numbers say nothing about clinical performance"
 
 FEATURES = (12, 24, 48, 96)
 ITERATIONS = 50
-TEACHER_EPOCHS = 14
-STUDENT_EPOCHS = 9
+EPOCHS = 11
 SETTINGS: dict[str, Any] = {
     "schedule.optimizer": "adamw",
     "schedule.initial_lr": 1e-3,
     "schedule.validation_iterations": 4,
 }
-"""Widths, length and rates with which two CPU cores need at most 15 minutes; see documentation/decisions.md."""
+"""Widths, length and rates with which two CPU cores need about 9 minutes; see documentation/decisions.md."""
 
-SECONDS_PER_VOXEL_STEP = 4.4e-6
-"""Measured time of a teacher's training step on two CPU cores, per voxel of the batch; only for the printed budget."""
+SECONDS_PER_VOXEL_STEP = 3.6e-6
+"""Measured time of a training step on two CPU cores, per voxel of the batch: the estimate until an epoch is timed."""
+DISTILLING = 1.7
+"""A distilling student's step, in those of a plain training."""
 
 
 @dataclass(frozen=True)
@@ -48,51 +47,47 @@ class Options:
     """Everything that the result of a demo depends on."""
 
     device: str
-    epochs: int | None
+    epochs: int
     cases: int
     test_cases: int
     spacing: float
     seed: int
     anatomy: str
-    controls: bool
+    trainers: tuple[str, ...]
 
     def __post_init__(self) -> None:
         for name, fits, expected in (
             ("cases", self.cases >= VALIDATION_CASES + 4, f"at least {VALIDATION_CASES + 4} (2 for validation)"),
             ("test_cases", self.test_cases >= 1, "at least 1"),
             ("spacing", 2 <= self.spacing <= 6, "2 to 6 mm"),
-            ("epochs", self.epochs is None or self.epochs >= 1, "at least 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2^31 - 1"),
         ):
             if not fits:
                 raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected {expected}")
 
-    @property
-    def student_epochs(self) -> int:
-        return STUDENT_EPOCHS if self.epochs is None else self.epochs
-
-    @property
-    def teacher_epochs(self) -> int:
-        """Epochs of the teacher, in the default proportion to the student's."""
-        return max(1, round(self.student_epochs * TEACHER_EPOCHS / STUDENT_EPOCHS))
+    @classmethod
+    def read(cls, record: dict[str, Any]) -> Options:
+        """The options in a demo's record, ``demo.json``."""
+        try:
+            return cls(**{**record["options"], "trainers": tuple(record["options"]["trainers"])})
+        except (KeyError, TypeError) as error:
+            raise InputError("its demo.json is that of another version; choose another folder with --out") from error
 
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the demo: its name in tables and in progress bars, its trainer and configuration."""
+    """A model of the demo: its trainer, and its name in tables."""
 
-    title: str
-    short: str
     trainer: str
-    configuration: str
+    title: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "title", self.title or self.trainer)
 
 
-TEACHER = Model("teacher given zeros", "teacher", "MSTKDTeacherTrainer", CONFIGURATION)
-STUDENT = Model("MST-KDNet student", "student", "MSTKDTrainer", CONFIGURATION)
-CONTROLS = (
-    Model("nnU-Net given zeros", "nnU-Net control", "FullModalityTrainer", EQUAL_BUDGET),
-    Model("student, no distillation", "no-distillation control", "MSTKDTrainer", NO_DISTILLATION),
-)
+BASELINE = Model("FullModalityTrainer", "nnU-Net given zeros")
+RECOMMENDED = "ModalityDropoutTrainer"
 
 
 def choose_device(wanted: str) -> str:
@@ -108,7 +103,7 @@ def choose_device(wanted: str) -> str:
 class Demo:
     """A demo in a folder, which records the options and the seconds of each step in ``demo.json``.
 
-    A folder with anything else is refused, and so is a demo with other options, but for controls, which may be added.
+    A folder with anything else is refused, and so is a demo with other options, but for trainers, which may be added.
     """
 
     def __init__(self, folder: Path, options: Options) -> None:
@@ -117,24 +112,22 @@ class Demo:
         self.raw, self.preprocessed, self.results = (
             self.folder / sub / f"Dataset{DATASET:03d}_{NAME}" for sub in steps.FOLDERS.values()
         )
-        self.models = [TEACHER, *(CONTROLS if options.controls else ()), STUDENT]
-        self.subsets = modalities.all_subsets(len(CHANNELS))
+        self.models = [BASELINE, *map(Model, dict.fromkeys((RECOMMENDED, *options.trainers)))]
+        teachers = [getattr(find_trainer(model.trainer), "teacher_trainer", None) for model in self.models]
+        self.teachers = [Model(teacher.__name__) for teacher in dict.fromkeys(teachers) if teacher is not None]
         self.record = self._open_record()
+        self.clock = steps.Clock()
 
     def _open_record(self) -> dict[str, Any]:
         file = self.folder / "demo.json"
-        options: dict[str, Any] = asdict(self.options) | {"controls": False}
+        options: dict[str, Any] = asdict(self.options) | {"trainers": []}
         if not file.is_file():
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise InputError(f"{self.folder} is not empty and holds no demo; choose another folder with --out")
             return {"options": options, "seconds": {}}
         record = json.loads(file.read_text())
-        before = record["options"]
-        changed = [
-            f"{name} {_shown(before.get(name))} (now {_shown(value)})"
-            for name, value in options.items()
-            if before.get(name) != value
-        ]
+        before = asdict(Options.read(record)) | {"trainers": []}
+        changed = [f"{name} {before[name]} (now {value})" for name, value in options.items() if before[name] != value]
         if changed:
             raise InputError(
                 f"{self.folder} holds a demo with other options: {', '.join(changed)}. Repeat those options to "
@@ -146,12 +139,12 @@ class Demo:
 
     def training(self, model: Model) -> Training:
         """A model as nnU-Net names it."""
-        return Training(self.results, str(DATASET), model.configuration, model.trainer, device=self.options.device)
+        return Training(self.results, str(DATASET), CONFIGURATION, model.trainer, device=self.options.device)
 
-    def _command(self, model: Model, name: str, words: Callable[[], list[str]], **others: Any) -> Step:
+    def _command(self, model: Model, name: str, words: Callable[[], list[str]], **others: Any) -> steps.DemoStep:
         return steps.Command(self.training(model), (), name, words=words, **others)
 
-    def preprocess(self) -> Step:
+    def preprocess(self) -> steps.DemoStep:
         """Planning and preprocessing the data set."""
 
         def count() -> int:
@@ -159,67 +152,83 @@ class Demo:
             return len([*self.preprocessed.glob("*/*.pkl"), *self.preprocessed.glob("gt_segmentations/*.nii.gz")])
 
         words = f"nnUNetv2_plan_and_preprocess -d {DATASET} -c {PARENT} -np 2 -npfp 2 --clean".split()
-        return self._command(TEACHER, "plan and preprocess", lambda: words, total=2 * self.options.cases, count=count)
+        return self._command(
+            BASELINE, "plan and preprocess", lambda: words, total=2 * self.options.cases, count=count,
+            seconds=20 + self.options.cases / 2,
+        )  # fmt: skip
 
-    def configurations(self) -> list[Step]:
-        """Writing the narrow network and short schedule, and what differs for the controls, into the plans."""
-        values = {
+    def configure(self) -> steps.DemoStep:
+        """Writing the narrow network and short schedule into the plans."""
+        epochs = self.options.epochs
+        settings = {
             **SETTINGS,
             "schedule.iterations": ITERATIONS,
-            "schedule.epochs": self.options.student_epochs,
-            "teacher.epochs": self.options.teacher_epochs,
+            "schedule.epochs": epochs,
+            "teacher.epochs": epochs,
             "schedule.seed": self.options.seed,
+            "schedule.init_from": BASELINE.trainer,
         }
-        found = [self._configure(CONFIGURATION, PARENT, values, FEATURES)]
-        if self.options.controls:
-            found.append(self._configure(EQUAL_BUDGET, CONFIGURATION, {"schedule.epochs": self.epochs(CONTROLS[0])}))
-            without = {f"mstkd.{term}": 0.0 for term in TERMS}
-            found.append(self._configure(NO_DISTILLATION, CONFIGURATION, without))
-        return found
 
-    def _configure(self, name: str, parent: str, settings: Mapping[str, Any], features: Sequence[int] = ()) -> Step:
         def configurations() -> dict[str, Any]:
-            return read_plans(self.preprocessed / "nnUNetPlans.json")["configurations"]
+            file = self.preprocessed / "nnUNetPlans.json"
+            return read_plans(file)["configurations"] if file.is_file() else {}
 
         def words() -> list[str]:
-            command = f"mstkd configure -d {DATASET} -c {parent} --name {name}".split()
-            command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-            if not features:
-                return command
-            stages = len(configurations()[parent]["architecture"]["arch_kwargs"]["strides"])
-            return [*command, "--features", *map(str, [*features, *[features[-1]] * stages][:stages])]
+            stages = len(configurations()[PARENT]["architecture"]["arch_kwargs"]["strides"])
+            features = [*FEATURES, *[FEATURES[-1]] * stages][:stages]
+            command = f"mstkd configure -d {DATASET} -c {PARENT} --name {CONFIGURATION} --features".split()
+            command += map(str, features)
+            return command + [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
 
-        return self._command(STUDENT, f"configure {name}", words, count=lambda: int(name in configurations()))
-
-    def epochs(self, model: Model) -> int:
-        """Length of a model's training."""
-        teacher, student = self.options.teacher_epochs, self.options.student_epochs
-        return {TEACHER: teacher, CONTROLS[0]: teacher + student}.get(model, student)
-
-    def train(self, model: Model) -> Step:
-        """Training a model."""
-        return steps.TrainModel(self.training(model), name=f"train {model.short}")
-
-    def predictions(self, model: Model) -> Path:
-        """Folder of a model's segmentations."""
-        return self.folder / "predictions" / self.training(model).folder.name
-
-    def predict(self, model: Model) -> Step:
-        """Predicting all subsets of all test cases with a model and stock ``nnUNetv2_predict``."""
-        output = self.predictions(model)
-        words = ["nnUNetv2_predict", "-i", str(self.folder / "inputs"), "-o", str(output), *self.words(model).split()]
-        words += ["--disable_tta", "-step_size", "1", "-npp", "1", "-nps", "1", "--continue_prediction"]
         return self._command(
-            model, f"predict {model.short}", lambda: words, threads=default_workers(),
-            total=self.options.test_cases * len(self.subsets), count=lambda: len(list(output.glob("*.nii.gz"))),
+            BASELINE, "configure", words, count=lambda: int(CONFIGURATION in configurations()), seconds=6
+        )
+
+    def train(self, model: Model) -> steps.DemoStep:
+        """Training a model."""
+        step = SECONDS_PER_VOXEL_STEP * 2 * 170 * 200 * 160 / self.options.spacing**3
+        step *= DISTILLING if hasattr(find_trainer(model.trainer), "teacher_trainer") else 1
+        seconds = steps.START + self.options.epochs * (ITERATIONS * step + 2)
+        return steps.TrainModel(self.training(model), name=f"train {model.trainer}", seconds=seconds)
+
+    def evaluation(self, model: Model) -> Path:
+        """Folder of a model's evaluation."""
+        return self.training(model).folder / FOLDER
+
+    def evaluate(self, model: Model) -> steps.DemoStep:
+        """Segmenting the test cases from every subset of the modalities, and the report."""
+        output, cases = self.evaluation(model), self.options.test_cases
+
+        def words() -> list[str]:
+            command = ["mstkd", "evaluate", *self.words(model).split(), "--name", model.title, "--metrics", "dice"]
+            command += ["-i", str(self.raw / "imagesTs"), "-l", str(self.raw / "labelsTs"), "-o", str(output)]
+            return [*command, "--disable_tta", "--disable_progress_bar"]
+
+        def count() -> int:
+            return len(list(output.glob(f"{CASES}/*/*.json"))) + (output / REPORT).is_file()
+
+        seconds = steps.START + 10 * cases * (5 / self.options.spacing) ** 3 / default_workers()
+        return self._command(
+            model, f"evaluate {model.trainer}", words, threads=default_workers(), total=cases + 1, count=count,
+            seconds=seconds,
         )  # fmt: skip
 
     def words(self, model: Model) -> str:
         """The options of commands that name a model."""
-        return f"-d {DATASET} -c {model.configuration} -f 0 -tr {model.trainer} -device {self.options.device}"
+        return f"-d {DATASET} -c {CONFIGURATION} -f 0 -tr {model.trainer} -device {self.options.device}"
 
-    def run(self) -> list[str]:
-        """Run the steps that are not done; return the identifiers ``CASE__SUBSET`` that were predicted."""
+    def commands(self) -> list[steps.DemoStep]:
+        """All commands of the demo, in order."""
+        trained = [*self.models[:2], *self.teachers, *self.models[2:]]
+        return [
+            self.preprocess(),
+            self.configure(),
+            *map(self.train, trained),
+            *map(self.evaluate, self.models),
+        ]
+
+    def run(self) -> None:
+        """Run the steps that are not done."""
         for sub in steps.FOLDERS.values():
             (self.folder / sub).mkdir(parents=True, exist_ok=True)
         self._save_record()
@@ -228,21 +237,14 @@ class Demo:
             self.folder / "raw", DATASET, name=NAME, cases=options.cases, test_cases=options.test_cases,
             spacing=options.spacing, anatomy=options.anatomy, seed=options.seed, progress=True,
         )  # fmt: skip
-        self._run(self.preprocess())
-        self._write_split()
-        trained = sorted(self.models, key=lambda model: model in CONTROLS)  # the teacher first
-        self._run(*self.configurations(), *map(self.train, trained))
-        identifiers = write_subset_inputs(self.raw / "imagesTs", self.folder / "inputs", CHANNELS, self.subsets)
-        for model in self.models:
-            steps.drop_truncated(self.predictions(model))
-            self._run(self.predict(model))
-        return identifiers
-
-    def _run(self, *todo: Step) -> None:
-        for step in todo:
+        todo = self.commands()
+        for number, step in enumerate(todo):
             if not step.done():
-                self.record["seconds"][step.key] = round(steps.run_with_bar(step), 1)
+                later = sum(each.seconds for each in todo[number + 1 :] if not each.done())
+                self.record["seconds"][step.key] = round(steps.run_with_bar(step, self.clock, later), 1)
                 self._save_record()
+            if number == 0:
+                self._write_split()
 
     def _save_record(self) -> None:
         write_json(self.folder / "demo.json", self.record)
@@ -254,32 +256,13 @@ class Demo:
 
     # ---- time ----------------------------------------------------------------------------------------------------
 
-    def minutes_left(self) -> dict[str, float]:
-        """Estimated minutes on two CPU cores of what is not done."""
-        options, models = self.options, len(self.models)
-        step = SECONDS_PER_VOXEL_STEP * 2 * 170 * 200 * 160 / options.spacing**3
-        teacher = options.teacher_epochs * (ITERATIONS * step + 3)
-        student = options.student_epochs * (ITERATIONS * step * 1.5 + 5)
-        prediction = 15 + options.test_cases * len(self.subsets) * (0.25 + 2 * step / 5)
-        parts: list[tuple[str, list[Step], float]] = [
-            ("data and preprocessing", [self.preprocess()], 30 + options.cases),
-            ("teacher (all modalities)", [self.train(TEACHER)], teacher + 25),
-            ("student (missing modalities)", [self.train(STUDENT)], student + 25),
-            ("controls", [self.train(model) for model in self.models if model in CONTROLS], teacher + 2 * student + 50),
-            (f"predictions of {models} models", [self.predict(model) for model in self.models], models * prediction),
-        ]
-        return {name: seconds / 60 for name, todo, seconds in parts if not all(step.done() for step in todo)}
-
     def announcement(self) -> str:
         """What will be done, where, and how long it may take."""
-        left = self.minutes_left()
+        left = [step for step in self.commands() if not step.done()]
         where = f"device {self.options.device}; output in {self.folder}\n"
         if not left:
             return f"everything is computed; {where}"
-        hardware = "estimated on two CPU cores" + ("; less on a GPU" if self.options.device == "cuda" else "")
-        parts = ", ".join(f"{name} {minutes:.0f} min" for name, minutes in left.items())
-        return f"time budget ({hardware}): {parts}\nabout {sum(left.values()):.0f} minutes in all; {where}"
-
-
-def _shown(value: Any) -> Any:
-    return "by default" if value is None else value
+        names = ", ".join(model.title for model in self.models)
+        minutes = math.ceil(sum(step.seconds for step in left) / 60)
+        guess = f"about {minutes} minutes on two CPU cores{'; less on a GPU' if self.options.device == 'cuda' else ''}"
+        return f"models: {names}; {guess}, timed anew in the first epochs\n{where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -14,11 +15,12 @@ from tqdm import tqdm
 from nnunetv2_mstkd.crossval.local import run_steps
 from nnunetv2_mstkd.crossval.steps import Progress, Step, Train
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.nnunet.registration import EXTERNAL_TRAINERS, TRAINER_PATH
 from nnunetv2_mstkd.processes import usable_cores
 
-BAR = "{desc:<26}{percentage:3.0f}%|{bar:30}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+BAR = "{desc:<32}{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]{postfix}"
+START = 12.0
+"""Seconds until a command begins with its work."""
 FOLDERS = {"nnUNet_raw": "raw", "nnUNet_preprocessed": "preprocessed", "nnUNet_results": "results"}
 
 
@@ -34,10 +36,14 @@ def environment(folder: Path) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class DemoStep(Step):
-    """A step whose files are all in the demo's folder, and which uses `threads` threads or processes."""
+    """A step whose files are all in the demo's folder, and which uses `threads` threads or processes.
+
+    `seconds` is the estimate of how long it takes on two CPU cores.
+    """
 
     name: str = ""
     threads: int = 1
+    seconds: float = 0.0
 
     @property
     def key(self) -> str:
@@ -87,25 +93,45 @@ class TrainModel(DemoStep, Train):
         return super().variables() | {"nnUNet_n_proc_DA": str(loaders)}
 
 
-def drop_truncated(folder: Path) -> None:
-    """Remove images that an interrupted command did not finish."""
-    for file in folder.glob("*.nii.gz"):
-        try:
-            check_complete(file)
-        except ValueError:
-            file.unlink()
+@dataclass
+class Clock:
+    """Time that is left, from the steps' estimates and the pace: the measured time of trainings over the estimate."""
+
+    pace: float = 1.0
+
+    def measure(self, step: DemoStep, seconds: float, share: float) -> None:
+        """Note that a step has done a share of its work (0 to 1) in so many seconds."""
+        if isinstance(step, TrainModel) and share > 0:
+            self.pace = seconds / (START + share * (step.seconds - START))
+
+    def minutes_left(self, step: DemoStep, share: float, later: float) -> float:
+        """Minutes until a step and those after it, `later` estimated seconds, are done."""
+        return self.pace * ((1 - share) * step.seconds + later) / 60
 
 
-def run_with_bar(step: Step) -> float:
-    """Run a step with a progress bar and return its seconds; an error names the last line of its log."""
+def run_with_bar(step: DemoStep, clock: Clock, later: float = 0.0) -> float:
+    """Run a step with a progress bar and return its seconds; an error names the last line of its log.
+
+    Parameters
+    ----------
+    step, clock
+        The step, and what is known of the pace of this machine.
+    later
+        Estimated seconds of the steps after this one.
+    """
     start = time.monotonic()
     first = step.progress() or Progress("", 0)
-    with tqdm(total=first.total, initial=first.done or 0, desc=step.title, bar_format=BAR, file=sys.stderr) as bar:
+    before = first.done or 0
+    with tqdm(total=first.total, initial=before, desc=step.title, bar_format=BAR, file=sys.stderr) as bar:
 
-        def watch(step: Step) -> None:
+        def watch(_: Step) -> None:
             progress = step.progress()
             if progress is not None and progress.done is not None and progress.done > bar.n:
                 bar.total = progress.total
+                if bar.total:
+                    clock.measure(step, time.monotonic() - start, (progress.done - before) / bar.total)
+                    left = clock.minutes_left(step, progress.done / bar.total, later)
+                    bar.set_postfix_str(f"about {math.ceil(left)} min left in all", refresh=False)
                 bar.update(progress.done - bar.n)
 
         outcome = run_steps([step], report=lambda line: None, watch=watch)

@@ -247,15 +247,19 @@ def _html(comparison: Comparison, output: Path) -> str:
     )
 
 
+def models_by_subset(comparison: Comparison, metric: str) -> str:
+    """As text, a metric of every model with every subset, and the rules for empty masks."""
+    content = _content(comparison, metric)
+    return "\n\n".join([content.notes[0], frame_table(subset_rows(content, metric), fmt=TEXT), *content.notes[1:]])
+
+
 def _text(comparison: Comparison) -> str:
     """The short version, as printed."""
     parts = [_compared(comparison)]
     for name in comparison.metrics:
         metric, counts = metric_named(name), _part(comparison.by_count, name)
         region = counts[REGION].iloc[-1]
-        content = _content(comparison, name)
-        table = frame_table(subset_rows(content, name), fmt=TEXT)
-        parts.append("\n\n".join([content.notes[0], table, *content.notes[1:]]))
+        parts.append(models_by_subset(comparison, name))
         parts.append(f"{metric.label}: {_direction(metric)}\n\n{frame_table(_overall(comparison, name), fmt=TEXT)}")
         tested = not comparison.several_trainings
         table = _differences(counts[counts[REGION] == region], MODALITIES, metric, tested)

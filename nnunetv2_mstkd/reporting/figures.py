@@ -66,7 +66,7 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
             fmt=".1f",
             annot_kws={"size": 8},
             cbar=False,
-            xticklabels=data.regions,
+            xticklabels=[region.replace(" ", "\n") for region in data.regions],
             yticklabels=names,
         )
         axis.set_title(model, fontsize=10)
