@@ -271,8 +271,8 @@ def export_case(
 
 
 UNCERTAINTY, DISAGREEMENT = "uncertainty", "disagreement"
-"""Folders of the maps of entropy and of the folds' disagreement; beside the segmentations nnU-Net would take them for
-some."""
+"""Folders of the maps of entropy and of the disagreement of networks. Beside the segmentations nnU-Net would take the
+maps for some."""
 
 
 def check_ending(path: Path, reader: Reader) -> None:
