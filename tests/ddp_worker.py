@@ -47,7 +47,7 @@ def block(trainer: str) -> dict[str, Any]:
 
     But for two of SMML's, which relate the samples of a rank to one another and are not the mean over ranks.
     """
-    if trainer.split(" ")[0].endswith("SMMLTrainer"):
+    if "SMML" in trainer:
         return {
             "sampler": {"kind": "fixed", "subsets": [SUBSET, OTHER]},
             "schedule": {"seed": 3, "epochs": 2, "iterations": STEPS},

@@ -69,6 +69,19 @@ def with_further(fold: str, case: str) -> Montage:
     return replace(first, further=tuple(further))
 
 
+def with_entropies(fold: str, case: str) -> Montage:
+    """The slices of :func:`with_further`, with another entropy in each."""
+    whole = with_further(fold, case)
+
+    def add(each: Montage) -> Montage:
+        maps = {subset: np.zeros((40, 30), np.uint8) for subset in each.segmentations}
+        for number, entropy in enumerate(maps.values()):
+            entropy[10:20, 8:20] = 5 * (each.index // 6 + number)
+        return replace(each, entropies=maps)
+
+    return replace(add(whole), further=tuple(map(add, whole.further)))
+
+
 def report(
     folder: Path,
     frame: pd.DataFrame | None = None,

@@ -29,7 +29,7 @@ from predict_inputs import CHANNELS, SHAPE, files, read, trainer_class, write, w
 
 from nnunetv2_mstkd import cli, modalities
 from nnunetv2_mstkd.evaluation import run as run_module
-from nnunetv2_mstkd.evaluation.montage import Montage, choose_view, read_montage
+from nnunetv2_mstkd.evaluation.montage import ENTROPY_STEP, Montage, choose_view, read_montage
 from nnunetv2_mstkd.evaluation.results import PRESENCE_COLUMNS
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.predictor import Predictor
@@ -325,6 +325,25 @@ def stored(model: Path, fold: int, case: str) -> Montage:
     found = read_montage(model / "subsets" / "cases" / f"fold_{fold}" / f"{case}.npz")
     assert found is not None
     return found
+
+
+@pytest.mark.parametrize("labels", [None, tiny.REGIONS], ids=["labels", "regions"])
+def test_pictured_entropies_are_those_of_prediction(nnunet_folders, labels):
+    model = write_model(trainer_class("ModalityDropoutTrainer"), labels=labels)
+    write_dataset(model)
+    options = ["--subsets", *FEW, "-f", "0", "--mask-first", "--metrics", "dice"]
+    assert evaluate(model, *options) == 0
+    case, name, raw = CASES[0], "T1+T3", nnunet_folders / "raw" / tiny.DATASET
+    out = nnunet_folders / "predicted"
+    predict = ["-i", str(raw / "imagesTr"), "-o", str(out), "-m", str(model), "-f", "0", "--drop", "T0,T2"]
+    assert cli.main(["predict", *predict, "--save-uncertainty", "-device", "cpu", "-npp", "0", "-nps", "0"]) == 0
+    wanted, strip = read(out / "uncertainty" / f"{case}.nii.gz"), stored(model, 0, case)
+    view = choose_view(label_image(0), (1.25, 1.0, 1.0))
+    assert len(strip.further) > 0
+    for each, place in zip((strip, *strip.further), view.every, strict=True):
+        found = each.entropies[name].astype(float)
+        assert found.any() and not (found % ENTROPY_STEP).any()
+        assert np.abs(found - place.cut(wanted)).max() <= ENTROPY_STEP / 2 + 0.5
 
 
 def test_pictured_slices_equal_nnunets_segmentations(student, nnunet_folders):

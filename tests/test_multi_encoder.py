@@ -19,7 +19,14 @@ from tiny import (
 )
 
 from nnunetv2_mstkd import methods, modalities, testing
-from nnunetv2_mstkd.methods import MedMAPMMFormerTrainer, MedMAPRFNetTrainer, MMFormerTrainer, RFNetTrainer
+from nnunetv2_mstkd.methods import (
+    MedMAPMMFormerTrainer,
+    MedMAPRFNetTrainer,
+    MMFormerTrainer,
+    RFNetTrainer,
+    SMMLMMFormerTrainer,
+    SMMLRFNetTrainer,
+)
 from nnunetv2_mstkd.methods.mmformer.network import ModalityTransformer
 from nnunetv2_mstkd.methods.rfnet.network import RegionFusion, RegionWeights
 from nnunetv2_mstkd.networks.attention import Attention
@@ -27,8 +34,9 @@ from nnunetv2_mstkd.nnunet.case_facts import CaseFacts
 
 TRAINERS = [MMFormerTrainer, RFNetTrainer]
 ALIGNED = [MedMAPMMFormerTrainer, MedMAPRFNetTrainer]
+MUTUAL = [SMMLMMFormerTrainer, SMMLRFNetTrainer]
 each_trainer = pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__name__)
-every_trainer = pytest.mark.parametrize("cls", TRAINERS + ALIGNED, ids=lambda cls: cls.__name__)
+every_trainer = pytest.mark.parametrize("cls", TRAINERS + ALIGNED + MUTUAL, ids=lambda cls: cls.__name__)
 
 PLANS = {
     "two channels, 2d": {"channels": 2, "dimensions": 2},
@@ -382,8 +390,104 @@ def test_imputed_features_reach_the_fusion(make_trainer, cls):
     assert all(torch.equal(features[:, number], features[:, 0]) and features.any() for number in range(1, 4))
 
 
+# ---- SMML ------------------------------------------------------------------------------------------------------------
+
+
+each_mutual = pytest.mark.parametrize("cls", MUTUAL, ids=lambda cls: cls.__name__)
+mutual_and_host = pytest.mark.parametrize(
+    ("cls", "host"), list(zip(MUTUAL, TRAINERS, strict=True)), ids=lambda cls: cls.__name__
+)
+
+
+@mutual_and_host
+def test_students_have_the_network_and_losses_of_the_method(make_trainer, cls, host):
+    """Two equal students of complete input learn nothing from one another; what is left is the method's own step."""
+    plain = make_trainer(host)
+    wake(plain.network)
+    trainer = make_trainer(cls, block={"smml": {"warmup": 0.0}})
+    for student in trainer.network.students:
+        student.load_state_dict(plain.network.state_dict())
+    everything = torch.ones(2, 4, dtype=torch.bool)
+    for each in (plain, trainer):
+        each.draw_availability = lambda size, present=None: everything
+    trainer.draw_partner = lambda availability, present=None: everything
+    found, wanted = losses(trainer, batch(trainer)), losses(plain, batch(plain))
+    assert found.terms["pixel"] == found.terms["feature"] == 0
+    assert found.terms.keys() == {*wanted.terms, "pixel", "feature"}
+    for name, value in wanted.terms.items():
+        torch.testing.assert_close(found.terms[name], value)
+    torch.testing.assert_close(found.total, 2 * wanted.total)
+
+
+@each_mutual
+def test_students_teach_each_other_at_the_fused_bottleneck(make_trainer, cls):
+    trainer = make_trainer(cls, block={"smml": {"warmup": 0.0}})
+    seen: list[torch.Tensor] = []
+    for student in trainer.network.students:
+        wake(student)
+        student.encoder.stages[-1].register_forward_hook(lambda module, given, output: seen.append(output))
+    data = batch(trainer)["data"]
+    first, second = trainer.network(data, other=data, auxiliary=data)
+    deepest = [each[0] if isinstance(each, tuple) else each for each in seen]  # the second student runs first
+    assert torch.equal(second.bottleneck, deepest[0]) and torch.equal(first.bottleneck, deepest[1])
+    losses(trainer, batch(trainer)).terms["feature"].backward()
+    for student in trainer.network.students:
+        assert student.encoder.stages[-1].state_dict() and any(
+            each.grad is not None and each.grad.any() for each in student.encoder.stages[-1].parameters()
+        )
+        assert all(each.grad is None for each in student.decoder.parameters())
+
+
+@each_mutual
+@pytest.mark.parametrize("prior", ["none", "self"])
+def test_sequential_students_get_the_same_gradients(make_trainer, cls, prior):
+    results = []
+    for sequential in (False, True):
+        trainer = make_trainer(cls, block={"smml": {"sequential": sequential, "warmup": 0.0, "prior": prior}})
+        trainer._subset_generator.manual_seed(0)
+        step = losses(trainer, batch(trainer))
+        trainer.backward(step.total)
+        modules = {"network": trainer.network, "refiners": trainer.refiners or torch.nn.ModuleList()}
+        named = {f"{part}.{name}": p.grad for part, net in modules.items() for name, p in net.named_parameters()}
+        results.append((step.terms, {name: grad for name, grad in named.items() if grad is not None}))
+    for one, other in zip(*results, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            torch.testing.assert_close(value, other[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@each_mutual
+@torch.no_grad()
+def test_prediction_is_the_mean_or_one_student(make_trainer, cls):
+    trainer = make_trainer(cls, deep_supervision=False)
+    network, data = trainer.network.eval(), batch(trainer)["data"]
+    wake(network)
+    subsets = torch.tensor([[True, False, True, False], [False, True, True, True]])
+    masked = modalities.mask_modalities(data, subsets)
+    first, second = (student(masked) for student in network.students)
+    assert torch.equal(network(masked), (first + second) / 2)
+    for number, wanted in ((1, first), (2, second)):
+        with network.conditioned(subsets, trainer.label_manager, number):
+            assert torch.equal(network(data), wanted)  # features of what is absent are dropped
+    pair = network(masked, other=masked, auxiliary=data)
+    assert torch.equal(pair[0].logits, first) and torch.equal(pair[1].logits, second)
+
+
+def test_transformers_of_both_students_are_trained_with_adamw(make_trainer):
+    trainer = make_trainer(SMMLMMFormerTrainer)
+    added = {id(each) for student in trainer.network.students for each in student.transformer.parameters()}
+    groups = trainer.optimizer.members[1].param_groups
+    assert {id(each) for group in groups for each in group["params"]} == added
+
+
+@each_mutual
+def test_students_are_never_light(make_trainer, cls):
+    trainer = make_trainer(cls, block={"smml": {"light": True}})
+    assert trainer.plans_manager.plans["configurations"]["tiny"]["mstkd"]["smml"]["light"] is False
+
+
 def test_every_multi_encoder_trainer_is_tested():
     from nnunetv2_mstkd.training.multi_encoder import MultiEncoderTrainer
 
     found = {name for name in methods.__all__ if issubclass(getattr(methods, name), MultiEncoderTrainer)}
-    assert found == {cls.__name__ for cls in TRAINERS + ALIGNED}
+    assert found == {cls.__name__ for cls in TRAINERS + ALIGNED + MUTUAL}

@@ -112,16 +112,30 @@ def test_maps_of_entropy(folders, model):
     assert (folders / "out" / "one.nii.gz").stat().st_mtime_ns == kept
 
 
+STUDENTS = [("--student", "1"), ("--student", "2")]
+MEMBERS = {
+    "folds": ("ModalityDropoutTrainer", [("-f", "0"), ("-f", "1")]),
+    "students": ("SMMLTrainer", [("-f", "0", *student) for student in STUDENTS]),
+    "students of folds": ("SMMLTrainer", [("-f", fold, *student) for fold in "01" for student in STUDENTS]),
+}
+
+
 @pytest.mark.parametrize("labels", [tiny.LABELS, tiny.REGIONS], ids=["labels", "regions"])
-def test_maps_of_disagreement_are_the_mutual_information_of_the_folds(folders, labels):
-    model = write_model(trainer_class("ModalityDropoutTrainer"), folds=(0, 1), labels=labels)
-    assert predict(folders, model, "-f", "0", "1", "--save-uncertainty", output="both") == 0
-    found = read(folders / "both" / "disagreement" / "one.nii.gz")
+@pytest.mark.parametrize(("trainer", "options"), MEMBERS.values(), ids=MEMBERS)
+def test_maps_of_disagreement_are_the_mutual_information_of_the_networks(folders, labels, trainer, options):
+    model = write_model(trainer_class(trainer), folds=(0, 1), labels=labels)
+    folds = sorted({each[1] for each in options})
+    assert predict(folders, model, "-f", *folds, "--save-uncertainty", output="all") == 0
+    found = read(folders / "all" / "disagreement" / "one.nii.gz")
+    assert predict(folders, model, "-f", *folds, output="plain") == 0
+    plain = segmentations(folders / "plain")
+    assert plain and plain.items() <= segmentations(folders / "all").items()
     members = []
-    for fold in ("0", "1"):
-        assert predict(folders, model, "-f", fold, "--save-uncertainty", "--save_probabilities", output=fold) == 0
-        assert not (folders / fold / "disagreement").exists()
-        with np.load(folders / fold / "one.npz") as content:
+    for number, each in enumerate(options):
+        out = folders / f"member_{number}"
+        assert predict(folders, model, *each, "--save-uncertainty", "--save_probabilities", output=out.name) == 0
+        assert not (out / "disagreement").exists()
+        with np.load(out / "one.npz") as content:
             members.append(content["probabilities"].astype(np.float32).clip(1e-7, 1 - 1e-7))
 
     def entropies(p: np.ndarray) -> np.ndarray:
@@ -129,7 +143,7 @@ def test_maps_of_disagreement_are_the_mutual_information_of_the_folds(folders, l
             return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
         return -(p * np.log(p)).sum(0, keepdims=True) / np.log(len(p))
 
-    gain = entropies((members[0] + members[1]) / 2) - (entropies(members[0]) + entropies(members[1])) / 2
+    gain = entropies(np.mean(members, axis=0)) - np.mean([entropies(each) for each in members], axis=0)
     expected = 100 * gain.max(0).clip(0)
     assert expected.max() > 2
     # computed before resampling, which changes these noisy maps

@@ -12,16 +12,31 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib import colormaps
 from PIL import Image
-from report_inputs import CASES, EVIL, MODALITIES, RULES, RUN, montage, report, results, subsets, with_further
+from report_inputs import (
+    CASES,
+    EVIL,
+    MODALITIES,
+    RULES,
+    RUN,
+    montage,
+    report,
+    results,
+    subsets,
+    with_entropies,
+    with_further,
+)
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.evaluation.montage import (
+    ENTROPY_STEP,
     LONGEST,
     SLICES,
     Montage,
     choose_view,
     read_montage,
+    slice_entropy,
     slice_images,
     write_montage,
 )
@@ -98,6 +113,28 @@ def test_the_image_lies_under_the_label(transpose):
         assert grey.max() == 255 and grey[inside].min() == 1
 
 
+@pytest.mark.parametrize("transpose", [(0, 1, 2), (2, 0, 1)])
+@pytest.mark.parametrize("regions", [True, False], ids=["regions", "labels"])
+def test_entropy_of_a_slice_by_hand(transpose, regions):
+    """Logits of the cropped image; two channels, whose entropy at (d, -d) is that of the probability p in bits."""
+    d = np.zeros((6, 8, 10), np.float32)
+    box = [(1, 5), (2, 7), (0, 9)]
+    d[1:5, 2:7, 0:9] = np.random.default_rng(0).normal(0, 2, (4, 5, 9))
+    p = 1 / (1 + np.exp(-d if regions else -2 * d))
+    bits = -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+    inside = np.zeros(d.shape)
+    inside[1:5, 2:7, 0:9] = 1
+    cropped = np.stack([d, -d])[:, 1:5, 2:7, 0:9].transpose(0, *(1 + axis for axis in transpose))
+    view = choose_view(np.ones(d.shape, np.uint8), (1.0, 1.0, 1.0))
+    properties = {"bbox_used_for_cropping": [box[axis] for axis in transpose]}
+    for each in view.every:
+        found = slice_entropy(cropped.astype(np.float16), properties, each, transpose, regions)
+        wanted = 100 * (bits * inside)[each.index]
+        assert found.dtype == np.uint8 and not (found % ENTROPY_STEP).any()
+        assert np.abs(found - wanted).max() < ENTROPY_STEP / 2 + 0.1
+    assert found.shape == (8, 10)
+
+
 def test_an_absent_image_is_black():
     view = choose_view(np.ones((3, 4, 5), np.uint8), (1, 1, 1))
     data = np.zeros((2, 3, 4, 5), np.float32)
@@ -130,6 +167,24 @@ def test_further_slices_are_kept(tmp_path):
     for each, wanted in zip(found.every, written.every, strict=True):
         assert np.array_equal(each.images, wanted.images) and np.array_equal(each.reference, wanted.reference)
         assert all(np.array_equal(each.segmentations[name], wanted.segmentations[name]) for name in subsets())
+
+
+def test_entropies_are_kept_beside_older_slices(tmp_path):
+    first, *others = subsets()
+    written, older = with_entropies("0", "fine"), with_further("0", "fine")  # an earlier version kept none
+    alone = [
+        replace(each, segmentations={first: each.segmentations[first]}, entropies={first: each.entropies[first]})
+        for each in (written, *written.further)
+    ]
+    write_montage(replace(alone[0], further=tuple(alone[1:])).with_older(older), tmp_path / "case.npz")
+    found = read_montage(tmp_path / "case.npz")
+    assert sorted(found.segmentations) == sorted([first, *others])
+    for each, wanted in zip(found.every, written.every, strict=True):
+        assert list(each.entropies) == [first]
+        assert np.array_equal(each.entropies[first], wanted.entropies[first])
+    write_montage(written.with_older(older), tmp_path / "case.npz")
+    assert list(read_montage(tmp_path / "case.npz").entropies) == subsets()
+    assert {each.shape for each in pictures.cropped(written).entropies.values()} == {(38, 28)}
 
 
 def test_slices_without_all_subsets_are_not_shown():
@@ -196,6 +251,15 @@ def test_overlay_colours():
     assert found.getpixel((8, 7)) == (0, 0, 255, pictures.OPACITY)
     assert found.getpixel((0, 0))[3] == found.getpixel((9, 9))[3] == found.getpixel((22, 22))[3] == 0
     assert found.getpixel((20, 24)) == (255, 255, 255, 255)
+
+
+def test_heat_map_colours():
+    found = decoded(pictures.heat_uri(np.array([[0, 50, 100], [5, 95, 0]], np.uint8))).convert("RGB")
+    magma = colormaps["magma"]
+    wanted = {value: tuple(round(255 * part) for part in magma(value / 100)[:3]) for value in (0, 5, 50, 100)}
+    assert found.size == (3, 2)
+    assert [found.getpixel((column, 0)) for column in range(3)] == [wanted[0], wanted[50], wanted[100]]
+    assert found.getpixel((0, 1)) == wanted[5]
 
 
 def test_a_small_overlay_is_enlarged():
@@ -352,6 +416,21 @@ def test_each_subset_of_a_pictured_case_has_its_picture(page):
     assert page.texts.count("FLAIR & more") > 3 and len(page.all("wbr")) == 3 * 5
     sources = [image["src"] for image in page.all("img")]
     assert all(decoded(source).size[0] > 1 for source in sources)
+
+
+def test_each_subset_has_its_entropy_where_it_was_kept(tmp_path, page):
+    found = Page(report(tmp_path, load=with_entropies))
+    for case in CASES:
+        alternatives = [image["alt"] for image in found.all("img") if image["alt"].startswith(f"entropy of {case} seg")]
+        # three slices of each
+        assert alternatives == [f"entropy of {case} segmented from {subset}" for subset in subsets() for _ in range(3)]
+    sources = [image["src"] for image in found.all("img") if image["alt"].startswith("entropy of fine segmented from")]
+    assert len(set(sources)) == 9  # in steps of 5, 0 to 2 for the slice and 0 to 6 for the subset
+    scales = [
+        [image["alt"] for image in each.all("img")].count("from black over red to pale yellow")
+        for each in (found, page)
+    ]
+    assert scales == [3, 0] and found.texts.count("100 %") == 3
 
 
 def test_a_case_without_pictures_says_so(tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import browsers
 import pytest
-from report_inputs import CASES, EVIL, report, with_further
+from report_inputs import CASES, EVIL, report, with_entropies, with_further
 
 from nnunetv2_mstkd.reporting.page import FIGURE_TITLES
 
@@ -112,6 +112,32 @@ def test_the_slider_shows_another_slice(browser, file, tmp_path):
         large.click()
         outputs = [each.text for each in browser.find_elements("css selector", ".montage output")]
         assert outputs == ["18", "12", "12"]  # of the other cases nothing changes
+    finally:
+        browser.get(file.as_uri())
+
+
+def test_the_slider_shows_the_entropy_of_the_slice(browser, file, tmp_path):
+    page = tmp_path / "report.html"
+    page.write_text(report(tmp_path, load=with_entropies), encoding="utf-8")
+    browser.get(page.as_uri())
+    try:
+
+        def seen() -> list[str]:
+            shown = browser.find_elements("css selector", ".montage .segmented:first-child .entropy img")
+            return [each.get_attribute("src") for each in shown if each.is_displayed()]
+
+        slider, before = browser.find_element("css selector", ".slider input"), seen()
+        slider.send_keys("\ue014")  # the right arrow
+        after = seen()
+        assert len(before) == len(after) == 9 and before[:3] != after[:3]  # one of each number of modalities
+        assert before[3:] == after[3:]  # of the other cases nothing changes
+        entropy = browser.find_element("css selector", ".montage .entropy")
+        labels = browser.find_element("css selector", ".montage .segmented .picture")
+        assert entropy.size == labels.size and entropy.location["y"] > labels.location["y"]
+        entropy.click()
+        large = browser.find_element("css selector", "dialog[open] .entropy")
+        assert large.size["width"] > 2 * entropy.size["width"]
+        large.click()
     finally:
         browser.get(file.as_uri())
 

@@ -93,7 +93,7 @@ def test_older_log_without_a_term_is_padded(models):
     [
         *("MSTKDTrainer", "ModalityDropoutTrainer", "MSTKDTeacherTrainer"),
         *("MedMAPTrainer", "MedMAPMSTKDTrainer", "MedMAPSMMLTrainer", "SMMLTrainer"),
-        *("MMFormerTrainer", "MedMAPRFNetTrainer"),
+        *("MMFormerTrainer", "MedMAPRFNetTrainer", "SMMLMMFormerTrainer"),
     ],
 )
 def test_resumed_training_equals_uninterrupted_one(models, trainer):

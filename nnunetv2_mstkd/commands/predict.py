@@ -45,7 +45,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(run)
     add = run.add_argument
     add("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
-    add("--save-uncertainty", action="store_true", help="also write uncertainty/ and, of several folds, disagreement/")
+    add(
+        "--save-uncertainty",
+        action="store_true",
+        help="also write uncertainty/ and, of several folds or students, disagreement/",
+    )
     add(
         "--calibrate",
         action="store_true",

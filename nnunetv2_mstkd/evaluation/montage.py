@@ -9,20 +9,26 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.atomic import atomic_write
+from nnunetv2_mstkd.nnunet.entropy import logit_entropy
+from nnunetv2_mstkd.nnunet.preprocessing import in_percent
 
 LONGEST = 256
 """Maximum edge of a picture in pixels; larger slices are subsampled."""
 
 SLICES = 5
 """Slices that are kept of a case, at most."""
+
+ENTROPY_STEP = 5
+"""Entropies are kept in steps of so many percent: files and pages are less than half as large as in steps of one."""
 
 _ZERO = 1e-6
 
@@ -112,6 +118,31 @@ def slice_images(
     -------
     uint8, shape (C, rows, columns), 0 outside the crop and where an image is zero; each channel has its own window.
     """
+    images, inside = _sampled(data, properties, view, transpose)
+    return np.stack([_windowed(image) for image in images * inside])
+
+
+def slice_entropy(
+    logits: np.ndarray, properties: Mapping[str, Any], view: SliceView, transpose: Sequence[int], regions: bool
+) -> np.ndarray:
+    """Entropy in a slice in percent of its maximum, as ``mstkd predict --save-uncertainty`` writes it, but coarser.
+
+    ``logits`` are those from which labels are decided: shape (K, *spatial), transposed and cropped; see
+    :func:`slice_images` for the other arguments.
+
+    Returns
+    -------
+    uint8, multiples of :data:`ENTROPY_STEP`, shape (rows, columns), 0 outside the crop.
+    """
+    values, inside = _sampled(logits, properties, view, transpose)
+    steps = 100 // ENTROPY_STEP
+    return in_percent((steps * logit_entropy(torch.from_numpy(values), regions) * inside).round() / steps)
+
+
+def _sampled(
+    data: np.ndarray, properties: Mapping[str, Any], view: SliceView, transpose: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The values (N, rows, columns) in a slice of data (N, *spatial), and what of it is inside the crop."""
     wanted = [np.array([view.index])] * 3
     first, second = (axis for axis in range(3) if axis != view.axis)
     wanted[first], wanted[second] = view.rows, view.columns
@@ -123,11 +154,10 @@ def slice_images(
         places.append(position.clip(0, data.shape[1 + axis] - 1))
     mask = inside[0][:, None, None] & inside[1][None, :, None] & inside[2][None, None, :]
     window = (slice(None), *np.ix_(*places))
-    images = data[window] * mask
     # back to the original order of axes, then without the one across which the slice lies
     back = [list(transpose).index(axis) for axis in range(3)]
-    images = images.transpose(0, *(1 + axis for axis in back)).squeeze(1 + view.axis)
-    return np.stack([_windowed(image) for image in images])
+    values = data[window].transpose(0, *(1 + axis for axis in back)).squeeze(1 + view.axis)
+    return values, mask.transpose(back).squeeze(view.axis)
 
 
 def _windowed(image: np.ndarray) -> np.ndarray:
@@ -153,6 +183,8 @@ class Montage:
     """Label values, shape (rows, columns)."""
     segmentations: dict[str, np.ndarray]
     """Label values by subset, each of shape (rows, columns)."""
+    entropies: dict[str, np.ndarray] = field(default_factory=dict)
+    """Entropy by subset, from :func:`slice_entropy`, each of shape (rows, columns); older files have none."""
     further: tuple[Montage, ...] = ()
     """Other slices along the axis, in their order."""
 
@@ -170,6 +202,7 @@ class Montage:
         return replace(
             self,
             segmentations={**older.segmentations, **self.segmentations},
+            entropies={**older.entropies, **self.entropies},
             further=tuple(each.with_older(known.get(each.index)) for each in self.further),
         )
 
@@ -186,6 +219,9 @@ def write_montage(montage: Montage, file: Path) -> None:
             "subsets": np.array(list(each.segmentations), dtype=str),
             "segmentations": np.stack(list(each.segmentations.values())),
         }
+        if each.entropies:
+            arrays["entropy_subsets"] = np.array(list(each.entropies), dtype=str)
+            arrays["entropies"] = np.stack(list(each.entropies.values()))
         content |= {_key(name, number): array for name, array in arrays.items()}
     with atomic_write(file) as scratch, scratch.open("wb") as stream:
         np.savez_compressed(stream, **content)
@@ -210,7 +246,9 @@ def read_montage(file: Path) -> Montage | None:
                 }
                 axis, index, depth = parts["place"].tolist()
                 segmentations = dict(zip(parts["subsets"].tolist(), parts["segmentations"], strict=True))
-                found.append(Montage(axis, index, depth, parts["images"], parts["reference"], segmentations))
+                names, maps = (content.get(_key(name, number), ()) for name in ("entropy_subsets", "entropies"))
+                entropies = {str(name): each for name, each in zip(names, maps, strict=True)}
+                found.append(Montage(axis, index, depth, parts["images"], parts["reference"], segmentations, entropies))
                 number += 1
             return replace(found[0], further=tuple(found[1:]))
     except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:

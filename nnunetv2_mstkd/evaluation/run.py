@@ -87,10 +87,16 @@ class OpenCase:
     def montage(self) -> Montage:
         """The pictures of the subsets that were predicted in this run."""
         assert self.images and self.view is not None
-        slices = {subset: score.slices for subset, score in self.scores.items() if score.slices}
+        shown = {subset: score for subset, score in self.scores.items() if score.slices}
         first, *further = (
             Montage(
-                view.axis, view.index, view.depth, images, view.reference, {s: cuts[n] for s, cuts in slices.items()}
+                view.axis,
+                view.index,
+                view.depth,
+                images,
+                view.reference,
+                {subset: score.slices[n] for subset, score in shown.items()},
+                {subset: score.entropies[n] for subset, score in shown.items()},
             )
             for n, (view, images) in enumerate(zip(self.view.every, self.images, strict=True))
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.evaluation.montage import SliceView
+from nnunetv2_mstkd.evaluation.montage import SliceView, slice_entropy
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.metrics import overlap
 from nnunetv2_mstkd.metrics.calibration import LOWEST, logit_counts
@@ -222,6 +222,8 @@ class SubsetScore:
     records."""
     slices: tuple[np.ndarray, ...] = field(default=(), compare=False)
     """The segmentation in the slices to show; empty: none was requested, or the score was read from disk."""
+    entropies: tuple[np.ndarray, ...] = field(default=(), compare=False)
+    """The entropy in these slices, in percent."""
 
 
 def score_prediction(
@@ -252,27 +254,46 @@ def score_prediction(
     """
     reference = _reference(label, plans.image_reader_writer_class, rules.labels)
     within = as_preprocessed(reference, properties, plans)
-    counting = _CountingLabels(plans.get_label_manager(dataset_json), dataset_json, rules, within)
+    views = () if view is None else view.every
+    manager = plans.get_label_manager(dataset_json)
+    maps: list[np.ndarray] = []
+
+    def look(values: np.ndarray) -> None:
+        for each in views:
+            maps.append(slice_entropy(values, properties, each, plans.transpose_forward, manager.has_regions))
+
+    counting = _CountingLabels(manager, dataset_json, rules, within, look)
     segmentation = segment(logits, properties, plans, configuration, counting, threads=1)
     if segmentation.shape != reference.shape:
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
-    views = () if view is None else view.every
     kept = tuple(each.cut(segmentation).astype(each.reference.dtype) for each in views)
     stated = {}
     if presence is not None:
         for region, head in foreground_heads(dataset_json).items():
             stated[region] = float(presence[head]), bool(np.isin(reference, rules.regions[region]).any())
     entropy = case_entropy(logits, counting.has_regions)
-    return SubsetScore(values, counting.near, segmentation.size, entropy, stated, counting.calibration, kept)
+    return SubsetScore(
+        values, counting.near, segmentation.size, entropy, stated, counting.calibration, kept, tuple(maps)
+    )
 
 
 class _CountingLabels:
-    """nnU-Net's label manager, which also counts close decisions, and logits by what the reference says."""
+    """nnU-Net's label manager, which also counts close decisions, and logits by what the reference says.
 
-    def __init__(self, manager: Any, dataset_json: Mapping[str, Any], rules: Rules, reference: np.ndarray) -> None:
+    ``look`` is called with the logits, shape (K, *spatial), transposed and cropped.
+    """
+
+    def __init__(
+        self,
+        manager: Any,
+        dataset_json: Mapping[str, Any],
+        rules: Rules,
+        reference: np.ndarray,
+        look: Callable[[np.ndarray], None] = lambda logits: None,
+    ) -> None:
         self._manager, self._heads = manager, foreground_heads(dataset_json)
-        self._rules, self._reference = rules, reference
+        self._rules, self._reference, self._look = rules, reference, look
         self.near = 0
         self.calibration: dict[str, np.ndarray] = {}
 
@@ -284,6 +305,7 @@ class _CountingLabels:
         self.near = int(near_decision(values, self._manager.has_regions).sum())
         if values.shape[1:] == self._reference.shape:  # another shape is refused later
             self._count(values, self._manager.has_regions)
+        self._look(values.numpy())
         return self._manager.convert_logits_to_segmentation(logits)
 
     def _count(self, logits: torch.Tensor, regions: bool) -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
+from nnunetv2_mstkd.inference.members import StackedHeads
 from nnunetv2_mstkd.nnunet.model import free_memory, plain_network
 
 TRAINING_BATCHES_CPU, TRAINING_BATCHES_GPU = 1, 4
@@ -50,17 +51,6 @@ class StackedNetwork(nn.Module):
         # contiguous: where() may inherit the order of axes from the expanded patch
         logits = self.network(modalities.mask_modalities(batch, self.subsets).contiguous())
         return logits.reshape(1, -1, *logits.shape[2:])
-
-
-class _StackedHeads:
-    """nnU-Net's label manager with the segmentation heads of a whole stack."""
-
-    def __init__(self, manager: Any, stack: int) -> None:
-        self._manager = manager
-        self.num_segmentation_heads = stack * manager.num_segmentation_heads
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._manager, name)
 
 
 class SubsetPredictor:
@@ -120,7 +110,7 @@ class SubsetPredictor:
         """All subsets at once."""
         predictor = self._predictor
         rows = subsets.to(predictor.device)
-        predictor.label_manager = _StackedHeads(self._labels, len(subsets))
+        predictor.label_manager = StackedHeads(self._labels, len(subsets))
         self._network.subsets = rows
         try:
             with conditioned(self._network.plain_network, rows, self._labels) as finish:

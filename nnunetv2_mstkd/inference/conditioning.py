@@ -55,9 +55,14 @@ def presence_of(finish: Finish) -> np.ndarray | None:
     return finish.presence() if hasattr(finish, "presence") else None
 
 
+def num_students(network: torch.nn.Module) -> int:
+    """Return how many students a network has, whose mean it predicts; 0 for networks of another kind."""
+    return len(getattr(plain_network(network), "students", ()))
+
+
 def check_student(network: torch.nn.Module, student: int | None) -> None:
     """Raise InputError unless the network has this student; None stands for all of them."""
-    students = len(getattr(plain_network(network), "students", ()))
+    students = num_students(network)
     if student is not None and not 1 <= student <= students:
         has = f"students 1 to {students}" if students else "one network and no students"
         raise InputError(f"--student is {student}, but the model has {has}")

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
+from nnunetv2_mstkd.inference.members import each_member, num_members
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet.description import foreground_heads
 from nnunetv2_mstkd.nnunet.entropy import Disagreement
 from nnunetv2_mstkd.nnunet.input_folder import Case
-from nnunetv2_mstkd.nnunet.model import each_fold, free_memory, nnUNetPredictor, watched
+from nnunetv2_mstkd.nnunet.model import free_memory, nnUNetPredictor, watched
 from nnunetv2_mstkd.nnunet.preprocessing import export_case, preprocess_case
 
 EXPORTS_AHEAD = 2
@@ -31,7 +32,8 @@ class Predicted(NamedTuple):
     presence: dict[str, float] | None
     """Probability that there is any voxel of each label or region, by name; None without a presence head."""
     disagreement: np.ndarray | None = None
-    """Of the folds, shape (*spatial), see :class:`~nnunetv2_mstkd.nnunet.entropy.Disagreement`; None: not asked for."""
+    """Of the networks that are averaged, shape (*spatial); None: not asked for. See
+    :class:`~nnunetv2_mstkd.nnunet.entropy.Disagreement`."""
 
 
 def predict_logits(
@@ -56,14 +58,16 @@ def predict_logits(
     on_pass
         See :func:`~nnunetv2_mstkd.nnunet.model.watched`.
     disagreement
-        Also compare the folds' networks, of which there must be several.
+        Also compare the networks whose logits are averaged; see
+        :func:`~nnunetv2_mstkd.inference.members.each_member`.
     """
-    between = Disagreement(predictor.label_manager.has_regions) if disagreement else None
+    labels = predictor.label_manager
+    between = Disagreement(labels.has_regions) if disagreement else None
     row = torch.tensor([list(availability)], dtype=torch.bool, device=predictor.device)
     with (
+        each_member(predictor, None if between is None else between.add, student),
         watched(predictor, on_pass),
-        each_fold(predictor, None if between is None else between.add),
-        conditioned(predictor.network, row, predictor.label_manager, student=student) as finish,
+        conditioned(predictor.network, row, labels, student=student) as finish,
     ):
         logits = predictor.predict_logits_from_preprocessed_data(torch.from_numpy(data)).cpu().numpy()
         finished, scores = finish(logits[None])[0], presence_of(finish)
@@ -101,7 +105,7 @@ def predict_cases(
     preprocessing_processes, export_processes
         Number of background processes; 0 runs everything in this process.
     save_uncertainty
-        Also write the entropy of each voxel and the disagreement of several folds; see
+        Also write the entropy of each voxel and the disagreement of several networks; see
         :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
     temperatures
         By number of modalities; saved probabilities and entropies are those of logits divided by them. None: as is.
@@ -113,7 +117,7 @@ def predict_cases(
         predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json,
     )  # fmt: skip
     names = modalities.modality_names(dataset_json)
-    several = len(predictor.list_of_parameters) > 1
+    several = num_members(predictor, student) > 1
 
     def written(label: tuple[Case, dict[str, float] | None], entropy: float | None) -> None:
         case, presence = label

@@ -21,6 +21,7 @@ from nnunetv2_mstkd.images.writing import ImageInMemory, write_given
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.conditioning import check_student
 from nnunetv2_mstkd.inference.expected_dice import Range, read_expected_dice, read_ranges, read_temperatures
+from nnunetv2_mstkd.inference.members import num_members
 from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
@@ -403,8 +404,8 @@ class Predictor:
         save_probabilities
             Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
         save_uncertainty
-            Also write ``uncertainty/CASE``: the entropy of each voxel in percent of its maximum; and with several folds
-            ``disagreement/CASE``: how far their networks differ, in percent.
+            Also write ``uncertainty/CASE``: the entropy of each voxel in percent of its maximum; and where several
+            networks are averaged, folds or students, ``disagreement/CASE``: how far they differ, in percent.
         part_id, num_parts
             Predict every ``num_parts``-th case, starting with number ``part_id``: several processes can share a folder.
         preprocessing_processes, export_processes
@@ -435,7 +436,7 @@ class Predictor:
         model, ending = self._predictor, self._predictor.dataset_json["file_ending"]
         written = ["{}" + ending, *(["{}.npz"] if save_probabilities else [])]
         if save_uncertainty:
-            maps = [UNCERTAINTY, *([DISAGREEMENT] if len(self.folds) > 1 else [])]
+            maps = [UNCERTAINTY, *([DISAGREEMENT] if num_members(model, self.student) > 1 else [])]
             written += [f"{folder}/{{}}{ending}" for folder in maps]
         # processes that share an output folder each write their own record
         file = output / ("predictions.json" if num_parts == 1 else f"predictions_part{part_id}of{num_parts}.json")

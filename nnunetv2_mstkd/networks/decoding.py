@@ -32,6 +32,11 @@ def decode(
     return outputs[::-1] if decoder.deep_supervision else outputs[0]
 
 
+def logits_of(output: Any) -> Any:
+    """Return the logits of a network's output, which may be nothing else."""
+    return getattr(output, "logits", output)
+
+
 def finest(logits: torch.Tensor | Sequence[torch.Tensor]) -> torch.Tensor:
     """Return the full-resolution logits of a network's output, with or without deep supervision."""
     return logits if isinstance(logits, torch.Tensor) else logits[0]

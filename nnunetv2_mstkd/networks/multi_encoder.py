@@ -34,8 +34,18 @@ class MultiEncoderOutput(NamedTuple):
     """Logits from each modality alone, (B, C, K, *spatial); None without the shared decoder."""
     encoded: torch.Tensor
     """Bool, (B, C): modalities that were encoded, not imputed or zero."""
+    bottleneck: torch.Tensor
+    """The deepest features of all modalities, fused, (B, D, *grid)."""
     maps: tuple[torch.Tensor, ...]
     """Logits (B, K, *grid) of intermediate maps, as far as the network makes any."""
+
+
+class Fused(NamedTuple):
+    """What comes of the fused modalities; fields as in :class:`MultiEncoderOutput`."""
+
+    logits: torch.Tensor | list[torch.Tensor]
+    bottleneck: torch.Tensor
+    maps: tuple[torch.Tensor, ...] = ()
 
 
 class MultiEncoderUNet(AvailabilityAware):
@@ -65,14 +75,10 @@ class MultiEncoderUNet(AvailabilityAware):
             self.separate = decoder_alone(single.build())
             self.separate.seg_layers[:-1].requires_grad_(False)  # heads without a loss
 
-    def fuse(
-        self, stages: Sequence[torch.Tensor], available: torch.Tensor
-    ) -> tuple[torch.Tensor | list[torch.Tensor], Sequence[torch.Tensor]]:
-        """Segment from features per stage, finest first, (B, C, F, *grid), zero where a modality is absent.
-
-        Returned are what the plans' decoder returns, and the intermediate maps.
-        """
-        return self.decoder(self.encoder(stages)), ()
+    def fuse(self, stages: Sequence[torch.Tensor], available: torch.Tensor) -> Fused:
+        """Segment from features per stage, finest first, (B, C, F, *grid), zero where a modality is absent."""
+        skips = self.encoder(stages)
+        return Fused(self.decoder(skips), skips[-1])
 
     def forward(
         self,
@@ -107,10 +113,10 @@ class MultiEncoderUNet(AvailabilityAware):
             assert availability is not None
             features = stages = x
             encoded, available = availability, torch.ones_like(availability)
-        logits, maps = self.fuse(stages, available)
+        fused = self.fuse(stages, available)
         if auxiliary is None:
-            return logits
-        return MultiEncoderOutput(logits, self._separate(features), encoded, tuple(maps))
+            return fused.logits
+        return MultiEncoderOutput(fused.logits, self._separate(features), encoded, fused.bottleneck, fused.maps)
 
     def _separate(self, features: Sequence[torch.Tensor]) -> torch.Tensor | None:
         if self.separate is None:

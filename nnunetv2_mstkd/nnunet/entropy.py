@@ -34,6 +34,16 @@ def entropy_map(probabilities: np.ndarray, regions: bool) -> np.ndarray:
     return _entropies(probabilities, regions).max(axis=0)
 
 
+def _probabilities(logits: torch.Tensor, regions: bool) -> np.ndarray:
+    values = logits.float()
+    return (values.sigmoid() if regions else values.softmax(0)).cpu().numpy()
+
+
+def logit_entropy(logits: torch.Tensor, regions: bool) -> np.ndarray:
+    """Return :func:`entropy_map` of the probabilities that logits (K, *spatial) stand for."""
+    return entropy_map(_probabilities(logits, regions), regions)
+
+
 class Disagreement:
     """How far several networks disagree about a case: the mutual information of prediction and network.
 
@@ -53,8 +63,7 @@ class Disagreement:
 
     def add(self, logits: torch.Tensor) -> None:
         """Add a network's logits, shape (K, *spatial)."""
-        values = logits.float()
-        probabilities = (values.sigmoid() if self._regions else values.softmax(0)).cpu().numpy()
+        probabilities = _probabilities(logits, self._regions)
         self._probabilities = self._probabilities + probabilities
         self._entropies = self._entropies + _entropies(probabilities, self._regions)
         self._number += 1
@@ -72,6 +81,4 @@ def case_entropy(logits: np.ndarray, regions: bool) -> float | None:
     found = (values > 0).any(0) if regions else values.argmax(0) > 0
     if not found.any():
         return None
-    chosen = values[:, found].float()  # (K, voxels): the foreground is a small part of the image
-    probabilities = torch.sigmoid(chosen) if regions else torch.softmax(chosen, 0)
-    return float(entropy_map(probabilities.numpy(), regions).mean())
+    return float(logit_entropy(values[:, found], regions).mean())  # the foreground is a small part of the image

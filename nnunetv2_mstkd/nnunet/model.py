@@ -155,26 +155,6 @@ def watched(predictor: nnUNetPredictor, on_pass: Callable[[int, int], None] | No
         raise error
 
 
-@contextlib.contextmanager
-def each_fold(predictor: nnUNetPredictor, add: Callable[[torch.Tensor], None] | None) -> Iterator[None]:
-    """In the block, call ``add`` (None: nothing) with the logits of each fold's network, shape (K, *spatial)."""
-    if add is None:
-        yield
-        return
-    predict = predictor.predict_sliding_window_return_logits
-
-    def one_fold(data: torch.Tensor) -> torch.Tensor:
-        logits = predict(data)
-        add(logits)
-        return logits
-
-    predictor.predict_sliding_window_return_logits = one_fold
-    try:
-        yield
-    finally:
-        del predictor.predict_sliding_window_return_logits
-
-
 def _build(
     name: str, plans: PlansManager, configuration: ConfigurationManager, dataset_json: dict[str, Any], source: str
 ) -> torch.nn.Module:

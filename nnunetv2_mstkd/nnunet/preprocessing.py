@@ -189,10 +189,11 @@ def uncertainty(
 ) -> np.ndarray:
     """Entropy of each voxel of the original image in percent of its maximum: uint8, shape (x, y, z)."""
     found = probabilities(logits, properties, plans, configuration, labels, temperature)
-    return _percent(entropy_map(found, labels.has_regions))
+    return in_percent(entropy_map(found, labels.has_regions))
 
 
-def _percent(fraction: np.ndarray) -> np.ndarray:
+def in_percent(fraction: np.ndarray) -> np.ndarray:
+    """Return a map of 0 to 1 in percent: uint8."""
     return (100 * fraction).round().astype(np.uint8)
 
 
@@ -249,7 +250,7 @@ def export_case(
     if save_uncertainty:
         maps[UNCERTAINTY] = uncertainty(logits, properties, plans, configuration, labels, temperature)
     if disagreement is not None:
-        maps[DISAGREEMENT] = _percent(as_original(disagreement, properties, plans, configuration).clip(0, 1))
+        maps[DISAGREEMENT] = in_percent(as_original(disagreement, properties, plans, configuration).clip(0, 1))
     for folder, percent in maps.items():
         (output / folder).mkdir(exist_ok=True)
         write_segmentation(percent, properties, plans.image_reader_writer_class, output / folder / segmentation)
@@ -271,8 +272,8 @@ def export_case(
 
 
 UNCERTAINTY, DISAGREEMENT = "uncertainty", "disagreement"
-"""Folders of the maps of entropy and of the folds' disagreement; beside the segmentations nnU-Net would take them for
-some."""
+"""Folders of the maps of entropy and of the disagreement of networks. Beside the segmentations nnU-Net would take the
+maps for some."""
 
 
 def check_ending(path: Path, reader: Reader) -> None:

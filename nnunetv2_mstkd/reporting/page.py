@@ -13,7 +13,7 @@ from urllib.parse import quote
 import numpy as np
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.montage import Montage
+from nnunetv2_mstkd.evaluation.montage import ENTROPY_STEP, Montage
 from nnunetv2_mstkd.evaluation.results import (
     CASE,
     FOLD,
@@ -29,7 +29,15 @@ from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
 from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
 from nnunetv2_mstkd.reporting.html import render
-from nnunetv2_mstkd.reporting.pictures import clearest_image, cropped, file_uri, grey_uri, label_colors, overlay_uri
+from nnunetv2_mstkd.reporting.pictures import (
+    clearest_image,
+    cropped,
+    file_uri,
+    grey_uri,
+    heat_uri,
+    label_colors,
+    overlay_uri,
+)
 from nnunetv2_mstkd.reporting.tables import calibration_table, finding_tables, points, presence_table, subset_content
 from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -282,6 +290,9 @@ def _montage(
                     overlay_uri(each.segmentations[subset], colors, outline)
                     for each, outline in zip(slices, outlines, strict=True)
                 ],
+                "entropies": [heat_uri(each.entropies[subset]) for each in slices]
+                if all(subset in each.entropies for each in slices)  # kept by an earlier version
+                else [],
                 "values": [(region, points(values[subset, region])) for region in rules.scored],
             }
             groups.setdefault(subset_size(subset), []).append(picture)
@@ -299,6 +310,7 @@ def _montage(
         ],
         "shown": shown,
         "reference": [overlay_uri(each.reference, colors) for each in slices],
+        "scale": heat_uri(np.arange(0, 101, ENTROPY_STEP)[None]) if montage.entropies else None,
         "groups": [(f"{size} modalit{'y' if size == 1 else 'ies'}", of_size) for size, of_size in groups.items()],
     }
 

@@ -12,16 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import seaborn as sns
+from matplotlib import colormaps
 from PIL import Image
 from scipy import ndimage
 
-from nnunetv2_mstkd.evaluation.montage import Montage
+from nnunetv2_mstkd.evaluation.montage import ENTROPY_STEP, Montage
 
 OPACITY = 150
 """Opacity of a label over the image, out of 255."""
 
 MARGIN = 3
 """Pixels around the contents of a picture."""
+
+HEAT = "magma"
+"""Colour map of heat maps, safe for colour-blind readers: lightness grows evenly, from black to pale yellow."""
 
 FINE = 192
 """Minimum edge of an overlay in pixels; in smaller ones the outline, one pixel wide, would hide the labels."""
@@ -38,6 +42,15 @@ def file_uri(file: Path) -> str:
 def grey_uri(image: np.ndarray) -> str:
     """A grey image, uint8, shape (rows, columns)."""
     return _encoded(Image.fromarray(image))
+
+
+def heat_uri(percent: np.ndarray) -> str:
+    """A map in percent, multiples of :data:`ENTROPY_STEP`, shape (rows, columns), in the colours of :data:`HEAT`."""
+    steps = (percent // ENTROPY_STEP).astype(np.uint8)
+    image = Image.frombytes("P", (steps.shape[1], steps.shape[0]), steps.tobytes())
+    colors = colormaps[HEAT](np.arange(0, 101, ENTROPY_STEP) / 100)[:, :3]
+    image.putpalette((255 * colors).round().astype(np.uint8).tobytes())
+    return _encoded(image)
 
 
 def overlay_uri(labels: np.ndarray, colors: Mapping[int, Color], outline: np.ndarray | None = None) -> str:
@@ -113,6 +126,7 @@ def _within(montage: Montage, window: tuple[slice, slice]) -> Montage:
         images=montage.images[:, window[0], window[1]],
         reference=montage.reference[window],
         segmentations={subset: labels[window] for subset, labels in montage.segmentations.items()},
+        entropies={subset: entropy[window] for subset, entropy in montage.entropies.items()},
         further=tuple(_within(each, window) for each in montage.further),
     )
 

@@ -27,6 +27,7 @@ from nnunetv2_mstkd.methods.medmap.losses import (
 )
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
+from nnunetv2_mstkd.networks.decoding import logits_of
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
 from nnunetv2_mstkd.networks.multi_encoder import MultiEncoderUNet
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
@@ -55,7 +56,7 @@ class Aligned(NamedTuple):
     @property
     def logits(self) -> Any:
         """Logits (B, K, *spatial), or a list of these under deep supervision."""
-        return getattr(self.output, "logits", self.output)
+        return logits_of(self.output)
 
 
 class ModalityAnchor(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 from nnunetv2_mstkd.methods.mmformer.settings import MMFormerSettings
 from nnunetv2_mstkd.networks.attention import TransformerBlock, default_heads, positions_on
 from nnunetv2_mstkd.networks.modality_encoders import mask_features
-from nnunetv2_mstkd.networks.multi_encoder import MultiEncoderUNet
+from nnunetv2_mstkd.networks.multi_encoder import Fused, MultiEncoderUNet
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.multi_encoder import MultiEncoderDesign
 from nnunetv2_mstkd.training.settings import Section, Settings
@@ -88,9 +88,7 @@ class MMFormer(MultiEncoderUNet):
             mlp_ratio=section.mlp_ratio,
         )
 
-    def fuse(
-        self, stages: Sequence[torch.Tensor], available: torch.Tensor
-    ) -> tuple[torch.Tensor | list[torch.Tensor], Sequence[torch.Tensor]]:
+    def fuse(self, stages: Sequence[torch.Tensor], available: torch.Tensor) -> Fused:
         return super().fuse([*stages[:-1], self.transformer(stages[-1], available)], available)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from nnunetv2_mstkd.methods.rfnet.settings import RFNetSettings
 from nnunetv2_mstkd.networks.decoding import decode
 from nnunetv2_mstkd.networks.modality_encoders import StageFusion
-from nnunetv2_mstkd.networks.multi_encoder import MultiEncoderUNet
+from nnunetv2_mstkd.networks.multi_encoder import Fused, MultiEncoderUNet
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.multi_encoder import MultiEncoderDesign
 from nnunetv2_mstkd.training.settings import Section, Settings
@@ -108,9 +108,7 @@ class RFNet(MultiEncoderUNet):
         make_fusion = partial(RegionFusionStages, heads=plan.num_outputs, sigmoid=section.activation == "sigmoid")
         super().__init__(plan, section.width, separate=section.separate > 0, make_fusion=make_fusion)
 
-    def fuse(
-        self, stages: Sequence[torch.Tensor], available: torch.Tensor
-    ) -> tuple[torch.Tensor | list[torch.Tensor], Sequence[torch.Tensor]]:
+    def fuse(self, stages: Sequence[torch.Tensor], available: torch.Tensor) -> Fused:
         deepest, logits = self.encoder.stages[-1](stages[-1], None)
         maps = [logits]
 
@@ -119,7 +117,7 @@ class RFNet(MultiEncoderUNet):
             maps.append(logits)
             return fused
 
-        return decode(self.decoder, [*stages[:-1], deepest], join=join), maps
+        return Fused(decode(self.decoder, [*stages[:-1], deepest], join=join), deepest, tuple(maps))
 
 
 class RFNetDesign(MultiEncoderDesign):

@@ -11,6 +11,7 @@ from torch import nn
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
+from nnunetv2_mstkd.networks.decoding import logits_of
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign, first_weights
@@ -53,7 +54,7 @@ class Student(nn.Module):
 class MutualNet(AvailabilityAware):
     """Two students, initialised separately, without shared weights."""
 
-    def __init__(self, students: Sequence[Student]) -> None:
+    def __init__(self, students: Sequence[nn.Module]) -> None:
         super().__init__()
         self.students = nn.ModuleList(students)
 
@@ -82,16 +83,16 @@ class MutualNet(AvailabilityAware):
         Returns
         -------
         The mean of both students' logits, or those of the one that predicts, as the plans' network returns them; with
-        ``other`` a pair of :class:`StudentOutput`, with ``student`` one.
+        ``other`` the outputs of both, with ``student`` that of one.
         """
         if student is not None:
-            return self.students[student](x, self.availability, **options)
+            return self.students[student](x, availability=self.availability, **options)
         if other is not None:
-            second = self.students[1](other, other_availability, **options)
-            return self.students[0](x, self.availability, **options), second
+            second = self.students[1](other, availability=other_availability, **options)
+            return self.students[0](x, availability=self.availability, **options), second
         if self.student is not None:
-            return self.students[self.student - 1](x, self.availability).logits
-        first, second = (member(x, self.availability).logits for member in self.students)
+            return logits_of(self.students[self.student - 1](x, availability=self.availability))
+        first, second = (logits_of(member(x, availability=self.availability)) for member in self.students)
         if isinstance(first, (list, tuple)):
             return [(one + two) / 2 for one, two in zip(first, second, strict=True)]
         return (first + second) / 2
@@ -134,6 +135,9 @@ class MutualDesign(NetworkDesign):
 
     def build(self, plan: UNetPlan, settings: Settings) -> MutualNet:
         return MutualNet([self.student.build(plan, settings) for _ in range(2)])
+
+    def added_modules(self, network: Any) -> list[nn.Module]:
+        return [module for student in network.students for module in self.student.added_modules(student)]
 
     def translate(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Give the weights of a plain U-Net to both students.

@@ -24,7 +24,7 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import atomic_write
 from nnunetv2_mstkd.losses.logits import probabilities
-from nnunetv2_mstkd.networks.decoding import finest
+from nnunetv2_mstkd.networks.decoding import finest, logits_of
 
 # ---- the student's own ---------------------------------------------------------------------------------------------
 
@@ -77,7 +77,7 @@ class MovingAverage(torch.nn.Module):
         for channel in needed.nonzero().flatten().tolist():
             alone = torch.zeros(data.shape[:2], dtype=torch.bool)
             alone[:, channel] = True
-            logits = finest(self.network(modalities.mask_modalities(data, alone)).logits)
+            logits = finest(logits_of(self.network(modalities.mask_modalities(data, alone))))
             found[channel] = probabilities(logits, regions)
         absent = torch.zeros_like(next(iter(found.values())))
         return torch.stack([found.get(channel, absent) for channel in range(data.shape[1])], 1)

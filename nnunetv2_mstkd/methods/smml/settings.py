@@ -16,9 +16,11 @@ class SMMLSettings(Section):
     NETWORK_KEYS: ClassVar[tuple[str, ...] | None] = ("light", "width")
 
     light: bool = True
-    """Students that are the plans' network on zeroed channels; false: one encoder per modality in each student."""
+    """Students that are the plans' network on zeroed channels; false: one encoder per modality in each student, which
+    students that are mmFormers or RFNets always have."""
     width: Share = 0.5
-    """Without ``light``: channels of a one-modality encoder over the planned ones."""
+    """Without ``light``: channels of a one-modality encoder over the planned ones. mmFormer and RFNet have their
+    own."""
     pixel: Weight = 0.1
     """Weight of the pixel-level constraint: divergence from the other student at voxels where it is more reliable. The
     released code has 1, for a form of it that is not known; at 1 this one outweighs the segmentation loss."""

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import UnsupportedError
+from nnunetv2_mstkd.methods.mmformer.network import MMFormerDesign
+from nnunetv2_mstkd.methods.mmformer.trainer import MMFormerTrainer
+from nnunetv2_mstkd.methods.rfnet.network import RFNetDesign
+from nnunetv2_mstkd.methods.rfnet.trainer import RFNetTrainer
 from nnunetv2_mstkd.methods.smml import losses, semantic_prior
 from nnunetv2_mstkd.methods.smml.network import MutualDesign, StudentOutput
 from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
@@ -16,6 +21,7 @@ from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.training.base import wrapped_for_ddp
+from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import (
@@ -40,7 +46,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
     first, they become different because every step shows them different subsets.
     """
 
-    design = MutualDesign()
+    design: ClassVar[NetworkDesign] = MutualDesign()  # type: ignore[misc]
+    sections = (*ModalityDropoutTrainer.sections, SMMLSettings)
     refiners: torch.nn.ModuleList | None = None
     average: semantic_prior.MovingAverage | None = None
     soft_prior: bool = False
@@ -81,9 +88,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
             trained.append(self.refiners)
         if smml.prior == "self":
             self.average = semantic_prior.MovingAverage(network.students[0], smml.ema)
-        return build_optimizer(
-            torch.nn.ModuleList(trained), self.settings[ScheduleSettings], self.num_epochs, self.weight_decay
-        )
+        schedule, added = self.settings[ScheduleSettings], self.design.added_modules(network)
+        return build_optimizer(torch.nn.ModuleList(trained), schedule, self.num_epochs, self.weight_decay, added)
 
     def initialize(self) -> None:
         super().initialize()
@@ -187,7 +193,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
 
         if self.smml.sequential:
             with torch.no_grad(), self.conditioned_on(subsets[1]):
-                peer = self.network(inputs[1], student=1)
+                peer = self.run_network(inputs[1], data, student=1)
             # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
             torch.clear_autocast_cache()
             with self.conditioned_on(subsets[0]):
@@ -262,3 +268,31 @@ class SMMLTrainer(ModalityDropoutTrainer):
             self.refiners.load_state_dict(state["refiners"])
         if self.average is not None and "average" in state:
             self.average.load_state_dict(state["average"])
+
+
+class MultiEncoderStudents(SMMLTrainer):
+    """Mixin: SMML whose students are networks of another method with one encoder per modality, with its losses.
+
+    Name it before that method's trainer, and give the class ``design = MutualDesign(...)`` around its design.
+    """
+
+    @classmethod
+    def resolve(cls, settings: Settings, configuration_manager: ConfigurationManager, dataset_json: dict) -> Settings:
+        """``light``: these students have one encoder per modality, whose width is the method's own setting."""
+        settings = super().resolve(settings, configuration_manager, dataset_json)
+        return settings.replace(SMMLSettings, light=False)
+
+    def run_network(self, inputs: torch.Tensor, complete: torch.Tensor, **options: Any) -> Any:
+        return super().run_network(inputs, complete, auxiliary=complete, **options)
+
+
+class SMMLMMFormerTrainer(MultiEncoderStudents, MMFormerTrainer):
+    """SMML with two mmFormers as students, the backbone of its released code."""
+
+    design = MutualDesign(MMFormerDesign())
+
+
+class SMMLRFNetTrainer(MultiEncoderStudents, RFNetTrainer):
+    """SMML with two RFNets as students."""
+
+    design = MutualDesign(RFNetDesign())
