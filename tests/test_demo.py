@@ -192,6 +192,7 @@ def test_next_commands_are_valid(tmp_path):
     words = shlex.split(predict)[1:]
     parsed = cli._parser(words).parse_args(words)
     assert (parsed.d, parsed.tr, parsed.drop) == ("901", RECOMMENDED, "T1ce")
+    assert cli._parser(words).parse_args([*words, "T2"]).drop == "T1ce,T2"  # further words, too
     words = shlex.split(app)[1:]
     parsed = cli._parser(words).parse_args(words)
     assert parsed.demo and parsed.out == demo.folder

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "two. A second call continues where the first was stopped."
     )
     add = parser.add_argument
-    add("--out", type=Path, default=Path("mstkd_demo"), help="output folder (default: ./%(default)s)")
+    add("-o", "--out", type=Path, default=Path("mstkd_demo"), help="output folder (default: ./%(default)s)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: CUDA if there is a GPU")
     add("--trainers", metavar="NAME", nargs="+", default=(), help="further trainers, as MSTKDTrainer; teachers too")
     add("--epochs", type=int, help="epochs of 50 steps for each model")

@@ -34,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", dest="output", metavar="OUT", type=Path, help=f"output folder (default: {FOLDER} in the model folder)")
     add = parser.add_argument_group("which subsets, and what is measured").add_argument
     add("--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help="only these; all: the full input (default: all)")
-    add("--available", metavar="T1,FLAIR", help="only subsets of these modalities: those that you have")
+    available = "only subsets of these modalities: those that you have"
+    add("--available", metavar="T1,FLAIR", nargs="+", action=options.Modalities, help=available)
     before = "remove channels before preprocessing, as if they had never existed (default: where it changes the others)"
     add("--mask-first", action=argparse.BooleanOptionalAction, help=before)
     add("--metrics", metavar="METRIC", nargs="+", default=("dice", "hd95"), help="default: dice hd95; dice always")

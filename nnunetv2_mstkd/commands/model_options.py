@@ -25,6 +25,14 @@ EXIT_LEFT_OUT = 1
 # ---- declaring -----------------------------------------------------------------------------------------------------
 
 
+class Modalities(argparse.Action):
+    """Modalities as ``T1,FLAIR`` or as several words."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Keep them separated by commas."""
+        setattr(namespace, self.dest, ",".join(values))
+
+
 def add_input(parser: argparse._ActionsContainer, *, required: bool = True) -> None:
     """Declare ``-i``, the folder of images of which any may be absent."""
     parser.add_argument("-i", metavar="IN", type=Path, required=required, help="folder of CASE_000k files; only read")
@@ -33,7 +41,8 @@ def add_input(parser: argparse._ActionsContainer, *, required: bool = True) -> N
 def add_case_selection(parser: argparse._ActionsContainer) -> None:
     """Declare ``--drop`` and ``--skip-bad``."""
     add = parser.add_argument
-    add("--drop", metavar="T1ce,FLAIR", help="act as if these modalities were absent; their files are not read")
+    dropped = "act as if these modalities were absent; their files are not read"
+    add("--drop", metavar="T1ce,FLAIR", nargs="+", action=Modalities, help=dropped)
     add("--skip-bad", action="store_true", help="go on with the good cases; lists the others and exits with 1")
 
 
