@@ -139,7 +139,7 @@ def test_missing_command_is_refused(capsys):
         ("predict -i a -o b -d 1 -devcie=cpu", "unknown option -devcie (did you mean '-device'?)"),
         ("predict --input a", "unknown option --input (did you mean '-i'?)"),
         ("predict --xyz", "unknown option --xyz; see"),
-        ("predict -i a -o b -d 1 --drop T1 T2", "unexpected argument 'T2'"),
+        ("predict -i a -o b -d 1 --skip-bad T1", "unexpected argument 'T1'"),
         ("predict -i a -o b -d 1 -device gpu", "unknown value 'gpu'; known are cuda, cpu, mps"),
         ("predict -i a -o b -d 1 -m c", "-m: not allowed with argument -d"),
         ("predict -i a -d 1", "required: -o"),
