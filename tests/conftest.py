@@ -61,6 +61,18 @@ class Folders:
             patch.setenv(name, value)
 
 
+LONGEST = (
+    *("trainers_runs", "incomplete_training", "normalization", "killed_training", "end_to_end", "demo", "method_runs"),
+    *("crossval_slurm", "extending", "ddp", "registration", "patch_growth", "crossval", "papers_table", "tutorial"),
+)
+"""These files come first, so that processes that take one file after the other end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(autouse=True)
 def threads_are_given_back() -> Iterator[None]:
     """A command for the CPU takes all cores; with another number of threads sums differ in the last bit."""
