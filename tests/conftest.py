@@ -4,9 +4,11 @@ import json
 import multiprocessing
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,6 +61,18 @@ class Folders:
             patch.setenv(name, value)
 
 
+LONGEST = (
+    *("trainers_runs", "incomplete_training", "normalization", "killed_training", "end_to_end", "demo", "method_runs"),
+    *("crossval_slurm", "extending", "ddp", "registration", "patch_growth", "crossval", "papers_table", "tutorial"),
+)
+"""These files come first, so that processes that take one file after the other end at about the same time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    ranks = {f"test_{name}": rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
+
+
 @pytest.fixture(autouse=True)
 def threads_are_given_back() -> Iterator[None]:
     """A command for the CPU takes all cores; with another number of threads sums differ in the last bit."""
@@ -69,14 +83,32 @@ def threads_are_given_back() -> Iterator[None]:
 @contextmanager
 def in_this_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let nnU-Net's process pools be pools of threads: each new process would import PyTorch again."""
-    real = multiprocessing.get_context
+    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.utilities import utils
+
+    real, initialize = multiprocessing.get_context, DatasetFingerprintExtractor.__init__
+
+    def with_few_voxels(self, *args, **kwargs) -> None:
+        initialize(self, *args, **kwargs)
+        self.num_foreground_voxels_for_intensitystats = 1e4  # 1e8 take half a minute
+
     with patch.context() as inner:
+        inner.setattr(DatasetFingerprintExtractor, "__init__", with_few_voxels)
+        inner.setattr(utils, "Pool", ThreadPool)  # twelve processes that match names of files
         inner.setattr(
             multiprocessing,
             "get_context",
             lambda method=None: SimpleNamespace(Pool=ThreadPool) if method == "spawn" else real(method),
         )
         yield
+
+
+def command(name: str, *arguments: object) -> None:
+    """One of nnU-Net's commands or ours, in this process, which has imported what it needs."""
+    script = next(iter(entry_points(group="console_scripts", name=name))).load()
+    with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        assert not script(), (name, *arguments)
 
 
 def train(
@@ -94,11 +126,14 @@ def train(
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
+    from nnunetv2_mstkd.training.progress import TermLog
+
     with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
         if not validate:
             patch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
         if not plot:  # seconds per epoch
             patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+            patch.setattr(TermLog, "draw", lambda self, history: None)
         patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
         run_training(str(dataset), configuration, fold, trainer, device=torch.device("cpu"), **options)
 
@@ -128,14 +163,11 @@ def plan_and_preprocess(
     folders: Folders, dataset_id: int, *configurations: str, spacing: tuple[float, ...] | None = None
 ) -> None:
     """nnU-Net's own fingerprint, planning and preprocessing in this process."""
-    from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
-    from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments, preprocess
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 
     with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
         folders.use(patch)
-        extractor = DatasetFingerprintExtractor(dataset_id, 1)
-        extractor.num_foreground_voxels_for_intensitystats = 1e4  # 1e8 take half a minute
-        extractor.run()
+        extract_fingerprints([dataset_id], num_processes=1)
         patch.delenv("nnUNet_n_proc_DA")  # nnU-Net's planner gives it to torch.set_num_threads
         plan_experiments([dataset_id], overwrite_target_spacing=spacing)
         torch.set_num_threads(1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +82,6 @@ def test_slices_become_volumes(nnunet, source, monkeypatch, capsys):
             assert image.GetSpacing() == (1.0, 1.0, 5.0)
         label = sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "labelsTr" / f"{name}.nii.gz")))
         np.testing.assert_array_equal(label, masks // 255)
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     with in_this_process(monkeypatch):
         verify_dataset_integrity(str(folder), num_processes=1)
     splits = json.loads((nnunet / "preprocessed" / "Dataset007_LGG" / "splits_final.json").read_text())

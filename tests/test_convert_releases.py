@@ -7,7 +7,6 @@ import os
 import runpy
 import subprocess
 import sys
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import nibabel
@@ -48,7 +47,6 @@ def convert(release: str, source: Path, *options: str) -> int:
 
 def verify(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """nnU-Net's own check, in this process."""
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     with in_this_process(monkeypatch):
         verify_dataset_integrity(str(folder), num_processes=1)
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import release_trees
 import SimpleITK as sitk
+from conftest import Folders, empty_folders, plan_and_preprocess
 from hypothesis import given
 from hypothesis import strategies as st
-from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
 from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from nnunetv2.utilities.crossval_split import generate_crossval_split
@@ -295,10 +295,7 @@ def test_stale_folds_are_reported(release, tmp_path, capsys):
 
 
 def test_nnunet_accepts_the_data_set_and_keeps_the_split(tmp_path, monkeypatch):
-    for name in ("raw", "preprocessed", "results"):
-        (tmp_path / name).mkdir()
-        monkeypatch.setenv(f"nnUNet_{name}", str(tmp_path / name))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    empty_folders(tmp_path, monkeypatch)
     random = np.random.default_rng(0)
     for case in "abc":
         folder = tmp_path / "source" / case
@@ -314,9 +311,8 @@ def test_nnunet_accepts_the_data_set_and_keeps_the_split(tmp_path, monkeypatch):
     split = tmp_path / "preprocessed" / "Dataset007_Toy" / "splits_final.json"
     written = split.read_bytes()
 
-    extract_fingerprints([7], num_processes=1)
-    plan_experiments([7])
-    preprocess([7], configurations=("3d_fullres",), num_processes=(1,))
+    folders = Folders(*(tmp_path / name for name in ("raw", "preprocessed", "results")))
+    plan_and_preprocess(folders, 7, "3d_fullres")
     assert len(list((split.parent / "nnUNetPlans_3d_fullres").glob("*.pkl"))) == 3
     assert split.read_bytes() == written
     raw = tmp_path / "raw" / "Dataset007_Toy"

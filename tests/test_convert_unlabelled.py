@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import pytest
 import release_trees
 import SimpleITK as sitk
-from conftest import empty_folders, in_this_process
-from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments, preprocess
+from conftest import Folders, empty_folders, in_this_process, plan_and_preprocess
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from release_trees import make_release
@@ -82,6 +80,10 @@ def folds(nnunet: Path) -> list[dict[str, list[str]]]:
     return json.loads((nnunet / "preprocessed" / "Dataset007_Toy" / "splits_final.json").read_text())
 
 
+def plan(nnunet: Path) -> None:
+    plan_and_preprocess(Folders(*(nnunet / name for name in ("raw", "preprocessed", "results"))), 7, "3d_fullres")
+
+
 def refused(capsys: pytest.CaptureFixture, nnunet: Path) -> str:
     out, err = capsys.readouterr()
     assert out == "" and err.count("\n") == 1, err
@@ -129,13 +131,10 @@ def test_nnunet_plans_and_preprocesses_them(nnunet, source, monkeypatch, regions
     folder, content = dataset(nnunet)
     manager = LabelManager(content["labels"], content.get("regions_class_order"))
     assert manager.ignore_label == 3 and manager.all_labels == [0, 1, 2] and manager.has_regions == regions
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     with in_this_process(monkeypatch):
         verify_dataset_integrity(str(folder), num_processes=1)
     written = folds(nnunet)
-    extract_fingerprints([7], num_processes=1)
-    plan_experiments([7])
-    preprocess([7], configurations=("3d_fullres",), num_processes=(1,))
+    plan(nnunet)
     assert folds(nnunet) == written
     facts = read_case_facts(folder_of_data(nnunet), CASES, content, ["T1", "T2"])
     assert facts == {case: CaseFacts((True, case != "p4a"), case not in UNLABELLED) for case in CASES}
@@ -157,7 +156,6 @@ def test_releases(nnunet, tmp_path, monkeypatch, release, options):
     folder, content = dataset(nnunet)
     assert content["labels"]["ignore"] == 4
     assert np.unique(read(folder / "labelsTr" / f"{names[2]}.nii.gz")).tolist() == [4]
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     with in_this_process(monkeypatch):
         verify_dataset_integrity(str(folder), num_processes=1)
     assert cli.main(["convert", *arguments, "--verify", "full"]) == 0
@@ -182,9 +180,7 @@ def test_label_that_is_ignored_but_in_air(nnunet, source, level):
     assert convert(source, "--unlabelled", "--verify", level, labels={**DESCRIPTION["labels"], "ignore": 3}) == 0
     _, content = dataset(nnunet)
     assert content["mstkd_conversion"]["unlabelled"] == ["p1b", "p3a", "p4a"]
-    extract_fingerprints([7], num_processes=1)
-    plan_experiments([7])
-    preprocess([7], configurations=("3d_fullres",), num_processes=(1,))
+    plan(nnunet)
     facts = read_case_facts(folder_of_data(nnunet), CASES, content, ["T1", "T2"])
     assert [case for case in CASES if not facts[case].labelled] == ["p1b", "p3a", "p4a"]
 
@@ -208,7 +204,6 @@ def test_links_and_references(nnunet, source, monkeypatch, mode):
     assert convert(source, "--unlabelled", mode) == 0
     folder, _ = dataset(nnunet)
     assert not (folder / "labelsTr" / "p4a.nii.gz").is_symlink()
-    monkeypatch.setattr("nnunetv2.utilities.utils.Pool", ThreadPool)
     with in_this_process(monkeypatch):
         verify_dataset_integrity(str(folder), num_processes=1)
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from conftest import (
     TINY,
     Folders,
     add_configuration,
+    command,
     in_this_process,
     plan_and_preprocess,
     train,
@@ -42,6 +45,15 @@ def run(name: str, *arguments: object, **variables: str) -> str:
     return done.stdout
 
 
+def run_here(name: str, *arguments: object, **variables: str) -> str:
+    """:func:`run` in this process."""
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(io.StringIO()) as printed:
+        for variable, value in variables.items():
+            patch.setenv(variable, value)
+        command(name, *arguments, "-device", "cpu")
+    return printed.getvalue()
+
+
 def write_with_absent_channels(source: Path, target: Path, absent: tuple[int, ...]) -> None:
     """Copy the channels of a case; absent ones become zero images with the header of the file."""
     for file in sorted(source.parent.glob(f"{source.name}_*.nii.gz")):
@@ -60,11 +72,11 @@ def assert_geometry(prediction: Path, image: Path) -> np.ndarray:
     return np.unique(sitk.GetArrayFromImage(one))
 
 
-@pytest.mark.parametrize("method", ["MSTKD", "AdaMM"])
-def test_nnunet_commands_end_to_end(phantom, tmp_path, method):
+@pytest.mark.parametrize(("method", "run", "workers"), [("MSTKD", run, 1), ("AdaMM", run_here, 0)])
+def test_nnunet_commands_end_to_end(phantom, tmp_path, method, run, workers):
     settings = {**TINY, "schedule.epochs": 1, "schedule.save_every": None}
     add_configuration(phantom.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
-    run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}TeacherTrainer")
+    run_here("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}TeacherTrainer")
     printed = run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}Trainer")
     assert "Mean Validation Dice" in printed
     student = phantom.fold(f"{method}Trainer")
@@ -90,7 +102,7 @@ def test_nnunet_commands_end_to_end(phantom, tmp_path, method):
     run(
         "nnUNetv2_predict",
         *("-i", images, "-o", output, "-d", phantom.dataset, "-c", CONFIGURATION, "-f", 0, "-tr", f"{method}Trainer"),
-        *("-npp", 1, "-nps", 1, "--disable_tta"),
+        *("-npp", workers, "-nps", workers, "--disable_tta"),
         nnUNet_results=str(elsewhere),
         nnUNet_preprocessed=str(elsewhere / "none"),
         nnUNet_raw=str(elsewhere / "none"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from conftest import CONFIGURATION, PHANTOM
 
 from nnunetv2_mstkd import testing
+from nnunetv2_mstkd.methods.registry import trainers
 
 PAGE = Path(__file__).parents[1] / "documentation" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -30,46 +32,64 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return site
 
 
-@pytest.fixture
-def call(site, phantom):
-    """Run a command in an environment that has the package."""
-    path = os.pathsep.join([str(site), *filter(None, [os.environ.get("PYTHONPATH")])])
-    variables = {**os.environ, "PYTHONPATH": path}
+@pytest.fixture(scope="module")
+def environment(site) -> dict[str, str]:
+    """Variables of a process that has the package, and the modules of the tests."""
+    path = [str(site), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
-    def run(*words: object, code: int = 0) -> str:
-        program = Path(sys.executable).with_name(str(words[0]))
-        done = subprocess.run([program, *map(str, words[1:])], env=variables, capture_output=True, text=True)
-        assert done.returncode == code, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout + done.stderr
 
-    return run
+COMMANDS = """
+import json, sys
+from conftest import command
+for words in json.loads(sys.argv[1]):
+    command(*words)
+    print(chr(0), flush=True)
+"""
+
+
+def call(environment: dict[str, str], *commands: tuple[object, ...]) -> list[str]:
+    """Run commands one after another in one process; what each printed."""
+    words = json.dumps([[str(word) for word in command] for command in commands])
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, words],
+        env=environment | {name: value for name, value in os.environ.items() if name.startswith("nnUNet_")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    return done.stdout.split(chr(0))
 
 
 def test_example_is_complete():
     assert set(FILES) == {"pyproject.toml", "matching/__init__.py", "matching/trainer.py"}
 
 
-def test_every_command_knows_it(call, phantom, tmp_path):
-    settings = ("--set", "matching.weight=3", "--epochs", 1)
-    assert "matching.weight = 3.0" in call(
-        "mstkd", "configure", "-d", PHANTOM, "-c", CONFIGURATION, "--name", "strong", *settings
-    )
-    for trainer in ("FullModalityTrainer", "MatchingTrainer"):
-        call("nnUNetv2_train", PHANTOM, "strong", 0, "-tr", trainer, "-device", "cpu")
-    fold = phantom.fold("MatchingTrainer", configuration="strong")
-    log = next(fold.glob("training_log_*.txt")).read_text()
-    assert re.search(r"terms: segmentation \S+, matching \S+", log) and "started from the teacher" in log
-
+def test_every_command_knows_it(environment, phantom, tmp_path):
     model = ("-d", PHANTOM, "-c", "strong", "-f", 0, "-device", "cpu", "-tr")
     options = ("-npp", 0, "-nps", 0, "--disable_tta", "--disable_progress_bar")
-    images = phantom.raw / phantom.dataset / "imagesTs"
-    call("mstkd", "predict", "-i", images, "-o", tmp_path / "out", *model, "MatchingTrainer", *options, "--drop", "T1")
-    assert len(list((tmp_path / "out").glob("*.nii.gz"))) == 2
-    for trainer in ("MatchingTrainer", "FullModalityTrainer"):
-        call("mstkd", "evaluate", *model, trainer, *options, "--subsets", "T1", "all")
-    folders = [fold.parent, phantom.fold("FullModalityTrainer", configuration="strong").parent]
-    assert "MatchingTrainer" in call("mstkd", "compare", *folders, "-o", tmp_path / "comparison")
-    steps = call("mstkd", "crossval", "-d", PHANTOM, "-c", "strong", "-tr", "MatchingTrainer", "-f", 1, "--dry-run")
+    images, out = phantom.raw / phantom.dataset / "imagesTs", tmp_path / "out"
+    fold, other = (
+        phantom.fold(trainer, configuration="strong") for trainer in ("MatchingTrainer", "FullModalityTrainer")
+    )
+    settings = ("--set", "matching.weight=3", "--epochs", 1)
+    configured, *_, compared, steps, _ = call(
+        environment,
+        ("mstkd", "configure", "-d", PHANTOM, "-c", CONFIGURATION, "--name", "strong", *settings),
+        ("nnUNetv2_train", PHANTOM, "strong", 0, "-tr", "FullModalityTrainer", "-device", "cpu"),
+        ("nnUNetv2_train", PHANTOM, "strong", 0, "-tr", "MatchingTrainer", "-device", "cpu"),
+        ("mstkd", "predict", "-i", images, "-o", out, *model, "MatchingTrainer", *options, "--drop", "T1"),
+        ("mstkd", "evaluate", *model, "MatchingTrainer", *options, "--subsets", "T1", "all"),
+        ("mstkd", "evaluate", *model, "FullModalityTrainer", *options, "--subsets", "T1", "all"),
+        ("mstkd", "compare", fold.parent, other.parent, "-o", tmp_path / "comparison"),
+        ("mstkd", "crossval", "-d", PHANTOM, "-c", "strong", "-tr", "MatchingTrainer", "-f", 1, "--dry-run"),
+    )
+    assert "matching.weight = 3.0" in configured
+    log = next(fold.glob("training_log_*.txt")).read_text()
+    assert re.search(r"terms: segmentation \S+, matching \S+", log) and "started from the teacher" in log
+    assert len(list(out.glob("*.nii.gz"))) == 2
+    assert "MatchingTrainer" in compared
     assert "train FullModalityTrainer (tiny), fold 1" in steps and "train MatchingTrainer (strong), fold 1" in steps
 
 
@@ -81,17 +101,20 @@ def test_unknown_section_without_the_package(phantom, capsys):
     assert "unknown setting 'matching'" in capsys.readouterr().err
 
 
-def test_properties_of_the_example(call, tmp_path):
-    file = tmp_path / "test_matching.py"
-    file.write_text(re.search(r"```python\n(import pytest\n.*?)```", TEXT, re.DOTALL)[1])
-    assert f"{len(testing.CHECKS)} passed" in call(
-        "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, file
-    )
-
-
-def test_medmap_fits_before_the_example(call, tmp_path):
+@pytest.fixture(scope="module")
+def passed(environment, tmp_path_factory) -> list[str]:
+    """The file of each test that passed: those of the page, and the same checks with MedMAP in front."""
+    folder = tmp_path_factory.mktemp("tests")
+    (folder / "test_matching.py").write_text(re.search(r"```python\n(import pytest\n.*?)```", TEXT, re.DOTALL)[1])
     code = re.search(r"### MedMAP in front of it\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]
-    test = """
+    (folder / "test_both.py").write_text(TEST_BOTH.replace("CODE", code))
+    command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", folder, folder]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return re.findall(r"(test_\w+)\.py::\S+ PASSED", done.stdout)
+
+
+TEST_BOTH = """
 import pytest
 from matching.trainer import MatchingTrainer
 from nnunetv2_mstkd import testing
@@ -109,10 +132,14 @@ def test_terms(tmp_path):
         terms = trainer.train_step(testing.batch(trainer))["terms"]
         assert set(terms) == {"segmentation", "matching", "alignment"} and terms["alignment"] > 0
 """
-    file = tmp_path / "test_both.py"
-    file.write_text(test.replace("CODE", code))
-    done = call("pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, file)
-    assert f"{len(testing.CHECKS) + 1} passed" in done
+
+
+def test_properties_of_the_example(passed):
+    assert passed.count("test_matching") == len(testing.CHECKS)
+
+
+def test_medmap_fits_before_the_example(passed):
+    assert passed.count("test_both") == len(testing.CHECKS) + 1
 
 
 @pytest.mark.parametrize(
@@ -124,15 +151,17 @@ def test_terms(tmp_path):
     ],
     ids=["broken", "no trainer", "other name"],
 )
-def test_bad_registrations_are_left_out(call, site, tmp_path, monkeypatch, code, problem):
+def test_bad_registrations_are_left_out(site, tmp_path, monkeypatch, code, problem):
     own = tmp_path / "matching"
     own.mkdir()
     (own / "__init__.py").touch()
     (own / "trainer.py").write_text(code)
-    script = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from nnunetv2_mstkd.methods.registry import trainers\n"
-        "print('MatchingTrainer' in trainers(), 'MSTKDTrainer' in trainers())"
-    )
-    found = call("python", "-c", script)
-    assert "False True" in found and problem in found
+    for folder in (site, tmp_path):
+        monkeypatch.syspath_prepend(folder)
+    try:
+        with pytest.warns(UserWarning, match=problem):
+            found = trainers()
+    finally:
+        for name in ("matching", "matching.trainer"):
+            sys.modules.pop(name, None)
+    assert "MatchingTrainer" not in found and "MSTKDTrainer" in found

@@ -43,7 +43,7 @@ TRAINERS = [getattr(methods, name) for name in methods.__all__]
 STUDENTS = [trainer for trainer in TRAINERS if issubclass(trainer, ModalityDropoutTrainer)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def mixed(preprocessed: Folders, tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """The phantom, of which two labelled cases lack modalities, one has no label, and one lacks both; with teachers."""
     top = tmp_path_factory.mktemp("mixed")

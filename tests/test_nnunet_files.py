@@ -8,6 +8,7 @@ from pathlib import Path
 import hand_plans
 import pytest
 import torch
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.nnunet.description import foreground_heads
@@ -19,6 +20,7 @@ from nnunetv2_mstkd.nnunet.folders import (
     refuse_same_folder,
     trained_folds,
 )
+from nnunetv2_mstkd.nnunet.input_folder import training_cases
 from nnunetv2_mstkd.nnunet.plans import inherited, lineage, read_plans
 from nnunetv2_mstkd.nnunet.splits import number_of_folds, read_splits, validation_cases
 
@@ -138,3 +140,23 @@ def test_noted_split(tmp_path: Path):
         content = {"network_weights": {"a": torch.zeros(1)}, "mstkd": noted}
         checkpoints.write(content, tmp_path / "c.pth")
         assert checkpoints.noted_split(tmp_path / "c.pth") == expected
+
+
+# ---- training cases ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_training_cases_are_nnunets(tmp_path: Path, monkeypatch, listed):
+    monkeypatch.setenv("IMAGES", "imagesTr")
+    (tmp_path / "imagesTr").mkdir()
+    description: dict = {"file_ending": ".nii.gz"}
+    for case in ("b", "a", "a_0000", "a.b"):
+        for channel in range(2):
+            (tmp_path / "imagesTr" / f"{case}_{channel:04d}.nii.gz").touch()
+    if listed:
+        images = ["$IMAGES/a_0001.nii.gz", "imagesTr/b_0000.nii.gz"]
+        description["dataset"] = {"x": {"images": images, "label": "labelsTr/x.nii.gz"}}
+    (tmp_path / "dataset.json").write_text(json.dumps(description))
+    found = {name: list(map(str, case.files)) for name, case in training_cases(tmp_path, 2).items()}
+    nnunets = get_filenames_of_train_images_and_targets(str(tmp_path))
+    assert found == {name: entry["images"] for name, entry in nnunets.items()} and len(found) == (1 if listed else 4)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import os
 import re
 from collections import defaultdict
@@ -102,20 +100,27 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
 
 
 def training_cases(raw: Path, channels: int) -> dict[str, Case]:
-    """Find the training cases of a data set below nnUNet_raw, by name; each must have so many images."""
-    from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+    """Find the training cases of a data set below nnUNet_raw, by name; each must have so many images.
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = get_filenames_of_train_images_and_targets(str(raw), read_json(raw / "dataset.json"))
+    These are the cases of nnU-Net's ``get_filenames_of_train_images_and_targets``, which starts twelve processes.
+    """
+    description = read_json(raw / "dataset.json")
+    found: dict[str, list[Path]] = defaultdict(list)
+    for name, entry in description.get("dataset", {}).items():
+        found[name] = [raw / os.path.expandvars(path) for path in entry["images"]]
+    if "dataset" not in description:
+        pattern = re.compile(rf"(.+)_\d{{{CHANNEL_DIGITS}}}{re.escape(description['file_ending'])}", re.DOTALL)
+        for path in sorted((raw / "imagesTr").iterdir()):
+            if match := pattern.fullmatch(path.name):
+                found[match[1]].append(path)
     cases = {}
-    for name, entry in found.items():
-        images = tuple(Path(path) for path in entry["images"])
+    for name, images in found.items():
         absent = next((path for path in images if not path.is_file()), None)
         if absent is not None:
             raise MissingFileError(f"the image {absent} of case {name} does not exist")
         if len(images) != channels:
             raise MissingFileError(f"{raw}: case {name} has {len(images)} images, expected {channels}")
-        cases[name] = Case(str(name), images)
+        cases[name] = Case(name, tuple(images))
     return cases
 
 

@@ -38,27 +38,30 @@ class TermLog:
         return {key[len(PREFIX) :]: list(values) for key, values in self._lists.items() if key.startswith(PREFIX)}
 
     def plot(self, epoch: int) -> None:
-        """Draw one small panel per name, up to ``epoch``.
+        """Draw the picture, up to ``epoch``.
 
         nnU-Net's own plot stops at the shortest list, so a name without a value for ``epoch`` gets NaN here.
         """
         for key, values in self._lists.items():
             if key.startswith(PREFIX):
                 values.extend([math.nan] * (epoch + 1 - len(values)))
-        history = self.history()
-        if not history:
-            return
+        if history := self.history():
+            self.draw(history)
+
+    def draw(self, history: Mapping[str, list[float]]) -> None:
+        """Draw one small panel per name."""
         columns = min(3, len(history))
         rows = math.ceil(len(history) / columns)
+        width, height = 4.2 * columns, 2.8 * rows
         # a figure of its own: pyplot would keep global state, and nnU-Net's seaborn style is for much larger ones
         with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "axes.facecolor": "white", "grid.color": "0.9"}):
-            figure = Figure(figsize=(4.2 * columns, 2.8 * rows))
-            axes = figure.subplots(rows, columns, squeeze=False)
-            for axis in axes.flat[len(history) :]:
-                axis.set_visible(False)
-            for axis, (name, values) in zip(axes.flat, history.items(), strict=False):
+            figure = Figure(figsize=(width, height))
+            # in inches; tight_layout would draw all twice in every epoch
+            margins = {"left": 0.6 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
+            axes = [figure.add_subplot(rows, columns, number + 1) for number in range(len(history))]
+            figure.subplots_adjust(**margins, wspace=0.22, hspace=0.45)
+            for axis, (name, values) in zip(axes, history.items(), strict=True):
                 axis.plot(range(len(values)), values, color="tab:blue", marker="." if len(values) < 30 else None)
                 axis.set_title(name.replace("_", " "))
                 axis.set_xlabel("epoch")
-            figure.tight_layout()
             figure.savefig(Path(self._folder) / "progress_terms.png", dpi=90)
