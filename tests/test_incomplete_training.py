@@ -27,6 +27,7 @@ from tiny import REGIONS, batch, give_teacher, same, state, wake
 
 from nnunetv2_mstkd import methods, modalities
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.inference.expected_dice import SUMMARY
 from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
 from nnunetv2_mstkd.methods import ModalityDropoutTrainer
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
@@ -365,6 +366,30 @@ def test_pseudo_label_loss_reaches_the_student_only(regions):
     assert guide.grad is None and student.grad.abs().sum() > 0
     uncertain = pseudo_label_loss(student.detach(), torch.zeros(2, 3, 4, 4), regions=regions, dice=0.0)
     assert uncertain == 0
+    # nothing is left to be certain of, and decisions are the same
+    hot = pseudo_label_loss(student.detach(), guide.detach(), regions=regions, dice=0.0, temperature=1e6)
+    assert hot == 0
+    cold, warm = (
+        pseudo_label_loss(student.detach(), guide.detach(), regions=regions, confidence=0.999999, temperature=t)
+        for t in (1e3, 2e3)
+    )
+    assert cold == warm > 0
+
+
+@pytest.mark.parametrize("size", [4, 3])
+def test_the_guide_has_the_temperature_of_its_evaluation(make_trainer, size):
+    trainer = make_trainer(methods.KDTrainer, block={"unlabelled": {"temperature": None}})
+    with pytest.raises(InputError, match="there is none; give a number"):
+        trainer.guide_temperature  # noqa: B018
+    trainer._teacher_identity = {"path": "Dataset/Teacher__nnUNetPlans__tiny/fold_0/checkpoint_final.pth"}
+    file = Path(trainer.output_folder_base).parents[1] / "Dataset" / "Teacher__nnUNetPlans__tiny" / SUMMARY
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps({"calibration": {"temperature": {"1": 3.0, str(size): 1.5}}}))
+    if size == 4:
+        assert trainer.guide_temperature == 1.5
+    else:
+        with pytest.raises(InputError, match="was not evaluated with all 4 modalities"):
+            trainer.guide_temperature  # noqa: B018
 
 
 def with_unlabelled(trainer, seed=100):

@@ -16,7 +16,13 @@ from nnunetv2_mstkd.losses.logits import (
 
 
 def pseudo_label_loss(
-    student: torch.Tensor, guide: torch.Tensor, *, regions: bool, confidence: float = 0.7, dice: float = 1.0
+    student: torch.Tensor,
+    guide: torch.Tensor,
+    *,
+    regions: bool,
+    confidence: float = 0.7,
+    temperature: float = 1.0,
+    dice: float = 1.0,
 ) -> torch.Tensor:
     """Cross-entropy where the guide is certain, plus a soft Dice with its decisions.
 
@@ -32,6 +38,8 @@ def pseudo_label_loss(
         See :mod:`nnunetv2_mstkd.losses`; the guide takes the teacher's place and gets no gradient.
     confidence
         From 0.5 to below 1.
+    temperature
+        Of the guide: its logits are divided by it, which changes no decision.
     dice
         Weight of the Dice.
 
@@ -41,7 +49,7 @@ def pseudo_label_loss(
     """
     check_logits(student, guide, regions)
     with torch.autocast(device_type=student.device.type, enabled=False):
-        student, target = student.float(), probabilities(guide.detach(), regions)
+        student, target = student.float(), probabilities(guide.detach() / temperature, regions)
         if regions:
             loss = functional.binary_cross_entropy_with_logits(student, target, reduction="none")
             certain, decided = torch.maximum(target, 1 - target) > confidence, target > 0.5

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
+from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.inference.expected_dice import read_temperatures
 from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
@@ -78,6 +81,20 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def guide(self, teacher: Any, complete: torch.Tensor) -> torch.Tensor:
         """The teacher's logits: it has seen the labels of other patients, and all modalities of this one."""
         return teacher.logits
+
+    @cached_property
+    def guide_temperature(self) -> float:
+        """``unlabelled.temperature``, or that of the teacher's evaluation."""
+        if self.settings[UnlabelledSettings].temperature is not None or self._teacher_identity is None:
+            return super().guide_temperature
+        checkpoint = Path(self.output_folder_base).parents[1] / self._teacher_identity["path"]
+        temperatures = read_temperatures(checkpoint.parents[1])
+        count = len(modalities.modality_names(self.dataset_json))
+        if count not in temperatures:
+            raise InputError(
+                f"{checkpoint.parents[1]} was not evaluated with all {count} modalities; give a temperature"
+            )
+        return temperatures[count]
 
     def common_terms(self) -> tuple[Term, ...]:
         weight = self.settings[DistillationSettings].soft_labels or 0.0

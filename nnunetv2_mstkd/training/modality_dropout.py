@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed as dist
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
 from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
@@ -239,7 +241,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
             self.print_to_log_file(
                 f"each batch has {batch_size} unlabelled samples beside {self.batch_size} labelled ones: weight "
                 f"{section.weight:g} after the first {section.ramp:.0%}, cross-entropy where the guide is more certain "
-                f"than {section.confidence:g}, Dice {section.dice:g}"
+                f"than {section.confidence:g} at temperature {self.guide_temperature:.3g}, Dice {section.dice:g}"
             )
         return train, validation
 
@@ -267,6 +269,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
             self.guide(rows_of(teacher, last), unlabelled),
             regions=self.label_manager.has_regions,
             confidence=section.confidence,
+            temperature=self.guide_temperature,
             dice=section.dice,
         )
 
@@ -278,6 +281,16 @@ class ModalityDropoutTrainer(SettingsTrainer):
             logits = finest(network(complete))
         network.train()
         return logits
+
+    @cached_property
+    def guide_temperature(self) -> float:
+        """``unlabelled.temperature``."""
+        temperature = self.settings[UnlabelledSettings].temperature
+        if temperature is None:
+            raise InputError(
+                "unlabelled.temperature is null, that of a trained teacher, and there is none; give a number"
+            )
+        return temperature
 
     def unlabelled_weight(self) -> float:
         """Weight of the loss of unlabelled samples: it rises at the start and does not fade."""

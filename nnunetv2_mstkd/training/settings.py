@@ -341,6 +341,9 @@ class UnlabelledSettings(Section):
     """Weight of its soft Dice beside its cross-entropy."""
     confidence: Annotated[float, Range(0.5, 1, below=True)] = 0.7
     """The cross-entropy counts voxels where the guide is more certain than this."""
+    temperature: Positive | None = 1.0
+    """The guide's logits are divided by it first; null: by the temperature that ``mstkd evaluate`` fitted to the
+    teacher for all modalities."""
     ramp: Fraction = 0.1
     """Fraction of the training over which the weight rises as exp(-5 (1 - t)^2)."""
 
