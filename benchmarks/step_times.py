@@ -2,8 +2,9 @@
 
     python benchmarks/step_times.py [--bfloat16] DATASET FOLD DEVICE FILE NAME=TRAINER:CONFIGURATION ...
 
-The steps of all trainers are interleaved, so that they share the machine's weather, and their mean counts, because not
-every step of a trainer costs the same. On a CPU the clock is that of the process. The times are added to the JSON FILE.
+The steps of all trainers are interleaved, so that they share the machine's weather, and their mean over four moments of
+the training counts, because not every step of a trainer costs the same, nor does every patch where patches grow. On a
+CPU the clock is that of the process. The times are added to the JSON FILE.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_mstkd.images.atomic import read_json, write_json
 
-WARM_UP, ROUNDS = 4, 24
-"""The first steps, which are left out, and those that count. A term of every k-th step has its share for k up to 24."""
+MOMENTS, WARM_UP, ROUNDS = 4, 3, 8
+"""Moments of the training; at each the first steps, which are left out, and those that count. A term of every k-th step
+has its share for k up to 8."""
 
 
 def start(dataset: str, fold: int, device: torch.device, trainer: str, configuration: str) -> Any:
-    """A trainer in its first epoch."""
+    """A trainer that has not begun its first epoch."""
     started = get_trainer_from_args(dataset, configuration, fold, trainer, device=device)
     started.on_train_start()
-    started.on_train_epoch_start()
     return started
+
+
+def enter(trainer: Any, moment: int) -> None:
+    """Go to the middle of a quarter of the training."""
+    trainer.current_epoch = int((moment + 0.5) / MOMENTS * trainer.num_epochs)
+    trainer.on_train_epoch_start()
 
 
 def step(trainer: Any, number: int) -> float:
@@ -60,16 +67,21 @@ def main() -> None:
         name, trainer = word.split("=", 1)
         trainers[name] = start(dataset, int(fold), torch.device(device), *trainer.split(":", 1))
     times: dict[str, list[float]] = {name: [] for name in trainers}
-    for number in range(WARM_UP + ROUNDS):
-        for name, trainer in trainers.items():
-            times[name].append(step(trainer, number))
+    for moment in range(MOMENTS):
+        for trainer in trainers.values():
+            enter(trainer, moment)
+        for number in range(WARM_UP + ROUNDS):
+            for name, trainer in trainers.items():
+                seconds = step(trainer, number)
+                if number >= WARM_UP:
+                    times[name].append(seconds)
     for trainer in trainers.values():
         for loader in (trainer.dataloader_train, trainer.dataloader_val):
             getattr(loader, "_finish", lambda: None)()
         if not any(Path(trainer.output_folder).glob("checkpoint_*.pth")):
             shutil.rmtree(trainer.output_folder, ignore_errors=True)
     known = read_json(Path(file)) if Path(file).is_file() else {}
-    found = {name: round(sum(values[WARM_UP:]) / ROUNDS, 5) for name, values in times.items()}
+    found = {name: round(sum(values) / len(values), 5) for name, values in times.items()}
     write_json(Path(file), known | found)
 
 
