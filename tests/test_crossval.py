@@ -19,7 +19,7 @@ from nnunetv2_mstkd.crossval.cluster import minutes_of
 from nnunetv2_mstkd.crossval.local import run_steps
 from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
-from nnunetv2_mstkd.crossval.plan import make_steps, teacher_of
+from nnunetv2_mstkd.crossval.plan import make_steps, needed_by
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Progress, Step, Train, Training, finished_epochs
 
 
@@ -373,15 +373,31 @@ def test_teacher_of_a_parent_configuration(phantom):
     plans = plans_of(phantom)
     plans["configurations"]["other"] = {"inherits_from": CONFIGURATION, "mstkd": {"schedule": {"epochs": 9}}}
     model = Training(phantom.results / phantom.dataset, "902", "other", "MSTKDTrainer")
-    assert teacher_of(model, plans, 0).configuration == CONFIGURATION
+    assert [each.configuration for each in needed_by(model, plans, 0)] == [CONFIGURATION]
     own = phantom.fold("MSTKDTeacherTrainer", configuration="other")
     own.mkdir(parents=True)
     (own / "checkpoint_latest.pth").touch()
-    assert teacher_of(model, plans, 0).configuration == "other"
+    assert [each.configuration for each in needed_by(model, plans, 0)] == ["other"]
     parent = phantom.fold("MSTKDTeacherTrainer")
     parent.mkdir(parents=True)
     (parent / "checkpoint_final.pth").touch()
-    assert teacher_of(model, plans, 0).configuration == CONFIGURATION
+    assert [each.configuration for each in needed_by(model, plans, 0)] == [CONFIGURATION]
+
+
+def test_a_model_to_start_from_is_trained_first(phantom):
+    """Its own, and that of the teacher; not that trainer itself, and not in a circle."""
+    for source, expected in (
+        ("FullModalityTrainer", ["FullModalityTrainer", "MSTKDTeacherTrainer", "MSTKDTrainer"]),
+        ("MSTKDTeacherTrainer", ["MSTKDTeacherTrainer", "MSTKDTrainer"]),
+        ("MSTKDTrainer", ["MSTKDTeacherTrainer", "MSTKDTrainer"]),
+        ("elsewhere/checkpoint_final.pth", ["MSTKDTeacherTrainer", "MSTKDTrainer"]),
+    ):
+        plans = plans_of(phantom)
+        plans["configurations"][CONFIGURATION]["mstkd"] = {"schedule": {"init_from": source}}
+        model = Training(phantom.results / phantom.dataset, str(PHANTOM), CONFIGURATION, "MSTKDTrainer")
+        steps = make_steps(phantom.preprocessed / phantom.dataset, [model], [0], plans, evaluation=False)
+        assert [step.model.trainer for step in steps] == expected
+        assert set(steps[-1].needs) == {step.key for step in steps[:-1]}
 
 
 # ---- the commands --------------------------------------------------------------------------------------------------

@@ -293,6 +293,17 @@ def test_skip_bad_predicts_the_good_cases_and_fails(bad, model, capsys):
     assert "  two: T3 (two_0003.nii.gz) cannot be read" in err
 
 
+def test_a_misnamed_file_leaves_out_the_case_whose_name_it_begins_with(folders, model, capsys):
+    """The case would lack this image without a word."""
+    (folders / "in" / "two_0003.nii.gz").rename(folders / "in" / "two_3.nii.gz")
+    write(folders / "in" / "twofold.nii.gz", noise(2))  # of no case
+    assert predict(folders, model, "--skip-bad") == 1
+    assert sorted(segmentations(folders / "out")) == ["complete.nii.gz", "one.nii.gz"]
+    err = capsys.readouterr().err
+    assert "2 problems in 1 case, left out:" in err
+    assert "  two: two_3.nii.gz has no channel number of four digits" in err
+
+
 def test_skip_bad_with_bad_cases_only_is_refused(bad, model, capsys):
     for path in (bad / "in").glob("complete_*"):
         path.unlink()

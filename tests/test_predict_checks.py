@@ -64,9 +64,9 @@ def test_files_become_cases_with_gaps(folder):
         ("a_0000.nii", "a", "a_0000.nii does not end in .nii.gz"),
         ("a_0000.NII.GZ", "a", "a_0000.NII.GZ does not end in .nii.gz"),
         ("scan.png", None, "scan.png does not end in .nii.gz"),
-        ("a.nii.gz", None, "a.nii.gz has no channel number"),
-        ("a_000.nii.gz", None, "a_000.nii.gz has no channel number"),
-        ("a_00001.nii.gz", None, "a_00001.nii.gz has no channel number"),
+        ("a.nii.gz", "a", "a.nii.gz has no channel number"),
+        ("a_000.nii.gz", "a", "a_000.nii.gz has no channel number"),
+        ("a_00001.nii.gz", "a", "a_00001.nii.gz has no channel number"),
         ("A_0001.nii.gz", "a", "is a duplicate case id: A and a differ in upper and lower case only"),
     ],
 )

@@ -101,18 +101,11 @@ def make_steps(
     for model in models:
         last = []  # what the pooled evaluation waits for
         for fold in folds:
-            teacher = teacher_of(model, plans, fold)
-            needs: tuple[str, ...] = ()
-            if teacher is not None:
-                first = Train(teacher, fold=fold)
-                steps.setdefault(first.key, first)
-                needs = (first.key,)
-            step: Step = Train(model, needs, fold=fold)
-            steps[step.key] = step  # in the place of the teacher that it may be for another one
+            key = _add_training(steps, model, plans, fold)
             if evaluation and len(folds) > 1:
-                step = Evaluate(model, (step.key,), (fold,), **measuring)
-                steps[step.key] = step
-            last.append(step.key)
+                step = Evaluate(model, (key,), (fold,), **measuring)
+                steps[step.key], key = step, step.key
+            last.append(key)
         if evaluation:
             pool = Evaluate(model, tuple(last), tuple(folds), pooled=True, **measuring)
             steps[pool.key] = pool
@@ -123,26 +116,38 @@ def make_steps(
     return list(steps.values())
 
 
-def teacher_of(model: Training, plans: Mapping[str, Any], fold: int) -> Training | None:
-    """The model that must be trained before `model`, a finished one if there is one; None if it needs no teacher."""
-    from nnunetv2_mstkd.training.distillation import DistillationTrainer
-    from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
-    from nnunetv2_mstkd.training.teacher import teacher_configuration
+def _add_training(
+    steps: dict[str, Step], model: Training, plans: Mapping[str, Any], fold: int, above: tuple[Training, ...] = ()
+) -> str:
+    """Add a training after those that it needs, and return its key; ``above`` are those that need it."""
+    first = [each for each in needed_by(model, plans, fold) if each not in above]
+    needs = tuple(_add_training(steps, each, plans, fold, (*above, model)) for each in first)
+    step = Train(model, needs, fold=fold)
+    steps.setdefault(step.key, step)
+    return step.key
 
-    trainer = find_trainer(model.trainer)
-    if not issubclass(trainer, DistillationTrainer):
-        return None
+
+def needed_by(model: Training, plans: Mapping[str, Any], fold: int) -> list[Training]:
+    """The models that must be trained before `model`: its teacher and the one that it starts from, if it has them."""
+    from nnunetv2_mstkd.training.base import SettingsTrainer
+    from nnunetv2_mstkd.training.distillation import DistillationTrainer
+    from nnunetv2_mstkd.training.finished import configuration_with
+    from nnunetv2_mstkd.training.settings import ScheduleSettings, Settings, TeacherSettings
+
     block = inherited(plans, model.configuration, BLOCK)
-    settings = Settings.read(block, [TeacherSettings], strict=False)[TeacherSettings]
-    if settings.joint:
-        return None
-    name = trainer.teacher_trainer.__name__
-    configuration = teacher_configuration(
-        model.results,
-        trainer=name,
-        plans=plans,
-        configuration=model.configuration,
-        fold=fold,
-        wanted=settings.configuration,
-    )
-    return dataclasses.replace(model, trainer=name, configuration=configuration)
+    settings = Settings.read(block, [TeacherSettings, ScheduleSettings], strict=False)
+    source, teacher = settings[ScheduleSettings].init_from, settings[TeacherSettings]
+    trainer = find_trainer(model.trainer)
+    wanted: dict[str, str] = {}
+
+    def want(name: str, configuration: str | None, same: bool = False) -> None:
+        wanted[name] = configuration or configuration_with(
+            model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold, same=same
+        )
+
+    named = source and source != model.trainer and not source.endswith(".pth")
+    if source and named and issubclass(trainer, SettingsTrainer):
+        want(source, None, same=True)
+    if issubclass(trainer, DistillationTrainer) and not teacher.joint:
+        want(trainer.teacher_trainer.__name__, teacher.configuration)
+    return [dataclasses.replace(model, trainer=name, configuration=of) for name, of in wanted.items()]

@@ -79,9 +79,9 @@ def _wrong_voxels(channel: Channel) -> list[str]:
 
 
 def count_problems(problems: Sequence[Problem]) -> str:
-    """``3 problems in 2 cases``."""
+    """``3 problems in 2 cases``, or ``3 problems`` if no case is concerned."""
     number, bad = len(problems), len({problem.case for problem in problems if problem.case is not None})
-    return f"{number} problem{'s' * (number != 1)} in {bad} case{'s' * (bad != 1)}"
+    return f"{number} problem{'s' * (number != 1)}" + (f" in {bad} case{'s' * (bad != 1)}" if bad else "")
 
 
 def format_problems(problems: Sequence[Problem]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -96,7 +96,7 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
     for name, present in sorted(found.items()):
         paths = tuple(present.get(channel) for channel in range(len(names)))
         cases.append(Case(name, paths, stamps=tuple(None if path is None else _stamp(path) for path in paths)))
-    return cases, problems + _same_names(cases)
+    return cases, [_claimed(problem, found) for problem in problems] + _same_names(cases)
 
 
 def training_cases(raw: Path, channels: int) -> dict[str, Case]:
@@ -167,6 +167,15 @@ def _stray(path: Path, file_ending: str) -> list[Problem]:
     match = re.fullmatch(rf"(.+)_\d{{{CHANNEL_DIGITS}}}", path.name[: -len(ending)], re.DOTALL)
     text = f"{path.name} does not end in {file_ending}, as dataset.json says the files of this data set do"
     return [Problem(match[1] if match else None, text)]
+
+
+def _claimed(problem: Problem, names: Iterable[str]) -> Problem:
+    """Give a file of no case to the case whose name it begins with: that one may lack this very image."""
+    if problem.case is not None:
+        return problem
+    text = problem.text
+    own = [name for name in names if text.startswith(name) and not text[len(name)].isalnum()]
+    return problem._replace(case=max(own, key=len)) if own else problem
 
 
 def _same_names(cases: Sequence[Case]) -> list[Problem]:

@@ -28,7 +28,7 @@ from nnunetv2_mstkd.images.atomic import clear_scratch
 from nnunetv2_mstkd.inference.workers import workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, per_channel
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
-from nnunetv2_mstkd.nnunet.folders import BEST, FINAL, find_raw_folder, model_folder_name
+from nnunetv2_mstkd.nnunet.folders import BEST, find_raw_folder
 from nnunetv2_mstkd.nnunet.mask_differences import MaskDifferences
 from nnunetv2_mstkd.nnunet.model import plain_network
 from nnunetv2_mstkd.nnunet.per_channel import data_folder
@@ -36,6 +36,7 @@ from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.preprocessing import identifiers
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.finished import finished_checkpoint
 from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
 from nnunetv2_mstkd.training.initial_weights import (
     ChannelMatch,
@@ -480,8 +481,7 @@ class SettingsTrainer(nnUNetTrainer):
         results = Path(self.output_folder_base).parents[1]
         if source.endswith(".pth"):
             return Path(source) if Path(source).is_absolute() else results / source
-        name = model_folder_name(source, self.plans_manager.plans_name, self.configuration_name)
-        return Path(self.output_folder_base).parent / name / f"fold_{self.fold}" / FINAL
+        return finished_checkpoint(source, self, "model to start from (schedule.init_from)", same=True)
 
     def _start_from(self, weights: dict[str, torch.Tensor], source: str, names: tuple[str, ...] | None = None) -> None:
         """Load weights, whose input channels have these ``names``; None: they are those of this training."""

@@ -263,11 +263,11 @@ class ScheduleSettings(Section):
     added_lr: Share = 3e-4
     """AdamW rate of what a network has beyond the plans' U-Net: transformer and pyramids, adapters, conditioning."""
     init_from: str | None = None
-    """Weights to start from: the name of a trainer whose final checkpoint of the same configuration and fold is taken
-    (that trainer itself starts at random), or a checkpoint file (absolute or below nnUNet_results; it is of one fold,
-    whose training cases another fold validates on). Matching tensors are loaded, input channels by the modalities'
-    names, one channel is spread over all; an encoder per modality, if as wide, takes the U-Net's with that modality's
-    channel. The rest is listed."""
+    """Weights to start from: the name of a trainer whose final checkpoint of the same fold is taken, of the
+    configuration or a parent with the same network (that trainer itself starts at random), or a checkpoint file
+    (absolute or below nnUNet_results; it is of one fold, whose training cases another fold validates on). Matching
+    tensors are loaded, input channels by the modalities' names, one channel is spread over all; an encoder per
+    modality, if as wide, takes the U-Net's with that modality's channel. The rest is listed."""
 
     LEARNING_RATES: ClassVar[Mapping[str, float]] = types.MappingProxyType({"sgd": 1e-2, "adamw": 1e-3, "adam": 1e-4})
 

@@ -10,13 +10,13 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet import checkpoints, per_channel
 from nnunetv2_mstkd.nnunet.description import check_description
-from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_number, model_folder_name
-from nnunetv2_mstkd.nnunet.plans import BLOCK, lineage
+from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
 from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.finished import finished_checkpoint
 from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
 
 
@@ -33,70 +33,17 @@ class Teacher(NamedTuple):
     """What it was built with."""
 
 
-def teacher_configuration(
-    results_folder: Path, *, trainer: str, plans: Mapping, configuration: str, fold: int | str, wanted: str | None
-) -> str:
-    """Return the configuration whose teacher a student learns from: finished, else begun, else to be trained.
-
-    Parameters
-    ----------
-    results_folder
-        nnUNet_results/DatasetXXX_NAME.
-    trainer, plans, configuration, fold
-        The teacher's trainer, and the student's plans, configuration and fold.
-    wanted
-        Setting ``teacher.configuration``; None: the first of the student's own configuration and its parents that
-        has a teacher. Where none has, the most general one with the student's network: one teacher for many students.
-    """
-    if wanted is not None:
-        return wanted
-    configurations = list(lineage(plans, configuration))
-    for checkpoint in (FINAL, "checkpoint_*.pth"):
-        for name in configurations:
-            if any(_fold_folder(results_folder, trainer, plans, name, fold).glob(checkpoint)):
-                return name
-    return [name for name in configurations if _same_network(plans, name, configuration)][-1]
-
-
-def _fold_folder(results_folder: Path, trainer: str, plans: Mapping, configuration: str, fold: int | str) -> Path:
-    return results_folder / model_folder_name(trainer, plans["plans_name"], configuration) / f"fold_{fold}"
-
-
-def _same_network(plans: Mapping, first: str, second: str) -> bool:
-    manager = PlansManager(dict(plans))
-    one, other = (manager.get_configuration(name).configuration for name in (first, second))
-    return all(one.get(key) == other.get(key) for key in ("patch_size", "spacing", "architecture"))
-
-
 def find_teacher(trainer: type[SettingsTrainer], student: SettingsTrainer) -> Path:
     """Return the final checkpoint of a student's teacher.
+
+    It is of ``teacher.configuration``, or of the first of the student's configuration and its parents that has one.
 
     Raises
     ------
     MissingFileError
         With the command that trains the missing teacher.
     """
-    results, plans, fold = Path(student.output_folder_base).parent, student.plans_manager.plans, student.fold
-    name = teacher_configuration(
-        results,
-        trainer=trainer.__name__,
-        plans=plans,
-        configuration=student.configuration_name,
-        fold=fold,
-        wanted=student.settings[TeacherSettings].configuration,
-    )
-    folder = _fold_folder(results, trainer.__name__, plans, name, fold)
-    if (folder / FINAL).is_file():
-        return folder / FINAL
-    number = dataset_number(student.plans_manager.dataset_name)
-    command = f"nnUNetv2_train {number} {name} {fold} -tr {trainer.__name__}"
-    if plans["plans_name"] != "nnUNetPlans":
-        command += f" -p {plans['plans_name']}"
-    if any(folder.glob("checkpoint_*.pth")):
-        raise MissingFileError(
-            f"the teacher of fold {fold} is not finished: {folder} has no {FINAL}. Continue it first: {command} --c"
-        )
-    raise MissingFileError(f"no teacher for fold {fold}: {folder / FINAL} does not exist. Train it first: {command}")
+    return finished_checkpoint(trainer.__name__, student, "teacher", student.settings[TeacherSettings].configuration)
 
 
 def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTrainer) -> Teacher:
