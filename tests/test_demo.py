@@ -83,7 +83,7 @@ def preprocess_here(real):
 
 
 def _table(text: str) -> str:
-    return text[text.index("Dice in %") : text.index("measured in")]
+    return text[text.index("Dice in %") : text.index("total computing time")]
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd demo`."""
     parser.description = (
-        "Make a small synthetic data set with four MRI modalities, train nnU-Net on complete cases and "
-        "ModalityDropoutTrainer on random subsets, evaluate both on all 15 subsets of the test cases, and compare the "
-        "two. A second call continues where the first was stopped."
+        "Make a small synthetic data set with four MRI modalities, train nnU-Net on complete cases, continue from its "
+        "weights with ModalityDropoutTrainer on random subsets for as many epochs, evaluate both on all 15 subsets of "
+        "the test cases, and compare the two. A second call continues where the first was stopped."
     )
     add = parser.add_argument
     add("-o", "--out", type=Path, default=Path("mstkd_demo"), help="output folder (default: ./%(default)s)")

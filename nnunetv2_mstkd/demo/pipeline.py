@@ -254,6 +254,29 @@ class Demo:
         split = {"train": cases[:-VALIDATION_CASES], "val": cases[-VALIDATION_CASES:]}
         write_json(self.preprocessed / "splits_final.json", [split], indent=4)
 
+    def continued(self) -> str:
+        """What the comparison does not show: a sentence."""
+        names = " and ".join(model.title for model in self.models[1:])
+        return (
+            f"{names} continued from the weights of {self.models[0].title}: they are compared with a model that has "
+            "trained for half as many steps or less"
+        )
+
+    def hours(self) -> dict[str, float]:
+        """Hours of training of each model, with those of the models that it needs."""
+        seconds = self.record["seconds"]
+
+        def of(model: Model) -> float:
+            return float(seconds.get(self.train(model).key, 0.0)) / 3600
+
+        found = {}
+        for model in self.models:
+            teacher = getattr(find_trainer(model.trainer), "teacher_trainer", None)
+            needed = [each for each in self.teachers if teacher is not None and each.trainer == teacher.__name__]
+            needed += [BASELINE] if model is not BASELINE else []
+            found[model.title] = sum(map(of, [model, *needed]))
+        return found
+
     # ---- time ----------------------------------------------------------------------------------------------------
 
     def announcement(self) -> str:

@@ -15,7 +15,7 @@ def write_result(demo: Demo) -> str:
     """Compare the evaluated models, write the comparison and a heat map, and return the text to print."""
     output = demo.folder / "comparison"
     models = {model.title: demo.evaluation(model) for model in demo.models}
-    comparison = compare(models, baseline=demo.models[0].title, output=output)
+    comparison = compare(models, baseline=demo.models[0].title, hours=demo.hours(), output=output)
     figure = figures.heat_map(comparison.results)
     figure.supxlabel(DISCLAIMER, fontsize=8, color="0.4")
     figures.save_figure(figure, output / "heat_map.png", dpi=110)
@@ -25,8 +25,8 @@ def write_result(demo: Demo) -> str:
     return "\n".join(
         [
             models_by_subset(comparison, "dice"),
-            f"\n{DISCLAIMER}",
-            f"measured in {sum(demo.record['seconds'].values()) / 60:.1f} minutes of computing\n",
+            f"\n{demo.continued()}\n{DISCLAIMER}",
+            f"total computing time: {sum(demo.record['seconds'].values()) / 60:.1f} minutes\n",
             *(f"{what + ':':<{width}}{path}" for what, path in files.items()),
             "\nnext, predict without T1ce, or drop images into a page:\n",
             *next_commands(demo),

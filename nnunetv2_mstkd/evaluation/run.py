@@ -156,6 +156,7 @@ class Evaluator:
         )
         # not in the records: cases and folds may be added
         settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
+        settings["description"] = str(self.model.dataset_json.get("description") or "")
         near = found.near if self.stack > 1 else None
         return Measured(
             found.results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration

@@ -22,6 +22,7 @@ from nnunetv2_mstkd.reporting.tables import (
     P_HOLM,
     TEXT,
     SubsetContent,
+    about_data,
     escaped,
     estimate,
     frame_cells,
@@ -317,7 +318,8 @@ def _costs(comparison: Comparison) -> pd.DataFrame:
 def _compared(comparison: Comparison) -> str:
     counts = {"case": len(comparison.cases), "patient": comparison.num_patients, "subset": len(comparison.subsets)}
     cases, patients, subsets = (f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
-    return f"Compared on {cases} of {patients}, {subsets} of modalities."
+    data = about_data(comparison.rule("dataset"), comparison.rule("description"))
+    return f"Compared on {cases} of {patients}, {subsets} of modalities.{data}"
 
 
 def _models(comparison: Comparison) -> pd.DataFrame:

@@ -38,7 +38,14 @@ from nnunetv2_mstkd.reporting.pictures import (
     label_colors,
     overlay_uri,
 )
-from nnunetv2_mstkd.reporting.tables import calibration_table, finding_tables, points, presence_table, subset_content
+from nnunetv2_mstkd.reporting.tables import (
+    about_data,
+    calibration_table,
+    finding_tables,
+    points,
+    presence_table,
+    subset_content,
+)
 from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
 
@@ -103,11 +110,13 @@ def html_report(
     """
     cases = _case_means(findings)
     folds = ", ".join(findings.folds)
+    named = findings.model if findings.model.startswith(findings.trainer) else f"{findings.model}: {findings.trainer}"
     return render(
         "report.html",
         now=now,
-        title=f"{findings.model}: {findings.trainer}, fold{'s' if len(findings.folds) > 1 else ''} {folds}",
+        title=f"{named}, fold{'s' if len(findings.folds) > 1 else ''} {folds}",
         findings=findings,
+        data=about_data(run.get("dataset"), run.get("description")),
         tables=[_subset_table(findings, rules, metric) for metric in rules.metrics],
         summaries=list(finding_tables(findings)),
         presence=None if presence is None or presence.empty else presence_table(presence, findings.subsets),

@@ -320,6 +320,11 @@ def number(value: float, digits: int = 1, sign: str = "") -> str:
     return NO_VALUE if not math.isfinite(value) else f"{round(value, digits) + 0.0:{sign}.{digits}f}"  # no -0.0
 
 
+def about_data(dataset: str | None, description: str | None) -> str:
+    """A sentence on the data set, with dataset.json's description; empty where it is not known."""
+    return f" Data set {dataset}{f' ({description})' if description else ''}." if dataset else ""
+
+
 # ---- layout --------------------------------------------------------------------------------------------------------
 
 
