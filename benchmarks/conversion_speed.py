@@ -44,7 +44,7 @@ RELEASES_MEASURED = ("brats2023_gli", "brats2021")
 
 
 def write_release(folder: Path, release: str, cases: int) -> None:
-    """Write cases of noise in an ellipsoid with a tumour of three classes."""
+    """Write cases of noise in an ellipsoid with a tumor of three classes."""
     row = RELEASES[release]
     shape = SRI24.size[::-1]
     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij"))

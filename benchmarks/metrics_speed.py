@@ -1,4 +1,4 @@
-"""HD95 here and in medpy, in turn, on whole-tumour pairs of the size of BraTS (240 x 240 x 155 voxels).
+"""HD95 here and in medpy, in turn, on whole-tumor pairs of the size of BraTS (240 x 240 x 155 voxels).
 
 The masks are made here, as balls with rough surfaces. Both programs use one thread, so their CPU times are compared:
 other programs on the machine disturb them less than the time on the clock. Values are checked to agree within 1e-9 mm.
@@ -40,7 +40,7 @@ def rough_ball(centre: tuple[float, ...], radii: tuple[float, ...], roughness: f
 def pairs() -> dict[str, tuple[np.ndarray, np.ndarray, tuple[float, ...]]]:
     """Prediction, reference and spacing by description."""
     reference = rough_ball(CENTRE, RADII, 0.12, 0)
-    # the same tumour with other noise on its border, and one shifted by a few voxels
+    # the same tumor with other noise on its border, and one shifted by a few voxels
     close = reference ^ (ndimage.binary_dilation(reference) & ~reference & rough_ball(CENTRE, RADII, 3.0, 1))
     shifted = rough_ball((CENTRE[0] + 6, CENTRE[1] - 4, CENTRE[2] + 3), RADII, 0.12, 2)
     false = shifted | rough_ball((60.0, 170.0, 60.0), (5.0, 5.0, 5.0), 0.1, 3)

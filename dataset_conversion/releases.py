@@ -43,7 +43,7 @@ class Release:
     regions: Mapping[str, Sequence[str]]  # their classes, in the order of nnU-Net's output channels; may be none
     writes: Sequence[str]  # the class that each region writes into a segmentation, later ones over earlier ones
     grid: Grid | None  # of all images; None if each case has its own
-    small_et_becomes: str  # the class that replaces an enhancing tumour too small to be plausible; empty without ET
+    small_et_becomes: str  # the class that replaces an enhancing tumor too small to be plausible; empty without ET
     family: str  # name of the script that converts it, and of its page in the documentation
     stack: Sequence[str] = ()  # order of the channels if a case is one file of four dimensions, or of slices
     slices: Slices | None = None  # if a case is a folder of 2-D slices
@@ -106,7 +106,7 @@ _GLIOMA = {
     "small_et_becomes": "NCR",
 }
 _WITH_CAVITY = {
-    "regions": {**_GLIOMA["regions"], RC: ("RC",)},  # the cavity is not part of the whole tumour
+    "regions": {**_GLIOMA["regions"], RC: ("RC",)},  # the cavity is not part of the whole tumor
     "writes": (*_GLIOMA["writes"], "RC"),
     "small_et_becomes": "NCR",
 }

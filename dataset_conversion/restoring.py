@@ -31,7 +31,7 @@ class Restoration:
 
     values: Mapping[int, int]  # of a prediction to different ones of the release
     label_file: str  # name of a segmentation, with {case}
-    enhancing: int | None = None  # value of the enhancing tumour in a prediction; None if the data set has none
+    enhancing: int | None = None  # value of the enhancing tumor in a prediction; None if the data set has none
     small_et_becomes: int | None = None  # value of the class that replaces one that is too small
 
     @property
@@ -105,7 +105,7 @@ def restore_folder(
     ending
         File ending of the predictions.
     min_enhancing
-        Post-processing: an enhancing tumour of fewer voxels becomes the class that the release's table names.
+        Post-processing: an enhancing tumor of fewer voxels becomes the class that the release's table names.
     """
     if min_enhancing is not None and min_enhancing < 1:
         raise InputError(f"--min-et is {min_enhancing}, expected at least 1")

@@ -144,7 +144,7 @@ def test_from_sam_to_a_trained_student(phantom, raw, sam_folder, capsys):
         maps = content["probabilities"]
     label = sitk.GetArrayFromImage(sitk.ReadImage(str(labels[0])))
     assert maps.shape == (3, *label.shape) and maps.dtype == np.float16
-    # whole tumour: in the slices of the tumour alone, and everywhere in it
+    # whole tumor: in the slices of the tumor alone, and everywhere in it
     assert (maps[0].any((1, 2)) == label.any((1, 2))).all() and (maps[0][label > 0] > 0).all()
     # what is there is kept
     files[0].unlink()

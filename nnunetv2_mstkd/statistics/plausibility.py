@@ -1,6 +1,6 @@
 """Warnings about results that contradict what the modalities show.
 
-Gadolinium makes the enhancing tumour visible on T1ce, and oedema is bright on T2 and FLAIR. Results that say otherwise
+Gadolinium makes the enhancing tumor visible on T1ce, and oedema is bright on T2 and FLAIR. Results that say otherwise
 mostly mean swapped channels, a modality that was never removed, or images of another protocol. A warning needs
 evidence: the interval over patients decides, so a few cases raise no alarm.
 """

@@ -199,7 +199,7 @@ def standardized_kl(
     * var + 1 instead of a standard deviation + 1e-7, whose gradient is about 1e6 at nearly equal logits;
     * the class axis is standardised, as Sun et al. do; the released MST-KDNet code standardises the last axis of space;
     * two entries standardise to +-1 whatever the logits, which leaves no gradient, hence the plain tempered softmax;
-    * means per group, because a patch is mostly background, which would drown the tumour in a single mean.
+    * means per group, because a patch is mostly background, which would drown the tumor in a single mean.
 
     The teacher gets no gradient. A group without voxels is left out of the mean of the two; 0 when no voxel is valid.
     Means are over numbers of voxels, not over sums of weights.
