@@ -329,8 +329,8 @@ def test_title_and_date(page):
 def test_names_are_text_wherever_they_stand(page):
     assert len(page.all("script")) == 1 and not page.all("b")[0]
     assert not any("onerror" in attributes or "onclick" in attributes for _, attributes in page.elements)
-    # summary of its pictures, table of cases, data set
-    assert sum(EVIL in text for text in page.texts) == 3
+    # header, summary of its pictures, table of cases, data set
+    assert sum(EVIL in text for text in page.texts) == 4
     assert "{{ 7 * 7 }}" in page.texts and MODALITIES[1] in page.texts
     assert any(image["alt"].startswith(f"{EVIL} segmented from") for image in page.all("img"))
 
