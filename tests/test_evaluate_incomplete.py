@@ -309,8 +309,9 @@ def test_shapley_values_are_from_complete_cases():
 
 def test_without_a_complete_case_there_are_no_shapley_values_and_no_losses():
     found = Findings(table({"a": {"A": 0.5, "B": 0.5, "A+B": 0.5}, "b": {"B": 0.5, "C": 0.5, "B+C": 0.5}}))
-    assert found.shapley is None and found.gap is None and len(found.notes) == 3
+    assert found.shapley is None and found.gap is None and len(found.notes) == 4
     assert "no Shapley values" in found.notes[2] and found.warnings == []
+    assert found.notes[3] == "intervals over 2 patients are too narrow to rely on"
 
 
 def test_a_subset_of_one_patient_has_no_interval():

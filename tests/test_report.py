@@ -444,7 +444,8 @@ def test_the_page_begins_with_what_a_missing_modality_costs(page):
     place = next(number for number, text in enumerate(page.texts) if "Dice points" in text)
     costs = [f"{name}: WT -2.0" for name in MODALITIES]
     assert page.texts[place] == (
-        f"Without {costs[0]} Dice points; without {costs[1]}; without {costs[2]} (of each the region that loses most)."
+        f"Without {costs[0]} Dice points; without {costs[1]}; without {costs[2]} "
+        "(for each modality, the region that loses most)."
     )
     assert place < page.texts.index("Summary of the Dice") and page.all("img")[0]["alt"].startswith("Loss of Dice")
 

@@ -88,7 +88,9 @@ def _predict_folder(args: argparse.Namespace) -> int:
     )
     kept = f", {result.kept} already there" if result.kept else ""
     number = len(result.predicted)
-    print(f"{number} case{'s' * (number != 1)} predicted{kept}: {args.o} (what from: {result.record.name})")
+    print(
+        f"{number} case{'s' * (number != 1)} predicted{kept}: {args.o}; {result.record.name} lists the modalities used"
+    )
     for line in result.subsets:
         print(f"  {line}")
     return options.report_left_out(result.problems)

@@ -40,6 +40,9 @@ from nnunetv2_mstkd.statistics.bootstrap import (
 from nnunetv2_mstkd.statistics.plausibility import plausibility_warnings
 from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, MODALITY, shapley
 
+FEW = 5
+"""Below so many patients a bootstrap interval is much narrower than its level promises."""
+
 
 class Findings:
     """The findings of an evaluation, as pandas data frames. Intervals are 95 %, over patients.
@@ -95,6 +98,8 @@ class Findings:
         self.shapley = shapley(results, bootstrap=bootstrap) if every else None
         self.warnings = plausibility_warnings(results, bootstrap=bootstrap)
         self.notes = [] if self.complete else self._notes_on_counts(modalities)
+        if 1 < self.num_patients < FEW:
+            self.notes.append(f"intervals over {self.num_patients} patients are too narrow to rely on")
 
     @property
     def full_patients(self) -> int:
@@ -147,7 +152,7 @@ def headline(missing: pd.DataFrame) -> str | None:
     if not parts:
         return None
     parts[0] = f"{parts[0].capitalize()[0]}{parts[0][1:]} Dice points"
-    return f"{'; '.join(parts)} (of each the region that loses most)"
+    return f"{'; '.join(parts)} (for each modality, the region that loses most)"
 
 
 def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
