@@ -34,9 +34,9 @@ SETTINGS: dict[str, Any] = {
     "schedule.initial_lr": 1e-3,
     "schedule.validation_iterations": 4,
 }
-"""Widths, length and rates with which two CPU cores need about 9 minutes; see documentation/decisions.md."""
+"""Widths, length and rates with which two idle CPU cores need about 6 minutes; see documentation/decisions.md."""
 
-SECONDS_PER_VOXEL_STEP = 3.6e-6
+SECONDS_PER_VOXEL_STEP = 2.1e-6
 """Measured time of a training step on two CPU cores, per voxel of the batch: the estimate until an epoch is timed."""
 DISTILLING = 1.7
 """A distilling student's step, in those of a plain training."""
@@ -154,7 +154,7 @@ class Demo:
         words = f"nnUNetv2_plan_and_preprocess -d {DATASET} -c {PARENT} -np 2 -npfp 2 --clean".split()
         return self._command(
             BASELINE, "plan and preprocess", lambda: words, total=2 * self.options.cases, count=count,
-            seconds=20 + self.options.cases / 2,
+            seconds=20 + self.options.cases / 5,
         )  # fmt: skip
 
     def configure(self) -> steps.DemoStep:
@@ -207,7 +207,7 @@ class Demo:
         def count() -> int:
             return len(list(output.glob(f"{CASES}/*/*.json"))) + (output / REPORT).is_file()
 
-        seconds = steps.START + 10 * cases * (5 / self.options.spacing) ** 3 / default_workers()
+        seconds = steps.START + 1.5 * cases * (5 / self.options.spacing) ** 3 / default_workers()
         return self._command(
             model, f"evaluate {model.trainer}", words, threads=default_workers(), total=cases + 1, count=count,
             seconds=seconds,
