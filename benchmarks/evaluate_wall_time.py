@@ -47,6 +47,7 @@ from nnunetv2_mstkd.evaluation.cases import LabelledCase, folder_cases, prepare
 from nnunetv2_mstkd.evaluation.scoring import Rules, rules_of
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import choose_subsets
+from nnunetv2_mstkd.inference.zero_filling import fill_missing
 from nnunetv2_mstkd.nnunet.model import load_predictor
 
 METRIC_PROCESSES = 3
@@ -149,16 +150,13 @@ def separately(
     return {"predict": predicting, "metrics": time.perf_counter() - begin, "files": len(files)}
 
 
-def subset_folders(images: Path, folder: Path, names: Sequence[str], subsets: torch.Tensor) -> None:
+def subset_folders(images: Path, folder: Path, model: Path, names: Sequence[str], subsets: torch.Tensor) -> None:
     """A folder of inputs for each subset, absent channels as zero images."""
+    folder.mkdir()
     for row in subsets.tolist():
+        absent = [name for name, there in zip(names, row, strict=True) if not there]
         target = folder / modalities.subset_name(row, names)
-        target.mkdir(parents=True)
-        for path in images.glob("*.nii.gz"):
-            if row[int(path.name.removesuffix(".nii.gz")[-4:])]:
-                (target / path.name).symlink_to(path.resolve())
-            else:
-                sitk.WriteImage(0 * sitk.ReadImage(str(path)), str(target / path.name), useCompression=True)
+        fill_missing(images, target, model=model, drop=",".join(absent) or None, link=True)
 
 
 def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -211,7 +209,7 @@ def run(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     with contextlib.redirect_stdout(io.StringIO()):
         predictor = load_predictor(model, (0,), "checkpoint_final.pth", device=torch.device("cpu"))
     rules = rules_of(dataset_json, predictor.label_manager, metrics=("dice", "hd95"))
-    subset_folders(images, folder / "inputs", names, subsets)
+    subset_folders(images, folder / "inputs", model, names, subsets)
     apart = separately(model, folder / "inputs", folder / "outputs", labels, rules, args.device, tta, log)
 
     seconds = {name: statistics.median(each[0] for each in values) for name, values in found.items()}

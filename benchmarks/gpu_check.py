@@ -156,9 +156,7 @@ class Check:
     def train(self) -> None:
         """Every trainer, several at once; a student after its teacher."""
         os.environ["nnUNet_n_proc_DA"] = "0"  # a tiny patch is made faster than a process is started
-        steps = plan_steps(
-            str(DATASET), CONFIGURATION, self.names, [0], device=self.device, evaluation=False
-        )  # fmt: skip
+        steps = plan_steps(str(DATASET), CONFIGURATION, self.names, [0], device=self.device, evaluation=False)
         times: dict[str, list[float]] = {}
 
         def report(line: str) -> None:

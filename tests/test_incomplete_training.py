@@ -379,7 +379,7 @@ def test_pseudo_label_loss_reaches_the_student_only(regions):
 @pytest.mark.parametrize("size", [4, 3])
 def test_the_guide_has_the_temperature_of_its_evaluation(make_trainer, size):
     trainer = make_trainer(methods.KDTrainer, block={"unlabelled": {"temperature": None}})
-    with pytest.raises(InputError, match="there is none; give a number"):
+    with pytest.raises(InputError, match="is null, but this training has no trained teacher; give a number"):
         trainer.guide_temperature  # noqa: B018
     trainer._teacher_identity = {"path": "Dataset/Teacher__nnUNetPlans__tiny/fold_0/checkpoint_final.pth"}
     file = Path(trainer.output_folder_base).parents[1] / "Dataset" / "Teacher__nnUNetPlans__tiny" / SUMMARY

@@ -294,7 +294,7 @@ def test_skip_bad_predicts_the_good_cases_and_fails(bad, model, capsys):
 
 
 def test_a_misnamed_file_leaves_out_the_case_whose_name_it_begins_with(folders, model, capsys):
-    """The case would lack this image without a word."""
+    """Otherwise the case would be predicted without this image, and nobody would notice."""
     (folders / "in" / "two_0003.nii.gz").rename(folders / "in" / "two_3.nii.gz")
     write(folders / "in" / "twofold.nii.gz", noise(2))  # of no case
     assert predict(folders, model, "--skip-bad") == 1

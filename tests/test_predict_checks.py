@@ -79,6 +79,12 @@ def test_a_file_that_nnunet_would_misread_is_a_problem(folder, name, case, messa
     assert len(found) == 1 and message in found[0].text
 
 
+def test_a_file_with_the_name_of_a_case_is_no_image(folder):
+    touch(folder, "a_0001.nii.gz", "a")
+    cases, problems = find_cases(folder, ".nii.gz", NAMES)
+    assert [case.name for case in cases] == ["a"] and problems == []
+
+
 def test_case_with_unknown_channel_only(folder):
     write_case(folder, "a", [0])
     touch(folder, "b_0009.nii.gz")

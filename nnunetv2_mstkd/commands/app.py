@@ -28,14 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="folder of a trained model")
     source.add_argument("--demo", action="store_true", help="the model of `mstkd demo`, trained now if it is not there")
     add = parser.add_argument
-    add(
-        "-o",
-        "--out",
-        metavar="FOLDER",
-        type=Path,
-        default=DEMO_FOLDER,
-        help="folder of the demo (default: ./%(default)s)",
-    )
+    add("-o", "--out", metavar="FOLDER", type=Path, default=DEMO_FOLDER, help="of the demo (default: ./%(default)s)")
     add("-f", "--folds", metavar="FOLD", nargs="+", help="folds (default: all that are trained)")
     add("-chk", metavar="FILE", default=FINAL, help="checkpoint file name (default: %(default)s)")
     add("-device", choices=("auto", *options.DEVICES), default="auto", help="default: CUDA if there is a GPU")

@@ -45,11 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_run(run)
     add = run.add_argument
     add("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
-    add(
-        "--save-uncertainty",
-        action="store_true",
-        help="also write uncertainty/ and, of several folds or students, disagreement/",
-    )
+    uncertainty = "also write uncertainty/ and, of several folds or students, disagreement/"
+    add("--save-uncertainty", action="store_true", help=uncertainty)
     add(
         "--calibrate",
         action="store_true",

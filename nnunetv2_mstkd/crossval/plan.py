@@ -136,7 +136,7 @@ def needed_by(model: Training, plans: Mapping[str, Any], fold: int) -> list[Trai
 
     block = inherited(plans, model.configuration, BLOCK)
     settings = Settings.read(block, [TeacherSettings, ScheduleSettings], strict=False)
-    source, teacher = settings[ScheduleSettings].init_from, settings[TeacherSettings]
+    source, teacher = settings[ScheduleSettings].starts_from(model.trainer), settings[TeacherSettings]
     trainer = find_trainer(model.trainer)
     wanted: dict[str, str] = {}
 
@@ -145,8 +145,7 @@ def needed_by(model: Training, plans: Mapping[str, Any], fold: int) -> list[Trai
             model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold, same=same
         )
 
-    named = source and source != model.trainer and not source.endswith(".pth")
-    if source and named and issubclass(trainer, SettingsTrainer):
+    if source and not ScheduleSettings.is_file(source) and issubclass(trainer, SettingsTrainer):
         want(source, None, same=True)
     if issubclass(trainer, DistillationTrainer) and not teacher.joint:
         want(trainer.teacher_trainer.__name__, teacher.configuration)

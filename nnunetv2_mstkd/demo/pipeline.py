@@ -86,6 +86,12 @@ class Model:
         object.__setattr__(self, "title", self.title or self.trainer)
 
 
+def teacher_of(model: Model) -> Model | None:
+    """The teacher of a distilled student; None for other models."""
+    found = getattr(find_trainer(model.trainer), "teacher_trainer", None)
+    return None if found is None else Model(found.__name__)
+
+
 BASELINE = Model("FullModalityTrainer", "nnU-Net given zeros")
 RECOMMENDED = "ModalityDropoutTrainer"
 
@@ -113,8 +119,7 @@ class Demo:
             self.folder / sub / f"Dataset{DATASET:03d}_{NAME}" for sub in steps.FOLDERS.values()
         )
         self.models = [BASELINE, *map(Model, dict.fromkeys((RECOMMENDED, *options.trainers)))]
-        teachers = [getattr(find_trainer(model.trainer), "teacher_trainer", None) for model in self.models]
-        self.teachers = [Model(teacher.__name__) for teacher in dict.fromkeys(teachers) if teacher is not None]
+        self.teachers = list(dict.fromkeys(filter(None, map(teacher_of, self.models))))
         self.record = self._open_record()
         self.clock = steps.Clock()
 
@@ -187,7 +192,7 @@ class Demo:
     def train(self, model: Model) -> steps.DemoStep:
         """Training a model."""
         step = SECONDS_PER_VOXEL_STEP * 2 * 170 * 200 * 160 / self.options.spacing**3
-        step *= DISTILLING if hasattr(find_trainer(model.trainer), "teacher_trainer") else 1
+        step *= DISTILLING if teacher_of(model) else 1
         seconds = steps.START + self.options.epochs * (ITERATIONS * step + 2)
         return steps.TrainModel(self.training(model), name=f"train {model.trainer}", seconds=seconds)
 
@@ -269,13 +274,7 @@ class Demo:
         def of(model: Model) -> float:
             return float(seconds.get(self.train(model).key, 0.0)) / 3600
 
-        found = {}
-        for model in self.models:
-            teacher = getattr(find_trainer(model.trainer), "teacher_trainer", None)
-            needed = [each for each in self.teachers if teacher is not None and each.trainer == teacher.__name__]
-            needed += [BASELINE] if model is not BASELINE else []
-            found[model.title] = sum(map(of, [model, *needed]))
-        return found
+        return {model.title: sum(map(of, {BASELINE, model, teacher_of(model) or BASELINE})) for model in self.models}
 
     # ---- time ----------------------------------------------------------------------------------------------------
 

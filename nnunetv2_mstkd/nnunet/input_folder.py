@@ -69,15 +69,15 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
     """
     if not folder.is_dir():
         raise MissingFileError(f"no input folder {folder}")
-    pattern = re.compile(rf"(.+)_(\d{{{CHANNEL_DIGITS}}}){re.escape(file_ending)}", re.DOTALL)
+    pattern = _image_name(file_ending)
     found: dict[str, dict[int, Path]] = defaultdict(dict)
-    problems = []
+    problems, strays = [], []
     for path in sorted(folder.iterdir()):
         if path.name.startswith(".") or path.is_dir():
             continue
         match = pattern.fullmatch(path.name)
         if match is None:
-            problems += _stray(path, file_ending)
+            strays.append(path)
             continue
         name, channel = match[1], int(match[2])
         files = found[name]  # also without a valid channel: such a case is reported, too
@@ -87,6 +87,7 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
             known = ", ".join(f"{number:04d} {text}" for number, text in enumerate(names))
             text = f"has the channel number {channel}; the data set has the {len(names)} channels {known}"
             problems.append(Problem(name, f"{path.name} {text}"))
+    problems += [problem for path in strays for problem in _stray(path, file_ending, found)]
     if not found:
         raise MissingFileError(
             f"no input in {folder}: expected files such as CASE_0000{file_ending} with one number per channel "
@@ -96,7 +97,7 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
     for name, present in sorted(found.items()):
         paths = tuple(present.get(channel) for channel in range(len(names)))
         cases.append(Case(name, paths, stamps=tuple(None if path is None else _stamp(path) for path in paths)))
-    return cases, [_claimed(problem, found) for problem in problems] + _same_names(cases)
+    return cases, problems + _same_names(cases)
 
 
 def training_cases(raw: Path, channels: int) -> dict[str, Case]:
@@ -109,7 +110,7 @@ def training_cases(raw: Path, channels: int) -> dict[str, Case]:
     for name, entry in description.get("dataset", {}).items():
         found[name] = [raw / os.path.expandvars(path) for path in entry["images"]]
     if "dataset" not in description:
-        pattern = re.compile(rf"(.+)_\d{{{CHANNEL_DIGITS}}}{re.escape(description['file_ending'])}", re.DOTALL)
+        pattern = _image_name(description["file_ending"])
         for path in sorted((raw / "imagesTr").iterdir()):
             if match := pattern.fullmatch(path.name):
                 found[match[1]].append(path)
@@ -156,26 +157,27 @@ def _stamp(path: Path) -> str:
         return ""  # reading it says why, unless only its time is beyond the calendar
 
 
-def _stray(path: Path, file_ending: str) -> list[Problem]:
-    """Report a file that nnU-Net would silently leave out, or cut to a wrong case name."""
+def _image_name(file_ending: str) -> re.Pattern[str]:
+    """The pattern of an image's file name; its groups are the case and the channel number."""
+    return re.compile(rf"(.+)_(\d{{{CHANNEL_DIGITS}}}){re.escape(file_ending)}", re.DOTALL)
+
+
+def _stray(path: Path, file_ending: str, names: Iterable[str]) -> list[Problem]:
+    """Report a file that nnU-Net would silently leave out, or cut to a wrong case name.
+
+    It is given to the case of ``names`` that its name begins with: that case may lack this very image.
+    """
+    own = [name for name in names if path.name.startswith(name) and not path.name[len(name) :][:1].isalnum()]
+    owner = max(own, key=len, default=None)
     if path.name.endswith(file_ending):
         expected = f"CASE_0000{file_ending}"
-        return [Problem(None, f"{path.name} has no channel number of four digits, expected a name such as {expected}")]
+        return [Problem(owner, f"{path.name} has no channel number of four digits, expected a name such as {expected}")]
     ending = next((ending for ending in IMAGE_ENDINGS if path.name.lower().endswith(ending)), None)
     if ending is None:
         return []
     match = re.fullmatch(rf"(.+)_\d{{{CHANNEL_DIGITS}}}", path.name[: -len(ending)], re.DOTALL)
     text = f"{path.name} does not end in {file_ending}, as dataset.json says the files of this data set do"
-    return [Problem(match[1] if match else None, text)]
-
-
-def _claimed(problem: Problem, names: Iterable[str]) -> Problem:
-    """Give a file of no case to the case whose name it begins with: that one may lack this very image."""
-    if problem.case is not None:
-        return problem
-    text = problem.text
-    own = [name for name in names if text.startswith(name) and not text[len(name)].isalnum()]
-    return problem._replace(case=max(own, key=len)) if own else problem
+    return [Problem(match[1] if match else owner, text)]
 
 
 def _same_names(cases: Sequence[Case]) -> list[Problem]:

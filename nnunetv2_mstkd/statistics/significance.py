@@ -103,8 +103,8 @@ def compare_subsets(
     """Paired comparison of models subset by subset, with tests and intervals corrected within each pair of models.
 
     There are m = subsets x regions comparisons. The interval of the k-th smallest p-value has the level
-    1 - (1 - level) / (m - k + 1) at which Holm's step-down procedure examines it. It
-    does not follow that all intervals hold together with probability ``level``.
+    1 - (1 - level) / (m - k + 1) at which Holm's step-down procedure examines it. It does
+    not follow that all intervals hold together with probability ``level``.
 
     Returns
     -------

@@ -474,12 +474,11 @@ class SettingsTrainer(nnUNetTrainer):
     @property
     def initial_source(self) -> str | None:
         """``schedule.init_from``; None for the trainer that it names, from which others of the configuration start."""
-        source = self.settings[ScheduleSettings].init_from
-        return None if source == type(self).__name__ else source
+        return self.settings[ScheduleSettings].starts_from(type(self).__name__)
 
     def _initial_checkpoint(self, source: str) -> Path:
         results = Path(self.output_folder_base).parents[1]
-        if source.endswith(".pth"):
+        if ScheduleSettings.is_file(source):
             return Path(source) if Path(source).is_absolute() else results / source
         return finished_checkpoint(source, self, "model to start from (schedule.init_from)", same=True)
 

@@ -287,9 +287,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         """``unlabelled.temperature``."""
         temperature = self.settings[UnlabelledSettings].temperature
         if temperature is None:
-            raise InputError(
-                "unlabelled.temperature is null, that of a trained teacher, and there is none; give a number"
-            )
+            raise InputError("unlabelled.temperature is null, but this training has no trained teacher; give a number")
         return temperature
 
     def unlabelled_weight(self) -> float:

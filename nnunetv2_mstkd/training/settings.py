@@ -269,6 +269,15 @@ class ScheduleSettings(Section):
     tensors are loaded, input channels by the modalities' names, one channel is spread over all; an encoder per
     modality, if as wide, takes the U-Net's with that modality's channel. The rest is listed."""
 
+    def starts_from(self, trainer: str) -> str | None:
+        """What a trainer starts from, as ``init_from``; None: at random, as the trainer that ``init_from`` names."""
+        return None if self.init_from == trainer else self.init_from
+
+    @staticmethod
+    def is_file(source: str) -> bool:
+        """Whether ``init_from`` is a checkpoint file and no trainer."""
+        return source.endswith(".pth")
+
     LEARNING_RATES: ClassVar[Mapping[str, float]] = types.MappingProxyType({"sgd": 1e-2, "adamw": 1e-3, "adam": 1e-4})
 
     @property
