@@ -32,7 +32,8 @@ if (!opened.ok) {
   throw new Error("no session");
 }
 const own = `/api/sessions/${(await opened.json()).session}`;
-const post = (path, content = {}) => act(() => send(`${own}/${path}`, { body: JSON.stringify(content) }));
+let posted = Promise.resolve(); // one after the other: the last choice of the user is the one that counts
+const post = (path, content = {}) => (posted = posted.then(() => act(() => send(`${own}/${path}`, { body: JSON.stringify(content) }))));
 
 /** Do something for the user, and say what went wrong. */
 async function act(work) {
@@ -106,23 +107,26 @@ addEventListener("drop", async (event) => {
 });
 byId("clear").addEventListener("click", () => post("clear"));
 
+function rowOf(image) {
+  const select = element("select", "", { id: `sequence-${image.number}` });
+  select.setAttribute("aria-label", `Sequence of ${image.name}`);
+  select.append(element("option", "choose", { value: "?", disabled: true }));
+  select.append(...model.modalities.map((name) => element("option", name, { value: name })));
+  select.append(element("option", "leave out", { value: "" }));
+  select.addEventListener("change", () => post(`images/${image.number}`, { modality: select.value || null }));
+  const row = element("tr");
+  row.append(element("td", image.name), element("td"));
+  row.lastChild.append(select);
+  return row;
+}
+
 function drawImages() {
-  const rows = state.images.map((image) => {
-    const select = element("select", "", { id: `sequence-${image.number}` });
-    select.setAttribute("aria-label", `Sequence of ${image.name}`);
-    select.append(element("option", "choose", { value: "?", disabled: true }));
-    select.append(...model.modalities.map((name) => element("option", name, { value: name })));
-    select.append(element("option", "leave out", { value: "" }));
-    select.value = image.modality ?? (image.leftOut ? "" : "?");
-    select.addEventListener("change", () => post(`images/${image.number}`, { modality: select.value || null }));
-    const row = element("tr");
-    row.append(element("td", image.name), element("td"));
-    row.lastChild.append(select);
-    return row;
-  });
-  const focused = document.activeElement?.id;
-  byId("images").tBodies[0].replaceChildren(...rows);
-  if (focused?.startsWith("sequence-")) byId(focused)?.focus();
+  const body = byId("images").tBodies[0];
+  // A row stays while its image does, so that the choice of a sequence by keyboard goes on where it was.
+  const rows = state.images.map((image) => byId(`sequence-${image.number}`)?.closest("tr") ?? rowOf(image));
+  for (const row of [...body.rows]) if (!rows.includes(row)) row.remove();
+  rows.forEach((row, place) => { if (body.rows[place] !== row) body.insertBefore(row, body.rows[place] ?? null); });
+  for (const image of state.images) byId(`sequence-${image.number}`).value = image.modality ?? (image.leftOut ? "" : "?");
   byId("case").hidden = rows.length === 0;
 }
 
