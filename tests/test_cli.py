@@ -259,6 +259,12 @@ def test_path_imports_nothing_slow():
     assert loaded("cli.main(['path'])") == set()
 
 
+@pytest.mark.parametrize("command", ["predict -i images -o out", "evaluate"])
+def test_a_model_that_is_not_there_is_told_at_once(command):
+    words = [*command.split(), "-m", "no/model"]
+    assert loaded(f"assert cli.main({words}) == 2") == set()
+
+
 def test_help_does_not_import_torch():
     code = (
         "for name in cli.COMMANDS:\n"

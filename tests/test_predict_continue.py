@@ -180,7 +180,7 @@ def test_a_run_is_not_continued_with_other_options(folders, model, capsys):
     assert predict(folders, model) == 0
     before = files(folders / "out")
     assert predict(folders, model, "--continue_prediction", "--drop", "T0") == 2
-    assert "predicted with dropped [], now it is ['T0']" in capsys.readouterr().err
+    assert "are of another run: dropped was [] and is now ['T0']" in capsys.readouterr().err
     assert files(folders / "out") == before
 
 

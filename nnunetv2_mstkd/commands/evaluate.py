@@ -69,14 +69,14 @@ def _region_and_voxels(text: str) -> tuple[str, int]:
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
-    options.check_options(args)
+    folder = options.model_folder(args)
     if args.npp or args.nps:
         start_server()  # imports torch at the same time as this process
     from nnunetv2_mstkd.reporting.evaluate import evaluate
 
     args.min_voxels = dict(map(_region_and_voxels, args.min_voxels))
     evaluation = evaluate(
-        options.model_folder(args),
+        folder,
         checkpoint=args.chk,
         mirroring=not args.disable_tta,
         device=options.torch_device(args.device),

@@ -94,22 +94,18 @@ def add_progress(parser: argparse._ActionsContainer) -> None:
 # ---- using ---------------------------------------------------------------------------------------------------------
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse impossible values of the options of :func:`add_model` and :func:`add_run`, and warn of ``--trust``."""
+def model_folder(args: argparse.Namespace) -> Path:
+    """Check the options of :func:`add_model` and :func:`add_run`, and return the model's folder, without torch."""
     if args.d is not None and args.c is None:
         raise InputError("-d needs -c CONFIGURATION, for example -c 3d_fullres")
-    if args.m is not None and not args.m.is_dir():
-        raise MissingFileError(f"no model folder {args.m}")
     if not 0 < args.step_size <= 1:
         raise InputError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
     if min(args.npp, args.nps) < 0:
         raise InputError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")
     if args.trust:
         print("warning: --trust unpickles the checkpoint, which executes whatever it contains", file=sys.stderr)
-
-
-def model_folder(args: argparse.Namespace) -> Path:
-    """Return the folder of the model that the options of :func:`add_model` name."""
+    if args.m is not None and not args.m.is_dir():
+        raise MissingFileError(f"no model folder {args.m}")
     return args.m or find_model_folder(args.d, args.tr, args.p, args.c)
 
 

@@ -60,16 +60,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Predict a folder of cases, or one patient; exit code 1 if some cases were skipped."""
-    options.check_options(args)
-    return _predict_folder(args) if args.image is None else _predict_images(args)
+    model = options.model_folder(args)
+    return _predict_folder(args, model) if args.image is None else _predict_images(args, model)
 
 
-def _predict_folder(args: argparse.Namespace) -> int:
+def _predict_folder(args: argparse.Namespace, model: Path) -> int:
     if args.npp or args.nps:
         from nnunetv2_mstkd.inference.workers import start_server
 
         start_server()
-    result = _load(args).predict_folder(
+    result = _load(args, model).predict_folder(
         args.i,
         args.o,
         drop=args.drop,
@@ -93,14 +93,14 @@ def _predict_folder(args: argparse.Namespace) -> int:
     return options.report_left_out(result.problems)
 
 
-def _predict_images(args: argparse.Namespace) -> int:
+def _predict_images(args: argparse.Namespace, model: Path) -> int:
     for option, default in FOLDER_ONLY.items():
         if getattr(args, option.lstrip("-").replace("-", "_")) != default:
             raise InputError(f"{option} is for a folder of cases (-i), not for --image")
     images = _read_images(args.image)
     if args.o.is_dir():
         raise InputError(f"{args.o} is a folder; with --image, -o is the file to write, such as segmentation.nii.gz")
-    predictor = _load(args)
+    predictor = _load(args, model)
     predictor.check_output(args.o)
     result = predictor.predict(images)
     result.save(args.o)
@@ -123,11 +123,11 @@ def _read_images(texts: list[str]) -> dict[str, Path]:
     return images
 
 
-def _load(args: argparse.Namespace) -> Predictor:
+def _load(args: argparse.Namespace, model: Path) -> Predictor:
     from nnunetv2_mstkd.inference.predictor import Predictor
 
     return Predictor(
-        options.model_folder(args),
+        model,
         parse_folds(args.folds),
         checkpoint=args.chk,
         device=options.torch_device(args.device),

@@ -63,8 +63,8 @@ class Record:
         for key, value in self.run.items():
             if before.get(key) != value:
                 raise InputError(
-                    f"{self.file.parent} was predicted with {key} {before.get(key)!r}, now it is {value!r}; continue "
-                    f"with the same options, or leave out --continue_prediction"
+                    f"the predictions in {self.file.parent} are of another run: {key} was {before.get(key)!r} and is "
+                    f"now {value!r}; continue with the same options, or leave out --continue_prediction"
                 )
         return cases
 

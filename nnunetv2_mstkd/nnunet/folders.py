@@ -71,7 +71,8 @@ def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str
     results = find_dataset_folder("nnUNet_results", dataset)
     folder = results / model_folder_name(trainer, plans, configuration)
     if not folder.is_dir():
-        found = ", ".join(path.name for path in sorted(results.glob("*__*__*")) if path.is_dir()) or "none"
+        trained = {path.parents[1].name for path in results.glob("*__*__*/fold_*/checkpoint_*.pth")}
+        found = ", ".join(sorted(trained)) or "none"
         raise MissingFileError(
             f"no trained model {folder}; models of {results.name} (-tr TRAINER -p PLANS -c CONFIGURATION) are: {found}"
         )

@@ -395,7 +395,7 @@ def _ranks(ranks: pd.DataFrame) -> pd.DataFrame:
         )
         for row in ranks.to_dict("records")
     ]
-    columns = ["rank", MODEL, "mean rank", "interval of the rank", "first in resamples"]
+    columns = ["rank", MODEL, "mean rank", "interval of the rank", "in first place, of the resamples"]
     return pd.DataFrame(rows, columns=columns)
 
 
