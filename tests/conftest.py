@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -194,6 +194,19 @@ TINY = {
 }
 
 
+def configure(
+    folders: Folders,
+    name: str = CONFIGURATION,
+    parent: str = "3d_fullres",
+    *,
+    features: Sequence[int] | None = (8, 16, 24),
+    **settings,
+) -> None:
+    """Write a configuration with the settings of :data:`TINY`, but for these (``schedule__epochs=3``)."""
+    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
+    add_configuration(folders.plans_file, name, parent, features=features, batch_size=2, settings=settings)
+
+
 def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Make nnU-Net's three folders, set its variables, and return their parent."""
     for name in ("raw", "preprocessed", "results"):
@@ -212,8 +225,8 @@ def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     for folder in (folders.raw, folders.preprocessed, folders.results):
         folder.mkdir()
     write_dataset(folders.raw, PHANTOM, cases=6, test_cases=2, spacing=6.0, workers=1)
-    plan_and_preprocess(folders, PHANTOM, "3d_fullres")
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=TINY)
+    plan_and_preprocess(folders, PHANTOM, "3d_fullres", spacing=(8.0, 8.0, 8.0))
+    configure(folders)
     return folders
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, Folders, add_configuration, train, train_until_killed
+from conftest import CONFIGURATION, PHANTOM, Folders, configure, train, train_until_killed
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same
@@ -21,15 +21,7 @@ from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.training.settings import SettingsError
 
 LOGGED = ["segmentation", *TERMS]
-
-
-def configure(folders: Folders, **settings) -> None:
-    settings = {
-        **TINY,
-        "adamm.adversarial": 0.005,
-        **{key.replace("__", "."): value for key, value in settings.items()},
-    }
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+ADVERSARIAL = {"adamm__adversarial": 0.005}
 
 
 def read(folders: Folders, name: str = "checkpoint_final.pth") -> dict:
@@ -39,9 +31,9 @@ def read(folders: Folders, name: str = "checkpoint_final.pth") -> dict:
 @pytest.fixture
 def student(phantom: Folders) -> Folders:
     """A teacher of one epoch and a student of three."""
-    configure(phantom, schedule__epochs=1, adamm__subsets=["T1+FLAIR"])
+    configure(phantom, **ADVERSARIAL, schedule__epochs=1, adamm__subsets=["T1+FLAIR"])
     train("AdaMMTeacherTrainer")
-    configure(phantom, schedule__epochs=3, adamm__subsets=["T1+FLAIR"])
+    configure(phantom, **ADVERSARIAL, schedule__epochs=3, adamm__subsets=["T1+FLAIR"])
     train("AdaMMTrainer")
     return phantom
 
@@ -70,14 +62,14 @@ def test_logs_checkpoints_resuming_and_prediction(student):
     assert predictor.network.encoder_adapters[0].num_rows == 1
 
     # what is refused
-    configure(student, schedule__epochs=3, adamm__subsets=["T1+FLAIR"], adamm__nodes=4)
+    configure(student, **ADVERSARIAL, schedule__epochs=3, adamm__subsets=["T1+FLAIR"], adamm__nodes=4)
     with pytest.raises(SettingsError, match=r"adamm\.nodes = 4, .* was trained with 8"):
         train("AdaMMTrainer", only_run_validation=True)
     with pytest.raises(SettingsError, match=r"another network: adamm\.nodes is 8 there and 4 here"):
         train("AdaMMTrainer", fold=1)
 
     # interruption
-    configure(student, schedule__epochs=3, adamm__subsets=["#3+#0"])
+    configure(student, **ADVERSARIAL, schedule__epochs=3, adamm__subsets=["#3+#0"])
     shutil.rmtree(folder)
     train_until_killed("AdaMMTrainer", 2)
     torch.manual_seed(99)
@@ -94,7 +86,7 @@ def test_logs_checkpoints_resuming_and_prediction(student):
 
 
 def test_a_teacher_with_a_presence_head(phantom):
-    configure(phantom, schedule__epochs=2, adamm_teacher__presence=True)
+    configure(phantom, **ADVERSARIAL, schedule__epochs=2, adamm_teacher__presence=True)
     train("AdaMMTeacherTrainer")
     folder = phantom.fold("AdaMMTeacherTrainer")
     teacher = checkpoints.read(folder / "checkpoint_final.pth")
@@ -106,13 +98,13 @@ def test_a_teacher_with_a_presence_head(phantom):
     log = log_text(phantom.fold("AdaMMTrainer"))
     assert "started from the teacher: " in log and "presence.logits.weight" not in log
     # another teacher is another network
-    configure(phantom, schedule__epochs=2, adamm_teacher__presence=False)
+    configure(phantom, **ADVERSARIAL, schedule__epochs=2, adamm_teacher__presence=False)
     with pytest.raises(SettingsError, match=r"another network: adamm_teacher\.presence is True there and False here"):
         train("AdaMMTeacherTrainer", fold=1)
 
 
 def test_term_weights_of_the_checkpoint_win(student):
-    configure(student, schedule__epochs=9, adamm__style=0.7, adamm__subsets=["T1+FLAIR"])
+    configure(student, **ADVERSARIAL, schedule__epochs=9, adamm__style=0.7, adamm__subsets=["T1+FLAIR"])
     trainer = get_trainer_from_args(str(PHANTOM), CONFIGURATION, 0, "AdaMMTrainer", device=torch.device("cpu"))
     trainer.load_checkpoint(str(student.fold("AdaMMTrainer") / "checkpoint_final.pth"))
     weights = {term.name: term.weight for term in trainer.terms}

@@ -10,7 +10,7 @@ from copy import deepcopy
 
 import pytest
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, snapshot, train
+from conftest import CONFIGURATION, PHANTOM, add_configuration, configure, snapshot, train
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import NO_TERMS, plans, same
 
@@ -139,11 +139,6 @@ def test_only_unets_are_accepted(make_trainer, cls):
 # ---- when a training starts ----------------------------------------------------------------------------------------
 
 
-def configure(folders, name=CONFIGURATION, parent="3d_fullres", features=(8, 16, 24), **settings):
-    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
-    add_configuration(folders.plans_file, name, parent, features=features, batch_size=2, settings=settings)
-
-
 def build(trainer="MSTKDTrainer", configuration=CONFIGURATION):
     return get_trainer_from_args(str(PHANTOM), configuration, 0, trainer, device=torch.device("cpu"))
 
@@ -239,8 +234,8 @@ def weights(content):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (spacing, ("spacing is [3.0, 3.0, 3.0] for the teacher", "[6.0, 6.0, 6.0] for the student")),
-        (patch_size, ("patch size is [16, 16, 16] for the teacher", "[24, 28, 24] for the student")),
+        (spacing, ("spacing is [3.0, 3.0, 3.0] for the teacher", "[8.0, 8.0, 8.0] for the student")),
+        (patch_size, ("patch size is [16, 16, 16] for the teacher", "[20, 24, 16] for the student")),
         (normalisation, ("normalisation is ['NoNormalization'", "['ZScoreNormalization'")),
         (channels, ("channels is ", "'PD'")),
         (labels, ("labels is ", "'other': 4")),

@@ -21,6 +21,7 @@ from conftest import (
     Folders,
     add_configuration,
     command,
+    configure,
     in_this_process,
     plan_and_preprocess,
     train,
@@ -74,8 +75,7 @@ def assert_geometry(prediction: Path, image: Path) -> np.ndarray:
 
 @pytest.mark.parametrize(("method", "run", "workers"), [("MSTKD", run, 1), ("AdaMM", run_here, 0)])
 def test_nnunet_commands_end_to_end(phantom, tmp_path, method, run, workers):
-    settings = {**TINY, "schedule.epochs": 1, "schedule.save_every": None}
-    add_configuration(phantom.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+    configure(phantom, schedule__epochs=1, schedule__save_every=None)
     run_here("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}TeacherTrainer")
     printed = run("nnUNetv2_train", PHANTOM, CONFIGURATION, 0, "-tr", f"{method}Trainer")
     assert "Mean Validation Dice" in printed

@@ -13,10 +13,9 @@ import torch
 from conftest import (
     CONFIGURATION,
     PHANTOM,
-    TINY,
     Folders,
     _copy,
-    add_configuration,
+    configure,
     plan_and_preprocess,
     train,
     train_until_killed,
@@ -85,11 +84,6 @@ def replace(file: Path, value: int) -> None:
     image = sitk.ReadImage(str(file))
     file.unlink()  # it may be shared
     sitk.WriteImage(image * 0 + value, str(file))
-
-
-def configure(folders: Folders, **settings) -> None:
-    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
 
 
 def build(trainer: str):

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
+from conftest import CONFIGURATION, PHANTOM, configure, train
 from tiny import same
 
 from nnunetv2_mstkd.errors import EXIT_USER_ERROR
@@ -37,11 +37,6 @@ MOMENTS = [
     "within final",
     "between final and the end",
 ]
-
-
-def configure(folders, **settings) -> None:
-    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
 
 
 def start(script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, in_this_process, train
+from conftest import CONFIGURATION, PHANTOM, configure, in_this_process, train
 
 from nnunetv2_mstkd import cli, methods
 from nnunetv2_mstkd.nnunet import checkpoints
@@ -51,8 +51,7 @@ def predict_with_nnunet(model: Path, images: Path, output: Path) -> None:
 
 @pytest.mark.parametrize(("trainer", "settings"), METHODS.values(), ids=METHODS)
 def test_train_validate_and_predict_with_absent_files(models, tmp_path, trainer, settings):
-    settings = {**TINY, "schedule.epochs": 1, **settings}
-    add_configuration(models.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+    configure(models, schedule__epochs=1, **settings)
     teacher = getattr(getattr(methods, trainer), "teacher_trainer", methods.MSTKDTeacherTrainer).__name__
     if not models.fold(teacher).is_dir():
         train(teacher)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, Folders, _copy, add_configuration, plan_and_preprocess, train
+from conftest import CONFIGURATION, PHANTOM, Folders, _copy, configure, plan_and_preprocess, train
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -82,11 +82,6 @@ def data(planned: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> F
     folders = Folders(found.raw, found.preprocessed, found.results, planned.dataset)
     folders.use(monkeypatch)
     return folders
-
-
-def configure(folders: Folders, **settings) -> None:
-    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
 
 
 def without_raw(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import CONFIGURATION, TINY, add_configuration, train
+from conftest import configure, train
 from transformers import SamConfig, SamImageProcessor, SamModel, SamProcessor
 
 from nnunetv2_mstkd import cli
@@ -152,8 +152,7 @@ def test_from_sam_to_a_trained_student(phantom, raw, sam_folder, capsys):
     assert prior(sam_folder) == 0
     assert "1 new files" in capsys.readouterr().out
     assert {file: file.stat().st_mtime_ns for file in files[1:]} == before and files[0].is_file()
-    settings = {**TINY, "smml.prior": "precomputed", "smml.prior_path": "prior", "smml.warmup": 0.0}
-    add_configuration(phantom.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
+    configure(phantom, smml__prior="precomputed", smml__prior_path="prior", smml__warmup=0.0)
     train("SMMLTrainer")
     logging = checkpoints.read(phantom.fold("SMMLTrainer") / "checkpoint_final.pth")["logging"]
     assert logging["mstkd_guidance"][1] > 0

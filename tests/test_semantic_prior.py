@@ -11,7 +11,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from batchgeneratorsv2.transforms.spatial.mirroring import MirrorTransform
-from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train
+from conftest import CONFIGURATION, PHANTOM, configure, train
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import REGIONS, REGIONS_WITH_IGNORE, batch
 
@@ -137,18 +137,13 @@ def write_maps(folders, target: Path, *, change=None) -> None:
             sitk.WriteImage(image if change is None else change(image, channel), str(target / name))
 
 
-def configure(folders, **settings):
-    settings = {**TINY, **{f"smml.{key}": value for key, value in settings.items()}}
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
-
-
 def build():
     return get_trainer_from_args(str(PHANTOM), CONFIGURATION, 0, "SMMLTrainer", device=CPU)
 
 
 def test_label_maps_are_preprocessed_once(phantom, tmp_path):
     write_maps(phantom, tmp_path / "maps", change=lambda image, channel: image if channel else image * 0)
-    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"), warmup=0.0)
+    configure(phantom, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"), smml__warmup=0.0)
     trainer = build()
     trainer.initialize()
     trainer.prepare_training()
@@ -236,7 +231,7 @@ def of_heads(folders) -> list[list[int]]:
 def test_probability_maps_reach_the_refinement_networks(phantom, tmp_path, monkeypatch):
     monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom), raising=False)
     write_probabilities(phantom, tmp_path / "maps")
-    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"), warmup=0.0)
+    configure(phantom, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"), smml__warmup=0.0)
     trainer = build()
     trainer.initialize()
     trainer.prepare_training()
@@ -275,7 +270,7 @@ def test_probability_maps_reach_the_refinement_networks(phantom, tmp_path, monke
 def test_probability_maps_that_do_not_fit_are_refused(phantom, tmp_path, monkeypatch, change, message):
     monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom), raising=False)
     write_probabilities(phantom, tmp_path / "maps", change=lambda maps: change(maps if maps.any() else maps + 0.75))
-    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"))
+    configure(phantom, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"))
     with pytest.raises(ValueError, match=message):
         train("SMMLTrainer")
 
@@ -283,7 +278,7 @@ def test_probability_maps_that_do_not_fit_are_refused(phantom, tmp_path, monkeyp
 def test_damaged_probability_maps_are_one_line(phantom, tmp_path, monkeypatch):
     monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom), raising=False)
     write_probabilities(phantom, tmp_path / "maps")
-    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"))
+    configure(phantom, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"))
     files = sorted((tmp_path / "maps").iterdir())
     for content in (b"nothing", files[0].read_bytes()[:200]):
         for file in files:
@@ -312,14 +307,14 @@ def test_damaged_probability_maps_are_one_line(phantom, tmp_path, monkeypatch):
 )
 def test_label_maps_that_do_not_fit_are_refused(phantom, tmp_path, change, message):
     write_maps(phantom, tmp_path / "maps", change=change)
-    configure(phantom, prior="precomputed", prior_path=str(tmp_path / "maps"))
+    configure(phantom, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"))
     with pytest.raises(ValueError, match=message):
         train("SMMLTrainer")
     assert not list(phantom.results.rglob("*.pth"))
 
 
 def test_missing_label_maps_are_counted(phantom):
-    configure(phantom, prior="precomputed", prior_path="maps")
+    configure(phantom, smml__prior="precomputed", smml__prior_path="maps")
     with pytest.raises(
         FileNotFoundError, match=rf"{phantom.dataset}{os.sep}maps{os.sep}.*_0000\.nii\.gz does not exist \((\d+) of \1"
     ):

@@ -9,17 +9,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, train, train_until_killed
+from conftest import CONFIGURATION, PHANTOM, configure, train, train_until_killed
 from nnunetv2.run.run_training import get_trainer_from_args
 from tiny import same, state
 
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
-
-
-def configure(folders, **settings):
-    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
 
 
 def build(trainer="MSTKDTrainer", fold=0):

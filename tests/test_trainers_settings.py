@@ -7,19 +7,13 @@ import shutil
 
 import pytest
 import torch
-from conftest import CONFIGURATION, PHANTOM, TINY, add_configuration, read_plans, snapshot, train
+from conftest import CONFIGURATION, PHANTOM, configure, read_plans, snapshot, train
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
 
 from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.training.settings import SamplerSettings, SettingsError
-
-
-def configure(folders, **settings):
-    """Change the configuration in the preprocessed plans, as a user does between two commands."""
-    settings = {**TINY, **{key.replace("__", "."): value for key, value in settings.items()}}
-    add_configuration(folders.plans_file, CONFIGURATION, features=[8, 16, 24], batch_size=2, settings=settings)
 
 
 def build(trainer="MSTKDTrainer", fold=0):
