@@ -361,6 +361,7 @@ def test_a_switched_off_part_has_no_parameters():
     assert parts(Case(presence=False).full()) == {"encoder_adapters", "decoder_adapters", "refinement"}
 
 
+@pytest.mark.compiled
 def test_network_compiles_into_one_graph():
     """Nothing of the choice of weights branches on the data."""
     case = Case(dimensions=2, gate=0.5)

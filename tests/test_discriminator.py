@@ -104,6 +104,7 @@ def test_discriminator_learns_smooth_from_rough():
     assert losses[-1] < 0.1 * losses[0]
 
 
+@pytest.mark.compiled
 def test_the_discriminator_compiles_as_one_graph():
     discriminator = build()
     x = torch.randn(1, 5, 4, 4, 4)

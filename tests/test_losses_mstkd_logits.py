@@ -292,6 +292,7 @@ def test_half_precision_extremes_are_finite_in_float32(regions, channels, name):
     assert student.grad.isfinite().all()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("name", TERM_NAMES)
 @pytest.mark.parametrize(("regions", "channels"), HEADS)
 def test_the_terms_compile_as_one_graph(regions, channels, name):
@@ -346,6 +347,7 @@ def test_advantage_skips_ignored_voxels(regions, dimensions):
     assert torch.equal(poisoned, expected * valid)
 
 
+@pytest.mark.compiled
 def test_the_teachers_advantage_compiles_as_one_graph():
     student, teacher = draw(0, 3), draw(1, 3)
     compiled = torch.compile(teacher_advantage, backend="aot_eager", fullgraph=True)

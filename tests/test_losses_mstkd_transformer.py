@@ -134,6 +134,7 @@ def test_half_precision_under_autocast_gives_the_float32_value(term, draw):
     assert loss.item() == expected.item()
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize(("term", "draw"), TERMS)
 def test_the_term_compiles_as_one_graph(term, draw):
     compiled = torch.compile(term, backend="aot_eager", fullgraph=True)

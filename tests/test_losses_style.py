@@ -109,6 +109,7 @@ def test_half_precision_extremes_and_dead_channels_are_finite():
     assert student[0].grad.isfinite().all() and student[1].grad.isfinite().all()
 
 
+@pytest.mark.compiled
 def test_style_matching_compiles_as_one_graph():
     compiled = torch.compile(style_matching, backend="aot_eager", fullgraph=True)
     expected = style_matching(features(0), features(1)).item()

@@ -234,6 +234,7 @@ def test_class_builds_the_network_for_prediction(make_trainer, cls, front):
     assert network(torch.randn(1, 4, 16, 16, 16)).shape == (1, 3, 16, 16, 16)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("front", [FRONTS["stem"], FRONTS["encoders"]], ids=["stem", "encoders"])
 @each_trainer
 def test_network_compiles_into_one_graph(make_trainer, cls, front):

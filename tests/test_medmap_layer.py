@@ -182,6 +182,7 @@ def test_training_and_prediction_use_one_network(make_trainer, cls):
     assert torch.equal(fresh(masked), wanted)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("cls", [MedMAPAdaMMTrainer, MedMAPSMMLTrainer, MedMAPKDTrainer], ids=lambda cls: cls.__name__)
 def test_network_compiles_into_one_graph(make_trainer, cls):
     trainer = make_trainer(cls, block=settings(), deep_supervision=False)

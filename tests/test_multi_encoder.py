@@ -119,6 +119,7 @@ def test_leak_test_finds_the_term_that_reads_the_complete_batch(monkeypatch, cls
         testing.check_no_leak(cls, tmp_path)
 
 
+@pytest.mark.compiled
 @each_trainer
 def test_network_compiles_into_one_graph(make_trainer, cls):
     network = make_trainer(cls, deep_supervision=False).network

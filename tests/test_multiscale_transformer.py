@@ -387,6 +387,7 @@ def test_added_modules_are_what_the_plain_unet_lacks():
     assert sum(p.numel() for p in network.parameters() if id(p) not in added) == plain
 
 
+@pytest.mark.compiled
 @torch.no_grad()
 def test_forward_pass_compiles_into_one_graph():
     # two of four blocks are tapped, so both ways to compute the attention are in it

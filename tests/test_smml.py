@@ -293,6 +293,7 @@ def test_students_with_encoders_use_the_availability(make_trainer):
     assert torch.equal(network(torch.zeros_like(data)), empty)
 
 
+@pytest.mark.compiled
 @each_kind
 def test_network_compiles_into_one_graph(make_trainer, light):
     trainer = make_trainer(SMMLTrainer, block=smml(light=light), deep_supervision=False)

@@ -325,6 +325,7 @@ def test_in_mixed_precision_logits_that_overflow_are_skipped(student):
 # ---- compiled ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("method", METHODS, ids=lambda cls: cls.__name__)
 def test_compiled_networks_are_saved_under_plain_names(make_trainer, monkeypatch, tmp_path, method):
     variants = []
