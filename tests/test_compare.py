@@ -481,7 +481,7 @@ def test_rows_that_stand_twice_are_refused(capsys):
     frame = table("new")
     frame = pd.concat([frame, frame.iloc[[3]]])
     frame.to_csv("new.csv", index=False)
-    assert f"new.csv: row {len(frame)} stands twice" in refused(capsys, "old", "new.csv")
+    assert f"new.csv: row {len(frame)} appears twice" in refused(capsys, "old", "new.csv")
 
 
 def test_a_case_without_one_subset_is_refused(capsys):

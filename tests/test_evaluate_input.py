@@ -262,7 +262,7 @@ def test_labels_in_another_direction_than_the_images(model, capsys, folder, nnun
         (["--stack", "2", "--mask-first"], "--stack 2 does not go with --mask-first"),
         (["-step_size", "0"], "-step_size is 0.0, expected above 0"),
         (["--subsets", "T9"], "unknown modality 'T9' in subset 'T9'; known are T0, T1, T2, T3"),
-        (["--subsets", "T1+T0", "T0,T1"], "the subset T0+T1 stands twice"),
+        (["--subsets", "T1+T0", "T0,T1"], "the subset T0+T1 appears twice"),
         (["--available", "T0,X"], "unknown modality 'X'"),
         (["--subsets", "T0+T1", "--available", "T1,T2"], "T0+T1 is not within --available T1,T2"),
         (["--metrics", "jaccard"], "unknown metric 'jaccard'"),

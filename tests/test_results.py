@@ -107,7 +107,7 @@ def test_a_file_that_is_missing_or_no_table_is_refused_by_name(tmp_path):
         ({"subset": "T1+"}, r"subset 'T1\+' is not a list of different modalities"),
         ({"subset": "T1+T1", "modalities": 2}, "not a list of different modalities"),
         ({"subset": "T1ce+T1", "modalities": 2}, r"'T1\+T1ce' is also written 'T1ce\+T1'"),
-        ({"case": "00012"}, r"row 3 stands twice"),
+        ({"case": "00012"}, r"row 3 appears twice"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_number(changes, message):

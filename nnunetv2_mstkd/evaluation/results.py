@@ -97,7 +97,7 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
             table,
             f"has a value outside {metric.lowest:g} ... {metric.highest:g}",
         )
-    _refuse(table.duplicated([*KEY, *({TRAINING} & {*others})]), table, "stands twice")
+    _refuse(table.duplicated([*KEY, *({TRAINING} & {*others})]), table, "appears twice")
     return table
 
 

@@ -1,4 +1,4 @@
-"""The Python API of prediction: a trained model that segments cases whose modalities are partly absent."""
+"""The Python API of prediction: a trained model that segments cases with any subset of the modalities."""
 
 from __future__ import annotations
 
@@ -394,7 +394,7 @@ class Predictor:
         images
             Folder of ``CASE_000k`` files, any of which may be absent; only read.
         output
-            Folder for the segmentations, made if absent.
+            Folder for the segmentations, created if necessary.
         drop
             Modalities to treat as absent, for example ``"T1ce,FLAIR"``.
         skip_bad

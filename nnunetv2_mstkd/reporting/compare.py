@@ -84,7 +84,7 @@ def compare(
     show_cases, show_subsets:
         Cases and subsets in the figure with pictures; default: the median case, and the worst subset of each size.
     output:
-        Folder for comparison.html and all other files, made if absent; default: nothing is written.
+        Folder for comparison.html and all other files, created if necessary; default: nothing is written.
 
     Returns
     -------

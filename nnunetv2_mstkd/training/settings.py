@@ -227,7 +227,7 @@ class SamplerSettings(Section):
                 modalities.parse_modality(name, names, " in sampler.drop or keep") for name in (*self.drop, *self.keep)
             ]
             if len(set(channels)) < len(channels):
-                raise SettingsError("a modality stands twice in sampler.drop and sampler.keep")
+                raise SettingsError("a modality appears twice in sampler.drop and sampler.keep")
             drop = dict(zip(channels, (*self.drop.values(), *[0.0] * len(self.keep)), strict=True))
             return modalities.SubsetSampler(
                 len(names), self.kind, drop=tuple(drop.get(channel, 0.5) for channel in range(len(names)))

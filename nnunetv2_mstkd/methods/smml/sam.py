@@ -178,7 +178,7 @@ def write_prior(
     raw
         Folder of the data set below nnUNet_raw.
     output
-        Folder for the prior, made if absent.
+        Folder for the prior, created if necessary.
     sam
         :class:`Sam`.
     dataset_json, reader
