@@ -100,7 +100,7 @@ class FileNetwork:
         try:
             self.network = torch.jit.load(str(file), map_location=device).eval()
         except RuntimeError as error:
-            raise InputError(f"{file} is no TorchScript file ({str(error).strip().splitlines()[0]})") from error
+            raise InputError(f"{file} is not a TorchScript file ({str(error).strip().splitlines()[0]})") from error
         expected = (1, heads, *patch_size)
         try:
             with torch.no_grad():
