@@ -79,7 +79,7 @@ class MSTKDSettings(Section):
     adversarial: Weight = 0.005
     """Weight of the adversarial term (GSME, eq. 9); with 0 there is no discriminator."""
     content: Weight = 0.0
-    """Weight of the squared difference of the features that the decoders start from (released code)."""
+    """Weight of the difference of the features that the decoders start from (released code)."""
     form: Literal["relative", "published"] = "relative"
     """Formulas of the terms: ``relative``, divided by the scale of what they compare (this package's), or
     ``published``, plain squared errors. The weights of the two forms cannot be compared."""
