@@ -194,7 +194,9 @@ def _release_folders(search: _Search) -> tuple[list[Path], Found]:
             + (f"; it holds cases of another release: {listed}" if others else "")
         )
     if others:
-        raise InputError(f"{source} mixes {len(ours)} cases of {description.release} with {listed}; convert each apart")
+        raise InputError(
+            f"{source} mixes {len(ours)} cases of {description.release} with {listed}; convert them separately"
+        )
     problem = (
         f"this folder holds images, but its name is not as in {description.release} ({example}); rename or remove it"
     )
@@ -298,7 +300,7 @@ class _Search:
         """A line if a link is broken, or leads out of the source."""
         real = Path(os.path.realpath(path))
         if not real.is_file():
-            return [f"{path.name} is a link to {real}, which is no file"]
+            return [f"{path.name} is a link to {real}, which is not a file"]
         if not self.follow_links and not real.is_relative_to(os.path.realpath(self.source)):
             return [f"{path.name} is a link to {real}, outside {self.source}; --follow-links accepts it"]
         return []

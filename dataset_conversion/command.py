@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Convert as the options say, and print what was written and what comes next; return 0 or EXIT_SKIPPED."""
     description, renamed = description_of(args)
     for own, name in renamed.items():
-        print(f"note: {own} is called {name} in the data set, as in those of the releases")
+        print(f"note: {own} is called {name} in the data set, as in all releases")
     report = convert(args.source, description, dataset_name(args.dataset_id, args.name), options_of(args))
     for line in summary(report, description):
         print(line)

@@ -30,11 +30,11 @@ example of a description:
     "label": "GOLD_STANDARD.nii.gz",
     "labels": {"background": 0, "lesion": 1}
   }
-{case} in a pattern is the name of the case, and a pattern may name sub-folders (anat/{case}_T1.nii.gz); a list of
-patterns means alternatives. Further keys: regions_class_order, cases, test_cases and patient, as the options of these
-names; remap, from the files' own label values to those to write: {"4": 3}
+{case} in a pattern stands for the name of the case, and a pattern may contain subfolders (anat/{case}_T1.nii.gz); a
+list of patterns means alternatives. Further keys: regions_class_order, cases, test_cases and patient, like the options
+of these names; remap, from label values in the files to values to write: {"4": 3}
 
-example of a call:
+example command:
   %(prog)s SOURCE -d 501 --name OpenMS --description open_ms.json --val-cases patient26
 """
 
@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser, converter: str) -> None:
         name = release.title.split(" (")[0].replace(" ", "")
         _add_common_arguments(parser, name=name, protocols=protocols_of(converter))
         if release.regions:
-            text = "mutually exclusive classes instead of overlapping regions"
+            text = "train on mutually exclusive classes instead of overlapping regions"
             parser.add_argument("--labels", action="store_true", help=text)
         if release.slices is not None:
-            text = "mm along x, y and z, which the files do not say (default: %(default)s)"
+            text = "voxel size in mm along x, y and z, which the files do not contain (default: %(default)s)"
             default = release.slices.spacing
             parser.add_argument("--spacing", metavar=("X", "Y", "Z"), nargs=3, type=float, default=default, help=text)
     parser.set_defaults(converter=converter)
@@ -130,18 +130,18 @@ def _add_common_arguments(
     add("source", metavar="SOURCE", type=Path, help="folder of the data set; it is only read")
     add("-d", "--dataset-id", metavar="ID", type=int, required=True, help="number of the new data set")
     shown = f" (default: {name})" if name else ""
-    add("--name", required=name is None, default=name, help=f"its name: DatasetID_NAME{shown}")
+    add("--name", required=name is None, default=name, help=f"name of the new data set, in DatasetID_NAME{shown}")
     how = parser.add_mutually_exclusive_group()
     for mode, text in (
         (COPY, "copy the files (default)"),
-        (LINK, "symbolic links; files that must change are written"),
-        (REFERENCE, "leave the files, and name their paths in dataset.json; files that must change are written"),
+        (LINK, "make symbolic links; only files that must change are written"),
+        (REFERENCE, "only list the paths of the files in dataset.json; files that must change are written"),
     ):
         how.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default=COPY, help=text)
-    add("--overwrite", action="store_true", help="replace a data set, and folds, of that name")
-    add("--workers", metavar="N", type=int, default=DEFAULT_WORKERS, help="cases at a time (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace a data set of that name, and its folds")
+    add("--workers", metavar="N", type=int, default=DEFAULT_WORKERS, help="parallel processes (default: %(default)s)")
 
-    purpose = "A case with a problem is left out and listed; then the exit code is 1."
+    purpose = "Cases with problems are left out and listed, and the exit code is 1."
     add = parser.add_argument_group("checks", purpose).add_argument
     add(
         "--verify", choices=LEVELS,
@@ -151,18 +151,18 @@ def _add_common_arguments(
     add("--strict", action="store_true", help="write nothing if any case has a problem")
     add(
         "--allow-missing", action="store_true",
-        help="keep cases that lack some modalities: zero images take their place, and they are listed",
+        help="keep cases that lack modalities: zero images replace the missing files, and the cases are listed",
     )  # fmt: skip
     add(
         "--max-outside", metavar="SHARE", type=float, default=MAX_OUTSIDE,
-        help="share of a label that may lie where all images are zero (default: %(default)s)",
+        help="fraction of a label that may lie where all images are zero (default: %(default)s)",
     )  # fmt: skip
     add("--follow-links", action="store_true", help="accept links to files outside SOURCE")
 
     purpose = "Cases of one patient stay together. The folds go to nnUNet_preprocessed."
     add = parser.add_argument_group("folds and test cases", purpose).add_argument
     add("--folds", metavar="N", type=int, help="number of folds (default: 5, or one per patient if fewer)")
-    add("--val-cases", metavar="CASE", nargs="+", default=[], help="one fold that validates on these cases")
+    add("--val-cases", metavar="CASE", nargs="+", default=[], help="make one fold that validates on these cases")
     add(
         "--splits", dest="split_lists", metavar="FILE", type=Path, nargs="+", default=[],
         help="published splits: train.txt val.txt test.txt or .csv with a column case (train1.txt ... for several "
@@ -171,10 +171,10 @@ def _add_common_arguments(
     if protocols:
         add(
             "--protocol", choices=protocols, default="",
-            help="published training, validation (fold 0) and test cases, all of which must be there without a problem",
+            help="published training, validation (fold 0) and test cases, all of which must pass the checks",
         )  # fmt: skip
-    add("--no-splits", dest="write_splits", action="store_false", help="leave the folds to nnU-Net")
-    add("--test-cases", metavar="CASE", nargs="+", help="cases, or patterns of cases, not to train on")
+    add("--no-splits", dest="write_splits", action="store_false", help="let nnU-Net make the folds")
+    add("--test-cases", metavar="CASE", nargs="+", help="test cases, or patterns of their names")
     add(
         "--test-fraction",
         metavar="SHARE",
@@ -184,29 +184,29 @@ def _add_common_arguments(
     )
     add(
         "--unlabelled", action="store_true",
-        help="keep training cases without a label, for trainers that learn from them: all 'ignore'",
+        help="keep training cases without a label, with 'ignore' everywhere, for trainers that learn from them",
     )  # fmt: skip
-    add("--unlabelled-as-test", action="store_true", help="make cases without a label test cases")
-    add("--seed", type=int, default=SEED, help="seed of folds and test cases (default: %(default)s, as in nnU-Net)")
+    add("--unlabelled-as-test", action="store_true", help="use cases without a label as test cases")
+    add("--seed", type=int, default=SEED, help="seed for folds and test cases (default: %(default)s, as in nnU-Net)")
 
 
 def _add_description_arguments(parser: argparse.ArgumentParser) -> None:
-    purpose = "A file, or options, or both: an option replaces the key of the same meaning in the file."
+    purpose = "Give a file, options, or both: an option overrides the key with the same meaning in the file."
     add = parser.add_argument_group("what the data set holds", purpose).add_argument
     add("--description", metavar="FILE", type=Path, help="JSON or YAML file; see the example below")
     add(
         "--modality", metavar="NAME=PATTERN", action="append",
-        help="a channel and the pattern of its file in the case folder; repeat it in the order of the channels",
+        help="a channel and the pattern of its file in the case folder; repeat in the order of the channels",
     )  # fmt: skip
     add("--label", metavar="PATTERN", help="pattern of the label file in the case folder")
     add(
         "--class", dest="classes", metavar="NAME=VALUE[,VALUE...]", action="append",
-        help="a label and its value, or a region and its values; repeat it (background=0 is implied)",
+        help="a label and its value, or a region and its values; repeat for each (background=0 is implied)",
     )  # fmt: skip
-    add("--regions-class-order", metavar="VALUE,VALUE...", help="with regions: the value that each one writes")
+    add("--regions-class-order", metavar="VALUE,VALUE...", help="with regions: the label value of each")
     add("--cases", metavar="PATTERN", help="pattern of the case folders within SOURCE (default: '*')")
     add(
         "--patient", metavar="EXPRESSION",
-        help="regular expression whose group is the patient in the name of a case: '(.*)-[0-9]+'; without it each case "
-        "is a patient",
+        help="regular expression whose group is the patient's part of a case name: '(.*)-[0-9]+' (default: each case "
+        "is a patient)",
     )  # fmt: skip

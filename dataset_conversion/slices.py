@@ -60,7 +60,7 @@ def find_slices(folder: Path, description: Description) -> SliceFiles:
                 break
         else:
             expected = " and ".join(pattern.replace(SLICE, "1") for pattern in by_number)
-            problems.append(f"{path.name} is no slice, expected names such as {expected}")
+            problems.append(f"{path.name} is not a slice, expected names such as {expected}")
     for found in by_number.values():
         problems += [
             f"{' and '.join(path.name for path in paths)} are one slice, expected one file"

@@ -71,7 +71,7 @@ def hold_out(cases: Sequence[str], validation: Sequence[str], *, patient_of: Cal
     """Make one fold that validates on the named cases and trains on the others."""
     unknown = sorted(set(validation) - set(cases))
     if unknown:
-        raise InputError(f"validation cases {', '.join(unknown)} are no training cases, which are {_some(cases)}")
+        raise InputError(f"validation cases {', '.join(unknown)} are not training cases; these are {_some(cases)}")
     train = sorted(set(cases) - set(validation))
     if not train or not validation:
         raise InputError(f"{len(validation)} of {len(cases)} training cases validate, expected some, but not all")
@@ -156,7 +156,7 @@ def read_lists(files: Sequence[Path], case_names: str = "") -> tuple[Splits, lis
         try:
             text = file.read_text(encoding="utf-8-sig")
         except UnicodeDecodeError as error:
-            raise InputError(f"{file} is no text in UTF-8: {error}") from error
+            raise InputError(f"{file} is not UTF-8 text: {error}") from error
         number, found = _read_list([line for line in text.splitlines() if not line.startswith("#")], file)
         for part, names in found.items():
             if part in parts[number]:
@@ -240,8 +240,8 @@ def _read_list(lines: Sequence[str], file: Path) -> tuple[int, dict[str, list[st
     match = LIST_NAME.search(file.stem.lower())
     if match is None or file.suffix.lower() not in (".txt", ".csv"):
         raise InputError(
-            f"{file} is no list of cases: expected train*.txt, val*.txt and test*.txt (or .csv), a .csv table with the "
-            "columns case and part, or nnU-Net's splits_final.json"
+            f"{file} is not a list of cases: expected train*.txt, val*.txt and test*.txt (or .csv), a .csv table with "
+            "the columns case and part, or nnU-Net's splits_final.json"
         )
     names = [line.strip().strip(",") for line in lines]
     return int(match[2] or 0), {match[1]: [name for name in names if name]}

@@ -131,7 +131,7 @@ def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:
             raise InputError(f"the subset {text!r} has an empty part; write for example {names[0]}+{names[-1]}")
         channel = parse_modality(part, names, f" in subset {text!r}")
         if subset[channel]:
-            raise InputError(f"modality {part.strip()!r} stands twice in subset {text!r}")
+            raise InputError(f"modality {part.strip()!r} appears twice in subset {text!r}")
         subset[channel] = True
     return subset
 
@@ -144,7 +144,7 @@ def parse_subsets(texts: Iterable[str], names: Sequence[str]) -> torch.Tensor:
     codes = [subset_code(row) for row in rows]
     for index, code in enumerate(codes):
         if code in codes[:index]:
-            raise InputError(f"the subset {subset_name(rows[index], names)} stands twice in the list")
+            raise InputError(f"the subset {subset_name(rows[index], names)} appears twice in the list")
     return torch.stack(rows)
 
 

@@ -116,7 +116,7 @@ def test_a_truncated_file_is_refused_in_one_line(tmp_path, kept):
     checkpoints.write(content(), path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * kept)])
-    with pytest.raises(ValueError, match="damaged, truncated or no checkpoint") as error:
+    with pytest.raises(ValueError, match="damaged, truncated or not a checkpoint") as error:
         checkpoints.read(path)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -142,7 +142,7 @@ def test_damaged_header_is_a_value_error(tmp_path):
 @pytest.mark.parametrize("data", [b"hello world", b"\x93NUMPY\x01\x00", pickle.dumps({"network_weights": {}}, 2)])
 def test_a_file_that_is_no_checkpoint_is_refused(tmp_path, data):
     (tmp_path / "x.pth").write_bytes(data)
-    with pytest.raises(ValueError, match="damaged, truncated or no checkpoint"):
+    with pytest.raises(ValueError, match="damaged, truncated or not a checkpoint"):
         checkpoints.read(tmp_path / "x.pth")
 
 

@@ -461,7 +461,7 @@ def test_bad_input_is_one_line(capsys):
     assert "holds one model, new; a comparison needs at least two" in refused(capsys, "new")
     assert "nowhere does not exist" in refused(capsys, "new", "nowhere")
     Path("empty").mkdir()
-    assert "no model folder and has no results.csv" in refused(capsys, "new", "empty")
+    assert "not a model folder and has no results.csv" in refused(capsys, "new", "empty")
     Path("empty/plans.json").write_text("{}")
     assert "evaluate it: mstkd evaluate -m empty" in refused(capsys, "new", "empty")
     assert "no values of hd95, it has dice; evaluate it with --metrics dice hd95" in refused(
@@ -473,7 +473,7 @@ def test_bad_input_is_one_line(capsys):
     Path("old/subsets/summary.json").write_text("{")
     assert "summary.json is damaged" in refused(capsys, "new", "old")
     Path("old/subsets/summary.json").write_text("[]")
-    assert "no summary of an evaluation" in refused(capsys, "new", "old")
+    assert "not a summary of an evaluation" in refused(capsys, "new", "old")
 
 
 def test_rows_that_stand_twice_are_refused(capsys):
@@ -481,7 +481,7 @@ def test_rows_that_stand_twice_are_refused(capsys):
     frame = table("new")
     frame = pd.concat([frame, frame.iloc[[3]]])
     frame.to_csv("new.csv", index=False)
-    assert f"new.csv: row {len(frame)} stands twice" in refused(capsys, "old", "new.csv")
+    assert f"new.csv: row {len(frame)} appears twice" in refused(capsys, "old", "new.csv")
 
 
 def test_a_case_without_one_subset_is_refused(capsys):

@@ -503,7 +503,7 @@ def test_unreadable_descriptions_are_one_line(tmp_path, name, text, message):
         (["--folds", "2", "--val-cases", "a"], "expected one of them"),
         (["--folds", "4"], "4 folds of 3 training cases"),
         (["--folds", "1"], "1 folds of 3 training cases"),
-        (["--val-cases", "z"], "validation cases z are no training cases, which are a, b, c"),
+        (["--val-cases", "z"], "validation cases z are not training cases; these are a, b, c"),
         (["--val-cases", "a", "b", "c"], "3 of 3 training cases validate"),
     ],
 )

@@ -210,7 +210,8 @@ def test_other_files(source, capsys):
     image_file(source, 2).with_name("montage.tif").write_bytes(b"")
     (source / "kaggle_3m" / CASE / ".DS_Store").write_bytes(b"")
     assert convert(source) == 1
-    assert problems(capsys) == [f"montage.tif is no slice, expected names such as {CASE}_1.tif and {CASE}_1_mask.tif"]
+    names = f"{CASE}_1.tif and {CASE}_1_mask.tif"
+    assert problems(capsys) == [f"montage.tif is not a slice, expected names such as {names}"]
 
 
 def test_no_slice_at_all(source, capsys):

@@ -224,7 +224,7 @@ def test_broken_link(source, capsys):
     file(source, "t2").unlink()
     file(source, "t2").symlink_to(source / "nowhere")
     assert convert(source) == 1
-    assert only_line(capsys) == f"T2: {NAMES[1]}_t2.nii.gz is a link to {source / 'nowhere'}, which is no file"
+    assert only_line(capsys) == f"T2: {NAMES[1]}_t2.nii.gz is a link to {source / 'nowhere'}, which is not a file"
 
 
 @pytest.mark.parametrize("level", ["full", "header"])

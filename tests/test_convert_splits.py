@@ -152,8 +152,8 @@ def test_splits_final_as_a_list(tmp_path):
         ({"train": ["a", "b"], "val": ["b"]}, "b in more than one part"),
         ({"train": ["a", "b"], "val": ["c"], "test": ["a"]}, "a in more than one part"),
         ({"train": ["a"]}, "no train or no val cases"),
-        ({"cases": ["a"]}, "cases.txt is no list of cases"),
-        ({"constrain": ["a"]}, "constrain.txt is no list of cases"),
+        ({"cases": ["a"]}, "cases.txt is not a list of cases"),
+        ({"constrain": ["a"]}, "constrain.txt is not a list of cases"),
         ({"train": ["a"], "val": ["b"], "val15splits": ["c"]}, "a second list of val cases"),
         ({"train": ["a"], "training": ["b"], "val": ["c"]}, "a second list of train cases"),
         (
@@ -174,10 +174,10 @@ def test_unreadable_lists_are_named(tmp_path):
     with pytest.raises(ValueError, match="puts a into 'first', expected train, val or test"):
         read_lists([tmp_path / "split.csv"])
     (tmp_path / "splits.json").write_text('{"train": 1}')
-    with pytest.raises(ValueError, match="is no list of splits"):
+    with pytest.raises(ValueError, match="is not a list of splits"):
         read_lists([tmp_path / "splits.json"])
     (tmp_path / "train.txt").write_bytes("caf\xe9\n".encode("latin-1"))
-    with pytest.raises(InputError, match=r"train\.txt is no text in UTF-8"):
+    with pytest.raises(InputError, match=r"train\.txt is not UTF-8 text"):
         read_lists([tmp_path / "train.txt"])
 
 

@@ -94,7 +94,7 @@ def test_no_splits_file(model, capsys, data):
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", '[{"train": []}]'])
 def test_a_damaged_splits_file(model, capsys, data, content):
     (data.parent / "splits_final.json").write_text(content)
-    assert "is no list of splits" in refused(capsys, model)
+    assert "is not a list of splits" in refused(capsys, model)
 
 
 def test_a_fold_without_validation_cases(model, capsys, data):
@@ -185,7 +185,7 @@ def test_a_label_with_a_value_that_the_data_set_does_not_have(model, capsys, lab
 def test_a_label_that_does_not_lie_where_its_image_lies(model, capsys, labels, source, geometry, shape, what):
     write(labels / f"{CASES[0]}.nii.gz", label_image(0, shape), **geometry)
     message = refused(capsys, model, *(["--mask-first"] if source == "images" else []))
-    assert what in message and f"{CASES[0]}.nii.gz does not lie where its image lies" in message
+    assert what in message and f"{CASES[0]}.nii.gz is not on the grid of its image" in message
 
 
 # ---- folders -------------------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_labels_in_another_direction_than_the_images(model, capsys, folder, nnun
         (["--stack", "2", "--mask-first"], "--stack 2 does not go with --mask-first"),
         (["-step_size", "0"], "-step_size is 0.0, expected above 0"),
         (["--subsets", "T9"], "unknown modality 'T9' in subset 'T9'; known are T0, T1, T2, T3"),
-        (["--subsets", "T1+T0", "T0,T1"], "the subset T0+T1 stands twice"),
+        (["--subsets", "T1+T0", "T0,T1"], "the subset T0+T1 appears twice"),
         (["--available", "T0,X"], "unknown modality 'X'"),
         (["--subsets", "T0+T1", "--available", "T1,T2"], "T0+T1 is not within --available T1,T2"),
         (["--metrics", "jaccard"], "unknown metric 'jaccard'"),
@@ -346,5 +346,5 @@ def test_a_damaged_record_of_a_case_is_a_users_error(tmp_path, entry):
     file = tmp_path / "cases" / "fold_0" / "case.json"
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps({"weights": "w", "subsets": {"T0": entry}}))
-    with pytest.raises(errors.InputError, match="no record of an evaluation"):
+    with pytest.raises(errors.InputError, match="not a record of an evaluation"):
         records.load("0", "case")

@@ -106,7 +106,7 @@ def passed(environment, tmp_path_factory) -> list[str]:
     """The file of each test that passed: those of the page, and the same checks with MedMAP in front."""
     folder = tmp_path_factory.mktemp("tests")
     (folder / "test_matching.py").write_text(re.search(r"```python\n(import pytest\n.*?)```", TEXT, re.DOTALL)[1])
-    code = re.search(r"### MedMAP in front of it\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]
+    code = re.search(r"### Put MedMAP in front of it\n.*?```python\n(.*?)```", TEXT, re.DOTALL)[1]
     (folder / "test_both.py").write_text(TEST_BOTH.replace("CODE", code))
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--rootdir", folder, folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)

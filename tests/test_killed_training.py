@@ -82,13 +82,13 @@ def test_killed_training_resumes_to_the_same_model(models, trainer):
 # ---- processes of a data loader -------------------------------------------------------------------------------------
 
 
-KILLED_BY = "a process of the data loader was ended by SIGKILL: the kernel does that where memory runs out."
+KILLED_BY = "a data-loader worker was killed by SIGKILL: the kernel does that when memory runs out."
 
 
 @pytest.mark.parametrize(
     ("moment", "told"),
     [
-        ("start", "before the first iteration a process of the data loader died; its own error, if it had one, stands"),
+        ("start", "before the first iteration a data-loader worker died; if it printed an error, see above"),
         ("training", rf"in epoch 1, iteration \d+, {KILLED_BY}"),
         ("validation", f"in the online validation of epoch 1 {KILLED_BY}"),
     ],
@@ -117,11 +117,14 @@ def test_killed_data_loader_worker_is_one_line(phantom, moment, told):
 @pytest.mark.parametrize(
     ("codes", "told"),
     [
-        ([0, -signal.SIGTERM, KILLED], "was ended by SIGKILL: the kernel does that where memory runs out"),
-        ([-getattr(signal, "SIGBUS", 7)], "was ended by SIGBUS: shared memory is full (/dev/shm; a container is given"),
-        ([-signal.SIGSEGV, 0], "was ended by SIGSEGV"),
-        ([0, 1, None, -signal.SIGTERM], "died; its own error, if it had one, stands above"),  # ended by nnU-Net
-        ([], "died; its own error, if it had one, stands above"),
+        ([0, -signal.SIGTERM, KILLED], "was killed by SIGKILL: the kernel does that when memory runs out"),
+        (
+            [-getattr(signal, "SIGBUS", 7)],
+            "was killed by SIGBUS: shared memory is full (/dev/shm; a container is given",
+        ),
+        ([-signal.SIGSEGV, 0], "was killed by SIGSEGV"),
+        ([0, 1, None, -signal.SIGTERM], "died; if it printed an error, see above"),  # ended by nnU-Net
+        ([], "died; if it printed an error, see above"),
     ],
 )
 def test_the_exit_code_tells_why_a_process_ended(codes, told):

@@ -26,7 +26,7 @@ def test_a_variable_of_nnunet_that_is_not_set_is_named(monkeypatch, capsys):
 def test_a_variable_that_names_no_folder_is_shown(monkeypatch, tmp_path):
     monkeypatch.setenv("nnUNet_raw", str(tmp_path / "nowhere"))
     with pytest.raises(
-        FileNotFoundError, match=r"nnUNet_raw is .*nowhere, which is no folder; make it, or set another"
+        FileNotFoundError, match=r"nnUNet_raw is .*nowhere, which is not a folder; create it, or set another"
     ):
         nnunet_folder("nnUNet_raw")
     monkeypatch.setenv("nnUNet_raw", str(tmp_path))

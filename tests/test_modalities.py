@@ -59,7 +59,7 @@ def test_all_stands_for_the_full_set():
     ("text", "message"),
     [
         ("T1c", "unknown modality 'T1c'.*known are T1, T1ce, T2, FLAIR"),
-        ("T1+t1", "stands twice"),
+        ("T1+t1", "appears twice"),
         ("", "empty part"),
         ("T1++T2", "empty part"),
         ("T1+", "empty part"),
@@ -74,7 +74,7 @@ def test_a_bad_subset_is_refused_with_what_is_wrong(text, message):
 def test_subset_list_refuses_duplicates_and_empty():
     rows = modalities.parse_subsets(["FLAIR", "T1+T2"], NAMES)
     assert rows.tolist() == [[False, False, False, True], [True, False, True, False]]
-    with pytest.raises(ValueError, match=r"T1\+T2 stands twice"):
+    with pytest.raises(ValueError, match=r"T1\+T2 appears twice"):
         modalities.parse_subsets(["T1+T2", "T2+T1"], NAMES)
     with pytest.raises(ValueError, match="list of subsets is empty"):
         modalities.parse_subsets([], NAMES)

@@ -93,7 +93,7 @@ def test_lineage_of_broken_plans():
 @pytest.mark.parametrize("content", ["[]", "{}", '{"configurations": []}', "{"])
 def test_no_plans(tmp_path: Path, content):
     (tmp_path / "plans.json").write_text(content)
-    with pytest.raises(ValueError, match=r"plans\.json (is no|holds no table)"):
+    with pytest.raises(ValueError, match=r"plans\.json (is not|holds no table)"):
         read_plans(tmp_path / "plans.json")
 
 
@@ -119,7 +119,7 @@ def test_splits(data, tmp_path):
 @pytest.mark.parametrize("content", ["{", '{"a": 1}', "[1]", '[{"train": 3}]'])
 def test_damaged_splits(data, content):
     (data / "splits_final.json").write_text(content)
-    with pytest.raises(ValueError, match="is no list of splits"):
+    with pytest.raises(ValueError, match="is not a list of splits"):
         read_splits(data / "splits_final.json")
 
 

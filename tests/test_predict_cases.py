@@ -280,7 +280,7 @@ def test_all_problems_are_listed_before_the_network_runs(bad, model, capsys, mon
     assert predict(bad, model) == 2
     err = capsys.readouterr().err
     first, *lines = err.strip().splitlines()[-5:]
-    assert "4 problems in 2 cases, nothing was predicted (--skip-bad: go on with the other 1):" in first
+    assert "4 problems in 2 cases, nothing was predicted (--skip-bad: continue with the other 1):" in first
     assert [line.split()[0] for line in lines] == ["lonely.nii.gz", "one:", "one:", "two:"]
     assert not (bad / "out").exists()
 

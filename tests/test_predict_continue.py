@@ -188,7 +188,7 @@ def test_a_record_that_is_none_is_refused(folders, model, capsys):
     (folders / "out").mkdir()
     (folders / "out" / "predictions.json").write_text("[]")
     assert predict(folders, model, "--continue_prediction") == 2
-    assert "no record of predictions" in capsys.readouterr().err
+    assert "not a record of predictions" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")

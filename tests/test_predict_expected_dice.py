@@ -45,5 +45,5 @@ def test_a_region_without_a_number_is_left_out(tmp_path):
     ],
 )
 def test_another_file_is_refused_by_name(tmp_path, content):
-    with pytest.raises(ValueError, match=r"summary\.json is no evaluation of this model's subsets"):
+    with pytest.raises(ValueError, match=r"summary\.json is not an evaluation of this model's subsets"):
         read_expected_dice(summary(tmp_path, content), NAMES)

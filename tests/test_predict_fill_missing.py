@@ -82,7 +82,7 @@ def test_links_instead_of_copies(folders):
 def test_a_bad_case_stops_everything_unless_skipped(folders, capsys):
     (folders / "in" / "a_0002.nii.gz").write_bytes(b"")
     assert fill(folders) == 2
-    assert "nothing was written (--skip-bad: go on with the other 1)" in capsys.readouterr().err
+    assert "nothing was written (--skip-bad: continue with the other 1)" in capsys.readouterr().err
     assert not (folders / "full").exists()
     assert fill(folders, "--skip-bad") == 1
     assert "a: T2 (a_0002.nii.gz)" in capsys.readouterr().err

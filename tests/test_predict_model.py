@@ -256,7 +256,7 @@ def test_a_configuration_that_the_plans_lack_is_refused(model):
 
 def test_a_checkpoint_of_something_else_is_refused(model):
     edit_checkpoint(model, lambda content: content.pop("init_args"))
-    with pytest.raises(ValueError, match=r"no checkpoint of nnU-Net v2: it has no 'init_args'"):
+    with pytest.raises(ValueError, match=r"not an nnU-Net v2 checkpoint: it has no 'init_args'"):
         load_predictor(model, (0,), device=CPU)
 
 

@@ -77,11 +77,11 @@ def test_a_file_that_is_missing_or_no_table_is_refused_by_name(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"results.csv does not exist"):
         r.read_results(path)
     for content, message in (
-        (b"", "no table"),
-        (b"\x89PNG\xff\xfe", "no table"),
-        (b'a,b\n"1', "no table"),
+        (b"", "not a table"),
+        (b"\x89PNG\xff\xfe", "not a table"),
+        (b'a,b\n"1', "not a table"),
         (b"model,case\nA,1\n", "no column trainer, fold"),
-        (b"", "no table"),
+        (b"", "not a table"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"results.csv.*{message}"):
@@ -97,9 +97,9 @@ def test_a_file_that_is_missing_or_no_table_is_refused_by_name(tmp_path):
         ({"case": ""}, r"row 3 has no case"),
         ({"model": None}, r"row 3 has no model"),
         ({"modalities": 2}, r"row 3 has a number of modalities other than its subset \(model=A"),
-        ({"modalities": "one"}, "row 3 has a modalities that is no number"),
+        ({"modalities": "one"}, "row 3 has a modalities that is not a number"),
         ({"modalities": None}, "row 3 has a number of modalities other than its subset"),
-        ({"value": "0,5"}, "row 3 has a value that is no number"),
+        ({"value": "0,5"}, "row 3 has a value that is not a number"),
         ({"value": 90.0}, r"row 3 has a value outside 0 ... 1"),
         ({"value": -0.1}, r"row 3 has a value outside 0 ... 1"),
         ({"value": math.inf, "metric": "hd95"}, r"row 3 has a value outside 0 ... inf"),
@@ -107,7 +107,7 @@ def test_a_file_that_is_missing_or_no_table_is_refused_by_name(tmp_path):
         ({"subset": "T1+"}, r"subset 'T1\+' is not a list of different modalities"),
         ({"subset": "T1+T1", "modalities": 2}, "not a list of different modalities"),
         ({"subset": "T1ce+T1", "modalities": 2}, r"'T1\+T1ce' is also written 'T1ce\+T1'"),
-        ({"case": "00012"}, r"row 3 stands twice"),
+        ({"case": "00012"}, r"row 3 appears twice"),
     ],
 )
 def test_a_wrong_row_is_refused_with_its_number(changes, message):

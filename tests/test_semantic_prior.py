@@ -359,7 +359,7 @@ def test_file_network_predicts_from_every_modality(make_trainer, tmp_path, label
     ("write", "error", "message"),
     [
         (lambda path: None, FileNotFoundError, r"prior\.pt does not exist; expected a TorchScript file"),
-        (lambda path: path.write_bytes(b"nothing"), ValueError, "is no TorchScript file"),
+        (lambda path: path.write_bytes(b"nothing"), ValueError, "is not a TorchScript file"),
         (
             lambda path: write_network(path, heads=4),
             ValueError,

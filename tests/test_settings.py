@@ -311,8 +311,8 @@ def test_sampler_section_builds_the_sampler():
     [
         ({"drop": {"T2": 0.5}}, "unknown modality 'T2' in sampler.drop or keep; known are T1, T1ce, FLAIR"),
         ({"keep": ["T1+FLAIR"]}, r"unknown modality 'T1\+FLAIR'"),
-        ({"drop": {"T1": 0.5, "t1": 0.4}}, "stands twice"),
-        ({"drop": {"T1": 0.5}, "keep": ["T1"]}, "stands twice"),
+        ({"drop": {"T1": 0.5, "t1": 0.4}}, "appears twice"),
+        ({"drop": {"T1": 0.5}, "keep": ["T1"]}, "appears twice"),
         ({"drop": {"T1": 1, "T1ce": 1, "FLAIR": 1}}, "at least one must be available"),
     ],
 )

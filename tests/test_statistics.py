@@ -457,7 +457,7 @@ def test_several_trainings_are_not_compared_with_one():
 
 def test_a_training_with_two_values_of_a_case_is_refused():
     frame = trainings({"new": np.full((2, 4), 0.5), "old": np.full((2, 4), 0.4)})
-    with pytest.raises(ValueError, match="stands twice"):
+    with pytest.raises(ValueError, match="appears twice"):
         cube(pd.concat([frame, frame.iloc[[0]]]), "dice")
 
 

@@ -260,7 +260,7 @@ def test_bank_and_subsets_are_stored_resolved(make_trainer):
     ("adamm", "message"),
     [
         ({"subsets": ["T0+T9"]}, "unknown modality 'T9'"),
-        ({"subsets": ["T0+T1", "#1+#0"]}, "stands twice in the list"),
+        ({"subsets": ["T0+T1", "#1+#0"]}, "appears twice in the list"),
         ({"subsets": ["T0"], "bank": "full"}, r"adamm\.subsets"),
         ({"bank": "large"}, "one of auto, full, factorised"),
         ({"refinement": "tree"}, "one of graph, dense, off"),

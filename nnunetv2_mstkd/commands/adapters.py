@@ -13,14 +13,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd adapters`."""
     parser.description = (
         "Draw the cosine similarity between the adapters that a trained AdaMM model has for different subsets of "
-        "modalities, one panel per stage, and write the numbers to a CSV file of the same name beside it."
+        "modalities, one panel per stage, and write the numbers to a CSV file with the same name."
     )
     add = parser.add_argument
     add("model", metavar="MODEL_FOLDER", type=Path, help="folder of a trained model, with plans.json")
     add("-o", dest="output", metavar="FIGURE", type=Path, required=True, help="figure to write: .png, .pdf or .svg")
-    add("-f", "--fold", help="fold (default: the first that is trained)")
+    add("-f", "--fold", help="fold (default: the first trained one)")
     add("-chk", metavar="FILE", default=FINAL, help="checkpoint file name (default: %(default)s)")
-    add("--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help="only these (default: all but the full set)")
+    add("--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help="subsets (default: all but the full set)")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,16 +20,16 @@ DEMO_FOLDER = Path("mstkd_demo")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd app`."""
     parser.description = (
-        "Open a page in the browser: drop the sequences that a patient has, as NIfTI files or DICOM series, and see "
-        "the segmentation, its volumes and what another missing sequence would change. Files stay on this machine and "
+        "Open a page in the browser, on which you drop a patient's sequences as NIfTI files or DICOM series. It shows "
+        "the segmentation, the volumes, and what another missing sequence would change. Files stay on this machine and "
         "are removed when the page is closed."
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("model", metavar="MODEL", type=Path, nargs="?", help="folder of a trained model")
-    source.add_argument("--demo", action="store_true", help="the model of `mstkd demo`, trained now if it is not there")
+    source.add_argument("--demo", action="store_true", help="use the demo's model; train it first if necessary")
     add = parser.add_argument
-    add("-o", "--out", metavar="FOLDER", type=Path, default=DEMO_FOLDER, help="of the demo (default: ./%(default)s)")
-    add("-f", "--folds", metavar="FOLD", nargs="+", help="folds (default: all that are trained)")
+    add("-o", "--out", metavar="FOLDER", type=Path, default=DEMO_FOLDER, help="demo folder (default: ./%(default)s)")
+    add("-f", "--folds", metavar="FOLD", nargs="+", help="folds (default: all trained folds)")
     add("-chk", metavar="FILE", default=FINAL, help="checkpoint file name (default: %(default)s)")
     add("-device", choices=("auto", *options.DEVICES), default="auto", help="default: CUDA if there is a GPU")
     add("-step_size", metavar="S", type=float, default=0.5, help="step of the sliding window (default: %(default)s)")
@@ -37,10 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--trust", action="store_true", help="let nnU-Net load the model: this executes whatever its files contain")
     server = parser.add_argument_group("the server")
     add = server.add_argument
-    add("--host", default="127.0.0.1", help="address to listen at; others than this machine's need the token")
-    add("--port", type=int, default=0, help="default: a free one")
-    add("--token", help="what the page's address must end with (default with --host: a random one)")
-    add("--max-upload", metavar="MB", type=int, default=2048, help="size of a page's images (default: %(default)s)")
+    add("--host", default="127.0.0.1", help="listen on this address; unless it is local, requests need the token")
+    add("--port", type=int, default=0, help="port (default: a free one)")
+    add("--token", help="token at the end of the page's address (default with --host: a random one)")
+    add("--max-upload", metavar="MB", type=int, default=2048, help="limit for a page's images (default: %(default)s)")
     add("--no-browser", action="store_true", help="only print the address")
 
 

@@ -12,11 +12,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd configure`."""
     parser.description = (
         "Write a new configuration into the plans of a preprocessed data set. It inherits from an existing one, shares "
-        "its preprocessed data and has its own results folder. Train it with nnUNetv2_train ID NAME FOLD -tr TRAINER."
+        "its preprocessed data, and has its own results folder. Train it with nnUNetv2_train ID NAME FOLD -tr TRAINER."
     )
     add = parser.add_argument
     add("-d", "--dataset", required=True, help="number or full name of the data set")
-    add("-c", "--configuration", default="3d_fullres", help="parent (default: %(default)s)")
+    add("-c", "--configuration", default="3d_fullres", help="parent configuration (default: %(default)s)")
     add("-p", "--plans", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     add("--name", required=True, help="name of the new configuration, for example 3d_fullres_short")
     add("--epochs", type=int, help="short for --set schedule.epochs=N")

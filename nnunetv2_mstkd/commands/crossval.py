@@ -19,11 +19,11 @@ SLURM_OPTIONS = {
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which steps there are: for `mstkd crossval` and `mstkd status`."""
     add = parser.add_argument
-    add("-d", dest="dataset", metavar="ID", required=True, help="data set, number or name")
+    add("-d", dest="dataset", metavar="ID", required=True, help="number or name of the data set")
     add("-c", dest="configuration", metavar="CONFIGURATION", required=True, help="for example 3d_fullres")
-    trainers = f"one or several, also nnU-Net's own; several are compared (default: {DEFAULT_TRAINER})"
+    trainers = f"one or more trainers, nnU-Net's own included; several are compared (default: {DEFAULT_TRAINER})"
     add("-tr", dest="trainers", metavar="TRAINER", nargs="+", default=[DEFAULT_TRAINER], help=trainers)
-    folds = "default: all of splits_final.json, or nnU-Net's 0 1 2 3 4"
+    folds = "folds (default: all in splits_final.json, or nnU-Net's 0 1 2 3 4)"
     add("-f", "--folds", metavar="FOLD", type=int, nargs="+", help=folds)
     add("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     add("--no-evaluation", action="store_true", help="train only")
@@ -32,25 +32,25 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd crossval`."""
     parser.description = (
-        "For each fold train the teacher, if the trainer has one, and then the trainer's own model; evaluate every "
-        "subset of modalities; pool the folds into one report; compare the trainers if there are several. Finished "
-        "steps are skipped, interrupted ones resumed."
+        "For each fold, train the teacher if there is one, train the model, and evaluate every subset of modalities. "
+        "Then pool the folds into one report, and compare the trainers if there are several. Finished steps are "
+        "skipped, interrupted ones resumed."
     )
     add_plan_arguments(parser)
     add = parser.add_argument_group("how").add_argument
     add("--executor", choices=("local", "slurm"), default="local", help="default: local")
-    add("--jobs", metavar="N", type=int, default=1, help="local: steps at once (default: 1)")
-    add("--gpus", metavar="0,1", help="local: share these GPUs among the steps (default: each step sees all)")
-    add("--num-gpus", metavar="N", type=int, default=1, help="GPUs of one training, -num_gpus of nnU-Net (default: 1)")
+    add("--jobs", metavar="N", type=int, default=1, help="local: number of simultaneous steps (default: 1)")
+    add("--gpus", metavar="0,1", help="local: distribute these GPUs over the steps (default: each step sees all)")
+    add("--num-gpus", metavar="N", type=int, default=1, help="GPUs per training, nnU-Net's -num_gpus (default: 1)")
     add("-device", choices=("cuda", "cpu", "mps"), default="cuda", help="default: %(default)s")
     add("--disable_tta", action="store_true", help="evaluate without mirroring")
     add("--dry-run", action="store_true", help="only print the steps and their commands")
     cluster = parser.add_argument_group("SLURM (--executor slurm)")
     for name, value in SLURM_OPTIONS.items():
-        cluster.add_argument(f"--slurm-{name}", metavar=value, help=f"--{name} of sbatch")
+        cluster.add_argument(f"--slurm-{name}", metavar=value, help=f"sbatch's --{name}")
     cluster.add_argument(
         "--slurm-option", metavar="KEY=VALUE", action="append", default=[],
-        help="any other option of sbatch, for example --slurm-option nodelist=node01; repeatable",
+        help="any other option of sbatch, for example --slurm-option nodelist=node01; can be repeated",
     )  # fmt: skip
 
 

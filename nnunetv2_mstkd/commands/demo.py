@@ -15,18 +15,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd demo`."""
     parser.description = (
         "Make a small synthetic data set with four MRI modalities, train nnU-Net on complete cases, continue from its "
-        "weights with ModalityDropoutTrainer on random subsets for as many epochs, evaluate both on all 15 subsets of "
-        "the test cases, and compare the two. A second call continues where the first was stopped."
+        "weights with ModalityDropoutTrainer on random subsets for as many epochs, evaluate both on the test cases "
+        "with all 15 subsets, and compare the two. If the demo is stopped, the same command resumes it."
     )
     add = parser.add_argument
     add("-o", "--out", type=Path, default=Path("mstkd_demo"), help="output folder (default: ./%(default)s)")
     add("--device", choices=("auto", "cuda", "cpu"), default="auto", help="default: CUDA if there is a GPU")
-    add("--trainers", metavar="NAME", nargs="+", default=(), help="further trainers, as MSTKDTrainer; teachers too")
+    add("--trainers", metavar="NAME", nargs="+", default=(), help="also train these, and their teachers")
     add("--epochs", type=int, help="epochs of 50 steps for each model")
     add("--cases", type=int, default=40, help="training cases, 2 of them for validation (default: %(default)s)")
     add("--test-cases", type=int, default=8, help="test cases (default: %(default)s)")
-    add("--spacing", type=float, default=5.0, help="voxel edge in mm, 2 to 6 (default: %(default)s)")
-    add("--seed", type=int, default=0, help="seed of data and training (default: %(default)s)")
+    add("--spacing", type=float, default=5.0, help="voxel size in mm, 2 to 6 (default: %(default)s)")
+    add("--seed", type=int, default=0, help="seed for data and training (default: %(default)s)")
 
 
 def open_demo(args: argparse.Namespace) -> Demo:

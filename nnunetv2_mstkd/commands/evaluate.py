@@ -21,24 +21,26 @@ SAME_NAME = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd evaluate`: those of nnUNetv2_predict, and those for subsets and metrics."""
     parser.description = (
-        "Measure a trained model, of any trainer, on all subsets of its modalities: on the validation cases of its "
-        "folds, or on a folder of images and labels. An interrupted run continues when it is started again."
+        "Evaluate a trained model (of any trainer) with all subsets of its modalities, on the validation cases of its "
+        "folds or on a folder of images and labels. To resume an interrupted run, repeat the command."
     )
     model = parser.add_argument_group("which model")
     options.add_model(model)
     add = model.add_argument
-    add("--name", help="name of the model in tables (default: that of its folder)")
+    add("--name", help="name of the model in tables (default: the name of its folder)")
     add = parser.add_argument_group("which cases (default: the validation cases of each fold)").add_argument
     add("-i", dest="images", metavar="IMAGES", type=Path, help="folder of CASE_000k files; folds are then averaged")
-    add("-l", dest="labels", metavar="LABELS", type=Path, help="folder of their labels")
+    add("-l", dest="labels", metavar="LABELS", type=Path, help="folder of the labels of these images")
     add("-o", dest="output", metavar="OUT", type=Path, help=f"output folder (default: {FOLDER} in the model folder)")
     add = parser.add_argument_group("which subsets, and what is measured").add_argument
-    add("--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help="only these; all: the full input (default: all)")
-    available = "only subsets of these modalities: those that you have"
+    subsets = "only these subsets; the word all stands for the full input (default: every subset)"
+    add("--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help=subsets)
+    available = "all subsets of these modalities, those that you have"
     add("--available", metavar="T1,FLAIR", nargs="+", action=options.Modalities, help=available)
-    before = "remove channels before preprocessing, as if they had never existed (default: where it changes the others)"
+    before = "remove channels before preprocessing, as if they had never existed (default: if it changes the others)"
     add("--mask-first", action=argparse.BooleanOptionalAction, help=before)
-    add("--metrics", metavar="METRIC", nargs="+", default=("dice", "hd95"), help="default: dice hd95; dice always")
+    metrics = "metrics; dice is always computed (default: dice hd95)"
+    add("--metrics", metavar="METRIC", nargs="+", default=("dice", "hd95"), help=metrics)
     add("--convention", default="brats", help="rules for empty masks: brats or nnunet (default: %(default)s)")
     add("--lesion-convention", metavar="NAME", help=f"rules for lesion metrics (default: {DEFAULT_LESIONS})")
     add("--tolerance", metavar="MM", type=float, default=1.0, help="tolerance of nsd in mm (default: %(default)s)")
@@ -48,12 +50,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="[REGION=]N",
         nargs="+",
         default=(),
-        help="score the region (default: ET) once more, as not found where it has fewer predicted voxels; papers: 500",
+        help="also score this region (default: ET) as not found if it has fewer predicted voxels; papers use 500",
     )
     run = parser.add_argument_group("how")
     add = run.add_argument
-    add("--stack", metavar="N", type=int, help="subsets per forward pass (default: by the batch size)")
-    cases = f"cases in {REPORT} (default: 3, worst, median and best)"
+    add("--stack", metavar="N", type=int, help="subsets per forward pass (default: depends on the batch size)")
+    cases = f"cases with pictures in {REPORT} (default: 3: worst, median and best)"
     add("--strips", dest="pictures", metavar="N", type=int, default=3, help=cases)
     add("--restart", action="store_true", help="discard earlier results")
     options.add_run(run, export="resampling and metrics")
@@ -87,4 +89,4 @@ def run(args: argparse.Namespace) -> None:
         report=print,
         **{option: getattr(args, option) for option in SAME_NAME},
     )
-    print(f"\n{evaluation.text}\n\nwritten to {evaluation.folder}; {REPORT} is the page to look at")
+    print(f"\n{evaluation.text}\n\nwritten to {evaluation.folder}; open {REPORT} in a browser")

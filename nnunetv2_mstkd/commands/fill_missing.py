@@ -11,15 +11,15 @@ from nnunetv2_mstkd.commands import model_options as options
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd fill-missing`."""
     parser.description = (
-        "Copy an input folder and write a zero image, with the geometry of one that is there, for every absent "
-        "CASE_000k file. nnUNetv2_predict on the result gives what mstkd predict gives on the input, but for the "
+        "Copy an input folder and write a zero image for every absent CASE_000k file, with the geometry of the case's "
+        "other images. nnUNetv2_predict on the result gives the same as mstkd predict on the input, with the "
         "exceptions in documentation/prediction.md."
     )
     options.add_input(parser)
     options.add_case_selection(parser)
     parser.add_argument("-o", metavar="OUT", type=Path, required=True, help="new folder; appears when it is complete")
     options.add_dataset_or_model(parser)
-    parser.add_argument("--link", action="store_true", help="symbolic links instead of copies of the images")
+    parser.add_argument("--link", action="store_true", help="link the images instead of copying them")
     options.add_progress(parser)
 
 

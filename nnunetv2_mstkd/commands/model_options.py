@@ -41,15 +41,15 @@ def add_input(parser: argparse._ActionsContainer, *, required: bool = True) -> N
 def add_case_selection(parser: argparse._ActionsContainer) -> None:
     """Declare ``--drop`` and ``--skip-bad``."""
     add = parser.add_argument
-    dropped = "act as if these modalities were absent; their files are not read"
+    dropped = "treat these modalities as absent; their files are not read"
     add("--drop", metavar="T1ce,FLAIR", nargs="+", action=Modalities, help=dropped)
-    add("--skip-bad", action="store_true", help="go on with the good cases; lists the others and exits with 1")
+    add("--skip-bad", action="store_true", help="leave bad cases out, list them, and exit with code 1")
 
 
 def add_dataset_or_model(parser: argparse._ActionsContainer) -> None:
     """Declare ``-d`` and ``-m``, of which one is required."""
     group = parser.add_mutually_exclusive_group(required=True)
-    group.add_argument("-d", metavar="ID", help="data set, number or name")
+    group.add_argument("-d", metavar="ID", help="number or name of the data set")
     group.add_argument("-m", metavar="MODEL", type=Path, help="folder of a trained model, with plans.json")
 
 
@@ -59,7 +59,7 @@ def add_model(parser: argparse._ActionsContainer, *, folds: Sequence[int] | None
     ``folds`` is the default of ``-f``; None stands for all folds that are trained.
     """
     add_dataset_or_model(parser)
-    default = "all that are trained" if folds is None else " ".join(map(str, folds))
+    default = "all trained folds" if folds is None else " ".join(map(str, folds))
     add = parser.add_argument
     add("-c", metavar="CONFIGURATION", help="configuration, for example 3d_fullres")
     add("-f", "--folds", metavar="FOLD", nargs="+", default=folds, help=f"folds (default: {default})")
@@ -82,7 +82,7 @@ def add_run(parser: argparse._ActionsContainer, *, export: str = "export") -> No
         processes = int(value) if value.isdecimal() else 3
         add(f"-{option}", metavar="N", type=int, default=processes, help=f"processes for {work} (default: %(default)s)")
     add("-device", choices=DEVICES, default=DEVICES[0], help="default: %(default)s")
-    add("--not_on_device", action="store_true", help="collect results in main memory: for huge images")
+    add("--not_on_device", action="store_true", help="collect results in main memory instead, for very large images")
     add_progress(parser)
 
 

@@ -10,8 +10,8 @@ from nnunetv2_mstkd.nnunet.registration import TRAINER_PATH
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Take no arguments; say when the folder is needed."""
     parser.epilog = (
-        "The installation registers this folder at every start of Python. Where that is off (MSTKD_AUTOLOAD=0), "
-        "or files that run at start are not allowed: export nnUNet_extTrainer=$(mstkd path)"
+        "The installation registers this folder whenever Python starts. If that is switched off (MSTKD_AUTOLOAD=0) or "
+        "start-up files are not allowed, register it with: export nnUNet_extTrainer=$(mstkd path)"
     )
 
 

@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--name", default="Phantom", help="name of the data set (default: %(default)s)")
     add("--cases", type=int, default=24, help="training cases (default: %(default)s)")
     add("--test-cases", type=int, default=8, help="test cases with labels (default: %(default)s)")
-    add("--spacing", type=float, default=2.0, help="voxel edge in mm, 1 to 6 (default: %(default)s)")
+    add("--spacing", type=float, default=2.0, help="voxel size in mm, 1 to 6 (default: %(default)s)")
     recipes, anatomies = f"one of {', '.join(RECIPES)}", f"one of {', '.join(ANATOMIES)}"
     add("--recipe", default="default", help=f"{recipes}; hard is meant for comparisons (default: %(default)s)")
     add("--anatomy", default="procedural", help=f"{anatomies}; mni needs nilearn (default: %(default)s)")
-    add("--seed", type=int, default=0, help="same seed, same images (default: %(default)s)")
-    add("--workers", type=int, help="processes (default: one per core, at most 8)")
+    add("--seed", type=int, default=0, help="seed; the same seed gives the same images (default: %(default)s)")
+    add("--workers", type=int, help="number of processes (default: one per core, at most 8)")
     add("--raw", type=Path, help="nnU-Net's raw folder (default: $nnUNet_raw)")
     add("--overwrite", action="store_true", help="replace an existing phantom")
 

@@ -1,4 +1,4 @@
-"""`mstkd predict`: segment cases whose modalities are partly absent."""
+"""`mstkd predict`: segment cases with any subset of the modalities."""
 
 from __future__ import annotations
 
@@ -26,36 +26,33 @@ FOLDER_ONLY = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd predict`: those of nnUNetv2_predict, and those for absent modalities."""
     parser.description = (
-        "Segment cases as nnUNetv2_predict does, but any CASE_000k file of the input may be absent, differently per "
-        "case. All cases are checked before any network runs; predictions.json says what each one was predicted from. "
+        "Segment cases as nnUNetv2_predict does, but each case may lack any of its CASE_000k files. All cases are "
+        "checked before the network runs; predictions.json says which modalities each one was predicted from. "
         "Or segment one patient: --image T1=t1.nii.gz --image FLAIR=flair.nii.gz -o segmentation.nii.gz"
     )
     source = parser.add_mutually_exclusive_group(required=True)
     options.add_input(source, required=False)
     add = source.add_argument
-    add("--image", metavar="T1=FILE", action="append", help="one modality of one patient; once per modality")
+    add("--image", metavar="T1=FILE", action="append", help="one modality of one patient; repeat for each modality")
     options.add_case_selection(parser)
     add = parser.add_argument
-    add("-o", metavar="OUT", type=Path, required=True, help="output folder, made if absent; with --image: output file")
+    add("-o", metavar="OUT", type=Path, required=True, help="output folder or, with --image, file")
     model = parser.add_argument_group("which model")
     options.add_model(model, folds=FOLDS)
     add = model.add_argument
-    add("--student", metavar="N", type=int, help="of a model of two students (SMML), predict with this one: 1 or 2")
+    add("--student", metavar="N", type=int, help="predict with one of the two students of an SMML model: 1 or 2")
     run = parser.add_argument_group("how, as in nnUNetv2_predict")
     options.add_run(run)
     add = run.add_argument
     add("--save_probabilities", action="store_true", help="also write CASE.npz and CASE.pkl")
-    uncertainty = "also write uncertainty/ and, of several folds or students, disagreement/"
+    uncertainty = "also write uncertainty/ and, with several folds or students, disagreement/"
     add("--save-uncertainty", action="store_true", help=uncertainty)
-    add(
-        "--calibrate",
-        action="store_true",
-        help="save probabilities and entropies at the evaluation's temperature",
-    )
-    add("--continue_prediction", action="store_true", help="keep the cases that are there, made of the same modalities")
-    add("-num_parts", metavar="N", type=int, default=1, help="calls that share the input folder")
-    add("-part_id", metavar="K", type=int, default=0, help="which of them this one is, 0 to N - 1")
-    add("--verbose", action="store_true", help="nnU-Net's own messages too")
+    calibrate = "divide logits by the evaluation's temperature before probabilities and entropies are saved"
+    add("--calibrate", action="store_true", help=calibrate)
+    add("--continue_prediction", action="store_true", help="skip cases that are already predicted from the same images")
+    add("-num_parts", metavar="N", type=int, default=1, help="number of calls that share the input folder")
+    add("-part_id", metavar="K", type=int, default=0, help="which of these calls this is, 0 to N - 1")
+    add("--verbose", action="store_true", help="print nnU-Net's own messages, too")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -14,15 +14,15 @@ FOLDER = "prior"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd prior`."""
     parser.description = (
-        "Run a SAM on the slices of every modality of a data set's training cases, prompted by boxes around their "
-        "labels, and write what it says as probabilities, CASE_000k.npz: the prior of SMMLTrainer with "
+        "Run a Segment Anything model (SAM) on the slices of every modality of a data set's training cases, prompted "
+        "by boxes around their labels, and write the probabilities as CASE_000k.npz: the prior of SMMLTrainer with "
         "smml.prior=precomputed. Needs the package transformers (pip install nnunetv2_mstkd[sam])."
     )
     add = parser.add_argument
-    add("-d", metavar="ID", required=True, help="data set, number or name")
+    add("-d", metavar="ID", required=True, help="number or name of the data set")
     add("--sam", metavar="MODEL", required=True, help="folder of a SAM in transformers' layout, such as SAM or MedSAM")
     add("-o", dest="output", metavar="OUT", type=Path, help=f"output folder (default: {FOLDER} in the raw data set)")
-    add("--margin", metavar="PIXELS", type=int, default=3, help="of boxes around a label (default: %(default)s)")
+    add("--margin", metavar="PIXELS", type=int, default=3, help="margin of the boxes (default: %(default)s)")
     add("-device", choices=options.DEVICES, default=options.DEVICES[0], help="default: %(default)s")
     options.add_progress(parser)
 

@@ -16,21 +16,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from nnunetv2_mstkd.dataset_conversion.releases import RELEASES
 
     parser.description = (
-        "Turn predictions for a data set of `mstkd convert` back into the release's own label values and file names. "
-        "Each file is read back and compared. The mapping comes from the dataset.json that prediction copies into its "
-        "output folder."
+        "Convert predictions for a data set of `mstkd convert` back to the release's own label values and file names. "
+        "Each written file is read back and compared. The mapping comes from the dataset.json that prediction copies "
+        "into its output folder."
     )
     add = parser.add_argument
-    add("-i", metavar="PREDICTIONS", type=Path, required=True, help="folder of segmentations; only read")
+    add("-i", metavar="PREDICTIONS", type=Path, required=True, help="folder of segmentations; it is only read")
     add("-o", metavar="OUT", type=Path, required=True, help="output folder, created if necessary")
-    add("-d", metavar="ID", help="data set, if PREDICTIONS has no dataset.json")
+    add("-d", metavar="ID", help="number or name of the data set, if PREDICTIONS has no dataset.json")
     add(
         "--release", metavar="RELEASE", choices=sorted(RELEASES),
         help=f"write the values of another release, matching classes by name: {', '.join(RELEASES)}",
     )  # fmt: skip
     add(
         "--min-et", metavar="VOXELS", type=int,
-        help="post-processing: an enhancing tumor of fewer voxels becomes the class that the release's table names",
+        help="an enhancing tumor of fewer voxels becomes another class (see documentation/datasets/brats.md)",
     )  # fmt: skip
 
 

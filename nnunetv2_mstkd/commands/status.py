@@ -10,9 +10,9 @@ from nnunetv2_mstkd.commands.crossval import add_plan_arguments, planned_steps
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd status`: which steps, as for `mstkd crossval`."""
     parser.description = (
-        "Show the steps of a cross-validation: done, running with the current epoch, queued behind others, stopped, or "
-        "waiting to be started. Read from nnU-Net's own logs and results, so trainings that were started by hand count "
-        "too."
+        "Show the state of each step of a cross-validation: done, running (with the current epoch), queued behind "
+        "others, stopped, or waiting to be started. This is read from nnU-Net's own logs and results, so trainings "
+        "that were started by hand count, too."
     )
     add_plan_arguments(parser)
 

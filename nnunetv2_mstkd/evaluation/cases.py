@@ -249,7 +249,7 @@ def _check_case(
             if len(mine) != len(theirs) or not np.allclose(mine, theirs, rtol=0, atol=TOLERANCE)
         ]
     if differences:
-        raise InputError(f"the label {case.label} does not lie where its image lies: it has {'; '.join(differences)}")
+        raise InputError(f"the label {case.label} is not on the grid of its image: it has {'; '.join(differences)}")
     return case, choose_view(label, properties["spacing"], rules.ignore_label)
 
 

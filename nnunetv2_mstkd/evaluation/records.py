@@ -117,7 +117,7 @@ class CaseRecords:
                 for subset, entry in content["subsets"].items()
             }
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise InputError(f"{file} is no {RECORD[0]} ({error!r}); {RECORD[1]}") from error
+            raise InputError(f"{file} is not a {RECORD[0]} ({error!r}); {RECORD[1]}") from error
 
     def load_montage(self, fold: str, case: str) -> Montage | None:
         """The pictures of a case; None if there are none."""

@@ -84,7 +84,7 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
     for name in (MODALITIES, VALUE):
         numbers = pd.to_numeric(table[name], errors="coerce").astype(float)
         blank = table[name].isna() | table[name].astype(str).str.strip().str.lower().isin(["", "nan"])
-        _refuse(numbers.isna() & ~blank, table, f"has a {name} that is no number")
+        _refuse(numbers.isna() & ~blank, table, f"has a {name} that is not a number")
         table[name] = numbers
     _check_subsets(table)
     table[MODALITIES] = table[MODALITIES].astype(int)
@@ -97,7 +97,7 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
             table,
             f"has a value outside {metric.lowest:g} ... {metric.highest:g}",
         )
-    _refuse(table.duplicated([*KEY, *({TRAINING} & {*others})]), table, "stands twice")
+    _refuse(table.duplicated([*KEY, *({TRAINING} & {*others})]), table, "appears twice")
     return table
 
 
@@ -110,7 +110,7 @@ def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
         # as text: a case 00012 keeps its zeros, and a region may be called NA
         table = pd.read_csv(path, dtype=str, keep_default_na=False)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no table of comma-separated values: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is not a table of comma-separated values: {' '.join(str(error).split())}") from error
     try:
         return check_results(table)
     except ValueError as error:
@@ -131,7 +131,7 @@ def read_object(file: Path, what: str, hint: str) -> dict[str, Any]:
     except ValueError as error:
         raise InputError(f"{file} is damaged ({error}); {hint}") from error
     if not isinstance(content, dict):
-        raise InputError(f"{file} is no {what}; {hint}")
+        raise InputError(f"{file} is not a {what}; {hint}")
     return content
 
 

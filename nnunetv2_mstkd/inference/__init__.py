@@ -1,1 +1,1 @@
-"""Predicting cases whose modalities are partly absent, with nnU-Net's own predictor and exporter."""
+"""Predicting cases with any subset of the modalities, with nnU-Net's own predictor and exporter."""

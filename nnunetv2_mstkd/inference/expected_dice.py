@@ -55,7 +55,7 @@ def read_expected_dice(
         reason = (
             f"the model now has input.normalization={normalization}"
             if found != normalization
-            else f"taking modalities away before preprocessing, as prediction does, changes {', '.join(moved)}"
+            else f"removing modalities before preprocessing, as prediction does, changes {', '.join(moved)}"
         )
         raise InputError(
             f"no Dice to expect: {reason}, which the evaluation in {file} did not see; evaluate again with "
@@ -141,7 +141,7 @@ def _refused_unless_understood(file: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(
-            f"{file} is no evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
+            f"{file} is not an evaluation of this model's subsets ({type(error).__name__}: {error}); evaluate again"
         ) from error
 
 

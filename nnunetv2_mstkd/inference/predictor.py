@@ -1,4 +1,4 @@
-"""The Python API of prediction: a trained model that segments cases whose modalities are partly absent."""
+"""The Python API of prediction: a trained model that segments cases with any subset of the modalities."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Prediction:
         Names of the modalities that the case has, in channel order.
     expected_dice
         Mean Dice per region that an evaluation of the model found for these modalities; None without one. It describes
-        the cases of that evaluation and is no confidence for this one.
+        the cases of that evaluation and is not a confidence for this one.
     presence
         Probability, by name, that the case has any voxel of a label or region; None if the model has no presence head
         (AdaMM has one).
@@ -122,9 +122,9 @@ class FolderResult:
 
 
 class Predictor:
-    """A trained model that segments cases of which any modalities may be absent.
+    """A trained model that segments cases from any subset of its modalities.
 
-    The trainer need not be one of this package. Needs none of nnU-Net's environment variables.
+    Models of any trainer work. nnU-Net's environment variables are not needed.
 
     Parameters
     ----------
@@ -142,11 +142,11 @@ class Predictor:
     step_size
         Step of the sliding window as a fraction of the patch, above 0 and at most 1.
     student
-        Of a model with several students (SMML): predict with this one, counted from 1. None: the mean of all.
+        Student to predict with, from 1, for a model with several students (SMML). None: the mean of all.
     trust
         Let nnU-Net load the files, which executes whatever they contain.
     on_device
-        Collect results on the device; False is for images too large for it.
+        Collect results on the device; set to False for images that are too large for it.
     verbose
         Print nnU-Net's own messages.
     calibrate
@@ -255,13 +255,13 @@ class Predictor:
         Parameters
         ----------
         images
-            Modality -> its image. Modalities are named as in dataset.json, in upper or lower case; those that are not
-            named are absent, and so are images that are zero everywhere. An image is a file that the model's image
+            The image of each modality. Modalities are named as in dataset.json, in upper or lower case. Those that are
+            not named are absent, and so are images that are zero everywhere. An image is a file that the model's image
             reader can read, a ``SimpleITK.Image``, or an array of shape (z, y, x) with the spacing of its axes in mm.
             All must have the same grid.
         on_pass
-            Called before each forward pass of the network, with how many are done and how many there are in all. What
-            it raises ends the prediction.
+            Called as ``on_pass(done, total)`` before each forward pass of the network. An exception raised there
+            cancels the prediction.
 
         Returns
         -------
@@ -271,7 +271,7 @@ class Predictor:
         ------
         InputError
             For an unknown modality, an unreadable image, voxels that are NaN or infinite, a constant image, different
-            grids, and where no modality is left.
+            grids, or if no modality is left.
 
         Examples
         --------
@@ -310,11 +310,11 @@ class Predictor:
     def check(self, images: Mapping[str, str | os.PathLike | ImageInMemory]) -> tuple[tuple[str, ...], list[str]]:
         """Check images without predicting.
 
-        An unknown modality, and a file that does not exist, raise the errors of :meth:`predict`.
+        An unknown modality or a missing file raises the same error as in :meth:`predict`.
 
         Returns
         -------
-        Names of the modalities that :meth:`predict` would use, and a text for each reason why it would refuse.
+        The names of the modalities that :meth:`predict` would use, and a list of reasons for which it would refuse.
 
         Examples
         --------
@@ -386,15 +386,15 @@ class Predictor:
     ) -> FolderResult:
         """Segment all cases of a folder, as ``mstkd predict`` does.
 
-        All cases are checked before the first one is predicted. A file ``predictions.json`` beside the segmentations
-        says what each one was predicted from.
+        All cases are checked before the first one is predicted. A file ``predictions.json`` next to the segmentations
+        says which modalities each one was predicted from.
 
         Parameters
         ----------
         images
             Folder of ``CASE_000k`` files, any of which may be absent; only read.
         output
-            Folder for the segmentations, made if absent.
+            Folder for the segmentations, created if necessary.
         drop
             Modalities to treat as absent, for example ``"T1ce,FLAIR"``.
         skip_bad
@@ -404,8 +404,8 @@ class Predictor:
         save_probabilities
             Also write ``CASE.npz`` and ``CASE.pkl``, as nnU-Net does.
         save_uncertainty
-            Also write ``uncertainty/CASE``: the entropy of each voxel in percent of its maximum; and where several
-            networks are averaged, folds or students, ``disagreement/CASE``: how far they differ, in percent.
+            Also write ``uncertainty/CASE``, the entropy of each voxel in percent of its maximum, and, if several
+            networks (folds or students) are averaged, ``disagreement/CASE``, how far they differ, in percent.
         part_id, num_parts
             Predict every ``num_parts``-th case, starting with number ``part_id``: several processes can share a folder.
         preprocessing_processes, export_processes
@@ -416,7 +416,7 @@ class Predictor:
         Raises
         ------
         MissingFileError, InputError
-            If there is no input, with all problems of all cases, or if an earlier run had other options.
+            If there is no input, if cases have problems (all are listed), or if an earlier run had other options.
 
         Examples
         --------

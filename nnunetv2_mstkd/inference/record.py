@@ -59,7 +59,7 @@ class Record:
             before = json.loads(self.file.read_text(encoding="utf-8"))
             cases = {str(name): _checked(entry) for name, entry in before["cases"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.file} is no record of predictions; leave out --continue_prediction") from error
+            raise InputError(f"{self.file} is not a record of predictions; leave out --continue_prediction") from error
         for key, value in self.run.items():
             if before.get(key) != value:
                 raise InputError(

@@ -68,7 +68,7 @@ def select(
     good = [case for case, _ in checked if case.name not in bad]
     done = len(cases) - len(open_cases)
     if problems and not (skip_bad and (good or done)):
-        hint = f" (--skip-bad: go on with the other {len(good)})" if good else ""
+        hint = f" (--skip-bad: continue with the other {len(good)})" if good else ""
         raise InputError(f"{count_problems(problems)}, nothing was {verb}{hint}:{format_problems(problems)}")
     return Selection(good, done, problems)
 

@@ -48,14 +48,14 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu", hint: s
                     f"nothing of it was executed{hint}"
                 ) from error
             raise InputError(
-                f"checkpoint {path} is damaged, truncated or no checkpoint ({type(error).__name__}, "
+                f"checkpoint {path} is damaged, truncated or not a checkpoint ({type(error).__name__}, "
                 f"{path.stat().st_size} bytes); train or copy it again"
             ) from error
     if not isinstance(content, Mapping) or "network_weights" not in content:
-        raise InputError(f"{path} is no nnU-Net checkpoint: it has no network_weights")
+        raise InputError(f"{path} is not an nnU-Net checkpoint: it has no network_weights")
     weights = content["network_weights"]
     if not isinstance(weights, Mapping) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise InputError(f"{path} is no nnU-Net checkpoint: its network_weights are not a table of tensors")
+        raise InputError(f"{path} is not an nnU-Net checkpoint: its network_weights are not a table of tensors")
     return dict(content)
 
 
@@ -70,7 +70,9 @@ def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
             file.flush()
             os.fsync(file.fileno())
     except WriteError as error:
-        raise WriteError(f"checkpoint {error}. Make room, or the folder writable, and continue with --c") from error
+        raise WriteError(
+            f"checkpoint {error}. Free some space or make the folder writable, then continue with --c"
+        ) from error
 
 
 def noted_split(path: str | os.PathLike) -> dict[str, list[str]] | None:

@@ -32,12 +32,12 @@ def check_description(dataset_json: dict[str, Any], source: str) -> dict[str, An
     """
     for key in ("labels", "file_ending"):
         if key not in dataset_json:
-            raise InputError(f"{source} has no {key}, so it is no complete dataset.json of nnU-Net v2")
+            raise InputError(f"{source} has no {key}, so it is not a complete dataset.json of nnU-Net v2")
     ending = dataset_json["file_ending"]
     if not isinstance(ending, str) or not re.fullmatch(r"(\.[A-Za-z0-9]+)+", ending):
         raise InputError(f"file_ending in {source} is {ending!r}, expected an ending such as .nii.gz")
     if not isinstance(dataset_json["labels"], dict):
-        raise InputError(f"labels in {source} is no table of names and values")
+        raise InputError(f"labels in {source} is not a mapping of names to values")
     modality_names(dataset_json)
     return dataset_json
 

@@ -24,7 +24,7 @@ def nnunet_folder(variable: str) -> Path:
     if not folder:
         raise MissingFileError(f"{variable} is not set; nnU-Net needs it too: export {variable}=FOLDER")
     if not Path(folder).is_dir():
-        raise MissingFileError(f"{variable} is {folder}, which is no folder; make it, or set another one")
+        raise MissingFileError(f"{variable} is {folder}, which is not a folder; create it, or set another one")
     return Path(folder)
 
 
@@ -57,7 +57,7 @@ def dataset_number(name: str) -> int:
     """Return 226 for ``Dataset226_BraTS``."""
     match = re.match(r"Dataset(\d+)_", name)
     if match is None:
-        raise InputError(f"{name!r} is no name of a data set, expected one such as Dataset226_BraTS")
+        raise InputError(f"{name!r} is not the name of a data set, expected one such as Dataset226_BraTS")
     return int(match[1])
 
 

@@ -198,7 +198,7 @@ def _read_checkpoint(file: Path) -> dict[str, Any]:
         content["configuration"] = content["init_args"]["configuration"]
         content["trainer_name"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{file} is no checkpoint of nnU-Net v2: it has no {error}") from error
+        raise InputError(f"{file} is not an nnU-Net v2 checkpoint: it has no {error}") from error
     return content
 
 

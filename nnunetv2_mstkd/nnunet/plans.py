@@ -36,7 +36,7 @@ def read_plans(file: Path) -> dict[str, Any]:
     """Read a plans file."""
     plans = read_json(file, "; run nnUNetv2_plan_and_preprocess for this data set first")
     if not isinstance(plans.get("configurations"), dict):
-        raise InputError(f"{file} is no nnU-Net plans file: it has no configurations")
+        raise InputError(f"{file} is not an nnU-Net plans file: it has no configurations")
     return plans
 
 

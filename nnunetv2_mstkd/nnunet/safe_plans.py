@@ -111,7 +111,7 @@ def check_architecture(configuration: ConfigurationManager, source: str = "plans
     """Refuse plans whose network is made of anything but network layers: nnU-Net calls whatever they name."""
     imported, kwargs = configuration.network_arch_init_kwargs_req_import, configuration.network_arch_init_kwargs
     if not isinstance(kwargs, Mapping):
-        raise InputError(f"arch_kwargs in {source} is no table")
+        raise InputError(f"arch_kwargs in {source} is not a mapping")
     if not isinstance(imported, (list, tuple)) or not all(isinstance(key, str) for key in imported):
         raise InputError(f"_kw_requires_import in {source} is {imported!r}, expected a list of names")
     names = [("network_class_name", configuration.network_arch_class_name, NETWORK_PACKAGES)]
@@ -145,7 +145,7 @@ def _check_grid(configuration: ConfigurationManager, source: str) -> None:
         if wrong or not 2 <= len(values) <= 3:
             raise InputError(f"{key} in {source} is {values!r}, expected 2 or 3 positive numbers")
     if not isinstance(configuration.normalization_schemes, (list, tuple)):
-        raise InputError(f"normalization_schemes in {source} is no list")
+        raise InputError(f"normalization_schemes in {source} is not a list")
 
 
 def _find(name: Any, package: str) -> Any:

@@ -25,7 +25,7 @@ def read_splits(file: Path) -> list[dict[str, list[str]]]:
         return [{part: [str(case) for case in fold[part]] for part in PARTS if part in fold} for fold in content]
     except (ValueError, TypeError, KeyError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise InputError(f"{file} is no list of splits such as nnU-Net's {SPLITS} ({reason})") from error
+        raise InputError(f"{file} is not a list of splits such as nnU-Net's {SPLITS} ({reason})") from error
 
 
 def number_of_folds(preprocessed: Path) -> int:
@@ -63,7 +63,7 @@ def validation_cases(
         if int(fold) >= len(splits):
             raise InputError(f"no validation cases of fold {fold}: {file} has the folds 0 to {len(splits) - 1}")
         if "val" not in splits[int(fold)]:
-            raise InputError(f"{file} is no list of splits such as nnU-Net's: fold {fold} has no entry val")
+            raise InputError(f"{file} is not a list of splits such as nnU-Net's: fold {fold} has no entry val")
         names = splits[int(fold)]["val"]
     if not names:
         raise InputError(f"fold {fold} of {preprocessed.name} has no validation cases")

@@ -71,20 +71,20 @@ def compare(
     Parameters
     ----------
     models:
-        Path by name, ``{"ours": path, ...}``, or a list of paths, whose models have the names in their results. A path
-        is a model folder, its folder ``subsets``, or a file ``results.csv``. For a claim about methods give a list of
-        paths per name, one for each training.
+        Path of each model by name, ``{"ours": path, ...}``, or a list of paths, whose models keep the names in their
+        results. A path is a model folder, its folder ``subsets``, or a file ``results.csv``. For a claim about
+        methods give a list of paths per name, one for each training.
     metrics:
         Metrics to compare by; the figure shows the first.
     baseline:
         Name of the model that all others are compared with; default: all pairs are compared.
     hours:
-        Hours of training by name of a model, such as those of teacher and student together; default: those that
-        evaluations noted.
+        Training hours by model name, such as those of teacher and student together; default: the hours that the
+        evaluations recorded.
     show_cases, show_subsets:
         Cases and subsets in the figure with pictures; default: the median case, and the worst subset of each size.
     output:
-        Folder for comparison.html and all other files, made if absent; default: nothing is written.
+        Folder for comparison.html and all other files, created if necessary; default: nothing is written.
 
     Returns
     -------
@@ -94,7 +94,7 @@ def compare(
     Raises
     ------
     InputError, MissingFileError
-        If a model was not evaluated, or the models were not measured in the same way.
+        If a model has not been evaluated, or the models were not evaluated in the same way.
     """
     output = None if output is None else Path(output)
     if output is not None and output.exists() and not output.is_dir():

@@ -43,7 +43,7 @@ def evaluate(
     progress: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
-    """Measure a trained model, of any trainer, on subsets of its modalities; each case with those subsets that it has.
+    """Evaluate a trained model (of any trainer) with subsets of its modalities, each case with the subsets that it has.
 
     Results are kept per case, so that an interrupted evaluation continues when it is called again.
 
@@ -52,7 +52,7 @@ def evaluate(
     model_folder:
         nnU-Net's folder of a trained model, with plans.json.
     folds:
-        Folds to evaluate, each on its own validation cases, or averaged on ``images``; default all that are trained.
+        Folds to evaluate, each on its own validation cases, or averaged on ``images``; default all trained folds.
     checkpoint:
         File name of the checkpoint.
     trust:
@@ -68,7 +68,7 @@ def evaluate(
     available:
         Evaluate only subsets of these modalities, such as ``"T1,FLAIR"``.
     mask_first:
-        Remove channels before preprocessing, as if they had never existed; None: where that changes the others.
+        Remove channels before preprocessing, as if they had never existed; None: if that changes the others.
     metrics:
         Metrics to compute; Dice is always computed.
     convention:
@@ -78,9 +78,9 @@ def evaluate(
     tolerance:
         Tolerance of the normalised surface Dice in millimetres.
     min_voxels:
-        Regions to score once more, as not found where fewer voxels are predicted, such as ``{"ET": 500}``.
+        Regions to score additionally as not found if fewer voxels are predicted, such as ``{"ET": 500}``.
     stack:
-        Subsets per forward pass; default by the batch size.
+        Subsets per forward pass; the default depends on the batch size.
     pictures:
         Number of cases pictured in the report: 1 is the worst, 2 the worst and the best, and so on.
     restart:
@@ -90,13 +90,13 @@ def evaluate(
     device:
         The device of the network.
     on_device:
-        Collect the logits on the device; False for huge images.
+        Collect the logits on the device; False for very large images.
     preprocessing_processes, scoring_processes:
         Background processes; 0: in this process.
     progress:
         Show a progress bar.
     report:
-        Called with a line that says what is about to be done.
+        Called with a line of text that says what is done next.
 
     Returns
     -------
@@ -105,7 +105,7 @@ def evaluate(
     Raises
     ------
     InputError, MissingFileError
-        For options, models or cases that cannot be used; nothing has been predicted then.
+        For options, models or cases that cannot be used; raised before anything is predicted.
     """
     options = locals().copy()  # all arguments
     del options["pictures"]

@@ -174,7 +174,7 @@ def _results_file(path: Path) -> Path:
     if (path / "plans.json").is_file():
         raise MissingFileError(f"the model in {path} was not evaluated yet; evaluate it: mstkd evaluate -m {path}")
     raise MissingFileError(
-        f"{path} is no model folder and has no {RESULTS}; results are made by mstkd evaluate -m MODEL_FOLDER"
+        f"{path} is not a model folder and has no {RESULTS}; results are made by mstkd evaluate -m MODEL_FOLDER"
     )
 
 
@@ -221,7 +221,7 @@ def check_comparable(models: Sequence[EvaluatedModel], metrics: Sequence[str]) -
         _check_same(first, other, REGION, None)
         for words, mine, theirs in _different(first, other, keys):
             raise InputError(
-                f"{first.label} and {other.label} were measured with another {words}: {mine} and {theirs}; evaluate "
+                f"{first.label} and {other.label} were evaluated with another {words}: {mine} and {theirs}; evaluate "
                 f"one of them again"
             )
 

@@ -412,7 +412,7 @@ class SettingsTrainer(nnUNetTrainer):
             )
         elif found is None:
             self.print_to_log_file(
-                "whether taking modalities away changes the others is not known: nnUNet_raw does not have the images"
+                "whether removing modalities changes the others is not known: nnUNet_raw does not have the images"
             )
         elif found:
             self.print_to_log_file(

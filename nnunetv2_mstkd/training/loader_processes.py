@@ -21,7 +21,7 @@ DEAD = "background workers are no longer alive"
 """What nnU-Net and batchgenerators say of dead processes, and of such that ended themselves after an error."""
 
 CAUSES = {
-    "SIGKILL": "the kernel does that where memory runs out",
+    "SIGKILL": "the kernel does that when memory runs out",
     "SIGBUS": "shared memory is full (/dev/shm; a container is given more with --shm-size)",
 }
 
@@ -42,8 +42,8 @@ def cause_of_death(processes: Iterable[BaseProcess]) -> str:
         code = process.exitcode
         if code is not None and code < 0 and code != -signal.SIGTERM:
             name = signal.Signals(-code).name
-            return f"was ended by {name}" + (f": {CAUSES[name]}" if name in CAUSES else "")
-    return "died; its own error, if it had one, stands above, and without one memory most likely ran out"
+            return f"was killed by {name}" + (f": {CAUSES[name]}" if name in CAUSES else "")
+    return "died; if it printed an error, see above; otherwise memory most likely ran out"
 
 
 @contextmanager
@@ -60,7 +60,7 @@ def report_dead_workers(where: Callable[[], str], processes: Callable[[], Iterab
                 raise
             number = get_allowed_n_proc_DA()
             raise WorkerError(
-                f"{where()} a process of the data loader {cause_of_death(processes())}. The last checkpoint is "
+                f"{where()} a data-loader worker {cause_of_death(processes())}. The last checkpoint is "
                 f"untouched: ask for more memory or use fewer processes (nnUNet_n_proc_DA={number // 2}, here "
                 f"{number}), and continue with --c"
             ) from error

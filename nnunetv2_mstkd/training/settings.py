@@ -193,18 +193,20 @@ class SamplerSettings(Section):
     NAME: ClassVar[str] = "sampler"
 
     kind: Literal["uniform", "by_size", "weighted", "fixed", "independent"] = "uniform"
-    """``uniform``, ``by_size``, ``fixed`` (``subsets`` equally often), ``weighted`` (``weights`` by subset name) or
-    ``independent`` (each modality by itself, with ``drop`` and ``keep``)."""
+    """How subsets are drawn: ``uniform`` (all equally often), ``by_size`` (each number of modalities equally often),
+    ``fixed`` (those in ``subsets`` equally often), ``weighted`` (by ``weights``) or ``independent`` (each modality by
+    itself, with ``drop`` and ``keep``)."""
     subsets: tuple[str, ...] = ()
     """For ``fixed``: names such as ``"T1ce+FLAIR"``."""
     weights: Mapping[str, float] = field(default_factory=dict)
-    """For ``weighted``: subset name to positive weight; subsets that are not named are never drawn."""
+    """For ``weighted``: a positive weight for each subset name; subsets that are not named are never drawn."""
     drop: Mapping[str, Fraction] = field(default_factory=dict)
-    """For ``independent``: modality to the probability with which it is absent; 0.5 for those that are not named."""
+    """For ``independent``: the probability with which each modality is absent; 0.5 for those that are not named."""
     keep: tuple[str, ...] = ()
     """For ``independent``: modalities that are never absent."""
     per_batch: bool = False
-    """One subset for the whole batch, among what all of its cases have, instead of one per sample."""
+    """Draw one subset for the whole batch, from the modalities that all of its cases have, instead of one per
+    sample."""
 
     def check(self) -> None:
         for key, kind, what in (
@@ -225,7 +227,7 @@ class SamplerSettings(Section):
                 modalities.parse_modality(name, names, " in sampler.drop or keep") for name in (*self.drop, *self.keep)
             ]
             if len(set(channels)) < len(channels):
-                raise SettingsError("a modality stands twice in sampler.drop and sampler.keep")
+                raise SettingsError("a modality appears twice in sampler.drop and sampler.keep")
             drop = dict(zip(channels, (*self.drop.values(), *[0.0] * len(self.keep)), strict=True))
             return modalities.SubsetSampler(
                 len(names), self.kind, drop=tuple(drop.get(channel, 0.5) for channel in range(len(names)))
@@ -237,7 +239,7 @@ class SamplerSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleSettings(Section):
-    """Length, optimiser and start of a training. The defaults are nnU-Net's."""
+    """Length, optimiser and start of training. The defaults are nnU-Net's."""
 
     NAME: ClassVar[str] = "schedule"
 
@@ -246,28 +248,32 @@ class ScheduleSettings(Section):
     iterations: Count = 250
     """Training steps per epoch."""
     validation_iterations: Count = 50
-    """Online validation steps per epoch; raised where fewer would not go through all validation subsets."""
+    """Online validation steps per epoch; increased if they would not cover all validation subsets."""
     patch_phases: Annotated[int, Range(1, 16)] = 1
-    """Equally long phases in which the training patch grows from the smallest that the network takes to the plan's, one
-    axis at a time; 1: the plan's from the start. Validation and prediction have the plan's. 4 is what was published."""
+    """Number of equally long phases in which the training patch grows, one axis at a time, from the smallest useful
+    size to the plan's; 1: the plan's patch from the start. Validation and prediction always use the plan's. The
+    published value is 4."""
     save_every: Count | None = None
-    """Epochs between two ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
+    """Number of epochs between two ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None
-    """Reseeds everything at each epoch's start from (seed, fold, epoch, rank); exact with nnUNet_n_proc_DA=0."""
+    """Reseeds all random numbers at the start of each epoch from (seed, fold, epoch, rank); training is exactly
+    reproducible with nnUNet_n_proc_DA=0."""
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
     """Optimiser of the U-Net's parameters: ``sgd`` (nnU-Net's: Nesterov 0.99), ``adamw`` or ``adam`` (0.9, 0.99)."""
     initial_lr: Share | None = None
-    """Null: 1e-2 for sgd (nnU-Net), 1e-3 for adamw, 1e-4 for adam (MST-KDNet)."""
+    """Initial learning rate; null: 1e-2 for sgd (nnU-Net), 1e-3 for adamw, 1e-4 for adam (MST-KDNet)."""
     weight_decay: Annotated[float, Range(0, 1)] | None = None
     """Weight decay of the U-Net's optimiser; null: 3e-5 for sgd (nnU-Net), 0.01 for adamw, 0 for adam."""
     added_lr: Share = 3e-4
-    """AdamW rate of what a network has beyond the plans' U-Net: transformer and pyramids, adapters, conditioning."""
+    """Learning rate of AdamW for what a network has in addition to the plans' U-Net: transformer and pyramids,
+    adapters, conditioning."""
     init_from: str | None = None
-    """Weights to start from: the name of a trainer whose final checkpoint of the same fold is taken, of the
-    configuration or a parent with the same network (that trainer itself starts at random), or a checkpoint file
-    (absolute or below nnUNet_results; it is of one fold, whose training cases another fold validates on). Matching
-    tensors are loaded, input channels by the modalities' names, one channel is spread over all; an encoder per
-    modality, if as wide, takes the U-Net's with that modality's channel. The rest is listed."""
+    """Weights to start from: a trainer's name or a checkpoint file. Name: the final checkpoint of that trainer for the
+    same fold, from this configuration or a parent with the same network (that trainer itself starts at random). File:
+    absolute or relative to nnUNet_results; it belongs to one fold, so other folds would validate on its training cases.
+    Tensors of the same name and shape are loaded; input channels are matched by modality name, and a single channel is
+    spread over all. If each modality has an encoder as wide as the U-Net's, each takes the U-Net's weights, with the
+    channel of its modality. The log lists all other tensors."""
 
     def starts_from(self, trainer: str) -> str | None:
         """What a trainer starts from, as ``init_from``; None: at random, as the trainer that ``init_from`` names."""
@@ -292,25 +298,25 @@ class ScheduleSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class DistillationSettings(Section):
-    """When and where a distilling method listens to its teacher; the terms are in the method's own section."""
+    """When and where a distilling method uses its teacher; the terms are in the method's own section."""
 
     NAME: ClassVar[str] = "distillation"
 
     ramp: Fraction = 0.1
     """Fraction of the training over which the weights rise as exp(-5 (1 - t)^2)."""
     fade: Fraction | None = None
-    """Fraction of the training, at its end, over which the weights fall linearly to 0; null: the method's own, 0.5,
-    or 0 where soft labels are all that is distilled."""
+    """Fraction of the training, at its end, over which the weights fall linearly to 0; null: the method's default (0
+    for methods with soft labels alone, otherwise 0.5)."""
     where: Literal["everywhere", "teacher_better"] | None = None
-    """``everywhere``, or logit terms only at voxels where the teacher's cross-entropy is below the student's; null:
-    the method's own, ``teacher_better``, or ``everywhere`` where soft labels are all that is distilled."""
+    """Logit terms act ``everywhere``, or (``teacher_better``) only at voxels where the teacher's cross-entropy is below
+    the student's; null: the method's default (``everywhere`` for methods with soft labels alone, otherwise
+    ``teacher_better``)."""
     every: Count | None = None
-    """Ask the teacher in every step of this number only; its terms then count as many times. A frozen teacher's forward
-    pass is most of what distillation costs. null: the method's own, 1, or 2 where soft labels are all that is
-    distilled."""
+    """Run the teacher in every k-th step only, with k times the weight of its terms. A frozen teacher's forward pass is
+    most of the cost of distillation. null: the method's default (2 for methods with soft labels alone, otherwise 1)."""
     soft_labels: Weight | None = None
     """Weight of the divergence from the teacher's probabilities, for any method with a teacher; null: the method's
-    own, 0, or 1 for ``KDTrainer``."""
+    default (1 for methods with soft labels alone, which are ``KDTrainer`` and ``MedMAPKDTrainer``; otherwise 0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,54 +326,56 @@ class TeacherSettings(Section):
     NAME: ClassVar[str] = "teacher"
 
     configuration: str | None = None
-    """Configuration that the teacher was trained in; null: the first of the student's own and its parents."""
+    """Configuration that the teacher was trained in; null: the first one with a teacher among the student's own and its
+    parents."""
     epochs: Count | None = None
-    """Epochs of the teacher's own training; null: ``schedule.epochs``."""
+    """Epochs of the teacher's training; null: ``schedule.epochs``."""
     warm_start: bool = True
-    """Start the student from the teacher's weights; with ``joint`` there are none."""
+    """Start the student from the teacher's weights; has no effect with ``joint``."""
     joint: bool = False
-    """Train the teacher together with the student, both from scratch, instead of loading a frozen one. The gradient of
-    terms in their published form reaches it too."""
+    """Train the teacher together with the student, both from scratch, instead of loading a frozen one. The gradients of
+    terms in their published form reach the teacher too."""
     joint_weight: Fraction = 0.4
-    """Weight of the segmentation loss of a teacher that is trained jointly; the student's has the rest of 1."""
+    """Weight of the segmentation loss of a jointly trained teacher; the student's weight is 1 minus this."""
     cases: Literal["complete", "all"] = "complete"
     """What the teacher is trained on: ``complete`` cases, or ``all``, with zeros for absent modalities."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnlabelledSettings(Section):
-    """How a student learns from studies without a label, whose voxels all have the ignore label."""
+    """How a student learns from unlabelled studies, in which all voxels have the ignore label."""
 
     NAME: ClassVar[str] = "unlabelled"
 
     share: Annotated[float, Range(0, 8)] | None = None
-    """Unlabelled samples of each batch, *added* to the labelled ones, as a share of their number, at least one; null:
-    0.5 for trainers with a teacher, else 0. Without a teacher the network's own prediction from all modalities guides
-    it."""
+    """Number of unlabelled samples that are *added* to each batch, at least one, as a fraction of the labelled ones;
+    null: 0.5 for trainers with a teacher, otherwise 0. Without a teacher, the guide is the network's own prediction
+    from all modalities."""
     weight: Weight = 1.0
     """Weight of the loss of unlabelled samples."""
     dice: Weight = 1.0
-    """Weight of its soft Dice beside its cross-entropy."""
+    """Weight of the soft Dice in this loss, relative to the cross-entropy."""
     confidence: Annotated[float, Range(0.5, 1, below=True)] = 0.7
-    """The cross-entropy counts voxels where the guide is more certain than this."""
+    """The cross-entropy only counts voxels where the probability of the guide (teacher or own prediction) is above
+    this."""
     temperature: Positive | None = 1.0
-    """The guide's logits are divided by it first; null: by the temperature that ``mstkd evaluate`` fitted to the
-    teacher for all modalities."""
+    """The guide's logits are divided by this first; null: the temperature that ``mstkd evaluate`` fitted to the teacher
+    for all modalities."""
     ramp: Fraction = 0.1
     """Fraction of the training over which the weight rises as exp(-5 (1 - t)^2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputSettings(Section):
-    """How images become the network's input, in training and, as the model's plans say it, in prediction."""
+    """How images are normalised, in training and, as stored in the model's plans, in prediction."""
 
     NAME: ClassVar[str] = per_channel.SECTION
 
     normalization: Literal["auto", "plans", "per_channel"] = "auto"
-    """``plans``: nnU-Net's, which depends on the voxels in which *any* modality is non-zero. ``per_channel``: each
-    modality as if it were the only one, so that it looks the same whichever others are there; makes a second copy of
-    the preprocessed data from the images in nnUNet_raw. ``auto``: ``per_channel`` where taking modalities away would
-    change the others, else ``plans``; the model's plans say which."""
+    """``plans``: nnU-Net's normalisation, which depends on the voxels in which *any* modality is non-zero.
+    ``per_channel``: each modality as if it were the only one, so that it is the same whichever others are available;
+    this makes a second copy of the preprocessed data from the images in nnUNet_raw. ``auto``: ``per_channel`` if
+    removing modalities would change the others, otherwise ``plans``; the model's plans say which was used."""
 
 
 # ---- the block -----------------------------------------------------------------------------------------------------

@@ -59,7 +59,7 @@ def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTr
         found, arguments = content["trainer_name"], content["init_args"]
         given_plans, name, dataset_json = (arguments[key] for key in ("plans", "configuration", "dataset_json"))
     except (KeyError, TypeError) as error:
-        raise InputError(f"teacher {path} is no checkpoint of nnU-Net v2: it has no {error}") from error
+        raise InputError(f"teacher {path} is not an nnU-Net v2 checkpoint: it has no {error}") from error
     if found != trainer.__name__:
         raise InputError(f"teacher {path} was trained with {found}, expected {trainer.__name__}")
     # a teacher may come from elsewhere: what its plans name is looked at before anything is built from them

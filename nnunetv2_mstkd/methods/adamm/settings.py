@@ -15,7 +15,7 @@ TERMS = ("consistency", "content", "style", "adversarial", "presence", "reliabil
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMMSettings(Section):
-    """AdaMM's parts and the weights of its terms. A part that is off, or a term of weight 0, costs nothing."""
+    """AdaMM's parts and the weights of its terms. Parts that are off and terms of weight 0 cost nothing."""
 
     NAME: ClassVar[str] = "adamm"
     NETWORK_KEYS: ClassVar[tuple[str, ...] | None] = (
@@ -23,38 +23,38 @@ class AdaMMSettings(Section):
     )  # fmt: skip
 
     adapters: bool = True
-    """Adapters that depend on the subset, after each encoder stage but the first and each decoder stage."""
+    """Use adapters that depend on the subset, after every decoder stage and every encoder stage but the first."""
     bank: Literal["auto", "full", "factorised"] = "auto"
-    """``full``: adapters for every subset; ``factorised``: composed of one per modality; ``auto``: full for up to 5
-    modalities unless ``subsets`` names some."""
+    """``full``: every subset has its own adapters; ``factorised``: adapters are composed of one per modality; ``auto``:
+    full for up to 5 modalities, unless ``subsets`` names some."""
     subsets: tuple[str, ...] = ()
-    """With a factorised bank: subsets such as ``"T1ce+FLAIR"`` that get adapters of their own. They are stored by
-    channel number, ``"#0+#3"``, which may be given too."""
+    """With a factorised bank: subsets such as ``"T1ce+FLAIR"`` that get their own adapters. They are stored by channel
+    number (``"#0+#3"``), which is accepted too."""
     reduction: Annotated[int, Range(1, 64)] = 4
-    """Width of a stage over the hidden width of its adapters, which is at least 8."""
+    """Ratio of the width of a stage to the hidden width of its adapters, which is at least 8."""
     refinement: Literal["graph", "dense", "off"] = "graph"
-    """Refinement of the features on the distillation stage (GARM): ``graph``, ``dense`` (fusion without a graph) or
+    """Refinement of the features at the distillation stage (GARM): ``graph``, ``dense`` (fusion without a graph) or
     ``off``."""
     nodes: Annotated[int, Range(2, 256)] = 8
-    """Nodes of each of the two graphs."""
+    """Number of nodes of each of the two graphs."""
     presence: bool = True
-    """A head that says which labels or regions a patch has any voxel of (LGRM)."""
+    """Use a head that predicts which labels or regions are present in a patch (LGRM)."""
     consistency: Weight = 0.5
     """Weight of the difference of foreground probabilities (BBDM). ``ramp``, ``fade`` and ``where`` of the section
-    ``distillation`` hold here too."""
+    ``distillation`` apply to it too."""
     content: Weight = 0.1
-    """Weight of the difference of the features of the distillation stage (BBDM)."""
+    """Weight of the difference of features at the distillation stage (BBDM)."""
     style: Weight = 0.1
-    """Weight of cross-correlation style matching (BBDM), the function that MST-KDNet's ``style`` uses."""
+    """Weight of cross-correlation style matching (BBDM), the same function as MST-KDNet's ``style``."""
     adversarial: Weight = 0.0
-    """Weight of the adversarial style term (BBDM); 0 builds no discriminator."""
+    """Weight of the adversarial style term (BBDM); with 0 there is no discriminator."""
     presence_weight: Weight = 0.1
-    """Weight of the cross-entropy of the presence head, above 0; ``presence = false`` builds no head."""
+    """Weight of the cross-entropy of the presence head, above 0; for no head, use ``presence = false``."""
     reliability: Weight = 0.5
-    """How much a wrong presence adds to the weight of the Dice loss at full resolution; 0: nothing."""
+    """How much a wrong presence adds to the weight of the Dice loss at full resolution."""
     gate: Annotated[float, Range(0, 1, below=True)] = 0.0
-    """Probability of presence below which ``mstkd predict`` and ``mstkd evaluate`` delete a label or region from a
-    whole case; 0: never. A wrong gate costs the whole of it."""
+    """``mstkd predict`` and ``mstkd evaluate`` delete a label or region from a whole case if its presence probability
+    is below this; 0: never. An error deletes the whole label or region."""
 
     def check(self) -> None:
         none = "none with bank 'full', in which every subset has its own adapters"
@@ -74,17 +74,17 @@ class AdaMMSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class AdaMMTeacherSettings(Section):
-    """What AdaMM's teacher has beyond the plans' network: its own LGRM, as in the released code."""
+    """What AdaMM's teacher has in addition to the plans' network: its own LGRM, as in the released code."""
 
     NAME: ClassVar[str] = "adamm_teacher"
     NETWORK_KEYS: ClassVar[tuple[str, ...] | None] = ("presence",)
 
     presence: bool = False
-    """A presence head in the teacher too, with the two terms below. The student's head then starts from it."""
+    """Use a presence head in the teacher too, with the two terms below. The student's head then starts from it."""
     presence_weight: Weight = 0.1
     """Weight of the cross-entropy of the teacher's presence head, above 0."""
     reliability: Weight = 0.5
-    """How much a wrong presence adds to the weight of the teacher's Dice loss at full resolution; 0: nothing."""
+    """How much a wrong presence adds to the weight of the teacher's Dice loss at full resolution."""
 
     def check(self) -> None:
         self.require(self.presence_weight > 0, "presence_weight", "a number above 0; presence = false builds no head")

@@ -15,10 +15,11 @@ class MMFormerSettings(Section):
     NAME: ClassVar[str] = "mmformer"
 
     width: Share = 0.5
-    """Channels of a one-modality encoder over the planned ones."""
+    """Width of a one-modality encoder relative to the planned one."""
     depth: Count = 1
-    """Transformer blocks of each modality, and after them of all modalities together."""
+    """Transformer blocks within each modality, and again of the transformer over all modalities."""
     mlp_ratio: Annotated[float, Range(0, 16, above=True)] = 8.0
-    """Width of a block's hidden layer over the token width, which is the planned width of the bottleneck."""
+    """Ratio of the width of a block's hidden layer to the token width, which is the planned width of the bottleneck."""
     separate: Weight = 1.0
-    """Weight of the loss of each modality alone, through a decoder that all of them share; 0 builds no such decoder."""
+    """Weight of the loss of each modality alone, through a decoder that all modalities share; with 0 there is no such
+    decoder."""

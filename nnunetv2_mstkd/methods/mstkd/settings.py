@@ -24,7 +24,7 @@ _RELATIVE_PAPER = {*TERMS, "tau", "style_encoder"}
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkSettings(Section):
-    """The multi-scale transformer between the plans' encoder and decoder. Null: derived from the plans.
+    """The multi-scale transformer between the plans' encoder and decoder. Null values are derived from the plans.
 
     A checkpoint depends on every one of these; the resolved numbers are stored with the model.
     """
@@ -32,20 +32,24 @@ class NetworkSettings(Section):
     NAME: ClassVar[str] = "network"
 
     placement: Literal["branch", "main"] = "branch"
-    """How the transformer joins the U-Net: ``branch``, zero-initialised additions to the skip connections, or ``main``,
-    as published: a convolution of both, so that the decoder starts from the transformer too."""
+    """How the transformer joins the U-Net: ``branch``: its zero-initialised projections are added to the skip
+    connections; ``main``, as published: a convolution combines both, so that the decoder also starts from the
+    transformer."""
     depth: Count | None = None
-    """Transformer blocks, a multiple of ``taps``. Null: 12, fewer where they would cost too much."""
+    """Number of transformer blocks, a multiple of ``taps``; null: 12, or fewer where they would cost too much."""
     heads: Count | None = None
-    """Attention heads; null: heads of 32 ... 64 channels."""
+    """Attention heads; null: as many as give heads of 32 to 64 channels."""
     taps: Annotated[int, Range(2)] | None = None
-    """Blocks whose hidden state is used, at equal distances; null: 4, fewer where the U-Net has fewer stages."""
+    """Number of blocks, equally spaced, whose hidden states are used; null: 4, or fewer if the U-Net has fewer
+    stages."""
     patch: tuple[Count, ...] | None = None
-    """Edges of the patches of bottleneck positions that make one token; null: smallest that gives ``max_tokens``."""
+    """Size of the patches of bottleneck positions that form one token; null: the smallest that gives at most
+    ``max_tokens``."""
     max_tokens: Annotated[int, Range(8)] = 1024
-    """Largest number of tokens; attention maps, and with them the memory of ``evd``, grow with its square."""
+    """Largest number of tokens; the size of the attention maps, and with them the memory of ``evd``, grows with its
+    square."""
     mlp_ratio: Annotated[float, Range(0, 16, above=True)] = 4.0
-    """Width of a block's hidden layer over the token width."""
+    """Ratio of the width of a block's hidden layer to the token width."""
 
     def check(self) -> None:
         if self.depth is not None and self.taps is not None:
@@ -54,41 +58,42 @@ class NetworkSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class MSTKDSettings(Section):
-    """Weights and form of the distillation terms. A term of weight 0 costs nothing."""
+    """Weights and form of the distillation terms. Terms of weight 0 cost nothing."""
 
     NAME: ClassVar[str] = "mstkd"
 
     recipe: Literal["default", "paper"] = "default"
-    """Preset of many keys: ``default``, or ``paper``: MST-KDNet as published, and as released where the paper is
-    silent; it sets ``mstkd``, ``network.placement``, ``teacher.joint``, ``distillation``, ``schedule`` and ``sampler``
-    (see the method card). Keys given beside it win."""
+    """``default``, or ``paper``, a preset: MST-KDNet as published, and as released where the paper is silent. It sets
+    ``mstkd``, ``network.placement``, ``teacher.joint``, ``distillation``, ``schedule`` and ``sampler`` (see the method
+    card). Keys that are given in addition take precedence."""
     evd: Weight = 0.1
     """Weight of extreme value distillation of the attention maps (MS-TKD, eq. 2-4)."""
     maps: Weight = 0.1
     """Weight of multi-scale map matching (MS-TKD, eq. 4)."""
     discrepancy: Weight = 0.2
-    """Weight of the squared difference of logits; as published, of probabilities (DMLD, eq. 5)."""
+    """Weight of the squared difference of logits or, in the published form, of probabilities (DMLD, eq. 5)."""
     kl: Weight = 0.5
     """Weight of the standardised-logit KL divergence (DMLD, eq. 6-8)."""
     style: Weight = 0.1
     """Weight of cross-correlation style matching (GSME, eq. 10-11)."""
     adversarial: Weight = 0.005
-    """Weight of the adversarial term (GSME, eq. 9); 0 builds no discriminator."""
+    """Weight of the adversarial term (GSME, eq. 9); with 0 there is no discriminator."""
     content: Weight = 0.0
-    """Weight of the difference of what the decoders start from (released code)."""
+    """Weight of the difference of the features that the decoders start from (released code)."""
     form: Literal["relative", "published"] = "relative"
-    """Formulas of the terms: ``relative`` to the size of what they compare (this package's), or ``published``, plain
-    squared errors. A weight has another meaning in each."""
+    """Formulas of the terms: ``relative``, divided by the scale of what they compare (this package's), or
+    ``published``, plain squared errors. The weights of the two forms cannot be compared."""
     tau: Positive = 2.0
     """Temperature of the KL divergence."""
     regions: Literal["coupled", "separate"] = "coupled"
-    """KL divergence of overlapping regions, relative form: ``coupled``, of one vector of all regions and background,
-    or ``separate``, of each region's two outcomes."""
+    """KL divergence of overlapping regions, in the relative form: ``coupled``, of one vector of all regions and the
+    background, or ``separate``, of the two outcomes of each region."""
     segmentation: Literal["nnunet", "dice"] = "nnunet"
-    """Segmentation loss: ``nnunet``, Dice and cross-entropy with deep supervision, or ``dice``, as published, Dice
-    alone at full resolution."""
+    """Segmentation loss: ``nnunet`` (Dice and cross-entropy with deep supervision) or, as published, ``dice`` (Dice
+    alone at full resolution)."""
     style_encoder: Literal["stage", "paper"] = "stage"
-    """Encoder feature of GSME: ``stage`` output on the style grid, or ``paper``: max-pooled from the stage above."""
+    """Encoder features of GSME: ``stage``, the output on the style grid, or ``paper``, max-pooled from the stage
+    above."""
 
     PRESETS: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = types.MappingProxyType(
         {

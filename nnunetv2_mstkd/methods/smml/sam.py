@@ -72,7 +72,7 @@ class Sam:
         network, loading = loaded
         if loading["missing_keys"]:  # transformers would leave them at random
             raise InputError(
-                f"--sam: {model} is no complete SAM: it lacks {len(loading['missing_keys'])} tensors such as "
+                f"--sam: {model} is not a complete SAM: it lacks {len(loading['missing_keys'])} tensors such as "
                 f"{sorted(loading['missing_keys'])[0]}"
             )
         self._network, self.device = network.to(device).eval(), device
@@ -178,7 +178,7 @@ def write_prior(
     raw
         Folder of the data set below nnUNet_raw.
     output
-        Folder for the prior, made if absent.
+        Folder for the prior, created if necessary.
     sam
         :class:`Sam`.
     dataset_json, reader

@@ -100,7 +100,7 @@ class FileNetwork:
         try:
             self.network = torch.jit.load(str(file), map_location=device).eval()
         except RuntimeError as error:
-            raise InputError(f"{file} is no TorchScript file ({str(error).strip().splitlines()[0]})") from error
+            raise InputError(f"{file} is not a TorchScript file ({str(error).strip().splitlines()[0]})") from error
         expected = (1, heads, *patch_size)
         try:
             with torch.no_grad():
@@ -229,7 +229,7 @@ def prepare_maps(
         Folder with what modality k says: CASE_000k and the data set's file ending, with the labels of the data set; or
         CASE_000k.npz with ``probabilities`` (K, *grid of the image), one per output channel, as nnU-Net saves them.
     target
-        Folder for CASE.npy, made if absent: labels, int8 (C, *shape), or probabilities in steps of 1/255, uint8
+        Folder for CASE.npy, created if necessary: labels, int8 (C, *shape), or probabilities in steps of 1/255, uint8
         (C * K, *shape). What is there and fits source and images stays.
     cases
         nnU-Net's data set object of the training cases.

@@ -10,22 +10,24 @@ from nnunetv2_mstkd.training.settings import Fraction, Positive, Range, Section,
 
 @dataclass(frozen=True, kw_only=True)
 class SMMLSettings(Section):
-    """The two students of SMML, what they learn from one another and from a semantic prior."""
+    """The two students of SMML, and what they learn from each other and from a semantic prior."""
 
     NAME: ClassVar[str] = "smml"
     NETWORK_KEYS: ClassVar[tuple[str, ...] | None] = ("light", "width")
 
     light: bool = True
-    """Students that are the plans' network on zeroed channels; false: one encoder per modality in each student, which
-    students that are mmFormers or RFNets always have."""
+    """Each student is the plans' network on zeroed channels; false: each student has one encoder per modality. Students
+    that are mmFormers or RFNets always do."""
     width: Share = 0.5
-    """Without ``light``: channels of a one-modality encoder over the planned ones. mmFormer and RFNet have their
-    own."""
+    """Without ``light``: width of a one-modality encoder relative to the planned one. For mmFormer and RFNet, their own
+    sections set it."""
     pixel: Weight = 0.1
-    """Weight of the pixel-level constraint: divergence from the other student at voxels where it is more reliable. The
-    released code has 1, for a form of it that is not known; at 1 this one outweighs the segmentation loss."""
+    """Weight of the pixel-level constraint, the divergence from the other student at voxels where that one is more
+    reliable. The released code has 1, but for an unknown formula; with 1, this package's outweighs the segmentation
+    loss."""
     feature: Weight = 1.0
-    """Weight of the feature-level constraint: relations between positions and to class prototypes at the bottleneck."""
+    """Weight of the feature-level constraint: relations between positions, and to class prototypes, at the
+    bottleneck."""
     guidance: Weight = 1.0
     """Weight of the divergence from the refinement network's output; no effect without a prior."""
     warmup: Fraction = 0.1
@@ -33,23 +35,25 @@ class SMMLSettings(Section):
     tau: Positive = 1.0
     """Temperature of the pixel-level divergence."""
     require_correct: bool = False
-    """Also ask that the more reliable student is right at the voxel."""
+    """Also require that the more reliable student is right at the voxel."""
     balanced: bool = True
-    """Mean of the pixel-level divergence over classes first, so that a small one counts as much as the background."""
+    """Average the pixel-level divergence within each class first, so that a small class counts as much as the
+    background."""
     prior: Literal["none", "self", "precomputed", "checkpoint"] = "none"
-    """Semantic prior of the refinement networks: ``none`` (no refinement); ``self``: what a moving average of the first
-    student says from one modality; ``precomputed``: label or probability maps of each modality;
-    ``checkpoint``: a TorchScript network. A trained model predicts without it."""
+    """Semantic prior of the refinement networks: ``none`` (no refinement); ``self``: the prediction of a moving average
+    of the first student from one modality; ``precomputed``: label or probability maps of each modality; ``checkpoint``:
+    a TorchScript network. A trained model predicts without the prior."""
     prior_path: str | None = None
-    """For ``precomputed``: folder of label maps CASE_000k, named as the images are, or of CASE_000k.npz with
-    ``probabilities`` of each label or region, as nnU-Net saves them; absolute or below the raw data set;
-    for ``checkpoint``: a file with a network from one modality (B, 1, ...) to logits (B, heads, ...)."""
+    """For ``precomputed``: a folder, absolute or relative to the raw data set, of label maps CASE_000k named like the
+    images, or of CASE_000k.npz with ``probabilities`` of each label or region as nnU-Net saves them. For
+    ``checkpoint``: a file with a network from one modality (B, 1, ...) to logits (B, heads, ...)."""
     ema: Annotated[float, Range(0, 1, below=True)] = 0.999
-    """For ``self``: how much of the moving average stays in each step."""
+    """For ``self``: how much of the moving average is kept in each step."""
     refinement_width: Share = 0.5
-    """Channels of the refinement networks over the planned ones; they have at most four stages."""
+    """Width of the refinement networks relative to the planned one; they have at most four stages."""
     sequential: bool = False
-    """Backward pass of one student before the other's forward pass: less memory, one forward pass more. One GPU."""
+    """Run the backward pass of one student before the forward pass of the other: needs less memory and one more forward
+    pass. One GPU only."""
 
     def check(self) -> None:
         self.require(
