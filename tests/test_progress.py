@@ -74,8 +74,12 @@ def test_a_picture_is_drawn_with_a_panel_per_name(terms, tmp_path, count, monkey
         matplotlib.figure.Figure, "savefig", lambda self, path, **_: drawn.append((self, path)), raising=True
     )
     terms.log({f"term_{index}": index for index in range(count)}, 0)
-    terms.plot(0)
+    # nnU-Net's own plot leaves seaborn's fonts for much larger figures
+    with matplotlib.rc_context({"axes.titlesize": 30.0, "axes.labelsize": 30.0, "ytick.labelsize": 27.5}):
+        terms.plot(0)
     ((figure, path),) = drawn
+    texts = figure.findobj(matplotlib.text.Text)
+    assert max(text.get_fontsize() for text in texts) < 10
     visible = [axis for axis in figure.axes if axis.get_visible()]
     assert [axis.get_title() for axis in visible] == [f"term {index}" for index in range(count)]
     assert path == tmp_path / "progress_terms.png"

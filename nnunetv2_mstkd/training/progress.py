@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import matplotlib
+import matplotlib.style
 from matplotlib.figure import Figure
 
 PREFIX = "mstkd_"
@@ -54,7 +54,8 @@ class TermLog:
         rows = math.ceil(len(history) / columns)
         width, height = 4.2 * columns, 2.8 * rows
         # a figure of its own: pyplot would keep global state, and nnU-Net's seaborn style is for much larger ones
-        with matplotlib.rc_context({"font.size": 9, "axes.grid": True, "axes.facecolor": "white", "grid.color": "0.9"}):
+        style = {"font.size": 9, "axes.titlesize": 9, "axes.grid": True, "grid.color": "0.9"}
+        with matplotlib.style.context(["default", style]):
             figure = Figure(figsize=(width, height))
             # in inches; tight_layout would draw all twice in every epoch
             margins = {"left": 0.6 / width, "right": 1 - 0.15 / width, "bottom": 0.5 / height, "top": 1 - 0.3 / height}
