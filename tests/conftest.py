@@ -215,19 +215,23 @@ def empty_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.fixture(scope="session")
-def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """A phantom of six training and two test cases, planned, with the configuration "tiny". Never changed."""
+def write_phantom(top: Path, spacing: tuple[float, ...] | None) -> Folders:
+    """A phantom of six training and two test cases at 6 mm, planned for ``spacing``, with the configuration "tiny"."""
     from nnunetv2_mstkd.phantom.dataset import write_dataset
 
-    top = tmp_path_factory.mktemp("phantom")
     folders = Folders(top / "raw", top / "preprocessed", top / "results")
     for folder in (folders.raw, folders.preprocessed, folders.results):
         folder.mkdir()
     write_dataset(folders.raw, PHANTOM, cases=6, test_cases=2, spacing=6.0, workers=1)
-    plan_and_preprocess(folders, PHANTOM, "3d_fullres", spacing=(8.0, 8.0, 8.0))
+    plan_and_preprocess(folders, PHANTOM, "3d_fullres", spacing=spacing)
     configure(folders)
     return folders
+
+
+@pytest.fixture(scope="session")
+def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """:func:`write_phantom`, with half as many voxels as at 6 mm. Never changed."""
+    return write_phantom(tmp_path_factory.mktemp("phantom"), (8.0, 8.0, 8.0))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PHANTOM, read_plans, train
+from conftest import PHANTOM, Folders, _copy, read_plans, train, write_phantom
 
 from nnunetv2_mstkd.inference.conditioning import conditioned
 from nnunetv2_mstkd.nnunet import checkpoints
@@ -37,6 +37,19 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
         archive.extraction_filter = getattr(tarfile, "data_filter", None)  # older than Python 3.11.4
         archive.extractall(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The phantom as it was planned then."""
+    return write_phantom(tmp_path_factory.mktemp("then"), None)
+
+
+@pytest.fixture
+def phantom(planned: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    folders = _copy(planned, tmp_path, results=False)
+    folders.use(monkeypatch)
+    return folders
 
 
 def put(folders, checkpoint: Path, name: str) -> Path:
