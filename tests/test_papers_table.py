@@ -28,8 +28,8 @@ MODELS = ("dropout", "RFNet", "mmFormer", "MST-KDNet")
 def run(words: list[str], folders: Folders, source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One command of the block, in this process and on the CPU."""
     program, *rest = [str(source) if word == "SOURCE" else os.path.expandvars(word) for word in words]
-    if program == "cd":
-        monkeypatch.chdir(rest[0])
+    if program == "export":
+        monkeypatch.setenv(*rest[0].split("="))
     elif program == "nnUNetv2_plan_and_preprocess":
         assert rest == ["-d", "120", "-c", "3d_fullres"]
         plan_and_preprocess(folders, 120, "3d_fullres")
@@ -63,9 +63,9 @@ def test_commands_make_the_table_the_figures_and_the_page(tmp_path, monkeypatch,
         folder.mkdir()
     folders.use(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    for line in filter(None, BLOCK.splitlines()):
+    for line in filter(None, BLOCK.replace("\\\n", "").splitlines()):
         run(shlex.split(line), folders, source, monkeypatch)
-    out = folders.results / folders.dataset / "test" / "comparison"
+    out = tmp_path / "test" / "comparison"
     table = pd.read_csv(out / "tables.csv")
     assert set(table["model"]) == set(MODELS) and table.columns[3:-1].size == 15
     assert set(table["region"]) >= {"whole tumor", "tumor core", "enhancing tumor"}
@@ -75,5 +75,5 @@ def test_commands_make_the_table_the_figures_and_the_page(tmp_path, monkeypatch,
     assert all(name in (out / "comparison.html").read_text(encoding="utf-8") for name in MODELS)
     for picture in ("qualitative.png", "cost.png", "comparison.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
-    scored = pd.read_csv(folders.results / folders.dataset / "test" / "rfnet" / "results.csv")
+    scored = pd.read_csv(tmp_path / "test" / "rfnet" / "results.csv")
     assert set(scored["case"]) == set(CASES["test"])
