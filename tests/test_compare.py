@@ -148,7 +148,8 @@ def test_three_models_with_a_baseline_by_hd95(capsys):
     assert pairs == {("b", "a"), ("c", "a")}
     # Dice and HD95 say the opposite here
     assert [row["mean_rank"] for row in found["ranks"]] == [2.0, 2.0, 2.0]
-    assert "in mm; a negative one is a gain" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "in mm; a negative one is a gain" in printed and "A first place says nothing" in printed
     assert cli.main(["compare", "a", "b", "c"]) == 0
     assert len(numbers()["metrics"]["dice"]["overall"]) == 3 * 3
 
@@ -174,6 +175,7 @@ def test_compare_returns_data_frames():
         assert set(table["metric"]) == {"dice", "hd95"}
         assert (set(table["model"]), set(table["against"])) == ({"two"}, {"one"})
     assert found.ranks["model"].tolist() == ["one", "two"] and "Compared on 8 cases" in found.text
+    assert "first place" not in found.text  # of two, it looks like certainty beside an uncertain difference
     assert not Path("comparison").exists()
     compare(["a", "b"], output="out")
     assert Path("out/comparison.md").exists()
@@ -215,7 +217,10 @@ def test_cost_is_that_of_the_evaluation_or_given(capsys):
         ("old", 3e6, 2.0),
     ]
     assert [row["value"] for row in rows] == pytest.approx([0.565, 0.535])  # 0.535, and 4.5 gains in 2 of 3 subsets
-    assert re.search(r"\| old +\| +53.5 +\| +3.00 +\| +2.00", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.search(r"\| old +\| +53.5 +\| +3.00 +\| +2.00", printed)
+    assert "longer training alone makes a model better; hours: new 3.5, old 2" in printed
+    assert "longer training alone" in Path("comparison/comparison.html").read_text()
     assert Path("comparison/cost.png").read_bytes()[:4] == b"\x89PNG"
     assert 'id="cost"' in Path("comparison/comparison.html").read_text()
     for hours, what in (("x=1", "no such model"), ("new", "is not NAME=HOURS"), ("new=-1", "is not NAME=HOURS")):

@@ -56,6 +56,13 @@ def test_links_between_repository_files_become_links_between_pages(site):
     assert not [link for link in links if ".md" in link]
 
 
+def test_no_list_or_table_is_left_as_text(site):
+    """Markdown for the site needs four spaces where a code host takes two."""
+    for page in site.rglob("*.html"):
+        text = re.sub(r"<(pre|script)\b.*?</\1>", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        assert not re.findall(r"^\s*(?:[*-] .*|\|.*)$", text, re.MULTILINE), page.name
+
+
 def test_pages_ask_no_other_host(site):
     pages = [page.read_text(encoding="utf-8") for page in site.rglob("*.html")]
     assert len(pages) > 30

@@ -213,9 +213,9 @@ def test_stated_availability_wins_if_patch_has_data(make_trainer):
 
 
 @pytest.mark.parametrize(
-    ("channels", "width", "features"), [(4, 8, 1), (4, 16, 2), (4, 32, 4), (2, 32, 4), (7, 8, 1), (3, 24, 4)]
+    ("channels", "width", "features"), [(4, 8, 4), (4, 32, 4), (2, 32, 4), (8, 8, 4), (9, 8, 3), (16, 8, 2)]
 )
-def test_stem_has_half_of_the_finest_width(make_trainer, channels, width, features):
+def test_stem_has_four_channels_for_each_of_at_most_eight_modalities(make_trainer, channels, width, features):
     trainer = make_trainer(MedMAPTrainer, channels=channels, features=(width, 16, 24))
     assert trainer.settings[MedMAPSettings].features == features
     assert trainer.configuration_manager.configuration[BLOCK]["medmap"]["features"] == features

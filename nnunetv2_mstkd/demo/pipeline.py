@@ -260,11 +260,11 @@ class Demo:
         write_json(self.preprocessed / "splits_final.json", [split], indent=4)
 
     def continued(self) -> str:
-        """What the comparison does not show: a sentence."""
+        """What the comparison does not show, as a sentence."""
         names = " and ".join(model.title for model in self.models[1:])
         return (
-            f"{names} continued from the weights of {self.models[0].title}: they are compared with a model that has "
-            "trained for half as many steps or less"
+            f"{names} continued from the weights of {self.models[0].title}; counting the steps before, the training "
+            "was at least twice as long"
         )
 
     def hours(self) -> dict[str, float]:

@@ -205,9 +205,8 @@ def _page(comparison: Comparison, pictured: bool) -> str:
             f"![Performance and cost]({COST})",
             "",
         ]
-    if comparison.ranks is not None:
-        ranks = frame_table(_ranks(comparison.ranks), fmt=MARKDOWN)
-        lines += ["## Ranks", "", ranks, "", _about_ranks(comparison), ""]
+    if (ranks := _ranks(comparison)) is not None:
+        lines += ["## Ranks", "", frame_table(ranks, fmt=MARKDOWN), "", _about_ranks(comparison), ""]
     label = metric_named(comparison.metrics[0]).label
     if pictured:
         lines += ["## Pictures", "", f"![Segmentations of all models]({QUALITATIVE})", ""]
@@ -241,7 +240,7 @@ def _html(comparison: Comparison, output: Path) -> str:
         cost=file_uri(output / COST) if _costs_known(comparison) else None,
         qualitative=file_uri(output / QUALITATIVE) if (output / QUALITATIVE).is_file() else None,
         costs=frame_cells(_costs(comparison)),
-        ranks=None if comparison.ranks is None else frame_cells(_ranks(comparison.ranks)),
+        ranks=None if (ranks := _ranks(comparison)) is None else frame_cells(ranks),
         about_ranks=_about_ranks(comparison),
         models=frame_cells(_models(comparison)),
         method=_method(comparison),
@@ -267,8 +266,8 @@ def _text(comparison: Comparison) -> str:
         parts.append(f"by number of modalities, {region}\n\n{frame_table(table, fmt=TEXT)}")
     if _costs_known(comparison):
         parts.append(f"cost\n\n{frame_table(_costs(comparison), fmt=TEXT)}")
-    if comparison.ranks is not None:
-        parts.append(f"{frame_table(_ranks(comparison.ranks), fmt=TEXT)}\n\n{_about_ranks(comparison)}")
+    if (ranks := _ranks(comparison)) is not None:
+        parts.append(f"{frame_table(ranks, fmt=TEXT)}\n\n{_about_ranks(comparison)}")
     parts += [f"note: {note}" for note in comparison.notes]
     return "\n\n".join(parts)
 
@@ -384,7 +383,10 @@ def _by_training(row: dict[Any, Any], metric: Metric) -> str:
     return ", ".join(number(value * metric.factor, 2, "+") for value in values)
 
 
-def _ranks(ranks: pd.DataFrame) -> pd.DataFrame:
+def _ranks(comparison: Comparison) -> pd.DataFrame | None:
+    """The ranks to show: of two models they say less than the difference, and a first place looks like certainty."""
+    if comparison.ranks is None or len(comparison.trainings) < 3:
+        return None
     rows = [
         (
             row["rank"],
@@ -393,7 +395,7 @@ def _ranks(ranks: pd.DataFrame) -> pd.DataFrame:
             NO_VALUE if math.isnan(row[LOW]) else f"{row[LOW]:.0f} to {row[HIGH]:.0f}",
             f"{100 * row['first']:.0f} %",
         )
-        for row in ranks.to_dict("records")
+        for row in comparison.ranks.to_dict("records")
     ]
     columns = ["rank", MODEL, "mean rank", "interval of the rank", "in first place, of the resamples"]
     return pd.DataFrame(rows, columns=columns)
@@ -403,7 +405,10 @@ def _about_ranks(comparison: Comparison) -> str:
     labels = ", ".join(metric_named(name).label for name in comparison.metrics)
     several = comparison.several_trainings
     drawn = "patients and trainings (few of these make it look more stable than it is)" if several else "patients"
-    return f"Ranked within each case, subset and region by {labels}; the ranking is repeated on resampled {drawn}."
+    return (
+        f"Ranked within each case, subset and region by {labels}; the ranking is repeated on resampled {drawn}. "
+        "A first place says nothing about the size of the difference."
+    )
 
 
 def _method(comparison: Comparison) -> list[str]:

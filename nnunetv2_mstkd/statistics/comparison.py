@@ -64,6 +64,9 @@ CIRCUMSTANCES = {
 PARAMETERS, HOURS = "parameters", "training_hours"
 """Keys of summary.json: what a model costs."""
 
+UNEQUAL = 1.25
+"""Ratio of training hours above which a comparison mentions them."""
+
 LEVEL = 0.05
 """Readers look for p-values below it."""
 
@@ -327,7 +330,8 @@ class Comparison:
         complete = not results[VALUE].isna().any() and len(set(self.trainings.values())) == 1
         self.ranks = rank_table(results, metrics=metrics, bootstrap=self.bootstrap) if complete else None
         on_trainings = self._notes_on_trainings() if self.several_trainings else self._notes_on_tests()
-        self.notes = [*self._notes_on_cases(), *on_trainings, *self._notes_on_ranks(), *self._notes_on_settings()]
+        about = self._notes_on_hours(), self._notes_on_cases(), on_trainings, self._notes_on_ranks()
+        self.notes = [note for notes in (*about, self._notes_on_settings()) for note in notes]
 
     def _choose_pairs(self) -> None:
         """Choose the pairs of a case and a subset that all models have."""
@@ -378,6 +382,12 @@ class Comparison:
     def _by_metric(self, function: Callable[..., pd.DataFrame], results: pd.DataFrame, **options: Any) -> pd.DataFrame:
         tables = {name: function(results, metric=name, baseline=self.baseline, **options) for name in self.metrics}
         return pd.concat(tables, names=[METRIC, None]).reset_index(METRIC).reset_index(drop=True)
+
+    def _notes_on_hours(self) -> Iterator[str]:
+        hours = self.costs.groupby(MODEL, sort=False)[HOURS].mean()
+        if hours.max() > UNEQUAL * hours.min():
+            numbers = ", ".join(f"{name} {value:.2g}" for name, value in hours.dropna().items())
+            yield f"not the same training time, and longer training alone makes a model better; hours: {numbers}"
 
     def _notes_on_cases(self) -> Iterator[str]:
         for name, cases in self.not_compared.items():

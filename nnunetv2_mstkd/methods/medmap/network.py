@@ -35,8 +35,8 @@ from nnunetv2_mstkd.training.design import NetworkDesign, first_weights
 from nnunetv2_mstkd.training.multi_encoder import MultiEncoderDesign
 from nnunetv2_mstkd.training.settings import Settings
 
-MAX_STEM_FEATURES = 4
-"""Channels per modality of the stem at most, unless the settings say more."""
+STEM_FEATURES, MAX_STEM_WIDTH = 4, 32
+"""Channels per modality of the stem, and of all modalities together, unless the settings say more."""
 
 VARIANCE_START = 0.1
 VARIANCE_FLOOR = 1e-5
@@ -258,17 +258,14 @@ class AlignedDesign(NetworkDesign):
         section.require((section.fixed_channel or 0) <= last, "fixed_channel", expected)
 
     def resolve(self, settings: Settings, plan: UNetPlan, names: Sequence[str] | None = None) -> Settings:
-        """``features``: half of the planned finest width for all modalities, so that the stem stays cheap beside it.
-
-        ``placement``: a network with one encoder per modality has its own ones aligned.
-        """
+        """``placement``: a network with one encoder per modality has its own ones aligned."""
         settings = self.inner.resolve(settings, plan, names)
         if isinstance(self.inner, MultiEncoderDesign):
             settings = settings.replace(MedMAPSettings, placement="encoders")
         if settings[MedMAPSettings].features is not None:
             return settings
-        features = plan.shape.widths[0] // (2 * plan.num_modalities)
-        return settings.replace(MedMAPSettings, features=max(1, min(MAX_STEM_FEATURES, features)))
+        features = max(1, min(STEM_FEATURES, MAX_STEM_WIDTH // plan.num_modalities))
+        return settings.replace(MedMAPSettings, features=features)
 
     def build(self, plan: UNetPlan, settings: Settings) -> Any:
         section = settings[MedMAPSettings]
