@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import nnunetv2_mstkd
-from nnunetv2_mstkd.errors import did_you_mean, run_and_report
+from nnunetv2_mstkd.errors import EXIT_USER_ERROR, did_you_mean, run_and_report
 
 COMMANDS = {
     "demo": "train, evaluate and compare two models on a small synthetic data set",
@@ -105,7 +105,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mstkd`` with the arguments `argv` (default: those of the process) and return its exit code."""
     # OpenMP reads this when torch is imported: idle threads sleep instead of spinning, which slows a busy machine down
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    args = _parser(sys.argv[1:] if argv is None else argv).parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(argv)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return EXIT_USER_ERROR
+    args = parser.parse_args(argv)
     # From timm, which nnU-Net's trainer look-up imports; users can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.jit\.interface` is deprecated", FutureWarning)
     return run_and_report(f"mstkd {args.command}", args.run, args)

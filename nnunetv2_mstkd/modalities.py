@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.errors import InputError, did_you_mean
 
 MIN_MODALITIES = 2
 MAX_MODALITIES = 16
@@ -115,7 +115,8 @@ def parse_modality(text: str, names: Sequence[str], where: str = "") -> int:
     for channel, name in enumerate(names):
         if name.casefold() == text.strip().casefold():
             return channel
-    raise InputError(f"unknown modality {text.strip()!r}{where}; known are {', '.join(names)}")
+    hint = did_you_mean(text.strip(), names)
+    raise InputError(f"unknown modality {text.strip()!r}{where}{hint}; known are {', '.join(names)}")
 
 
 def parse_subset(text: str, names: Sequence[str]) -> torch.Tensor:

@@ -669,7 +669,7 @@ def test_missing_packages_are_named(model, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "nnunetv2_mstkd.app.serving")
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     assert cli.main(["app", str(model)]) == 2
-    assert "mstkd app needs uvicorn: pip install 'nnunetv2_mstkd[app]'" in capsys.readouterr().err
+    assert "the page needs uvicorn: pip install 'nnunetv2_mstkd[app]'" in capsys.readouterr().err
 
 
 def test_an_unknown_bundle_is_refused(tmp_path, monkeypatch):

@@ -128,7 +128,7 @@ def test_unknown_command_lists_known_ones(capsys):
 
 
 def test_missing_command_is_refused(capsys):
-    assert "COMMAND" in refused(capsys)
+    assert "COMMAND" in refused(capsys, "--debug")
 
 
 @pytest.mark.parametrize(
@@ -216,6 +216,12 @@ def test_every_command_has_help(name, capsys):
         cli.main([name, "--help"])
     assert stop.value.code == 0
     assert capsys.readouterr().out.startswith(f"usage: mstkd {name}")
+
+
+def test_without_a_command_the_help_is_shown(capsys):
+    assert cli.main([]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("usage: mstkd") and all(name in told for name in cli.COMMANDS)
 
 
 def test_path_prints_trainer_folder(capsys):

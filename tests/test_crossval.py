@@ -288,6 +288,13 @@ def test_evaluation_needs_all_cases(evaluated):
     assert str(one.progress()) == "case 1 of 2"
 
 
+def test_evaluation_of_other_cases_is_not_that_of_the_fold(evaluated):
+    """``mstkd evaluate -i`` without ``-o`` writes into the same folder."""
+    one, _ = evaluated
+    (one.output / "cases" / "fold_1" / "c.json").rename(one.output / "cases" / "fold_1" / "test_case.json")
+    assert not one.done() and str(one.progress()) == "case 1 of 2"
+
+
 def test_pooled_evaluation_needs_the_table_of_its_folds(evaluated):
     one, both = evaluated
     (both.output / "results.csv").write_text("case,fold\na,0\n")

@@ -13,7 +13,7 @@ import torch
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.crossval.steps import Progress
-from nnunetv2_mstkd.demo import pipeline, steps
+from nnunetv2_mstkd.demo import pipeline, result, steps
 from nnunetv2_mstkd.demo.pipeline import BASELINE, RECOMMENDED, Demo, Model, Options
 from nnunetv2_mstkd.demo.result import next_commands
 
@@ -185,7 +185,9 @@ def test_foreign_folder_is_refused(tmp_path):
         Demo(tmp_path, options())
 
 
-def test_next_commands_are_valid(tmp_path):
+@pytest.mark.parametrize("installed", [True, False])
+def test_next_commands_are_valid(tmp_path, monkeypatch, installed):
+    monkeypatch.setattr(result, "find_spec", lambda name: installed or None)
     demo = Demo(tmp_path / "a demo", options())
     export, predict, app = next_commands(demo)
     assert len(shlex.split(export)) == 4
@@ -193,6 +195,7 @@ def test_next_commands_are_valid(tmp_path):
     parsed = cli._parser(words).parse_args(words)
     assert (parsed.d, parsed.tr, parsed.drop) == ("901", RECOMMENDED, "T1ce")
     assert cli._parser(words).parse_args([*words, "T2"]).drop == "T1ce,T2"  # further words, too
-    words = shlex.split(app)[1:]
+    assert ("nnunetv2_mstkd[app]" in app) != installed
+    words = shlex.split(app, comments=True)[1:]
     parsed = cli._parser(words).parse_args(words)
     assert parsed.demo and parsed.out == demo.folder

@@ -58,7 +58,7 @@ def test_all_stands_for_the_full_set():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("T1c", "unknown modality 'T1c'.*known are T1, T1ce, T2, FLAIR"),
+        ("T1c", r"unknown modality 'T1c' in subset 'T1c' \(did you mean 'T1ce'\?\); known are T1, T1ce, T2, FLAIR"),
         ("T1+t1", "appears twice"),
         ("", "empty part"),
         ("T1++T2", "empty part"),

@@ -21,7 +21,7 @@ def niivue_module() -> str:
     folders = list(found.submodule_search_locations or ()) if found else []
     bundle = next((file for folder in folders if (file := Path(folder, "static", "widget.js")).is_file()), None)
     if bundle is None:
-        raise DependencyError(f"mstkd app needs {PACKAGE}, which brings the viewer: {INSTALL}")
+        raise DependencyError(f"the page needs {PACKAGE}, which brings the viewer: {INSTALL}")
     text = bundle.read_text(encoding="utf-8")
     made = re.search(r'"Creating new Niivue instance"\);.{0,120}?=new (\w+)\(', text, re.DOTALL)
     if made is None:

@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     except ImportError as error:
         if isinstance(error, DependencyError):
             raise
-        raise DependencyError(f"mstkd app needs {error.name}: pip install 'nnunetv2_mstkd[app]'") from error
+        raise DependencyError(f"the page needs {error.name}: pip install 'nnunetv2_mstkd[app]'") from error
     from nnunetv2_mstkd.inference.predictor import Predictor
 
     if args.trust:

@@ -201,13 +201,15 @@ class Evaluate(Step):
         return [*words, "--disable_progress_bar"]
 
     def _records(self, fold: int) -> list[Path]:
-        return list((self.output / "cases" / f"fold_{fold}").glob("*.json"))
+        """Of the fold's validation cases; those of a folder of images may lie beside them, or in their place."""
+        files = [self.output / "cases" / f"fold_{fold}" / f"{case}.json" for case in self._cases(fold)]
+        return [file for file in files if file.is_file()]
 
     def _expected(self) -> int:
-        if not self.splits.is_file():
-            return 0
-        splits = read_splits(self.splits)
-        return sum(len(splits[fold]["val"]) for fold in self.folds)
+        return sum(len(self._cases(fold)) for fold in self.folds)
+
+    def _cases(self, fold: int) -> list[str]:
+        return read_splits(self.splits)[fold]["val"] if self.splits.is_file() else []
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shlex
+from importlib.util import find_spec
 
 from nnunetv2_mstkd.demo.pipeline import DISCLAIMER, RECOMMENDED, Demo, Model
 from nnunetv2_mstkd.demo.steps import FOLDERS
 from nnunetv2_mstkd.inference.evaluation_files import REPORT
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.compare import HTML, compare, models_by_subset
+
+APP = "    # first: pip install 'nnunetv2_mstkd[app]'"
 
 
 def write_result(demo: Demo) -> str:
@@ -41,5 +44,5 @@ def next_commands(demo: Demo) -> list[str]:
     return [
         f"  export {folders}",
         f"  mstkd predict -i {images} -o {output} {demo.words(Model(RECOMMENDED))} --drop T1ce",
-        f"  mstkd app --demo --out {shlex.quote(str(demo.folder))}",
+        f"  mstkd app --demo --out {shlex.quote(str(demo.folder))}{'' if find_spec('starlette') else APP}",
     ]
