@@ -262,6 +262,20 @@ def _copy_or_link(source: str, target: str) -> None:
         os.symlink(source, target)
 
 
+@pytest.fixture(scope="session")
+def preprocessed_at_6_mm(tmp_path_factory: pytest.TempPathFactory) -> Folders:
+    """The phantom planned at the spacing of its images. Never changed."""
+    return write_phantom(tmp_path_factory.mktemp("phantom6"), None)
+
+
+@pytest.fixture
+def phantom_at_6_mm(preprocessed_at_6_mm: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
+    """As ``phantom``, at the spacing of the images."""
+    folders = _copy(preprocessed_at_6_mm, tmp_path, results=False)
+    folders.use(monkeypatch)
+    return folders
+
+
 @pytest.fixture
 def phantom(preprocessed: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     """The preprocessed phantom with plans of its own and no results, in nnU-Net's variables."""

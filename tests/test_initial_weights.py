@@ -148,7 +148,9 @@ ENCODERS = {
     "MedMAPTrainer": {**NO_TERMS, "medmap": {**NO_TERMS["medmap"], "placement": "encoders"}},
 }
 FEATURES = {**NO_TERMS, "medmap": {**NO_TERMS["medmap"], "features": 2}}
-EVERY = [(name, NO_TERMS) for name in methods.__all__] + list(ENCODERS.items()) + [("MedMAPTrainer", FEATURES)]
+ONE_FEATURE = {**NO_TERMS, "medmap": {**NO_TERMS["medmap"], "features": 1}}
+"""A stem that keeps the number of input channels, and with it the first convolution."""
+EVERY = [(name, ONE_FEATURE) for name in methods.__all__] + list(ENCODERS.items()) + [("MedMAPTrainer", FEATURES)]
 
 
 @pytest.mark.parametrize(("name", "block"), EVERY)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import PHANTOM, Folders, _copy, read_plans, train, write_phantom
+from conftest import PHANTOM, read_plans, train
 
 from nnunetv2_mstkd.inference.conditioning import conditioned
 from nnunetv2_mstkd.nnunet import checkpoints
@@ -39,19 +39,6 @@ def old(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Folders:
-    """The phantom as it was planned then."""
-    return write_phantom(tmp_path_factory.mktemp("then"), None)
-
-
-@pytest.fixture
-def phantom(planned: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
-    folders = _copy(planned, tmp_path, results=False)
-    folders.use(monkeypatch)
-    return folders
-
-
 def put(folders, checkpoint: Path, name: str) -> Path:
     """A model folder as version 0.1 left it, with the checkpoint under this file name."""
     content = checkpoints.read(checkpoint)
@@ -68,8 +55,8 @@ def put(folders, checkpoint: Path, name: str) -> Path:
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_predicts_as_before(phantom, old, trainer):
-    fold = put(phantom, old / f"{trainer}.pth", "checkpoint_final.pth")
+def test_predicts_as_before(phantom_at_6_mm, old, trainer):
+    fold = put(phantom_at_6_mm, old / f"{trainer}.pth", "checkpoint_final.pth")
     predictor = load_predictor(
         fold.parent, (0,), device=torch.device("cpu"),
         use_mirroring=False, perform_everything_on_device=False, allow_tqdm=False,
@@ -84,10 +71,10 @@ def test_predicts_as_before(phantom, old, trainer):
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
-def test_training_continues(phantom, old, trainer):
+def test_training_continues(phantom_at_6_mm, old, trainer):
     if trainer in TEACHERS:
-        put(phantom, old / f"{TEACHERS[trainer]}TeacherTrainer.pth", "checkpoint_final.pth")
-    fold = put(phantom, old / f"{trainer}.pth", "checkpoint_latest.pth")
+        put(phantom_at_6_mm, old / f"{TEACHERS[trainer]}TeacherTrainer.pth", "checkpoint_final.pth")
+    fold = put(phantom_at_6_mm, old / f"{trainer}.pth", "checkpoint_latest.pth")
     train(trainer, dataset=PHANTOM, configuration=CONFIGURATION, continue_training=True)
     content = checkpoints.read(fold / "checkpoint_final.pth")
     expected = json.loads((old / "expected.json").read_text())[trainer]

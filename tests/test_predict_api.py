@@ -174,7 +174,7 @@ GOOD = (noise(2), (1.0, 1.0, 1.0))
     [
         ({}, "no image is given; name at least one of T0, T1, T2, T3"),
         ({"PD": GOOD}, "unknown modality 'PD'; known are T0, T1, T2, T3"),
-        ({1: GOOD}, "unknown modality '1'; known are T0, T1, T2, T3"),
+        ({1: GOOD}, r"unknown modality '1' \(did you mean 'T1'\?\); known are T0, T1, T2, T3"),
         ({"all": GOOD}, "unknown modality 'all'"),
         ({"T0": GOOD, "t0": GOOD}, "T0 is given twice"),
         ({"T0": GOOD, "T1": (noise(1), (1, 1, 2))}, "T1 has spacing .* as in T0"),

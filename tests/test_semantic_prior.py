@@ -141,9 +141,9 @@ def build():
     return get_trainer_from_args(str(PHANTOM), CONFIGURATION, 0, "SMMLTrainer", device=CPU)
 
 
-def test_label_maps_are_preprocessed_once(phantom, tmp_path):
-    write_maps(phantom, tmp_path / "maps", change=lambda image, channel: image if channel else image * 0)
-    configure(phantom, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"), smml__warmup=0.0)
+def test_label_maps_are_preprocessed_once(phantom_at_6_mm, tmp_path):
+    write_maps(phantom_at_6_mm, tmp_path / "maps", change=lambda image, channel: image if channel else image * 0)
+    configure(phantom_at_6_mm, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"), smml__warmup=0.0)
     trainer = build()
     trainer.initialize()
     trainer.prepare_training()
@@ -164,7 +164,7 @@ def test_label_maps_are_preprocessed_once(phantom, tmp_path):
     assert (cases.load_case(cases.identifiers[0])[1][2] == 0).all()
 
     train("SMMLTrainer")
-    logging = checkpoints.read(phantom.fold("SMMLTrainer") / "checkpoint_final.pth")["logging"]
+    logging = checkpoints.read(phantom_at_6_mm.fold("SMMLTrainer") / "checkpoint_final.pth")["logging"]
     assert len(logging["mstkd_guidance"]) == 2 and logging["mstkd_guidance"][1] > 0
     # prediction and validation know nothing of it
     for file in trainer._prior_folder().iterdir():
@@ -228,10 +228,10 @@ def of_heads(folders) -> list[list[int]]:
     return [np.atleast_1d(value).tolist() for name, value in labels.items() if name != "background"]
 
 
-def test_probability_maps_reach_the_refinement_networks(phantom, tmp_path, monkeypatch):
-    monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom), raising=False)
-    write_probabilities(phantom, tmp_path / "maps")
-    configure(phantom, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"), smml__warmup=0.0)
+def test_probability_maps_reach_the_refinement_networks(phantom_at_6_mm, tmp_path, monkeypatch):
+    monkeypatch.setattr(write_probabilities, "heads", of_heads(phantom_at_6_mm), raising=False)
+    write_probabilities(phantom_at_6_mm, tmp_path / "maps")
+    configure(phantom_at_6_mm, smml__prior="precomputed", smml__prior_path=str(tmp_path / "maps"), smml__warmup=0.0)
     trainer = build()
     trainer.initialize()
     trainer.prepare_training()
@@ -251,9 +251,9 @@ def test_probability_maps_reach_the_refinement_networks(phantom, tmp_path, monke
             np.testing.assert_allclose(patch[4 + 2 * heads + head][inside], expected[inside], atol=0.5 / 255)
 
     train("SMMLTrainer")
-    content = checkpoints.read(phantom.fold("SMMLTrainer") / "checkpoint_final.pth")
+    content = checkpoints.read(phantom_at_6_mm.fold("SMMLTrainer") / "checkpoint_final.pth")
     assert content["logging"]["mstkd_guidance"][1] > 0
-    log = "".join(path.read_text() for path in phantom.fold("SMMLTrainer").glob("training_log_*"))
+    log = "".join(path.read_text() for path in phantom_at_6_mm.fold("SMMLTrainer").glob("training_log_*"))
     assert "semantic prior: probabilities in " in log
 
 
