@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-l", dest="labels", metavar="LABELS", type=Path, help="folder of the labels of these images")
     add("-o", dest="output", metavar="OUT", type=Path, help=f"output folder (default: {FOLDER} in the model folder)")
     add = parser.add_argument_group("which subsets, and what is measured").add_argument
-    subsets = "only these subsets; the word all stands for the full input (default: every subset)"
+    subsets = "only these subsets; 'all' means the full input (default: every subset)"
     add("--subsets", metavar="T1ce+FLAIR", nargs="+", default=(), help=subsets)
     available = "all subsets of these modalities, those that you have"
     add("--available", metavar="T1,FLAIR", nargs="+", action=options.Modalities, help=available)

@@ -178,9 +178,9 @@ class Evaluate(Step):
 
     def done(self) -> bool:
         """Complete, and no older than the weights: ``mstkd evaluate`` refuses to mix those of two trainings."""
-        records = [path for fold in self.folds for path in self._records(fold)]
+        records = self._records()
         weights = [self.model.folder / f"fold_{fold}" / FINAL for fold in self.folds]
-        if not records or len(records) < self._expected() or not all(path.is_file() for path in weights):
+        if not records or not all(path.is_file() for path in (*records, *weights)):
             return False
         trained = max(path.stat().st_mtime for path in weights)
         times = [path.stat().st_mtime for path in records]
@@ -191,8 +191,9 @@ class Evaluate(Step):
         return max(min(times), written if set(self.folds) <= reported else 0) >= trained
 
     def progress(self) -> Progress | None:
-        present = sum(len(self._records(fold)) for fold in self.folds)
-        return Progress("case", present, self._expected()) if present else None
+        records = self._records()
+        present = sum(path.is_file() for path in records)
+        return Progress("case", present, len(records)) if present else None
 
     def command(self) -> list[str]:
         model = self.model
@@ -200,16 +201,12 @@ class Evaluate(Step):
         words += ["-p", model.plans, "-f", *map(str, self.folds), "-device", model.device, *self.options]
         return [*words, "--disable_progress_bar"]
 
-    def _records(self, fold: int) -> list[Path]:
-        """Of the fold's validation cases; those of a folder of images may lie beside them, or in their place."""
-        files = [self.output / "cases" / f"fold_{fold}" / f"{case}.json" for case in self._cases(fold)]
-        return [file for file in files if file.is_file()]
-
-    def _expected(self) -> int:
-        return sum(len(self._cases(fold)) for fold in self.folds)
-
-    def _cases(self, fold: int) -> list[str]:
-        return read_splits(self.splits)[fold]["val"] if self.splits.is_file() else []
+    def _records(self) -> list[Path]:
+        """The file of each validation case, there or not; those of a folder of images may lie beside them."""
+        if not self.splits.is_file():
+            return []
+        splits, cases = read_splits(self.splits), self.output / "cases"
+        return [cases / f"fold_{fold}" / f"{case}.json" for fold in self.folds for case in splits[fold]["val"]]
 
 
 @dataclass(frozen=True)

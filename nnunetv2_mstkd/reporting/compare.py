@@ -397,7 +397,7 @@ def _ranks(comparison: Comparison) -> pd.DataFrame | None:
         )
         for row in comparison.ranks.to_dict("records")
     ]
-    columns = ["rank", MODEL, "mean rank", "interval of the rank", "in first place, of the resamples"]
+    columns = ["rank", MODEL, "mean rank", "interval of the rank", "resamples in first place"]
     return pd.DataFrame(rows, columns=columns)
 
 

@@ -330,8 +330,8 @@ class Comparison:
         complete = not results[VALUE].isna().any() and len(set(self.trainings.values())) == 1
         self.ranks = rank_table(results, metrics=metrics, bootstrap=self.bootstrap) if complete else None
         on_trainings = self._notes_on_trainings() if self.several_trainings else self._notes_on_tests()
-        about = self._notes_on_hours(), self._notes_on_cases(), on_trainings, self._notes_on_ranks()
-        self.notes = [note for notes in (*about, self._notes_on_settings()) for note in notes]
+        self.notes = [*self._notes_on_hours(), *self._notes_on_cases(), *on_trainings]
+        self.notes += [*self._notes_on_ranks(), *self._notes_on_settings()]
 
     def _choose_pairs(self) -> None:
         """Choose the pairs of a case and a subset that all models have."""
