@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -244,14 +244,16 @@ def trained(preprocessed: Folders) -> Folders:
     return preprocessed
 
 
-def _copy(folders: Folders, target: Path, *, results: bool) -> Folders:
-    own = Folders(folders.raw, target / "preprocessed", target / "results")
+def use_copy(folders: Folders, target: Path, patch: pytest.MonkeyPatch, *, results: bool = False) -> Folders:
+    """Preprocessed data with plans of their own, with or without the results, in nnU-Net's variables."""
+    own = replace(folders, preprocessed=target / "preprocessed", results=target / "results")
     # only the small files are copied
     shutil.copytree(folders.preprocessed, own.preprocessed, copy_function=_copy_or_link)
     if results:
         shutil.copytree(folders.results, own.results)
     else:
         own.results.mkdir()
+    own.use(patch)
     return own
 
 
@@ -271,25 +273,19 @@ def preprocessed_at_6_mm(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 @pytest.fixture
 def phantom_at_6_mm(preprocessed_at_6_mm: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     """As ``phantom``, at the spacing of the images."""
-    folders = _copy(preprocessed_at_6_mm, tmp_path, results=False)
-    folders.use(monkeypatch)
-    return folders
+    return use_copy(preprocessed_at_6_mm, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def phantom(preprocessed: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     """The preprocessed phantom with plans of its own and no results, in nnU-Net's variables."""
-    folders = _copy(preprocessed, tmp_path, results=False)
-    folders.use(monkeypatch)
-    return folders
+    return use_copy(preprocessed, tmp_path, monkeypatch)
 
 
 @pytest.fixture
 def models(trained: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
     """The preprocessed phantom with plans and trained models of its own, in nnU-Net's variables."""
-    folders = _copy(trained, tmp_path, results=True)
-    folders.use(monkeypatch)
-    return folders
+    return use_copy(trained, tmp_path, monkeypatch, results=True)
 
 
 @pytest.fixture

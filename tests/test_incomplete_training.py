@@ -14,11 +14,11 @@ from conftest import (
     CONFIGURATION,
     PHANTOM,
     Folders,
-    _copy,
     configure,
     plan_and_preprocess,
     train,
     train_until_killed,
+    use_copy,
 )
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
@@ -74,9 +74,7 @@ def mixed(preprocessed: Folders, tmp_path_factory: pytest.TempPathFactory) -> Fo
 
 @pytest.fixture
 def semi(mixed: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
-    folders = _copy(mixed, tmp_path, results=True)
-    folders.use(monkeypatch)
-    return folders
+    return use_copy(mixed, tmp_path, monkeypatch, results=True)
 
 
 def replace(file: Path, value: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 import torch
-from conftest import CONFIGURATION, PHANTOM, Folders, _copy, configure, plan_and_preprocess, train
+from conftest import CONFIGURATION, PHANTOM, Folders, configure, plan_and_preprocess, train, use_copy
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -78,10 +78,7 @@ def planned(tmp_path_factory: pytest.TempPathFactory) -> Folders:
 
 @pytest.fixture
 def data(planned: Folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Folders:
-    found = _copy(planned, tmp_path, results=False)
-    folders = Folders(found.raw, found.preprocessed, found.results, planned.dataset)
-    folders.use(monkeypatch)
-    return folders
+    return use_copy(planned, tmp_path, monkeypatch)
 
 
 def without_raw(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
