@@ -104,10 +104,14 @@ def test_two_models_are_compared_case_by_case(capsys):
 
     printed = capsys.readouterr().out
     assert "Compared on 8 cases of 8 patients, 3 subsets of modalities." in printed
+    assert "mean over all subsets and regions: new 56.5, old 53.5\nnew against old: +3.00 [" in printed
+    assert "points; p (Holm) 0.023\n" in printed
     assert re.search(r"\| new +\| +old +\| +WT +\| +\+3.00 \[", printed) and "a positive one is a gain" in printed
     page = Path("comparison", "comparison.md").read_text()
     assert "### By subset" in page and "![Differences of Dice with intervals](comparison.png)" in page
-    assert "nothing about clinical benefit" in page
+    assert "nothing about clinical benefit" in page and "* new against old: +3.00 [" in page
+    html = Path("comparison", "comparison.html").read_text()
+    assert html.index("new against old: +3.00 [") < html.index("All models and subsets</h2>")
     # at most 6 tests together, and 8 patients: 6 / 128 at best
     assert "over all subsets: with" not in printed and "by number of modalities: with" not in printed
     assert "by subset: with" not in printed
@@ -195,7 +199,7 @@ def test_the_table_of_all_models_and_subsets(capsys):
     assert r"\underline{58.0}" in Path("comparison/tables.tex").read_text()
     assert "dice,ET,b,58.0,58.0,53.5,56.5" in Path("comparison/tables.csv").read_text().splitlines()
     page = Path("comparison/comparison.html").read_text()
-    assert "<b>62.5</b>" in page and "<u>58.0</u>" in page and "Empty masks (nnunet" in page
+    assert "<b>62.5</b>" in page and "<u>58.0</u>" in page and "Rules for empty masks: nnunet (" in page
     assert 'href="tables.csv"' in page and 'id="cost"' not in page and not Path("comparison/cost.png").exists()
 
 

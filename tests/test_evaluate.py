@@ -147,11 +147,11 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
     )
     assert all((student / "subsets" / name).read_bytes()[:4] == b"\x89PNG" for name in pictures)
     printed = capsys.readouterr().out
-    assert "HD95: both empty 0; one empty the image diagonal" in printed
+    assert "HD95: 0 if both masks are empty, the image diagonal if one is" in printed
     assert "up to 8 in one forward pass" in printed and "only these may differ from --stack 1" in printed
     for name in ("tables.md", "tables.tex"):
         text = (student / "subsets" / name).read_text()
-        assert text.count("both empty") == 2 and "whole" in text
+        assert text.count("both masks are empty") == 2 and "whole" in text
 
     summary = json.loads((student / "subsets" / "summary.json").read_text())
     dice = table[table["metric"] == "dice"]

@@ -122,17 +122,17 @@ def test_single_functions_follow_the_convention_too():
 
 def test_the_rules_are_put_into_words():
     text = conventions.empty_rules_text("brats", ["dice", "hd95", "relative_volume_error"])
-    assert "Dice: both empty 1; one empty 0" in text.splitlines()
-    assert "HD95: both empty 0; one empty the image diagonal" in text.splitlines()
+    assert "Dice: 1 if both masks are empty, 0 if one is" in text.splitlines()
+    assert "HD95: 0 if both masks are empty, the image diagonal if one is" in text.splitlines()
     assert text.splitlines()[3].endswith(
-        "only the prediction empty as computed; only the reference left out of the mean"
+        "as computed if only the prediction is, left out of the mean if only the reference is"
     )
-    assert "HD95: left out of the mean with any empty mask" in conventions.empty_rules_text("nnunet")
+    assert "HD95: left out of the mean if any mask is empty" in conventions.empty_rules_text("nnunet")
 
 
 def test_lesion_wise_rules_name_the_penalty_of_their_convention():
     text = conventions.empty_rules_text(metrics=["lesion_hd95"], lesion_convention="brats2024_gli")
-    assert "a missed lesion 337 mm; a false lesion 337 mm" in text and "Empty masks" not in text
+    assert "a missed lesion 337 mm; a false lesion 337 mm" in text and "empty masks" not in text
     text = conventions.empty_rules_text(metrics=["lesion_hd95"], lesion_convention="brats2024_met")
     assert "a missed lesion the image diagonal" in text
     with pytest.raises(ValueError, match="lesion_dice needs the name of its lesion-wise convention"):

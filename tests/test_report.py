@@ -323,7 +323,7 @@ def test_title_and_date(page):
     assert f"Written on 2026-03-04 by nnunetv2_mstkd {nnunetv2_mstkd.__version__}" in about
     text = " ".join(page.texts)
     assert "What this page does not tell" in text and "nothing here is a statement about clinical performance" in text
-    assert "Dice: both empty 1; one empty 0" in page.texts
+    assert "Dice: 1 if both masks are empty, 0 if one is" in page.texts
 
 
 def test_names_are_text_wherever_they_stand(page):

@@ -10,7 +10,7 @@ import pytest
 from nnunetv2_mstkd.evaluation.results import COLUMNS
 from nnunetv2_mstkd.reporting import figures, tables
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap
-from nnunetv2_mstkd.statistics.findings import gap_to_full, mean_by_count, missing_one
+from nnunetv2_mstkd.statistics.findings import Findings, gap_to_full, mean_by_count, missing_one
 from nnunetv2_mstkd.statistics.shapley import shapley
 
 SUBSETS = ("T1", "T1ce", "T1+T1ce")
@@ -50,8 +50,15 @@ def test_a_markdown_table_of_one_model():
         "| ET   | 25.0 | 80.0 | 90.0 |   65.0  |",
     ]
     assert found[6] == "* Dice in %, mean of 3 cases; average over 3 subsets"
-    assert found[7].startswith("* Empty masks (brats: ")
-    assert found[8] == "* Dice: both empty 1; one empty 0"
+    assert found[7].startswith("* Rules for empty masks: brats (")
+    assert found[8] == "* Dice: 1 if both masks are empty, 0 if one is"
+
+
+def test_a_loss_has_a_minus_in_the_headline_and_in_the_table():
+    found = Findings(table({("M", "ET"): (0.5, 0.9, 0.7)}, cases=6))
+    assert found.headline.startswith("Without T1ce: ET -20.0 Dice points; without T1: ET +20.0")
+    changes = next(each.table for each in tables.finding_tables(found) if each.title.startswith("Change of Dice"))
+    assert changes.to_numpy().tolist() == [["T1", "-20.0 [-20.0, -20.0]"], ["T1ce", "+20.0 [+20.0, +20.0]"]]
 
 
 def test_the_best_of_several_models_is_bold_and_equals_share():
@@ -79,7 +86,7 @@ def test_tables_of_subsets_as_csv():
 
 
 def test_unknown_rules_for_empty_masks_are_not_named():
-    assert "Empty masks" not in tables.subset_table(table(ONE), convention=None)
+    assert "empty masks" not in tables.subset_table(table(ONE), convention=None)
 
 
 def test_what_is_equal_as_printed_shares_and_zero_has_no_sign():
@@ -96,7 +103,7 @@ def test_lower_distances_are_bold_and_in_millimetres():
     assert cells(found.splitlines()[3]) == ["ET", "old", "5.00", "**6.00**", "**7.00**", "**6.00**"]
     assert cells(found.splitlines()[4]) == ["ET", "new_1", "**4.50**", "**6.00**", "9.00", "6.50"]
     assert "* HD95 in mm, mean of 1 case; average over 3 subsets" in found
-    assert "* HD95: both empty 0; one empty the image diagonal" in found
+    assert "* HD95: 0 if both masks are empty, the image diagonal if one is" in found
 
 
 def test_a_latex_table_of_two_models_and_two_regions():
@@ -117,14 +124,14 @@ def test_a_latex_table_of_two_models_and_two_regions():
         r"\end{tabular}",
     ]
     assert r"Dice in \%, mean of 1 case; average over 3 subsets.\\" in found
-    assert found.endswith("Dice: both empty 1; one empty 0.")
+    assert found.endswith("Dice: 1 if both masks are empty, 0 if one is.")
 
 
 def test_values_left_out_are_counted_and_shown_as_a_dash():
     found = tables.subset_table(table({("M", "ET"): (math.nan, 0.6, 0.7)}, cases=2), convention="nnunet")
     assert cells(found.splitlines()[3]) == ["ET", "-", "60.0", "70.0", "65.0"]
     assert "mean of 2 cases; 2 of 6 values left out; average over 3 subsets" in found
-    assert "Dice: both empty left out of the mean; one empty 0" in found
+    assert "Dice: left out of the mean if both masks are empty, 0 if one is" in found
 
 
 def test_plain_text_escapes_nothing():

@@ -161,15 +161,16 @@ def empty_rules_text(
     lines = []
     plain = [name for name in metrics if name not in LESION_RULES]
     if plain:
-        lines.append(f"Empty masks ({convention}: {_convention(convention).source})")
+        lines.append(f"Rules for empty masks: {convention} ({_convention(convention).source})")
     for name in plain:
         both, prediction, reference = map(_word, _rule(name, convention))
         if both == prediction == reference:
-            text = f"{both} with any empty mask"
+            text = f"{both} if any mask is empty"
         elif prediction == reference:
-            text = f"both empty {both}; one empty {prediction}"
+            text = f"{both} if both masks are empty, {prediction} if one is"
         else:
-            text = f"both empty {both}; only the prediction empty {prediction}; only the reference {reference}"
+            text = f"{both} if both masks are empty, {prediction} if only the prediction is, {reference} if only the "
+            text += "reference is"
         lines.append(f"{metric_named(name).label}: {text}")
     lesionwise = [name for name in metrics if name in LESION_RULES]
     if not lesionwise:

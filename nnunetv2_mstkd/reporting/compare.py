@@ -28,6 +28,7 @@ from nnunetv2_mstkd.reporting.tables import (
     frame_cells,
     frame_table,
     number,
+    p_text,
     subset_content,
     subset_csv,
     subset_rows,
@@ -45,6 +46,9 @@ COST = "cost.png"
 QUALITATIVE = "qualitative.png"
 TABLES = {MARKDOWN: "tables.md", LATEX: "tables.tex"}
 CSV = "tables.csv"
+
+MOST_PAIRS = 5
+"""A comparison of more pairs opens with the means alone; the differences are in its tables."""
 
 
 class ModelComparison(Comparison):
@@ -189,6 +193,7 @@ def _records(table: pd.DataFrame) -> list[dict[Any, Any]]:
 
 def _page(comparison: Comparison, pictured: bool) -> str:
     lines = [f"# {escaped(_title(comparison), MARKDOWN)}", "", _compared(comparison), ""]
+    lines += _bullets(_headlines(comparison))
     lines += [frame_table(_models(comparison), fmt=MARKDOWN), "", *_bullets(comparison.notes)]
     for name in comparison.metrics:
         metric = metric_named(name)
@@ -224,6 +229,7 @@ def _html(comparison: Comparison, output: Path) -> str:
         "comparison.html",
         title=_title(comparison),
         compared=_compared(comparison),
+        headlines=_headlines(comparison),
         notes=comparison.notes,
         files=[*TABLES.values(), CSV],
         second=any(content.second.any() for content in contents.values()),
@@ -255,7 +261,7 @@ def models_by_subset(comparison: Comparison, metric: str) -> str:
 
 def _text(comparison: Comparison) -> str:
     """The short version, as printed."""
-    parts = [_compared(comparison)]
+    parts = [_compared(comparison), "\n".join(_headlines(comparison))]
     for name in comparison.metrics:
         metric, counts = metric_named(name), _part(comparison.by_count, name)
         region = counts[REGION].iloc[-1]
@@ -319,6 +325,20 @@ def _compared(comparison: Comparison) -> str:
     cases, patients, subsets = (f"{count} {noun}{'s' * (count != 1)}" for noun, count in counts.items())
     data = about_data(comparison.rule("dataset"), comparison.rule("description"))
     return f"Compared on {cases} of {patients}, {subsets} of modalities.{data}"
+
+
+def _headlines(comparison: Comparison) -> list[str]:
+    """The result in sentences: each model's mean by the first metric, and what pairs with a baseline differ by."""
+    metric = metric_named(comparison.metrics[0])
+    unit = "points" if metric.unit == "%" else metric.unit
+    means = comparison.costs.groupby(MODEL, sort=False)[VALUE].mean() * metric.factor
+    listed = ", ".join(f"{name} {number(value)}" for name, value in means.items())
+    sentences = [f"{metric.label} in {metric.unit}, mean over all subsets and regions: {listed}"]
+    overall = _part(comparison.overall, comparison.metrics[0])
+    for row in overall.drop_duplicates([MODEL, AGAINST], keep="last").to_dict("records"):  # last: over all regions
+        p = "" if comparison.several_trainings else f"; p (Holm) {p_text(row[P_CORRECTED])}"
+        sentences.append(f"{row[MODEL]} against {row[AGAINST]}: {_estimate(row, metric)} {unit}{p}")
+    return sentences if len(sentences) <= MOST_PAIRS + 1 else sentences[:1]
 
 
 def _models(comparison: Comparison) -> pd.DataFrame:

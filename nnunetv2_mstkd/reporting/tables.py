@@ -207,9 +207,7 @@ def frame_cells(table: pd.DataFrame, *, fmt: str = TEXT, digits: int = 3) -> tup
         if isinstance(value, float | np.floating):
             if np.isnan(value):
                 return NO_VALUE
-            if column in P_VALUES and value < 10**-digits:
-                return f"{'$<$' if fmt == LATEX else '<'}{10**-digits:.{digits}f}"
-            return f"{value:.{digits}f}"
+            return p_text(float(value), fmt, digits) if column in P_VALUES else f"{value:.{digits}f}"
         return escaped(str(value), fmt)
 
     head = [escaped(str(name), fmt) for name in table.columns]
@@ -217,6 +215,13 @@ def frame_cells(table: pd.DataFrame, *, fmt: str = TEXT, digits: int = 3) -> tup
         [text(value, str(name)) for name, value in zip(table.columns, row, strict=True)]
         for row in table.itertuples(index=False)
     ]
+
+
+def p_text(value: float, fmt: str = TEXT, digits: int = 3) -> str:
+    """A p-value, ``<0.001`` where it is smaller; NaN is a dash."""
+    if value < 10**-digits:
+        return f"{'$<$' if fmt == LATEX else '<'}{10**-digits:.{digits}f}"
+    return number(value, digits)
 
 
 # ---- the findings of one model -------------------------------------------------------------------------------------
@@ -241,8 +246,10 @@ def finding_tables(findings: Findings) -> Iterator[FindingTable]:
     if findings.by_count[MODALITIES].nunique() > 1:
         yield FindingTable("Dice by number of modalities", spread_table(findings.by_count, MODALITIES), everyone)
     if findings.gap is not None:
-        title = f"Points of Dice lost against the full input{some}"
-        yield FindingTable(title, spread_table(findings.gap, SUBSET), full)
+        gap = findings.gap
+        change = gap.assign(**{VALUE: -gap[VALUE], LOW: -gap[HIGH], HIGH: -gap[LOW]})
+        title = f"Change of Dice against complete input, in points{some}"
+        yield FindingTable(title, spread_table(change, SUBSET, sign="+"), full)
     if findings.shapley is not None:
         title = f"Contribution of each modality: exact Shapley values, points of Dice{some}"
         yield FindingTable(title, spread_table(findings.shapley, MODALITY), full)
@@ -294,10 +301,10 @@ def overall_table(table: pd.DataFrame, counts: Mapping[str, int]) -> pd.DataFram
     return pd.DataFrame(rows, columns=["region", "mean", "worst subset"])
 
 
-def spread_table(table: pd.DataFrame, column: str) -> pd.DataFrame:
+def spread_table(table: pd.DataFrame, column: str, sign: str = "") -> pd.DataFrame:
     """A row per value of ``column`` and a column per region, in percent with the interval, as text."""
     regions = list(dict.fromkeys(table[REGION]))
-    cells = {(row[column], row[REGION]): estimate(row) for row in table.to_dict("records")}
+    cells = {(row[column], row[REGION]): estimate(row, sign=sign) for row in table.to_dict("records")}
     rows = [(str(key), *(cells[key, region] for region in regions)) for key in dict.fromkeys(table[column])]
     return pd.DataFrame(rows, columns=[column, *regions])
 
