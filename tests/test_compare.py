@@ -312,7 +312,7 @@ def test_names_are_printed_as_they_are(capsys):
     assert r"\_new\_" in Path("comparison/comparison.md").read_text()
 
 
-# ---- several trainings ---------------------------------------------------------------------------------------------
+# ---- several training runs -------------------------------------------------------------------------------------------
 
 
 def seeds(name: str, *gains: float) -> list[str]:
@@ -335,7 +335,7 @@ def test_trainings_of_one_name_are_paired_and_have_no_p_value(capsys):
     assert found["ranks"][0]["model"] == "new"
     printed, page = capsys.readouterr().out, Path("comparison/comparison.md").read_text()
     for text in (printed, page):
-        assert "+3.00, +0.00, +9.00" in text and "Holm" not in text and "variation between trainings" in text
+        assert "+3.00, +0.00, +9.00" in text and "Holm" not in text and "variation between training runs" in text
     assert "# new against old" in page and "new (3)" in page
 
 

@@ -404,7 +404,7 @@ def test_rounding_does_not_break_ties_of_the_wilcoxon_test():
     assert s.wilcoxon(differences, np.arange(6)) == pytest.approx(1)
 
 
-# ---- several trainings ---------------------------------------------------------------------------------------------
+# ---- several training runs -------------------------------------------------------------------------------------------
 
 
 def trainings(values: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -448,10 +448,10 @@ def test_cases_and_trainings_add_in_quadrature():
 
 def test_several_trainings_are_not_compared_with_one():
     frame = trainings({"new": np.full((3, 4), 0.5), "old": np.full((1, 4), 0.4)})
-    with pytest.raises(ValueError, match=r"several trainings are compared with one \(new 3, old 1\)"):
+    with pytest.raises(ValueError, match=r"several training runs are compared with one \(new 3, old 1\)"):
         s.compare(frame)
     frame = trainings({"new": np.full((3, 4), 0.5), "old": np.full((2, 4), 0.4)})
-    with pytest.raises(ValueError, match="equally many trainings"):
+    with pytest.raises(ValueError, match="same number of training runs"):
         s.rank_table(frame)
 
 

@@ -15,9 +15,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Compare two or more models that `mstkd evaluate` has evaluated: paired differences case by case over all "
         "subsets of modalities, by number of modalities and by subset, with Wilcoxon tests (Holm's correction), "
         "intervals over resampled patients, and a ranking with its stability. These are about the trained networks; to "
-        "compare methods, give several trainings of each, with the name repeated: A=SEED0 A=SEED1 A=SEED2 B=SEED0 "
-        "B=SEED1 B=SEED2. Intervals then include the variation between trainings, the difference of each pair of "
-        "trainings is shown, and there are no p-values. Equally many trainings are paired in the order given."
+        "compare methods, give several training runs of each, with the name repeated: A=SEED0 A=SEED1 A=SEED2 "
+        "B=SEED0 B=SEED1 B=SEED2. Intervals then include the variation between training runs, the difference of each "
+        "pair of runs is shown, and there are no p-values. Equal numbers of runs are paired in the order given."
     )
     parser.add_argument(
         "models",

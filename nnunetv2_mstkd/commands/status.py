@@ -11,8 +11,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd status`: which steps, as for `mstkd crossval`."""
     parser.description = (
         "Show the state of each step of a cross-validation: done, running (with the current epoch), queued behind "
-        "others, stopped, or waiting to be started. This is read from nnU-Net's own logs and results, so trainings "
-        "that were started by hand count, too."
+        "others, stopped, or waiting to be started. This is read from nnU-Net's own logs and results, so training "
+        "runs that were started by hand count, too."
     )
     add_plan_arguments(parser)
 

@@ -40,7 +40,7 @@ COLUMNS: Mapping[str, str] = {
 """Name and meaning of the columns, in the order of the file. Further columns are kept but not used."""
 
 TRAINING = "training"
-"""Optional column, not in files: tells several trainings of a model apart, such as those with different seeds."""
+"""Optional column, not in files: tells several training runs of a model apart, such as those with different seeds."""
 
 SCORE, IN_REFERENCE = "presence", "in_reference"
 PRESENCE_COLUMNS = (FOLD, CASE, SUBSET, REGION, SCORE, IN_REFERENCE)

@@ -45,7 +45,7 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu", hint: s
             if foreign:
                 raise InputError(
                     f"checkpoint {path} is refused: it asks to import {foreign[1]}, which no nnU-Net checkpoint needs; "
-                    f"nothing of it was executed{hint}"
+                    f"none of it was executed{hint}"
                 ) from error
             raise InputError(
                 f"checkpoint {path} is damaged, truncated or not a checkpoint ({type(error).__name__}, "

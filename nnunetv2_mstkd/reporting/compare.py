@@ -424,7 +424,7 @@ def _ranks(comparison: Comparison) -> pd.DataFrame | None:
 def _about_ranks(comparison: Comparison) -> str:
     labels = ", ".join(metric_named(name).label for name in comparison.metrics)
     several = comparison.several_trainings
-    drawn = "patients and trainings (few of these make it look more stable than it is)" if several else "patients"
+    drawn = "patients and training runs (few of these make it look more stable than it is)" if several else "patients"
     return (
         f"Ranked within each case, subset and region by {labels}; the ranking is repeated on resampled {drawn}. "
         "A first place says nothing about the size of the difference."
@@ -438,7 +438,7 @@ def _method(comparison: Comparison) -> list[str]:
         f"each of which brings all its cases"
     )
     about = (
-        [f"{intervals}, and in quadrature the t interval over the trainings."]
+        [f"{intervals}, and in quadrature the t interval over the training runs."]
         if comparison.several_trainings
         else [
             f"{intervals}. Where subsets or numbers of modalities are tested together, the level of an interval is "

@@ -54,8 +54,8 @@ ALL = "all"
 def qualitative_plot(comparison: Comparison, cases: Sequence[str] = (), subsets: Sequence[str] = ()) -> Figure | None:
     """Rows of pictures: a case's images with boxes for absent ones, the reference, and the segmentation of every model.
 
-    The slices are those that the evaluations have kept; of several trainings of a model the first is shown. Below each
-    segmentation stands its value of the first metric, of the whole case.
+    The slices are those that the evaluations have kept; of several training runs of a model the first is shown. Below
+    each segmentation stands its value of the first metric, of the whole case.
 
     Parameters
     ----------

@@ -140,7 +140,7 @@ def read_evaluations(models: Models) -> list[EvaluatedModel]:
             if first.name == second.name and (name is None or first.name in unnamed):
                 raise InputError(
                     f"{first.file} and {second.file} both hold a model {first.name!r}; name them: "
-                    f"mstkd compare A={first.file} B={second.file}, or both A if they are trainings of one model"
+                    f"mstkd compare A={first.file} B={second.file}, or both A if they are training runs of one model"
                 )
         unnamed |= {each.name for each in of_file if name is None}
         found += of_file
@@ -356,7 +356,7 @@ class Comparison:
 
     @property
     def several_trainings(self) -> bool:
-        """Whether models have several trainings: intervals then include their variation, and there are no tests."""
+        """Whether models have several training runs: intervals then include their variation, and there are no tests."""
         return max(self.trainings.values()) > 1
 
     def _costs(self, hours: Mapping[str, float]) -> pd.DataFrame:
@@ -411,13 +411,13 @@ class Comparison:
         equal = len(set(self.trainings.values())) == 1
         numbers = ", ".join(f"{name} {number}" for name, number in self.trainings.items())
         yield (
-            f"trainings: {numbers}; differences are between the means over trainings"
+            f"training runs: {numbers}; differences are between the means over training runs"
             f"{', which are paired in the order given' if equal else ', paired where both models have equally many'}"
         )
         first = self.by_subset[self.by_subset[METRIC] == self.metrics[0]].groupby([MODEL, AGAINST], sort=False)
         number = int(first.size().iloc[0])
         yield (
-            f"intervals include the variation between trainings; there are no p-values, because a test over cases "
+            f"intervals include the variation between training runs; there are no p-values, because a test over cases "
             f"would be about these networks alone; each interval is {100 * self.bootstrap.level:g} % by itself, so "
             f"without any difference {number * (1 - self.bootstrap.level):.1f} of the {number} by subset of a pair "
             f"would exclude 0"
@@ -426,7 +426,7 @@ class Comparison:
     def _notes_on_tests(self) -> Iterator[str]:
         yield (
             "intervals and p-values hold for these trained networks, not for the methods that trained them: another "
-            "training gives another network; for methods, give several trainings of each: A=RESULTS1 A=RESULTS2 ..."
+            "run gives another network; for methods, give several training runs of each: A=RESULTS1 A=RESULTS2 ..."
         )
         lowest = min(1.0, 2.0 ** (1 - self.num_patients))  # if all differences have one sign
         tables = {
@@ -444,7 +444,7 @@ class Comparison:
 
     def _notes_on_ranks(self) -> Iterator[str]:
         if len(set(self.trainings.values())) > 1:
-            yield "no ranking: it needs equally many trainings of each model"
+            yield "no ranking: it needs the same number of training runs of each model"
         elif self.ranks is None:
             yield "no ranking: values are left out (nan) and have no rank; evaluate with --convention brats"
 

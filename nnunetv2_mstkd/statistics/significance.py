@@ -5,11 +5,11 @@ baseline that all others are compared with (default: all pairs are compared), an
 - against; a value that one of the two lacks (NaN) is left out of both. A case that lacks modalities counts with the
 subsets that it has. Volume errors are compared by absolute value.
 
-With several trainings of each model (column ``training``), a difference is between the means over trainings, and its
-interval includes the variation between them (:mod:`~nnunetv2_mstkd.statistics.trainings`). Equally many trainings are
+With several training runs of each model (column ``training``), a difference is between the means over runs, and its
+interval includes the variation between them (:mod:`~nnunetv2_mstkd.statistics.trainings`). Equal numbers of runs are
 paired in order of appearance, and the column by_training has the difference of each pair; otherwise they count as
 independent samples. There is then no test (p is NaN) and no correction for the number of intervals: a p-value over
-cases is one about these networks, and a few trainings carry none. With one training of each, intervals and tests are
+cases is one about these networks, and a few runs carry none. With one training run of each, intervals and tests are
 about the trained networks, not about the methods.
 """
 
@@ -153,8 +153,8 @@ def rank_table(
 
     Models are ranked within each case, subset, region (postprocessed ones excepted) and metric, ties sharing their mean
     rank; the mean of these ranks decides. Stability as in Wiesenfarth et al., Sci. Rep. 11:2369 (2021): the ranking is
-    repeated on resampled patients. Of several trainings, those of the same number are ranked together, and trainings
-    are resampled too, which shows less than their true variation if they are few.
+    repeated on resampled patients. Of several training runs, those of the same number are ranked together, and runs are
+    resampled too, which shows less than their true variation if they are few.
 
     Returns
     -------
@@ -173,7 +173,7 @@ def rank_table(
     for metric in metrics:
         data = cube(results, metric, models=models)
         if len({len(each) for each in data.trainings}) > 1:
-            raise InputError("a ranking needs equally many trainings of each model")
+            raise InputError("a ranking needs the same number of training runs of each model")
         # (models, trainings, cases, subsets, regions)
         values = np.stack(data.trainings)[..., plain_regions(data.regions)]
         if np.isnan(values[:, :, data.evaluated]).any():
@@ -290,8 +290,8 @@ def _paired(
     numbers = {model: len(each) for model, each in zip(data.models, data.trainings, strict=True)}
     if min(numbers.values()) == 1 < max(numbers.values()):
         raise InputError(
-            f"several trainings are compared with one ({', '.join(f'{m} {n}' for m, n in numbers.items())}); one "
-            f"does not show the variation between trainings, so give two or more of each model, or one of each"
+            f"several training runs are compared with one ({', '.join(f'{m} {n}' for m, n in numbers.items())}); one "
+            f"does not show the variation between runs, so give two or more of each model, or one of each"
         )
     trainings = {model: unsigned(each, metric) for model, each in zip(data.models, data.trainings, strict=True)}
     return data, [_pair(model, against, trainings[model], trainings[against]) for model, against in pairs]

@@ -1,7 +1,7 @@
-"""Intervals that include the variation between trainings, which are a random sample of what a trainer produces.
+"""Intervals that include the variation between training runs, which are a random sample of what a trainer produces.
 
-All cases share the luck of a training, so resampling the cases cannot see it. A difference between *methods* needs
-several trainings of each, and an interval that contains both sources.
+All cases share the luck of a training run, so resampling the cases cannot see it. A difference between *methods* needs
+several training runs of each, and an interval that contains both sources.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from scipy import stats
 def widen(
     value: np.ndarray, low: np.ndarray, high: np.ndarray, samples: Sequence[np.ndarray], level: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Widen an interval over patients, for fixed networks, to one over patients and trainings.
+    """Widen an interval over patients, for fixed networks, to one over patients and training runs.
 
-    Each independent sample of trainings adds the half-width of its own t interval, in quadrature:
-    low' = value - sqrt((value - low)^2 + sum_k (t_k s_k)^2 / S_k), with the standard deviation s_k over S_k trainings
+    Each independent sample of runs adds the half-width of its own t interval, in quadrature:
+    low' = value - sqrt((value - low)^2 + sum_k (t_k s_k)^2 / S_k), with the standard deviation s_k over S_k runs
     and the quantile t_k for S_k - 1 degrees of freedom. This is Cochran's approximation to the Behrens-Fisher problem
     (Cochran, Biometrics 20:191, 1964): exact where one source dominates and conservative in between. A bootstrap over
-    three trainings is too narrow (documentation/decisions.md).
+    three runs is too narrow (documentation/decisions.md).
 
     Parameters
     ----------

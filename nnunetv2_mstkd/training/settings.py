@@ -254,10 +254,10 @@ class ScheduleSettings(Section):
     size to the plan's; 1: the plan's patch from the start. Validation and prediction always use the plan's. The
     published value is 4."""
     save_every: Count | None = None
-    """Number of epochs between two ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
+    """Number of epochs between two writes of ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None
-    """Reseeds all random numbers at the start of each epoch from (seed, fold, epoch, rank); training is exactly
-    reproducible with nnUNet_n_proc_DA=0."""
+    """Reseeds all random number generators at the start of each epoch from (seed, fold, epoch, rank); training is then
+    exactly reproducible with nnUNet_n_proc_DA=0. null: no reseeding."""
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
     """Optimiser of the U-Net's parameters: ``sgd`` (nnU-Net's: Nesterov 0.99), ``adamw`` or ``adam`` (0.9, 0.99)."""
     initial_lr: Share | None = None
@@ -269,11 +269,11 @@ class ScheduleSettings(Section):
     adapters, conditioning."""
     init_from: str | None = None
     """Weights to start from: a trainer's name or a checkpoint file. Name: the final checkpoint of that trainer for the
-    same fold, from this configuration or a parent with the same network (that trainer itself starts at random). File:
-    absolute or relative to nnUNet_results; it belongs to one fold, so other folds would validate on its training cases.
-    Tensors of the same name and shape are loaded; input channels are matched by modality name, and a single channel is
-    spread over all. If each modality has an encoder as wide as the U-Net's, each takes the U-Net's weights, with the
-    channel of its modality. The log lists all other tensors."""
+    same fold, from this configuration or a parent with the same network (that trainer itself starts from random
+    weights). File: absolute or relative to nnUNet_results; it belongs to one fold, so other folds would validate on its
+    training cases. Tensors of the same name and shape are loaded; input channels are matched by modality name, and a
+    single channel is spread over all. If each modality has an encoder as wide as the U-Net's, each takes the U-Net's
+    weights, with the channel of its modality. The log lists all other tensors."""
 
     def starts_from(self, trainer: str) -> str | None:
         """What a trainer starts from, as ``init_from``; None: at random, as the trainer that ``init_from`` names."""
@@ -348,9 +348,9 @@ class UnlabelledSettings(Section):
     NAME: ClassVar[str] = "unlabelled"
 
     share: Annotated[float, Range(0, 8)] | None = None
-    """Number of unlabelled samples that are *added* to each batch, at least one, as a fraction of the labelled ones;
-    null: 0.5 for trainers with a teacher, otherwise 0. Without a teacher, the guide is the network's own prediction
-    from all modalities."""
+    """Unlabelled samples *added* to each batch, as a fraction of the labelled ones: 0 adds none, any larger value at
+    least one. null: 0.5 for trainers with a teacher, otherwise 0. Without a teacher, the guide is the network's own
+    prediction from all modalities."""
     weight: Weight = 1.0
     """Weight of the loss of unlabelled samples."""
     dice: Weight = 1.0

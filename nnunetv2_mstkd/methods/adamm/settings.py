@@ -51,7 +51,7 @@ class AdaMMSettings(Section):
     presence_weight: Weight = 0.1
     """Weight of the cross-entropy of the presence head, above 0; for no head, use ``presence = false``."""
     reliability: Weight = 0.5
-    """How much a wrong presence adds to the weight of the Dice loss at full resolution."""
+    """How much an error of the presence head adds to the weight of the Dice loss at full resolution."""
     gate: Annotated[float, Range(0, 1, below=True)] = 0.0
     """``mstkd predict`` and ``mstkd evaluate`` delete a label or region from a whole case if its presence probability
     is below this; 0: never. An error deletes the whole label or region."""
@@ -84,7 +84,7 @@ class AdaMMTeacherSettings(Section):
     presence_weight: Weight = 0.1
     """Weight of the cross-entropy of the teacher's presence head, above 0."""
     reliability: Weight = 0.5
-    """How much a wrong presence adds to the weight of the teacher's Dice loss at full resolution."""
+    """How much an error of the teacher's presence head adds to the weight of its Dice loss at full resolution."""
 
     def check(self) -> None:
         self.require(self.presence_weight > 0, "presence_weight", "a number above 0; presence = false builds no head")

@@ -19,8 +19,8 @@ class MedMAPSettings(Section):
     """``stem``: grouped convolutions in front of the plans' network; ``encoders``: one encoder per modality, fused at
     every stage, in front of the plans' decoder."""
     features: Annotated[int, Range(1, 64)] | None = None
-    """Channels of the stem for each modality; null: 4, fewer where there are more than eight modalities. With one,
-    the non-linearities lose much of the image."""
+    """Channels of the stem for each modality; null: 4, fewer where there are more than eight modalities. With one
+    channel per modality, the non-linearities lose much of the image."""
     width: Share = 0.5
     """Width of a one-modality encoder relative to the planned one."""
     stages: Literal["ends", "all"] = "ends"

@@ -37,7 +37,7 @@ MAX_DEPTH = 12
 
 
 class Features(NamedTuple):
-    """What a training step reads from one forward pass; nothing of it is computed in prediction."""
+    """What a training step reads from one forward pass; none of it is computed in prediction."""
 
     logits: torch.Tensor | list[torch.Tensor]
     """What the plans' network returns: (B, K, *spatial), or a list of these, finest first, under deep supervision."""
