@@ -91,9 +91,12 @@ def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> in
         return EXIT_INTERNAL_ERROR
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return ``" (did you mean 'epochs'?)"`` for the closest of the `known` words, or "" if none is close."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return ``" (did you mean 'epochs'?)"`` for the closest of the `known` words, or "" if none is close.
+
+    ``cutoff`` is the lowest similarity, from 0 to 1 (:func:`difflib.get_close_matches`).
+    """
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -409,6 +409,17 @@ def test_command_applies_recipe_in_any_order(plans_file, reverse):
     assert found["schedule"]["optimizer"] == "adam"
 
 
+def test_command_notes_a_checkpoint_that_is_not_there_yet(plans_file, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    note = "note: schedule.init_from: "
+    assert run_configure("--set", "schedule.init_from=A/fold_0/checkpoint_final.pth") == 0
+    assert f"{note}{tmp_path}/A/fold_0/checkpoint_final.pth does not exist yet" in capsys.readouterr().out
+    (tmp_path / "a.pth").touch()
+    for number, there in enumerate(("a.pth", "nnUNetTrainer")):
+        assert run_configure("--overwrite", "--set", f"schedule.init_from={there}", "--epochs", str(number + 1)) == 0
+    assert note not in capsys.readouterr().out
+
+
 def test_command_is_idempotent(plans_file, capsys):
     assert run_configure("--epochs", "5") == 0
     assert run_configure("--epochs", "5") == 0
@@ -437,6 +448,7 @@ def test_command_is_idempotent(plans_file, capsys):
         (["--features", "8"], "at least 2 stages"),
         (["--patch", "64", "64"], "expected 3"),
         (["--batch-size", "0"], "batch size is 0"),
+        (["--set", "schedule.init_from=FullModalityTraine"], "not found (did you mean 'FullModalityTrainer'?)"),
     ],
 )
 def test_command_refuses_mistakes_in_one_line(plans_file, capsys, arguments, message):

@@ -92,7 +92,7 @@ def _table(text: str) -> str:
         (["--cases", "5"], "--cases is 5, expected at least 6"),
         (["--test-cases", "0"], "--test-cases is 0, expected at least 1"),
         (["--seed", "-1"], "--seed is -1, expected 0 to"),
-        (["--trainers", "MSTKTrainer"], "'MSTKTrainer' was not found (did you mean MSTKDTrainer?)"),
+        (["--trainers", "MSTKTrainer"], "'MSTKTrainer' was not found (did you mean 'MSTKDTrainer'?)"),
         pytest.param(
             ["--device", "cuda"],
             "torch finds no CUDA GPU",

@@ -278,7 +278,7 @@ def test_a_trainer_that_is_none_is_refused(name):
 
 
 def test_a_misspelt_trainer_is_answered_with_the_right_one():
-    with pytest.raises(ValueError, match=r"did you mean MSTKDTrainer\?"):
+    with pytest.raises(ValueError, match=r"did you mean 'MSTKDTrainer'\?"):
         find_trainer("MSTKDTrainr")
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -56,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         patch_size=args.patch,
         batch_size=args.batch_size,
     )
+    note = _check_start({(section, key): value for section, key, value in assignments}.get(("schedule", "init_from")))
     write_configuration(plans_file, args.name, entry, overwrite=args.overwrite)
     print(f"configuration {args.name} (from {args.configuration}) in {plans_file}")
     for line in describe(entry):
@@ -63,12 +66,28 @@ def run(args: argparse.Namespace) -> None:
     differences = of_plans(folder, find_raw_folder(folder.name), plans, args.configuration, names)
     if differences:
         print(f"  {differences}; see input.normalization in documentation/data.md")
+    if note:
+        print(f"  note: {note}")
     number = dataset_number(folder.name)
     trainer = simplest_trainer({section for section, _, _ in assignments})
     if trainer is not None:
         teacher = getattr(trainer, "teacher_trainer", None)
         first = f"{teacher.__name__}, then -tr " if teacher and not entry[BLOCK]["teacher"]["joint"] else ""
         print(f"train it, for example: nnUNetv2_train {number} {args.name} 0 -tr {first}{trainer.__name__}")
+
+
+def _check_start(source: str | None) -> str | None:
+    """What to tell about ``schedule.init_from``; InputError if it names no trainer that nnU-Net finds."""
+    from nnunetv2_mstkd.nnunet.trainers import find_trainer
+    from nnunetv2_mstkd.training.settings import ScheduleSettings
+
+    if source is None:
+        return None
+    if not ScheduleSettings.is_file(source):
+        find_trainer(source)
+        return None
+    file = Path(os.environ.get("nnUNet_results", ""), source)
+    return None if file.is_file() else f"schedule.init_from: {file} does not exist yet"
 
 
 def describe(entry: Mapping[str, Any]) -> list[str]:

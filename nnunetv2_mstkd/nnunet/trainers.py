@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 from collections.abc import Iterator
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
-from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.errors import InputError, did_you_mean
 from nnunetv2_mstkd.nnunet import registration
 
 
@@ -24,8 +23,7 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
             return recursive_find_trainer_class_by_name(name)
     except (ImportError, RuntimeError, AssertionError, TypeError) as error:
         # the search has imported every trainer that it can find
-        close = difflib.get_close_matches(name, sorted(_names(nnUNetTrainer)), n=1, cutoff=0.8)
-        hint = f" (did you mean {close[0]}?)" if close else ""
+        hint = did_you_mean(name, sorted(_names(nnUNetTrainer)), cutoff=0.8)  # most end in Trainer
         reason = f": {error}" if isinstance(error, ImportError) else ""
         raise InputError(
             f"the trainer {name!r} was not found{hint}{reason}; install the package that has it, or set "

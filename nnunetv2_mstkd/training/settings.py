@@ -9,7 +9,6 @@ configure``.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import types
@@ -19,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.errors import InputError, did_you_mean
 from nnunetv2_mstkd.nnunet import per_channel
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 
@@ -180,9 +179,8 @@ def known_sections() -> dict[str, type[Section]]:
 def _known(where: str, content: Mapping, allowed: Iterable[str]) -> Mapping:
     for key in content:
         if key not in allowed:
-            close = difflib.get_close_matches(str(key), list(allowed), n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise SettingsError(f"unknown setting {key!r} in {where!r}{hint}; allowed are {', '.join(allowed)}")
+            hint, known = did_you_mean(str(key), allowed), ", ".join(allowed)
+            raise SettingsError(f"unknown setting {key!r} in {where!r}{hint}; allowed are {known}")
     return content
 
 
