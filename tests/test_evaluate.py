@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,21 @@ def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn)
     assert ranges["whole"] == [of_subset.min(), of_subset.max()] and 0 < ranges["entropy"][0] <= ranges["entropy"][1]
     near = summary["near_decision"]
     assert near["of"] == 3 * 15 * math.prod((14, 20, 18)) and 0 < near["voxels"] < near["of"]
+
+
+def test_the_report_marks_regions_that_a_reference_lacks(student):
+    for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
+        for file in Path(os.environ[folder]).rglob(f"{CASES[2]}.nii.gz"):
+            label = read(file)
+            write(file, np.where(label == 1, 2, label))  # no core
+    options = "--disable_tta", "--metrics", "dice", "--et-min", "core=1", "--subsets", *FEW
+    note = "* The reference has no voxel of this region, so the value follows from the rules for empty masks."
+    for subsets in (options, (*options, "T2")):  # the second time most is read from the records
+        assert evaluate(student, *subsets) == 0
+        page = (student / "subsets" / "report.html").read_text()
+        assert re.findall(r">([\d.]+)\*</td>", page) == ["0.0"] * 2 and note in page
+    assert evaluate(student, "-f", "0", *options, "--restart") == 0  # the fold without this case
+    assert note not in (student / "subsets" / "report.html").read_text()
 
 
 def test_stated_presence_is_written_for_each_case_and_subset(nnunet_folders, capsys):

@@ -41,6 +41,8 @@ class Collected(NamedTuple):
     calibration: dict[str, dict[str, np.ndarray]]
     """Sum over cases of :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`, by subset and region; empty if any
     case was evaluated before these were counted."""
+    lacking: dict[tuple[str, str], tuple[str, ...]]
+    """Regions that the references lack, by fold and case; cases whose references have all are left out."""
 
 
 class CaseRecords:
@@ -113,6 +115,7 @@ class CaseRecords:
                         for region, (score, there) in entry.get("presence", {}).items()
                     },
                     {region: _dense(counts) for region, counts in entry.get("calibration", {}).items()},
+                    tuple(entry.get("lacking", ())),
                 )
                 for subset, entry in content["subsets"].items()
             }
@@ -149,6 +152,7 @@ class CaseRecords:
                 "entropy": score.entropy,
                 **({"presence": score.presence} if score.presence else {}),
                 "calibration": {region: _sparse(counts) for region, counts in score.calibration.items()},
+                "lacking": score.lacking,
             }
             for subset, score in scores.items()
         }
@@ -165,6 +169,7 @@ class CaseRecords:
         near, voxels = 0, 0
         entropies: dict[str, list[float]] = {}
         counts: dict[str, dict[str, np.ndarray]] = {}
+        lacking: dict[tuple[str, str], tuple[str, ...]] = {}
         all_counted = True
         for fold, case, subsets in cases:
             scores = self.load(fold, case)
@@ -178,6 +183,8 @@ class CaseRecords:
                     for metric, value in values.items()
                 ]
                 stated += [(fold, case, subset, region, *of_region) for region, of_region in score.presence.items()]
+                if score.lacking:
+                    lacking[fold, case] = score.lacking
                 all_counted &= bool(score.calibration)
                 of_subset = counts.setdefault(subset, {})
                 for region, of_region in score.calibration.items():
@@ -188,6 +195,7 @@ class CaseRecords:
             entropies,
             pd.DataFrame(stated, columns=list(PRESENCE_COLUMNS)),
             counts if all_counted else {},
+            lacking,
         )
 
     def _file(self, fold: str, case: str, ending: str = "json") -> Path:

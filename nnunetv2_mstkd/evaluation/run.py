@@ -64,6 +64,8 @@ class Measured:
     """Entropies of the cases by subset, without those that have none."""
     calibration: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     """Counts of logits by subset and region; see :class:`Collected`."""
+    lacking: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
+    """Regions that the references lack; see :class:`Collected`."""
 
 
 @dataclass
@@ -159,8 +161,9 @@ class Evaluator:
         settings["description"] = str(self.model.dataset_json.get("description") or "")
         near = found.near if self.stack > 1 else None
         return Measured(
-            found.results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration
-        )
+            found.results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration,
+            found.lacking,
+        )  # fmt: skip
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 

@@ -220,6 +220,8 @@ class SubsetScore:
     calibration: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     """region -> counts of logits, see :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`; empty in older
     records."""
+    lacking: tuple[str, ...] = ()
+    """Regions of which the reference has no voxel; empty in older records."""
     slices: tuple[np.ndarray, ...] = field(default=(), compare=False)
     """The segmentation in the slices to show; empty: none was requested, or the score was read from disk."""
     entropies: tuple[np.ndarray, ...] = field(default=(), compare=False)
@@ -268,13 +270,15 @@ def score_prediction(
         raise InputError(f"the label {label} has shape {reference.shape}, its image {segmentation.shape}")
     values = rules.score(segmentation, reference, properties["spacing"])
     kept = tuple(each.cut(segmentation).astype(each.reference.dtype) for each in views)
+    there = {value for value in rules.labels if (reference == value).any()}
+    lacking = tuple(region for region, labels in rules.regions.items() if there.isdisjoint(labels))
     stated = {}
     if presence is not None:
         for region, head in foreground_heads(dataset_json).items():
-            stated[region] = float(presence[head]), bool(np.isin(reference, rules.regions[region]).any())
+            stated[region] = float(presence[head]), region not in lacking
     entropy = case_entropy(logits, counting.has_regions)
     return SubsetScore(
-        values, counting.near, segmentation.size, entropy, stated, counting.calibration, kept, tuple(maps)
+        values, counting.near, segmentation.size, entropy, stated, counting.calibration, lacking, kept, tuple(maps)
     )
 
 

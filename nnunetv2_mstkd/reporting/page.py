@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -27,7 +27,7 @@ from nnunetv2_mstkd.evaluation.results import (
 )
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
-from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
+from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, min_voxels_region, postprocessed_regions
 from nnunetv2_mstkd.reporting.html import render
 from nnunetv2_mstkd.reporting.pictures import (
     clearest_image,
@@ -60,6 +60,9 @@ FIGURE_TITLES = {
 }
 
 
+ABSENT = "*"
+"""Marks the values of a region that the reference lacks."""
+
 LEAD = "missing.png"
 """Stands first on the page, with the headline."""
 
@@ -85,6 +88,7 @@ def html_report(
     pages: Mapping[tuple[str, str], str] | None = None,
     presence: pd.DataFrame | None = None,
     calibration: Calibration | None = None,
+    lacking: Mapping[tuple[str, str], Sequence[str]] | None = None,
     now: datetime | None = None,
 ) -> str:
     """The page as HTML.
@@ -105,6 +109,8 @@ def html_report(
         none.
     calibration:
         Calibration of the model; None: it was not counted.
+    lacking:
+        Regions that the reference lacks, by fold and case.
     now:
         Date of the page; default today.
     """
@@ -134,7 +140,8 @@ def html_report(
         legend=_legend(rules),
         many=len(findings.subsets) >= WIDE,
         channels=list(run["channels"]),
-        worst=_worst_cases(cases, findings, rules),
+        worst=_worst_cases(cases, findings, rules, lacking or {}),
+        absent=ABSENT if lacking else None,
         links=_links(cases, pictures, pages or {}),
         files=[RESULTS, SUMMARY, *TABLES.values()],
         settings=[(key.replace("_", " "), _words(value)) for key, value in run.items()],
@@ -228,18 +235,27 @@ def _case_means(findings: Findings) -> pd.DataFrame:
     return table.sort_values(("case", "mean"), kind="stable")
 
 
-def _worst_cases(cases: pd.DataFrame, findings: Findings, rules: Rules) -> dict[str, Any]:
-    """All cases, worst first: column heads, and rows of text with the values to sort by."""
+def _worst_cases(
+    cases: pd.DataFrame, findings: Findings, rules: Rules, lacking: Mapping[tuple[str, str], Sequence[str]]
+) -> dict[str, Any]:
+    """All cases, worst first: column heads, and rows of text with the values to sort by.
+
+    Values of regions that the reference of a case lacks are marked.
+    """
     full = findings.gap is not None
     several = len(findings.subsets) > 1
     heads = ["case", "fold", "mean", *rules.scored]
     heads += ["worst subset", "its mean"] if several else []
     heads += ["full input"] if full else []
     heads += [] if findings.complete else ["lacks"]
+    plain = {min_voxels_region(region, voxels): region for region, voxels in rules.min_voxels.items()}
     rows = []
     for (fold, case), row in zip(cases.index, cases.to_dict("records"), strict=True):
-        numbers = [row["case", "mean"], *(row["region", region] for region in rules.scored)]
-        cells = [{"text": case, "key": None}, {"text": fold, "key": None}, *map(_cell, numbers)]
+        cells = [{"text": case, "key": None}, {"text": fold, "key": None}, _cell(row["case", "mean"])]
+        for region in rules.scored:
+            cell = _cell(row["region", region])
+            absent = plain.get(region, region) in lacking.get((fold, case), ())
+            cells.append({**cell, "text": cell["text"] + ABSENT} if absent else cell)
         if several:
             cells += [{"text": row["case", "worst"], "key": None}, _cell(row["case", "worst_value"])]
         cells += [_cell(row["case", "full"])] if full else []

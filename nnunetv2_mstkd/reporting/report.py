@@ -50,7 +50,7 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
     calibration = Calibration(measured.calibration) if measured.calibration else None
     page = html_report(
         evaluation, rules, measured.settings, near, drawn, shown, pages=pages, presence=measured.presence,
-        calibration=calibration,
+        calibration=calibration, lacking=measured.lacking,
     )  # fmt: skip
     write_text(output / REPORT, page)
     # last: mstkd predict looks for it
