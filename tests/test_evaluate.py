@@ -505,7 +505,7 @@ def test_more_metrics_are_measured_on_request(student):
     table = results(student / "subsets")
     assert set(table["metric"]) == {"dice", *names}
     text = (student / "subsets" / "tables.md").read_text()
-    assert "nnunet: nnU-Net 2" in text and "BraTS-2023-Metrics" in text
+    assert "nnunet (nnU-Net 2" in text and "BraTS-2023-Metrics" in text
 
 
 # ---- going on after a stop -----------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ def test_missing_folds_are_named_with_those_that_are_there(results):
 
 def test_an_unfinished_training_is_named_as_such(results, model):
     (model / "fold_0" / "checkpoint_final.pth").rename(model / "fold_0" / "checkpoint_best.pth")
-    with pytest.raises(FileNotFoundError, match=r"not finished; there are fold_0/checkpoint_best\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"not finished; found instead: fold_0/checkpoint_best\.pth"):
         find_checkpoints(model, (0,), "checkpoint_final.pth")
     assert load_predictor(model, (0,), "checkpoint_best.pth", device=CPU).trainer_name == "MSTKDTrainer"
     shutil.rmtree(model / "fold_0")

@@ -322,7 +322,7 @@ def test_title_and_date(page):
     about = next(text for text in page.texts if "Written on" in text)
     assert f"Written on 2026-03-04 by nnunetv2_mstkd {nnunetv2_mstkd.__version__}" in about
     text = " ".join(page.texts)
-    assert "What this page does not tell" in text and "nothing here is a statement about clinical performance" in text
+    assert "What this page cannot tell you" in text and "nothing here is a statement about clinical performance" in text
     assert "Dice: 1 if both masks are empty, 0 if one is" in page.texts
 
 

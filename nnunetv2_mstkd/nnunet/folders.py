@@ -122,7 +122,7 @@ def find_checkpoints(folder: Path, folds: Sequence[int | str], checkpoint: str =
     if found:
         hint = f"that checkpoint is there for: -f {' '.join(found)}"
     elif others:
-        hint = f"the training is not finished; there are {', '.join(others)}. Take one with -chk NAME -f FOLD"
+        hint = f"the training is not finished; found instead: {', '.join(others)}. Take one with -chk NAME -f FOLD"
     else:
         hint = "the folder holds no checkpoint at all"
     raise MissingFileError(

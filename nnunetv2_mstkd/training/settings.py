@@ -263,8 +263,8 @@ class ScheduleSettings(Section):
     weight_decay: Annotated[float, Range(0, 1)] | None = None
     """Weight decay of the U-Net's optimiser; null: 3e-5 for sgd (nnU-Net), 0.01 for adamw, 0 for adam."""
     added_lr: Share = 3e-4
-    """Learning rate of AdamW for what a network has in addition to the plans' U-Net: transformer and pyramids,
-    adapters, conditioning."""
+    """Learning rate of AdamW for what a network has in addition to the plans' U-Net, such as a transformer with its
+    upsampling paths, adapters and graph, or conditioning."""
     init_from: str | None = None
     """Weights to start from: a trainer's name or a checkpoint file. Name: the final checkpoint of that trainer for the
     same fold, from this configuration or a parent with the same network (that trainer itself starts from random
@@ -347,8 +347,8 @@ class UnlabelledSettings(Section):
 
     share: Annotated[float, Range(0, 8)] | None = None
     """Unlabelled samples *added* to each batch, as a fraction of the labelled ones: 0 adds none, any larger value at
-    least one. null: 0.5 for trainers with a teacher, otherwise 0. Without a teacher, the guide is the network's own
-    prediction from all modalities."""
+    least one. null: 0.5 for trainers with a teacher, otherwise 0. The samples follow a guide: the teacher or, without
+    one, the network's own prediction from all modalities."""
     weight: Weight = 1.0
     """Weight of the loss of unlabelled samples."""
     dice: Weight = 1.0
@@ -365,7 +365,7 @@ class UnlabelledSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class InputSettings(Section):
-    """How images are normalised, in training and, as stored in the model's plans, in prediction."""
+    """How images are normalised. The model's plans store it, so prediction does the same as training."""
 
     NAME: ClassVar[str] = per_channel.SECTION
 
