@@ -40,7 +40,8 @@ These are the values of `--lesion-convention`. Reference lesions whose dilations
 lesion that touches a dilated reference lesion belongs to it. Reference lesions up to the minimum volume are not scored.
 *Grouped*: predicted components are grouped by dilation too, and a group is kept only if its number of voxels exceeds
 the minimum volume in mm3. *Joined*: lesions of a region that touch the same lesion of another region count as
-one. Where a cell of the columns dilation or minimum volume names regions, its first value is that of all others.
+one. Some cells for dilation and minimum volume name regions, such as "3; NETC, RC 5": the first value applies to all
+regions that are not named.
 
 | convention | dilation (voxels) | minimum volume (mm3) | HD95 of a missed or false lesion | grouped | joined | source |
 |---|---|---|---|---|---|---|

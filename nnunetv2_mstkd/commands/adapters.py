@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd adapters`."""
     parser.description = (
         "Draw the cosine similarity between the adapters that a trained AdaMM model has for different subsets of "
-        "modalities, one panel per stage, and write the numbers to a CSV file with the same name."
+        "modalities, two panels per stage, and write the numbers to a CSV file with the same name."
     )
     add = parser.add_argument
     add("model", metavar="MODEL_FOLDER", type=Path, help="folder of a trained model, with plans.json")

@@ -264,10 +264,10 @@ class ScheduleSettings(Section):
     """Weight decay of the U-Net's optimiser; null: 3e-5 for sgd (nnU-Net), 0.01 for adamw, 0 for adam."""
     added_lr: Share = 3e-4
     """Learning rate of AdamW for what a network has in addition to the plans' U-Net, such as a transformer with its
-    upsampling paths, adapters and graph, or conditioning."""
+    upsampling paths, adapters and graph, or conditioning; no effect with optimizer ``adam``."""
     init_from: str | None = None
     """Weights to start from: a trainer's name or a checkpoint file. Name: the final checkpoint of that trainer for the
-    same fold, from this configuration or a parent with the same network (that trainer itself starts from random
+    same fold, from this configuration or a parent with the same network (that trainer's own training starts from random
     weights). File: absolute or relative to nnUNet_results; it belongs to one fold, so other folds would validate on its
     training cases. Tensors of the same name and shape are loaded; input channels are matched by modality name, and a
     single channel is spread over all. If each modality has an encoder as wide as the U-Net's, each takes the U-Net's
@@ -347,8 +347,8 @@ class UnlabelledSettings(Section):
 
     share: Annotated[float, Range(0, 8)] | None = None
     """Unlabelled samples *added* to each batch, as a fraction of the labelled ones: 0 adds none, any larger value at
-    least one. null: 0.5 for trainers with a teacher, otherwise 0. The samples follow a guide: the teacher or, without
-    one, the network's own prediction from all modalities."""
+    least one. null: 0.5 for trainers with a teacher, otherwise 0. On these samples the student follows a guide: the
+    teacher or, without one, the network's own prediction from all modalities."""
     weight: Weight = 1.0
     """Weight of the loss of unlabelled samples."""
     dice: Weight = 1.0

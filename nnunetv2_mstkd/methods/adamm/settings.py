@@ -25,8 +25,8 @@ class AdaMMSettings(Section):
     adapters: bool = True
     """Use adapters that depend on the subset, after every decoder stage and every encoder stage but the first."""
     bank: Literal["auto", "full", "factorised"] = "auto"
-    """``full``: every subset has its own adapters; ``factorised``: adapters are composed of one per modality; ``auto``:
-    full for up to 5 modalities, unless ``subsets`` names some."""
+    """``full``: every subset has its own adapters; ``factorised``: each adapter is composed of a small one
+    per modality; ``auto``: full for up to 5 modalities, unless ``subsets`` names some."""
     subsets: tuple[str, ...] = ()
     """With a factorised bank: subsets such as ``"T1ce+FLAIR"`` that get their own adapters. They are stored by channel
     number (``"#0+#3"``), which is accepted too."""

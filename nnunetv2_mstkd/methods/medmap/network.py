@@ -117,6 +117,11 @@ Aligning: TypeAlias = tuple[ModalityAnchor, torch.Tensor]
 """An anchor, and the features of its stage as they were before imputation."""
 
 
+def stem_features(section: MedMAPSettings, num_modalities: int) -> int:
+    """Channels of the stem for each modality."""
+    return section.features or max(1, min(STEM_FEATURES, MAX_STEM_WIDTH // num_modalities))
+
+
 class AlignedStem(nn.Module):
     """Grouped convolutions that give every modality F full-resolution channels of its own, aligned and imputed.
 
@@ -126,7 +131,7 @@ class AlignedStem(nn.Module):
 
     def __init__(self, encoder: Any, num_modalities: int, section: MedMAPSettings) -> None:
         super().__init__()
-        features = section.features or 1
+        features = stem_features(section, num_modalities)
         convolution, width = encoder.conv_op, num_modalities * features
         # whatever the plans normalise with: a batch's statistics would carry absent images into other samples
         norm = get_matching_instancenorm(convolution)
@@ -262,16 +267,15 @@ class AlignedDesign(NetworkDesign):
         settings = self.inner.resolve(settings, plan, names)
         if isinstance(self.inner, MultiEncoderDesign):
             settings = settings.replace(MedMAPSettings, placement="encoders")
-        if settings[MedMAPSettings].features is not None:
-            return settings
-        features = max(1, min(STEM_FEATURES, MAX_STEM_WIDTH // plan.num_modalities))
-        return settings.replace(MedMAPSettings, features=features)
+        return settings.replace(MedMAPSettings, features=stem_features(settings[MedMAPSettings], plan.num_modalities))
 
     def build(self, plan: UNetPlan, settings: Settings) -> Any:
         section = settings[MedMAPSettings]
         front: Front
         if section.placement == "stem":
-            network = self.inner.build(plan.replace(modality_features=section.features or 1), settings)
+            network = self.inner.build(
+                plan.replace(modality_features=stem_features(section, plan.num_modalities)), settings
+            )
             front = AlignedStem(network.encoder, plan.num_modalities, section)
         else:
             network = self.inner.build(plan, settings)
