@@ -63,7 +63,8 @@ def test_new_configuration_inherits_and_adds_block():
 def test_the_given_plans_are_left_alone():
     plans = hand_plans.plans()
     before = copy.deepcopy(plans)
-    configure(plans, "3d_fullres", NAME, assignments=[("schedule", "epochs", 5)], features=[8, 16], patch_size=[32] * 3)
+    epochs = [("schedule", "epochs", 5)]
+    configure(plans, "3d_fullres", NAME, assignments=epochs, features=[8, 16, 24], patch_size=[32] * 3)
     assert plans == before
 
 
@@ -233,7 +234,7 @@ def test_thick_slices_are_pooled_late_as_nnunet_does():
     assert output_shape(resolved(plans, "other", entry)) == [1, 4, 16, 64, 64]
 
 
-@pytest.mark.parametrize("widths", [[8, 16], [8, 16, 32], [8, 16, 32, 64]])
+@pytest.mark.parametrize("widths", [[8, 16, 32], [8, 16, 32, 64]])
 def test_fewer_widths_give_fewer_stages(widths):
     plans = hand_plans.plans()
     entry = configure(plans, "3d_thin", "other", features=widths, patch_size=[16, 64, 64])
@@ -246,11 +247,11 @@ def test_fewer_widths_give_fewer_stages(widths):
 
 def test_deepest_stage_has_full_kernels():
     plans = hand_plans.plans()
-    plans["configurations"]["3d_thin"]["spacing"] = [5.0, 1.0, 1.0]
-    entry = configure(plans, "3d_thin", "other", features=[8, 16], patch_size=[16, 64, 64])
-    assert entry["architecture"]["arch_kwargs"]["kernel_sizes"] == [[1, 3, 3], [3, 3, 3]]
+    plans["configurations"]["3d_thin"]["spacing"] = [10.0, 1.0, 1.0]
     entry = configure(plans, "3d_thin", "other", features=[8, 16, 32], patch_size=[16, 64, 64])
     assert entry["architecture"]["arch_kwargs"]["kernel_sizes"] == [[1, 3, 3], [1, 3, 3], [3, 3, 3]]
+    entry = configure(plans, "3d_thin", "other", features=[8, 16, 32, 48], patch_size=[16, 64, 64])
+    assert entry["architecture"]["arch_kwargs"]["kernel_sizes"] == [[1, 3, 3], [1, 3, 3], [1, 3, 3], [3, 3, 3]]
 
 
 def test_a_planned_patch_that_is_thin_may_get_other_widths():
@@ -272,10 +273,10 @@ def test_one_width_more_needs_a_patch_that_permits_it():
     ("options", "message"),
     [
         ({"patch_size": [64, 64]}, "has 2 edges, expected 3"),
-        ({"patch_size": [4, 4, 4]}, "2 stages do not fit"),
+        ({"patch_size": [4, 4, 4]}, "3 stages do not fit"),
         ({"patch_size": [0, 64, 64]}, "edge below 1"),
-        ({"features": [8]}, "at least 2 stages of at least 4 channels"),
-        ({"features": [8, 16, 32, 64, 3]}, "at least 2 stages of at least 4 channels"),
+        ({"features": [8, 16]}, "at least 3 stages of at least 4 channels"),
+        ({"features": [8, 16, 32, 64, 3]}, "at least 3 stages of at least 4 channels"),
         ({"batch_size": 0}, "batch size is 0"),
     ],
 )
@@ -445,7 +446,7 @@ def test_command_is_idempotent(plans_file, capsys):
         (["--set", "epochs=3"], "not of the form section.key=value"),
         (["--set", "schedule.epochs=many"], "schedule.epochs is 'many', expected"),
         (["--set", "sampler.kind=fixed", "--set", 'sampler.subsets=["T2"]'], "known are T1, T1ce, FLAIR"),
-        (["--features", "8"], "at least 2 stages"),
+        (["--features", "8", "16"], "at least 3 stages"),
         (["--patch", "64", "64"], "expected 3"),
         (["--batch-size", "0"], "batch size is 0"),
         (["--set", "schedule.init_from=FullModalityTraine"], "not found (did you mean 'FullModalityTrainer'?)"),

@@ -12,7 +12,8 @@ from conftest import CONFIGURATION, train, train_until_killed
 from test_trainers_runs import build, configure, log_text, read
 from tiny import same
 
-from nnunetv2_mstkd.training.patch_growth import patch_sizes, phase_of
+from nnunetv2_mstkd import methods
+from nnunetv2_mstkd.training.patch_growth import compile_each_size, patch_sizes, phase_of
 
 CASES = [
     ((128, 128, 128), (32, 32, 32)),
@@ -53,7 +54,8 @@ def test_phases_are_equally_long_and_end_with_the_plans_patch():
     assert found[0].foreground * 0.33 == pytest.approx(0.5) and found[-1].foreground == 1
     assert {phase_of(epoch, 10, 1, (64, 64), (8, 8)) for epoch in range(10)} == {(0, (64, 64), 1.0)}
     # fewer epochs than phases: the last one is always the plan's
-    assert phase_of(1, 2, 4, (64, 64), (8, 8)).number == 2
+    for epochs in (1, 2, 3):
+        assert phase_of(epochs - 1, epochs, 4, (64, 64), (8, 8)) == (epochs - 1, (64, 64), 1.0)
 
 
 # ---- trainings -----------------------------------------------------------------------------------------------------
@@ -100,8 +102,53 @@ def test_every_trainer_takes_growing_patches(models, name):
     assert shapes[-1] == plan and set(validated) == {plan}
     assert len(dict.fromkeys(shapes)) == 4
     log = log_text(models.fold(name))
-    assert "(phase 1 of 4), foreground in 1.5 times as many samples" in log
+    assert "(phase 1 of 4); 1 of 2 samples must show foreground" in log
     assert read(models, trainer=name)["init_args"]["plans"]["configurations"][CONFIGURATION]["patch_size"] == list(plan)
+
+
+def test_all_phases_are_augmented_as_the_planned_patch(models):
+    configure(models, schedule__epochs=2, schedule__patch_phases=2)
+    trainer = build("ModalityDropoutTrainer")
+    planned, asked, given = list(trainer.configuration_manager.patch_size), [], []
+    choose, transforms = (
+        trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size,
+        trainer.get_training_transforms,
+    )
+
+    def chosen():
+        asked.append(list(trainer.configuration_manager.patch_size))
+        rotation, _, initial, mirrored = choose()
+        return rotation, True, initial, mirrored  # as for thick slices
+
+    def kept(patch, rotation, scales, mirrored, dummy_2d, **options):
+        given.append((tuple(patch), dummy_2d))
+        return transforms(patch, rotation, scales, mirrored, dummy_2d, **options)
+
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size = chosen
+    trainer.get_training_transforms = kept
+    trainer.on_train_start()
+    assert asked and all(patch == planned for patch in asked)
+    assert [flag for _, flag in given] == [True, True] and given[0][0] == tuple(planned) != given[1][0]
+    loader = trainer.dataloader_train.data_loader
+    assert loader.patch_size[0] == given[1][0][0] < planned[0] and loader.patch_size[1] > given[1][0][1]
+
+
+@pytest.mark.compiled
+def test_each_patch_size_is_compiled_by_itself(make_trainer, monkeypatch):
+    from torch._dynamo import config
+
+    monkeypatch.setattr(config, "automatic_dynamic_shapes", True)
+    monkeypatch.setattr(config, "cache_size_limit", 2)
+    network = make_trainer(methods.MSTKDTrainer, block={"network": {"max_tokens": 16}}, deep_supervision=False).network.eval()
+    assert max(network.transformer.patch) > 1
+    torch._dynamo.reset()
+    compile_each_size(4)
+    compiled = torch.compile(network, backend="aot_eager")
+    for size in ((16, 16, 16), (24, 16, 16), (24, 24, 32)):
+        data = torch.randn(1, 4, *size)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(data), network(data), rtol=1e-3, atol=1e-4)
+    assert config.cache_size_limit == 12
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(models):

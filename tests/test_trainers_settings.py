@@ -10,6 +10,7 @@ import torch
 from conftest import CONFIGURATION, PHANTOM, configure, read_plans, snapshot, train
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.run.run_training import get_trainer_from_args
+from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 
 from nnunetv2_mstkd.methods.mstkd.network import MultiScaleTransformerUNet
 from nnunetv2_mstkd.nnunet import checkpoints
@@ -72,6 +73,28 @@ def test_the_checkpoints_settings_win_when_a_training_goes_on(models):
     assert trainer.sampler.kind == "uniform" and trainer.num_iterations_per_epoch == 2
     assert block_of(trainer.plans_manager.plans)["schedule"]["epochs"] == 2
     assert trainer.configuration_manager.configuration["mstkd"]["schedule"]["epochs"] == 2
+
+
+def test_a_checkpoint_with_deep_supervision_keeps_it_under_plans_without(models):
+    configure(models, mstkd__segmentation="dice")
+    trainer = build()
+    assert not trainer.enable_deep_supervision
+    trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))
+    assert trainer.enable_deep_supervision and isinstance(trainer.loss, DeepSupervisionWrapper)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "settings", "message"),
+    [
+        ("AdaMMTrainer", {"teacher__joint": True, "adamm_teacher__presence": True}, "adamm_teacher.presence"),
+        ("MedMAPKDTrainer", {"teacher__joint": True}, "teacher.joint is True, expected false"),
+        ("RFNetTrainer", {"rfnet__maps": 0}, "the maps learn from nothing else"),
+    ],
+)
+def test_parts_that_nothing_would_train_are_refused(models, trainer, settings, message):
+    with pytest.raises(SettingsError, match=message):
+        configure(models, **settings)
+        build(trainer)
 
 
 def test_prediction_reads_the_model_folder_alone(models):

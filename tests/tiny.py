@@ -36,7 +36,7 @@ NO_TERMS: dict[str, dict[str, Any]] = {
     "medmap": {"weight": 0},
     "smml": {"pixel": 0, "feature": 0},
     "mmformer": {"separate": 0},
-    "rfnet": {"maps": 0, "separate": 0},
+    "rfnet": {"separate": 0},
     "teacher": {"warm_start": False},
 }
 """Settings with which the distilling trainers need no teacher."""

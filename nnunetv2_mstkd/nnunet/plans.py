@@ -26,6 +26,8 @@ STANDARD_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"
 """nnU-Net's own; planning again overwrites them, so settings never go there."""
 
 MIN_BOTTLENECK_EDGE = 4
+MIN_STAGES = 3
+"""With two, deep supervision has one output, whose weight nnU-Net sets to 0 and divides by."""
 """nnU-Net's planners stop pooling an axis before its deepest grid falls below this."""
 
 
@@ -153,8 +155,8 @@ def _architecture(
         raise InputError(f"patch {patch} has {len(patch)} edges, expected {dimensions}")
     if min(patch) < 1:
         raise InputError(f"patch {patch} has an edge below 1 voxel")
-    if features is not None and (len(features) < 2 or min(features) < 4):
-        raise InputError(f"features {list(features)}: expected at least 2 stages of at least 4 channels")
+    if features is not None and (len(features) < MIN_STAGES or min(features) < 4):
+        raise InputError(f"features {list(features)}: expected at least {MIN_STAGES} stages of at least 4 channels")
     strides, kernels = kwargs["strides"], kwargs["kernel_sizes"]
     if patch_size is not None or (features is not None and len(features) != kwargs["n_stages"]):
         strides, kernels = _topology(base["spacing"], patch, None if features is None else len(features))
@@ -178,10 +180,10 @@ def _topology(
     _, strides, kernels, _, _ = get_pool_and_conv_props(
         list(spacing)[-dimensions:], list(patch), MIN_BOTTLENECK_EDGE, 999999
     )
-    if len(strides) < max(2, stages or 0):
+    if len(strides) < max(MIN_STAGES, stages or 0):
         raise InputError(
-            f"{stages or 2} stages do not fit a patch of {list(patch)}: nnU-Net's rule allows {len(strides)} (no axis "
-            f"below {MIN_BOTTLENECK_EDGE} voxels). Give fewer widths or a larger patch"
+            f"{stages or MIN_STAGES} stages do not fit a patch of {list(patch)}: nnU-Net's rule allows {len(strides)} "
+            f"(no axis below {MIN_BOTTLENECK_EDGE} voxels). Give fewer widths or a larger patch"
         )
     stages = stages or len(strides)
     strides, kernels = ([list(map(int, entry)) for entry in entries[:stages]] for entries in (strides, kernels))

@@ -45,10 +45,10 @@ from nnunetv2_mstkd.training.initial_weights import (
     match_channels,
 )
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
-from nnunetv2_mstkd.training.loaders import loader_with_patch
+from nnunetv2_mstkd.training.loaders import foreground_samples, loader_with_patch
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
-from nnunetv2_mstkd.training.patch_growth import Phase, phase_of
+from nnunetv2_mstkd.training.patch_growth import Phase, compile_each_size, phase_of
 from nnunetv2_mstkd.training.progress import TermLog
 from nnunetv2_mstkd.training.settings import (
     InputSettings,
@@ -200,6 +200,9 @@ class SettingsTrainer(nnUNetTrainer):
         self.choose_normalization()
         self.complete_data()
         self._seed_everything(-1)
+        phases = self.settings[ScheduleSettings].patch_phases
+        if phases > 1 and self._do_i_compile():
+            compile_each_size(phases)
         super().initialize()
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
@@ -522,9 +525,10 @@ class SettingsTrainer(nnUNetTrainer):
             return train, validation
         smaller = loader_with_patch(self, train, phase)
         size, phases = " x ".join(map(str, phase.patch)), self.settings[ScheduleSettings].patch_phases
+        forced, samples = foreground_samples(smaller)
         self.print_to_log_file(
-            f"training patch {size} (phase {phase.number + 1} of {phases}), foreground in {phase.foreground:.2g} times "
-            f"as many samples"
+            f"training patch {size} (phase {phase.number + 1} of {min(phases, self.num_epochs)}); {forced} of "
+            f"{samples} samples must show foreground"
         )
         return smaller, validation
 

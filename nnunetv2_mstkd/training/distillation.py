@@ -166,7 +166,8 @@ class DistillationTrainer(ModalityDropoutTrainer):
         if self.finished:
             return
         if self.teacher_learns:
-            self.print_to_log_file("teacher.joint: teacher and student are trained together, both from scratch")
+            scratch = "both from scratch" if self.initial_source is None else "the teacher from scratch"
+            self.print_to_log_file(f"teacher.joint: teacher and student are trained together, {scratch}")
             return
         warm_start = self.settings[TeacherSettings].warm_start and self.initial_source is None and not self._resumed
         if not self.needs_teacher and not warm_start:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
+from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
 
 from nnunetv2_mstkd.training.patch_growth import Phase
 
@@ -44,16 +45,14 @@ def loader_like(given: Any, share: float = 1.0, **changes: Any) -> Any:
 def loader_with_patch(trainer: Any, given: Any, phase: Phase) -> Any:
     """Return a trainer's loader of training batches with the patch of a phase, and end the workers of the given one.
 
-    ``trainer`` is an nnUNetTrainer, ``given`` its own loader. What augmentation depends on the size of the patch is
-    chosen anew by nnU-Net's rules.
+    ``trainer`` is an nnUNetTrainer, ``given`` its own loader. The augmentation is that of the planned patch: nnU-Net
+    infers from the ratio of its edges whether voxels are anisotropic, which they are in all phases or in none.
     """
     manager, labels = trainer.configuration_manager, trainer.label_manager
-    planned = manager.patch_size
-    manager.configuration["patch_size"] = list(phase.patch)
-    try:
-        rotation, dummy_2d, initial, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-    finally:
-        manager.configuration["patch_size"] = planned
+    rotation, dummy_2d, _, mirrored = trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    initial = get_patch_size(phase.patch, rotation, rotation, rotation, (0.85, 1.25))
+    if dummy_2d:
+        initial[0] = phase.patch[0]
     transforms = trainer.get_training_transforms(
         phase.patch,
         rotation,
@@ -80,6 +79,15 @@ def loader_with_patch(trainer: Any, given: Any, phase: Phase) -> Any:
         given._finish()
     next(loader)
     return loader
+
+
+def foreground_samples(loader: Any) -> tuple[int, int]:
+    """Return how many samples of a loader's batches must show foreground, and how many samples there are.
+
+    nnU-Net rounds its share of samples to a whole number.
+    """
+    loader = loader.generator if isinstance(loader, NonDetMultiThreadedAugmenter) else loader.data_loader
+    return sum(map(loader._oversample_last_XX_percent, range(loader.batch_size))), loader.batch_size
 
 
 def unlabelled_loader(labelled: Any, dataset: Any, cases: Sequence[str], batch_size: int) -> Any:

@@ -47,10 +47,26 @@ def patch_sizes(patch: Sequence[int], strides: Sequence[int]) -> list[tuple[int,
 
 
 def phase_of(epoch: int, epochs: int, phases: int, patch: Sequence[int], strides: Sequence[int]) -> Phase:
-    """Return the phase of an epoch among ``phases`` equally long ones, of which the last has the plan's patch."""
+    """Return the phase of an epoch among ``phases`` equally long ones, of which the last has the plan's patch.
+
+    There are at most as many phases as epochs.
+    """
+    phases = min(phases, epochs)
     if phases == 1:
         return Phase(0, tuple(patch), 1.0)
     number = min(phases - 1, epoch * phases // epochs)
     sizes = patch_sizes(patch, strides)
     done = number / (phases - 1)
     return Phase(number, sizes[math.floor(done * (len(sizes) - 1) + 0.5)], 1 + (EARLY_FOREGROUND - 1) * (1 - done))
+
+
+def compile_each_size(phases: int) -> None:
+    """Have torch.compile make one graph for each patch size, and keep all of them.
+
+    From the second size on it would make graphs for any size, which fails where a shape decides how much is padded.
+    """
+    from torch._dynamo import config
+
+    config.automatic_dynamic_shapes = False
+    # training and validation, and a few for outputs with and without features
+    config.cache_size_limit = max(config.cache_size_limit, 2 * phases + 4)

@@ -254,8 +254,9 @@ class ScheduleSettings(Section):
     save_every: Count | None = None
     """Number of epochs between two writes of ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None
-    """Reseeds all random number generators at the start of each epoch from (seed, fold, epoch, rank); training is then
-    exactly reproducible with nnUNet_n_proc_DA=0. null: no reseeding."""
+    """Reseeds all random number generators at the start of each epoch from (seed, fold, epoch, rank); on a CPU,
+    training is then exactly reproducible with nnUNet_n_proc_DA=0 (on a GPU nnU-Net lets cuDNN choose algorithms, which
+    may differ in rounding). null: no reseeding."""
     optimizer: Literal["sgd", "adamw", "adam"] = "sgd"
     """Optimiser of the U-Net's parameters: ``sgd`` (nnU-Net's: Nesterov 0.99), ``adamw`` or ``adam`` (0.9, 0.99)."""
     initial_lr: Share | None = None
@@ -329,7 +330,7 @@ class TeacherSettings(Section):
     epochs: Count | None = None
     """Epochs of the teacher's training; null: ``schedule.epochs``."""
     warm_start: bool = True
-    """Start the student from the teacher's weights; has no effect with ``joint``."""
+    """Start the student from the teacher's weights; no effect with ``joint`` or ``schedule.init_from``."""
     joint: bool = False
     """Train the teacher together with the student, both from scratch, instead of loading a frozen one. The gradients of
     terms in their published form reach the teacher too."""

@@ -17,7 +17,7 @@ from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.base import SettingsTrainer, TeacherTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
-from nnunetv2_mstkd.training.settings import Settings
+from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
 from nnunetv2_mstkd.training.step import Losses, Target, Term, active_terms, add_terms
 
 
@@ -87,6 +87,13 @@ class AdaMMTrainer(DistillationTrainer):
     teacher_trainer = AdaMMTeacherTrainer
     logit_terms = ("consistency",)
     feature_terms = ("content", "style", "adversarial")
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        section = cls.teacher_trainer.read_settings(configuration_manager)[AdaMMTeacherSettings]
+        expected = "false with teacher.joint, whose teacher has the segmentation loss alone"
+        section.require(not (section.presence and settings[TeacherSettings].joint), "presence", expected)
 
     def make_terms(self) -> tuple[Term, ...]:
         section = self.settings[AdaMMSettings]

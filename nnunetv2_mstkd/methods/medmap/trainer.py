@@ -25,7 +25,7 @@ from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
 from nnunetv2_mstkd.training.base import TeacherTrainer
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
-from nnunetv2_mstkd.training.settings import Settings
+from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
 from nnunetv2_mstkd.training.step import Losses, Term, active_terms
 
 _ALIGNMENT = "alignment"
@@ -111,6 +111,15 @@ class MedMAPKDTrainer(AlignmentMixin, DistillationTrainer):
     encoders = True
     teacher_trainer = MedMAPTeacherTrainer
     distillation_defaults = SOFT_LABELS_ALONE
+
+    @classmethod
+    def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
+        super().check_plans(configuration_manager, dataset_json, settings)
+        section = settings[TeacherSettings]
+        expected = (
+            f"false with {cls.__name__}: a joint teacher has the segmentation loss alone, and would not be aligned"
+        )
+        section.require(not section.joint, "joint", expected)
 
 
 class MedMAPMSTKDTrainer(AlignmentMixin, MSTKDTrainer):

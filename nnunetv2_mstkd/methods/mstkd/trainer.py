@@ -73,10 +73,15 @@ class MSTKDTrainer(DistillationTrainer):
     teacher_trainer = MSTKDTeacherTrainer
     logit_terms = ("discrepancy", "kl")
     feature_terms = ("evd", "maps", "style", "adversarial", "content")
+    _switched_off = False
+    """Whether ``mstkd.segmentation`` has switched deep supervision off."""
 
     def apply_settings(self, settings: Settings) -> None:
         super().apply_settings(settings)
-        self.enable_deep_supervision &= self.settings[MSTKDSettings].segmentation == "nnunet"
+        # may be undone: a checkpoint's settings are applied after those of the plans
+        on = self.enable_deep_supervision or self._switched_off
+        self._switched_off = on and self.settings[MSTKDSettings].segmentation == "dice"
+        self.enable_deep_supervision: bool = on and not self._switched_off
 
     def make_terms(self) -> tuple[Term, ...]:
         weights = self.settings[MSTKDSettings]

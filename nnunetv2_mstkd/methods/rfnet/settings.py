@@ -21,7 +21,11 @@ class RFNetSettings(Section):
     """How logits become the probability maps that divide the features into regions; ``auto``: ``softmax`` for labels,
     ``sigmoid`` for overlapping regions."""
     maps: Weight = 1.0
-    """Weight of the loss of the probability maps of all stages, at full resolution."""
+    """Weight of the loss of the probability maps of all stages, at full resolution; above 0, because the maps learn
+    from nothing else."""
     separate: Weight = 1.0
     """Weight of the loss of each modality alone, through a decoder that all modalities share; with 0 there is no such
     decoder."""
+
+    def check(self) -> None:
+        self.require(self.maps > 0, "maps", "a number above 0: the maps learn from nothing else")
