@@ -139,7 +139,9 @@ def test_each_patch_size_is_compiled_by_itself(make_trainer, monkeypatch):
 
     monkeypatch.setattr(config, "automatic_dynamic_shapes", True)
     monkeypatch.setattr(config, "cache_size_limit", 2)
-    network = make_trainer(methods.MSTKDTrainer, block={"network": {"max_tokens": 16}}, deep_supervision=False).network.eval()
+    network = make_trainer(
+        methods.MSTKDTrainer, block={"network": {"max_tokens": 16}}, deep_supervision=False
+    ).network.eval()
     assert max(network.transformer.patch) > 1
     torch._dynamo.reset()
     compile_each_size(4)
