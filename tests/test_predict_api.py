@@ -348,6 +348,11 @@ def test_one_patient_is_written_to_a_file(folders, model, capsys):
     write_case(folders / "in", "x", [1])
     assert command(model, folders / "in", "--image", f"T1={folders / 'in' / 'x_0001.nii.gz'}") == 2
     assert "is a folder" in capsys.readouterr().err
+    image = folders / "in" / "x_0001.nii.gz"
+    before = image.read_bytes()
+    assert command(model, folders / "in" / ".." / "in" / image.name, "--image", f"T1={image}") == 2
+    assert "is one of the images; name another file to write" in capsys.readouterr().err
+    assert image.read_bytes() == before
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_prediction(folders, model, capsys, monkeypatch):

@@ -67,6 +67,8 @@ def test_files_become_cases_with_gaps(folder):
         ("a.nii.gz", "a", "a.nii.gz has no channel number"),
         ("a_000.nii.gz", "a", "a_000.nii.gz has no channel number"),
         ("a_00001.nii.gz", "a", "a_00001.nii.gz has no channel number"),
+        ("a_0002.nii.gz.part", "a", "a_0002.nii.gz.part looks like an image that has not arrived in full"),
+        ("b_0001.nii.gz.crdownload", "b", "looks like an image that has not arrived in full"),
         ("A_0001.nii.gz", "a", "is a duplicate case id: A and a differ in upper and lower case only"),
     ],
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from predict_inputs import (
     SHAPE,
     files,
@@ -22,7 +23,9 @@ from predict_inputs import (
     write,
 )
 
-from nnunetv2_mstkd import cli
+from nnunetv2_mstkd import Predictor, cli
+from nnunetv2_mstkd.inference.expected_dice import SUMMARY
+from nnunetv2_mstkd.nnunet import checkpoints
 
 
 @pytest.fixture
@@ -182,6 +185,63 @@ def test_a_run_is_not_continued_with_other_options(folders, model, capsys):
     assert predict(folders, model, "--continue_prediction", "--drop", "T0") == 2
     assert "are of another run: dropped was [] and is now ['T0']" in capsys.readouterr().err
     assert files(folders / "out") == before
+
+
+def double_weights(model: Path) -> None:
+    file = model / "fold_0" / "checkpoint_final.pth"
+    content = checkpoints.read(file)
+    content["network_weights"] = {name: 2 * tensor for name, tensor in content["network_weights"].items()}
+    torch.save(content, file)
+
+
+def test_a_run_is_not_continued_with_other_weights(folders, model, capsys):
+    assert predict(folders, model) == 0
+    assert predict(folders, model, "--continue_prediction") == 0
+    before = files(folders / "out")
+    double_weights(model)
+    assert predict(folders, model, "--continue_prediction") == 2
+    assert "are of another run: weights was {'0': " in capsys.readouterr().err
+    assert files(folders / "out") == before
+
+
+def test_a_run_of_an_earlier_version_is_continued(folders, model, export):
+    assert predict(folders, model) == 0
+    content = record(folders / "out")
+    for key in ("weights", "calibrated", "temperatures"):
+        del content[key]
+    (folders / "out" / "predictions.json").write_text(json.dumps(content))
+    export(lambda *arguments: pytest.fail("a case was predicted again"))
+    assert predict(folders, model, "--continue_prediction") == 0
+
+
+def test_another_number_of_parts_continues_the_same_run(folders, model, export, capsys):
+    assert predict(folders, model) == 0
+    part = "--continue_prediction", "-num_parts", "2", "-part_id", "0"
+    before = files(folders / "out")
+    assert predict(folders, model, *part, "--drop", "T0") == 2
+    assert "are of another run: dropped" in capsys.readouterr().err and files(folders / "out") == before
+    export(lambda *arguments: pytest.fail("a case was predicted again"))
+    assert predict(folders, model, *part) == 0
+    shutil.copy(folders / "in" / "complete_0001.nii.gz", folders / "in" / "two_0001.nii.gz")
+    with pytest.raises(pytest.fail.Exception):
+        predict(folders, model, *part)
+
+
+def test_the_dice_of_other_weights_is_not_expected(folders, model, capsys):
+    weights = Predictor(model, [0], device="cpu").weights["0"]
+    content = {"subsets": {"all": {"WT": {"dice": 0.5}}}, "weights": {"0": weights[:12], "1": "of another fold"}}
+    content["calibration"] = {"temperature": {"4": 2.0}}
+    (model / SUMMARY).parent.mkdir()
+    (model / SUMMARY).write_text(json.dumps(content))
+    assert Predictor(model, [0], device="cpu").expected_dice == {15: {"WT": 0.5}}
+    assert Predictor(model, [0], device="cpu", calibrate=True).temperatures == {4: 2.0}
+    assert predict(folders, model, "--calibrate") == 2  # some cases are incomplete
+    assert "the evaluation has no temperature for cases with " in capsys.readouterr().err
+    double_weights(model)
+    assert Predictor(model, [0], device="cpu").expected_dice == {}
+    assert "is of other weights of fold 0; evaluate again with --restart" in capsys.readouterr().err
+    assert predict(folders, model, "--calibrate") == 2
+    assert "is of other weights of fold 0" in capsys.readouterr().err
 
 
 def test_a_record_that_is_none_is_refused(folders, model, capsys):

@@ -97,6 +97,8 @@ def _predict_images(args: argparse.Namespace, model: Path) -> int:
     images = _read_images(args.image)
     if args.o.is_dir():
         raise InputError(f"{args.o} is a folder; with --image, -o is the file to write, such as segmentation.nii.gz")
+    if args.o.resolve() in {file.resolve() for file in images.values()}:
+        raise InputError(f"-o {args.o} is one of the images; name another file to write")
     predictor = _load(args, model)
     predictor.check_output(args.o)
     result = predictor.predict(images)

@@ -127,8 +127,12 @@ class Evaluator:
         found = self._find_cases()
         self.settings = self._settings()
         self.records = CaseRecords(request.output_folder, self.settings, restart=request.restart)
+        self.weights: dict[str, str] = {}
         for fold, predictor in self.predictors.items():
-            self.records.use_weights(fold, "+".join(map(checkpoints.fingerprint, predictor.list_of_parameters)))
+            fingerprints = [checkpoints.fingerprint(weights) for weights in predictor.list_of_parameters]
+            self.records.use_weights(fold, "+".join(fingerprints))
+            short = (each[: checkpoints.SHORT] for each in fingerprints)
+            self.weights |= dict(zip(fold.split("+"), short, strict=True))
         self.cases = self._check(found)
         self._drop_subsets()
         self.unfinished = [each for each in self.cases if self._missing(each)]
@@ -157,7 +161,8 @@ class Evaluator:
             evaluated, model=request.name or self.settings["folder"], trainer=self.model.trainer_name
         )
         # not in the records: cases and folds may be added
-        settings = {**self.settings, **({"moved_modalities": self.moved} if self.moved else {}), **self._cost()}
+        moved = {"moved_modalities": self.moved} if self.moved else {}
+        settings = {**self.settings, "weights": self.weights, **moved, **self._cost()}
         settings["description"] = str(self.model.dataset_json.get("description") or "")
         near = found.near if self.stack > 1 else None
         return Measured(
@@ -174,7 +179,7 @@ class Evaluator:
         if request.folds is None:
             folds = trained_folds(request.model_folder, request.checkpoint)
         else:
-            folds = parse_folds(list(dict.fromkeys(request.folds)))
+            folds = parse_folds(request.folds)
             find_checkpoints(request.model_folder, folds, request.checkpoint)
         groups = [(fold,) for fold in folds] if request.images is None else [folds]
         return {

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError, MissingFileError
@@ -17,7 +18,7 @@ SUMMARY = Path(evaluation_files.FOLDER, evaluation_files.SUMMARY)
 
 
 def read_expected_dice(
-    model_folder: Path, names: Sequence[str], normalization: str = "plans"
+    model_folder: Path, names: Sequence[str], normalization: str = "plans", weights: Mapping[str, str] | None = None
 ) -> dict[int, dict[str, float]]:
     """Read the mean Dice per subset and region from the evaluation in a model folder.
 
@@ -27,6 +28,8 @@ def read_expected_dice(
         Names of the C channels.
     normalization
         The model's, see :func:`nnunetv2_mstkd.nnunet.per_channel.normalization`.
+    weights
+        Of the model, for :func:`check_weights`; None: not checked.
 
     Returns
     -------
@@ -51,6 +54,7 @@ def read_expected_dice(
             known = {region: dice for region, dice in values.items() if dice is not None and math.isfinite(dice)}
             postprocessed = postprocessed_regions(known)  # prediction does not do that step
             expected[code] = {region: float(dice) for region, dice in known.items() if region not in postprocessed}
+    check_weights(content, weights, file)
     if found != normalization or moved:
         reason = (
             f"the model now has input.normalization={normalization}"
@@ -62,6 +66,23 @@ def read_expected_dice(
             f"{'--restart' if found != normalization else '--restart --mask-first'}"
         )
     return expected
+
+
+def check_weights(content: Mapping[str, Any], weights: Mapping[str, str] | None, file: Path) -> None:
+    """Raise InputError if an evaluation is of other weights than a model's, in any fold that both have.
+
+    Parameters
+    ----------
+    content
+        Of ``summary.json``; one of an earlier version does not say which weights it is of.
+    weights
+        By fold, what :func:`~nnunetv2_mstkd.nnunet.checkpoints.fingerprint` gives; it may be shortened in ``content``.
+    """
+    for fold, found in (content.get("weights") or {}).items():
+        if weights is not None and not weights.get(fold, found).startswith(found):
+            raise InputError(
+                f"the evaluation in {file} is of other weights of fold {fold}; evaluate again with --restart"
+            )
 
 
 Range = tuple[float, float]
@@ -77,23 +98,27 @@ TEMPERATURE = "temperature"
 """Key of the temperatures by number of modalities, in the section ``calibration``."""
 
 
-def read_temperatures(model_folder: Path) -> dict[int, float]:
+def read_temperatures(model_folder: Path, weights: Mapping[str, str] | None = None) -> dict[int, float]:
     """Read the temperature for each number of modalities from the evaluation in a model folder.
+
+    ``weights`` are those of the model, for :func:`check_weights`.
 
     Raises
     ------
     MissingFileError
         Without an evaluation, or with one that did not count logits.
     InputError
-        If the file is no evaluation.
+        If the file is no evaluation, or one of other weights.
     """
     file = model_folder / SUMMARY
     if file.is_file():
         with _refused_unless_understood(file):
-            section = json.loads(file.read_text(encoding="utf-8")).get("calibration") or {}
+            content = json.loads(file.read_text(encoding="utf-8"))
+            section = content.get("calibration") or {}
             found = {int(size): float(value) for size, value in section.get(TEMPERATURE, {}).items()}
             if not all(math.isfinite(value) and value > 0 for value in found.values()):
                 raise ValueError(f"a temperature is not above 0: {found}")
+        check_weights(content, weights, file)
         if found:
             return found
     raise MissingFileError(

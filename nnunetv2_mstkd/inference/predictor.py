@@ -25,7 +25,7 @@ from nnunetv2_mstkd.inference.members import num_members
 from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
-from nnunetv2_mstkd.nnunet import mask_differences, preprocessing
+from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, preprocessing
 from nnunetv2_mstkd.nnunet.description import foreground_values
 from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder, trained_folds
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
@@ -209,7 +209,6 @@ class Predictor:
             self.folds = trained_folds(self.folder, checkpoint)
         else:
             self.folds = parse_folds([folds] if isinstance(folds, (int, str)) else folds)
-        self.temperatures = read_temperatures(self.folder) if calibrate else {}
         self._predictor = load_predictor(
             self.folder,
             self.folds,
@@ -224,13 +223,16 @@ class Predictor:
             allow_tqdm=False,  # one bar, over the cases
         )
         check_student(self._predictor.network, student)
+        fingerprints = map(checkpoints.fingerprint, self._predictor.list_of_parameters)
+        self.weights = dict(zip(map(str, self.folds), fingerprints, strict=True))
+        self.temperatures = read_temperatures(self.folder, self.weights) if calibrate else {}
         self.modalities = modalities.modality_names(self._predictor.dataset_json)
         self.labels = foreground_values(self._predictor.dataset_json)
         self.expected_dice: dict[int, dict[str, float]] = {}
         self.ranges: dict[int, dict[str, Range]] = {}
         try:
             self.expected_dice = read_expected_dice(
-                self.folder, self.modalities, normalization(self._predictor.configuration_manager)
+                self.folder, self.modalities, normalization(self._predictor.configuration_manager), self.weights
             )
             if self.expected_dice:
                 self.ranges = read_ranges(self.folder, self.modalities)
@@ -287,6 +289,7 @@ class Predictor:
         plans, configuration, reader = model.plans_manager, model.configuration_manager, self._checker.reader
         with tempfile.TemporaryDirectory() as scratch:
             case = self._checked_case(images, Path(scratch))
+            self._check_temperatures([case])
             data, properties = preprocessing.preprocess_case(case, plans, configuration, model.dataset_json)
         try:
             logits, presence, _ = predict_logits(model, data, case.availability, student=self.student, on_pass=on_pass)
@@ -444,7 +447,7 @@ class Predictor:
         record = Record(file, run, self.modalities, self.expected_dice, self.ranges, resume=continue_prediction)
 
         def is_done(case: Case) -> bool:
-            known = record.has(case) or not record.resumed
+            known = record.has(case) or not record.resumed  # those of stock nnUNetv2_predict have no record
             paths = (output / each.format(case.name) for each in written)
             return continue_prediction and known and all(path.is_file() for path in paths)
 
@@ -460,6 +463,7 @@ class Predictor:
             progress=progress,
             verb="predicted",
         )
+        self._check_temperatures(selection.cases)
         self._warn_of_differences(selection.cases)
         output.mkdir(parents=True, exist_ok=True)
         # nnU-Net's postprocessing and evaluation look for these two
@@ -486,6 +490,15 @@ class Predictor:
         lines = [*record.by_subset(), *record.flagged()]
         return FolderResult(names, selection.done, selection.problems, record.file, lines)
 
+    def _check_temperatures(self, cases: Sequence[Case]) -> None:
+        """Refuse to calibrate cases for whose number of modalities the evaluation has no temperature."""
+        sizes = {sum(case.availability) for case in cases} - set(self.temperatures)
+        if self.temperatures and sizes:
+            raise InputError(
+                f"the evaluation has no temperature for cases with {', '.join(map(str, sorted(sizes)))} of "
+                f"{len(self.modalities)} modalities; evaluate all subsets, or predict without --calibrate"
+            )
+
     def _warn_of_differences(self, cases: Sequence[Case]) -> None:
         """Say in one line if the intensities of incomplete cases depend on what they lack."""
         plans, configuration = self._predictor.plans_manager, self._predictor.configuration_manager
@@ -511,6 +524,8 @@ class Predictor:
             "mirroring": self._predictor.use_mirroring,
             "step_size": self._predictor.tile_step_size,
             "channels": list(self.modalities),
-            **({"calibrated": True} if self.temperatures else {}),
+            "weights": {fold: weights[: checkpoints.SHORT] for fold, weights in self.weights.items()},
+            "calibrated": bool(self.temperatures),
+            "temperatures": {str(size): value for size, value in self.temperatures.items()},
             "dropped": [self.modalities[channel] for channel in dropped_channels(drop, self.modalities)],
         }

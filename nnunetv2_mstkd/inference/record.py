@@ -48,29 +48,37 @@ class Record:
         resume: bool,
     ) -> None:
         self.file, self.names, self.expected, self.ranges = file, names, expected, ranges or {}
-        self.resumed = resume and file.is_file()
         self.run = json.loads(json.dumps(run))
-        self.cases: dict[str, Any] = self._read_cases() if self.resumed else {}
+        # with another number of parts than before, cases are in other files
+        records = sorted(file.parent.glob("predictions*.json")) if resume else []
+        self._known: dict[str, Any] = {}
+        for each in records:
+            self._known |= self._read_cases(each)
+        self.resumed = bool(records)
+        self.cases: dict[str, Any] = self._read_cases(file) if file in records else {}
         self._saved = -float("inf")
 
-    def _read_cases(self) -> dict[str, Any]:
-        """The cases of the run that is continued."""
+    def _read_cases(self, file: Path) -> dict[str, Any]:
+        """The cases of a record of the run that is continued."""
         try:
-            before = json.loads(self.file.read_text(encoding="utf-8"))
+            before = json.loads(file.read_text(encoding="utf-8"))
             cases = {str(name): _checked(entry) for name, entry in before["cases"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{self.file} is not a record of predictions; leave out --continue_prediction") from error
+            raise InputError(f"{file} is not a record of predictions; leave out --continue_prediction") from error
+        # what records of earlier versions do not say
+        unknown = {key: self.run.get(key) for key in ("weights", "temperatures")}
+        before = {**unknown, "calibrated": False, **before}
         for key, value in self.run.items():
             if before.get(key) != value:
                 raise InputError(
-                    f"the predictions in {self.file.parent} are of another run: {key} was {before.get(key)!r} and is "
+                    f"the predictions in {file.parent} are of another run: {key} was {before.get(key)!r} and is "
                     f"now {value!r}; continue with the same options, or leave out --continue_prediction"
                 )
         return cases
 
     def has(self, case: Case) -> bool:
         """Whether the case was predicted from the images that it has now; some may be new, or replaced, since."""
-        entry = self.cases.get(case.name)
+        entry = self.cases.get(case.name) or self._known.get(case.name)
         return entry is not None and entry.get("images") == self._images(case)
 
     def _images(self, case: Case) -> dict[str, str | None]:

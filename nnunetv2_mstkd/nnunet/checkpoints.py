@@ -90,6 +90,10 @@ def training_hours(path: str | os.PathLike) -> float | None:
     return sum(end - start for start, end in zip(*times, strict=False)) / 3600
 
 
+SHORT = 12
+"""Digits of a fingerprint that records keep: enough to tell trainings apart."""
+
+
 def fingerprint(weights: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of the sorted tensor names and the tensors' bytes.
 

@@ -91,11 +91,11 @@ def refuse_same_folder(output: Path, other: Path, what: str) -> None:
 
 
 def parse_folds(texts: Sequence[str | int]) -> tuple[int | str, ...]:
-    """Read folds as given after ``-f``: numbers, or ``all``."""
+    """Read folds as given after ``-f``: numbers, or ``all``, each once."""
     wrong = [str(text) for text in texts if str(text) != "all" and not str(text).isdecimal()]
     if wrong:
         raise InputError(f"-f {' '.join(wrong)}: expected fold numbers such as 0 1 2, or all")
-    return tuple(text if text == "all" else int(text) for text in texts)
+    return tuple(dict.fromkeys(text if text == "all" else int(text) for text in texts))
 
 
 def trained_folds(folder: Path, checkpoint: str = FINAL) -> tuple[int | str, ...]:

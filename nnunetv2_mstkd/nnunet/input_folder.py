@@ -172,6 +172,9 @@ def _stray(path: Path, file_ending: str, names: Iterable[str]) -> list[Problem]:
     if path.name.endswith(file_ending):
         expected = f"CASE_0000{file_ending}"
         return [Problem(owner, f"{path.name} has no channel number of four digits, expected a name such as {expected}")]
+    begun = re.match(rf"(.+)_\d{{{CHANNEL_DIGITS}}}{re.escape(file_ending)}.+", path.name, re.DOTALL)
+    if begun:
+        return [Problem(begun[1], f"{path.name} looks like an image that has not arrived in full; wait, or remove it")]
     ending = next((ending for ending in IMAGE_ENDINGS if path.name.lower().endswith(ending)), None)
     if ending is None:
         return []

@@ -88,7 +88,8 @@ class DistillationTrainer(ModalityDropoutTrainer):
         if self.settings[UnlabelledSettings].temperature is not None or self._teacher_identity is None:
             return super().guide_temperature
         checkpoint = Path(self.output_folder_base).parents[1] / self._teacher_identity["path"]
-        temperatures = read_temperatures(checkpoint.parents[1])
+        weights = {checkpoint.parent.name.removeprefix("fold_"): self._teacher_identity["sha256"]}
+        temperatures = read_temperatures(checkpoint.parents[1], weights)
         count = len(modalities.modality_names(self.dataset_json))
         if count not in temperatures:
             raise InputError(
