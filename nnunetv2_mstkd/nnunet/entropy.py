@@ -48,7 +48,8 @@ class Disagreement:
     """How far several networks disagree about a case: the mutual information of prediction and network.
 
     It is the entropy of their mean probability minus the mean of their entropies (Houlsby et al., arXiv 1112.5745): 0
-    where all say the same, however uncertain they are, and 1 where each is certain of something else.
+    where all say the same, however uncertain they are, and at most log(networks) / log(labels), where each is certain
+    of another label: 1 for two networks and the two outcomes of a region.
 
     Parameters
     ----------
