@@ -21,6 +21,7 @@ from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
 from nnunetv2_mstkd.crossval.plan import make_steps, needed_by
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Progress, Step, Train, Training, finished_epochs
+from nnunetv2_mstkd.reporting.compare import HTML
 
 
 @dataclass(frozen=True)
@@ -271,7 +272,7 @@ def evaluated(tmp_path: Path) -> tuple[Evaluate, Evaluate]:
     both = dataclasses.replace(one, folds=(0, 1), pooled=True)
     for number, name in enumerate(
         ["fold_0/checkpoint_final.pth", "fold_1/checkpoint_final.pth", "subsets/cases/fold_0/a.json",
-         "subsets/cases/fold_1/b.json", "subsets/cases/fold_1/c.json", "subsets/results.csv"]
+         "subsets/cases/fold_1/b.json", "subsets/cases/fold_1/c.json", "subsets/results.csv", "subsets/summary.json"]
     ):  # fmt: skip
         file = one.model.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -304,6 +305,16 @@ def test_pooled_evaluation_needs_the_table_of_its_folds(evaluated):
     assert one.done() and not both.done()
 
 
+def test_evaluation_that_was_killed_before_its_summary_is_not_done(evaluated):
+    _, both = evaluated
+    os.utime(both.output / "results.csv")  # newer than the summary, which is that of an earlier call
+    assert not both.done()
+    os.utime(both.output / "summary.json")
+    assert both.done()
+    (both.output / "summary.json").unlink()
+    assert not both.done()
+
+
 def test_evaluation_of_older_weights_is_not_done(evaluated):
     one, both = evaluated
     os.utime(one.model.folder / "fold_1" / "checkpoint_final.pth")
@@ -319,6 +330,8 @@ def test_comparison_must_be_newer_than_its_inputs(tmp_path):
     assert not step.done()
     step.output.mkdir(parents=True)
     (step.output / "table.md").touch()
+    assert not step.done()  # killed before the page, which is written last
+    (step.output / HTML).touch()
     assert step.done()
     os.utime(models[1].folder / "subsets" / "results.csv", (time.time() + 9, time.time() + 9))
     assert not step.done()
