@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from conftest import CONFIGURATION, PHANTOM, Folders
+from test_faults import full_disk
 
 from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd.crossval import locks
-from nnunetv2_mstkd.crossval.cluster import minutes_of
+from nnunetv2_mstkd.crossval.cluster import _parameters, minutes_of
 from nnunetv2_mstkd.crossval.local import run_steps
 from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
@@ -219,6 +220,14 @@ def test_lock_that_changes_while_it_is_judged_is_kept(model, monkeypatch):
     with pytest.raises(RunningStepError, match=f"is run by process {os.getpid()} on this machine"):
         lock.acquire()
     assert [path.name for path in lock.file.parent.iterdir()] == [lock.file.name]
+
+
+def test_a_lock_that_has_no_room_is_removed(model):
+    lock = Script(model).lock
+    with full_disk(0), pytest.raises(OSError, match="File too large"):
+        lock.acquire()
+    assert not lock.file.exists()
+    lock.acquire()
 
 
 def test_half_written_lock_counts(model):
@@ -489,6 +498,20 @@ def test_missing_slurm_names_the_remedy(phantom, capsys, monkeypatch):
 )
 def test_sbatch_times(text, minutes):
     assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize(
+    ("options", "after", "dependency"),
+    [
+        ({}, ["7", "8"], "afterok:7:8"),
+        ({"dependency": "afterany:3"}, ["7", "8"], "afterok:7:8,afterany:3"),
+        ({"dependency": "afterany:3"}, [], "afterany:3"),
+        ({}, [], None),
+    ],
+)
+def test_a_dependency_of_the_user_is_added_to_that_on_other_steps(model, options, after, dependency):
+    given = _parameters(Script(model), options, after)["slurm_additional_parameters"]
+    assert given.get("dependency") == dependency
 
 
 def test_concurrent_call_is_refused(phantom, capsys):
