@@ -537,8 +537,21 @@ def by_position(folder: Path) -> list[Path]:
             lambda files: edit(files[3], "ImagePositionPatient", list(pydicom.dcmread(files[4]).ImagePositionPatient)),
             "several slices at one position",
         ),
+        (lambda files: [shift(file, 0.3 * number) for number, file in enumerate(files)], "shifted sideways"),
+        (lambda files: shift(files[3], 0.3), "shifted sideways"),
+        (lambda files: edit(files[3], "PixelSpacing", [1.5, 1.5]), "different pixel spacings"),
     ],
-    ids=["gap", "single", "no position", "orientation", "multi-frame", "two volumes"],
+    ids=[
+        "gap",
+        "single",
+        "no position",
+        "orientation",
+        "multi-frame",
+        "two volumes",
+        "sheared",
+        "one shifted",
+        "spacing",
+    ],
 )
 def test_a_series_that_is_no_volume_is_one_sentence(page, images, tmp_path, change, told):
     folder = write_series(tmp_path / "a", images["T1"], "T1")
@@ -581,6 +594,13 @@ def test_a_series_without_a_study_gives_no_dicom_seg(page, images, tmp_path):
     answer = page.client.get(f"{page.own}/jobs/{job['number']}/segmentation.dcm")
     assert answer.status_code == 400 and "download the segmentation as NIfTI" in answer.text
     assert page.result(job)
+
+
+def shift(file: Path, mm: float) -> None:
+    """Move a slice within its plane."""
+    header = pydicom.dcmread(file)
+    position = np.array(header.ImagePositionPatient) + mm * np.array(header.ImageOrientationPatient[:3])
+    edit(file, "ImagePositionPatient", [f"{part:.6f}" for part in position])
 
 
 def edit(file: Path, keyword: str, value) -> None:
