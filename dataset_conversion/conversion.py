@@ -82,6 +82,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     if options.protocol:
         _keep_protocol(found, options.protocol, listed, tests)
     _draw_tests(found, job)
+    _refuse_shared_tests(found, job, listed)
     if not any(case.label and not case.is_test for case in found.cases):
         _refuse(found.problems)
     # wrong options should not cost a whole conversion; cases that turn out bad are taken out later
@@ -170,6 +171,26 @@ def _draw_tests(found: Found, job: Job) -> None:
     found.cases = [replace(case, is_test=case.is_test or patient_of(case.name) in patients) for case in found.cases]
 
 
+def _refuse_shared_tests(found: Found, job: Job, listed: folds.Splits) -> None:
+    """Refuse test cases of a patient who also trains or validates; without a label by themselves, they are noted.
+
+    Cases that train without a label, or that no list names, are in no fold with such a test case.
+    """
+    patient_of, named = job.description.patient_of, folds.listed_cases(listed, ())
+    used = [case.name for case in found.cases if not (case.is_test or case.unlabelled)]
+    by_patient = {patient_of(name): name for name in reversed(used) if not named or name in named}
+    shared = [case.name for case in found.cases if case.is_test and patient_of(case.name) in by_patient]
+    for case in shared:
+        patient = patient_of(case)
+        if job.description.is_test_case(case):
+            raise InputError(
+                f"patient {patient} is in training and test: {by_patient[patient]} trains or validates, {case} tests; "
+                "put all cases of a patient on one side"
+            )
+    if shared:
+        found.notes.append(f"{count(shared, 'unlabelled test case')} of patients who also train, such as {shared[0]}")
+
+
 def _make_splits(
     job: Job, listed: folds.Splits, cases: Sequence[Case] | Sequence[CaseRecord], skipped: Collection[str]
 ) -> folds.Splits | None:
@@ -247,7 +268,7 @@ def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Cas
     description = job.description
     sources = fingerprint(case, job.source)
     known = progress.done.get(case.name)
-    if known is not None and known.is_of(case, sources):
+    if known is not None and known.is_of(case, sources) and _is_written(folder, known):
         return known
     record = CaseRecord(case.name, case.part, description.patient_of(case.name), sources)
     checked = job.check(case, job.options.verify or FULL, headers)
@@ -260,6 +281,14 @@ def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Cas
     record = replace(record, states=states, unlabelled=checked.unlabelled)
     progress.add(record)
     return record
+
+
+def _is_written(folder: Path, record: CaseRecord) -> bool:
+    """Whether the files of a case are as its record says; a crash of the machine may lose what was written last."""
+    try:
+        return [file_state(folder / name) for name in record.written] == record.states
+    except OSError:
+        return False
 
 
 def _finish(folder: Path, job: Job, report: Report) -> None:

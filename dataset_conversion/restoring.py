@@ -13,6 +13,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.images.atomic import complete_image
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.images.geometry import geometry_of, read_image
 from nnunetv2_mstkd.nnunet.folders import check_file_name
@@ -132,7 +133,8 @@ def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing
 
     With :data:`.slices.SLICE` in its name, `target` names one file per slice.
 
-    An error begins with a verb: the file cannot be read, has an unknown value, or differs when turned back.
+    An InputError begins with a verb: the file cannot be read, has an unknown value, or differs when turned back. On a
+    full disk it is a WriteError.
     """
     check_complete(prediction)
     image = read_image(prediction)
@@ -151,7 +153,8 @@ def restore_file(prediction: Path, target: Path, how: Restoration, min_enhancing
     restored.CopyInformation(image)
     unfinished = target.with_name(f".{os.getpid()}.{target.name}")
     try:
-        sitk.WriteImage(restored, str(unfinished), useCompression=True, imageIO="NiftiImageIO")
+        with complete_image(unfinished):
+            sitk.WriteImage(restored, str(unfinished), useCompression=True, imageIO="NiftiImageIO")
         back = {own: written for written, own in how.values.items()}
         again = read_image(unfinished)
         values = sitk.GetArrayFromImage(again)

@@ -95,6 +95,27 @@ def changed(path: Path, target: Path, change) -> Path:
         ("adc.nii.gz", None),
         ("t12.nii.gz", None),
         ("", None),
+        ("T1 C-", "T1"),
+        ("T1 -C", "T1"),
+        ("T1 (C-) tra", "T1"),
+        ("T1 pre contrast", "T1"),
+        ("T1 w/o Gd", "T1"),
+        ("T1 MPRAGE +C", "T1ce"),
+        ("T1 C+", "T1ce"),
+        ("ax t1 se km", "T1ce"),
+        ("t1_tse_CE_tra", "T1ce"),
+        ("T1.SE.CE", "T1ce"),
+        ("T1 SE axial Gd-DTPA", "T1ce"),
+        ("T1 tra post op", "T1"),
+        ("sub-01-t1-c.nii.gz", "T1ce"),
+        ("Ax T1 FLAIR", None),
+        ("T1W_FLAIR.nii.gz", None),
+        ("T2* ax", None),
+        ("T2 star", None),
+        ("T2starW", None),
+        ("T2_GRE.nii.gz", None),
+        ("SWI_0002.nii.gz", None),
+        ("T2_Gregor.nii.gz", "T2"),
     ],
 )
 def test_sequences_are_recognised_by_name(name, modality):
@@ -106,6 +127,11 @@ def test_contrast_medium_makes_a_t1_a_t1ce():
     assert recognise("ax T1", NAMES, contrast=True) == 1
     assert recognise("ax T2", NAMES, contrast=True) == 2
     assert recognise("ax T1", ("T1", "T2"), contrast=True) == 0
+    assert recognise("ax T1 Gd", ("T1", "T2")) == 0
+    assert recognise("ax T1 +C", ("T1ce", "T2")) == 0
+    assert recognise("ax T1 C-", NAMES, contrast=True) is None  # header and name contradict each other
+    assert recognise("ax T1", ("T2", "FLAIR")) is None
+    assert recognise("SWI_tra.nii.gz", ("T1", "SWI")) == 1
     assert recognise("DWI_b1000.nii.gz", ("dwi b1000", "T1")) == 0
 
 
@@ -537,8 +563,21 @@ def by_position(folder: Path) -> list[Path]:
             lambda files: edit(files[3], "ImagePositionPatient", list(pydicom.dcmread(files[4]).ImagePositionPatient)),
             "several slices at one position",
         ),
+        (lambda files: [shift(file, 0.3 * number) for number, file in enumerate(files)], "shifted sideways"),
+        (lambda files: shift(files[3], 0.3), "shifted sideways"),
+        (lambda files: edit(files[3], "PixelSpacing", [1.5, 1.5]), "different pixel spacings"),
     ],
-    ids=["gap", "single", "no position", "orientation", "multi-frame", "two volumes"],
+    ids=[
+        "gap",
+        "single",
+        "no position",
+        "orientation",
+        "multi-frame",
+        "two volumes",
+        "sheared",
+        "one shifted",
+        "spacing",
+    ],
 )
 def test_a_series_that_is_no_volume_is_one_sentence(page, images, tmp_path, change, told):
     folder = write_series(tmp_path / "a", images["T1"], "T1")
@@ -581,6 +620,13 @@ def test_a_series_without_a_study_gives_no_dicom_seg(page, images, tmp_path):
     answer = page.client.get(f"{page.own}/jobs/{job['number']}/segmentation.dcm")
     assert answer.status_code == 400 and "download the segmentation as NIfTI" in answer.text
     assert page.result(job)
+
+
+def shift(file: Path, mm: float) -> None:
+    """Move a slice within its plane."""
+    header = pydicom.dcmread(file)
+    position = np.array(header.ImagePositionPatient) + mm * np.array(header.ImageOrientationPatient[:3])
+    edit(file, "ImagePositionPatient", [f"{part:.6f}" for part in position])
 
 
 def edit(file: Path, keyword: str, value) -> None:

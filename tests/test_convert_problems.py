@@ -370,6 +370,19 @@ def test_changed_files_are_converted_again(source, nnunet, capsys, monkeypatch):
     np.testing.assert_array_equal(np.asarray(written.dataobj), patient(7)[0][0])
 
 
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["lost", "empty"])
+def test_files_that_a_crash_has_lost_are_written_again(source, nnunet, capsys, monkeypatch, damage):
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_record", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        assert convert(source) == 2
+    name = f"{NAMES[1]}_0000.nii.gz"
+    damage(nnunet / "raw" / ".Dataset007_Toy.unfinished" / "new" / "imagesTr" / name)
+    assert convert(source) == 0
+    assert "3 cases from an interrupted run" in capsys.readouterr().out
+    written = nnunet / "raw" / "Dataset007_Toy" / "imagesTr" / name
+    assert written.read_bytes() == file(source, "t1").read_bytes()
+
+
 def test_concurrent_conversion_is_refused(source, nnunet, capsys):
     with conversion.locked(nnunet / "raw" / ".Dataset007_Toy.unfinished"):
         assert convert(source) == 2

@@ -18,6 +18,7 @@ from conftest import empty_folders, in_this_process
 from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from release_trees import case_folder, make_release, own_label, patient
+from test_faults import full_disk
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.dataset_conversion import releases
@@ -304,6 +305,13 @@ def test_unlabelled_cases_can_be_test_cases(nnunet, source):
     assert dataset_json(nnunet)["numTraining"] == 3
 
 
+def test_unlabelled_test_cases_of_training_patients_are_noted(nnunet, source, capsys):
+    names = make_release(source, "brats2024_gli")
+    (source / names[1] / f"{names[1]}-seg.nii.gz").unlink()  # names[0] is of the same patient
+    assert convert("brats2024_gli", source, "--unlabelled-as-test") == 0
+    assert f"1 unlabelled test case of patients who also train, such as {names[1]}" in capsys.readouterr().out
+
+
 def test_size_of_the_release_is_expected(source, monkeypatch, capsys):
     make_release(source, "brats2021")
     monkeypatch.undo()
@@ -377,6 +385,15 @@ def test_restore_leaves_out_unknown_values(predictions, capsys):
         "BraTS2021_00002.nii.gz holds 4, 5, 6, expected the data set's values [0, 1, 2, 3]" in capsys.readouterr().err
     )
     assert len(list(out.iterdir())) == 3
+
+
+def test_restore_on_a_full_disk(predictions, capsys):
+    out = predictions.parents[2] / "restored"
+    with full_disk(400):
+        assert restore(predictions)[0] == 2
+    error = capsys.readouterr().err
+    assert "could not be written completely" in error and "is the disk full?" in error and error.count("\n") == 1
+    assert not list(out.iterdir())
 
 
 def test_restore_needs_the_mapping(predictions, capsys):

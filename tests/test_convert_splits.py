@@ -251,6 +251,17 @@ def test_published_lists_that_share_a_patient_are_refused(release, tmp_path, cap
     assert "fold 0 trains and validates on 1 patients, such as BraTS-GLI-00005" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("way", ["--test-cases", "--splits", "--no-splits"])
+def test_a_patient_in_training_and_test_is_refused(release, tmp_path, capsys, way):
+    files = write_lists(tmp_path, train=[A, C], val=[D], test=[B])
+    options = {"--splits": ["--splits", *files], "--no-splits": ["--no-splits", "--test-cases", B]}
+    assert release(*options.get(way, ["--test-cases", B]))[0] == 2
+    error = capsys.readouterr().err
+    assert f"patient BraTS-GLI-00005 is in training and test: {A} trains or validates, {B} tests" in error
+    assert error.count("\n") == 1
+    assert not list((tmp_path / "raw").iterdir())
+
+
 def test_skipped_cases_are_removed_from_lists(release, tmp_path):
     (tmp_path / "source" / B / f"{B}-seg.nii.gz").unlink()
     files = write_lists(tmp_path, train=[A, B], val=[C])

@@ -12,15 +12,17 @@ from pathlib import Path
 
 import pytest
 from conftest import CONFIGURATION, PHANTOM, Folders
+from test_faults import full_disk
 
 from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd.crossval import locks
-from nnunetv2_mstkd.crossval.cluster import minutes_of
+from nnunetv2_mstkd.crossval.cluster import _parameters, minutes_of
 from nnunetv2_mstkd.crossval.local import run_steps
 from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
 from nnunetv2_mstkd.crossval.plan import make_steps, needed_by
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Progress, Step, Train, Training, finished_epochs
+from nnunetv2_mstkd.reporting.compare import HTML
 
 
 @dataclass(frozen=True)
@@ -220,6 +222,14 @@ def test_lock_that_changes_while_it_is_judged_is_kept(model, monkeypatch):
     assert [path.name for path in lock.file.parent.iterdir()] == [lock.file.name]
 
 
+def test_a_lock_that_has_no_room_is_removed(model):
+    lock = Script(model).lock
+    with full_disk(0), pytest.raises(OSError, match="File too large"):
+        lock.acquire()
+    assert not lock.file.exists()
+    lock.acquire()
+
+
 def test_half_written_lock_counts(model):
     lock = Script(model).lock
     lock.file.parent.mkdir()
@@ -271,7 +281,7 @@ def evaluated(tmp_path: Path) -> tuple[Evaluate, Evaluate]:
     both = dataclasses.replace(one, folds=(0, 1), pooled=True)
     for number, name in enumerate(
         ["fold_0/checkpoint_final.pth", "fold_1/checkpoint_final.pth", "subsets/cases/fold_0/a.json",
-         "subsets/cases/fold_1/b.json", "subsets/cases/fold_1/c.json", "subsets/results.csv"]
+         "subsets/cases/fold_1/b.json", "subsets/cases/fold_1/c.json", "subsets/results.csv", "subsets/summary.json"]
     ):  # fmt: skip
         file = one.model.folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -304,6 +314,16 @@ def test_pooled_evaluation_needs_the_table_of_its_folds(evaluated):
     assert one.done() and not both.done()
 
 
+def test_evaluation_that_was_killed_before_its_summary_is_not_done(evaluated):
+    _, both = evaluated
+    os.utime(both.output / "results.csv")  # newer than the summary, which is that of an earlier call
+    assert not both.done()
+    os.utime(both.output / "summary.json")
+    assert both.done()
+    (both.output / "summary.json").unlink()
+    assert not both.done()
+
+
 def test_evaluation_of_older_weights_is_not_done(evaluated):
     one, both = evaluated
     os.utime(one.model.folder / "fold_1" / "checkpoint_final.pth")
@@ -319,6 +339,8 @@ def test_comparison_must_be_newer_than_its_inputs(tmp_path):
     assert not step.done()
     step.output.mkdir(parents=True)
     (step.output / "table.md").touch()
+    assert not step.done()  # killed before the page, which is written last
+    (step.output / HTML).touch()
     assert step.done()
     os.utime(models[1].folder / "subsets" / "results.csv", (time.time() + 9, time.time() + 9))
     assert not step.done()
@@ -476,6 +498,20 @@ def test_missing_slurm_names_the_remedy(phantom, capsys, monkeypatch):
 )
 def test_sbatch_times(text, minutes):
     assert minutes_of(text) == minutes
+
+
+@pytest.mark.parametrize(
+    ("options", "after", "dependency"),
+    [
+        ({}, ["7", "8"], "afterok:7:8"),
+        ({"dependency": "afterany:3"}, ["7", "8"], "afterok:7:8,afterany:3"),
+        ({"dependency": "afterany:3"}, [], "afterany:3"),
+        ({}, [], None),
+    ],
+)
+def test_a_dependency_of_the_user_is_added_to_that_on_other_steps(model, options, after, dependency):
+    given = _parameters(Script(model), options, after)["slurm_additional_parameters"]
+    assert given.get("dependency") == dependency
 
 
 def test_concurrent_call_is_refused(phantom, capsys):

@@ -24,7 +24,7 @@ from nnunetv2_mstkd.images.geometry import last_line
 PREAMBLE, MAGIC = 128, b"DICM"
 
 SPACING_TOLERANCE = 0.02
-"""Largest deviation of a distance between slices from their mean, as a fraction of it."""
+"""Largest deviation of a distance between slices, or of a slice from the line along their normal, in mean distances."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,11 @@ def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
         raise InputError("has slices without a usable position") from error
     if not np.allclose(directions, directions[0], atol=1e-3):
         raise InputError("has slices of different orientations")
-    along = positions @ np.cross(directions[0, :3], directions[0, 3:])
+    spacings = [[float(mm) for mm in header.get("PixelSpacing") or (0, 0)] for header in headers]
+    if not all(len(spacing) == 2 and np.allclose(spacing, spacings[0]) for spacing in spacings):
+        raise InputError("has slices of different pixel spacings")
+    normal = np.cross(directions[0, :3], directions[0, 3:])
+    along = positions @ normal
     order = np.argsort(along)
     steps = np.diff(along[order])
     if len(slices) < 2:
@@ -116,6 +120,10 @@ def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
         raise InputError("has several slices at one position, so it is more than one volume")
     if np.abs(steps - steps.mean()).max() > SPACING_TOLERANCE * steps.mean():
         raise InputError("lacks slices, or their distances differ")
+    shifts = positions - positions[order[0]]
+    shifts -= np.outer(shifts @ normal, normal)
+    if np.linalg.norm(shifts, axis=1).max() > SPACING_TOLERANCE * steps.mean():
+        raise InputError("has slices that are shifted sideways against each other, which is not supported")
     return tuple(slices[number][0] for number in order)
 
 

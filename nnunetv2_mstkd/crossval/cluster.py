@@ -85,7 +85,7 @@ def submit_steps(
     Parameters
     ----------
     options
-        Options of sbatch; they override ours.
+        Options of sbatch; they override ours, but a ``dependency`` is added to that on other steps.
     report
         Called with a line for each job.
 
@@ -128,12 +128,18 @@ def submit_steps(
 
 
 def _parameters(step: Step, options: Mapping[str, Any], after: Sequence[str]) -> dict[str, Any]:
-    """Parameters for submitit: our own options of sbatch for the step, overridden by the user's."""
+    """Parameters for submitit: our own options of sbatch for the step, overridden by the user's.
+
+    A dependency of the user's is added to that on other steps.
+    """
     given = {key.replace("-", "_"): value for key, value in options.items()}
     minutes = minutes_of(given.pop("time", JOB_MINUTES))
     more: dict[str, Any] = {"kill_on_invalid_dep": "yes"}
-    if after:
-        more["dependency"] = f"afterok:{':'.join(after)}"
+    conditions = [f"afterok:{':'.join(after)}"] if after else []
+    if "dependency" in given:
+        conditions.append(given.pop("dependency"))
+    if conditions:
+        more["dependency"] = ",".join(conditions)
     if step.gpus and not {"gres", "gpus", "gpus_per_node", "gpus_per_task"} & set(given):
         more["gpus_per_node"] = step.gpus
     # submitit must know the time limit itself: it queues the job again when the time is up

@@ -46,9 +46,7 @@ class Lock:
         content = {"host": socket.gethostname(), **_process(os.getpid()), "since": _now(), "waits": True}
         for _ in range(2):
             try:
-                with self.file.open("x", encoding="utf-8") as stream:
-                    json.dump(content, stream)
-                return
+                stream = self.file.open("x", encoding="utf-8")
             except FileExistsError:
                 text = self._text()
                 owner = self._owner_in(text)
@@ -58,6 +56,14 @@ class Lock:
                         f"remove {self.file}"
                     ) from None
                 self._discard(text)
+                continue
+            try:
+                with stream:
+                    json.dump(content, stream)
+            except BaseException:  # a full disk, or an interrupt: an empty lock would never be free
+                self.release()
+                raise
+            return
         raise RunningStepError(f"{self.file.stem} was locked by another process just now")
 
     def pass_to(self, *, pid: int | None = None, job: str | None = None) -> None:

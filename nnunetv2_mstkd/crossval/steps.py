@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_mstkd.crossval.locks import Lock
-from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS
+from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS, SUMMARY
 from nnunetv2_mstkd.nnunet.folders import CHECKPOINTS, FINAL, model_folder_name
 from nnunetv2_mstkd.nnunet.splits import read_splits
+
+COMPARISON = "comparison.html"
+"""The file that ``mstkd compare`` writes last."""
 
 LOGS = "crossval"
 """Folder below nnUNet_results/DATASET for logs and locks of steps."""
@@ -184,8 +187,7 @@ class Evaluate(Step):
             return False
         trained = max(path.stat().st_mtime for path in weights)
         times = [path.stat().st_mtime for path in records]
-        table = self.output / RESULTS
-        reported, written = (_folds_in(table), table.stat().st_mtime) if table.is_file() else (set(), 0.0)
+        reported, written = self._reported()
         if self.pooled:
             return reported == set(self.folds) and written >= max(trained, *times)
         return max(min(times), written if set(self.folds) <= reported else 0) >= trained
@@ -200,6 +202,13 @@ class Evaluate(Step):
         words = ["mstkd", "evaluate", "-d", model.dataset, "-c", model.configuration, "-tr", model.trainer]
         words += ["-p", model.plans, "-f", *map(str, self.folds), "-device", model.device, *self.options]
         return [*words, "--disable_progress_bar"]
+
+    def _reported(self) -> tuple[set[int], float]:
+        """The folds of the tables and report, and when these were written; none if they are not complete."""
+        table, last = self.output / RESULTS, self.output / SUMMARY
+        if not table.is_file() or not last.is_file() or last.stat().st_mtime < table.stat().st_mtime:
+            return set(), 0.0
+        return _folds_in(table), table.stat().st_mtime
 
     def _records(self) -> list[Path]:
         """The file of each validation case, there or not; those of a folder of images may lie beside them."""
@@ -233,9 +242,10 @@ class Compare(Step):
         return self.model.logs / self.key
 
     def done(self) -> bool:
-        made = [path.stat().st_mtime for path in self.output.glob("*") if path.is_file()]
+        page = self.output / COMPARISON
         inputs = [model.folder / FOLDER / RESULTS for model in self.models]
-        return bool(made) and all(path.is_file() and path.stat().st_mtime <= min(made) for path in inputs)
+        made = [path.stat().st_mtime for path in self.output.glob("*") if path.is_file()]
+        return page.is_file() and all(path.is_file() and path.stat().st_mtime <= min(made) for path in inputs)
 
     def command(self) -> list[str]:
         named = [f"{model.trainer}={model.folder}" for model in self.models]
