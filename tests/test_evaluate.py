@@ -598,6 +598,17 @@ def test_a_restart_that_is_refused_forgets_nothing(student, capsys, monkeypatch)
     assert predicted == [1, 1]
 
 
+def test_a_restart_of_a_fold_keeps_the_others(student, monkeypatch):
+    base = ["--subsets", "T0"]
+    assert evaluate(student, *base) == 0
+    predicted = count_predictions(monkeypatch)
+    assert evaluate(student, *base, "-f", "0", "--restart") == 0 and predicted == [1, 1]
+    assert evaluate(student, *base) == 0 and predicted == [1, 1]
+    # other options: the results of fold 1 could not be told from those of fold 0
+    assert evaluate(student, *base, "-f", "0", "--restart", "-step_size", "1") == 0 and predicted == [1] * 4
+    assert evaluate(student, *base, "-step_size", "1") == 0 and predicted == [1] * 5
+
+
 def test_results_of_other_weights_are_not_mixed(student, capsys):
     base = ["--subsets", "T0", "-f", "0"]
     assert evaluate(student, *base) == 0

@@ -58,22 +58,29 @@ class CaseRecords:
     run:
         Model, options and rules: what the results of one table must share; otherwise an InputError is raised.
     restart:
-        Discard earlier results, on disk when :meth:`begin` is called.
+        Discard earlier results of the folds of :meth:`use_weights`, on disk when :meth:`begin` is called; those of
+        all folds if they were made with another ``run``.
     """
 
     def __init__(self, output: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder = output / CASES
         self._run = json.loads(json.dumps(run))
         self._discard = restart
-        if not restart and (self.folder / RUN).is_file():
-            before = read_object(self.folder / RUN, *RECORD)
-            for key, value in self._run.items():
-                if before.get(key) != value:
-                    raise InputError(
-                        f"{output} was evaluated with {key} {before.get(key)!r}, now it is {value!r}; take the same "
-                        f"options, another folder (-o), or --restart"
-                    )
+        if not restart:
+            self._check_same_run()
         self._weights: dict[str, str] = {}
+
+    def _check_same_run(self) -> None:
+        """Raise InputError if there are results of another run, or of one that cannot be read."""
+        if not (self.folder / RUN).is_file():
+            return
+        before = read_object(self.folder / RUN, *RECORD)
+        for key, value in self._run.items():
+            if before.get(key) != value:
+                raise InputError(
+                    f"{self.folder.parent} was evaluated with {key} {before.get(key)!r}, now it is {value!r}; take the "
+                    f"same options, another folder (-o), or --restart"
+                )
 
     def use_weights(self, fold: str, fingerprint: str) -> None:
         """Register the weights of a fold; :meth:`load` refuses cases that other weights predicted."""
@@ -81,8 +88,15 @@ class CaseRecords:
 
     def begin(self) -> None:
         """Call before the first case is predicted, after all checks."""
-        if self._discard and self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        if self._discard:
+            folders = [self.folder / f"fold_{fold}" for fold in self._weights]
+            try:
+                self._check_same_run()
+            except InputError:
+                folders = [self.folder]
+            for folder in folders:
+                if folder.is_dir():
+                    shutil.rmtree(folder)
         self._discard = False
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
 
