@@ -34,6 +34,7 @@ from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
 from nnunetv2_mstkd.nnunet.description import foreground_heads, foreground_values
 from nnunetv2_mstkd.nnunet.entropy import case_entropy
+from nnunetv2_mstkd.nnunet.input_folder import file_stamp
 from nnunetv2_mstkd.nnunet.preprocessing import as_preprocessed, segment
 
 NEAR = 0.05
@@ -217,8 +218,8 @@ def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np
 
 
 @functools.lru_cache(maxsize=2)
-def _reference(path: Path, reader: type[Any], labels: tuple[int, ...]) -> np.ndarray:
-    """A label image, cached for the next subsets of the case."""
+def _reference(path: Path, reader: type[Any], labels: tuple[int, ...], stamp: str) -> np.ndarray:
+    """A label image, cached for the next subsets of the case until the file has another stamp."""
     return read_label(path, reader, labels)[0]
 
 
@@ -274,7 +275,7 @@ def score_prediction(
     presence:
         Probability that there is any voxel of each output channel, shape (K,); None: the network does not say.
     """
-    reference = _reference(label, plans.image_reader_writer_class, rules.labels)
+    reference = _reference(label, plans.image_reader_writer_class, rules.labels, file_stamp(label))
     within = as_preprocessed(reference, properties, plans)
     views = () if view is None else view.every
     manager = plans.get_label_manager(dataset_json)
