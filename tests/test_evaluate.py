@@ -598,6 +598,46 @@ def test_a_restart_that_is_refused_forgets_nothing(student, capsys, monkeypatch)
     assert predicted == [1, 1]
 
 
+@pytest.mark.parametrize("source", ["preprocessed", "images"])
+@pytest.mark.parametrize("replaced", ["label", "image"])
+def test_a_case_whose_file_was_replaced_is_evaluated_again(student, monkeypatch, capsys, source, replaced):
+    preprocessed, raw = (Path(os.environ[f"nnUNet_{name}"], tiny.DATASET) for name in ("preprocessed", "raw"))
+    base = ["--subsets", "T0", "all", "-f", "0", "--metrics", "dice", *(["--mask-first"] * (source == "images"))]
+    image = {"preprocessed": preprocessed / "tiny_data" / "{}.b2nd", "images": raw / "imagesTr" / "{}_0002.nii.gz"}
+    file = {"label": preprocessed / "gt_segmentations" / "{}.nii.gz", "image": image[source]}[replaced]
+    assert evaluate(student, *base) == 0
+    before = results(student / "subsets")
+    if replaced == "label":
+        write(Path(str(file).format(CASES[0])), label_image(0) // 2)  # without the core
+    else:
+        shutil.copyfile(str(file).format(CASES[3]), str(file).format(CASES[0]))
+    predicted = count_predictions(monkeypatch)
+    capsys.readouterr()
+    assert evaluate(student, *base) == 0
+    assert sum(predicted) == 2 and "have changed: 1 cases" in capsys.readouterr().out
+    changed = results(student / "subsets")["value"].ne(before["value"])
+    assert changed.any() and set(before["case"][changed]) == {CASES[0]}
+    assert evaluate(student, *base) == 0 and sum(predicted) == 2
+    # a record of an earlier version has no stamps
+    record = student / "subsets" / "cases" / "fold_0" / f"{CASES[0]}.json"
+    content = json.loads(record.read_text())
+    assert content.pop("files")
+    record.write_text(json.dumps(content))
+    shutil.copyfile(str(file).format(CASES[1]), str(file).format(CASES[0]))
+    assert evaluate(student, *base) == 0 and sum(predicted) == 2
+
+
+def test_a_restart_of_a_fold_keeps_the_others(student, monkeypatch):
+    base = ["--subsets", "T0"]
+    assert evaluate(student, *base) == 0
+    predicted = count_predictions(monkeypatch)
+    assert evaluate(student, *base, "-f", "0", "--restart") == 0 and predicted == [1, 1]
+    assert evaluate(student, *base) == 0 and predicted == [1, 1]
+    # other options: the results of fold 1 could not be told from those of fold 0
+    assert evaluate(student, *base, "-f", "0", "--restart", "-step_size", "1") == 0 and predicted == [1] * 4
+    assert evaluate(student, *base, "-step_size", "1") == 0 and predicted == [1] * 5
+
+
 def test_results_of_other_weights_are_not_mixed(student, capsys):
     base = ["--subsets", "T0", "-f", "0"]
     assert evaluate(student, *base) == 0

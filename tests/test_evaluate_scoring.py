@@ -120,6 +120,30 @@ def test_a_single_slice_is_measured_in_its_plane():
     assert rules(metrics=("dice",)).score(point, point, (999.0, 1.0, 1.0))["core"]["dice"] == 1
 
 
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_thickness_of_a_single_slice_counts_in_volumes_only(axis):
+    names = ("dice", "hd95", "volume_error_ml")
+    prediction, reference = (np.moveaxis(image[1:2], 0, axis) for image in pair())
+    thick, thin = (tuple(np.insert((0.5, 0.5), axis, thickness)) for thickness in (6.0, 1.0))
+    scores = rules(metrics=names).score(prediction, reference, thick)["core"]
+    assert scores["volume_error_ml"] == pytest.approx(-0.5 * 0.5 * 6 / 1000)
+    assert scores["hd95"] == rules(metrics=names).score(prediction, reference, thin)["core"]["hd95"]
+
+
+@pytest.mark.parametrize("spacing", [(999, 1.0, 1.0), (999 * 0.5, 0.5, 0.5), (999 * 3.0, 3.0, 2.0)])
+def test_an_image_without_a_third_axis_has_a_thickness_of_one(spacing):
+    scores = rules(metrics=("volume_error_ml",)).score(*(image[1:2] for image in pair()), spacing)
+    assert scores["core"]["volume_error_ml"] == pytest.approx(-spacing[1] * spacing[2] / 1000)
+
+
+def test_lesions_of_a_thick_slice_are_large_enough():
+    prediction, reference = np.zeros((2, 1, 30, 30), np.uint8)
+    reference[0, 5:10, 5:10] = 1  # 25 mm2, missed; up to 50 mm3 do not count
+    scored = rules(metrics=("lesion_dice",), lesion_convention="brats2023_gli")
+    assert scored.score(prediction, reference, (1.0, 1.0, 1.0))["core"]["lesion_dice"] == 1
+    assert scored.score(prediction, reference, (5.0, 1.0, 1.0))["core"]["lesion_dice"] == 0
+
+
 @pytest.mark.parametrize(
     ("labels", "regions", "known", "ignore"),
     [

@@ -212,6 +212,13 @@ def test_folds_of_one_case_are_averaged():
     assert cube(pd.concat([first, second]), "dice").values == pytest.approx(cube(first, "dice").values / 2)
 
 
+def test_means_of_subsets_count_a_case_of_several_folds_once():
+    first, again = table({("m", "A", "WT"): [0.2, 0.8]}), table({("m", "A", "WT"): [0.6]})
+    found = findings.Findings(pd.concat([first, again.assign(fold=1)]))
+    assert found.by_subset["value"].tolist() == pytest.approx([0.6])  # 0.4 and 0.8
+    assert row(found.summary, region="WT")["value"] == pytest.approx(0.6)
+
+
 def test_an_incomplete_table_is_refused_with_what_is_missing():
     frame = table(TWO)
     with pytest.raises(ValueError, match=r"no dice of model M, case case1, subset T1\+T1ce, region ET; models"):

@@ -24,7 +24,7 @@ from nnunetv2_mstkd.inference.workers import workers
 from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.nnunet.case_facts import read_case_facts
 from nnunetv2_mstkd.nnunet.folders import find_raw_folder, nnunet_folder
-from nnunetv2_mstkd.nnunet.input_folder import Case, find_cases, training_cases
+from nnunetv2_mstkd.nnunet.input_folder import Case, file_stamp, find_cases, training_cases
 from nnunetv2_mstkd.nnunet.per_channel import PER_CHANNEL, complete_data, data_folder, normalization
 from nnunetv2_mstkd.nnunet.preprocessing import (
     check_preprocessed_with,
@@ -63,6 +63,19 @@ class LabelledCase:
         """As :attr:`present`, but all-zero files always count: what is known without reading images."""
         zero = () if self.images is None else self.images.all_zero
         return tuple(there or channel in zero for channel, there in enumerate(self.present))
+
+    def stamps(self) -> dict[str, str]:
+        """What tells the files that are read from those that replace them, without files that do not exist.
+
+        Keys are ``label`` and channel numbers or the endings of preprocessed data: files of several folders may share
+        their names.
+        """
+        files = {"label": self.label}
+        if self.images is not None:
+            files |= {f"{k:04d}": path for k, path in enumerate(self.images.files) if path is not None}
+        elif self.preprocessed is not None:
+            files |= {ending: self.preprocessed / f"{self.name}.{ending}" for ending in ("b2nd", "npz", "pkl")}
+        return {key: stamp for key, path in files.items() if (stamp := file_stamp(path))}
 
     def subsets(self, rows: Mapping[str, Sequence[bool]]) -> list[str]:
         """The names of those subsets, by name bool of shape (C,), that the case has all modalities of."""

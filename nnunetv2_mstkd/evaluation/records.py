@@ -58,22 +58,32 @@ class CaseRecords:
     run:
         Model, options and rules: what the results of one table must share; otherwise an InputError is raised.
     restart:
-        Discard earlier results, on disk when :meth:`begin` is called.
+        Discard earlier results of the folds of :meth:`use_weights`, on disk when :meth:`begin` is called; those of
+        all folds if they were made with another ``run``.
     """
 
     def __init__(self, output: Path, run: Mapping[str, Any], *, restart: bool = False) -> None:
         self.folder = output / CASES
         self._run = json.loads(json.dumps(run))
         self._discard = restart
-        if not restart and (self.folder / RUN).is_file():
-            before = read_object(self.folder / RUN, *RECORD)
-            for key, value in self._run.items():
-                if before.get(key) != value:
-                    raise InputError(
-                        f"{output} was evaluated with {key} {before.get(key)!r}, now it is {value!r}; take the same "
-                        f"options, another folder (-o), or --restart"
-                    )
+        if not restart:
+            self._check_same_run()
         self._weights: dict[str, str] = {}
+        self._stamps: dict[tuple[str, str], dict[str, str]] = {}
+        self.changed: set[tuple[str, str]] = set()
+        """Fold and name of the cases whose results were not used because their files are other ones now."""
+
+    def _check_same_run(self) -> None:
+        """Raise InputError if there are results of another run, or of one that cannot be read."""
+        if not (self.folder / RUN).is_file():
+            return
+        before = read_object(self.folder / RUN, *RECORD)
+        for key, value in self._run.items():
+            if before.get(key) != value:
+                raise InputError(
+                    f"{self.folder.parent} was evaluated with {key} {before.get(key)!r}, now it is {value!r}; take the "
+                    f"same options, another folder (-o), or --restart"
+                )
 
     def use_weights(self, fold: str, fingerprint: str) -> None:
         """Register the weights of a fold; :meth:`load` refuses cases that other weights predicted."""
@@ -81,18 +91,31 @@ class CaseRecords:
 
     def begin(self) -> None:
         """Call before the first case is predicted, after all checks."""
-        if self._discard and self.folder.is_dir():
-            shutil.rmtree(self.folder)
+        if self._discard:
+            folders = [self.folder / f"fold_{fold}" for fold in self._weights]
+            try:
+                self._check_same_run()
+            except InputError:
+                folders = [self.folder]
+            for folder in folders:
+                if folder.is_dir():
+                    shutil.rmtree(folder)
         self._discard = False
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
 
-    def load(self, fold: str, case: str, images: list[str] | None = None) -> dict[str, SubsetScore]:
+    def load(
+        self, fold: str, case: str, images: list[str] | None = None, stamps: Mapping[str, str] | None = None
+    ) -> dict[str, SubsetScore]:
         """The results of a case by subset; empty if there are none yet, InputError if made with other weights.
 
         ``images`` are the modalities that preprocessing sees: results of a time when the case had others are not used.
-        None: they do not matter.
+        None: they do not matter. ``stamps`` are those of its files, from
+        :meth:`~nnunetv2_mstkd.evaluation.cases.LabelledCase.stamps`: results from a file that was replaced are not used
+        either, and :meth:`save` writes these, which were taken before the files are read.
         """
         file = self._file(fold, case)
+        if stamps is not None:
+            self._stamps[fold, case] = dict(stamps)
         if self._discard or not file.is_file():
             return {}
         content = read_object(file, *RECORD)
@@ -101,9 +124,14 @@ class CaseRecords:
                 f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
                 f"evaluate again with --restart"
             )
-        if images is not None and (content.get("images") or images) != images:
-            return {}
         try:
+            before, now = dict(content.get("files") or {}), stamps or {}  # none in records of earlier versions
+            others = images is not None and (content.get("images") or images) != images
+            if others or any(before.get(key, stamp) != stamp for key, stamp in now.items()):
+                self.changed.add((fold, case))
+                return {}
+            if stamps is not None:
+                self._stamps[fold, case] = {**before, **stamps}  # a file that is away may come back as another one
             return {
                 subset: SubsetScore(
                     _with_nan(entry["values"]),
@@ -138,8 +166,9 @@ class CaseRecords:
 
         For ``images`` see :meth:`load`.
         """
+        older = None if (fold, case) in self.changed else self.load_montage(fold, case)
         # before the results, which say that a case is complete
-        write_montage(montage.with_older(self.load_montage(fold, case)), self._file(fold, case, "npz"))
+        write_montage(montage.with_older(older), self._file(fold, case, "npz"))
         file = self._file(fold, case)
         file.parent.mkdir(parents=True, exist_ok=True)
         if not (self.folder / RUN).is_file():
@@ -156,7 +185,8 @@ class CaseRecords:
             }
             for subset, score in scores.items()
         }
-        content = {"weights": self._weights[fold], "images": images, "subsets": subsets}
+        files = self._stamps.get((fold, case), {})
+        content = {"weights": self._weights[fold], "images": images, "files": files, "subsets": subsets}
         write_json(file, content, indent=None)  # indented, each count of logits is a line
 
     def collect(self, cases: Iterable[tuple[str, str, Sequence[str]]], *, model: str, trainer: str) -> Collected:

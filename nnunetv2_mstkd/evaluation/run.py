@@ -289,8 +289,12 @@ class Evaluator:
         """The cases that can be evaluated, read if they lack results; what is left out is reported."""
         request = self.request
         cases = [
-            OpenCase(case, self.records.load(case.fold, case.name, self._seen(case))) for case in found if case.labelled
+            OpenCase(case, self.records.load(case.fold, case.name, self._seen(case), case.stamps()))
+            for case in found
+            if case.labelled
         ]
+        if self.records.changed:
+            request.report(f"evaluated again, their label or images have changed: {len(self.records.changed)} cases")
         unread = [each for each in cases if self._missing(each)]
         checked = check_cases(
             [each.case for each in unread],

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,10 +34,28 @@ from nnunetv2_mstkd.metrics.lesionwise import lesionwise_regions
 from nnunetv2_mstkd.metrics.surface import check_tolerance
 from nnunetv2_mstkd.nnunet.description import foreground_heads, foreground_values
 from nnunetv2_mstkd.nnunet.entropy import case_entropy
+from nnunetv2_mstkd.nnunet.input_folder import file_stamp
 from nnunetv2_mstkd.nnunet.preprocessing import as_preprocessed, segment
 
 NEAR = 0.05
 """Logit. Another stack size changes logits by rounding, far less than this; voxels farther away keep their label."""
+
+PSEUDO_SPACING = 999
+"""nnU-Net's readers give a 2-D image an axis of one voxel with this spacing, or so many times the largest other one."""
+
+
+class _Grid(NamedTuple):
+    """Where masks lie, in millimetres."""
+
+    spacing: Sequence[float]
+    """Of the axes of the masks."""
+    thickness: float
+    """Across them, where they are of a slice; 1 where it is unknown."""
+
+
+def _thickness(across: Sequence[float], spacing: Sequence[float]) -> float:
+    """The product of the spacings across a slice, without those that stand for none."""
+    return float(np.prod([step for step in across if 0 < step < PSEUDO_SPACING * min(1, max(spacing))]))
 
 
 @dataclass(frozen=True)
@@ -99,19 +117,22 @@ class Rules:
         """All metrics of all regions of a pair of label images of equal shape: region -> metric -> value.
 
         The spacing is in millimetres per axis. Axes with a single voxel are dropped: a slice has no surface in space.
+        Its thickness counts in volumes only.
         """
         # one axis stays if all are single
         kept = [axis for axis, size in enumerate(reference.shape) if size > 1] or [0]
         shape = tuple(reference.shape[axis] for axis in kept)
         prediction, reference = prediction.reshape(shape), reference.reshape(shape)
+        across = [spacing[axis] for axis in range(len(spacing)) if axis not in kept]
         spacing = [spacing[axis] for axis in kept]
+        grid = _Grid(spacing, _thickness(across, spacing))
         predicted, wanted = self._masks(prediction, reference), self._masks(reference, reference)
-        scores = self._score(predicted, wanted, spacing, self.regions)
+        scores = self._score(predicted, wanted, grid, self.regions)
         for region, voxels in self.min_voxels.items():
             found = scores[region]
             if np.count_nonzero(predicted[region]) < voxels:
                 emptied = {**predicted, region: np.zeros_like(predicted[region])}
-                found = self._score(emptied, wanted, spacing, [region])[region]
+                found = self._score(emptied, wanted, grid, [region])[region]
             scores[min_voxels_region(region, voxels)] = dict(found)
         return {name: scores[name] for name in self.scored}
 
@@ -119,13 +140,14 @@ class Rules:
         self,
         predicted: Mapping[str, np.ndarray],
         wanted: Mapping[str, np.ndarray],
-        spacing: Sequence[float],
+        grid: _Grid,
         names: Iterable[str],
     ) -> dict[str, dict[str, float]]:
         """The metrics of some regions; lesions of all of them may decide about each other."""
-        scores = {name: self._score_region(predicted[name], wanted[name], spacing) for name in names}
+        scores = {name: self._score_region(predicted[name], wanted[name], grid) for name in names}
         if self._of_lesions():
-            lesions = lesionwise_regions(predicted, wanted, spacing, str(self.lesion_convention))
+            convention = str(self.lesion_convention)
+            lesions = lesionwise_regions(predicted, wanted, grid.spacing, convention, thickness=grid.thickness)
             for name, of_region in scores.items():
                 values = {LESION_DICE: lesions[name].dice, LESION_HD95: lesions[name].hd95_mm}
                 of_region |= {metric: value for metric, value in values.items() if metric in self.metrics}
@@ -138,13 +160,12 @@ class Rules:
             masks = {name: mask & counted for name, mask in masks.items()}
         return masks
 
-    def _score_region(
-        self, prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]
-    ) -> dict[str, float]:
+    def _score_region(self, prediction: np.ndarray, reference: np.ndarray, grid: _Grid) -> dict[str, float]:
         scores = overlap.score(
             prediction,
             reference,
-            spacing,
+            grid.spacing,
+            thickness=grid.thickness,
             convention=self.convention,
             tolerance=self.tolerance,
             surfaces=HD95 in self.metrics or NSD in self.metrics,
@@ -197,8 +218,8 @@ def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np
 
 
 @functools.lru_cache(maxsize=2)
-def _reference(path: Path, reader: type[Any], labels: tuple[int, ...]) -> np.ndarray:
-    """A label image, cached for the next subsets of the case."""
+def _reference(path: Path, reader: type[Any], labels: tuple[int, ...], stamp: str) -> np.ndarray:
+    """A label image, cached for the next subsets of the case until the file has another stamp."""
     return read_label(path, reader, labels)[0]
 
 
@@ -254,7 +275,7 @@ def score_prediction(
     presence:
         Probability that there is any voxel of each output channel, shape (K,); None: the network does not say.
     """
-    reference = _reference(label, plans.image_reader_writer_class, rules.labels)
+    reference = _reference(label, plans.image_reader_writer_class, rules.labels, file_stamp(label))
     within = as_preprocessed(reference, properties, plans)
     views = () if view is None else view.every
     manager = plans.get_label_manager(dataset_json)

@@ -59,6 +59,7 @@ def lesionwise(
     *,
     region: str = "WT",
     partners: Sequence[tuple[np.ndarray, np.ndarray, str]] = (),
+    thickness: float = 1.0,
 ) -> LesionwiseScores:
     """Lesion-wise Dice and HD95 of one region.
 
@@ -75,6 +76,8 @@ def lesionwise(
     partners:
         (prediction, reference, region) of the tissues that join lesions of this region, in the convention's order;
         :func:`lesionwise_regions` finds them by name.
+    thickness:
+        Millimetres of a slice whose masks lack the axis across it; volumes are multiplied by it.
     """
     settings = lesion_convention_named(convention)
     check_masks(prediction, reference)
@@ -101,7 +104,7 @@ def lesionwise(
         wanted = _joined(wanted, _lesions(other_reference[box], other, settings, predicted=False))
 
     belongs = _belongings(wanted, found, settings.dilation_of(region))
-    voxel = float(np.prod(steps))
+    voxel = float(np.prod(steps)) * thickness
     of_found = ndimage.find_objects(found)
     lesions = []
     for number, part in enumerate(ndimage.find_objects(wanted), start=1):
@@ -127,6 +130,7 @@ def lesionwise_regions(
     convention: str = "brats2023_gli",
     *,
     regions: Sequence[str] | None = None,
+    thickness: float = 1.0,
 ) -> dict[str, LesionwiseScores]:
     """Lesion-wise Dice and HD95 of several regions of a case, with the partners that the convention names.
 
@@ -134,7 +138,7 @@ def lesionwise_regions(
     ----------
     predictions, references:
         Masks by region name, including those of the partners: for ET in ``brats2024_gli`` also NETC and RC.
-    spacing, convention:
+    spacing, convention, thickness:
         As for :func:`lesionwise`.
     regions:
         The regions to score; default all of ``predictions``.
@@ -156,6 +160,7 @@ def lesionwise_regions(
             convention,
             region=region,
             partners=[(predictions[name], references[name], name) for name in names],
+            thickness=thickness,
         )
     return scores
 

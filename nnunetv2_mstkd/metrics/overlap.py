@@ -71,6 +71,7 @@ def score(
     convention: str = BRATS,
     tolerance: float = 1.0,
     surfaces: bool = True,
+    thickness: float = 1.0,
 ) -> dict[str, float]:
     """All voxel metrics of a pair of masks by name; voxels are counted and surfaces extracted once.
 
@@ -80,6 +81,8 @@ def score(
         As for :func:`volume_error_ml` and :func:`~nnunetv2_mstkd.metrics.surface.normalized_surface_dice`.
     surfaces:
         Also compute hd95 and nsd, which take most of the time.
+    thickness:
+        Millimetres of a slice whose masks lack the axis across it; volumes are multiplied by it.
 
     Returns
     -------
@@ -90,7 +93,7 @@ def score(
     steps = check_spacing(spacing, prediction.ndim)
     counts = _counts(prediction, reference)
     scores = {name: _from_counts(name, counts, convention) for name in (DICE, IOU, SENSITIVITY, PRECISION)}
-    scores[VOLUME_ERROR] = _volume_error(counts[1], counts[2], steps)
+    scores[VOLUME_ERROR] = _volume_error(counts[1], counts[2], (*steps, thickness))
     scores[RELATIVE_VOLUME_ERROR] = _from_counts(RELATIVE_VOLUME_ERROR, counts, convention)
     if not surfaces:
         return scores

@@ -96,7 +96,7 @@ def find_cases(folder: Path, file_ending: str, names: Sequence[str]) -> tuple[li
     cases = []
     for name, present in sorted(found.items()):
         paths = tuple(present.get(channel) for channel in range(len(names)))
-        cases.append(Case(name, paths, stamps=tuple(None if path is None else _stamp(path) for path in paths)))
+        cases.append(Case(name, paths, stamps=tuple(None if path is None else file_stamp(path) for path in paths)))
     return cases, problems + _same_names(cases)
 
 
@@ -148,8 +148,8 @@ def training_files(raw: Path, case: str, description: Mapping[str, Any], channel
     return TrainingFiles(tuple(paths), label)
 
 
-def _stamp(path: Path) -> str:
-    """What tells a file from one that replaces it, without reading it."""
+def file_stamp(path: Path) -> str:
+    """What tells a file from one that replaces it, without reading it: size and time of the last change, or ""."""
     try:
         status = path.stat()
         return f"{status.st_size} bytes, {datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()}"

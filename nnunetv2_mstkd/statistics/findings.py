@@ -52,7 +52,8 @@ class Findings:
     results:
         The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     by_subset:
-        The mean over the cases, with the columns subset, modalities, region, metric, value.
+        The mean over the cases, with the columns subset, modalities, region, metric, value. Here and below, a case that
+        several folds predicted counts once, with the mean of its folds.
     summary, by_count:
         Mean Dice over all subsets with the worst subset, and by number of modalities: :func:`summary` and
         :func:`mean_by_count`.
@@ -87,7 +88,9 @@ class Findings:
         self.num_patients = len(set(patients.values()))
         bootstrap = Bootstrap(patients)
         keys = [SUBSET, MODALITIES, REGION, METRIC]
-        self.by_subset = results.groupby(keys, sort=False)[VALUE].mean().reset_index()
+        # a case that several folds predicted counts once, with their mean
+        of_cases = results.groupby([*keys, CASE], sort=False)[VALUE].mean()
+        self.by_subset = of_cases.groupby(keys, sort=False).mean().reset_index()
         self.summary = summary(results, bootstrap=bootstrap)
         self.by_count = mean_by_count(results, bootstrap=bootstrap)
         self.full_cases = list(of_subset.get(SEPARATOR.join(modalities), ()))
