@@ -373,10 +373,15 @@ def test_the_guide_has_the_temperature_of_its_evaluation(make_trainer, size):
     trainer = make_trainer(methods.KDTrainer, block={"unlabelled": {"temperature": None}})
     with pytest.raises(InputError, match="is null, but this training has no trained teacher; give a number"):
         trainer.guide_temperature  # noqa: B018
-    trainer._teacher_identity = {"path": "Dataset/Teacher__nnUNetPlans__tiny/fold_0/checkpoint_final.pth"}
+    path = "Dataset/Teacher__nnUNetPlans__tiny/fold_0/checkpoint_final.pth"
+    trainer._teacher_identity = {"path": path, "sha256": "abcdef"}
     file = Path(trainer.output_folder_base).parents[1] / "Dataset" / "Teacher__nnUNetPlans__tiny" / SUMMARY
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps({"calibration": {"temperature": {"1": 3.0, str(size): 1.5}}}))
+    content = {"calibration": {"temperature": {"1": 3.0, str(size): 1.5}}}
+    file.write_text(json.dumps({**content, "weights": {"0": "another"}}))
+    with pytest.raises(InputError, match="is of other weights of fold 0"):
+        trainer.guide_temperature  # noqa: B018
+    file.write_text(json.dumps({**content, "weights": {"0": "abc"}}))
     if size == 4:
         assert trainer.guide_temperature == 1.5
     else:
