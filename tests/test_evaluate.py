@@ -614,7 +614,7 @@ def test_a_case_whose_file_was_replaced_is_evaluated_again(student, monkeypatch,
     predicted = count_predictions(monkeypatch)
     capsys.readouterr()
     assert evaluate(student, *base) == 0
-    assert sum(predicted) == 2 and "have changed: 1 cases" in capsys.readouterr().out
+    assert sum(predicted) == 2 and "label or images have changed, cases: 1" in capsys.readouterr().out
     changed = results(student / "subsets")["value"].ne(before["value"])
     assert changed.any() and set(before["case"][changed]) == {CASES[0]}
     assert evaluate(student, *base) == 0 and sum(predicted) == 2

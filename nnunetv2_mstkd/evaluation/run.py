@@ -294,7 +294,7 @@ class Evaluator:
             if case.labelled
         ]
         if self.records.changed:
-            request.report(f"evaluated again, their label or images have changed: {len(self.records.changed)} cases")
+            request.report(f"evaluated again because label or images have changed, cases: {len(self.records.changed)}")
         unread = [each for each in cases if self._missing(each)]
         checked = check_cases(
             [each.case for each in unread],
