@@ -134,23 +134,22 @@ def test_all_phases_are_augmented_as_the_planned_patch(models):
 
 
 @pytest.mark.compiled
-def test_each_patch_size_is_compiled_by_itself(make_trainer, monkeypatch):
+def test_each_patch_size_is_compiled_by_itself(make_trainer):
     from torch._dynamo import config
 
-    monkeypatch.setattr(config, "automatic_dynamic_shapes", True)
-    monkeypatch.setattr(config, "cache_size_limit", 2)
     network = make_trainer(
         methods.MSTKDTrainer, block={"network": {"max_tokens": 16}}, deep_supervision=False
     ).network.eval()
     assert max(network.transformer.patch) > 1
     torch._dynamo.reset()
-    compile_each_size(4)
-    compiled = torch.compile(network, backend="aot_eager")
-    for size in ((16, 16, 16), (24, 16, 16), (24, 24, 32)):
-        data = torch.randn(1, 4, *size)
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(data), network(data), rtol=1e-3, atol=1e-4)
-    assert config.cache_size_limit == 12
+    with config.patch(automatic_dynamic_shapes=True, cache_size_limit=2):
+        compile_each_size(4)
+        compiled = torch.compile(network, backend="aot_eager")
+        for size in ((16, 16, 16), (24, 16, 16), (24, 24, 32)):
+            data = torch.randn(1, 4, *size)
+            with torch.no_grad():
+                torch.testing.assert_close(compiled(data), network(data), rtol=1e-3, atol=1e-4)
+        assert config.cache_size_limit == 12
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(models):
