@@ -268,7 +268,8 @@ def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Cas
     description = job.description
     sources = fingerprint(case, job.source)
     known = progress.done.get(case.name)
-    if known is not None and known.is_of(case, sources) and _is_written(folder, known):
+    # a crash of the machine may lose what was written last
+    if known is not None and known.is_of(case, sources) and known.damage(folder) is None:
         return known
     record = CaseRecord(case.name, case.part, description.patient_of(case.name), sources)
     checked = job.check(case, job.options.verify or FULL, headers)
@@ -281,14 +282,6 @@ def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Cas
     record = replace(record, states=states, unlabelled=checked.unlabelled)
     progress.add(record)
     return record
-
-
-def _is_written(folder: Path, record: CaseRecord) -> bool:
-    """Whether the files of a case are as its record says; a crash of the machine may lose what was written last."""
-    try:
-        return [file_state(folder / name) for name in record.written] == record.states
-    except OSError:
-        return False
 
 
 def _finish(folder: Path, job: Job, report: Report) -> None:

@@ -9,7 +9,7 @@ from nnunetv2_mstkd.errors import ExistingFileError
 from .cases import Case, Found
 from .checks import FULL, HEADER, check_case
 from .job import Job, Report, problem_lines
-from .progress import CaseRecord, file_state, fingerprint, read_record
+from .progress import CaseRecord, fingerprint, read_record
 
 
 def check_finished(job: Job, found: Found, report: Report) -> None:
@@ -58,15 +58,12 @@ def check_finished(job: Job, found: Found, report: Report) -> None:
 def _verify_written(job: Job, record: CaseRecord) -> list[str]:
     """Check the files of one case in a finished data set."""
     level = job.options.verify or HEADER
-    paths = [job.target / name for name in record.written]  # an absolute path stays as it is
-    lost = [path for path in paths if not path.is_file()]
-    if lost:
-        return [f"{lost[0]} no longer exists"]
-    other = [path for path, state in zip(paths, record.states, strict=True) if file_state(path) != state]
-    if other:
-        return [f"{other[0]} has changed since it was written (size, beginning or end)"]
+    damage = record.damage(job.target)
+    if damage is not None:
+        return [damage]
     if level == HEADER:
         return []
+    paths = [job.target / name for name in record.written]
     images = tuple(
         None if modality in record.missing else path
         for modality, path in zip(job.description.modalities, paths, strict=False)

@@ -42,6 +42,17 @@ class CaseRecord:
         """Whether it records this case, made from files of this :func:`fingerprint`."""
         return dict(self.sources) == sources and self.part == case.part
 
+    def damage(self, folder: Path) -> str | None:
+        """What has happened to a written file since; None: all are as they were written."""
+        paths = [folder / name for name in self.written]  # an absolute path stays as it is
+        for path in paths:
+            if not path.is_file():
+                return f"{path} no longer exists"
+        for path, state in zip(paths, self.states, strict=True):
+            if file_state(path) != state:
+                return f"{path} has changed since it was written (size, beginning or end)"
+        return None
+
 
 def fingerprint(case: Case, source: Path) -> dict[str, list[int]]:
     """Size in bytes and time of modification in ns of each file: they tell whether a case must be converted again."""

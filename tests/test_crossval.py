@@ -22,7 +22,7 @@ from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
 from nnunetv2_mstkd.crossval.plan import make_steps, needed_by
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Progress, Step, Train, Training, finished_epochs
-from nnunetv2_mstkd.reporting.compare import HTML
+from nnunetv2_mstkd.inference.evaluation_files import COMPARISON
 
 
 @dataclass(frozen=True)
@@ -340,7 +340,7 @@ def test_comparison_must_be_newer_than_its_inputs(tmp_path):
     step.output.mkdir(parents=True)
     (step.output / "table.md").touch()
     assert not step.done()  # killed before the page, which is written last
-    (step.output / HTML).touch()
+    (step.output / COMPARISON).touch()
     assert step.done()
     os.utime(models[1].folder / "subsets" / "results.csv", (time.time() + 9, time.time() + 9))
     assert not step.done()

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS
+from nnunetv2_mstkd.inference.evaluation_files import COMPARISON, FOLDER, RESULTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Compare, write and print."""
-    from nnunetv2_mstkd.reporting.compare import HTML, compare
+    from nnunetv2_mstkd.reporting.compare import compare
 
     hours = dict(map(_name_and_hours, args.hours))
     comparison = compare(
@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
         show_subsets=args.show_subsets,
         output=args.output,
     )
-    print(f"{comparison.text}\n\nwritten to {args.output}; open {HTML} in a browser")
+    print(f"{comparison.text}\n\nwritten to {args.output}; open {COMPARISON} in a browser")
 
 
 def _name_and_hours(text: str) -> tuple[str, float]:

@@ -14,12 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_mstkd.crossval.locks import Lock
-from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS, SUMMARY
+from nnunetv2_mstkd.inference.evaluation_files import COMPARISON, FOLDER, RESULTS, SUMMARY
 from nnunetv2_mstkd.nnunet.folders import CHECKPOINTS, FINAL, model_folder_name
 from nnunetv2_mstkd.nnunet.splits import read_splits
-
-COMPARISON = "comparison.html"
-"""The file that ``mstkd compare`` writes last."""
 
 LOGS = "crossval"
 """Folder below nnUNet_results/DATASET for logs and locks of steps."""

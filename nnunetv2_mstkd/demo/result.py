@@ -7,9 +7,9 @@ from importlib.util import find_spec
 
 from nnunetv2_mstkd.demo.pipeline import DISCLAIMER, RECOMMENDED, Demo, Model
 from nnunetv2_mstkd.demo.steps import FOLDERS
-from nnunetv2_mstkd.inference.evaluation_files import REPORT
+from nnunetv2_mstkd.inference.evaluation_files import COMPARISON, REPORT
 from nnunetv2_mstkd.reporting import figures
-from nnunetv2_mstkd.reporting.compare import HTML, compare, models_by_subset
+from nnunetv2_mstkd.reporting.compare import compare, models_by_subset
 
 APP = "    # first: pip install 'nnunetv2_mstkd[app]'"
 
@@ -22,7 +22,7 @@ def write_result(demo: Demo) -> str:
     figure = figures.heat_map(comparison.results)
     figure.supxlabel(DISCLAIMER, fontsize=8, color="0.4")
     figures.save_figure(figure, output / "heat_map.png", dpi=110)
-    files = {"open in a browser": output / HTML}
+    files = {"open in a browser": output / COMPARISON}
     files |= {f"report of {model.trainer}": demo.evaluation(model) / REPORT for model in demo.models}
     width = max(map(len, files)) + 2
     return "\n".join(

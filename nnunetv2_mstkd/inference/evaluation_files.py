@@ -1,4 +1,4 @@
-"""Names of the files of an evaluation. They are here because a prediction looks up the Dice to expect; stdlib only."""
+"""Names of the files of an evaluation and of a comparison, for modules that only look them up; stdlib only."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ TABLES = {"markdown": "tables.md", "latex": "tables.tex"}
 REPORT = "report.html"
 CASES = "cases"
 """Folder with ``fold_0/CASE.json``, the results of a case, and ``CASE.npz``, one slice of it."""
+
+COMPARISON = "comparison.html"
+"""The file that ``mstkd compare`` writes last."""
 
 PRESENCE = "presence.csv"
 """What the presence head of a model says of each case and subset, where it has one."""

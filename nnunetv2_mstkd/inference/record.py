@@ -50,12 +50,11 @@ class Record:
         self.file, self.names, self.expected, self.ranges = file, names, expected, ranges or {}
         self.run = json.loads(json.dumps(run))
         # with another number of parts than before, cases are in other files
-        records = sorted(file.parent.glob("predictions*.json")) if resume else []
-        self._known: dict[str, Any] = {}
-        for each in records:
-            self._known |= self._read_cases(each)
+        paths = sorted(file.parent.glob("predictions*.json")) if resume else []
+        records = {path: self._read_cases(path) for path in paths}
         self.resumed = bool(records)
-        self.cases: dict[str, Any] = self._read_cases(file) if file in records else {}
+        self.cases: dict[str, Any] = records.pop(file, {})
+        self._elsewhere = {name: entry for cases in records.values() for name, entry in cases.items()}
         self._saved = -float("inf")
 
     def _read_cases(self, file: Path) -> dict[str, Any]:
@@ -78,7 +77,7 @@ class Record:
 
     def has(self, case: Case) -> bool:
         """Whether the case was predicted from the images that it has now; some may be new, or replaced, since."""
-        entry = self.cases.get(case.name) or self._known.get(case.name)
+        entry = self.cases.get(case.name) or self._elsewhere.get(case.name)
         return entry is not None and entry.get("images") == self._images(case)
 
     def _images(self, case: Case) -> dict[str, str | None]:

@@ -26,9 +26,10 @@ STANDARD_CONFIGURATIONS = ("2d", "3d_fullres", "3d_lowres", "3d_cascade_fullres"
 """nnU-Net's own; planning again overwrites them, so settings never go there."""
 
 MIN_BOTTLENECK_EDGE = 4
+"""nnU-Net's planners stop pooling an axis before its deepest grid falls below this."""
+
 MIN_STAGES = 3
 """With two, deep supervision has one output, whose weight nnU-Net sets to 0 and divides by."""
-"""nnU-Net's planners stop pooling an axis before its deepest grid falls below this."""
 
 
 # ---- the file ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import ExistingFileError
 from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.images.atomic import write_json, write_text
+from nnunetv2_mstkd.inference.evaluation_files import COMPARISON
 from nnunetv2_mstkd.metrics.conventions import Metric, metric_named
 from nnunetv2_mstkd.reporting.html import render
 from nnunetv2_mstkd.reporting.tables import (
@@ -40,7 +41,6 @@ from nnunetv2_mstkd.statistics.significance import AGAINST, BY_TRAINING, DIFFERE
 
 PAGE = "comparison.md"
 NUMBERS = "comparison.json"
-HTML = "comparison.html"
 FIGURE = "comparison.png"
 COST = "cost.png"
 QUALITATIVE = "qualitative.png"
@@ -135,7 +135,7 @@ def _write(comparison: Comparison, output: Path, cases: Sequence[str], subsets: 
     write_text(output / CSV, subset_csv({each: _content(comparison, each) for each in comparison.metrics}))
     write_json(output / NUMBERS, _numbers(comparison))
     write_text(output / PAGE, _page(comparison, drawn[QUALITATIVE] is not None))
-    write_text(output / HTML, _html(comparison, output))
+    write_text(output / COMPARISON, _html(comparison, output))
 
 
 def _part(table: pd.DataFrame, metric: str) -> pd.DataFrame:

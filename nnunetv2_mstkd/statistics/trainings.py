@@ -17,7 +17,7 @@ def widen(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Widen an interval over patients, for fixed networks, to one over patients and training runs.
 
-    Each independent sample of runs adds the half-width of its own t interval, in quadrature:
+    Each independent sample of runs adds the half-width of its t interval in quadrature:
     low' = value - sqrt((value - low)^2 + sum_k (t_k s_k)^2 / S_k), with the standard deviation s_k over S_k runs
     and the quantile t_k for S_k - 1 degrees of freedom. This is Cochran's approximation to the Behrens-Fisher problem
     (Cochran, Biometrics 20:191, 1964): exact where one source dominates and conservative in between. A bootstrap over

@@ -27,13 +27,12 @@ def loader_like(given: Any, share: float = 1.0, **changes: Any) -> Any:
     changes
         Attributes of nnU-Net's data loader that differ.
     """
-    threaded = isinstance(given, NonDetMultiThreadedAugmenter)
-    original = given.generator if threaded else given.data_loader
+    original = _inner(given)
     loader = copy.copy(original)
     loader.get_do_oversample = types.MethodType(original.get_do_oversample.__func__, loader)
     for name, value in changes.items():
         setattr(loader, name, value)
-    if not threaded:
+    if not isinstance(given, NonDetMultiThreadedAugmenter):
         return SingleThreadedAugmenter(loader, None)
     processes = max(1, round(given.num_processes * share))
     cached, pinned = max(3, processes // 2), given.pin_memory
@@ -86,8 +85,8 @@ def foreground_samples(loader: Any) -> tuple[int, int]:
 
     nnU-Net rounds its share of samples to a whole number.
     """
-    loader = loader.generator if isinstance(loader, NonDetMultiThreadedAugmenter) else loader.data_loader
-    return sum(map(loader._oversample_last_XX_percent, range(loader.batch_size))), loader.batch_size
+    inner = _inner(loader)
+    return sum(map(inner._oversample_last_XX_percent, range(inner.batch_size))), inner.batch_size
 
 
 def unlabelled_loader(labelled: Any, dataset: Any, cases: Sequence[str], batch_size: int) -> Any:
@@ -104,17 +103,20 @@ def unlabelled_loader(labelled: Any, dataset: Any, cases: Sequence[str], batch_s
     batch_size
         Samples per batch; their position is random, because no voxel has a label.
     """
-    threaded = isinstance(labelled, NonDetMultiThreadedAugmenter)
-    of_labelled = (labelled.generator if threaded else labelled.data_loader).batch_size
     return loader_like(
         labelled,
-        batch_size / of_labelled,
+        batch_size / _inner(labelled).batch_size,
         _data=dataset,
         indices=list(cases),
         batch_size=batch_size,
         has_ignore=False,
         get_do_oversample=_never,
     )
+
+
+def _inner(loader: Any) -> Any:
+    """Return nnU-Net's own loader without the object that calls it, in worker processes or not."""
+    return loader.generator if isinstance(loader, NonDetMultiThreadedAugmenter) else loader.data_loader
 
 
 def _never(sample: int) -> bool:
