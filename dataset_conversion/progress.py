@@ -49,7 +49,11 @@ class CaseRecord:
             if not path.is_file():
                 return f"{path} no longer exists"
         for path, state in zip(paths, self.states, strict=True):
-            if file_state(path) != state:
+            try:
+                same = file_state(path) == state
+            except OSError as error:
+                return f"{path} cannot be read ({error.strerror})"
+            if not same:
                 return f"{path} has changed since it was written (size, beginning or end)"
         return None
 
