@@ -49,7 +49,7 @@ def row_numbers(results: pd.DataFrame, rows: Sequence[Row], best: str | None) ->
         the best control, against which all others are compared.
     """
     dice = results[results[METRIC] == DICE]
-    bootstrap = Bootstrap(patients_of(dice[CASE].unique()))
+    bootstrap = Bootstrap(patients_of(dice))
     averaged = regions_averaged(results)
     overall = summary(averaged, bootstrap=bootstrap).set_index(MODEL)
     counts = mean_by_count(averaged, bootstrap=bootstrap)

@@ -95,7 +95,7 @@ def difference(results: pd.DataFrame, first: str, second: str, *, samples: int =
     single seed it is over patients, for these networks, and ``by_seed`` is empty.
     """
     table = regions_averaged(results)
-    bootstrap = Bootstrap(patients_of(table[CASE].unique()), samples)
+    bootstrap = Bootstrap(patients_of(results), samples)
     found = compare(table, metric=DICE, models=[first, second], bootstrap=bootstrap).iloc[0]
     points = {name: 100 * float(found[name]) for name in (DIFFERENCE, LOW, HIGH)}
     by_seed = [100 * value for value in found.get(BY_TRAINING) or ()]
@@ -108,7 +108,7 @@ def subset_differences(results: pd.DataFrame, first: str, second: str, *, sample
     They are not corrected for the number of subsets.
     """
     table = regions_averaged(results)
-    bootstrap = Bootstrap(patients_of(table[CASE].unique()), samples)
+    bootstrap = Bootstrap(patients_of(results), samples)
     found = compare_subsets(table, models=[first, second], metric=DICE, bootstrap=bootstrap)
     found[[DIFFERENCE, LOW, HIGH]] *= 100
     return found[[SUBSET, MODALITIES, DIFFERENCE, LOW, HIGH]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -14,6 +13,7 @@ from typing import Any, cast
 import yaml
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
+from nnunetv2_mstkd.nnunet.description import patient_from_name
 from nnunetv2_mstkd.nnunet.plans import CONVERSION
 
 from .modality_names import canonical_modality
@@ -198,8 +198,7 @@ class Description:
 
     def patient_of(self, case: str) -> str:
         """The patient that a case belongs to."""
-        match = re.search(self.patient, case) if self.patient else None
-        return match[1] if match else case
+        return patient_from_name(self.patient, "patient")(case) if self.patient else case
 
     def is_test_case(self, case: str) -> bool:
         """Whether `case` is one of ``test_cases``."""
@@ -231,7 +230,7 @@ class Description:
         return {**content, "numTraining": num_training, "file_ending": FILE_ENDING, CONVERSION: record}
 
     def _record(self) -> dict[str, Any]:
-        """What `mstkd restore-labels` needs to turn predictions back into segmentations of the release."""
+        """What `mstkd restore-labels` needs to restore a release's segmentations, and how cases name their patients."""
         record: dict[str, Any] = {
             "release": self.release or "generic",
             "release_values": {str(written): own for own, written in self.value_map.items()},
@@ -240,6 +239,8 @@ class Description:
         }
         if self.small_et_becomes is not None:
             record["small_et_becomes"] = self.small_et_becomes
+        if self.patient:
+            record["patient"] = self.patient
         if len(set(self.value_map.values())) < len(self.value_map):
             del record["release_values"]  # two values became one, which cannot be undone
         return record
@@ -285,12 +286,8 @@ class Description:
             )
 
     def _check_patient(self) -> None:
-        try:
-            groups = re.compile(self.patient).groups if isinstance(self.patient, str) else 0
-        except re.error as error:
-            raise InputError(f"patient is {self.patient!r}, no regular expression: {error}") from error
-        if self.patient != "" and groups < 1:
-            raise InputError(f"patient is {self.patient!r}, expected an expression with a group such as '(.*)-[0-9]+'")
+        if self.patient != "":
+            patient_from_name(self.patient, "patient")
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -142,6 +142,15 @@ def test_intervals_and_tests_count_patients_not_cases():
     assert found["metrics"]["dice"]["overall"][0]["p"] == pytest.approx(2 / 2**6)
 
 
+def test_patients_may_be_told_by_a_column_of_one_model():
+    model("old")
+    file = model("new", 0.01) / "subsets" / "results.csv"
+    table = pd.read_csv(file, dtype=str)
+    table.assign(patient=table["case"].map(lambda case: CASES.index(case) // 2)).to_csv(file, index=False)
+    assert cli.main(["compare", "new", "old"]) == 0
+    assert numbers()["patients"] == len(CASES) / 2
+
+
 def test_three_models_with_a_baseline_by_hd95(capsys):
     for name, gain in (("a", 0.0), ("b", 0.01), ("c", 0.02)):
         model(name, gain, metrics=("dice", "hd95"))

@@ -104,6 +104,7 @@ def test_labels_of_unlabelled_cases_are_ignored_everywhere(nnunet, source, capsy
     assert content["numTraining"] == 5
     assert content["mstkd_conversion"]["unlabelled"] == ["p1b", "p4a"]
     assert content["mstkd_conversion"]["release_values"] == {"0": 0, "1": 1, "2": 2}
+    assert content["mstkd_conversion"]["patient"] == "(p[0-9]+)"  # of which evaluate makes its intervals
     for case in UNLABELLED:
         label = folder / "labelsTr" / f"{case}.nii.gz"
         np.testing.assert_array_equal(read(label), np.full(SHAPE, 3, np.uint8))

@@ -129,6 +129,17 @@ def test_dice_equals_nnunets_for_each_subset_alone(nnunet_folders, trainer, opti
                 assert 0 < expected < 1
 
 
+def test_patients_are_those_of_the_conversion(student, capsys):
+    file = student / "dataset.json"
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "mstkd_conversion": {"patient": "BraTS-([A-Z]+)-"}}))
+    assert evaluate(student, "--subsets", "all", "--disable_tta") == 0
+    assert set(results(student / "subsets")["patient"]) == {"GLI"}
+    assert json.loads((student / "subsets" / "summary.json").read_text())["patients"] == 1
+    file.write_text(json.dumps({**content, "mstkd_conversion": {"patient": "("}}))
+    assert "patient in mstkd_conversion of dataset.json is '('" in refused(capsys, student, "--restart")
+
+
 def test_all_subsets_are_stacked_measured_and_summarised(student, capsys, drawn):
     assert evaluate(student, "--stack", "8", "--disable_tta") == 0
     table = results(student / "subsets")

@@ -22,7 +22,7 @@ from nnunetv2_mstkd.evaluation.results import COLUMNS, check_results, read_resul
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.methods.configuration import complete_block
-from nnunetv2_mstkd.nnunet.description import check_description
+from nnunetv2_mstkd.nnunet.description import check_description, patient_naming
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
 
 quick = settings(
@@ -216,6 +216,7 @@ def test_plans(content):
 
 CONVERTED = {**tiny.dataset_json(), "mstkd_conversion": {
     "classes": {"ET": 3}, "release_values": {"0": 0, "3": 4}, "label_file": "{case}.nii.gz", "small_et_becomes": 1,
+    "patient": "(.*)-[0-9]+",
 }}  # fmt: skip
 
 
@@ -224,6 +225,7 @@ CONVERTED = {**tiny.dataset_json(), "mstkd_conversion": {
 def test_dataset_json(content):
     if isinstance(content, dict):
         takes_or_refuses(lambda: check_description(content, "here"))
+        takes_or_refuses(lambda: patient_naming(content))
         found = takes_or_refuses(lambda: restoration(content))
         if found is not None:
             assert "/" not in found.label_file and all(0 <= value <= 255 for value in found.values.values())

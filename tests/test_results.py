@@ -157,13 +157,26 @@ def test_modality_order_without_the_full_subset():
 
 def test_time_points_of_brats_belong_to_one_patient():
     cases = ["BraTS-GLI-00005-100", "BraTS-GLI-00005-101", "BraTS-MET-00005-000", "BraTS2021_00000", "case-1"]
-    assert list(r.patients_of(cases).values()) == [
+    assert list(r.patients_of(pd.DataFrame({"case": cases})).values()) == [
         "BraTS-GLI-00005",
         "BraTS-GLI-00005",
         "BraTS-MET-00005",
         "BraTS2021_00000",
         "case-1",
     ]
+
+
+def test_a_column_tells_the_patients_of_other_cases():
+    frame = pd.DataFrame({"case": ["a1", "a2", "a1", "BraTS-GLI-00005-100"], "patient": ["a", "a", "a", np.nan]})
+    assert r.patients_of(frame) == {"a1": "a", "a2": "a", "BraTS-GLI-00005-100": "BraTS-GLI-00005"}
+
+
+def test_a_case_has_one_patient():
+    frame = pd.concat([table(), table(subset="T1")], ignore_index=True).drop_duplicates()
+    frame["patient"] = "p"
+    frame.loc[frame.index[-1], "patient"] = "q"
+    with pytest.raises(ValueError, match="has a second patient"):
+        r.check_results(frame)
 
 
 def test_results_are_read_and_compared_without_pytorch():

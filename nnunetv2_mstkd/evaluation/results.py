@@ -42,6 +42,9 @@ COLUMNS: Mapping[str, str] = {
 TRAINING = "training"
 """Optional column, not in files: tells several training runs of a model apart, such as those with different seeds."""
 
+PATIENT = "patient"
+"""Optional column: the patient of the case, where the data set's ``dataset.json`` tells how to find it."""
+
 SCORE, IN_REFERENCE = "presence", "in_reference"
 PRESENCE_COLUMNS = (FOLD, CASE, SUBSET, REGION, SCORE, IN_REFERENCE)
 """Columns of ``presence.csv``: ``presence`` is the stated probability that the case has any voxel of the region,
@@ -98,6 +101,9 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
             f"has a value outside {metric.lowest:g} ... {metric.highest:g}",
         )
     _refuse(table.duplicated([*KEY, *({TRAINING} & {*others})]), table, "appears twice")
+    if PATIENT in others:
+        first = table.groupby(CASE)[PATIENT].transform("first")
+        _refuse(table[PATIENT].notna() & (table[PATIENT] != first), table, "has a second patient")
     return table
 
 
@@ -178,14 +184,19 @@ def subset_order(subsets: Iterable[str], modalities: Sequence[str]) -> tuple[str
 _BRATS_CASE = re.compile(r"(BraTS-[A-Za-z]+-\d+)-\d+")
 
 
-def patients_of(cases: Iterable[str]) -> dict[str, str]:
-    """The patient of each case, for intervals: the time points of a patient are not independent.
+def patients_of(results: pd.DataFrame) -> dict[str, str]:
+    """The patient of each case, for intervals: the cases of a patient are not independent.
 
-    In BraTS from 2023 on, ``BraTS-GLI-00005-100`` and ``BraTS-GLI-00005-101`` are two time points of one patient. With
-    any other name each case counts as a separate patient.
+    The column :data:`PATIENT` tells. Without it, ``BraTS-GLI-00005-100`` and ``BraTS-GLI-00005-101`` are two time
+    points of one patient, as in BraTS from 2023 on, and with any other name each case counts as a separate patient.
     """
-    matches = {case: _BRATS_CASE.fullmatch(case) for case in cases}
-    return {case: match.group(1) if match else case for case, match in matches.items()}
+    patients = {}
+    for case in results[CASE].unique():
+        match = _BRATS_CASE.fullmatch(case)
+        patients[case] = match.group(1) if match else case
+    if PATIENT in results.columns:
+        patients |= dict(results[[CASE, PATIENT]].dropna().drop_duplicates(CASE).to_numpy().tolist())
+    return patients
 
 
 def _check_subsets(table: pd.DataFrame) -> None:

@@ -24,13 +24,14 @@ from nnunetv2_mstkd.evaluation.cases import LabelledCase, check_cases, fold_case
 from nnunetv2_mstkd.evaluation.montage import Montage, SliceView, slice_images
 from nnunetv2_mstkd.evaluation.records import CaseRecords
 from nnunetv2_mstkd.evaluation.request import Request
-from nnunetv2_mstkd.evaluation.results import first_of
+from nnunetv2_mstkd.evaluation.results import CASE, PATIENT, first_of
 from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, score_prediction
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
 from nnunetv2_mstkd.nnunet.checkpoints import noted_split, training_hours
+from nnunetv2_mstkd.nnunet.description import patient_naming
 from nnunetv2_mstkd.nnunet.folders import (
     find_checkpoints,
     find_raw_folder,
@@ -165,8 +166,11 @@ class Evaluator:
         settings = {**self.settings, "weights": self.weights, **moved, **self._cost()}
         settings["description"] = str(self.model.dataset_json.get("description") or "")
         near = found.near if self.stack > 1 else None
+        results, patient = found.results, patient_naming(self.model.dataset_json)
+        if patient is not None:
+            results = results.assign(**{PATIENT: results[CASE].map(patient)})
         return Measured(
-            found.results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration,
+            results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration,
             found.lacking,
         )  # fmt: skip
 

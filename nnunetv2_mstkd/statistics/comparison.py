@@ -312,12 +312,12 @@ class Comparison:
         self.models, self.metrics, self.baseline = models, metrics, baseline
         self.trainings = dict(Counter(each.name for each in models))
         self._choose_pairs()
-        patients = patients_of(self.cases)
-        self.bootstrap, self.num_patients = Bootstrap(patients), len(set(patients.values()))
         results = pd.concat(
             [each.results.assign(**{TRAINING: each.training or 1}) for each in models], ignore_index=True
         )
         used = pd.MultiIndex.from_frame(results[[CASE, SUBSET]]).isin(self._pairs)
+        patients = patients_of(results[used])
+        self.bootstrap, self.num_patients = Bootstrap(patients), len(set(patients.values()))
         self.results = results = results[used & results[METRIC].isin(metrics)]
         self.costs = self._costs(hours or {})
         # a postprocessed region says the same once more, and each test makes the correction stricter

@@ -84,9 +84,9 @@ class Findings:
         of_subset = results.groupby(SUBSET)[CASE].unique()
         self.counts = {subset: len(of_subset[subset]) for subset in self.subsets}
         self.complete = set(self.counts.values()) == {len(self.cases)}
-        patients = patients_of(self.cases)
-        self.num_patients = len(set(patients.values()))
-        bootstrap = Bootstrap(patients)
+        self._patients = patients_of(results)
+        self.num_patients = len(set(self._patients.values()))
+        bootstrap = Bootstrap(self._patients)
         keys = [SUBSET, MODALITIES, REGION, METRIC]
         # a case that several folds predicted counts once, with their mean
         of_cases = results.groupby([*keys, CASE], sort=False)[VALUE].mean()
@@ -107,7 +107,7 @@ class Findings:
     @property
     def full_patients(self) -> int:
         """Number of patients with the full input."""
-        return len(set(patients_of(self.full_cases).values()))
+        return len({self._patients[case] for case in self.full_cases})
 
     def _notes_on_counts(self, modalities: tuple[str, ...]) -> list[str]:
         numbers = self.counts.values()
