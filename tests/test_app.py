@@ -181,6 +181,15 @@ def test_a_second_subset_is_one_request_away(page, images, predictor):
     assert answer.status_code == 400 and "no image left" in answer.text
 
 
+def test_a_subset_asked_for_before_the_first_is_done_is_compared_with_it(page, images):
+    page.drop(images["T1"], images["T1ce"])
+    page.start()
+    page.start("T1ce")
+    page.segment("T1ce")  # waits
+    first, second = page.state()["jobs"]
+    assert first["agreement"] is None and 0 <= second["agreement"]["whole tumor"] <= 1
+
+
 def test_expected_dice_is_that_of_the_subset(predictor, images, monkeypatch):
     monkeypatch.setattr(predictor, "expected_dice", {0b0001: {"whole tumor": 0.5}, 0b0011: {"whole tumor": 0.75}})
     with served_page(predictor) as page:

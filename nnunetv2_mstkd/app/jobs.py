@@ -42,8 +42,8 @@ class Job:
     """For the results."""
     changed: Callable[[], None]
     """Called when there is something new to show."""
-    beside: Path | None = None
-    """Another segmentation of the case, to compare with."""
+    beside: Callable[[], Path | None] = lambda: None
+    """The other segmentation of the case to compare with, asked when this one is done; None: there is none."""
     series: Series | None = None
     """DICOM series that a DICOM SEG can refer to."""
     state: Literal["waiting", "running", "done", "failed", "cancelled"] = "waiting"
@@ -151,8 +151,9 @@ class Job:
             affine: Any = nibabel.load(self.segmentation).affine  # type: ignore[attr-defined]
             voxel_center = np.median(places, axis=0)[::-1]  # (x, y, z)
             self.center = (affine[:3, :3] @ voxel_center + affine[:3, 3]).tolist()
-        if self.beside is not None:
-            other = read_nifti_voxels(self.beside)
+        beside = self.beside()
+        if beside is not None:
+            other = read_nifti_voxels(beside)
             self.agreement = {name: dice(mask, np.isin(other, labels[name])) for name, mask in masks.items()}
 
 

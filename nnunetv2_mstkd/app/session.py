@@ -230,7 +230,7 @@ class Session:
                 files={name: used[name].path for name in left},
                 folder=self.folder / f"job{number}",
                 changed=self.changed,
-                beside=next((job.segmentation for job in self.jobs if job.state == "done"), None),
+                beside=lambda: next((job.segmentation for job in self.jobs if job.state == "done"), None),
                 series=next((used[name].series for name in left if used[name].series is not None), None),
             )
             self.jobs.append(job)
