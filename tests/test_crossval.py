@@ -463,6 +463,7 @@ def test_dry_run_only_prints(phantom, capsys):
         (["--slurm-partition", "gpu"], "--slurm-partition needs --executor slurm"),
         (["--executor", "slurm", "--slurm-time", "soon"], "--slurm-time soon: expected"),
         (["--executor", "slurm", "--slurm-option", "exclusive"], "--slurm-option exclusive: expected KEY=VALUE"),
+        (["--executor", "slurm", "--slurm-option", "dependency=afterok:1?afterok:2"], "join that to alternatives"),
     ],
 )
 def test_bad_input_is_one_line(phantom, capsys, words, line):

@@ -74,6 +74,11 @@ def sbatch_options(named: Mapping[str, str | None], others: Sequence[str]) -> di
         options[key.strip().lstrip("-")] = value
     if "time" in options:
         minutes_of(options["time"])
+    if "?" in options.get("dependency", ""):
+        raise InputError(
+            f"--slurm-option dependency={options['dependency']}: steps also depend on each other, and SLURM "
+            "cannot join that to alternatives (?); use conditions that must all hold (,)"
+        )
     return options
 
 
