@@ -179,6 +179,27 @@ def test_values_left_out_have_no_rank_and_no_number():
     assert enhancing["difference"] is None and enhancing["p"] is None and enhancing["cases"] == 0
 
 
+def test_values_that_one_model_leaves_out_are_noted(capsys):
+    """As in nnU-Net's convention where one model finds a region that the reference lacks: 0 there, nan in the other."""
+    for name, missing in (("false", 0.0), ("none", np.nan)):
+        frame = table(name)
+        frame.loc[(frame["region"] == "ET") & frame["case"].isin(CASES[:3]), "value"] = missing
+        write_results(frame, f"{name}.csv")
+    assert cli.main(["compare", "false.csv", "none.csv"]) == 0
+    printed = capsys.readouterr().out
+    assert "(mean of the patients' own differences)" in printed and "9 values are left out (nan) of some" in printed
+    columns = next(line for line in printed.splitlines() if "region" in line and "difference" in line)
+    assert "patients" in columns
+    rows = {row["region"]: row["patients"] for row in numbers()["metrics"]["dice"]["overall"]}
+    assert rows == {"WT": 8, "ET": 5, "average": 8}
+
+
+def test_two_evaluations_name_the_same_patients(capsys):
+    for name in ("a", "b"):
+        table(name).assign(patient=name).to_csv(f"{name}.csv", index=False)
+    assert "different patients for case" in refused(capsys, "a.csv", "b.csv")
+
+
 def test_compare_returns_data_frames():
     for name, gain in (("a", 0.0), ("b", 0.01)):
         model(name, gain, metrics=("dice", "hd95"))

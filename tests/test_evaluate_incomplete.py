@@ -317,9 +317,25 @@ def test_without_a_complete_case_there_are_no_shapley_values_and_no_losses():
 def test_a_subset_of_one_patient_has_no_interval():
     frame = table({**UNEVEN, "d": {"B": 0.9, "C": 0.3, "B+C": 0.5}})
     found = mean_by_count(frame, bootstrap=Bootstrap(samples=200))
-    assert found["low"].notna().all()
+    assert found["value"].notna().all() and found["low"].isna().all()  # C and B+C are known of d alone
     alone = gap_to_full(table({"a": {"A": 0.2, "A+B": 0.6, "B": 0.3}, "b": {"A": 0.5}}), bootstrap=Bootstrap(samples=9))
     assert alone["value"].tolist() == pytest.approx([0.4, 0.3]) and alone["low"].isna().all()
+
+
+def test_each_resample_has_all_subsets():
+    """Else an interval would mix means of different subsets, and be wide where nothing varies."""
+    rows = {f"c{number}": {"A": 0.9} for number in range(17)}
+    rows |= {f"d{number}": {"A": 0.9, "B": 0.3, "A+B": 0.3} for number in range(3)}
+    (overall,) = summary(table(rows)).to_dict("records")
+    assert (overall["value"], overall["low"], overall["high"]) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_the_headline_says_how_many_cases_it_is_from():
+    rows = {f"c{number}": {"A": 0.9} for number in range(8)}
+    rows |= {f"d{number}": {"A": 0.9, "B": 0.3, "A+B": 0.95} for number in range(2)}
+    found = Findings(table(rows))
+    assert found.headline.endswith(", from the 2 of 10 cases that have all modalities")
+    assert found.notes[-1] == "intervals over 2 patients are too narrow to rely on"
 
 
 def test_a_subset_that_a_case_could_have_is_missed():

@@ -171,6 +171,24 @@ def test_a_column_tells_the_patients_of_other_cases():
     assert r.patients_of(frame) == {"a1": "a", "a2": "a", "BraTS-GLI-00005-100": "BraTS-GLI-00005"}
 
 
+def test_cases_without_a_patient_in_the_column_are_patients_of_their_own(tmp_path):
+    frame = table()
+    frame["patient"] = ["p", *[""] * (len(frame) - 1)]
+    frame["case"] = [f"c{number}" for number in range(len(frame))]
+    file = tmp_path / "results.csv"
+    r.write_results(frame, file)
+    assert r.patients_of(r.read_results(file)) == {"c0": "p"} | {case: case for case in frame["case"][1:]}
+    r.write_results(r.read_results(file), file)
+    assert r.patients_of(r.read_results(file))["c1"] == "c1"
+
+
+def test_no_region_is_called_like_the_mean_over_regions(tmp_path):
+    frame = table(region="average")
+    r.write_results(frame, tmp_path / "results.csv")
+    with pytest.raises(ValueError, match="region that is called like the mean"):
+        r.read_results(tmp_path / "results.csv")
+
+
 def test_a_case_has_one_patient():
     frame = pd.concat([table(), table(subset="T1")], ignore_index=True).drop_duplicates()
     frame["patient"] = "p"

@@ -74,6 +74,9 @@ def test_the_second_best_of_three_is_marked():
     assert cells(found[4])[1:] == ["new_1", "_45.0_", "**60.0**", "**90.0**", "**65.0**"]
     assert cells(found[5])[1:] == ["third", "40.0", "**60.0**", "_80.0_", "_60.0_"]
     assert "* bold: best; italics: second best" in found
+    best = tables.subset_table(table(values | {("third", "ET"): (0.5, 0.6, 0.7)})).splitlines()
+    # two are best in the first column, so the other one is the third
+    assert [cells(line)[2] for line in best[3:6]] == ["**50.0**", "45.0", "**50.0**"]
     assert r"\underline{80.0}" in tables.subset_table(table(values), fmt="latex")
 
 
@@ -94,6 +97,19 @@ def test_what_is_equal_as_printed_shares_and_zero_has_no_sign():
     found = tables.subset_table(table(values, "volume_error_ml"), metric="volume_error_ml").splitlines()
     assert cells(found[3])[2:4] == ["**0.00**", "**0.60**"]
     assert cells(found[4])[2:5] == ["**0.00**", "**0.60**", "**0.60**"]
+
+
+def test_errors_that_cancel_are_not_the_best():
+    frame = pd.concat(
+        [
+            table({("a", "ET"): (sign * 10,) * 3, ("b", "ET"): (1.0,) * 3}, "volume_error_ml").assign(case=case)
+            for case, sign in (("c", 1), ("d", -1))
+        ],
+        ignore_index=True,
+    )
+    found = tables.subset_table(frame, metric="volume_error_ml")
+    assert cells(found.splitlines()[3])[2:] == ["0.00"] * 4 and cells(found.splitlines()[4])[2:] == ["**1.00**"] * 4
+    assert "with their signs; the best are those with the smallest mean size" in found
 
 
 def test_lower_distances_are_bold_and_in_millimetres():
@@ -178,7 +194,8 @@ def test_any_table_can_be_printed():
     [
         ("a_b", "a_b", r"a\_b"),
         ("_a_", r"\_a\_", r"\_a\_"),
-        ("x*y|z", r"x\*y\|z", "x*y|z"),
+        ("x*y|z", r"x\*y\|z", r"x*y\textbar{}z"),
+            ("[a]<b>", "[a]<b>", r"{[}a]\textless{}b\textgreater{}"),  # OT1 fonts have other signs there
         ("50 %{}~^\\", "50 %{}~^\\\\", r"50 \%\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}"),
     ],
 )

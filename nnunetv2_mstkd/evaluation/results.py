@@ -43,7 +43,11 @@ TRAINING = "training"
 """Optional column, not in files: tells several training runs of a model apart, such as those with different seeds."""
 
 PATIENT = "patient"
-"""Optional column: the patient of the case, where the data set's ``dataset.json`` tells how to find it."""
+"""Optional column: the patient of the case, where the data set's ``dataset.json`` tells how to find it; empty or nan:
+not known."""
+
+AVERAGE = "average"
+"""The mean over the regions, beside them; no region of a data set may have this name."""
 
 SCORE, IN_REFERENCE = "presence", "in_reference"
 PRESENCE_COLUMNS = (FOLD, CASE, SUBSET, REGION, SCORE, IN_REFERENCE)
@@ -102,6 +106,8 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
         )
     _refuse(table.duplicated([*KEY, *({TRAINING} & {*others})]), table, "appears twice")
     if PATIENT in others:
+        text = table[PATIENT].astype("string").str.strip()
+        table[PATIENT] = text.mask(text.str.lower().isin(["", "nan"])).astype(object)
         first = table.groupby(CASE)[PATIENT].transform("first")
         _refuse(table[PATIENT].notna() & (table[PATIENT] != first), table, "has a second patient")
     return table
@@ -118,9 +124,11 @@ def read_results(path: str | os.PathLike[str]) -> pd.DataFrame:
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not a table of comma-separated values: {' '.join(str(error).split())}") from error
     try:
-        return check_results(table)
+        table = check_results(table)
+        _refuse(table[REGION] == AVERAGE, table, "has a region that is called like the mean over all regions")
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
+    return table
 
 
 def write_results(results: pd.DataFrame, path: str | os.PathLike[str]) -> None:

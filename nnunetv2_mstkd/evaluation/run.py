@@ -24,7 +24,7 @@ from nnunetv2_mstkd.evaluation.cases import LabelledCase, check_cases, fold_case
 from nnunetv2_mstkd.evaluation.montage import Montage, SliceView, slice_images
 from nnunetv2_mstkd.evaluation.records import CaseRecords
 from nnunetv2_mstkd.evaluation.request import Request
-from nnunetv2_mstkd.evaluation.results import CASE, PATIENT, first_of
+from nnunetv2_mstkd.evaluation.results import AVERAGE, CASE, PATIENT, first_of
 from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, score_prediction
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
@@ -207,6 +207,8 @@ class Evaluator:
         return {modalities.subset_name(row, self.names): row for row in rows.tolist()}
 
     def _rules(self) -> Rules:
+        if AVERAGE in self.model.dataset_json["labels"]:
+            raise InputError(f"a label is called {AVERAGE!r}, as the mean over all of them; rename it in dataset.json")
         return rules_of(
             self.model.dataset_json,
             self.model.label_manager,

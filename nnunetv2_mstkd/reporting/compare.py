@@ -37,7 +37,7 @@ from nnunetv2_mstkd.reporting.tables import (
 )
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.comparison import HOURS, PARAMETERS, Comparison, Models, read_evaluations
-from nnunetv2_mstkd.statistics.significance import AGAINST, BY_TRAINING, DIFFERENCE, P_CORRECTED, P
+from nnunetv2_mstkd.statistics.significance import AGAINST, BY_TRAINING, DIFFERENCE, P_CORRECTED, PATIENTS, P
 
 PAGE = "comparison.md"
 NUMBERS = "comparison.json"
@@ -335,9 +335,11 @@ def _headlines(comparison: Comparison) -> list[str]:
     listed = ", ".join(f"{name} {number(value)}" for name, value in means.items())
     sentences = [f"{metric.label} in {metric.unit}, mean over all subsets and regions: {listed}"]
     overall = _part(comparison.overall, comparison.metrics[0])
+    differ = comparison.uneven or comparison.partly_left_out(comparison.metrics[0])
+    how = " (mean of the patients' own differences)" if differ else ""
     for row in overall.drop_duplicates([MODEL, AGAINST], keep="last").to_dict("records"):  # last: over all regions
         p = "" if comparison.several_trainings else f"; p (Holm) {p_text(row[P_CORRECTED])}"
-        sentences.append(f"{row[MODEL]} against {row[AGAINST]}: {_estimate(row, metric)} {unit}{p}")
+        sentences.append(f"{row[MODEL]} against {row[AGAINST]}: {_estimate(row, metric)} {unit}{how}{p}")
     return sentences if len(sentences) <= MOST_PAIRS + 1 else sentences[:1]
 
 
@@ -358,11 +360,15 @@ def _direction(metric: Metric) -> str:
 def _overall(comparison: Comparison, name: str) -> pd.DataFrame:
     metric, columns = metric_named(name), [MODEL, AGAINST, REGION, "difference [interval]"]
     columns += ["by training"] if comparison.several_trainings else [P, P_HOLM]
+    part = _part(comparison.overall, name)
     rows = []
-    for row in _part(comparison.overall, name).to_dict("records"):
+    for row in part.to_dict("records"):
         last = (_by_training(row, metric),) if comparison.several_trainings else (row[P], row[P_CORRECTED])
         rows.append((row[MODEL], row[AGAINST], row[REGION], _estimate(row, metric), *last))
-    return pd.DataFrame(rows, columns=columns)
+    table = pd.DataFrame(rows, columns=columns)
+    if part[PATIENTS].nunique() > 1:  # a region that many references lack
+        table.insert(3, PATIENTS, part[PATIENTS].to_list())
+    return table
 
 
 def _differences(

@@ -145,7 +145,8 @@ def _ranges(findings: Findings, entropies: Mapping[str, list[float]]) -> dict[st
     """Lowest and highest Dice of a case by subset and region, and its entropy."""
     dice = findings.results[findings.results[METRIC] == DICE].dropna(subset=[VALUE])
     found: dict[str, dict[str, tuple[float, float]]] = {subset: {} for subset in findings.subsets}
-    for (subset, region), values in dice.groupby([SUBSET, REGION], sort=False)[VALUE]:
+    of_cases = dice.groupby([SUBSET, REGION, CASE], sort=False)[VALUE].mean()  # of the folds that predicted it
+    for (subset, region), values in of_cases.groupby([SUBSET, REGION], sort=False):
         found[subset][region] = float(values.min()), float(values.max())
     for subset, values in entropies.items():
         if values:

@@ -29,7 +29,7 @@ from nnunetv2_mstkd.evaluation.results import (
     subset_size,
 )
 from nnunetv2_mstkd.metrics.conventions import BRATS, Metric, empty_rules_text, metric_named, min_voxels_text
-from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean, plain_regions
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean, plain_regions, unsigned
 from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
@@ -52,6 +52,7 @@ P_VALUES = (P, P_CORRECTED, P_HOLM)
 _LATEX_ESCAPES = str.maketrans(
     {character: f"\\{character}" for character in "&%$#_{}"}
     | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "[": "{[}"}
 )
 
 
@@ -159,17 +160,21 @@ def subset_content(
     # (models, subsets and their average, regions)
     means = mean(data.values, axis=1) * kind.factor
     means = np.concatenate([means, mean(means, axis=1)[:, None]], axis=1)
-    texts, best, second = _texts(means, kind)
+    sizes = mean(np.stack([mean(unsigned(each, metric), axis=0) for each in data.trainings]), axis=1) * kind.factor
+    texts, best, second = _texts(means, kind, np.concatenate([sizes, mean(sizes, axis=1)[:, None]], axis=1))
     cases = f"{len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
     if not data.complete:
         cases = f"n of {cases}, those with these modalities"
     about = f"{kind.label} in {kind.unit}, mean of {cases}"
+    if kind.better == 0 and len(data.models) > 1:
+        about += ", with their signs; the best are those with the smallest mean size"
     evaluated = data.values[:, data.evaluated]
     left_out = int(np.isnan(evaluated).sum())
     if left_out:
         about += f"; {left_out} of {evaluated.size} values left out"
     patients = "" if data.complete else ", which are of different patients"
-    notes = [f"{about}; average over {len(data.subsets)} subsets{patients}", *notes, *min_voxels_text(data.regions)]
+    subsets = f"{len(data.subsets)} subset{'s' * (len(data.subsets) != 1)}"
+    notes = [f"{about}; average over {subsets}{patients}", *notes, *min_voxels_text(data.regions)]
     members = [subset.split(SEPARATOR) for subset in data.subsets]
     available = np.array([[name in subset for subset in members] for name in data.modalities])
     return SubsetContent(data, available, means, texts, best, second, notes)
@@ -183,7 +188,7 @@ def subset_rows(content: SubsetContent, metric: str) -> pd.DataFrame:
     data, average = content.data, content.means.shape[1] - 1
     over_regions = mean(content.means[..., plain_regions(data.regions)], axis=2)
     means = np.concatenate([over_regions, content.means[:, average]], axis=1)
-    texts = _texts(means, metric_named(metric))[0]
+    texts = _texts(means, metric_named(metric), means)[0]
     rows = [[AVAILABLE if there else MISSING for there in row] for row in content.available.T]
     below = ["average", *data.regions] if len(data.regions) > 1 else ["average"]
     rows += [[name] + [""] * (len(data.modalities) - 1) for name in below]
@@ -350,17 +355,20 @@ def _check_format(fmt: str) -> None:
         raise InputError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
 
 
-def _texts(means: np.ndarray, metric: Metric) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Values as text, where a model is the best of several, and the second best of more, in the shape of ``means``."""
+def _texts(means: np.ndarray, metric: Metric, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values as text, where a model is the best of several, and the second best of more, in the shape of ``means``.
+
+    ``sizes`` are means of the values without their signs, which decide where a metric has signs.
+    """
     digits, better = 1 if metric.unit == "%" else 2, metric.better
     rounded = means.round(digits) + 0.0  # no -0.0
     texts = np.array([f"{value:.{digits}f}" for value in rounded.ravel()], dtype=object).reshape(means.shape)
     texts[np.isnan(means)] = NO_VALUE
-    badness = np.where(np.isnan(rounded), np.inf, np.abs(rounded) if better == 0 else -better * rounded)
+    badness = np.where(np.isnan(rounded), np.inf, sizes.round(digits) if better == 0 else -better * rounded)
     # values that are printed alike share the best place
     best = (badness == badness.min(axis=0)) & np.isfinite(badness) & (len(means) > 1)
     others = np.where(best, np.inf, badness)
-    second = (others == others.min(axis=0)) & np.isfinite(others) & (len(means) > 2)
+    second = (others == others.min(axis=0)) & np.isfinite(others) & (len(means) > 2) & (best.sum(axis=0) == 1)
     return texts, best, second
 
 

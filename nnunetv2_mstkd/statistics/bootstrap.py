@@ -10,6 +10,7 @@ import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import (
+    AVERAGE,
     CASE,
     METRIC,
     MODALITIES,
@@ -28,9 +29,6 @@ from nnunetv2_mstkd.metrics.conventions import metric_named, postprocessed_regio
 
 SAMPLES = 10_000
 """Enough for the tails that 45 corrected intervals need (15 subsets, 3 regions)."""
-
-AVERAGE = "average"
-"""In the column ``region``: the mean over the regions."""
 
 LOW, HIGH = "low", "high"
 """Columns of the limits of an interval."""
@@ -315,17 +313,25 @@ class Bootstrap:
         data:
             Where the values are from.
         values:
-            Shape (models, cases, subsets, regions). Where cases lack subsets, each subset's mean over the cases that
-            have it is taken first, so that all subsets count the same; otherwise each case's mean is.
+            Shape (models, cases, subsets, regions). The mean of each subset over the cases that have a value is taken
+            first, so that all subsets count the same.
         over:
             Takes means over subsets: from shape (..., subsets, regions) to any shape (..., ...).
         """
-        if data.complete:
-            return self.estimates(over(values), data.cases)
+        if not np.isnan(values).any():
+            return self.estimates(over(values), data.cases)  # the same, in less time
         by_case, groups = np.moveaxis(values, 1, 0), self.groups(data.cases)
-        known = ~np.isnan(over(np.where(_of_several(by_case, groups), 0.0, np.nan)))
-        low, high = self.limits(over(self.means(by_case, groups)), groups)
-        return over(mean(by_case, axis=0)), np.where(known, low, np.nan), np.where(known, high, np.nan)
+        value, drawn = mean(by_case, axis=0), self.means(by_case, groups)
+        counted = ~np.isnan(value)
+
+        def any_of(which: np.ndarray) -> np.ndarray:
+            return over(which.astype(float)) > 0
+
+        # a resample without any patient of a subset has a mean of other subsets, which is another quantity
+        whole = np.where(any_of(np.isnan(drawn) & counted), np.nan, over(drawn))
+        known = ~any_of(~_of_several(by_case, groups) & counted)
+        low, high = self.limits(whole, groups)
+        return over(value), np.where(known, low, np.nan), np.where(known, high, np.nan)
 
 
 def _of_several(values: np.ndarray, groups: np.ndarray) -> np.ndarray:

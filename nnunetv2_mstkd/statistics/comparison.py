@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
@@ -22,6 +23,7 @@ from nnunetv2_mstkd.evaluation.results import (
     FOLD,
     METRIC,
     MODEL,
+    PATIENT,
     REGION,
     SUBSET,
     TRAINER,
@@ -35,7 +37,7 @@ from nnunetv2_mstkd.evaluation.results import (
     subset_order,
 )
 from nnunetv2_mstkd.inference.evaluation_files import FOLDER, RESULTS, SUMMARY
-from nnunetv2_mstkd.metrics.conventions import LESION_RULES, NSD, metric_named, postprocessed_regions
+from nnunetv2_mstkd.metrics.conventions import BRATS, LESION_RULES, NSD, metric_named, postprocessed_regions
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, cube, mean, plain_regions, unsigned
 from nnunetv2_mstkd.statistics.significance import (
     AGAINST,
@@ -220,6 +222,7 @@ def check_comparable(models: Sequence[EvaluatedModel], metrics: Sequence[str]) -
     first = models[0]
     for other in models[1:]:
         _check_modalities(first, other)
+        _check_patients(first, other)
         _check_same(first, other, SUBSET, "--subsets")
         _check_same(first, other, REGION, None)
         for words, mine, theirs in _different(first, other, keys):
@@ -249,6 +252,19 @@ def _check_modalities(first: EvaluatedModel, other: EvaluatedModel) -> None:
         f"{first.label} and {other.label} have {problem}: {', '.join(mine)} and {', '.join(theirs)}; only models of "
         f"the same channels can be compared"
     )
+
+
+def _check_patients(first: EvaluatedModel, other: EvaluatedModel) -> None:
+    mine, theirs = (
+        each.results.dropna(subset=[PATIENT]).set_index(CASE)[PATIENT].to_dict() if PATIENT in each.results else {}
+        for each in (first, other)
+    )
+    for case in mine.keys() & theirs.keys():
+        if mine[case] != theirs[case]:
+            raise InputError(
+                f"{first.label} and {other.label} have different patients for case {case}, {mine[case]} and "
+                f"{theirs[case]}; correct the column {PATIENT} in {first.file} or {other.file}"
+            )
 
 
 def _check_same(first: EvaluatedModel, other: EvaluatedModel, column: str, option: str | None) -> None:
@@ -330,7 +346,7 @@ class Comparison:
         complete = not results[VALUE].isna().any() and len(set(self.trainings.values())) == 1
         self.ranks = rank_table(results, metrics=metrics, bootstrap=self.bootstrap) if complete else None
         on_trainings = self._notes_on_trainings() if self.several_trainings else self._notes_on_tests()
-        self.notes = [*self._notes_on_hours(), *self._notes_on_cases(), *on_trainings]
+        self.notes = [*self._notes_on_hours(), *self._notes_on_cases(), *self._notes_on_left_out(), *on_trainings]
         self.notes += [*self._notes_on_ranks(), *self._notes_on_settings()]
 
     def _choose_pairs(self) -> None:
@@ -407,6 +423,22 @@ class Comparison:
                 f"modalities: each case counts with the subsets that it has"
             )
 
+    def partly_left_out(self, metric: str) -> int:
+        """Number of values that some models have and others lack (nan): for example where only one finds a region."""
+        nan = np.isnan(cube(self.results, metric).values)
+        return int((nan.any(axis=0) & ~nan.all(axis=0)).sum())
+
+    def _notes_on_left_out(self) -> Iterator[str]:
+        for name in self.metrics:
+            partly = self.partly_left_out(name)
+            if partly:
+                advice = "" if self.rule("convention") == BRATS else "; --convention brats leaves none out"
+                yield (
+                    f"{metric_named(name).label}: {partly} values are left out (nan) of some models only, as where one "
+                    f"finds a region that the reference lacks; differences leave them out of all models, and the "
+                    f"means of a model do not, so the two may disagree{advice}"
+                )
+
     def _notes_on_trainings(self) -> Iterator[str]:
         equal = len(set(self.trainings.values())) == 1
         numbers = ", ".join(f"{name} {number}" for name, number in self.trainings.items())
@@ -446,7 +478,8 @@ class Comparison:
         if len(set(self.trainings.values())) > 1:
             yield "no ranking: it needs the same number of training runs of each model"
         elif self.ranks is None:
-            yield "no ranking: values are left out (nan) and have no rank; evaluate with --convention brats"
+            advice = "" if self.rule("convention") == BRATS else "; evaluate with --convention brats"
+            yield f"no ranking: values are left out (nan) and have no rank{advice}"
 
     def _notes_on_settings(self) -> Iterator[str]:
         first = self.models[0]

@@ -97,12 +97,15 @@ class Findings:
         self.gap = gap_to_full(results, bootstrap=bootstrap) if self.full_cases and len(self.subsets) > 1 else None
         self.missing_one = None if self.gap is None else missing_one(self.gap, modalities)
         self.headline = None if self.missing_one is None else headline(self.missing_one)
+        if self.headline is not None and not self.complete:
+            self.headline += f", from the {len(self.full_cases)} of {len(self.cases)} cases that have all modalities"
         every = len(self.subsets) == 2 ** len(modalities) - 1 and 1 < len(modalities) <= MAX_MODALITIES
         self.shapley = shapley(results, bootstrap=bootstrap) if every else None
         self.warnings = plausibility_warnings(results, bootstrap=bootstrap)
         self.notes = [] if self.complete else self._notes_on_counts(modalities)
-        if 1 < self.num_patients < FEW:
-            self.notes.append(f"intervals over {self.num_patients} patients are too narrow to rely on")
+        for number in sorted({self.num_patients, self.full_patients}):
+            if 1 < number < FEW:
+                self.notes.append(f"intervals over {number} patients are too narrow to rely on")
 
     @property
     def full_patients(self) -> int:

@@ -46,6 +46,7 @@ AGAINST = "against"
 P = "p"
 P_CORRECTED = "p_corrected"
 BY_TRAINING = "by_training"
+PATIENTS = "patients"
 
 
 def compare(
@@ -74,7 +75,7 @@ def compare(
     found = _tested(pairs, per_case, data.cases, bootstrap, within_pairs=False)
     used, groups = ~np.isnan([per_case(pair.differences) for pair in pairs]), bootstrap.groups(data.cases)
     found["cases"] = used.sum(axis=1)
-    found["patients"] = np.apply_along_axis(lambda of_case: len(np.unique(groups[of_case])), 1, used)
+    found[PATIENTS] = np.apply_along_axis(lambda of_case: len(np.unique(groups[of_case])), 1, used)
     return _table_of_pairs(pairs, {REGION: _with_average(data.regions)}, found)
 
 
@@ -227,7 +228,9 @@ def wilcoxon(differences: np.ndarray, patients: np.ndarray) -> float:
     _, numbers, cases = np.unique(patients[used], return_inverse=True, return_counts=True)
     # rounded: equal differences must tie, and those that cancel must be zero
     means = (np.bincount(numbers, differences[used]) / cases).round(9)
-    return float(stats.wilcoxon(means).pvalue) if means.any() else 1.0
+    # before scipy, which chooses between exact test and approximation by their number with the zeros
+    means = means[means != 0]
+    return float(stats.wilcoxon(means).pvalue) if len(means) else 1.0
 
 
 def holm(p_values: np.ndarray, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
