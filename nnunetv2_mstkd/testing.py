@@ -22,12 +22,13 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
+from unittest import SkipTest, mock
 
 import numpy as np
 import torch
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import DivergenceError
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts
 from nnunetv2_mstkd.nnunet.plans import BLOCK
@@ -261,7 +262,11 @@ def _logits_of(output: Any) -> torch.Tensor:
 
 
 def observe(trainer: Any, content: dict[str, Any]) -> Observed:
-    """Take a training step and a validation step, every subset once, and put the trainer back to where it was."""
+    """Take a training step and a validation step, every subset once, and put the trainer back to where it was.
+
+    Layers that draw at random draw the same each time.
+    """
+    torch.manual_seed(0)
     before, optimizer = state(trainer.network), trainer.optimizer.state_dict()
     extra = copy.deepcopy(trainer.extra_state())
     subsets, logits = modalities.all_subsets(trainer.num_input_channels), []
@@ -291,27 +296,39 @@ def observe(trainer: Any, content: dict[str, Any]) -> Observed:
     return Observed(torch.cat(logits, 1), float(training["loss"]), gradients, counts)
 
 
-def assert_no_leak(trainer: Any) -> None:
+def assert_no_leak(trainer: Any, *, gradients: bool = True) -> None:
     """Assert that what absent channels hold changes no bit of logits, segmentation loss, gradients and validation.
 
-    The batch has 2^C - 1 samples, each with another subset.
+    The batch has 2^C - 1 samples, each with another subset. Its channels are zero in a part of each patch, as beside a
+    skull-stripped brain, and absent ones are replaced by what is neither a number nor zero, and by zeros alone. Without
+    ``gradients``, which a term that reads the complete batch may change, the former is an ordinary number.
     """
     subsets = modalities.all_subsets(trainer.num_input_channels)
     content = batch(trainer, batch_size=len(subsets))
+    content["data"][..., :2] = 0
     wanted = observe(trainer, content)
     assert torch.isfinite(wanted.logits).all()
     keep = subsets.reshape(*subsets.shape, *[1] * (content["data"].ndim - 2))
-    for value in (float("nan"), 1e30):
-        found = observe(trainer, {**content, "data": torch.where(keep, content["data"], value)})
+    for value in (float("nan"), 1e30, 0.0) if gradients else (1e3, 0.0):
+        try:
+            found = observe(trainer, {**content, "data": torch.where(keep, content["data"], value)})
+        except DivergenceError as error:
+            raise AssertionError(f"a loss is not finite where absent channels hold {value}") from error
         for subset, one, other in zip(subsets.int().tolist(), wanted.logits, found.logits, strict=True):
             assert torch.equal(one, other), f"the logits of a sample with the channels {subset} change with {value}"
         assert wanted.loss == found.loss, "the segmentation loss changes"
         assert torch.equal(wanted.counts, found.counts), "online validation changes"
-        for name, gradient in wanted.gradients.items():
+        for name, gradient in wanted.gradients.items() if gradients else ():
             assert torch.equal(gradient, found.gradients[name]), f"the gradient of {name} changes"
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
+
+
+def _requires(cls: type, base: type) -> None:
+    """Skip a check of what a trainer without that base does not do."""
+    if not issubclass(cls, base):
+        raise SkipTest(f"{cls.__name__} is no {base.__name__}")
 
 
 def _make(cls: type, **options: Any) -> Any:
@@ -327,21 +344,24 @@ def _make(cls: type, **options: Any) -> Any:
 def check_no_leak(cls: type, folder: Path, **options: Any) -> None:
     """Absent channels change nothing: neither through the network nor through loss and gradients.
 
-    With what a teacher says held fixed, and without the terms that the trainer names in ``reads_complete``.
+    With what a teacher says held fixed, in the first epoch and half-way. The terms that the trainer names in
+    ``reads_complete`` are switched off; half-way with them, logits, segmentation loss and validation are the same.
     """
-    if not issubclass(cls, ModalityDropoutTrainer):
-        return
-    channels, block = options.get("channels", 4), {**options.get("block", {})}
+    _requires(cls, ModalityDropoutTrainer)
+    channels, given = options.pop("channels", 4), options.pop("block", {})
+    without = {**given}
     for base in cls.__mro__:
         for name in vars(base).get("reads_complete", ()):
             section, key = name.split(".")
-            block[section] = {**block.get(section, {}), key: 0}
+            without[section] = {**without.get(section, {}), key: 0}
     with nnunet_folders(folder):
-        trainer = _make(cls, batch_size=2**channels - 1, **{**options, "block": block})
-        if trainer.teacher is not None and trainer.terms:
-            fixed = trainer.forward_teacher(batch(trainer)["data"])
-            trainer.forward_teacher = lambda complete: fixed
-        assert_no_leak(trainer)
+        for block, halfway in ((without, False), (without, True), *([(given, True)] if without != given else [])):
+            trainer = _make(cls, batch_size=2**channels - 1, channels=channels, block=block, **options)
+            trainer.current_epoch = trainer.num_epochs // 2 if halfway else 0
+            if trainer.teacher is not None and trainer.terms:
+                fixed = trainer.forward_teacher(batch(trainer)["data"])
+                trainer.forward_teacher = lambda complete, fixed=fixed: fixed
+            assert_no_leak(trainer, gradients=block is without)
 
 
 def check_permutation(cls: type, folder: Path, **options: Any) -> None:
@@ -361,8 +381,7 @@ def check_permutation(cls: type, folder: Path, **options: Any) -> None:
 
 def check_full_subset(cls: type, folder: Path, **options: Any) -> None:
     """A step in which all modalities are available equals one without any masking."""
-    if not issubclass(cls, ModalityDropoutTrainer):
-        return
+    _requires(cls, ModalityDropoutTrainer)
     found = []
     for masks in (True, False):
         with nnunet_folders(folder), contextlib.ExitStack() as stack:
@@ -379,8 +398,7 @@ def check_full_subset(cls: type, folder: Path, **options: Any) -> None:
 
 def check_frozen_teacher(cls: type, folder: Path, **options: Any) -> None:
     """Training steps move the student and not the teacher, which is no part of the student's weights."""
-    if not issubclass(cls, DistillationTrainer):
-        return
+    _requires(cls, DistillationTrainer)
     with nnunet_folders(folder):
         trainer = _make(cls, **options)
         teacher, student = state(trainer.teacher), state(trainer.network)
@@ -419,8 +437,7 @@ def check_seed(cls: type, folder: Path, **options: Any) -> None:
 
 def check_incomplete_cases(cls: type, folder: Path, **options: Any) -> None:
     """No sample is empty, and a modality that a case lacks is zero for the network, whatever augmentation has added."""
-    if not issubclass(cls, ModalityDropoutTrainer):
-        return
+    _requires(cls, ModalityDropoutTrainer)
     with nnunet_folders(folder):
         trainer = _make(cls, **options)
         present = torch.ones(2, trainer.num_input_channels, dtype=torch.bool)
@@ -451,4 +468,5 @@ CHECKS: tuple[Callable[..., None], ...] = (
     check_no_leak, check_incomplete_cases, check_permutation, check_full_subset, check_frozen_teacher,
     check_extreme_values, check_seed,
 )  # fmt: skip
-"""All checks; those that do not apply to a trainer (no teacher, no missing modalities) return at once."""
+"""All checks. Those that do not apply to a trainer, because it has no teacher or does not derive from
+:class:`~nnunetv2_mstkd.training.modality_dropout.ModalityDropoutTrainer`, raise SkipTest, which pytest shows."""

@@ -70,18 +70,16 @@ def test_every_command_knows_it(environment, phantom, tmp_path):
     model = ("-d", PHANTOM, "-c", "strong", "-f", 0, "-device", "cpu", "-tr")
     options = ("-npp", 0, "-nps", 0, "--disable_tta", "--disable_progress_bar")
     images, out = phantom.raw / phantom.dataset / "imagesTs", tmp_path / "out"
-    fold, other = (
-        phantom.fold(trainer, configuration="strong") for trainer in ("MatchingTrainer", "FullModalityTrainer")
-    )
+    fold, other = (phantom.fold(trainer, configuration="strong") for trainer in ("MatchingTrainer", "KDTeacherTrainer"))
     settings = ("--set", "matching.weight=3", "--epochs", 1)
     configured, *_, compared, steps, _ = call(
         environment,
         ("mstkd", "configure", "-d", PHANTOM, "-c", CONFIGURATION, "--name", "strong", *settings),
-        ("nnUNetv2_train", PHANTOM, "strong", 0, "-tr", "FullModalityTrainer", "-device", "cpu"),
+        ("nnUNetv2_train", PHANTOM, "strong", 0, "-tr", "KDTeacherTrainer", "-device", "cpu"),
         ("nnUNetv2_train", PHANTOM, "strong", 0, "-tr", "MatchingTrainer", "-device", "cpu"),
         ("mstkd", "predict", "-i", images, "-o", out, *model, "MatchingTrainer", *options, "--drop", "T1"),
         ("mstkd", "evaluate", *model, "MatchingTrainer", *options, "--subsets", "T1", "all"),
-        ("mstkd", "evaluate", *model, "FullModalityTrainer", *options, "--subsets", "T1", "all"),
+        ("mstkd", "evaluate", *model, "KDTeacherTrainer", *options, "--subsets", "T1", "all"),
         ("mstkd", "compare", fold.parent, other.parent, "-o", tmp_path / "comparison"),
         ("mstkd", "crossval", "-d", PHANTOM, "-c", "strong", "-tr", "MatchingTrainer", "-f", 1, "--dry-run"),
     )
@@ -90,7 +88,7 @@ def test_every_command_knows_it(environment, phantom, tmp_path):
     assert re.search(r"terms: segmentation \S+, matching \S+", log) and "started from the teacher" in log
     assert len(list(out.glob("*.nii.gz"))) == 2
     assert "MatchingTrainer" in compared
-    assert "train FullModalityTrainer (tiny), fold 1" in steps and "train MatchingTrainer (strong), fold 1" in steps
+    assert "train KDTeacherTrainer (tiny), fold 1" in steps and "train MatchingTrainer (strong), fold 1" in steps
 
 
 def test_unknown_section_without_the_package(phantom, capsys):

@@ -32,6 +32,24 @@ def test_equal_outputs_are_consistent_and_others_are_not(shape, regions):
     assert 0 < probability_consistency(student, teacher, regions=regions) < 1
 
 
+@pytest.mark.parametrize("regions", [True, False])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_ignored_voxels_have_no_influence_on_values_and_gradients(regions, poison):
+    student, teacher, weight = logits(2, 3, 4, 5), logits(2, 3, 4, 5, seed=1), logits(2, 1, 4, 5, seed=2).square()
+    valid = logits(2, 1, 4, 5, seed=3) > 0
+    label = (logits(2, 3 if regions else 1, 4, 5, seed=4) > 0).long()
+    found = []
+    for value in (0.0, poison):
+        own = torch.where(valid, student, value).requires_grad_()
+        other, weights = torch.where(valid, teacher, value), torch.where(valid, weight, value)
+        loss = probability_consistency(own, other, regions=regions, valid=valid, voxel_weight=weights)
+        gap = torch.ones(2, 3 if regions else 2)
+        loss = loss + reliability_dice(own, label, gap, regions=regions, batch_dice=False, valid=valid)
+        loss.backward()
+        found.append((loss.detach(), own.grad))
+    assert torch.equal(found[0][0], found[1][0]) and torch.equal(found[0][1], found[1][1])
+
+
 def test_consistency_by_hand():
     student, teacher = torch.zeros(1, 1, 2, 1), torch.full((1, 1, 2, 1), math.log(3.0))
     # p = 1/2 and 3/4 at both voxels

@@ -147,6 +147,11 @@ def test_invalid_voxels_do_not_matter():
     for term in (published.probability_error, published.standardized_kl):
         assert torch.equal(term(*bad, regions=True, valid=valid), term(student, teacher, regions=True, valid=valid))
         assert term(student, teacher, regions=True, valid=torch.zeros_like(valid)) == 0
+    own, label = bad[0].requires_grad_(), (teacher > 0).long()
+    loss = published.dice(own, label, regions=True, valid=valid)
+    loss.backward()
+    assert torch.equal(loss, published.dice(student, label, regions=True, valid=valid))
+    assert own.grad.isfinite().all() and (own.grad.masked_select(~valid) == 0).all()
 
 
 # ---- separate regions ----------------------------------------------------------------------------------------------

@@ -53,6 +53,11 @@ def check_map(name: str, voxel_map: torch.Tensor, logits: torch.Tensor, *, boole
         )
 
 
+def where_valid(logits: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Zeros where a voxel is not valid: NaN in logits or weights would reach gradients even through a later mask."""
+    return logits if valid is None else torch.where(valid, logits, 0.0)
+
+
 def valid_map(valid: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
     if valid is None:
         return torch.ones_like(logits[:, :1], dtype=torch.bool)

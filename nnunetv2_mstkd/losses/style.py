@@ -93,9 +93,9 @@ def adversarial_student_term(discriminator_logits: torch.Tensor) -> torch.Tensor
 def discriminator_loss(real_logits: torch.Tensor, fake_logits: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of the discriminator, half for the teacher as real, half for the student as fake.
 
-    ``1/2 mean(-log sigmoid(D(f^f))) + 1/2 mean(-log(1 - sigmoid(D(f^m))))``: equation (9) of MST-KDNet (MICCAI 2025) in
-    the usual sign, from logits of any shape: of the teacher's, and of the student's detached features. At least 0, and
-    log 2 when D cannot tell.
+    ``1/2 mean(-log sigmoid(D(f^f))) + 1/2 mean(-log(1 - sigmoid(D(f^m))))``: the usual form of equation (9) of
+    MST-KDNet (MICCAI 2025), which as printed has no lower bound. From logits of any shape: of the teacher's, and of the
+    student's detached features. At least 0, and log 2 when D cannot tell.
     """
     with torch.autocast(device_type=real_logits.device.type, enabled=False):
         real = functional.softplus(-real_logits.float()).mean()

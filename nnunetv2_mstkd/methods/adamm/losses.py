@@ -17,6 +17,7 @@ from nnunetv2_mstkd.losses.logits import (
     foreground_masks,
     foreground_probabilities,
     soft_dice,
+    where_valid,
 )
 
 _FLOOR = 1e-3
@@ -44,11 +45,13 @@ def probability_consistency(
     """
     check_logits(student, teacher, regions)
     with torch.autocast(device_type=student.device.type, enabled=False):
-        ours, theirs = foreground_probabilities(student, regions), foreground_probabilities(teacher.detach(), regions)
+        ours, theirs = (
+            foreground_probabilities(where_valid(each, valid), regions) for each in (student, teacher.detach())
+        )
         difference = (ours - theirs).square()
         size = ours.square() + theirs.square()
         if voxel_weight is not None:
-            difference = difference * voxel_weight.detach()
+            difference = difference * where_valid(voxel_weight.detach(), valid)
         count: float | torch.Tensor = float(ours[0].numel())
         if valid is not None:
             difference, size = torch.where(valid, difference, 0.0), torch.where(valid, size, 0.0)
@@ -119,7 +122,7 @@ def reliability_dice(
         Dice of the whole batch, as the plans may ask for; the gap is averaged over the batch then.
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        found = foreground_probabilities(logits, regions)
+        found = foreground_probabilities(where_valid(logits, valid), regions)
         wanted = label.bool() if regions else foreground_masks(label, logits.shape[1])
         if valid is not None:
             found, wanted = torch.where(valid, found, 0.0), wanted & valid

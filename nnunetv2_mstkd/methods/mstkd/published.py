@@ -2,8 +2,9 @@
 
 Paper: "Bridging the Gap in Missing Modalities: Leveraging Knowledge Distillation and Style Matching for Brain Tumor
 Segmentation", MICCAI 2025. Where it is silent (reductions over layers and heads, the constants) these are the forms of
-the released code. As there, the gradient of every term reaches both networks: only a frozen teacher stays as it is. The
-package's own forms are in :mod:`nnunetv2_mstkd.methods.mstkd.losses` and :mod:`nnunetv2_mstkd.losses.style`.
+the released code. As there, the gradient of every term but the adversarial one reaches both networks: only a frozen
+teacher stays as it is. The package's own forms are in :mod:`nnunetv2_mstkd.methods.mstkd.losses` and
+:mod:`nnunetv2_mstkd.losses.style`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from nnunetv2_mstkd.losses.logits import (
     mean_over_voxels,
     probabilities,
     valid_map,
+    where_valid,
 )
 from nnunetv2_mstkd.methods.mstkd.losses import check_pairs, class_logits
 
@@ -163,7 +165,7 @@ def dice(
         Bool (B, 1, *spatial), or None: all.
     """
     with torch.autocast(device_type=logits.device.type, enabled=False):
-        found = probabilities(logits, regions)
+        found = probabilities(where_valid(logits, valid), regions)
         if not regions:
             label = torch.cat([label == 0, foreground_masks(label, found.shape[1])], 1)
         wanted, valid = label.float(), valid_map(valid, logits)

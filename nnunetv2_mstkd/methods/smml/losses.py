@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import probabilities
+from nnunetv2_mstkd.losses.logits import probabilities, where_valid
 
 MAX_EDGE = 8
 """Bottleneck features are pooled to at most so many positions per axis before they are compared."""
@@ -69,10 +69,11 @@ def reliable_exchange(
 ) -> torch.Tensor:
     """Pixel-level constraint L_pc: divergence from the peer at the voxels where the peer is the more reliable one.
 
-    ``L = mean over classes k of mean over {v: y(v) = k, R(v) = 1} of tau^2 KL(p_t(v) || p_s(v))`` with
-    ``R(v) = 1[CE(p_t(v), y(v)) < CE(p_s(v), y(v))]`` and p softened by tau. Classes without a selected voxel do not
-    count. Between two students no voxel is passed on in both directions. For region heads KL and R are those of each
-    region's Bernoulli distribution, and inside and outside of a region are two classes. 0 when no voxel is selected.
+    ``L = mean over classes k of mean over {v: y(v) = k, R(v) = 1} of tau^2 KL(p_t(v) || p_s(v))`` with ``R(v) =
+    1[CE(p_t(v), y(v)) < CE(p_s(v), y(v))]``, where p is softened by tau in KL and not in R. Classes without a selected
+    voxel do not count. Between two students no voxel is passed on in both directions. For region heads KL and R are
+    those of each region's Bernoulli distribution, and inside and outside of a region are two classes. 0 when no voxel
+    is selected.
 
     Parameters
     ----------
@@ -87,8 +88,7 @@ def reliable_exchange(
     """
     with torch.autocast(student.device.type, enabled=False):
         student, teacher = student.float(), teacher.detach().float()
-        if valid is not None:  # whatever stands there: 0 * NaN is NaN
-            student, teacher = torch.where(valid, student, 0.0), torch.where(valid, teacher, 0.0)
+        student, teacher = where_valid(student, valid), where_valid(teacher, valid)
         with torch.no_grad():
             selected = _cross_entropy(teacher, label, regions) < _cross_entropy(student, label, regions)
             if require_correct:
