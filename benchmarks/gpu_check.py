@@ -4,11 +4,11 @@
     python benchmarks/gpu_check.py --out FOLDER --device cpu    # the same, less what CUDA adds
 
 A tiny phantom goes through nnU-Net's own commands: every trainer is trained for two epochs (on CUDA with autocast,
-gradient scaling and torch.compile), one is killed and resumed with ``--c``, one is trained in a group of one process
-with nccl; a model predicts and is evaluated on the GPU and on the CPU, whose labels must agree except near the
-decision; and `step_cost.py` times the trainers, eager and compiled. A part that fails does not stop the others. The
-table at the end is also in FOLDER/gpu_check.json. Nothing has to be installed that PYTHONPATH can hold: the commands
-are scripts in FOLDER/bin.
+gradient scaling and torch.compile), one with growing patches is killed and resumed with ``--c``, one is trained in a
+group of one process with nccl; a model predicts and is evaluated on the GPU and on the CPU, whose labels must agree
+except near the decision; and `step_cost.py` times the trainers, eager and compiled. A part that fails does not stop
+the others. The table at the end is also in FOLDER/gpu_check.json. Nothing has to be installed that PYTHONPATH can
+hold: the commands are scripts in FOLDER/bin.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from nnunetv2_mstkd.reporting.tables import TEXT, frame_table
 DATASET = 902
 CONFIGURATION = "tiny"
 LONGER = "tiny_longer"
-"""For the resumed training, which must live long enough to be killed."""
+"""For the resumed training, which must live long enough to be killed; its patches grow, each batch is used twice."""
 RESUMED = "ModalityDropoutTrainer"
 DISTRIBUTED = "KDTrainer"
 MINUTES = 6.0
@@ -144,9 +144,10 @@ class Check:
         plans = json.loads(next((self.folder / "preprocessed").glob("*/nnUNetPlans.json")).read_text())
         stages = len(plans["configurations"]["3d_fullres"]["architecture"]["arch_kwargs"]["strides"])
         settings = ["schedule.iterations=4", "schedule.validation_iterations=1", "schedule.seed=0"]
-        for name, epochs in ((CONFIGURATION, 2), (LONGER, 8)):
+        growing = ["schedule.patch_phases=4", "schedule.batch_repeats=2"]
+        for name, epochs, more in ((CONFIGURATION, 2, []), (LONGER, 8, growing)):
             lengths = [f"schedule.epochs={epochs}", f"teacher.epochs={epochs}", "schedule.save_every=1"]
-            words = [word for setting in (*settings, *lengths) for word in ("--set", setting)]
+            words = [word for setting in (*settings, *lengths, *more) for word in ("--set", setting)]
             features = [8, 16, 16, *[16] * stages][:stages]
             self.run(
                 f"configure {name}", *f"mstkd configure -d {DATASET} -c 3d_fullres --name {name}".split(), *words,
@@ -204,6 +205,8 @@ class Check:
         after = finished_epochs(step.output)
         if not step.done() or after is None or after[0] != after[1]:
             raise CheckError(f"the resumed training ended after epoch {after}")
+        if not finite_losses(step):
+            raise CheckError("a loss is not finite")
         return [f"killed after epoch {before[0]}, resumed to {after[0]} of {after[1]}"]
 
     def distributed(self) -> None:
