@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -45,7 +44,13 @@ from nnunetv2_mstkd.training.initial_weights import (
     match_channels,
 )
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
-from nnunetv2_mstkd.training.loaders import foreground_samples, loader_with_patch
+from nnunetv2_mstkd.training.loaders import (
+    REPEATED,
+    end_workers,
+    foreground_samples,
+    loader_with_patch,
+    repeating,
+)
 from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.training.patch_growth import Phase, compile_each_size, phase_of
@@ -306,14 +311,26 @@ class SettingsTrainer(nnUNetTrainer):
         Augmentation adds noise to the zeros of an absent modality; here they are zeros again.
         """
         data, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
+        if isinstance(target, list):
+            target = [level.to(self.device, non_blocking=True) for level in target]
+        else:
+            target = target.to(self.device, non_blocking=True)
+        if batch.get(REPEATED):
+            data, target = self.flip(data, target)
         cases, present = [str(case) for case in batch.get("keys", ())], None
         if any(case in self.case_facts and not self.case_facts[case].complete for case in cases):
             present = torch.tensor([self.case_facts[case].present for case in cases])
             behind = data.shape[1] - present.shape[1]  # label maps of a prior
             data = modalities.mask_modalities(data, functional.pad(present, (0, behind), value=True))
-        if isinstance(target, list):
-            return data, [level.to(self.device, non_blocking=True) for level in target], present
-        return data, target.to(self.device, non_blocking=True), present
+        return data, target, present
+
+    def flip(self, data: torch.Tensor, target: Any) -> tuple[torch.Tensor, Any]:
+        """Flip a batch along random axes among those that nnU-Net's augmentation flips."""
+        axes = [2 + axis for axis in self.inference_allowed_mirroring_axes or () if torch.rand(()) < 0.5]
+        if not axes:
+            return data, target
+        flipped = [level.flip(axes) for level in target] if isinstance(target, list) else target.flip(axes)
+        return data.flip(axes), flipped
 
     def _autocast(self):
         # nnU-Net's rule: only CUDA gains from autocast
@@ -519,10 +536,10 @@ class SettingsTrainer(nnUNetTrainer):
         In a phase with smaller patches those of the training are smaller, and more samples must show foreground.
         """
         train, validation = super().get_dataloaders()
-        phase = self.patch_phase
+        phase, repeats = self.patch_phase, self.settings[ScheduleSettings].batch_repeats
         self._loaded_phase = phase.number
         if phase.patch == tuple(self.configuration_manager.patch_size):
-            return train, validation
+            return repeating(train, repeats), validation
         smaller = loader_with_patch(self, train, phase)
         size, phases = " x ".join(map(str, phase.patch)), self.settings[ScheduleSettings].patch_phases
         forced, samples = foreground_samples(smaller)
@@ -530,7 +547,7 @@ class SettingsTrainer(nnUNetTrainer):
             f"training patch {size} (phase {phase.number + 1} of {min(phases, self.num_epochs)}); {forced} of "
             f"{samples} samples must show foreground"
         )
-        return smaller, validation
+        return repeating(smaller, repeats), validation
 
     @property
     def patch_phase(self) -> Phase:
@@ -542,8 +559,7 @@ class SettingsTrainer(nnUNetTrainer):
     def finish_loaders(self) -> None:
         """End the workers that are left; nnU-Net does so for its own after the last epoch."""
         for loader in (self.dataloader_train, self.dataloader_val):
-            if isinstance(loader, NonDetMultiThreadedAugmenter):
-                loader._finish()
+            end_workers(loader)
 
     def run_training(self) -> None:
         """Run nnU-Net's loop; WorkerError if a process of a data loader died."""

@@ -14,6 +14,47 @@ from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_p
 
 from nnunetv2_mstkd.training.patch_growth import Phase
 
+REPEATED = "mstkd_repeated"
+"""Key of a batch that was given before."""
+
+
+class RepeatingLoader:
+    """Gives each batch of a loader several times in a row; all but the first are marked with :data:`REPEATED`.
+
+    Choi et al., "Faster Neural Network Training with Data Echoing" (arXiv 1907.05550).
+    """
+
+    def __init__(self, loader: Any, repeats: int) -> None:
+        self.loader, self._repeats, self._left = loader, repeats, 0
+        self._batch: dict[str, Any] = {}
+
+    def __iter__(self) -> RepeatingLoader:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._left:
+            self._left -= 1
+            return {**self._batch, REPEATED: True}
+        self._batch, self._left = next(self.loader), self._repeats - 1
+        return self._batch
+
+
+def repeating(loader: Any, repeats: int) -> Any:
+    """Return a loader that gives each batch so many times; for 1 the given one."""
+    return RepeatingLoader(loader, repeats) if repeats > 1 else loader
+
+
+def without_repeats(loader: Any) -> Any:
+    """Return nnU-Net's loader of a :func:`repeating` one."""
+    return loader.loader if isinstance(loader, RepeatingLoader) else loader
+
+
+def end_workers(loader: Any) -> None:
+    """End the processes of a loader, if it has any."""
+    loader = without_repeats(loader)
+    if isinstance(loader, NonDetMultiThreadedAugmenter):
+        loader._finish()
+
 
 def loader_like(given: Any, share: float = 1.0, **changes: Any) -> Any:
     """Return a loader that works as a given one, with the same kind of workers.
@@ -27,6 +68,7 @@ def loader_like(given: Any, share: float = 1.0, **changes: Any) -> Any:
     changes
         Attributes of nnU-Net's data loader that differ.
     """
+    given = without_repeats(given)
     original = _inner(given)
     loader = copy.copy(original)
     loader.get_do_oversample = types.MethodType(original.get_do_oversample.__func__, loader)
@@ -74,8 +116,7 @@ def loader_with_patch(trainer: Any, given: Any, phase: Phase) -> Any:
         oversample_foreground_percent=min(1.0, trainer.oversample_foreground_percent * phase.foreground),
         transforms=transforms,
     )
-    if isinstance(given, NonDetMultiThreadedAugmenter):
-        given._finish()
+    end_workers(given)
     next(loader)
     return loader
 
@@ -116,6 +157,7 @@ def unlabelled_loader(labelled: Any, dataset: Any, cases: Sequence[str], batch_s
 
 def _inner(loader: Any) -> Any:
     """Return nnU-Net's own loader without the object that calls it, in worker processes or not."""
+    loader = without_repeats(loader)
     return loader.generator if isinstance(loader, NonDetMultiThreadedAugmenter) else loader.data_loader
 
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
-from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
@@ -23,7 +22,7 @@ from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer, check_subsets
-from nnunetv2_mstkd.training.loaders import unlabelled_loader
+from nnunetv2_mstkd.training.loaders import REPEATED, end_workers, repeating, unlabelled_loader
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
     ScheduleSettings,
@@ -235,8 +234,9 @@ class ModalityDropoutTrainer(SettingsTrainer):
         if cases:
             dataset = self.dataset_class(self.preprocessed_dataset_folder, cases)
             batch_size = max(1, round(self.unlabelled_share * self.batch_size))
-            self.unlabelled_batches = unlabelled_loader(train, dataset, cases, batch_size)
-            next(self.unlabelled_batches)
+            unlabelled = unlabelled_loader(train, dataset, cases, batch_size)
+            next(unlabelled)
+            self.unlabelled_batches = repeating(unlabelled, self.settings[ScheduleSettings].batch_repeats)
             section = self.settings[UnlabelledSettings]
             self.print_to_log_file(
                 f"each batch has {batch_size} unlabelled samples beside {self.batch_size} labelled ones: weight "
@@ -247,8 +247,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     def finish_loaders(self) -> None:
         super().finish_loaders()
-        if isinstance(self.unlabelled_batches, NonDetMultiThreadedAugmenter):
-            self.unlabelled_batches._finish()
+        end_workers(self.unlabelled_batches)
 
     def add_unlabelled(
         self, data: torch.Tensor, present: torch.Tensor | None
@@ -256,7 +255,10 @@ class ModalityDropoutTrainer(SettingsTrainer):
         """Return a batch and what its cases have, with the step's unlabelled samples, whose cases are complete."""
         if self.unlabelled_batches is None:
             return data, present
-        more = next(self.unlabelled_batches)["data"].to(self.device, non_blocking=True)
+        batch = next(self.unlabelled_batches)
+        more = batch["data"].to(self.device, non_blocking=True)
+        if batch.get(REPEATED):
+            more, _ = self.flip(more, [])
         if present is not None:
             present = torch.cat([present, present.new_ones(len(more), present.shape[1])])
         return torch.cat([data, more]), present

@@ -251,6 +251,10 @@ class ScheduleSettings(Section):
     """Number of equally long phases in which the training patch grows, one axis at a time, from the smallest useful
     size to the plan's; 1: the plan's patch from the start. Validation and prediction always use the plan's. The
     published value is 4."""
+    batch_repeats: Annotated[int, Range(1, 16)] = 1
+    """Number of training steps with each loaded batch (data echoing, arXiv 1907.05550); each repetition draws new
+    subsets and new flips. Above 1 it saves time where training waits for the data loader. It must divide
+    ``iterations``; 1: nnU-Net's."""
     save_every: Count | None = None
     """Number of epochs between two writes of ``checkpoint_latest.pth``; null: min(50, max(1, epochs // 20))."""
     seed: Annotated[int, Range(0, 2**31 - 1)] | None = None
@@ -273,6 +277,10 @@ class ScheduleSettings(Section):
     training cases. Tensors of the same name and shape are loaded; input channels are matched by modality name, and a
     single channel is spread over all. If each modality has an encoder as wide as the U-Net's, each takes the U-Net's
     weights, with the channel of its modality. The log lists all other tensors."""
+
+    def check(self) -> None:
+        divides = self.iterations % self.batch_repeats == 0
+        self.require(divides, "batch_repeats", f"a divisor of schedule.iterations, {self.iterations}")
 
     def starts_from(self, trainer: str) -> str | None:
         """What a trainer starts from, as ``init_from``; None: at random, as the trainer that ``init_from`` names."""
@@ -333,7 +341,7 @@ class TeacherSettings(Section):
     """Start the student from the teacher's weights; no effect with ``joint`` or ``schedule.init_from``."""
     joint: bool = False
     """Train the teacher together with the student, both from scratch, instead of loading a frozen one. The gradients of
-    terms in their published form reach the teacher too."""
+    terms in their published form, except the adversarial one, reach the teacher too."""
     joint_weight: Fraction = 0.4
     """Weight of the segmentation loss of a jointly trained teacher; the student's weight is 1 minus this."""
     cases: Literal["complete", "all"] = "complete"
