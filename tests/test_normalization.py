@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -398,6 +399,54 @@ def test_made_once_and_again_where_preprocessed_anew(data, monkeypatch):
     assert {name for name in after if after[name] != before[name]} >= {f"{CASES[2]}.b2nd", f"{CASES[3]}.b2nd"}
     assert after[f"{CASES[0]}.b2nd"] == before[f"{CASES[0]}.b2nd"]
     assert not list(own.parent.glob(".*.part"))
+
+
+def test_the_copy_has_the_cases_of_nnunets_own_folder(data):
+    build().initialize()
+    source = data.preprocessed / data.dataset / "nnUNetPlans_3d_fullres"
+    for file in source.glob(f"{CASES[0]}*"):
+        file.unlink()  # as preprocessing again does, where the case is a test case now
+    trainer = build()
+    trainer.initialize()
+    own = Path(trainer.preprocessed_dataset_folder)
+    assert own.name.endswith("_per_channel") and not list(own.glob(f"{CASES[0]}*"))
+    assert f"no longer has them: {CASES[0]} \n" in log_text(Path(trainer.output_folder))
+    trainer.fold = "all"
+    assert sorted(trainer.do_split()[0]) == sorted(CASES[1:])
+
+
+def test_a_copy_without_file_times_is_used(data, monkeypatch):
+    trainer = build()
+    trainer.initialize()
+    chosen = per_channel.normalization(trainer.configuration_manager)
+    own = Path(trainer.preprocessed_dataset_folder)
+    for number, folder in enumerate((own, own.with_name("nnUNetPlans_3d_fullres"))):  # copied one after the other
+        for file in folder.iterdir():
+            content = file.read_bytes()
+            file.unlink()
+            file.write_bytes(content)
+            os.utime(file, (10**9 + number, 10**9 + number))
+    without_raw(data, monkeypatch)
+    trainer = build()
+    trainer.initialize()
+    assert per_channel.normalization(trainer.configuration_manager) == chosen == "per_channel"
+    text = log_text(Path(trainer.output_folder))
+    assert "_masks.json is used as it is" in text and "as after a copy without times" in text
+
+
+def test_a_channel_of_one_value_stays(data):
+    """Such as a mask: within its own voxels there is nothing to standardise, and zeros would mean that it is absent."""
+    image = np.zeros((3, 6, 6, 6), np.float32)
+    image[0] = np.random.default_rng(0).normal(5, 1, image[0].shape)
+    image[1, 1:3] = image[0, 1:3]
+    image[2, 2:4, 2:4] = 1
+    assert find_shifts(image, ["ZScoreNormalization"] * 3, [True] * 3)[2] is None
+    _, configuration, _ = model(data, "per_channel")
+    intensities = {str(channel): {} for channel in range(3)}
+    found = per_channel.preprocessor(configuration)._normalize(
+        image.copy(), np.zeros((1, 6, 6, 6)), configuration, intensities
+    )
+    assert np.array_equal(found[2], image[2]) and abs(found[1][found[1] != 0].mean()) < 1e-5
 
 
 def test_background_processes_make_the_same(data):

@@ -114,6 +114,18 @@ def test_resumed_training_equals_uninterrupted_one(models, trainer):
         assert "timestamps" in key or same(values, resumed["logging"][key]), key
 
 
+def test_settings_that_a_resumed_training_does_not_use_are_logged(models):
+    configure(models, schedule__epochs=2)
+    train_until_killed("ModalityDropoutTrainer", 1)
+    configure(models, schedule__epochs=3, sampler__kind="by_size")
+    train("ModalityDropoutTrainer", continue_training=True)
+    text = log_text(models.fold("ModalityDropoutTrainer"))
+    assert "schedule.epochs=3 of the plans is not used: this training began with 2" in text
+    assert "sampler.kind='by_size' of the plans is not used: this training began with 'uniform'" in text
+    assert text.count("is not used") == 2
+    assert read(models, trainer="ModalityDropoutTrainer")["current_epoch"] == 2
+
+
 def test_the_discriminator_and_its_optimiser_go_on(models):
     trainer = build()
     trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))

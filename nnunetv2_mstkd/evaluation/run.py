@@ -122,6 +122,7 @@ class Evaluator:
         self.predictors = self._load()
         self.model = next(iter(self.predictors.values()))
         self.names = modalities.modality_names(self.model.dataset_json)
+        self.patient_of = patient_naming(self.model.dataset_json)
         self.subsets = self._choose_subsets()
         self.rules = self._rules()
         self.mask_first, self.moved = False, list[str]()
@@ -166,9 +167,9 @@ class Evaluator:
         settings = {**self.settings, "weights": self.weights, **moved, **self._cost()}
         settings["description"] = str(self.model.dataset_json.get("description") or "")
         near = found.near if self.stack > 1 else None
-        results, patient = found.results, patient_naming(self.model.dataset_json)
-        if patient is not None:
-            results = results.assign(**{PATIENT: results[CASE].map(patient)})
+        results = found.results
+        if self.patient_of is not None:
+            results = results.assign(**{PATIENT: results[CASE].map(self.patient_of)})
         return Measured(
             results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration,
             found.lacking,

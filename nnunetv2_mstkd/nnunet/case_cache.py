@@ -24,6 +24,7 @@ def kept_by_case(
     decode: Callable[[Any], T],
     log: Callable[[str], None],
     made_with: Any = None,
+    readable: bool = True,
 ) -> dict[str, T]:
     """Return a value for each case, read again only where its preprocessed file has changed.
 
@@ -43,6 +44,8 @@ def kept_by_case(
         Gets a line if the file cannot be written.
     made_with
         What the values depend on besides the cases, as JSON can hold it.
+    readable
+        Whether cases can be read. If not, kept values are used although the files have other times, as after a copy.
 
     Raises
     ------
@@ -52,7 +55,9 @@ def kept_by_case(
     stamps = {case: _stamp(folder, case) for case in cases}
     known = _read(file, made_with, decode)
     unread = [case for case in cases if case not in known or known[case][0] != stamps[case]]
-    if unread:
+    if unread and not readable and known.keys() >= set(unread):
+        log(f"{file.name} is used as it is, although the preprocessed data have other times than it noted")
+    elif unread:
         known |= {case: (stamps[case], value) for case, value in zip(unread, read(unread), strict=True)}
         content = {case: {"stamp": stamp, "value": encode(value)} for case, (stamp, value) in sorted(known.items())}
         try:

@@ -79,7 +79,8 @@ def find_shifts(images: np.ndarray, schemes: Sequence[str], use_mask: Sequence[b
     found: list[Shift | None] = []
     for image, mask, scheme, masked in zip(images, masks, schemes, use_mask, strict=True):
         own = int(mask.sum())
-        if not own or scheme != "ZScoreNormalization":
+        # a channel of one value, such as a mask, has no standard deviation of its own
+        if not own or scheme != "ZScoreNormalization" or np.ptp(image[mask]) == 0:
             found.append(None)
         elif own == size:
             found.append(Shift(0.0, 1.0))
@@ -184,6 +185,7 @@ def of_data_set(
             decode=lambda entry: [each and Shift(float(each[0]), float(each[1])) for each in entry],
             log=log,
             made_with=[list(configuration.normalization_schemes), list(configuration.use_mask_for_norm)],
+            readable=raw is not None,
         )
     except Exception as error:  # whatever is wrong with an image: a training does not need it
         if raw is not None:

@@ -43,8 +43,10 @@ class PerChannelPreprocessor(DefaultPreprocessor):
             alone, mask, box = crop_to_nonzero(data[channel : channel + 1].copy())
             only = SimpleNamespace(normalization_schemes=[scheme], use_mask_for_norm=[True])
             alone = super()._normalize(alone, mask, only, {"0": intensities[str(channel)]})
-            data[channel] = 0
+            there, data[channel] = data[channel] != 0, 0
             data[channel][bounding_box_to_slice(box)] = np.where(mask[0] >= 0, alone[0], 0)
+            if not data[channel].any():  # of one value, such as a mask: 0 would say that it is absent
+                data[channel] = there
         return data
 
 
@@ -69,6 +71,24 @@ def data_folder(preprocessed: Path, configuration: ConfigurationManager) -> Path
     name = check_file_name(configuration.data_identifier, "data_identifier")
     per_channel = normalization(configuration) == PER_CHANNEL
     return preprocessed / (f"{name}_{PER_CHANNEL}" if per_channel else name)
+
+
+def drop_removed(
+    preprocessed: Path,
+    cases: Sequence[str],
+    configuration: ConfigurationManager,
+    *,
+    log: Callable[[str], None] = print,
+) -> None:
+    """Remove the data of ``per_channel`` of other cases than nnU-Net's own, which fold ``all`` would train on."""
+    target = data_folder(preprocessed, configuration)
+    there = {path.name.removesuffix(".b2nd") for path in target.glob("*.b2nd") if not path.stem.endswith("_seg")}
+    removed = sorted(there - set(cases))
+    for case in removed:
+        for ending in (".b2nd", "_seg.b2nd", ".pkl"):
+            (target / f"{case}{ending}").unlink(missing_ok=True)
+    if removed:
+        log(f"removed from {target}, because nnU-Net's own folder no longer has them: {', '.join(removed)}")
 
 
 def complete_data(
@@ -104,7 +124,11 @@ def complete_data(
     old = [case for case in cases if not _is_current(source / f"{case}.b2nd", target / f"{case}.b2nd")]
     if not old:
         return
-    what = f"{SECTION}.{KEY}={PER_CHANNEL}: {target} lacks {len(old)} of {len(cases)} cases"
+    absent = [case for case in old if not (target / f"{case}.b2nd").is_file()]
+    if raw is None and not absent:
+        log(f"{target} has earlier times than {source.name}, as after a copy without times; it is used as it is")
+        return
+    what = f"{SECTION}.{KEY}={PER_CHANNEL}: {target} lacks {len(old)} of {len(cases)} cases, or they are too old"
     if raw is None:
         raise MissingFileError(
             f"{what}, which are made from the images in nnUNet_raw, but {plans.dataset_name} is not there; copy it "

@@ -62,6 +62,7 @@ from nnunetv2_mstkd.training.settings import (
     Section,
     Settings,
     TeacherSettings,
+    translate,
 )
 from nnunetv2_mstkd.training.step import Losses, LossMonitor, Target
 
@@ -402,10 +403,12 @@ class SettingsTrainer(nnUNetTrainer):
         preprocessed = Path(self.preprocessed_dataset_folder_base)
         processes = 0 if default_num_processes == 1 else default_num_processes
         with self._first_process_first():
+            cases = identifiers(preprocessed / self.configuration_manager.data_identifier)
+            per_channel.drop_removed(preprocessed, cases, self.configuration_manager, log=self.print_to_log_file)
             per_channel.complete_data(
                 preprocessed,
                 find_raw_folder(self.plans_manager.dataset_name),
-                identifiers(preprocessed / self.configuration_manager.data_identifier),
+                cases,
                 self.plans_manager,
                 self.configuration_manager,
                 self.dataset_json,
@@ -686,10 +689,22 @@ class SettingsTrainer(nnUNetTrainer):
             if self.settings[InputSettings].normalization != "auto":
                 sections = (*sections, InputSettings)
             refuse_other_network(self._given, sections, self.settings, stored, source)
+            self._report_changes(stored)
             self.apply_settings(stored)
         self._restore(content)
         self._resumed = True
         self.load_extra_state(content.get(BLOCK) or {})
+
+    def _report_changes(self, stored: Settings) -> None:
+        """Log the settings of the plans that are not used, because the training began with others."""
+        for section in self.all_sections():
+            mine, theirs = self.settings[section].to_dict(), stored[section].to_dict()
+            for key in translate(self._given).get(section.NAME, {}):
+                if mine[key] not in (theirs[key], "auto"):
+                    self.print_to_log_file(
+                        f"{section.NAME}.{key}={mine[key]!r} of the plans is not used: this training began with "
+                        f"{theirs[key]!r}"
+                    )
 
     def _restore(self, content: dict[str, Any]) -> None:
         """Take over what nnU-Net's own method takes; that one unpickles the file, and takes no content."""
