@@ -69,7 +69,8 @@ class MaskDifferences:
 
 
 def find_shifts(images: np.ndarray, schemes: Sequence[str], use_mask: Sequence[bool]) -> list[Shift | None]:
-    """Return the shift of each channel of a raw case, (C, x, y, z); None for an absent one and another normalisation.
+    """Return the shift of each channel of a raw case, (C, x, y, z); None for one that is absent or has a single value,
+    and for another normalisation.
 
     Only sums over the non-zero voxels and the number of voxels in a region are needed, because the others are zero.
     """
