@@ -13,7 +13,7 @@ from typing import Any, cast
 import yaml
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.nnunet.description import patient_from_name
+from nnunetv2_mstkd.nnunet.patients import patient_from_name
 from nnunetv2_mstkd.nnunet.plans import CONVERSION
 
 from .modality_names import canonical_modality

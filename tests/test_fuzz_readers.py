@@ -22,7 +22,8 @@ from nnunetv2_mstkd.evaluation.results import COLUMNS, check_results, read_resul
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.methods.configuration import complete_block
-from nnunetv2_mstkd.nnunet.description import check_description, patient_naming
+from nnunetv2_mstkd.nnunet.description import check_description
+from nnunetv2_mstkd.nnunet.patients import patient_naming
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
 
 quick = settings(

@@ -31,7 +31,6 @@ from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subs
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
 from nnunetv2_mstkd.nnunet.checkpoints import noted_split, training_hours
-from nnunetv2_mstkd.nnunet.description import patient_naming
 from nnunetv2_mstkd.nnunet.folders import (
     find_checkpoints,
     find_raw_folder,
@@ -42,6 +41,7 @@ from nnunetv2_mstkd.nnunet.folders import (
 )
 from nnunetv2_mstkd.nnunet.input_folder import Case
 from nnunetv2_mstkd.nnunet.model import find_device, load_predictor
+from nnunetv2_mstkd.nnunet.patients import patient_naming
 from nnunetv2_mstkd.nnunet.per_channel import PER_CHANNEL, normalization
 
 IMAGES_AHEAD = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import read_json
 from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.nnunet.folders import find_dataset_folder
-from nnunetv2_mstkd.nnunet.plans import CONVERSION
 from nnunetv2_mstkd.nnunet.safe_plans import find_class
 
 READER = "image_reader_writer"
@@ -46,33 +45,6 @@ def check_description(dataset_json: dict[str, Any], source: str) -> dict[str, An
 def read_description(file: Path) -> dict[str, Any]:
     """Read and check a dataset.json."""
     return check_description(read_json(file), str(file))
-
-
-def patient_naming(dataset_json: Mapping[str, Any]) -> Callable[[str], str] | None:
-    """Return what tells the patient of a case, where ``mstkd convert`` noted it in dataset.json; else None."""
-    record = dataset_json.get(CONVERSION)
-    expression = record.get("patient") if isinstance(record, Mapping) else None
-    return patient_from_name(expression, f"patient in {CONVERSION} of dataset.json") if expression else None
-
-
-def patient_from_name(expression: Any, what: str) -> Callable[[str], str]:
-    """Return a function from a case's name to its patient: the first group of a regular expression in that name.
-
-    Where the expression does not match, the case itself is the patient. InputError, which starts with ``what``, for
-    what is no expression with a group.
-    """
-    try:
-        pattern = re.compile(expression) if isinstance(expression, str) else None
-    except re.error as error:
-        raise InputError(f"{what} is {expression!r}, no regular expression: {error}") from error
-    if pattern is None or pattern.groups < 1:
-        raise InputError(f"{what} is {expression!r}, expected an expression with a group such as '(.*)-[0-9]+'")
-
-    def patient(case: str) -> str:
-        match = pattern.search(case)
-        return match[1] if match and match[1] else case
-
-    return patient
 
 
 def foreground_heads(dataset_json: Mapping[str, Any]) -> dict[str, int]:
