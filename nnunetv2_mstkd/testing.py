@@ -318,8 +318,9 @@ def assert_no_leak(trainer: Any, *, gradients: bool = True) -> None:
             assert torch.equal(one, other), f"the logits of a sample with the channels {subset} change with {value}"
         assert wanted.loss == found.loss, "the segmentation loss changes"
         assert torch.equal(wanted.counts, found.counts), "online validation changes"
-        for name, gradient in wanted.gradients.items() if gradients else ():
-            assert torch.equal(gradient, found.gradients[name]), f"the gradient of {name} changes"
+        if gradients:
+            for name, gradient in wanted.gradients.items():
+                assert torch.equal(gradient, found.gradients[name]), f"the gradient of {name} changes"
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class Job:
     changed: Callable[[], None]
     """Called when there is something new to show."""
     beside: Callable[[], Path | None] = lambda: None
-    """The other segmentation of the case to compare with, asked when this one is done; None: there is none."""
+    """Called when this segmentation is done; returns another one of the case to compare it with, or None."""
     series: Series | None = None
     """DICOM series that a DICOM SEG can refer to."""
     state: Literal["waiting", "running", "done", "failed", "cancelled"] = "waiting"

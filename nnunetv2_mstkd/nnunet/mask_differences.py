@@ -80,7 +80,7 @@ def find_shifts(images: np.ndarray, schemes: Sequence[str], use_mask: Sequence[b
     found: list[Shift | None] = []
     for image, mask, scheme, masked in zip(images, masks, schemes, use_mask, strict=True):
         own = int(mask.sum())
-        # a channel of one value, such as a mask, has no standard deviation of its own
+        # a channel with a single value, such as a mask, cannot be standardised by itself
         if not own or scheme != "ZScoreNormalization" or np.ptp(image[mask]) == 0:
             found.append(None)
         elif own == size:

@@ -335,7 +335,7 @@ def _headlines(comparison: Comparison) -> list[str]:
     listed = ", ".join(f"{name} {number(value)}" for name, value in means.items())
     sentences = [f"{metric.label} in {metric.unit}, mean over all subsets and regions: {listed}"]
     overall = _part(comparison.overall, comparison.metrics[0])
-    differ = comparison.uneven or comparison.partly_left_out(comparison.metrics[0])
+    differ = comparison.uneven or comparison.partly_left_out[comparison.metrics[0]]
     how = " (mean of the patients' own differences)" if differ else ""
     for row in overall.drop_duplicates([MODEL, AGAINST], keep="last").to_dict("records"):  # last: over all regions
         p = "" if comparison.several_trainings else f"; p (Holm) {p_text(row[P_CORRECTED])}"

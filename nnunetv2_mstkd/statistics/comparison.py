@@ -300,6 +300,8 @@ class Comparison:
         The cases that are compared, by model (and training) those that another lacks, and the subsets in order.
     counts, left_out:
         The number of cases by subset, and the number of pairs of a case and a subset that only some models have.
+    partly_left_out:
+        By metric, the number of values that some models have and others lack (nan), as where only one finds a region.
     overall, by_count, by_subset, per_case:
         :func:`~nnunetv2_mstkd.statistics.significance.compare`, ``compare_by_count``, ``compare_subsets`` and
         ``paired_differences``.
@@ -335,6 +337,7 @@ class Comparison:
         patients = patients_of(results[used])
         self.bootstrap, self.num_patients = Bootstrap(patients), len(set(patients.values()))
         self.results = results = results[used & results[METRIC].isin(metrics)]
+        self.partly_left_out = {name: self._partly_left_out(name) for name in metrics}
         self.costs = self._costs(hours or {})
         # a postprocessed region says the same once more, and each test makes the correction stricter
         results = results[~results[REGION].isin(postprocessed_regions(results[REGION].unique()))]
@@ -423,14 +426,12 @@ class Comparison:
                 f"modalities: each case counts with the subsets that it has"
             )
 
-    def partly_left_out(self, metric: str) -> int:
-        """Number of values that some models have and others lack (nan): for example where only one finds a region."""
+    def _partly_left_out(self, metric: str) -> int:
         nan = np.isnan(cube(self.results, metric).values)
         return int((nan.any(axis=0) & ~nan.all(axis=0)).sum())
 
     def _notes_on_left_out(self) -> Iterator[str]:
-        for name in self.metrics:
-            partly = self.partly_left_out(name)
+        for name, partly in self.partly_left_out.items():
             if partly:
                 advice = "" if self.rule("convention") == BRATS else "; --convention brats leaves none out"
                 yield (

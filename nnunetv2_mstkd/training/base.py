@@ -51,7 +51,7 @@ from nnunetv2_mstkd.training.loaders import (
     loader_with_patch,
     repeating,
 )
-from nnunetv2_mstkd.training.model_identity import refuse_mixed_folds, refuse_other_network
+from nnunetv2_mstkd.training.model_identity import given_otherwise, refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.training.patch_growth import Phase, compile_each_size, phase_of
 from nnunetv2_mstkd.training.progress import TermLog
@@ -62,7 +62,6 @@ from nnunetv2_mstkd.training.settings import (
     Section,
     Settings,
     TeacherSettings,
-    translate,
 )
 from nnunetv2_mstkd.training.step import Losses, LossMonitor, Target
 
@@ -539,18 +538,17 @@ class SettingsTrainer(nnUNetTrainer):
         In a phase with smaller patches those of the training are smaller, and more samples must show foreground.
         """
         train, validation = super().get_dataloaders()
-        phase, repeats = self.patch_phase, self.settings[ScheduleSettings].batch_repeats
+        phase, schedule = self.patch_phase, self.settings[ScheduleSettings]
         self._loaded_phase = phase.number
-        if phase.patch == tuple(self.configuration_manager.patch_size):
-            return repeating(train, repeats), validation
-        smaller = loader_with_patch(self, train, phase)
-        size, phases = " x ".join(map(str, phase.patch)), self.settings[ScheduleSettings].patch_phases
-        forced, samples = foreground_samples(smaller)
-        self.print_to_log_file(
-            f"training patch {size} (phase {phase.number + 1} of {min(phases, self.num_epochs)}); {forced} of "
-            f"{samples} samples must show foreground"
-        )
-        return repeating(smaller, repeats), validation
+        if phase.patch != tuple(self.configuration_manager.patch_size):
+            train = loader_with_patch(self, train, phase)
+            size, phases = " x ".join(map(str, phase.patch)), min(schedule.patch_phases, self.num_epochs)
+            forced, samples = foreground_samples(train)
+            self.print_to_log_file(
+                f"training patch {size} (phase {phase.number + 1} of {phases}); {forced} of {samples} samples must "
+                f"show foreground"
+            )
+        return repeating(train, schedule.batch_repeats), validation
 
     @property
     def patch_phase(self) -> Phase:
@@ -677,7 +675,7 @@ class SettingsTrainer(nnUNetTrainer):
     def load_checkpoint(self, filename_or_checkpoint: str) -> None:
         """Continue from, or validate, a checkpoint; its own settings win over those of the preprocessed plans.
 
-        SettingsError if the preprocessed plans explicitly ask for another network.
+        Those that are not used are logged. SettingsError if the preprocessed plans explicitly ask for another network.
         """
         content = checkpoints.read(filename_or_checkpoint)
         plans = content["init_args"]["plans"]["configurations"].get(self.configuration_name, {})
@@ -689,22 +687,15 @@ class SettingsTrainer(nnUNetTrainer):
             if self.settings[InputSettings].normalization != "auto":
                 sections = (*sections, InputSettings)
             refuse_other_network(self._given, sections, self.settings, stored, source)
-            self._report_changes(stored)
+            for section, key, mine, theirs in given_otherwise(self._given, self.all_sections(), self.settings, stored):
+                if mine != "auto":
+                    self.print_to_log_file(
+                        f"{section.NAME}.{key}={mine!r} of the plans is not used: this training began with {theirs!r}"
+                    )
             self.apply_settings(stored)
         self._restore(content)
         self._resumed = True
         self.load_extra_state(content.get(BLOCK) or {})
-
-    def _report_changes(self, stored: Settings) -> None:
-        """Log the settings of the plans that are not used, because the training began with others."""
-        for section in self.all_sections():
-            mine, theirs = self.settings[section].to_dict(), stored[section].to_dict()
-            for key in translate(self._given).get(section.NAME, {}):
-                if mine[key] not in (theirs[key], "auto"):
-                    self.print_to_log_file(
-                        f"{section.NAME}.{key}={mine[key]!r} of the plans is not used: this training began with "
-                        f"{theirs[key]!r}"
-                    )
 
     def _restore(self, content: dict[str, Any]) -> None:
         """Take over what nnU-Net's own method takes; that one unpickles the file, and takes no content."""

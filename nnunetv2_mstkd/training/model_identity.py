@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,35 @@ from nnunetv2_mstkd.nnunet.plans import BLOCK, read_plans
 from nnunetv2_mstkd.training.settings import Section, Settings, SettingsError, translate
 
 
+def given_otherwise(
+    given: Mapping[str, Any], sections: Iterable[type[Section]], here: Settings, stored: Settings
+) -> Iterator[tuple[type[Section], str, Any, Any]]:
+    """Yield section, key and both values of each setting in which two settings differ and that ``given`` names.
+
+    ``given`` is the block of the preprocessed plans before it was completed to ``here``.
+    """
+    wanted = translate(given)
+    for section in sections:
+        theirs = stored[section].to_dict()
+        for key, mine in here[section].to_dict().items():
+            if key in wanted.get(section.NAME, {}) and mine != theirs[key]:
+                yield section, key, mine, theirs[key]
+
+
 def refuse_other_network(
     given: Mapping[str, Any], sections: Iterable[type[Section]], here: Settings, stored: Settings, source: str
 ) -> None:
     """Refuse a checkpoint whose network differs from the one that the preprocessed plans explicitly ask for.
 
-    ``given`` is the block of the preprocessed plans before it was completed to ``here``, ``stored`` the settings of the
-    checkpoint in ``source``; the network is built from ``sections``. The SettingsError names the first key that
-    differs.
+    ``stored`` are the settings of the checkpoint in ``source``; the network is built from ``sections``. The
+    SettingsError names the first key that differs.
     """
-    wanted = translate(given)
-    for section in sections:
-        mine, theirs = here[section].to_dict(), stored[section].to_dict()
-        for key in section.network_keys():
-            if key in wanted.get(section.NAME, {}) and theirs[key] != mine[key]:
-                raise SettingsError(
-                    f"the plans ask for {section.NAME}.{key} = {mine[key]!r}, {source} was trained with "
-                    f"{theirs[key]!r}. Restore the old value, or train it as a separate configuration "
-                    f"(mstkd configure)"
-                )
+    for section, key, mine, theirs in given_otherwise(given, sections, here, stored):
+        if key in section.network_keys():
+            raise SettingsError(
+                f"the plans ask for {section.NAME}.{key} = {mine!r}, {source} was trained with {theirs!r}. Restore the "
+                f"old value, or train it as a separate configuration (mstkd configure)"
+            )
 
 
 def refuse_mixed_folds(
