@@ -166,6 +166,12 @@ def _kd(name: str, title: str, settings: Mapping[str, Any]) -> Row:
     )  # fmt: skip
 
 
+def _self(name: str, title: str, settings: Mapping[str, Any]) -> Row:
+    return Row(
+        name=name, title=title, kind="method", trainer="SelfDistillationTrainer", settings=settings, terms=True
+    )  # fmt: skip
+
+
 STUDENT = "mstkd"
 FLOOR = "full"
 CHEAP_CONTROL = "dropout-warm"
@@ -232,6 +238,9 @@ ROWS: tuple[Row, ...] = (
         settings={"unlabelled.share": 0.5},
         unlabelled=True,
     ),
+    _self("self", "SelfDistillationTrainer", {}),
+    _self("self-growing", "SelfDistillationTrainer, growing patches", {"schedule.patch_phases": 4}),
+    _self("self-average", "SelfDistillationTrainer, moving average", {"self_distillation.decay": 0.99}),
     Row(name="conditioned", title="ModalityConditionedTrainer", kind="method", trainer="ModalityConditionedTrainer"),
     Row(name="medmap", title="MedMAPTrainer", kind="method", trainer="MedMAPTrainer", terms=True),
     Row(name="mmformer", title="MMFormerTrainer", kind="method", trainer="MMFormerTrainer", terms=True),

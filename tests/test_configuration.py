@@ -378,7 +378,9 @@ def test_command_writes_and_prints(plans_file, capsys):
     [
         (("schedule.seed=1",), "-tr ModalityDropoutTrainer"),
         (("sampler.kind=by_size", "unlabelled.share=1"), "-tr ModalityDropoutTrainer"),
-        (("distillation.every=4",), "-tr KDTeacherTrainer, then -tr KDTrainer"),
+        (("distillation.every=4",), "-tr SelfDistillationTrainer"),
+        (("self_distillation.decay=0.9",), "-tr SelfDistillationTrainer"),
+        (("distillation.every=4", "teacher.warm_start=false"), "-tr KDTeacherTrainer, then -tr KDTrainer"),
         (("mstkd.kl=2",), "-tr MSTKDTeacherTrainer, then -tr MSTKDTrainer"),
         (("mstkd.recipe=paper",), "-tr MSTKDTrainer"),
         (("network.placement=main",), "-tr MSTKDTeacherTrainer, then -tr MSTKDTrainer"),

@@ -396,7 +396,9 @@ def with_unlabelled(trainer, seed=100):
 
 
 @pytest.mark.parametrize("labels", [None, REGIONS], ids=["labels", "regions"])
-@pytest.mark.parametrize("name", ["ModalityDropoutTrainer", "MSTKDTrainer", "AdaMMTrainer", "MedMAPMSTKDTrainer"])
+@pytest.mark.parametrize(
+    "name", ["ModalityDropoutTrainer", "SelfDistillationTrainer", "MSTKDTrainer", "AdaMMTrainer", "MedMAPMSTKDTrainer"]
+)
 def test_unlabelled_samples_are_added_and_change_no_other_term(make_trainer, name, labels):
     block = {"distillation": {"ramp": 0}, "unlabelled": {"ramp": 0}, "medmap": {"weight": 0}}
     found = []
@@ -452,7 +454,7 @@ def test_dropout_guides_itself_with_all_modalities(make_trainer):
     assert not logits.requires_grad and trainer.network.training and same(before, state(trainer.network))
 
 
-@pytest.mark.parametrize("name", ["ModalityDropoutTrainer", "SMMLTrainer", "MedMAPTrainer"])
+@pytest.mark.parametrize("name", ["ModalityDropoutTrainer", "SelfDistillationTrainer", "SMMLTrainer", "MedMAPTrainer"])
 def test_trainers_without_a_teacher_leave_unlabelled_cases_out(semi, name):
     trainer = build(name)
     trainer.do_split()

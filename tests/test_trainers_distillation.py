@@ -194,7 +194,7 @@ def test_step_without_terms_is_modality_dropout(make_trainer, monkeypatch):
     ids=str,
 )
 def test_voxels_are_compared_only_where_a_term_reads_it(make_trainer, monkeypatch, block, computed):
-    from nnunetv2_mstkd.training import distillation as module
+    from nnunetv2_mstkd.training import soft_labels as module
 
     calls = []
     real = module.teacher_advantage

@@ -16,6 +16,7 @@ from nnunetv2_mstkd.methods.medmap.trainer import (
 from nnunetv2_mstkd.methods.mmformer.trainer import MMFormerTrainer
 from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrainer
 from nnunetv2_mstkd.methods.rfnet.trainer import RFNetTrainer
+from nnunetv2_mstkd.methods.self_distillation.trainer import SelfDistillationTrainer
 from nnunetv2_mstkd.methods.smml.trainer import SMMLMMFormerTrainer, SMMLRFNetTrainer, SMMLTrainer
 from nnunetv2_mstkd.training.base import FullModalityTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
@@ -43,4 +44,5 @@ __all__ = [
     "SMMLMMFormerTrainer",
     "SMMLRFNetTrainer",
     "SMMLTrainer",
+    "SelfDistillationTrainer",
 ]

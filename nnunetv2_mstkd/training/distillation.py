@@ -2,71 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.expected_dice import read_temperatures
-from nnunetv2_mstkd.losses.advantage import teacher_advantage
-from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.adversary import Adversary
 from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped, wrapped_for_ddp
-from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
+from nnunetv2_mstkd.training.modality_dropout import with_logits
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
-from nnunetv2_mstkd.training.step import Target, Term, active_terms
+from nnunetv2_mstkd.training.soft_labels import SoftLabelTrainer
+from nnunetv2_mstkd.training.step import Target
 from nnunetv2_mstkd.training.teacher import Teacher, find_teacher, load_teacher
 
-SOFT_LABELS = "soft_labels"
-"""Name of the term that every distilling method can have."""
 DEFAULT_SHARE = 0.5
 """Unlabelled samples for each labelled one, where there are unlabelled cases and the settings say nothing."""
 
 
-class DistillationTrainer(ModalityDropoutTrainer):
+class DistillationTrainer(SoftLabelTrainer):
     """Segmentation loss on a random subset, plus weighted terms that compare the student with a teacher.
 
-    A method is a subclass that names its teacher's trainer and lists its terms. The teacher sees all modalities of the
-    same augmented batch. It was trained before and is frozen, or is trained in the same steps (``teacher.joint``). It
-    is held outside ``self.network``, so that the checkpoint is the student alone.
+    A method is a subclass that names its teacher's trainer and lists its terms. The teacher was trained before and is
+    frozen, or is trained in the same steps (``teacher.joint``). It is held outside ``self.network``, so that the
+    checkpoint is the student alone.
     """
 
-    sections = (*ModalityDropoutTrainer.sections, TeacherSettings, DistillationSettings)
+    sections = (*SoftLabelTrainer.sections, TeacherSettings)
     teacher_trainer: ClassVar[type[SettingsTrainer]]
     """Trainer whose final checkpoint of the same fold is the teacher."""
     adversarial_term: ClassVar[str] = "adversarial"
     """Name of the term that needs an adversary; without an active term of that name none is built."""
-    logit_terms: ClassVar[tuple[str, ...]] = ()
-    """Terms per voxel, which ``distillation.where`` restricts."""
     feature_terms: ClassVar[tuple[str, ...]] = ()
     """Terms that compare features, so that teacher and student need features of equal shape."""
-    distillation_defaults: ClassVar[DistillationSettings] = DistillationSettings(
-        where="teacher_better", fade=0.5, every=1, soft_labels=0.0
-    )
-    """What this method takes for the nulls of the section ``distillation``."""
+    distillation_defaults = DistillationSettings(where="teacher_better", fade=0.5, every=1, soft_labels=0.0)
     _teacher_identity: dict[str, str] | None = None
-
-    @classmethod
-    def resolve(cls, settings: Settings, configuration_manager: ConfigurationManager, dataset_json: dict) -> Settings:
-        settings = super().resolve(settings, configuration_manager, dataset_json)
-        given = settings[DistillationSettings].to_dict()
-        missing = {key: getattr(cls.distillation_defaults, key) for key, value in given.items() if value is None}
-        return settings.replace(DistillationSettings, **missing)
 
     @property
     def teacher_learns(self) -> bool:  # type: ignore[override]
         """``teacher.joint``."""
         return self.settings[TeacherSettings].joint
-
-    @property
-    def teacher_period(self) -> int:  # type: ignore[override]
-        """``distillation.every``."""
-        return self.settings[DistillationSettings].every or 1
 
     @property
     def needs_teacher(self) -> bool:
@@ -77,10 +55,6 @@ class DistillationTrainer(ModalityDropoutTrainer):
     def unlabelled_share(self) -> float:
         share = self.settings[UnlabelledSettings].share
         return DEFAULT_SHARE if share is None else share
-
-    def guide(self, teacher: Any, complete: torch.Tensor) -> torch.Tensor:
-        """The teacher's logits: it has seen the labels of other patients, and all modalities of this one."""
-        return teacher.logits
 
     @cached_property
     def guide_temperature(self) -> float:
@@ -97,10 +71,6 @@ class DistillationTrainer(ModalityDropoutTrainer):
             )
         return temperatures[count]
 
-    def common_terms(self) -> tuple[Term, ...]:
-        weight = self.settings[DistillationSettings].soft_labels or 0.0
-        return active_terms(Term(SOFT_LABELS, weight, partial(self.compare_logits, soft_label_divergence)))
-
     def forward_options(self) -> dict[str, Any]:
         """Return what the active terms ask of a forward pass, as keyword arguments of both networks."""
         return {}
@@ -110,13 +80,6 @@ class DistillationTrainer(ModalityDropoutTrainer):
 
     def forward_teacher(self, complete: torch.Tensor) -> Any:
         return with_logits(self.teacher(complete, **self.forward_options()))
-
-    def compare_logits(
-        self, loss: Callable[..., torch.Tensor], student: Any, teacher: Any, target: Target, **options: Any
-    ) -> torch.Tensor:
-        """Return a loss of logits; see :mod:`nnunetv2_mstkd.losses` for the arguments that all of these take."""
-        regions, valid, weight = self.label_manager.has_regions, target.valid, target.weight
-        return loss(student.logits, teacher.logits, regions=regions, valid=valid, voxel_weight=weight, **options)
 
     # ---- adversary -----------------------------------------------------------------------------------------------
 
@@ -210,25 +173,6 @@ class DistillationTrainer(ModalityDropoutTrainer):
                     f"teacher {teacher.identity['path']} has {name} = {there}, the student {mine[name]}; the terms "
                     f"{', '.join(active)} compare features of equal shape. Set their weights to 0 or use one network"
                 )
-
-    # ---- loss ----------------------------------------------------------------------------------------------------
-
-    def teacher_factor(self) -> float:
-        """Ramp at the start, linear fade at the end."""
-        return self.rise(self.settings[DistillationSettings].ramp) * self.fading()
-
-    def fading(self) -> float:
-        """The linear fade at the end alone."""
-        fade, left = self.settings[DistillationSettings].fade, 1 - self.iteration / self.total_iterations
-        return min(1.0, left / fade) if fade else 1.0
-
-    def voxel_weight(self, student: Any, teacher: Any, target: Target) -> torch.Tensor | None:
-        """1 where the teacher is more right than the student, if the settings ask to distil only there."""
-        everywhere = self.settings[DistillationSettings].where == "everywhere"
-        if everywhere or teacher is None or not self.active(*self.logit_terms, SOFT_LABELS):
-            return None
-        regions = self.label_manager.has_regions
-        return teacher_advantage(student.logits, teacher.logits, target.label, regions=regions, valid=target.valid)
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 

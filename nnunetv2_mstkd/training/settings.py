@@ -323,7 +323,8 @@ class DistillationSettings(Section):
     most of the cost of distillation. null: the method's default (2 for methods with soft labels alone, otherwise 1)."""
     soft_labels: Weight | None = None
     """Weight of the divergence from the teacher's probabilities, for any method with a teacher; null: the method's
-    default (1 for methods with soft labels alone, which are ``KDTrainer`` and ``MedMAPKDTrainer``; otherwise 0)."""
+    default (1 for methods with soft labels alone, which are ``KDTrainer``, ``MedMAPKDTrainer`` and
+    ``SelfDistillationTrainer``; otherwise 0)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -356,8 +357,8 @@ class UnlabelledSettings(Section):
 
     share: Annotated[float, Range(0, 8)] | None = None
     """Unlabelled samples *added* to each batch, as a fraction of the labelled ones: 0 adds none, any larger value at
-    least one. null: 0.5 for trainers with a teacher, otherwise 0. On these samples the student follows a guide: the
-    teacher or, without one, the network's own prediction from all modalities."""
+    least one. null: 0.5 for trainers with a trained teacher, otherwise 0. On these samples the student follows a
+    guide: the teacher or, without one, the network's own prediction from all modalities."""
     weight: Weight = 1.0
     """Weight of the loss of unlabelled samples."""
     dice: Weight = 1.0

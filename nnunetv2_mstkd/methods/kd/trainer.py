@@ -5,10 +5,7 @@ from __future__ import annotations
 from nnunetv2_mstkd.training.base import TeacherTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
-from nnunetv2_mstkd.training.settings import DistillationSettings
-
-SOFT_LABELS_ALONE = DistillationSettings(where="everywhere", fade=0.0, every=2, soft_labels=1.0)
-"""Defaults of methods whose only link to the teacher are its probabilities."""
+from nnunetv2_mstkd.training.soft_labels import SOFT_LABELS_ALONE
 
 
 class KDTeacherTrainer(TeacherTrainer):

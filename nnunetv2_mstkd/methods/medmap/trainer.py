@@ -10,7 +10,6 @@ import torch
 
 from nnunetv2_mstkd.methods.adamm.network import AdaptiveDesign
 from nnunetv2_mstkd.methods.adamm.trainer import AdaMMTrainer
-from nnunetv2_mstkd.methods.kd.trainer import SOFT_LABELS_ALONE
 from nnunetv2_mstkd.methods.medmap.network import Aligned, AlignedDesign
 from nnunetv2_mstkd.methods.medmap.settings import MedMAPSettings
 from nnunetv2_mstkd.methods.mmformer.network import MMFormerDesign
@@ -26,6 +25,7 @@ from nnunetv2_mstkd.training.base import TeacherTrainer
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
+from nnunetv2_mstkd.training.soft_labels import SOFT_LABELS_ALONE
 from nnunetv2_mstkd.training.step import Losses, Term, active_terms
 
 _ALIGNMENT = "alignment"
