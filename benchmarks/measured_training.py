@@ -127,19 +127,23 @@ def autocast_on_cpu() -> None:
 
 
 def lower(network: torch.nn.Module) -> None:
-    """Let a network compute in bfloat16, with weights channels-last, and answer in float32."""
+    """Let a network compute in bfloat16, with weights channels-last, and answer in float32.
+
+    Its class changes, not its ``forward``: a copy of the network, such as a moving average of its weights, would call
+    the forward pass of the original.
+    """
     import torch
 
-    forward = network.forward
+    kind = type(network)
 
-    def in_bfloat16(*inputs: Any, **options: Any) -> Any:
+    def in_bfloat16(self: Any, *inputs: Any, **options: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            output = forward(*inputs, **options)
+            output = kind.forward(self, *inputs, **options)
         return as_float32(output)
 
     volume = any(parameter.ndim == 5 for parameter in network.parameters())
     network.to(memory_format=torch.channels_last_3d if volume else torch.channels_last)
-    network.forward = in_bfloat16  # type: ignore[method-assign]
+    network.__class__ = type(kind.__name__, (kind,), {"forward": in_bfloat16, "__module__": kind.__module__})
 
 
 def as_float32(output: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import os
@@ -445,6 +446,17 @@ def test_a_network_runs_in_bfloat16_and_answers_in_float32():
     assert network.convolution.weight.grad.dtype == torch.float32
     named = network(x, named=True)
     assert isinstance(named, Output) and named.logits.dtype == torch.float32 and named.positions.dtype == torch.int64
+
+
+def test_a_copy_in_bfloat16_has_its_own_weights():
+    network, x = TwoLevels(), torch.randn(1, 2, 4, 4, 4)
+    lower(network)
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        copied.convolution.weight.zero_()
+        copied.convolution.bias.fill_(2)
+    assert (copied(x)[0] == 2).all() and not (network(x)[0] == 2).any()
+    assert copied.seen.dtype == torch.bfloat16
 
 
 def test_outputs_without_floats_stay_what_they_are():
