@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd.errors import MissingFileError
 from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_number, model_folder_name
 from nnunetv2_mstkd.nnunet.plans import lineage
-
-if TYPE_CHECKING:
-    from nnunetv2_mstkd.training.base import SettingsTrainer
 
 
 def configuration_with(
@@ -47,7 +44,7 @@ def configuration_with(
 
 
 def finished_checkpoint(
-    trainer: str, needed_by: SettingsTrainer, role: str, configuration: str | None = None, *, same: bool = False
+    trainer: str, needed_by: nnUNetTrainer, role: str, configuration: str | None = None, *, same: bool = False
 ) -> Path:
     """Return the final checkpoint of the training that another one needs.
 
