@@ -512,11 +512,13 @@ def test_a_minimum_size_adds_a_region_that_no_average_has(student, capsys):
 
 def test_more_metrics_are_measured_on_request(student):
     names = ["hd95", "nsd", "sensitivity", "precision", "volume_error_ml", "lesion_dice", "lesion_hd95"]
-    assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", *names, "--convention", "nnunet") == 0
+    options = ("--metrics", *names, "--convention", "nnunet", "--tolerance", "2.5")
+    assert evaluate(student, "--subsets", "T0", "-f", "0", *options) == 0
     table = results(student / "subsets")
     assert set(table["metric"]) == {"dice", *names}
     text = (student / "subsets" / "tables.md").read_text()
-    assert "nnunet (nnU-Net 2" in text and "BraTS-2023-Metrics" in text
+    assert "nnunet (nnU-Net 2" in text and "BraTS-2023-Metrics" in text and text.count("2.5 mm") == 1
+    assert "NSD in % at a tolerance of 2.5 mm" in (student / "subsets" / "report.html").read_text()
 
 
 # ---- going on after a stop -----------------------------------------------------------------------------------------

@@ -88,6 +88,13 @@ def test_tables_of_subsets_as_csv():
     assert lines[3:] == ["dice,WT,old,,,,", "dice,WT,new_1,10.0,20.0,60.0,30.0"]
 
 
+def test_the_note_names_the_tolerance_of_the_surface_dice_alone():
+    found = tables.subset_table(table(ONE, "nsd"), metric="nsd", tolerance=1.5)
+    assert "NSD in % at a tolerance of 1.5 mm, mean of 1 case;" in found
+    assert "tolerance" not in tables.subset_table(table(ONE), tolerance=1.5)
+    assert "tolerance" not in tables.subset_table(table(ONE, "nsd"), metric="nsd")
+
+
 def test_unknown_rules_for_empty_masks_are_not_named():
     assert "empty masks" not in tables.subset_table(table(ONE), convention=None)
 

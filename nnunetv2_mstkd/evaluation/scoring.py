@@ -108,6 +108,15 @@ class Rules:
                 names.append(min_voxels_region(region, self.min_voxels[region]))
         return tuple(names)
 
+    @property
+    def note(self) -> dict[str, Any]:
+        """What the note below a table of results says about the rules, as arguments of ``subset_table``."""
+        return {
+            "convention": self.convention,
+            "lesion_convention": self.lesion_convention,
+            "tolerance": self.tolerance,
+        }
+
     def _of_lesions(self) -> bool:
         return any(name in LESION_RULES for name in self.metrics)
 

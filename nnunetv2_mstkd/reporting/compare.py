@@ -291,8 +291,8 @@ def _subsets(comparison: Comparison, metric: str, fmt: str) -> str:
     return subset_table(comparison.results, metric=metric, fmt=fmt, **_rules(comparison))
 
 
-def _rules(comparison: Comparison) -> dict[str, str | None]:
-    return {key: comparison.rule(key) for key in ("convention", "lesion_convention")}
+def _rules(comparison: Comparison) -> dict[str, Any]:
+    return {key: comparison.rule(key) for key in ("convention", "lesion_convention", "tolerance")}
 
 
 def _difference_tables(comparison: Comparison, name: str) -> Iterator[tuple[str, pd.DataFrame]]:

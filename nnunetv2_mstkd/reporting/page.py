@@ -188,9 +188,7 @@ def _words(value: Any) -> str:
 
 
 def _subset_table(findings: Findings, rules: Rules, metric: str) -> dict[str, Any]:
-    content = subset_content(
-        findings.results, metric=metric, convention=rules.convention, lesion_convention=rules.lesion_convention
-    )
+    content = subset_content(findings.results, metric=metric, **rules.note)
     return {
         "title": metric_named(metric).label,
         "modalities": content.data.modalities,

@@ -193,9 +193,7 @@ def _tables(results: pd.DataFrame, rules: Rules, fmt: str) -> str:
 
 
 def _table(results: pd.DataFrame, rules: Rules, metric: str, fmt: str) -> str:
-    return subset_table(
-        results, metric=metric, fmt=fmt, convention=rules.convention, lesion_convention=rules.lesion_convention
-    )
+    return subset_table(results, metric=metric, fmt=fmt, **rules.note)
 
 
 def _text(findings: Findings, rules: Rules, near: tuple[int, int] | None) -> str:

@@ -28,7 +28,7 @@ from nnunetv2_mstkd.evaluation.results import (
     VALUE,
     subset_size,
 )
-from nnunetv2_mstkd.metrics.conventions import BRATS, Metric, empty_rules_text, metric_named, min_voxels_text
+from nnunetv2_mstkd.metrics.conventions import BRATS, NSD, Metric, empty_rules_text, metric_named, min_voxels_text
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Cube, cube, mean, plain_regions, unsigned
 from nnunetv2_mstkd.statistics.calibration import Calibration
 from nnunetv2_mstkd.statistics.findings import Findings
@@ -63,6 +63,7 @@ def subset_table(
     fmt: str = MARKDOWN,
     convention: str | None = BRATS,
     lesion_convention: str | None = None,
+    tolerance: float | None = None,
 ) -> str:
     """A metric of all models with every subset of modalities.
 
@@ -77,6 +78,8 @@ def subset_table(
         ``"text"``, ``"markdown"``, or ``"latex"``, which needs the package booktabs.
     convention, lesion_convention:
         The rules that the values were computed with, for the text below; None: not known, so none are named.
+    tolerance:
+        That of the normalised surface Dice in mm, for the same text.
 
     Returns
     -------
@@ -89,7 +92,9 @@ def subset_table(
         For an unknown format, metric or convention, and for incomplete results.
     """
     _check_format(fmt)
-    content = subset_content(results, metric=metric, convention=convention, lesion_convention=lesion_convention)
+    content = subset_content(
+        results, metric=metric, convention=convention, lesion_convention=lesion_convention, tolerance=tolerance
+    )
     data, several = content.data, len(content.data.models) > 1
     marks = ((r"\textbf{", "}"), (r"\underline{", "}")) if fmt == LATEX else (("**", "**"), ("_", "_"))
     texts = content.texts
@@ -150,6 +155,7 @@ def subset_content(
     metric: str = "dice",
     convention: str | None = BRATS,
     lesion_convention: str | None = None,
+    tolerance: float | None = None,
 ) -> SubsetContent:
     """The content of :func:`subset_table`, which explains the parameters."""
     kind = metric_named(metric)
@@ -165,7 +171,8 @@ def subset_content(
     cases = f"{len(data.cases)} case{'s' if len(data.cases) != 1 else ''}"
     if not data.complete:
         cases = f"n of {cases}, those with these modalities"
-    about = f"{kind.label} in {kind.unit}, mean of {cases}"
+    within = f" at a tolerance of {tolerance:g} mm" if metric == NSD and tolerance is not None else ""
+    about = f"{kind.label} in {kind.unit}{within}, mean of {cases}"
     if kind.better == 0 and len(data.models) > 1:
         about += ", with their signs; the best are those with the smallest mean size"
     evaluated = data.values[:, data.evaluated]
