@@ -9,7 +9,9 @@
 
 Without `--data` the cases are synthetic. With it they come from a data set in nnU-Net's raw format, such as one of
 `mstkd convert`; `--labelled 16` keeps the labels of 16 patients and trains on the others without. `--hours` gives every
-model the same time in place of the same steps: the time of a step is measured once, for all rows in one process.
+model the same time in place of the same steps: the time of a step is measured once, for all rows in one process (rows
+that are added later are timed beside one of the first). The stored hours of whole trainings also depend on what else
+the machine did, by about a tenth.
 
 What is trained stands in `accuracy_rows.py`, what is asked of the result in `accuracy_verdict.py`. A finished run is
 skipped, a stopped one goes on. JSON (with the values of all cases), tables and figure go to benchmarks/results (preset
@@ -300,17 +302,23 @@ class Benchmark:
                 self._write(row.configuration(seed), entry)
 
     def measure_steps(self, rows: Sequence[Row], seed: int) -> None:
-        """Note the time per step of rows and first stages where it is not known; their first stages are trained."""
+        """Note the time per step of rows and first stages where it is not known; their first stages are trained.
+
+        They are timed beside the one of the known ones that is named first, if there is any among them.
+        """
         known = self.preset.step_seconds
         wanted = {row.name: (row.trainer, row.configuration(seed)) for row in rows}
         wanted |= {row.first: (row.first, row.configuration(seed)) for row in rows if row.first}
-        missing = [f"{name}={trainer}:{of}" for name, (trainer, of) in wanted.items() if name not in known]
-        if missing:
-            print(f"time of a step of {', '.join(word.split('=')[0] for word in missing)}", flush=True)
-            options = ["--bfloat16"] if self.preset.bfloat16 else []
-            words = [sys.executable, str(HERE / "step_times.py"), *options, str(DATASET), str(FOLD)]
-            words += [self.device or self.preset.device, str(self.out / STEP_TIMES), *missing]
-            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+        if not wanted.keys() - known.keys():
+            return
+        reference = next((name for name in wanted if name in known), None)
+        timed = {name: each for name, each in wanted.items() if name not in known or name == reference}
+        print(f"time of a step of {', '.join(timed)}", flush=True)
+        options = ["--bfloat16"] if self.preset.bfloat16 else []
+        words = [sys.executable, str(HERE / "step_times.py"), *options, str(DATASET), str(FOLD)]
+        words += [self.device or self.preset.device, str(self.out / STEP_TIMES)]
+        words += [f"{name}={trainer}:{configuration}" for name, (trainer, configuration) in timed.items()]
+        subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
 
     def _write(self, name: str, entry: dict[str, Any]) -> None:
         from nnunetv2_mstkd.methods.configuration import complete_block
@@ -511,7 +519,7 @@ def _budget(preset: Preset) -> dict[str, Any]:
     """Of every model, in steps or in hours."""
     first = preset.first_epochs * preset.iterations
     if preset.hours is not None:
-        return {"first": first, "hours": preset.hours}
+        return {"first": first, "hours": preset.hours, "step_seconds": dict(preset.step_seconds)}
     student = preset.student_epochs * preset.iterations
     return {"first": first, "student": student, "total": first + student}
 

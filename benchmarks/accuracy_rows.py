@@ -75,11 +75,12 @@ class Row:
         return first_stage(seed, self.variant)
 
     def epochs(self, preset: Preset) -> int:
-        """Epochs after the first stage. With a budget of hours: 1 until the time per step is known."""
-        if preset.hours is None:
+        """Epochs after the first stage. With a budget of hours: those of the preset until the time per step is known.
+
+        Patches grow, and weights of terms change, over the length of a training, so steps are timed in one of epochs.
+        """
+        if preset.hours is None or self.name not in preset.step_seconds:
             return preset.student_epochs if self.first else preset.first_epochs + preset.student_epochs
-        if self.name not in preset.step_seconds:
-            return 1
         left = preset.hours * 3600
         if self.first:
             left -= preset.first_epochs * preset.iterations * preset.step_seconds[self.first]

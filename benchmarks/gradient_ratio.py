@@ -114,11 +114,6 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, A
     folder = Path(trainer.output_folder)
     files = {round(100 * fraction): folder / kept_name(fraction) for fraction in FRACTIONS}
     files[100] = folder / "checkpoint_final.pth"
-    random.seed(SEED)
-    np.random.seed(SEED)
-    torch.manual_seed(SEED)
-    loader, _ = trainer.get_dataloaders()
-    batches = [next(loader) for _ in range(args.batches)]
     trainer.load_checkpoint(str(files[100]))
     trainer.current_epoch = 0  # of a finished training no teacher would be loaded
     trainer.prepare_training()
@@ -128,6 +123,12 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, A
     for percent, file in files.items():
         if not file.is_file():
             continue
+        trainer.load_checkpoint(str(file))  # its epoch decides the size of the patch
+        random.seed(SEED)
+        np.random.seed(SEED)
+        torch.manual_seed(SEED)
+        loader, _ = trainer.get_dataloaders()
+        batches = [next(loader) for _ in range(args.batches)]
         for form, settings in every.items():
             trainer.load_checkpoint(str(file))  # also sets the number of finished epochs, which ramp and fade read
             trainer.settings, own = settings, trainer.settings

@@ -116,6 +116,8 @@ def autocast_on_cpu() -> None:
     def initialized(self) -> None:
         initialize(self)
         lower(self.network)
+        if getattr(self, "teacher_learns", False):  # it was built with the optimiser
+            lower(self.teacher)
 
     def lowered_teacher(*arguments: Any, **options: Any) -> Any:
         teacher = load_teacher(*arguments, **options)

@@ -151,11 +151,13 @@ def test_equal_hours_become_epochs_by_the_time_of_a_step():
 
     preset = dataclasses.replace(PRESET, hours=1.0, first_epochs=10, iterations=50)
     (row,) = chosen_rows(["kd"])
-    assert row.epochs(preset) == 1  # not measured yet
+    # not measured yet: long enough for every phase of a training to be timed
+    assert row.epochs(preset) == preset.student_epochs
     known = dataclasses.replace(preset, step_seconds={"kd": 0.3, "KDTeacherTrainer": 0.2, "dropout": 0.2})
     assert row.epochs(known) == round((3600 - 10 * 50 * 0.2) / (50 * 0.3))
     (scratch,) = chosen_rows(["dropout"])
     assert scratch.epochs(known) == 3600 / (50 * 0.2)
+    assert scratch.epochs(preset) == 10 + preset.student_epochs
 
 
 def test_names_of_results_say_what_was_run(tmp_path):
