@@ -27,7 +27,7 @@ STUDENTS = [
 
 def make_student(make_trainer, cls, *, channels: int = CHANNELS, adamm: dict | None = None, **options):
     block = {**NO_TERMS, "adamm": {**NO_TERMS["adamm"], **(adamm or {})}}
-    trainer = make_trainer(cls, batch_size=2**channels - 1, channels=channels, block=block, **options)
+    trainer = make_trainer(cls, batch_size=2**channels - 1, channels=channels, block=block, edge=8, **options)
     wake(trainer.network)
     return trainer
 

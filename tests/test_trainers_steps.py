@@ -47,7 +47,7 @@ def build(make_trainer, cls, options):
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
 @pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__name__)
 def test_a_trainer_takes_training_and_validation_steps(make_trainer, cls, options):
-    trainer = build(make_trainer, cls, options)
+    trainer = build(make_trainer, cls, {"edge": 8, **options})
     before = state(trainer.network)
     losses = [float(trainer.train_step(batch(trainer, seed=seed))["loss"]) for seed in range(2)]
     assert np.isfinite(losses).all()
