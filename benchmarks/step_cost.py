@@ -38,6 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 TRAINERS = (
     "FullModalityTrainer",
     "ModalityDropoutTrainer",
+    "SelfDistillationTrainer",
     "MSTKDTeacherTrainer",
     "MSTKDTrainer",
     "AdaMMTrainer",
