@@ -11,7 +11,7 @@ Without `--data` the cases are synthetic. With it they come from a data set in n
 `mstkd convert`; `--labelled 16` keeps the labels of 16 patients and trains on the others without. `--hours` gives every
 model the same time in place of the same steps: the time of a step is measured once, for all rows in one process (rows
 that are added later are timed beside one of the first). The stored hours of whole trainings also depend on what else
-the machine did, by about a tenth.
+the machine did, by up to a sixth.
 
 What is trained stands in `accuracy_rows.py`, what is asked of the result in `accuracy_verdict.py`. A finished run is
 skipped, a stopped one goes on. JSON (with the values of all cases), tables and figure go to benchmarks/results (preset
@@ -304,15 +304,18 @@ class Benchmark:
     def measure_steps(self, rows: Sequence[Row], seed: int) -> None:
         """Note the time per step of rows and first stages where it is not known; their first stages are trained.
 
-        They are timed beside the one of the known ones that is named first, if there is any among them.
+        They are timed beside a row without a first stage whose time is known, if there is one.
         """
         known = self.preset.step_seconds
         wanted = {row.name: (row.trainer, row.configuration(seed)) for row in rows}
         wanted |= {row.first: (row.first, row.configuration(seed)) for row in rows if row.first}
         if not wanted.keys() - known.keys():
             return
-        reference = next((name for name in wanted if name in known), None)
-        timed = {name: each for name, each in wanted.items() if name not in known or name == reference}
+        timed = {name: each for name, each in wanted.items() if name not in known}
+        reference = next((row for row in ROWS if row.name in known and not row.first), None)
+        if reference is not None:
+            self.configure([reference], [seed])
+            timed[reference.name] = (reference.trainer, reference.configuration(seed))
         print(f"time of a step of {', '.join(timed)}", flush=True)
         options = ["--bfloat16"] if self.preset.bfloat16 else []
         words = [sys.executable, str(HERE / "step_times.py"), *options, str(DATASET), str(FOLD)]

@@ -77,7 +77,7 @@ class Row:
     def epochs(self, preset: Preset) -> int:
         """Epochs after the first stage. With a budget of hours: those of the preset until the time per step is known.
 
-        Patches grow, and weights of terms change, over the length of a training, so steps are timed in one of epochs.
+        Patches grow and weights of terms change in the course of a training, so steps are timed in one of full length.
         """
         if preset.hours is None or self.name not in preset.step_seconds:
             return preset.student_epochs if self.first else preset.first_epochs + preset.student_epochs

@@ -127,8 +127,9 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, A
         random.seed(SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
-        loader, _ = trainer.get_dataloaders()
-        batches = [next(loader) for _ in range(args.batches)]
+        trainer.dataloader_train, trainer.dataloader_val = trainer.get_dataloaders()
+        batches = [next(trainer.dataloader_train) for _ in range(args.batches)]
+        trainer.finish_loaders()
         for form, settings in every.items():
             trainer.load_checkpoint(str(file))  # also sets the number of finished epochs, which ramp and fade read
             trainer.settings, own = settings, trainer.settings

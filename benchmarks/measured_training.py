@@ -131,8 +131,8 @@ def autocast_on_cpu() -> None:
 def lower(network: torch.nn.Module) -> None:
     """Let a network compute in bfloat16, with weights channels-last, and answer in float32.
 
-    Its class changes, not its ``forward``: a copy of the network, such as a moving average of its weights, would call
-    the forward pass of the original.
+    Its class changes, not its ``forward``: otherwise a copy of the network, such as a moving average of its weights,
+    would run the original's forward pass.
     """
     import torch
 

@@ -462,6 +462,14 @@ def test_other_rules_are_refused(capsys, other, message):
     assert message in refused(capsys, "old", "new")
 
 
+def test_the_tolerance_of_the_surface_dice_is_told_and_has_to_agree(capsys, tmp_path):
+    for name, tolerance in (("old", 1.5), ("new", 1.5), ("other", 2.0)):
+        model(name, metrics=("dice", "nsd"), settings={**RULES, "tolerance": tolerance})
+    assert cli.main(["compare", "old", "new", "--metrics", "nsd", "-o", str(tmp_path / "out")]) == 0
+    assert "NSD in % at a tolerance of 1.5 mm" in (tmp_path / "out" / "comparison.md").read_text()
+    assert "another tolerance" in refused(capsys, "old", "other", "--metrics", "nsd")
+
+
 def test_rules_of_lesions_matter_only_where_lesions_are_compared(capsys):
     for name in ("brats2023_gli", "brats2024_gli"):
         model(name, metrics=("dice", "lesion_dice"), settings={**RULES, "lesion_convention": name})

@@ -149,7 +149,7 @@ def test_each_patch_size_is_compiled_by_itself(make_trainer):
             data = torch.randn(1, 4, *size)
             with torch.no_grad():
                 torch.testing.assert_close(compiled(data), network(data), rtol=1e-3, atol=1e-4)
-        assert config.cache_size_limit == 12
+        assert config.cache_size_limit == 16
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(models):

@@ -122,6 +122,15 @@ def test_checkpoints_hold_the_model_and_beside_it_the_average(started, tmp_path)
     assert without.average is None and "average" not in without.extra_state()
 
 
+def test_weights_cast_without_a_graph_are_not_kept_for_the_model(started, monkeypatch):
+    """Before torch 2.10 autocast would give them to the model's own pass, whose weights would have no gradient."""
+    trainer, calls = started(), []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: calls.append("cleared"))
+    trainer.network.register_forward_hook(lambda module, given, output: calls.append(torch.is_grad_enabled()))
+    trainer.train_step(batch(trainer))
+    assert calls[:3] == [False, "cleared", True]
+
+
 def test_incomplete_cases_have_soft_labels_too(started):
     trainer = started(block={"distillation": {"ramp": 0}})
     trainer.case_facts = {f"case_{number}": CaseFacts((True, True, False, False), True) for number in range(2)}

@@ -1,4 +1,4 @@
-"""The time of a training step, which equal hours in benchmarks/accuracy.py are made of."""
+"""The time of a training step, from which benchmarks/accuracy.py derives equal hours."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from conftest import CONFIGURATION, PHANTOM, configure
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import accuracy
 import step_times
+from accuracy_rows import chosen_rows
 from measured_training import autocast_on_cpu
 
 from nnunetv2_mstkd.methods import MSTKDTrainer
@@ -65,6 +67,21 @@ def test_what_is_timed_later_is_scaled_by_what_was_there(timed):
     assert timed("first=0.5:a", "other=1.5:b") == {"first": 0.5, "other": 1.5}
     # the machine is half as fast now
     assert timed("first=1.0:a", "new=4.0:c") == {"first": 0.5, "other": 1.5, "new": 2.0}
+
+
+def test_rows_that_are_added_are_timed_beside_an_earlier_one(tmp_path, monkeypatch):
+    benchmark, called = accuracy.Benchmark(tmp_path, "slices", changes={"hours": 0.1}), []
+    monkeypatch.setattr(accuracy.Benchmark, "configure", lambda self, rows, seeds: called.append((rows[0].name, seeds)))
+    monkeypatch.setattr(accuracy.subprocess, "run", lambda words, **options: called.append(words))
+    rows = chosen_rows(["dropout-growing", "self"])
+    (tmp_path / accuracy.STEP_TIMES).write_text('{"dropout-growing": 1.0, "dropout": 2.0, "dropout-warm": 3.0}')
+    benchmark.measure_steps(rows, 7)
+    configured, words = called
+    assert configured == ("dropout", [7])
+    assert words[-2:] == ["self=SelfDistillationTrainer:self_s7", "dropout=ModalityDropoutTrainer:dropout_s7"]
+    (tmp_path / accuracy.STEP_TIMES).write_text('{"dropout-growing": 1.0, "self": 2.0}')
+    benchmark.measure_steps(rows, 7)
+    assert len(called) == 2
 
 
 def test_a_joint_teacher_runs_in_bfloat16_like_its_student(make_trainer, monkeypatch):

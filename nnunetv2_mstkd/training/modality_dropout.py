@@ -153,13 +153,12 @@ class ModalityDropoutTrainer(SettingsTrainer):
                 teacher = self.forward_teacher(rows)
         with self.conditioned_on(subsets):
             student = self.forward_student(inputs, data) if terms else Segmentation(self.network(inputs))
-        # a teacher is asked about complete cases only
-        complete, share = self.complete_samples(present, labelled)
+        judged, share = self.judged_samples(present, labelled)
         total = self.loss(rows_of(student.logits, labelled), target)
         values = {"segmentation": total}
         if self.teacher_learns:
-            logits = rows_of(rows_of(teacher.logits, labelled), complete)
-            values["teacher"] = share * self.loss(logits, rows_of(target, complete))
+            logits = rows_of(rows_of(teacher.logits, labelled), judged)
+            values["teacher"] = share * self.loss(logits, rows_of(target, judged))
             weight = self.settings[TeacherSettings].joint_weight
             total = (1 - weight) * total + weight * values["teacher"]
             teacher = teacher._replace(logits=finest(teacher.logits))
@@ -171,7 +170,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
             teacher = rows_of(teacher, labelled) if asked else None
         with torch.autocast(self.device.type, enabled=False):
             label = self.read_target(finest(target))
-            known_student, teacher, known_label = (rows_of(each, complete) for each in (student, teacher, label))
+            known_student, teacher, known_label = (rows_of(each, judged) for each in (student, teacher, label))
             known_label = known_label._replace(weight=self.voxel_weight(known_student, teacher, known_label))
             for term in terms:
                 if term.needs_teacher:
@@ -189,8 +188,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
         """Whether the terms that compare with a teacher are computed in this step."""
         return self.has_teacher_terms and self.iteration % self.teacher_period == 0
 
-    def complete_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
-        """Return which labelled samples have all modalities, and their share.
+    def judged_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
+        """Return which labelled samples the teacher may judge, and their share: those with all modalities.
 
         Where none has, the first sample is used with a share of 0: in a training on several GPUs every process must
         run the same layers.

@@ -68,5 +68,5 @@ def compile_each_size(phases: int) -> None:
     from torch._dynamo import config
 
     config.automatic_dynamic_shapes = False
-    # training and validation, and a few for outputs with and without features
-    config.cache_size_limit = max(config.cache_size_limit, 2 * phases + 4)
+    # a student's, and a teacher's with and without labelled samples; validation, outputs with and without features
+    config.cache_size_limit = max(config.cache_size_limit, 3 * phases + 4)

@@ -1,4 +1,4 @@
-"""The base of trainers whose terms compare the student with a network that sees all modalities, whichever it is."""
+"""The base of trainers whose terms compare the student with a network that sees all modalities."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SOFT_LABELS_ALONE = DistillationSettings(where="everywhere", fade=0.0, every=2, 
 class SoftLabelTrainer(ModalityDropoutTrainer):
     """Segmentation loss on a random subset, plus the divergence from a teacher's probabilities as soft labels.
 
-    The teacher sees all modalities of the same augmented batch. Which network it is, a subclass says.
+    The teacher sees all modalities of the same augmented batch. The subclass decides which network this is.
     """
 
     sections = (*ModalityDropoutTrainer.sections, DistillationSettings)

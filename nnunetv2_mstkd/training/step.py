@@ -52,8 +52,8 @@ class Term:
     """``function(student, teacher, target) -> scalar``, with what the two networks returned (logits at full
     resolution) and a :class:`Target`."""
     needs_teacher: bool = True
-    """Whether it compares with a teacher. Ramp and fade act on these terms only, and they see only the samples whose
-    cases are complete."""
+    """Whether it compares with a teacher. Ramp and fade act on these terms only, and they see only the samples that the
+    teacher may judge: those of complete cases, for most trainers."""
     factor: Callable[[], float] | None = None
     """Factor of the weight at this iteration, of a term that needs the teacher; None: the trainer's
     ``teacher_factor``."""

@@ -10,7 +10,7 @@ from nnunetv2_mstkd.training.settings import Range, Section
 
 @dataclass(frozen=True, kw_only=True)
 class SelfDistillationSettings(Section):
-    """Which state of the model is its own teacher; weight, ramp and period are in the section ``distillation``."""
+    """Which version of the model acts as its teacher; weight, ramp and period are in the section ``distillation``."""
 
     NAME: ClassVar[str] = "self_distillation"
     NETWORK_KEYS: ClassVar[tuple[str, ...]] = ()

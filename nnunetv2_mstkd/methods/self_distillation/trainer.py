@@ -18,9 +18,9 @@ from nnunetv2_mstkd.training.step import Losses
 class SelfDistillationTrainer(SoftLabelTrainer):
     """Segmentation loss on a random subset, plus the divergence from the model's own prediction from all modalities.
 
-    No teacher is trained before. With ``self_distillation.decay`` above 0 the teacher is the moving average of the
-    model's weights (mean teacher, Tarvainen and Valpola, arXiv 1703.01780); that paper's teacher sees the same input
-    with other noise, this one sees more modalities.
+    No teacher has to be trained beforehand. With ``self_distillation.decay`` above 0 the teacher is the moving average
+    of the model's weights (mean teacher, Tarvainen and Valpola, arXiv 1703.01780); that paper's teacher sees the same
+    input with different noise, this one sees more modalities. Prediction uses the model, not the average.
     """
 
     sections = (*SoftLabelTrainer.sections, SelfDistillationSettings)
@@ -46,10 +46,12 @@ class SelfDistillationTrainer(SoftLabelTrainer):
     def forward_teacher(self, complete: torch.Tensor) -> Any:
         self.teacher.eval()
         logits = self.teacher(complete)
+        # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
+        torch.clear_autocast_cache()
         self.network.train()
         return Segmentation(finest(logits))
 
-    def complete_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
+    def judged_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
         """All samples: this teacher has learned from incomplete input too, so it may judge an incomplete case."""
         return slice(None), 1.0
 
