@@ -91,6 +91,7 @@ KILLED_BY = "a data-loader worker was killed by SIGKILL: the kernel does that wh
         ("start", "before the first iteration a data-loader worker died; if it printed an error, see above"),
         ("training", rf"in epoch 1, iteration \d+, {KILLED_BY}"),
         ("validation", f"in the online validation of epoch 1 {KILLED_BY}"),
+        ("lock", rf"in epoch 1, iteration \d+, {KILLED_BY}"),
     ],
 )
 def test_killed_data_loader_worker_is_one_line(phantom, moment, told):
