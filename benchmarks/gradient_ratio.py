@@ -123,7 +123,8 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, A
     for percent, file in files.items():
         if not file.is_file():
             continue
-        trainer.load_checkpoint(str(file))  # its epoch decides the size of the patch
+        # also sets the number of finished epochs, which decides the size of the patch, ramp and fade
+        trainer.load_checkpoint(str(file))
         random.seed(SEED)
         np.random.seed(SEED)
         torch.manual_seed(SEED)
@@ -131,7 +132,6 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, A
         batches = [next(trainer.dataloader_train) for _ in range(args.batches)]
         trainer.finish_loaders()
         for form, settings in every.items():
-            trainer.load_checkpoint(str(file))  # also sets the number of finished epochs, which ramp and fade read
             trainer.settings, own = settings, trainer.settings
             trainer.terms = (*trainer.make_terms(), *trainer.common_terms()) if len(every) > 1 else trainer.terms
             full = full_weights(trainer)

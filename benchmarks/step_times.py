@@ -78,8 +78,7 @@ def main() -> None:
                 if number >= WARM_UP:
                     times[name].append(seconds)
     for trainer in trainers.values():
-        for loader in (trainer.dataloader_train, trainer.dataloader_val):
-            getattr(loader, "_finish", lambda: None)()
+        trainer.finish_loaders()
         if not any(Path(trainer.output_folder).glob("checkpoint_*.pth")):
             shutil.rmtree(trainer.output_folder, ignore_errors=True)
     known = read_json(Path(file)) if Path(file).is_file() else {}

@@ -38,6 +38,7 @@ from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 DATASET = "Dataset901_Tiny"
 LABELS = {"background": 0, "core": 1, "edema": 2}
 REGIONS = {"background": 0, "whole": [1, 2], "core": [1]}
+FEATURES = (8, 16, 24)
 
 
 # ---- tiny trainers -------------------------------------------------------------------------------------------------
@@ -67,7 +68,7 @@ def plans(
     residual: bool = False,
     batch_dice: bool = False,
     block: Mapping[str, Any] | None = None,
-    features: Sequence[int] = (8, 16, 24),
+    features: Sequence[int] = FEATURES,
 ) -> dict[str, Any]:
     """Return plans with one configuration, "tiny": three stages of 8, 16 and 24 channels on 16 voxels per axis.
 
@@ -351,7 +352,7 @@ def check_no_leak(cls: type, folder: Path, **options: Any) -> None:
     _requires(cls, ModalityDropoutTrainer)
     channels, given = options.pop("channels", 4), options.pop("block", {})
     # small patches, because the batch has a sample for each subset, of two voxels per axis at the bottleneck
-    options = {"edge": 2 ** len(options.get("features", (8, 16, 24))), **options}
+    options = {"edge": 2 ** len(options.get("features", FEATURES)), **options}
     without = {**given}
     for base in cls.__mro__:
         for name in vars(base).get("reads_complete", ()):

@@ -151,7 +151,7 @@ def test_equal_hours_become_epochs_by_the_time_of_a_step():
 
     preset = dataclasses.replace(PRESET, hours=1.0, first_epochs=10, iterations=50)
     (row,) = chosen_rows(["kd"])
-    # not measured yet: long enough for every phase of a training to be timed
+    # before steps are timed: a training of full length, so that each of its phases can be timed
     assert row.epochs(preset) == preset.student_epochs
     known = dataclasses.replace(preset, step_seconds={"kd": 0.3, "KDTeacherTrainer": 0.2, "dropout": 0.2})
     assert row.epochs(known) == round((3600 - 10 * 50 * 0.2) / (50 * 0.3))

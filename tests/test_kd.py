@@ -28,6 +28,15 @@ def test_nulls_are_the_methods_own(make_trainer, cls):
     assert (section.soft_labels, section.where, section.fade, section.every) == (0.25, "teacher_better", 0.125, 3)
 
 
+def divergence(theirs: torch.Tensor, ours: torch.Tensor, *, regions: bool) -> torch.Tensor:
+    """The Kullback-Leibler divergence by its definition, from logits."""
+    if regions:
+        p, q = theirs.sigmoid(), ours.sigmoid()
+        return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
+    p, q = theirs.softmax(1), ours.softmax(1)
+    return (p * (p / q).log()).sum(1).mean()
+
+
 @pytest.mark.parametrize("regions", [False, True])
 def test_the_loss_is_the_label_and_the_teachers_probabilities(make_trainer, regions):
     from tiny import LABELS, REGIONS
@@ -38,12 +47,7 @@ def test_the_loss_is_the_label_and_the_teachers_probabilities(make_trainer, regi
     trainer.network.register_forward_hook(lambda module, given, output: seen.append(output[0]))
     step = trainer.compute_losses(content["data"], content["target"])
     theirs, ours = trainer.teacher(content["data"]), seen[0]
-    if regions:
-        p, q = theirs.sigmoid(), ours.sigmoid()
-        expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    else:
-        p, q = theirs.softmax(1), ours.softmax(1)
-        expected = (p * (p / q).log()).sum(1).mean()
+    expected = divergence(theirs, ours, regions=regions)
     assert list(step.terms) == ["segmentation", "soft_labels"]
     torch.testing.assert_close(step.terms["soft_labels"], expected)
     # in every second step, with twice the weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import train
+from test_kd import divergence
 from test_trainers_runs import configure, log_text, read
 from tiny import LABELS, REGIONS, batch, same, state
 
@@ -23,14 +24,6 @@ def started(make_trainer):
         return trainer
 
     return start
-
-
-def divergence(theirs: torch.Tensor, ours: torch.Tensor, *, regions: bool) -> torch.Tensor:
-    if regions:
-        p, q = theirs.sigmoid(), ours.sigmoid()
-        return (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean()
-    p, q = theirs.softmax(1), ours.softmax(1)
-    return (p * (p / q).log()).sum(1).mean()
 
 
 @pytest.mark.parametrize("regions", [False, True])

@@ -39,13 +39,10 @@ def test_steps_are_timed_with_the_patches_of_their_moment(models):
 @pytest.fixture
 def timed(tmp_path, monkeypatch):
     """Runs the script with trainings whose names are the seconds of a step."""
-    loader = SimpleNamespace()
 
     def start(dataset, fold, device, trainer, configuration):
         folder = tmp_path / configuration
-        return SimpleNamespace(
-            seconds=float(trainer), output_folder=folder, dataloader_train=loader, dataloader_val=loader
-        )
+        return SimpleNamespace(seconds=float(trainer), output_folder=folder, finish_loaders=lambda: None)
 
     monkeypatch.setattr(step_times, "start", start)
     monkeypatch.setattr(step_times, "enter", lambda trainer, moment: None)

@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
@@ -26,30 +28,22 @@ def kill_workers() -> None:
         os.kill(worker.pid, signal.SIGKILL)
 
 
-def kill_before(cls: type, name: str) -> None:
-    """In epoch 1."""
+def kill_before(cls: type, name: str, also: Callable[[Any], object] = lambda trainer: None) -> None:
+    """In epoch 1, after another action."""
     real = getattr(cls, name)
 
     def call(self, *arguments):
         if self.current_epoch == 1:
+            also(self)
             kill_workers()
         return real(self, *arguments)
 
     setattr(cls, name, call)
 
 
-def hold_a_lock() -> None:
-    """As a process does that is killed at the wrong moment: the next look at the loader's event waits for ever."""
-    loader_processes.PATIENCE = 3.0
-    real = SettingsTrainer.train_step
-
-    def call(self, *arguments):
-        if self.current_epoch == 1 and multiprocessing.active_children():
-            self.dataloader_train.abort_event._cond.acquire()
-            kill_workers()
-        return real(self, *arguments)
-
-    SettingsTrainer.train_step = call
+def hold_lock(trainer: Any) -> None:
+    """Keep the lock of the loader's event for good, like a worker that is killed while it holds it."""
+    trainer.dataloader_train.abort_event._cond.acquire()
 
 
 def kill_at_start() -> None:
@@ -71,7 +65,8 @@ if __name__ == "__main__":
     if moment == "training":
         kill_before(SettingsTrainer, "train_step")
     if moment == "lock":
-        hold_a_lock()
+        loader_processes.PATIENCE = 3.0
+        kill_before(SettingsTrainer, "train_step", hold_lock)
     if moment == "validation":
         kill_before(ModalityDropoutTrainer, "on_validation_epoch_start")
     run_training_entry()

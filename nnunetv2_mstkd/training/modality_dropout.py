@@ -276,11 +276,16 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     def guide(self, teacher: Any, complete: torch.Tensor) -> torch.Tensor:
         """Logits that take the place of a label: here the network's own, from all modalities."""
-        network = self.plain_network
+        return self.own_prediction(self.plain_network, complete)
+
+    def own_prediction(self, network: torch.nn.Module, complete: torch.Tensor) -> torch.Tensor:
+        """Return full-resolution logits of this training's network, or of its average, from all modalities."""
         network.eval()
         with torch.no_grad():
             logits = finest(network(complete))
-        network.train()
+        # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
+        torch.clear_autocast_cache()
+        self.network.train()
         return logits
 
     @cached_property

@@ -8,7 +8,6 @@ import torch
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from nnunetv2_mstkd.methods.self_distillation.settings import SelfDistillationSettings
-from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.modality_dropout import Segmentation
 from nnunetv2_mstkd.training.soft_labels import SoftLabelTrainer
@@ -44,12 +43,7 @@ class SelfDistillationTrainer(SoftLabelTrainer):
             self.average.module.load_state_dict(self.plain_network.state_dict())
 
     def forward_teacher(self, complete: torch.Tensor) -> Any:
-        self.teacher.eval()
-        logits = self.teacher(complete)
-        # autocast keeps the weights that it has cast; before torch 2.10 those without a graph too
-        torch.clear_autocast_cache()
-        self.network.train()
-        return Segmentation(finest(logits))
+        return Segmentation(self.own_prediction(self.teacher, complete))
 
     def judged_samples(self, present: torch.Tensor | None, labelled: slice) -> tuple[slice | torch.Tensor, float]:
         """All samples: this teacher has learned from incomplete input too, so it may judge an incomplete case."""
