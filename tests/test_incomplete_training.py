@@ -32,7 +32,7 @@ from nnunetv2_mstkd.methods import ModalityDropoutTrainer
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import case_facts, checkpoints
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
-from nnunetv2_mstkd.training.base import TeacherTrainer
+from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 
 NAMES = ("T1", "T1ce", "T2", "FLAIR")
 LACKING = {"phantom_001": ("T1",), "phantom_002": ("T1", "T1ce", "T2"), "phantom_004": ("T2",)}

@@ -58,6 +58,10 @@ def _thickness(across: Sequence[float], spacing: Sequence[float]) -> float:
     return float(np.prod([step for step in across if 0 < step < PSEUDO_SPACING * min(1, max(spacing))]))
 
 
+NOTED = ("convention", "lesion_convention", "tolerance")
+"""Rules that the note below a table of results names."""
+
+
 @dataclass(frozen=True)
 class Rules:
     """What is measured, and how: names of metrics and rules are from :mod:`~nnunetv2_mstkd.metrics.conventions`."""
@@ -111,11 +115,7 @@ class Rules:
     @property
     def note(self) -> dict[str, Any]:
         """What the note below a table of results says about the rules, as arguments of ``subset_table``."""
-        return {
-            "convention": self.convention,
-            "lesion_convention": self.lesion_convention,
-            "tolerance": self.tolerance,
-        }
+        return {name: getattr(self, name) for name in NOTED}
 
     def _of_lesions(self) -> bool:
         return any(name in LESION_RULES for name in self.metrics)

@@ -18,7 +18,7 @@ from nnunetv2_mstkd.methods.mstkd.trainer import MSTKDTeacherTrainer, MSTKDTrain
 from nnunetv2_mstkd.methods.rfnet.trainer import RFNetTrainer
 from nnunetv2_mstkd.methods.self_distillation.trainer import SelfDistillationTrainer
 from nnunetv2_mstkd.methods.smml.trainer import SMMLMMFormerTrainer, SMMLRFNetTrainer, SMMLTrainer
-from nnunetv2_mstkd.training.base import FullModalityTrainer
+from nnunetv2_mstkd.training.full_modality import FullModalityTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 
 __all__ = [

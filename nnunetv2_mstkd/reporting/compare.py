@@ -12,6 +12,7 @@ import pandas as pd
 import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import ExistingFileError
 from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE
+from nnunetv2_mstkd.evaluation.scoring import NOTED
 from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.inference.evaluation_files import COMPARISON
 from nnunetv2_mstkd.metrics.conventions import Metric, metric_named
@@ -292,7 +293,7 @@ def _subsets(comparison: Comparison, metric: str, fmt: str) -> str:
 
 
 def _rules(comparison: Comparison) -> dict[str, Any]:
-    return {key: comparison.rule(key) for key in ("convention", "lesion_convention", "tolerance")}
+    return {key: comparison.rule(key) for key in NOTED}
 
 
 def _difference_tables(comparison: Comparison, name: str) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -9,7 +9,7 @@ import torch
 
 from nnunetv2_mstkd.losses.style import adversarial_student_term, discriminator_loss
 from nnunetv2_mstkd.networks.discriminator import PatchDiscriminator, mean_logit
-from nnunetv2_mstkd.training.base import wrapped_for_ddp
+from nnunetv2_mstkd.training.distributed import wrapped_for_ddp
 
 LEARNING_RATE = 1e-4
 BETAS = (0.9, 0.99)

@@ -5,44 +5,33 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from nnunetv2.configuration import default_num_processes
 from nnunetv2.training.loss.deep_supervision import DeepSupervisionWrapper
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import distributed as dist
 from torch.nn import functional
-from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import DivergenceError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import clear_scratch
-from nnunetv2_mstkd.inference.workers import workers
-from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, per_channel
+from nnunetv2_mstkd.nnunet import checkpoints, per_channel
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
-from nnunetv2_mstkd.nnunet.folders import BEST, find_raw_folder
+from nnunetv2_mstkd.nnunet.folders import BEST
 from nnunetv2_mstkd.nnunet.mask_differences import MaskDifferences
-from nnunetv2_mstkd.nnunet.model import plain_network
 from nnunetv2_mstkd.nnunet.per_channel import data_folder
 from nnunetv2_mstkd.nnunet.plans import BLOCK
-from nnunetv2_mstkd.nnunet.preprocessing import identifiers
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.distributed import first_process_first, gather, rank, unwrapped
 from nnunetv2_mstkd.training.finished import finished_checkpoint
 from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
-from nnunetv2_mstkd.training.initial_weights import (
-    ChannelMatch,
-    checkpoint_modalities,
-    copies_for_encoders,
-    match_channels,
-)
+from nnunetv2_mstkd.training.initial_weights import checkpoint_modalities, load_initial_weights
 from nnunetv2_mstkd.training.loader_processes import report_dead_workers, start_workers
 from nnunetv2_mstkd.training.loaders import (
     REPEATED,
@@ -52,28 +41,17 @@ from nnunetv2_mstkd.training.loaders import (
     repeating,
 )
 from nnunetv2_mstkd.training.model_identity import given_otherwise, refuse_mixed_folds, refuse_other_network
+from nnunetv2_mstkd.training.normalization import complete_data, describe_normalization, find_mask_differences
 from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.training.patch_growth import Phase, compile_each_size, phase_of
 from nnunetv2_mstkd.training.progress import TermLog
 from nnunetv2_mstkd.training.settings import (
     InputSettings,
-    SamplerSettings,
     ScheduleSettings,
     Section,
     Settings,
-    TeacherSettings,
 )
 from nnunetv2_mstkd.training.step import Losses, LossMonitor, Target
-
-
-def unwrapped(network: Any) -> Any:
-    """Return a network without the wrappers of DDP and torch.compile."""
-    return plain_network(network.module if isinstance(network, DistributedDataParallel) else network)
-
-
-def wrapped_for_ddp(module: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Wrap a module that a trainer has beside nnU-Net's network for a training on several GPUs, as nnU-Net does."""
-    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
 
 
 class SettingsTrainer(nnUNetTrainer):
@@ -203,7 +181,7 @@ class SettingsTrainer(nnUNetTrainer):
 
     def initialize(self) -> None:
         self.choose_normalization()
-        self.complete_data()
+        complete_data(self)
         self._seed_everything(-1)
         phases = self.settings[ScheduleSettings].patch_phases
         if phases > 1 and self._do_i_compile():
@@ -360,9 +338,11 @@ class SettingsTrainer(nnUNetTrainer):
             refuse_mixed_folds(folder, self.configuration_name, self.fold, sections, self.settings)
         if not self.was_initialized:
             self.initialize()
-        with self._first_process_first():  # reads the cases, the others what it has kept
+        with first_process_first():  # reads the cases, the others what it has kept
             self.do_split()
-        self.report_normalization()
+        line = describe_normalization(self.settings[InputSettings].normalization, self.mask_differences)
+        if line is not None:
+            self.print_to_log_file(line)
         assert self.split is not None
         line = describe_cases(self.split, self.case_facts, modalities.modality_names(self.dataset_json))
         if line is not None:
@@ -385,62 +365,7 @@ class SettingsTrainer(nnUNetTrainer):
     @cached_property
     def mask_differences(self) -> MaskDifferences | None:
         """Which modalities change when others are taken away; None if that is not known."""
-        with self._first_process_first():
-            return mask_differences.of_data_set(
-                Path(self.preprocessed_dataset_folder_base),
-                find_raw_folder(self.plans_manager.dataset_name),
-                self.plans_manager,
-                self.configuration_manager,
-                modalities.modality_names(self.dataset_json),
-                self.print_to_log_file,
-            )
-
-    def complete_data(self) -> None:
-        """Make the data of ``input.normalization = "per_channel"`` that are not there yet."""
-        if per_channel.normalization(self.configuration_manager) == per_channel.PLANS:
-            return
-        preprocessed = Path(self.preprocessed_dataset_folder_base)
-        processes = 0 if default_num_processes == 1 else default_num_processes
-        with self._first_process_first():
-            cases = identifiers(preprocessed / self.configuration_manager.data_identifier)
-            per_channel.drop_removed(preprocessed, cases, self.configuration_manager, log=self.print_to_log_file)
-            per_channel.complete_data(
-                preprocessed,
-                find_raw_folder(self.plans_manager.dataset_name),
-                cases,
-                self.plans_manager,
-                self.configuration_manager,
-                self.dataset_json,
-                pool=partial(workers, processes),
-                log=self.print_to_log_file,
-            )
-
-    @contextlib.contextmanager
-    def _first_process_first(self) -> Iterator[None]:
-        """Let the first process of a training on several GPUs run the block, then the others, who find it done."""
-        if self.is_ddp and self.local_rank > 0:
-            dist.barrier()
-        yield
-        if self.is_ddp and self.local_rank == 0:
-            dist.barrier()
-
-    def report_normalization(self) -> None:
-        """Log whether modalities change when others are taken away, and what becomes of that."""
-        chosen, found = self.settings[InputSettings].normalization, self.mask_differences
-        if chosen == per_channel.PER_CHANNEL:
-            self.print_to_log_file(
-                "input.normalization=per_channel: every modality is normalised as if it were the only one"
-                + (f", because {found}" if found else "")
-            )
-        elif found is None:
-            self.print_to_log_file(
-                "whether removing modalities changes the others is not known: nnUNet_raw does not have the images"
-            )
-        elif found:
-            self.print_to_log_file(
-                f"{found}. Training does not see that, prediction does: set input.normalization=per_channel, or "
-                f"evaluate with --mask-first"
-            )
+        return find_mask_differences(self)
 
     # ---- cases ---------------------------------------------------------------------------------------------------
 
@@ -510,19 +435,11 @@ class SettingsTrainer(nnUNetTrainer):
         if not math.isclose(self._weight_sum(), self._initial_sum, rel_tol=1e-9):
             self.print_to_log_file(f"weights were already loaded (-pretrained_weights); not starting from {source}")
             return
-        network, design = self.plain_network, self.design or NetworkDesign()
-        weights, own_names = design.translate(weights), modalities.modality_names(self.dataset_json)
-        match = ChannelMatch(own_names, own_names if names is None else names)
-        copies = copies_for_encoders(network, weights, match.sources)
-        if names is not None:
-            weights = match_channels(network, design, weights, match)
-        loaded, kept = checkpoints.load_matching(network, {**weights, **copies})
-        counts = f"{len(loaded)} tensors loaded, {len(kept)} kept their initial value"
-        self.print_to_log_file(f"started from {source}: {counts}")
-        if names is not None:
-            self.print_to_log_file(f"  modalities: {match}")
-        for name in kept:
-            self.print_to_log_file(f"  not in it or of another shape: {name}")
+        own_names, design = modalities.modality_names(self.dataset_json), self.design or NetworkDesign()
+        lines = load_initial_weights(self.plain_network, design, weights, own_names, names)
+        self.print_to_log_file(f"started from {source}: {lines[0]}")
+        for line in lines[1:]:
+            self.print_to_log_file(f"  {line}")
 
     def _weight_sum(self) -> float:
         """Sum of absolute weights: it changes if weights are loaded after the network was built."""
@@ -608,14 +525,7 @@ class SettingsTrainer(nnUNetTrainer):
             terms = [output["terms"] for output in train_outputs]
             names = max(map(list, terms), key=len)
             means = [np.mean([values[name] for values in terms if name in values]) for name in names]
-            self.log_terms(dict(zip(names, np.mean(self._gather(means), 0).tolist(), strict=True)))
-
-    def _gather(self, value: Any) -> list[Any]:
-        """This process's value, or those of all processes of a multi-GPU training."""
-        everyone = [value] * (dist.get_world_size() if self.is_ddp else 1)
-        if self.is_ddp:
-            dist.all_gather_object(everyone, value)
-        return everyone
+            self.log_terms(dict(zip(names, np.mean(gather(means), 0).tolist(), strict=True)))
 
     def log_terms(self, values: dict[str, float]) -> None:
         """One line in the log file, one entry in nnU-Net's logger."""
@@ -633,8 +543,8 @@ class SettingsTrainer(nnUNetTrainer):
         if seed is None:
             return
         fold = 1000 if self.fold == "all" else int(self.fold)
-        rank = dist.get_rank() if self.is_ddp and epoch >= 0 else 0
-        state = np.random.SeedSequence([seed, fold, epoch + 1, rank]).generate_state(2)
+        # before the first epoch all processes draw the same initial weights
+        state = np.random.SeedSequence([seed, fold, epoch + 1, rank() if epoch >= 0 else 0]).generate_state(2)
         random.seed(int(state[0]))
         np.random.seed(int(state[0]))  # nnU-Net's loaders draw from the global state
         torch.manual_seed(int(state[1]))
@@ -712,40 +622,3 @@ class SettingsTrainer(nnUNetTrainer):
         # nnU-Net saves latest before it updates best: the log is ahead of _best_ema
         logged = self.logger.get_value("ema_fg_dice", step=None)
         self._best_ema = max(logged) if len(logged) else content["_best_ema"]
-
-
-class FullModalityTrainer(SettingsTrainer):
-    """nnUNetTrainer with epochs, iterations, save interval and seed from the settings, and nothing else changed.
-
-    The simplest baseline of every comparison: a model that has only ever seen complete input, given zeros. nnU-Net's
-    own trainer has a fixed number of iterations, so it cannot be given a budget.
-    """
-
-
-def check_subsets(configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
-    """Check what every trainer that takes modalities away needs: at least two of them, and a zero that stays zero."""
-    names = modalities.modality_names(dataset_json)
-    modalities.check_count(len(names))
-    modalities.check_normalization(configuration_manager.normalization_schemes)
-    settings[SamplerSettings].build(names)
-
-
-class TeacherTrainer(FullModalityTrainer):
-    """Trains a full-modality teacher, with its own number of epochs, on the cases that have all modalities.
-
-    ``teacher.cases = "all"`` also trains it on incomplete ones, with zeros for what they lack. It refuses what its
-    student would refuse, before time is spent on a teacher.
-    """
-
-    sections = (*FullModalityTrainer.sections, TeacherSettings, SamplerSettings)
-
-    @classmethod
-    def check_plans(cls, configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
-        super().check_plans(configuration_manager, dataset_json, settings)
-        check_subsets(configuration_manager, dataset_json, settings)
-
-    def epochs(self, settings: Settings) -> int:
-        return settings[TeacherSettings].epochs or super().epochs(settings)
-
-    def trains_on(self, facts: CaseFacts) -> bool:
-        return facts.complete or self.settings[TeacherSettings].cases == "all"

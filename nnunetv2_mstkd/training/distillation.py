@@ -12,7 +12,8 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.expected_dice import read_temperatures
 from nnunetv2_mstkd.training.adversary import Adversary
-from nnunetv2_mstkd.training.base import SettingsTrainer, unwrapped, wrapped_for_ddp
+from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.distributed import unwrapped, wrapped_for_ddp
 from nnunetv2_mstkd.training.modality_dropout import with_logits
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings, TeacherSettings, UnlabelledSettings
 from nnunetv2_mstkd.training.soft_labels import SoftLabelTrainer

@@ -9,6 +9,7 @@ import torch
 
 from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders
+from nnunetv2_mstkd.nnunet.checkpoints import load_matching
 from nnunetv2_mstkd.nnunet.description import check_description
 from nnunetv2_mstkd.training.design import NetworkDesign, first_convolution
 
@@ -75,6 +76,29 @@ class ChannelMatch(NamedTuple):
         ]
         unused = [name for number, name in enumerate(self.given) if number not in sources]
         return ", ".join(parts) + (f"; not used: {', '.join(unused)}" if unused else "")
+
+
+def load_initial_weights(
+    network: torch.nn.Module,
+    design: NetworkDesign,
+    weights: Mapping[str, torch.Tensor],
+    own_names: tuple[str, ...],
+    names: tuple[str, ...] | None,
+) -> list[str]:
+    """Load what fits of a checkpoint's weights into a network of a design, and describe in lines what that was.
+
+    The input channels of the network are the modalities ``own_names``, those of the checkpoint ``names``; None: the
+    same, in the same order.
+    """
+    weights = design.translate(weights)
+    match = ChannelMatch(own_names, own_names if names is None else names)
+    copies = copies_for_encoders(network, weights, match.sources)
+    if names is not None:
+        weights = match_channels(network, design, weights, match)
+    loaded, kept = load_matching(network, {**weights, **copies})
+    matched = [] if names is None else [f"modalities: {match}"]
+    unknown = [f"not in it or of another shape: {name}" for name in kept]
+    return [f"{len(loaded)} tensors loaded, {len(kept)} kept their initial value", *matched, *unknown]
 
 
 def match_channels(

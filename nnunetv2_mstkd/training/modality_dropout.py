@@ -21,7 +21,8 @@ from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
 from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
-from nnunetv2_mstkd.training.base import SettingsTrainer, check_subsets
+from nnunetv2_mstkd.training.base import SettingsTrainer
+from nnunetv2_mstkd.training.distributed import gather
 from nnunetv2_mstkd.training.loaders import REPEATED, end_workers, repeating, unlabelled_loader
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
@@ -43,6 +44,14 @@ class Segmentation(NamedTuple):
 def with_logits(output: Any) -> Any:
     """Return what a network returned, as a NamedTuple with ``logits``."""
     return output if hasattr(output, "logits") else Segmentation(output)
+
+
+def check_subsets(configuration_manager: ConfigurationManager, dataset_json: dict, settings: Settings) -> None:
+    """Check what every trainer that takes modalities away needs: at least two of them, and a zero that stays zero."""
+    names = modalities.modality_names(dataset_json)
+    modalities.check_count(len(names))
+    modalities.check_normalization(configuration_manager.normalization_schemes)
+    settings[SamplerSettings].build(names)
 
 
 class ModalityDropoutTrainer(SettingsTrainer):
@@ -364,7 +373,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         collated = collate_outputs(val_outputs)
         counts, rows = collated["counts"], collated["rows"]
         counts, rows, loss = counts.reshape(-1, *counts.shape[2:]), rows.reshape(-1), np.mean(collated["loss"])
-        everyone = self._gather((counts, rows, loss))
+        everyone = gather((counts, rows, loss))
         loss = np.mean([entry[2] for entry in everyone])
         pooled = np.zeros((len(self.validation_subsets), *counts.shape[1:]))
         for counts, rows, _ in everyone:

@@ -14,9 +14,10 @@ from nnunetv2_mstkd.methods.adamm.network import AdaptiveDesign, Features, Plain
 from nnunetv2_mstkd.methods.adamm.settings import AdaMMSettings, AdaMMTeacherSettings
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
-from nnunetv2_mstkd.training.base import SettingsTrainer, TeacherTrainer
+from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
 from nnunetv2_mstkd.training.step import Losses, Target, Term, active_terms, add_terms
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from nnunetv2_mstkd.training.base import TeacherTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.soft_labels import SOFT_LABELS_ALONE
 
 

@@ -21,8 +21,8 @@ from nnunetv2_mstkd.methods.rfnet.trainer import RFNetTrainer
 from nnunetv2_mstkd.methods.smml.network import MutualDesign, StudentDesign
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.methods.smml.trainer import SMMLTrainer
-from nnunetv2_mstkd.training.base import TeacherTrainer
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
 from nnunetv2_mstkd.training.soft_labels import SOFT_LABELS_ALONE

@@ -12,9 +12,9 @@ from nnunetv2_mstkd.losses.style import style_matching
 from nnunetv2_mstkd.methods.mstkd import losses, published
 from nnunetv2_mstkd.methods.mstkd.network import Features, TransformerDesign
 from nnunetv2_mstkd.methods.mstkd.settings import MSTKDSettings, NetworkSettings
-from nnunetv2_mstkd.training.base import TeacherTrainer
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.settings import Settings
 from nnunetv2_mstkd.training.step import Term, active_terms
 

@@ -20,8 +20,8 @@ from nnunetv2_mstkd.methods.smml.refinement import RefinementNet
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
-from nnunetv2_mstkd.training.base import wrapped_for_ddp
 from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.distributed import wrapped_for_ddp
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import (

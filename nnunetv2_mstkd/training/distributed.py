@@ -1,0 +1,52 @@
+"""Trainings on several GPUs, each with a process of its own. Where there is one process, these functions do nothing."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from nnunetv2_mstkd.nnunet.model import plain_network
+
+
+def several_processes() -> bool:
+    """Whether this is one of several processes of a training."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """Number of this process."""
+    return dist.get_rank() if several_processes() else 0
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the values of all processes, by rank."""
+    if not several_processes():
+        return [value]
+    everyone = [value] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return everyone
+
+
+@contextlib.contextmanager
+def first_process_first() -> Iterator[None]:
+    """Let the first process run the block, then the others, which find what it has made."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if several_processes() and rank() == 0:
+        dist.barrier()
+
+
+def unwrapped(network: Any) -> Any:
+    """Return a network without the wrappers of DDP and torch.compile."""
+    return plain_network(network.module if isinstance(network, DistributedDataParallel) else network)
+
+
+def wrapped_for_ddp(module: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+    """Wrap a module that a trainer has beside nnU-Net's network for a training on several GPUs, as nnU-Net does."""
+    return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
