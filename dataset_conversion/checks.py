@@ -13,7 +13,7 @@ import SimpleITK as sitk
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import GZIP, NIFTI_ENDINGS, check_complete, count_not_finite, is_proven_whole
-from nnunetv2_mstkd.images.geometry import TOLERANCE, Geometry, geometry_of, image_reader, read_image
+from nnunetv2_mstkd.images.geometry import Forms, Geometry, close, geometry_of, image_reader, read_image
 
 from .cases import LABEL, Case
 from .description import FILE_ENDING, IGNORE, Description, Grid
@@ -59,23 +59,6 @@ class Label(NamedTuple):
         array = np.full(self.shape, self.background, np.uint8)
         array.reshape(-1)[self.indices] = self.values
         return array
-
-
-class Forms(NamedTuple):
-    """The two transformations of a NIfTI header, shape (4, 4); None if its code says that it is not set."""
-
-    qform: np.ndarray | None
-    sform: np.ndarray | None
-
-    @property
-    def preferred(self) -> np.ndarray | None:
-        """The one that nibabel and most tools choose."""
-        return self.qform if self.sform is None else self.sform
-
-    @property
-    def differ(self) -> bool:
-        """Whether both are set and disagree."""
-        return self.qform is not None and self.sform is not None and not _close(self.qform, self.sform)
 
 
 class Header(NamedTuple):
@@ -285,13 +268,13 @@ class _CaseCheck:
             self._compare_with_release(reference.geometry, self.description.grid)
 
     def _compare_with_release(self, geometry: Geometry, grid: Grid) -> None:
-        if geometry.size != grid.size or not _close(geometry.spacing, grid.spacing):
+        if geometry.size != grid.size or not close(geometry.spacing, grid.spacing):
             self.result.problems.append(
                 f"has {_grid_text(geometry.size, geometry.spacing)}, expected {_grid_text(grid.size, grid.spacing)} "
                 f"({grid.name}): is it of another release than {self.description.release}? Resampled cases need the "
                 "generic converter"
             )
-        elif grid.origin and not (_close(geometry.origin, grid.origin) and _close(geometry.direction, grid.direction)):
+        elif grid.origin and not (close(geometry.origin, grid.origin) and close(geometry.direction, grid.direction)):
             self.result.notes.append(f"origin or direction other than in {grid.name}")
 
     def finish(self) -> Checked:
@@ -318,16 +301,12 @@ def _misplaced(name: str, file: _File, first: str, reference: _File) -> list[str
     if file.forms is None or reference.forms is None:
         return []
     expected, found = reference.forms.preferred, file.forms.preferred
-    if expected is found or expected is None or found is None or _close(expected, found):
+    if expected is found or expected is None or found is None or close(expected, found):
         return []
     return [
         f"{name} lies elsewhere than {first} for readers that prefer the sform to the qform, though not for ITK; write "
         "both forms alike"
     ]
-
-
-def _close(one, other) -> bool:
-    return np.allclose(one, other, rtol=0, atol=TOLERANCE)
 
 
 def _grid_text(size: tuple[int, ...], spacing: tuple[float, ...]) -> str:
@@ -418,10 +397,7 @@ def _parse_header(raw: bytes, path: Path, volumes: int) -> Header | None:
     if int(fields["sizeof_hdr"]) != HEADER_BYTES:
         return None
     voxels = int(np.prod(fields.get_data_shape(), dtype=np.int64))
-    forms = Forms(
-        fields.get_qform() if fields["qform_code"] > 0 else None,
-        fields.get_sform() if fields["sform_code"] > 0 else None,
-    )
+    forms = Forms.of(fields)
     num_bytes = int(fields["vox_offset"]) + voxels * fields.get_data_dtype().itemsize
     reader = image_reader(path)
     return Header(forms, num_bytes, geometry_of(reader, volumes=volumes), _is_float(reader))

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import httpx
+import nibabel
 import numpy as np
 import pydicom
 import pytest
@@ -27,7 +28,7 @@ from predict_inputs import read
 from starlette.testclient import TestClient
 
 from nnunetv2_mstkd import Predictor, cli
-from nnunetv2_mstkd.app import server, serving, viewer
+from nnunetv2_mstkd.app import dicom, server, serving, viewer
 from nnunetv2_mstkd.app.sequences import recognise
 from nnunetv2_mstkd.app.server import Settings, make_app
 from nnunetv2_mstkd.app.session import Session
@@ -116,6 +117,31 @@ def changed(path: Path, target: Path, change) -> Path:
         ("T2_GRE.nii.gz", None),
         ("SWI_0002.nii.gz", None),
         ("T2_Gregor.nii.gz", "T2"),
+        ("t2_tirm_tra_dark-fluid", "FLAIR"),
+        ("t2_spc_ir_ns_sag_dark-fluid_iso", "FLAIR"),
+        ("t1_dark-fluid", None),
+        ("t2_tirm_cor", None),
+        ("T2.FLAIR.nii.gz", "FLAIR"),
+        ("sub-01_ce-gadolinium_T1w.nii.gz", "T1ce"),
+        ("sub-01_T1w.nii.gz", "T1"),
+        ("POST AX T1", "T1ce"),
+        ("post_contrast_t1.nii.gz", "T1ce"),
+        ("Gd T1", "T1ce"),
+        ("CE T1", "T1ce"),
+        ("T1_MPRAGE_C", "T1ce"),
+        ("T1 nKM", "T1ce"),
+        ("T1 vKM", "T1"),
+        ("T1 POST-OP", "T1"),
+        ("t1 postoperative", "T1"),
+        ("post RT T1", "T1"),
+        ("T1 post-op Gd", "T1ce"),
+        ("t2_fl2d_tra_hemo", None),
+        ("T1_seg.nii.gz", None),
+        ("T1_mask.nii.gz", None),
+        ("T1_masked.nii.gz", "T1"),
+        ("T1 SUB", None),
+        ("T2 DWI", None),
+        ("T1map", None),
     ],
 )
 def test_sequences_are_recognised_by_name(name, modality):
@@ -271,6 +297,37 @@ def test_another_geometry_is_one_sentence(page, images, tmp_path):
     page.drop(images["T1"], tmp_path / "t2.nii.gz")
     (sentence,) = page.sentences()
     assert sentence.startswith("T2 has origin") and "resample it" in sentence
+
+
+@pytest.mark.parametrize(
+    ("moved", "codes", "told"),
+    [(True, (1, 2), "a qform and an sform that differ"), (False, (0, 0), "neither a qform nor an sform")],
+    ids=["differ", "none"],
+)
+def test_an_image_that_the_viewer_shows_elsewhere_is_refused(page, images, tmp_path, moved, codes, told):
+    image = nibabel.load(images["T2"])
+    affine = np.diag([-1.0, 1, 1, 1]) @ image.affine if moved else image.affine
+    image.set_qform(affine, codes[0])
+    image.set_sform(image.affine, codes[1])
+    nibabel.save(image, tmp_path / "t2.nii.gz")
+    page.drop(tmp_path / "t2.nii.gz")
+    (sentence,) = page.sentences()
+    assert sentence.startswith("T2 (t2.nii.gz) has ") and told in sentence and not page.state()["ready"]
+
+
+def test_what_arrived_of_a_failed_drop_is_forgotten(page, images):
+    page.upload(images["T1"])
+    assert page.client.post(f"{page.own}/discard").status_code == 204
+    state = page.drop(images["T2"])
+    assert [image["modality"] for image in state["images"]] == ["T2"]
+
+
+def test_an_empty_drop_keeps_the_segmentation(page, images):
+    page.drop(images["T1"])
+    page.segment()
+    state = page.drop()
+    assert state["jobs"][0]["state"] == "done" and page.sentences()[0].startswith("No file arrived")
+    assert page.result(state["jobs"][0])
 
 
 def test_an_empty_drop_says_so(page):
@@ -575,6 +632,13 @@ def by_position(folder: Path) -> list[Path]:
         (lambda files: [shift(file, 0.3 * number) for number, file in enumerate(files)], "shifted sideways"),
         (lambda files: shift(files[3], 0.3), "shifted sideways"),
         (lambda files: edit(files[3], "PixelSpacing", [1.5, 1.5]), "different pixel spacings"),
+        (lambda files: [edit(file, "PixelSpacing", [0, 0]) for file in files], "without a pixel spacing"),
+        (lambda files: [edit(file, "PixelSpacing", None) for file in files], "without a pixel spacing"),
+        (
+            lambda files: [edit(file, "ImageOrientationPatient", [1, 0, 0, 0.3, 1, 0]) for file in files],
+            "not perpendicular",
+        ),
+        (lambda files: edit(files[3], "SamplesPerPixel", 3), "in color"),
     ],
     ids=[
         "gap",
@@ -586,6 +650,10 @@ def by_position(folder: Path) -> list[Path]:
         "sheared",
         "one shifted",
         "spacing",
+        "zero spacing",
+        "no spacing",
+        "skewed",
+        "color",
     ],
 )
 def test_a_series_that_is_no_volume_is_one_sentence(page, images, tmp_path, change, told):
@@ -594,6 +662,48 @@ def test_a_series_that_is_no_volume_is_one_sentence(page, images, tmp_path, chan
     page.drop(*folder.iterdir())
     (sentence,) = page.sentences()
     assert sentence.startswith("The DICOM series T1 ") and told in sentence and page.state()["images"] == []
+
+
+def test_each_slice_is_scaled_by_its_own_factors(images, tmp_path):
+    files = by_position(write_series(tmp_path / "a", images["T1"], "T1"))
+    edit(files[1], "RescaleSlope", 0.25)
+    edit(files[2], "RescaleSlope", 1000.5)
+    edit(files[3], "RescaleIntercept", -1000)
+    expected = np.stack([pydicom.dcmread(file).pixel_array.astype(np.float64) for file in files])
+    expected[1] *= 0.25
+    expected[2] *= 1000.5
+    expected[3] -= 1000
+    (series,), problems = dicom.read_series((file, file.name) for file in files)
+    dicom.write_volume(series, tmp_path / "a.nii.gz")
+    np.testing.assert_allclose(read(tmp_path / "a.nii.gz"), expected, rtol=1e-6)
+    assert problems == [] and series.size == 4 * expected.size
+
+
+def test_a_slice_with_too_few_pixels_is_refused(page, images, tmp_path):
+    file = by_position(write_series(tmp_path / "a", images["T1"], "T1"))[3]
+    dataset = pydicom.dcmread(file)
+    dataset.PixelData = dataset.PixelData[:-2]
+    dataset.save_as(file)
+    page.drop(*(tmp_path / "a").iterdir())
+    (sentence,) = page.sentences()
+    assert sentence.startswith("The DICOM series T1 has a slice with fewer pixels than its header says")
+    assert page.state()["images"] == []
+
+
+def test_series_of_two_patients_are_refused(page, images, tmp_path):
+    first, second = (write_series(tmp_path / name, images[name], f"ax {name}") for name in ("T1", "T2"))
+    for file in second.iterdir():
+        edit(file, "FrameOfReferenceUID", "1.2.4")
+    state = page.drop(*first.iterdir(), *second.iterdir())
+    assert state["ready"] and "different frames of reference" in page.sentences()[0]
+    page.client.post(f"{page.own}/clear")
+    for file in second.iterdir():
+        edit(file, "PatientID", "another")
+    state = page.drop(*first.iterdir(), *second.iterdir())
+    assert not state["ready"] and state["available"] == []
+    (sentence,) = page.sentences()
+    assert sentence.startswith("The headers of ax T1 and ax T2 name different patients")
+    assert page.assign("ax T2", None)["ready"]
 
 
 def test_a_series_that_asks_for_too_much_memory_is_refused(predictor, images, tmp_path):

@@ -212,6 +212,21 @@ def test_bad_input_is_one_sentence_on_the_page(page, images, tmp_path):
     assert sentence.startswith("No file arrived")
 
 
+def test_what_arrived_of_a_failed_drop_does_not_join_the_next_one(page, images):
+    page.execute_script(
+        "window.real = window.fetch;"
+        "const name = (options) => options?.headers?.['X-File-Name'] ?? '';"
+        "const lost = (url, options) => url.endsWith('/discard') || name(options).includes('_t2.');"
+        "window.fetch = (...what) => lost(...what) ? Promise.reject(new Error()) : window.real(...what);"
+    )
+    choose(page, images["T1"], images["T1ce"], images["T2"])
+    assert sentences(page) == ["The server does not answer; is mstkd app still running?"]
+    page.execute_script("window.fetch = window.real")
+    choose(page, images["FLAIR"])
+    wait(page, "!document.getElementById('segment').disabled")
+    assert len(page.find_elements("css selector", "#images tbody tr")) == 1
+
+
 def test_a_dropped_file_is_taken_and_its_sequence_can_be_changed(page, images):
     from selenium.webdriver.common.keys import Keys
 

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 
 from nnunetv2_mstkd import cli
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.montage import Montage, write_montage
 from nnunetv2_mstkd.evaluation.results import COLUMNS, write_results
 from nnunetv2_mstkd.reporting.compare import compare
@@ -323,6 +324,20 @@ def test_pictures_are_left_out_where_none_were_kept():
     compare(["new", "old"], output="out")
     assert Path("out/qualitative.png").exists() and 'id="pictures"' in Path("out/comparison.html").read_text()
     assert "(qualitative.png)" in Path("out/comparison.md").read_text()
+
+
+def test_a_picture_without_values_is_an_earlier_one_and_no_value_is_a_line():
+    for name in ("old", "new"):
+        with_slices(name)
+        file = Path(name, "subsets", "results.csv")
+        table = pd.read_csv(file)
+        table.loc[(table["case"] == CASES[3]) & (table["region"] == "ET"), "value"] = np.nan
+        # a case without T1, of which an earlier evaluation has kept pictures with it
+        table[(table["case"] != CASES[2]) | (table["subset"] == "T2")].to_csv(file, index=False)
+    comparison = compare(["new", "old"])
+    assert drawn(comparison, [CASES[3]], ["T1"])[0][-1].split("  ")[1] == "ET -"
+    with pytest.raises(InputError, match="have not kept"):
+        drawn(comparison, [CASES[2]], ["T1"])
 
 
 def test_names_in_the_page_are_escaped():

@@ -152,6 +152,18 @@ def test_constant_and_zero_images(folder):
     assert (case.availability, case.all_zero, problems) == ((False, False, False, True), (1,), [])
 
 
+@pytest.mark.parametrize("reader", [SimpleITKIO, NibabelIO])
+def test_an_image_that_only_its_sform_moves_is_a_problem(folder, reader):
+    """ITK takes the qform for a sform code of 2, most tools the sform."""
+    write_case(folder, "a", [0, 1])
+    image = nibabel.load(folder / "a_0001.nii.gz")
+    image.set_sform(np.diag([-1.0, 1, 1, 1]) @ image.affine, 2)
+    nibabel.save(image, folder / "a_0001.nii.gz")
+    found = " ".join(texts(folder, Checker(NAMES, reader)))
+    told = "T1ce is in another place than T1 by its sform" if reader is SimpleITKIO else "T1ce has direction"
+    assert told in found
+
+
 def test_a_case_of_zero_images_has_no_modality(folder):
     write(folder / "a_0001.nii.gz", np.zeros(SHAPE, np.int16))
     assert texts(folder) == ["a: has no modality, only all-zero images"]

@@ -23,6 +23,9 @@ from nnunetv2_mstkd.images.geometry import last_line
 
 PREAMBLE, MAGIC = 128, b"DICM"
 
+BYTES = 4
+"""Of a voxel of a volume that is read: float32."""
+
 SPACING_TOLERANCE = 0.02
 """Largest deviation of a distance between slices, or of a slice from the line along their normal, in mean distances."""
 
@@ -39,6 +42,10 @@ class Series:
     """In the order of their positions."""
     size: int
     """Bytes of the volume, as the headers say."""
+    patient: tuple[str, str] = ("", "")
+    """Number and name of the patient, as the first header says."""
+    frame: str = ""
+    """The frame of reference: images of equal ones are in the same space."""
 
 
 def is_dicom(start: bytes) -> bool:
@@ -76,8 +83,10 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
         name = name or f"series {first.get('SeriesNumber') or len(series) + 1}"
         try:
             contrast = bool(str(first.get("ContrastBolusAgent") or "").strip())
-            size = sum(_frame_size(header) for _, header in slices)
-            series.append(Series(name, contrast, _in_order(slices), size))
+            size = sum(_number_of_pixels(header) for _, header in slices) * BYTES
+            patient = (str(first.get("PatientID") or ""), str(first.get("PatientName") or ""))
+            frame = str(first.get("FrameOfReferenceUID") or "")
+            series.append(Series(name, contrast, _in_order(slices), size, patient, frame))
         except InputError as error:
             problems.append(f"The DICOM series {name} {error}.")
         except (TypeError, ValueError):
@@ -85,10 +94,18 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
     return series, problems
 
 
-def _frame_size(header: Any) -> int:
-    """Bytes of the unpacked pixels of a slice."""
-    values = (int(header.get(keyword) or 1) for keyword in ("Rows", "Columns", "SamplesPerPixel"))
-    return math.prod(values) * int(header.get("BitsAllocated") or 8) // 8
+def _number_of_pixels(header: Any) -> int:
+    """Pixels of a slice, times its values per pixel."""
+    return math.prod(int(header.get(keyword) or 1) for keyword in ("Rows", "Columns", "SamplesPerPixel"))
+
+
+def _lacks_pixels(path: Path) -> bool:
+    """Whether a slice has fewer pixels than its header says; those of a compressed one are counted by ITK."""
+    with path.open("rb") as file:
+        header = pydicom.dcmread(file, stop_before_pixels=True)
+        left = path.stat().st_size - file.tell() - (8 if header.is_implicit_VR else 12)  # tag and length come first
+    needed = _number_of_pixels(header) * int(header.get("BitsAllocated") or 8) // 8
+    return not header.file_meta.TransferSyntaxUID.is_compressed and left < needed
 
 
 def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
@@ -96,21 +113,28 @@ def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
     headers = [header for _, header in slices]
     if any(int(header.get("NumberOfFrames") or 1) > 1 for header in headers):
         raise InputError("has several slices in one file, which is not supported; convert it to NIfTI (dcm2niix)")
+    if any(int(header.get("SamplesPerPixel") or 1) > 1 for header in headers):
+        raise InputError("has images in color, expected those of an MRI sequence")
     if any(not header.get("ImagePositionPatient") or not header.get("ImageOrientationPatient") for header in headers):
         raise InputError("holds something other than slices with a position")
     try:
         directions = np.array([header.ImageOrientationPatient for header in headers], float)
         positions = np.array([header.ImagePositionPatient for header in headers], float)
-        if directions.shape[1:] != (6,) or positions.shape[1:] != (3,):
+        if directions.shape[1:] != (6,) or positions.shape[1:] != (3,) or not np.isfinite(positions).all():
             raise ValueError
     except ValueError as error:
         raise InputError("has slices without a usable position") from error
     if not np.allclose(directions, directions[0], atol=1e-3):
         raise InputError("has slices of different orientations")
-    spacings = [[float(mm) for mm in header.get("PixelSpacing") or (0, 0)] for header in headers]
-    if not all(len(spacing) == 2 and np.allclose(spacing, spacings[0]) for spacing in spacings):
+    row, column = directions[0, :3], directions[0, 3:]
+    if not np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=1e-3):
+        raise InputError("has an orientation that is none: its axes are not perpendicular or not of length 1")
+    spacings = [[float(mm) for mm in header.get("PixelSpacing") or ()] for header in headers]
+    if not all(len(spacing) == 2 and min(spacing) > 0 for spacing in spacings):
+        raise InputError("has slices without a pixel spacing, so its size is not known")
+    if not np.allclose(spacings, spacings[0]):
         raise InputError("has slices of different pixel spacings")
-    normal = np.cross(directions[0, :3], directions[0, 3:])
+    normal = np.cross(row, column)
     along = positions @ normal
     order = np.argsort(along)
     steps = np.diff(along[order])
@@ -129,8 +153,12 @@ def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
 
 def write_volume(series: Series, path: Path) -> None:
     """Write a series as one NIfTI file; InputError, whose message begins with a verb, if it cannot be read."""
+    if any(map(_lacks_pixels, series.files)):
+        raise InputError("has a slice with fewer pixels than its header says, so it is damaged")  # ITK reads anything
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(file) for file in series.files])
+    # else ITK casts all slices to the type of the first, and each may be scaled by factors of its own
+    reader.SetOutputPixelType(sitk.sitkFloat32)
     try:
         image = reader.Execute()
     except RuntimeError as error:

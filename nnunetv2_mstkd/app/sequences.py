@@ -16,23 +16,39 @@ _START, _END = r"(?<![^\W_])", r"(?![^\W_])"
 _AGENT = r"(?:ce|km|ga?d[a-z]*|contrast)"
 
 NO_CONTRAST = re.compile(
-    rf"{_START}(?:pre|non?|without|wo|w/o|before|ohne|vor)[\W_]*(?:{_AGENT}|c){_END}|{_START}c-{_END}|(?<=[\s_])-c{_END}",
+    rf"{_START}(?:pre|non?|without|wo|w/o|before|ohne|vor)[\W_]*(?:{_AGENT}|c){_END}|{_START}vkm{_END}|{_START}c-{_END}"
+    rf"|(?<=[\s_])-c{_END}",
     re.IGNORECASE,
 )
 """``C-``, ``-C`` after a space, ``pre contrast`` and the like."""
 
-CONTRAST = re.compile(rf"t1.*(?:{_START}(?:{_AGENT}|post(?![\W_]*op)){_END}|{_START}c\+|\+\s*ce?{_END})", re.IGNORECASE)
-"""``+C``, ``Gd`` and the like, anywhere after T1."""
+CONTRAST = re.compile(rf"{_START}(?:n?{_AGENT}|post){_END}|{_START}c\+|\+\s*ce?{_END}|t1.*[\s_]c{_END}", re.IGNORECASE)
+"""``+C``, ``Gd``, ``post`` and the like, before or after T1."""
 
-OTHER_WEIGHTING = re.compile(r"\*|star(?![a-vx-z])|(?<![a-z])(?:swi|gre)(?![a-z])", re.IGNORECASE)
-"""``T2*`` is not T2."""
+TREATMENT = re.compile(
+    rf"{_START}(?:post|pre)[\W_]*(?:op|surg|rt{_END}|radi|chemo|treat|therap|tx{_END})[a-z]*", re.IGNORECASE
+)
+"""``post-op`` says nothing about contrast medium."""
+
+OTHER_WEIGHTING = re.compile(
+    r"\*|star(?![a-vx-z])|subtract|(?<=[\W_])sub(?![a-z\-])"
+    r"|(?<![a-z])(?:swi|gre|ha?emo|dwi|adc|dti|asl|dsc|dce|perf[a-z]*|stir|tirm|mask|seg[a-z]*|label|map)(?![a-z])",
+    re.IGNORECASE,
+)
+"""``T2*`` is not T2, and a mask, a map or a difference of two images is no sequence."""
+
+DARK_FLUID = re.compile(r"dark[\W_]*fluid", re.IGNORECASE)
+SPELLED_WITH_IT = re.compile(rf"{_START}(?:t2w?|tirm){_END}", re.IGNORECASE)
+"""``t2_tirm_tra_dark-fluid`` is FLAIR."""
+
+ENDINGS = re.compile(r"(?:\.(?:nii|gz|dcm|ima))+$", re.IGNORECASE)
 
 
 def recognise(name: str, modalities: Sequence[str], *, contrast: bool = False) -> int | None:
     """Return the channel of the modality that the name of a file or series spells, None if it spells none.
 
     The longest parts that are modalities count; without one a channel number as in ``CASE_0003.nii.gz``. A T1 is T1ce
-    if a mark of contrast medium follows. A name that spells two modalities, or marks such as ``T2*``, tells nothing.
+    if there is a mark of contrast medium. A name that spells two modalities, or marks such as ``T2*``, tells nothing.
 
     Parameters
     ----------
@@ -49,10 +65,12 @@ def recognise(name: str, modalities: Sequence[str], *, contrast: bool = False) -
     """
     channels = {_key(modality): channel for channel, modality in enumerate(modalities)}
     own = " ".join(modalities).casefold()
-    if any(mark.casefold() not in own for mark in OTHER_WEIGHTING.findall(name)):
+    stem = ENDINGS.sub("", name)
+    if DARK_FLUID.search(stem):
+        stem = DARK_FLUID.sub("FLAIR", SPELLED_WITH_IT.sub(" ", stem))
+    if any(mark.casefold() not in own for mark in OTHER_WEIGHTING.findall(stem)):
         return None
-    name, denied = NO_CONTRAST.subn(" ", name)
-    stem = re.sub(r"(\.[A-Za-z]\w*)+$", "", name)
+    stem, denied = NO_CONTRAST.subn(" ", TREATMENT.sub(" ", stem))
     found = _spelled(stem, {*channels, *map(_key, SYNONYMS)})
     if not found:
         number = re.search(r"_(\d{4})$", stem)
@@ -61,7 +79,7 @@ def recognise(name: str, modalities: Sequence[str], *, contrast: bool = False) -
     if found == {native}:
         if contrast and denied:
             return None
-        found = {enhanced} if contrast or CONTRAST.search(name) else found
+        found = {enhanced} if contrast or CONTRAST.search(stem) else found
     if found == {enhanced} and enhanced not in channels:
         found = {native}
     return channels.get(found.pop()) if len(found) == 1 else None

@@ -218,6 +218,7 @@ def make_app(predictor: Predictor, settings: Settings) -> Starlette:
             Route(f"{own}/close", routes.close, methods=["POST"]),
             Route(f"{own}/files", routes.upload, methods=["POST"]),
             Route(f"{own}/sort", routes.sort, methods=["POST"]),
+            Route(f"{own}/discard", routes.discard, methods=["POST"]),
             Route(f"{own}/clear", routes.clear, methods=["POST"]),
             Route(f"{own}/images/{{number:int}}", routes.assign, methods=["POST"]),
             Route(f"{own}/images/{{number:int}}.nii", routes.image),
@@ -254,15 +255,15 @@ class _Routes:
                 yield
             finally:
                 watch.cancel()
-                for name in list(self.sessions.open):
-                    self.sessions.close(name)
+                closing = [run_in_threadpool(self.sessions.close, name) for name in list(self.sessions.open)]
+                await asyncio.gather(*closing)
                 await run_in_threadpool(self.worker.close)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            for name in self.sessions.unused():
-                await run_in_threadpool(self.sessions.close, name)
+            # one that reads a large series waits for its lock; the others need not wait for it
+            await asyncio.gather(*(run_in_threadpool(self.sessions.close, name) for name in self.sessions.unused()))
 
     def _session(self, request: Request) -> Session:
         session = self.sessions.open.get(request.path_params["session"])
@@ -359,6 +360,11 @@ class _Routes:
     async def sort(self, request: Request) -> Response:
         session = self._session(request)
         await run_in_threadpool(session.sort)
+        return Response(status_code=204)
+
+    async def discard(self, request: Request) -> Response:
+        session = self._session(request)
+        await run_in_threadpool(session.discard)
         return Response(status_code=204)
 
     async def clear(self, request: Request) -> Response:

@@ -21,6 +21,7 @@ from nnunetv2_mstkd.app import dicom
 from nnunetv2_mstkd.app.jobs import Job
 from nnunetv2_mstkd.app.sequences import recognise
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.images.geometry import read_forms
 from nnunetv2_mstkd.inference.predictor import Predictor
 
 GZIP = b"\x1f\x8b"
@@ -60,8 +61,8 @@ class Session:
     """What became of the last upload's files that are no images."""
     problems: list[str] = field(default_factory=list)
     """Why the images cannot be segmented as they are."""
-    zero: list[str] = field(default_factory=list)
-    """Which images are zero everywhere."""
+    remarks: list[str] = field(default_factory=list)
+    """What the user should know of the images, though they can be segmented."""
     available: tuple[str, ...] = ()
     """Modalities of the images, if there is no problem."""
     version: int = 0
@@ -103,6 +104,8 @@ class Session:
             self.notices = []
             if not uploads:
                 self.notices.append("No file arrived; drop one NIfTI file per sequence, a folder, or DICOM series.")
+                self.changed()
+                return  # the images and their segmentations are what they were
             slices = []
             for path, name in uploads:
                 start = _start(path)
@@ -127,6 +130,14 @@ class Session:
                     self._add(each.name, path, each)
             self._leave_out_surplus()
         self.assess()
+
+    def discard(self) -> None:
+        """Forget what was uploaded since the last call of :meth:`sort`: not all of it arrived."""
+        with self.lock:
+            uploads, self.uploads = self.uploads, []
+            for path, _ in uploads:
+                self.received -= path.stat().st_size
+                path.unlink()
 
     def _add(self, name: str, path: Path, series: dicom.Series | None) -> None:
         channel = recognise(name, self.predictor.modalities, contrast=series is not None and series.contrast)
@@ -175,7 +186,7 @@ class Session:
             for job in self.jobs:
                 shutil.rmtree(job.folder, ignore_errors=True)
             self.jobs = []
-            self.problems, self.available, self.zero = self._undecided(), (), []
+            self.problems, self.available, self.remarks = self._undecided(), (), []
             if self.images and not self.problems:
                 self.available, self.problems = self._checked()
             self.changed()
@@ -192,6 +203,15 @@ class Session:
             for image in self.images
             if image.channel is None and not image.left_out
         ]
+        patients: dict[tuple[str, str], str] = {}
+        for image in self.used().values():
+            if image.series is not None:
+                patients.setdefault(image.series.patient, image.name)
+        if len(patients) > 1:
+            found.append(
+                f"The headers of {' and '.join(patients.values())} name different patients; leave out what is not of "
+                f"this one."
+            )
         if self.images and all(image.channel is None for image in self.images) and not found:
             found.append("Every image is left out; choose the sequence of at least one.")
         return found
@@ -202,11 +222,20 @@ class Session:
         available, texts = self.predictor.check({name: image.path for name, image in used.items()})
         for image in used.values():
             texts = [text.replace(f"({image.path.name})", f"({image.name})") for text in texts]
-        self.zero = [
+        self.remarks = [
             f"{name} ({image.name}) is zero everywhere, so it counts as missing."
             for name, image in used.items()
             if not texts and name not in available
         ]
+        texts += [
+            f"{name} ({image.name}) {text}" for name, image in used.items() if (text := _unclear_place(image.path))
+        ]
+        frames = {image.series.frame for image in used.values() if image.series is not None}
+        if len(frames - {""}) > 1:
+            self.remarks.append(
+                "The DICOM series have different frames of reference, so they may not be registered to each other; "
+                "look at both before you trust the segmentation."
+            )
         return available, [f"The case {text}." if text.startswith("has ") else f"{text}." for text in texts]
 
     # ---- segmentations ---------------------------------------------------------------------------------------------
@@ -263,7 +292,7 @@ class Session:
                     }
                     for image in self.images
                 ],
-                "notices": [*self.notices, *self.zero],
+                "notices": [*self.notices, *self.remarks],
                 "problems": self.problems,
                 "available": self.available,
                 "expected": self.expected_dice(self.available) if self.available else None,
@@ -284,6 +313,16 @@ class Session:
     def _cancel_all(self) -> None:
         for job in self.jobs:
             job.cancel()
+
+
+def _unclear_place(path: Path) -> str | None:
+    """Why the viewer would show an image elsewhere than its segmentation, beginning with a verb."""
+    forms = read_forms(path)
+    if forms is None or forms.preferred is None:
+        return "has neither a qform nor an sform, so its position and orientation are not known"
+    if forms.differ:
+        return "has a qform and an sform that differ; make them equal, for example with fslorient -copysform2qform"
+    return None
 
 
 def _start(path: Path) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import nibabel
 import numpy as np
@@ -15,6 +15,36 @@ from nnunetv2_mstkd.errors import InputError
 
 TOLERANCE = 1e-3
 """Largest difference between the files of one case in spacing and origin (mm) and direction cosines: rounding."""
+
+
+def close(one: Any, other: Any) -> bool:
+    """Whether spacings, origins, directions or transformations are equal but for rounding."""
+    return np.allclose(one, other, rtol=0, atol=TOLERANCE)
+
+
+class Forms(NamedTuple):
+    """The two transformations of a NIfTI header, shape (4, 4); None if its code says that it is not set."""
+
+    qform: np.ndarray | None
+    sform: np.ndarray | None
+
+    @classmethod
+    def of(cls, header: Any) -> Forms:
+        """Read a header of nibabel."""
+        return cls(
+            header.get_qform() if header["qform_code"] > 0 else None,
+            header.get_sform() if header["sform_code"] > 0 else None,
+        )
+
+    @property
+    def preferred(self) -> np.ndarray | None:
+        """The one that nibabel and most tools choose. ITK takes the qform if the sform's code is above 1."""
+        return self.qform if self.sform is None else self.sform
+
+    @property
+    def differ(self) -> bool:
+        """Whether both are set and disagree."""
+        return self.qform is not None and self.sform is not None and not close(self.qform, self.sform)
 
 
 @dataclass(frozen=True)
@@ -34,7 +64,7 @@ class Geometry:
             return found
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if len(mine) != len(theirs) or not np.allclose(theirs, mine, rtol=0, atol=TOLERANCE):
+            if len(mine) != len(theirs) or not close(theirs, mine):
                 found.append(f"{item.name} {_short(theirs)} instead of {_short(mine)}")
         return found
 
@@ -52,6 +82,14 @@ def read_affine(path: Path) -> Geometry:
     spacing = voxel_sizes(image.affine)
     direction = image.affine[:3, :3] / spacing
     return Geometry(image.shape, tuple(spacing), tuple(image.affine[:3, 3]), tuple(direction.ravel()))
+
+
+def read_forms(path: Path) -> Forms | None:
+    """Read the transformations of a NIfTI file; None for a file of another format."""
+    try:
+        return Forms.of(nibabel.load(path).header)
+    except (nibabel.filebasedimages.ImageFileError, KeyError, ValueError):
+        return None
 
 
 def read_nifti_voxels(path: Path) -> np.ndarray:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.images.geometry import Geometry
+from nnunetv2_mstkd.images.geometry import Forms, Geometry, close
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
 from nnunetv2_mstkd.nnunet.reading import Channel, Reader, read_checked
 
@@ -27,10 +27,11 @@ class Checker:
         Returns
         -------
         The case, with all-zero images turned into absent ones, and its problems: unreadable files, NaN or infinite
-        voxels, constant images, and grids that differ from the first image's.
+        voxels, constant images, and grids, or places by the sform, that differ from the first image's.
         """
         texts: list[str] = []
         grids: dict[int, Geometry] = {}
+        forms: dict[int, Forms] = {}
         zero = []
         for channel, path in enumerate(case.files):
             if path is None:
@@ -45,7 +46,9 @@ class Checker:
                 continue
             texts += [f"{self.names[channel]} ({path.name}) {text}" for text in _wrong_voxels(found)]
             grids[channel] = found.grid
-        texts += self._other_grids(grids)
+            if found.forms is not None:
+                forms[channel] = found.forms
+        texts += self._other_grids(grids) or self._other_forms(forms)
         checked = replace(case.without(zero), all_zero=tuple(zero))
         if not any(checked.availability):
             texts.append("has no modality" + (", only all-zero images" if zero else ""))
@@ -65,6 +68,20 @@ class Checker:
             f"{self.names[channel]} has {difference} as in {self.names[first]}; resample it to the same grid"
             for channel, geometry in grids.items()
             for difference in reference.differences(geometry)
+        ]
+
+    def _other_forms(self, forms: Mapping[int, Forms]) -> list[str]:
+        """Which images other tools than nnU-Net's reader see in another place than the first one."""
+        if not forms:
+            return []
+        first, reference = next(iter(forms.items()))
+        return [
+            f"{self.names[channel]} is in another place than {self.names[first]} by its sform, which most tools use: "
+            f"one of them was moved, and its qform was left as it was"
+            for channel, each in forms.items()
+            if reference.preferred is not None
+            and each.preferred is not None
+            and not close(each.preferred, reference.preferred)
         ]
 
 

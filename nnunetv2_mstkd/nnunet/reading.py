@@ -15,7 +15,15 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWit
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import check_complete, count_not_finite
-from nnunetv2_mstkd.images.geometry import Geometry, last_line, read_affine, read_geometry, read_nifti_voxels
+from nnunetv2_mstkd.images.geometry import (
+    Forms,
+    Geometry,
+    last_line,
+    read_affine,
+    read_forms,
+    read_geometry,
+    read_nifti_voxels,
+)
 
 Reader: TypeAlias = type[BaseReaderWriter]
 """One of nnU-Net's classes that read and write images."""
@@ -31,6 +39,8 @@ class Channel(NamedTuple):
     """What nnU-Net's exporter needs to know from the reader."""
     not_finite: int
     """Number of voxels that are NaN or infinite in the file. ITK's NIfTI reader turns them into zeros."""
+    forms: Forms | None
+    """Of a NIfTI file."""
 
 
 def read_checked(path: Path, reader: Reader) -> Channel:
@@ -53,7 +63,7 @@ def read_checked(path: Path, reader: Reader) -> Channel:
         raise InputError(f"holds {image.shape[0]} images, expected one file per channel")
     if grid is None:
         grid = Geometry(tuple(image.shape[1:]), tuple(properties["spacing"]), (), ())
-    return Channel(grid, image[0], properties, max(in_file, count_not_finite(image)))
+    return Channel(grid, image[0], properties, max(in_file, count_not_finite(image)), read_forms(path))
 
 
 def read_grid(path: Path, reader: Reader) -> Geometry | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -39,6 +40,7 @@ from nnunetv2_mstkd.reporting.pictures import (
     label_colors,
     region_colors,
 )
+from nnunetv2_mstkd.reporting.tables import number
 from nnunetv2_mstkd.statistics.comparison import Comparison, EvaluatedModel
 
 ABSENT = "missing"
@@ -135,8 +137,8 @@ def _montage(models: Mapping[str, EvaluatedModel], case: str, subset: str) -> Mo
     found: Montage | None = None
     for name, model in models.items():
         montage = read_montage(model.file.parent / CASES / f"fold_{_fold(model, case)}" / f"{case}.npz")
-        if montage is None or subset not in montage.segmentations:
-            return None
+        if montage is None or subset not in montage.segmentations or _results(model, case, subset).empty:
+            return None  # pictures of an earlier evaluation may be there
         if found is None:
             found = replace(montage, segmentations={}, further=())
         elif montage.index != found.index or not np.array_equal(montage.reference, found.reference):
@@ -218,13 +220,17 @@ def _overlay(
         axis.contour(outline, [0.5], colors="white", linewidths=0.6)
 
 
+def _results(model: EvaluatedModel, case: str, subset: str) -> pd.DataFrame:
+    """What a model was measured to do for a case from a subset."""
+    return model.results[(model.results[CASE] == case) & (model.results[SUBSET] == subset)]
+
+
 def _values(model: EvaluatedModel, case: str, subset: str, metric: str, regions: Mapping[str, tuple[int, ...]]) -> str:
     """The values of the regions, as many to a line as fit below a picture."""
-    table: pd.DataFrame = model.results
-    table = table[(table[CASE] == case) & (table[SUBSET] == subset) & (table[METRIC] == metric)]
-    values = table.groupby(REGION)[VALUE].mean() * metric_named(metric).factor
+    table = _results(model, case, subset)
+    values = table[table[METRIC] == metric].groupby(REGION)[VALUE].mean() * metric_named(metric).factor
     lines: list[str] = []
-    for text in (f"{name} {values[name]:.1f}" for name in regions):
+    for text in (f"{name} {number(values.get(name, math.nan))}" for name in regions):
         fits = lines and len(lines[-1]) + len(text) + 2 <= LINE
         lines[-1:] = [f"{lines[-1]}  {text}"] if fits else [*lines[-1:], text]
     return "\n".join(lines)

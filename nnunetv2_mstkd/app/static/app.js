@@ -68,28 +68,46 @@ async function dropped(items) {
   return found;
 }
 
-async function upload(chosen) {
+let uploaded = Promise.resolve(); // one drop after the other
+let unsorted = false; // whether files of a drop that failed may have arrived
+
+function upload(chosen) {
   const files = [...chosen].filter((file) => !file.name.startsWith(".") && file.name !== "DICOMDIR");
-  await act(async () => {
-    const size = files.reduce((sum, file) => sum + file.size, 0);
-    if (size > model.limit) throw new Error(`These files have ${Math.ceil(size / 2 ** 20)} MB, and this page takes ${model.limit / 2 ** 20} MB (mstkd app --max-upload).`);
-    let done = 0;
-    const waiting = [...files];
-    const work = async () => {
-      for (let file = waiting.shift(); file; file = waiting.shift()) {
-        const headers = { "X-File-Name": encodeURIComponent(file.name) };
-        await send(`${own}/files`, { body: file, headers });
-        byId("reading").textContent = `Reading ${++done} of ${files.length}`;
-      }
-    };
-    try {
-      await Promise.all(Array.from({ length: AT_A_TIME }, work));
-      byId("reading").textContent = files.length ? "Checking" : "";
-      await send(`${own}/sort`);
-    } finally {
-      byId("reading").textContent = "";
+  return (uploaded = uploaded.then(() => act(() => uploadAll(files))));
+}
+
+async function uploadAll(files) {
+  const size = files.reduce((sum, file) => sum + file.size, 0);
+  if (size > model.limit) throw new Error(`These files have ${Math.ceil(size / 2 ** 20)} MB, and this page takes ${model.limit / 2 ** 20} MB (mstkd app --max-upload).`);
+  if (unsorted) await discard();
+  let done = 0;
+  const waiting = [...files];
+  const work = async () => {
+    for (let file = waiting.shift(); file; file = waiting.shift()) {
+      const headers = { "X-File-Name": encodeURIComponent(file.name) };
+      await send(`${own}/files`, { body: file, headers });
+      byId("reading").textContent = `Reading ${++done} of ${files.length}`;
     }
-  });
+  };
+  try {
+    const workers = Array.from({ length: AT_A_TIME }, () => work().catch((error) => { waiting.length = 0; throw error; }));
+    const failed = (await Promise.allSettled(workers)).find((worker) => worker.reason);
+    if (failed) {
+      unsorted = true;
+      await discard().catch(() => {}); // or before the next drop
+      throw failed.reason;
+    }
+    byId("reading").textContent = files.length ? "Checking" : "";
+    await send(`${own}/sort`);
+  } finally {
+    byId("reading").textContent = "";
+  }
+}
+
+/** Forget what arrived of a drop that failed: it would join the images of the next one, of another patient perhaps. */
+async function discard() {
+  await send(`${own}/discard`);
+  unsorted = false;
 }
 
 for (const id of ["files", "folder"]) {
