@@ -4,6 +4,8 @@ import copy
 import itertools
 import json
 import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import hand_plans
 import pytest
@@ -336,6 +338,14 @@ def test_overwrite_is_needed_for_other_content(plans_file):
     assert read_plans(plans_file)["configurations"][NAME] == second
 
 
+def test_simultaneous_writers_lose_nothing(plans_file):
+    entry = configure(read_plans(plans_file), "3d_fullres", NAME)
+    names = [f"seed{number}" for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda name: write_configuration(plans_file, name, entry), names))
+    assert set(names) <= set(read_plans(plans_file)["configurations"])
+
+
 def test_a_writer_that_dies_leaves_the_old_plans(plans_file, monkeypatch):
     before = plans_file.read_bytes()
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("no space left")))
@@ -421,6 +431,18 @@ def test_command_notes_a_checkpoint_that_is_not_there_yet(plans_file, capsys, tm
     for number, there in enumerate(("a.pth", "nnUNetTrainer")):
         assert run_configure("--overwrite", "--set", f"schedule.init_from={there}", "--epochs", str(number + 1)) == 0
     assert note not in capsys.readouterr().out
+
+
+def test_command_names_other_plans_and_an_ambiguous_data_set_in_full(plans_file, capsys, tmp_path, monkeypatch):
+    shutil.copyfile(plans_file, plans_file.with_name("OtherPlans.json"))
+    assert run_configure("-p", "OtherPlans") == 0
+    assert f"nnUNetv2_train 912 {NAME} 0 -p OtherPlans -tr" in capsys.readouterr().out
+    (tmp_path / "results" / "Dataset912_Old").mkdir(parents=True)
+    monkeypatch.setenv("nnUNet_results", str(tmp_path / "results"))
+    assert run_configure() == 2
+    assert "ambiguous" in capsys.readouterr().err
+    assert run_configure("-d", plans_file.parent.name) == 0
+    assert f"nnUNetv2_train {plans_file.parent.name} {NAME} 0 -tr" in capsys.readouterr().out
 
 
 def test_command_is_idempotent(plans_file, capsys):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -9,14 +10,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CONFIGURATION, PHANTOM, Folders
 from test_faults import full_disk
 
 from nnunetv2_mstkd import cli, errors
+from nnunetv2_mstkd.commands import crossval as crossval_command
 from nnunetv2_mstkd.crossval import locks
-from nnunetv2_mstkd.crossval.cluster import _parameters, minutes_of
+from nnunetv2_mstkd.crossval.cluster import _parameters, minutes_of, sbatch_options, submit_steps
 from nnunetv2_mstkd.crossval.local import run_steps
 from nnunetv2_mstkd.crossval.locks import RunningStepError
 from nnunetv2_mstkd.crossval.overview import overview, state_of
@@ -230,6 +233,41 @@ def test_a_lock_that_has_no_room_is_removed(model):
     lock.acquire()
 
 
+def test_a_job_takes_the_lock_of_the_process_that_submitted_it(model, monkeypatch):
+    lock, alive = Script(model).lock, {"8"}
+    monkeypatch.setattr(locks, "job_state", lambda job: "RUNNING" if job in alive else None)
+    lock.acquire()
+    lock.take("7")
+    assert lock.owner() is None  # job 7 has ended
+    lock.take("8")
+    assert lock.owner().name.startswith("SLURM job 8 (RUNNING)")
+    lock.take("8")  # queued again
+    with pytest.raises(RunningStepError, match=r"is run by SLURM job 8 .*, not by job 9"):
+        lock.take("9")
+    lock.release()
+    lock.take("9")
+
+
+def test_a_job_without_a_place_in_the_lock_is_cancelled(model, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    cancelled = []
+
+    class Executor:
+        def __init__(self, *arguments, **options) -> None: ...
+        def update_parameters(self, **options) -> None: ...
+        def submit(self, job) -> SimpleNamespace:
+            return SimpleNamespace(job_id="7", cancel=lambda check: cancelled.append("7"))
+
+    def no_room(*arguments, **options) -> None:
+        raise OSError("no room")
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    monkeypatch.setattr(locks.Lock, "pass_to", no_room)
+    with pytest.raises(OSError, match="no room"):
+        submit_steps([Script(model)], {})
+    assert cancelled == ["7"] and not Script(model).lock.file.exists()
+
+
 def test_half_written_lock_counts(model):
     lock = Script(model).lock
     lock.file.parent.mkdir()
@@ -296,6 +334,46 @@ def test_evaluation_needs_all_cases(evaluated):
     (one.output / "cases" / "fold_1" / "c.json").unlink()
     assert not one.done() and not both.done()
     assert str(one.progress()) == "case 1 of 2"
+
+
+def test_evaluation_needs_the_cases_that_it_has_noted(evaluated):
+    """Those without a label are left out, and a checkpoint may be of another split."""
+    one, both = evaluated
+    (one.output / "cases" / "fold_1" / "c.json").unlink()
+    (one.output / "cases" / "fold_1.json").write_text('{"cases": ["b"]}')
+    assert one.done() and both.done() and str(one.progress()) == "case 1 of 1"
+
+
+def test_a_fold_that_was_trained_again_is_evaluated_anew(evaluated):
+    one, _ = evaluated
+    assert "--restart" not in one.command()
+    os.utime(one.model.folder / "fold_1" / "checkpoint_final.pth")
+    assert not one.done() and "--restart" in one.command()
+    other = dataclasses.replace(one, folds=(0,))
+    assert other.done() and "--restart" not in other.command()
+
+
+def test_other_options_than_those_of_the_results_are_refused(evaluated):
+    one, _ = evaluated
+    unmirrored = dataclasses.replace(one, options=("--disable_tta",))
+    one.check_options()
+    unmirrored.check_options()
+    (one.output / "cases" / "run.json").write_text('{"mirroring": true}')
+    one.check_options()
+    with pytest.raises(errors.InputError, match="evaluated with mirroring; leave out --disable_tta"):
+        unmirrored.check_options()
+    (one.output / "cases" / "run.json").write_text('{"mirroring": false}')
+    unmirrored.check_options()
+    with pytest.raises(errors.InputError, match="evaluated without mirroring; give --disable_tta"):
+        one.check_options()
+
+
+def test_the_comparison_of_many_trainers_has_a_name_that_fits(tmp_path):
+    models = [Training(tmp_path, "7", "3d_fullres", f"{'Long' * 8}{number}Trainer") for number in range(20)]
+    key = Compare(models[0], models=tuple(models)).key
+    assert len(f"{key}.running") < 255 and key.startswith("LongLong") and "_and_19_others_" in key
+    assert key != Compare(models[0], models=(*models[:-1], models[1])).key
+    assert Compare(models[0], models=tuple(models[:2])).key.count("Trainer") == 2
 
 
 def test_evaluation_of_other_cases_is_not_that_of_the_fold(evaluated):
@@ -456,13 +534,20 @@ def test_dry_run_only_prints(phantom, capsys):
         (["--folds", "-1"], "folds are numbers from 0"),
         (["--folds", "1", "1"], "--folds names 1 twice"),
         (["-tr", "NoTrainer"], "trainer 'NoTrainer' was not found"),
-        (["--num-gpus", "3"], "a batch of tiny has 2 samples, and each GPU needs one; take at most 2"),
+        (
+            ["--num-gpus", "3", "-device", "cuda"],
+            "a batch of tiny has 2 samples, and each GPU needs one; take at most 2",
+        ),
         (["--jobs", "0"], "expected numbers from 1"),
         (["-p", "Other"], "nnUNetv2_plan_and_preprocess"),
         (["--gpus", "0"], "--gpus shares GPUs of this machine"),
         (["--slurm-partition", "gpu"], "--slurm-partition needs --executor slurm"),
         (["--executor", "slurm", "--slurm-time", "soon"], "--slurm-time soon: expected"),
-        (["--executor", "slurm", "--slurm-option", "exclusive"], "--slurm-option exclusive: expected KEY=VALUE"),
+        (["--executor", "slurm", "--slurm-option", "=1"], "--slurm-option =1: expected KEY=VALUE, or KEY alone"),
+        (["--executor", "slurm", "--slurm-time", "0:00:00"], "--slurm-time 0:00:00: a step needs a limit"),
+        (["--executor", "slurm", "--jobs", "2"], "--jobs 2 is for --executor local"),
+        (["--num-gpus", "2"], "--num-gpus 2 needs -device cuda"),
+        (["--disable_tta", "--no-evaluation"], "which --no-evaluation leaves out"),
         (["--executor", "slurm", "--slurm-option", "dependency=afterok:1?afterok:2"], "join that to alternatives"),
     ],
 )
@@ -495,7 +580,16 @@ def test_missing_slurm_names_the_remedy(phantom, capsys, monkeypatch):
 
 @pytest.mark.parametrize(
     ("text", "minutes"),
-    [("90", 90), (15, 15), ("1:30", 2), ("2:00:00", 120), ("1-0", 1440), ("1-2:30", 1590), ("1-0:0:1", 1441), ("0", 1)],
+    [
+        ("90", 90),
+        (15, 15),
+        ("1:30", 2),
+        ("2:00:00", 120),
+        ("1-0", 1440),
+        ("1-2:30", 1590),
+        ("1-0:0:1", 1441),
+        ("0:1", 1),
+    ],
 )
 def test_sbatch_times(text, minutes):
     assert minutes_of(text) == minutes
@@ -513,6 +607,32 @@ def test_sbatch_times(text, minutes):
 def test_a_dependency_of_the_user_is_added_to_that_on_other_steps(model, options, after, dependency):
     given = _parameters(Script(model), options, after)["slurm_additional_parameters"]
     assert given.get("dependency") == dependency
+
+
+def test_options_of_sbatch_may_have_no_value(model):
+    options = sbatch_options({"time": "60"}, ["exclusive", "--requeue", "nodelist=node01"])
+    assert options == {"time": "60", "exclusive": True, "requeue": True, "nodelist": "node01"}
+    assert _parameters(Script(model), options, [])["slurm_additional_parameters"]["requeue"] is True
+
+
+def test_a_number_of_two_data_sets_is_not_used(phantom, capsys):
+    (phantom.results / f"Dataset{PHANTOM}_Old").mkdir()
+    assert command("--folds", "0", "--dry-run") == errors.EXIT_USER_ERROR
+    error = capsys.readouterr().err
+    assert f"is ambiguous in nnU-Net's folders: Dataset{PHANTOM}_Old, {phantom.dataset}; give the full name" in error
+    words = ["crossval", "-d", phantom.dataset, "-c", CONFIGURATION, "-device", "cpu", "--folds", "0", "--dry-run"]
+    assert cli.main(words) == 0
+    assert f"nnUNetv2_train {phantom.dataset} {CONFIGURATION} 0" in capsys.readouterr().out
+
+
+def test_the_command_to_follow_jobs_names_the_same_steps():
+    parser = argparse.ArgumentParser()
+    crossval_command.add_arguments(parser)
+    words = ["-d", "7", "-c", "c", "-tr", "A", "B", "-f", "0", "2", "-p", "Other", "--no-evaluation"]
+    assert crossval_command._status_command(parser.parse_args(words)) == f"mstkd status {' '.join(words)}"
+    assert crossval_command._status_command(parser.parse_args(words[:6])) == "mstkd status -d 7 -c c -tr A"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["-d", "7", "-c", "c", "-f", "all"])
 
 
 def test_concurrent_call_is_refused(phantom, capsys):
@@ -558,7 +678,9 @@ def test_validates_evaluates_and_shows_trained_models(models, capsys, monkeypatc
     assert (folder / "subsets" / "results.csv").is_file()
     assert "--val" in (models.results / models.dataset / "crossval" / f"{folder.name}.fold_0.train.log").read_text()
 
-    assert command("--folds", "0", "--dry-run", "-tr", "MSTKDTrainer") == 0
+    assert command("--folds", "0", "--dry-run", "-tr", "MSTKDTrainer") == errors.EXIT_USER_ERROR
+    assert "was evaluated without mirroring" in capsys.readouterr().err
+    assert command("--folds", "0", "--dry-run", "--disable_tta", "-tr", "MSTKDTrainer") == 0
     printed = capsys.readouterr().out
     assert "nnUNetv2_train" not in printed and printed.endswith("3 of 3 steps are done\n")
     assert cli.main(["status", "-d", str(PHANTOM), "-c", CONFIGURATION, "-tr", "MSTKDTrainer", "-f", "0", "1"]) == 0

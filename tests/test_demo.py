@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 import sys
@@ -127,10 +128,36 @@ def command(demo: Demo, code: str, total: int = 2) -> steps.Command:
 
 def test_bar_follows_the_files_of_a_step(demo, capsys):
     step = command(demo, "import time; (made / 'a').touch(); time.sleep(0.5); (made / 'b').touch(); print('log')")
-    assert steps.run_with_bar(step, steps.Clock()) > 0.4
+    steps.run_with_bar(step, steps.Clock())
     error = capsys.readouterr().err
     assert "a step" in error and "2/2" in error
     assert step.log.read_text().splitlines()[1:] == ["log"]
+
+
+def test_the_time_of_an_interrupted_step_counts(demo):
+    code = "import time; time.sleep(0.5); (made / 'a').touch(); sys.exit(3)"
+    step = command(demo, f"import sys; {code}")
+    with pytest.raises(ValueError, match="exit code 3"):
+        demo._run(step, 0.0)
+    first = json.loads((demo.folder / "demo.json").read_text())["seconds"][step.key]
+    again = dataclasses.replace(step, words=lambda: [*step.words()[:2], "import time; time.sleep(0.5)"], total=1)
+    (demo.folder / "made" / "a").unlink()
+    with pytest.raises(ValueError, match="without its output"):
+        demo._run(again, 0.0)
+    assert first >= 0.5 and demo.record["seconds"][step.key] >= first + 0.5
+
+
+def test_data_of_other_configurations_do_not_count(demo):
+    step = demo.preprocess()
+    for folder in ("nnUNetPlans_3d_fullres", "nnUNetPlans_2d", "gt_segmentations"):
+        (demo.preprocessed / folder).mkdir(parents=True)
+    for case in range(demo.options.cases):
+        (demo.preprocessed / "nnUNetPlans_2d" / f"{case}.pkl").touch()
+        (demo.preprocessed / "gt_segmentations" / f"{case}.nii.gz").touch()
+    assert not step.done()
+    for case in range(demo.options.cases):
+        (demo.preprocessed / "nnUNetPlans_3d_fullres" / f"{case}.pkl").touch()
+    assert step.done()
 
 
 def test_failure_names_last_line_and_log(demo):

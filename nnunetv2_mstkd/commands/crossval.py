@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from functools import partial
+from typing import Any
 
 from nnunetv2_mstkd.errors import InputError
 
@@ -16,6 +18,15 @@ SLURM_OPTIONS = {
 """Options of sbatch that most clusters require; all others go through --slurm-option."""
 
 
+def _fold(text: str) -> int:
+    if not text.lstrip("-").isdecimal():
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no number; a cross-validation has numbered folds (fold all has no validation cases: train it "
+            f"with nnUNetv2_train)"
+        )
+    return int(text)
+
+
 def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which steps there are: for `mstkd crossval` and `mstkd status`."""
     add = parser.add_argument
@@ -24,7 +35,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     trainers = f"one or more trainers, nnU-Net's own included; several are compared (default: {DEFAULT_TRAINER})"
     add("-tr", dest="trainers", metavar="TRAINER", nargs="+", default=[DEFAULT_TRAINER], help=trainers)
     folds = "folds (default: all in splits_final.json, or nnU-Net's 0 1 2 3 4)"
-    add("-f", "--folds", metavar="FOLD", type=int, nargs="+", help=folds)
+    add("-f", "--folds", metavar="FOLD", type=_fold, nargs="+", help=folds)
     add("-p", metavar="PLANS", default="nnUNetPlans", help="plans identifier (default: %(default)s)")
     add("--no-evaluation", action="store_true", help="train only")
 
@@ -49,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for name, value in SLURM_OPTIONS.items():
         cluster.add_argument(f"--slurm-{name}", metavar=value, help=f"sbatch's --{name}")
     cluster.add_argument(
-        "--slurm-option", metavar="KEY=VALUE", action="append", default=[],
+        "--slurm-option", metavar="KEY[=VALUE]", action="append", default=[],
         help="any other option of sbatch, for example --slurm-option nodelist=node01; can be repeated",
     )  # fmt: skip
 
@@ -63,13 +74,14 @@ def run(args: argparse.Namespace) -> int:
     if args.executor == "slurm" and not args.dry_run:
         cluster.check_cluster()
     steps = planned_steps(args, args.device, args.num_gpus, ("--disable_tta",) if args.disable_tta else ())
+    for step in steps:
+        step.check_options()
     if args.dry_run:
         print(overview.commands(steps))
         return 0
     if args.executor == "slurm":
         jobs = cluster.submit_steps(steps, sbatch)
-        follow = f"mstkd status -d {args.dataset} -c {args.configuration} -tr {' '.join(args.trainers)}"
-        print(f"{len(jobs)} jobs submitted; follow them with {follow}")
+        print(f"{len(jobs)} jobs submitted; follow them with {_status_command(args)}")
         return 0
     outcome = local.run_steps(steps, jobs=args.jobs, gpus=gpus, report=partial(print, flush=True))
     problems = overview.problems(steps, outcome)
@@ -77,6 +89,14 @@ def run(args: argparse.Namespace) -> int:
         print(f"mstkd crossval: {line}", file=sys.stderr)
     print(f"{len(steps) - len(problems)} of {len(steps)} steps are done")
     return 1 if problems else 0
+
+
+def _status_command(args: argparse.Namespace) -> str:
+    """The command that shows the same steps."""
+    words = ["mstkd", "status", "-d", args.dataset, "-c", args.configuration, "-tr", *args.trainers]
+    words += [] if args.folds is None else ["-f", *map(str, args.folds)]
+    words += [] if args.p == "nnUNetPlans" else ["-p", args.p]
+    return shlex.join([*words, *(["--no-evaluation"] if args.no_evaluation else [])])
 
 
 def planned_steps(args: argparse.Namespace, device: str = "cpu", gpus: int = 1, options: tuple[str, ...] = ()) -> list:
@@ -92,6 +112,12 @@ def planned_steps(args: argparse.Namespace, device: str = "cpu", gpus: int = 1, 
 def _gpus(args: argparse.Namespace) -> list[str]:
     if args.jobs < 1 or args.num_gpus < 1:
         raise InputError(f"--jobs {args.jobs} --num-gpus {args.num_gpus}: expected numbers from 1")
+    if args.num_gpus > 1 and args.device != "cuda":
+        raise InputError(f"--num-gpus {args.num_gpus} needs -device cuda")
+    if args.jobs > 1 and args.executor != "local":
+        raise InputError(f"--jobs {args.jobs} is for --executor local; SLURM decides how many jobs run at once")
+    if args.disable_tta and args.no_evaluation:
+        raise InputError("--disable_tta is an option of the evaluation, which --no-evaluation leaves out")
     gpus = [text.strip() for text in (args.gpus or "").split(",") if text.strip()]
     if gpus and (args.executor != "local" or args.device != "cuda"):
         raise InputError(
@@ -102,7 +128,7 @@ def _gpus(args: argparse.Namespace) -> list[str]:
     return gpus
 
 
-def _sbatch_options(args: argparse.Namespace) -> dict[str, str]:
+def _sbatch_options(args: argparse.Namespace) -> dict[str, Any]:
     from nnunetv2_mstkd.crossval.cluster import sbatch_options
 
     named = {name: getattr(args, f"slurm_{name.replace('-', '_')}") for name in SLURM_OPTIONS}

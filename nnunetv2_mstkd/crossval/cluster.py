@@ -28,6 +28,9 @@ class StepJob:
     step: Step
 
     def __call__(self) -> None:
+        # the process that submitted this job may have ended before it could name the job in the lock
+        if job := os.environ.get("SLURM_JOB_ID"):
+            self.step.lock.take(job)
         try:
             if not self.step.done():
                 self._run()
@@ -64,17 +67,20 @@ def check_cluster() -> None:
         raise DependencyError("--executor slurm needs submitit: pip install 'nnunetv2_mstkd[cluster]'") from error
 
 
-def sbatch_options(named: Mapping[str, str | None], others: Sequence[str]) -> dict[str, str]:
-    """Options of sbatch from the command line: `named` ones, None if not given, and `others` as ``KEY=VALUE``."""
-    options = {name: value for name, value in named.items() if value is not None}
+def sbatch_options(named: Mapping[str, str | None], others: Sequence[str]) -> dict[str, Any]:
+    """Options of sbatch from the command line: `named` ones, None if not given, and `others` as ``KEY[=VALUE]``.
+
+    Without a value the option is True: ``exclusive``.
+    """
+    options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for text in others:
         key, equals, value = text.partition("=")
-        if not equals or not key.strip():
-            raise InputError(f"--slurm-option {text}: expected KEY=VALUE")
-        options[key.strip().lstrip("-")] = value
+        if not key.strip(" -"):
+            raise InputError(f"--slurm-option {text}: expected KEY=VALUE, or KEY alone")
+        options[key.strip().lstrip("-")] = value if equals else True
     if "time" in options:
         minutes_of(options["time"])
-    if "?" in options.get("dependency", ""):
+    if "?" in str(options.get("dependency", "")):
         raise InputError(
             f"--slurm-option dependency={options['dependency']}: steps also depend on each other, and SLURM "
             "cannot join that to alternatives (?); use conditions that must all hold (,)"
@@ -122,8 +128,12 @@ def submit_steps(
                 before = f"; {len(jobs)} jobs are in the queue already" if jobs else ""
                 answer = " ".join(str(error).split())
                 raise InputError(f"sbatch refuses the job to {step.title}: {answer}{before}") from error
+            try:
+                step.lock.pass_to(job=job.job_id)
+            except BaseException:
+                job.cancel(check=False)
+                raise
             jobs[step.key] = job.job_id
-            step.lock.pass_to(job=job.job_id)
             report(f"job {job.job_id}  {step.title}")
     finally:
         for step in locked:
@@ -152,7 +162,7 @@ def _parameters(step: Step, options: Mapping[str, Any], after: Sequence[str]) ->
 
 
 def minutes_of(time: str | int) -> int:
-    """A time limit in minutes, at least 1, from sbatch's notation.
+    """A time limit in whole minutes from sbatch's notation; InputError for 0, which means none to sbatch.
 
     That is ``minutes``, ``minutes:seconds``, ``hours:minutes:seconds``, ``days-hours``, ``days-hours:minutes`` or
     ``days-hours:minutes:seconds``.
@@ -166,4 +176,6 @@ def minutes_of(time: str | int) -> int:
         seconds = ((int(days or 0) * 24 + first) * 60 + second) * 60 + third
     else:
         seconds = first * 60 + second
-    return max(1, -(-seconds // 60))
+    if not seconds:
+        raise InputError(f"--slurm-time {time}: a step needs a limit, at which its job is queued again and continues")
+    return -(-seconds // 60)

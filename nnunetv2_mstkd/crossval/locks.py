@@ -71,6 +71,14 @@ class Lock:
         owner = _process(pid or os.getpid()) if job is None else {"job": job}
         write_json(self.file, {"host": socket.gethostname(), "since": _now(), **owner})
 
+    def take(self, job: str) -> None:
+        """Make a SLURM job, which this process belongs to, the owner; RunningStepError if another job is."""
+        text = self._text()
+        named = None if text is None else json.loads(text).get("job")
+        if named not in (None, job) and (owner := self._owner_in(text)) is not None:
+            raise RunningStepError(f"{self.file.stem} is run by {owner.name}, not by job {job}")
+        self.pass_to(job=job)
+
     def release(self) -> None:
         """Unlock the step."""
         self.file.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ deleted result is made again.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import re
 from dataclasses import dataclass
@@ -14,10 +15,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nnunetv2_mstkd.crossval.locks import Lock
-from nnunetv2_mstkd.inference.evaluation_files import COMPARISON, FOLDER, RESULTS, SUMMARY
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.images.atomic import read_json
+from nnunetv2_mstkd.inference.evaluation_files import CASES, COMPARISON, FOLDER, RESULTS, RUN, SUMMARY, cases_file
 from nnunetv2_mstkd.nnunet.folders import CHECKPOINTS, FINAL, model_folder_name
 from nnunetv2_mstkd.nnunet.splits import read_splits
 
+NO_MIRRORING = "--disable_tta"
+"""Option of ``mstkd evaluate``."""
+LONGEST_NAME = 150
 LOGS = "crossval"
 """Folder below nnUNet_results/DATASET for logs and locks of steps."""
 
@@ -89,6 +95,9 @@ class Step:
     def command(self) -> list[str]:
         """The command that runs it, or resumes it."""
         raise NotImplementedError
+
+    def check_options(self) -> None:
+        """Refuse options that contradict what is there already: a step that is done is not run again."""
 
     def variables(self) -> dict[str, str]:
         """Environment variables that the command needs in addition to those of this process."""
@@ -198,7 +207,15 @@ class Evaluate(Step):
         model = self.model
         words = ["mstkd", "evaluate", "-d", model.dataset, "-c", model.configuration, "-tr", model.trainer]
         words += ["-p", model.plans, "-f", *map(str, self.folds), "-device", model.device, *self.options]
+        if any(self._is_of_other_weights(fold) for fold in self.folds):
+            words.append("--restart")
         return [*words, "--disable_progress_bar"]
+
+    def _is_of_other_weights(self, fold: int) -> bool:
+        """Whether a fold was trained again after its cases were evaluated."""
+        records, weights = self._records((fold,)), self.model.folder / f"fold_{fold}" / FINAL
+        times = [path.stat().st_mtime for path in records if path.is_file()]
+        return weights.is_file() and bool(times) and min(times) < weights.stat().st_mtime
 
     def _reported(self) -> tuple[set[int], float]:
         """The folds of the tables and report, and when these were written; none if they are not complete."""
@@ -207,12 +224,29 @@ class Evaluate(Step):
             return set(), 0.0
         return _folds_in(table), table.stat().st_mtime
 
-    def _records(self) -> list[Path]:
-        """The file of each validation case, there or not; those of a folder of images may lie beside them."""
+    def _records(self, folds: tuple[int, ...] | None = None) -> list[Path]:
+        """The file of each validation case of the folds, there or not; those of a folder of images may lie beside them.
+
+        An evaluation that has begun has noted its cases; before, they are those of the split.
+        """
         if not self.splits.is_file():
             return []
-        splits, cases = read_splits(self.splits), self.output / "cases"
-        return [cases / f"fold_{fold}" / f"{case}.json" for fold in self.folds for case in splits[fold]["val"]]
+        splits, records = read_splits(self.splits), []
+        for fold in self.folds if folds is None else folds:
+            noted = cases_file(self.output, fold)
+            cases = read_json(noted)["cases"] if noted.is_file() else splits[fold]["val"]
+            records += [self.output / CASES / f"fold_{fold}" / f"{case}.json" for case in cases]
+        return records
+
+    def check_options(self) -> None:
+        """Refuse options that differ from those of the results that are there: they would count as these."""
+        run = self.output / CASES / RUN
+        mirrored = read_json(run).get("mirroring") if run.is_file() else None
+        if mirrored is not None and mirrored == (NO_MIRRORING in self.options):
+            raise InputError(
+                f"{self.output} was evaluated {'with' if mirrored else 'without'} mirroring; "
+                f"{'leave out' if mirrored else 'give'} {NO_MIRRORING}, or remove that folder"
+            )
 
 
 @dataclass(frozen=True)
@@ -224,6 +258,9 @@ class Compare(Step):
     @property
     def key(self) -> str:
         trainers = "__".join(model.trainer for model in self.models)
+        if len(trainers) > LONGEST_NAME:  # of a file, with what follows
+            digest = hashlib.sha1(trainers.encode(), usedforsecurity=False).hexdigest()[:8]
+            trainers = f"{self.models[0].trainer}_and_{len(self.models) - 1}_others_{digest}"
         return f"{trainers}__{self.model.plans}__{self.model.configuration}.compare"
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -154,7 +155,12 @@ class Demo:
 
         def count() -> int:
             """The last file of each case, and the copies of the labels that follow."""
-            return len([*self.preprocessed.glob("*/*.pkl"), *self.preprocessed.glob("gt_segmentations/*.nii.gz")])
+            return len(
+                [
+                    *self.preprocessed.glob(f"nnUNetPlans_{PARENT}/*.pkl"),
+                    *self.preprocessed.glob("gt_segmentations/*.nii.gz"),
+                ]
+            )
 
         words = f"nnUNetv2_plan_and_preprocess -d {DATASET} -c {PARENT} -np 2 -npfp 2 --clean".split()
         return self._command(
@@ -246,10 +252,18 @@ class Demo:
         for number, step in enumerate(todo):
             if not step.done():
                 later = sum(each.seconds for each in todo[number + 1 :] if not each.done())
-                self.record["seconds"][step.key] = round(steps.run_with_bar(step, self.clock, later), 1)
-                self._save_record()
+                self._run(step, later)
             if number == 0:
                 self._write_split()
+
+    def _run(self, step: steps.DemoStep, later: float) -> None:
+        """Run a step and add its time, an interrupted one's too, to that of earlier calls."""
+        start, before = time.monotonic(), self.record["seconds"].get(step.key, 0.0)
+        try:
+            steps.run_with_bar(step, self.clock, later)
+        finally:
+            self.record["seconds"][step.key] = round(before + time.monotonic() - start, 1)
+            self._save_record()
 
     def _save_record(self) -> None:
         write_json(self.folder / "demo.json", self.record)

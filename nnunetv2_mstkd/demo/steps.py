@@ -75,7 +75,7 @@ class Command(DemoStep):
     count: Callable[[], int] = int
 
     def done(self) -> bool:
-        return self.count() == self.total
+        return self.count() >= self.total
 
     def progress(self) -> Progress:
         return Progress("file", self.count(), self.total)
@@ -109,8 +109,8 @@ class Clock:
         return self.pace * ((1 - share) * step.seconds + later) / 60
 
 
-def run_with_bar(step: DemoStep, clock: Clock, later: float = 0.0) -> float:
-    """Run a step with a progress bar and return its seconds; an error names the last line of its log.
+def run_with_bar(step: DemoStep, clock: Clock, later: float = 0.0) -> None:
+    """Run a step with a progress bar; an error names the last line of its log.
 
     Parameters
     ----------
@@ -138,4 +138,3 @@ def run_with_bar(step: DemoStep, clock: Clock, later: float = 0.0) -> float:
         if outcome.failed:
             raise InputError(f"{step.title} failed: {outcome.failed[step.key]}")
         bar.update((bar.total or bar.n) - bar.n)
-    return time.monotonic() - start

@@ -17,11 +17,10 @@ from nnunetv2_mstkd.evaluation.montage import Montage, read_montage, write_monta
 from nnunetv2_mstkd.evaluation.results import COLUMNS, PRESENCE_COLUMNS, read_object, subset_size
 from nnunetv2_mstkd.evaluation.scoring import SubsetScore
 from nnunetv2_mstkd.images.atomic import write_json
-from nnunetv2_mstkd.inference.evaluation_files import CASES
+from nnunetv2_mstkd.inference.evaluation_files import CASES, RUN, cases_file
 from nnunetv2_mstkd.metrics.calibration import BINS
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
-RUN = "run.json"
 RECORD = "record of an evaluation", "evaluate again with --restart"
 """What a file is, and what to do about one that is not."""
 
@@ -102,6 +101,10 @@ class CaseRecords:
                     shutil.rmtree(folder)
         self._discard = False
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
+
+    def note_cases(self, fold: str, cases: Sequence[str]) -> None:
+        """Write down which validation cases of a fold are evaluated: not those without a label, for example."""
+        write_json(cases_file(self.folder.parent, fold), {"cases": sorted(cases)})
 
     def load(
         self, fold: str, case: str, images: list[str] | None = None, stamps: Mapping[str, str] | None = None

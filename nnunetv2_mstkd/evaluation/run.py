@@ -145,6 +145,8 @@ class Evaluator:
         request, tasks = self.request, sum(len(each.case.subsets(self.subsets)) for each in self.cases)
         missing = sum(len(self._missing(each)) for each in self.unfinished)
         self.records.begin()
+        for fold in self.predictors if request.images is None else ():
+            self.records.note_cases(fold, [each.case.name for each in self.cases if each.case.fold == fold])
         request.report(
             f"{self.settings['folder']}: cases: {len(self.cases)}, already evaluated: "
             f"{len(self.cases) - len(self.unfinished)}; subsets: {len(self.subsets)}, "

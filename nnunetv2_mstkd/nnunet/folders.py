@@ -11,6 +11,7 @@ from typing import Any
 from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
+VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
 CHECKPOINTS = (FINAL, LATEST, BEST)
 """File names of checkpoints, in the order in which nnU-Net's ``--c`` looks for one to continue from."""
 
@@ -34,12 +35,23 @@ def find_raw_folder(dataset: str) -> Path | None:
     return folder if (folder / "dataset.json").is_file() else None
 
 
+def names_of_number(number: int) -> list[str]:
+    """Return the names of all data sets with a number, in any of nnU-Net's folders; to nnU-Net two are an error."""
+    roots = [Path(os.environ[variable]) for variable in VARIABLES if os.environ.get(variable)]
+    found = {path.name for root in roots for path in root.glob(f"Dataset{number:03d}_*") if path.is_dir()}
+    return sorted(found)
+
+
 def find_dataset_folder(variable: str, dataset: str) -> Path:
     """Find the folder of a data set, a number or full name, below an environment variable such as ``nnUNet_raw``."""
     root = nnunet_folder(variable)
     if dataset.isdecimal():
-        wanted = f"Dataset{int(dataset):03d}_*"
-        folders = sorted(path for path in root.glob(wanted) if path.is_dir())
+        wanted, names = f"Dataset{int(dataset):03d}_*", names_of_number(int(dataset))
+        if len(names) > 1:
+            raise InputError(
+                f"data set {dataset} is ambiguous in nnU-Net's folders: {', '.join(names)}; give the full name"
+            )
+        folders = [root / name for name in names if (root / name).is_dir()]
     elif dataset.startswith("Dataset"):
         wanted = check_file_name(dataset, "the data set")
         folders = [root / dataset] if (root / dataset).is_dir() else []
@@ -47,9 +59,6 @@ def find_dataset_folder(variable: str, dataset: str) -> Path:
         raise InputError(f"data set {dataset!r} is neither a number nor a name such as Dataset226_BraTS")
     if not folders:
         raise MissingFileError(f"no folder {wanted} in {root} ({variable})")
-    if len(folders) > 1:
-        found = ", ".join(path.name for path in folders)
-        raise InputError(f"data set {dataset} is ambiguous in {root}: {found}; give the full name")
     return folders[0]
 
 
@@ -59,6 +68,12 @@ def dataset_number(name: str) -> int:
     if match is None:
         raise InputError(f"{name!r} is not the name of a data set, expected one such as Dataset226_BraTS")
     return int(match[1])
+
+
+def dataset_word(name: str) -> str:
+    """Return how commands name a data set: by its number, or by its name if another one has the same number."""
+    number = dataset_number(name)
+    return str(number) if set(names_of_number(number)) <= {name} else name
 
 
 def model_folder_name(trainer: str, plans: str, configuration: str) -> str:

@@ -5,6 +5,7 @@ These functions trust the file; plans of others are opened with :mod:`nnunetv2_m
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -12,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
 from nnunetv2_mstkd.images.atomic import read_json, write_json
@@ -45,17 +48,30 @@ def read_plans(file: Path) -> dict[str, Any]:
 
 def write_configuration(file: Path, name: str, entry: Mapping[str, Any], *, overwrite: bool = False) -> None:
     """Add a configuration to a plans file; only ``overwrite`` replaces one of other content (ExistingFileError)."""
-    plans = read_plans(file)
-    existing = plans["configurations"].get(name)
     entry = json.loads(json.dumps(entry))
-    if existing == entry:
-        return
-    if existing is not None and not overwrite:
-        raise ExistingFileError(
-            f"configuration {name} exists in {file} with other content; choose another name or pass --overwrite"
-        )
-    plans["configurations"][name] = entry
-    write_json(file, plans, indent=4)
+    with _locked(file):  # the jobs of an array may all add one at the same moment
+        plans = read_plans(file)
+        existing = plans["configurations"].get(name)
+        if existing == entry:
+            return
+        if existing is not None and not overwrite:
+            raise ExistingFileError(
+                f"configuration {name} exists in {file} with other content; choose another name or pass --overwrite"
+            )
+        plans["configurations"][name] = entry
+        write_json(file, plans, indent=4)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Let one process at a time change a file, which has a hidden one beside it meanwhile."""
+    lock = file.with_name(f".{file.name}.lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()  # whoever waits for it notices
 
 
 # ---- inheritance ---------------------------------------------------------------------------------------------------
