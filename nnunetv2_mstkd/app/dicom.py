@@ -42,8 +42,8 @@ class Series:
     """In the order of their positions."""
     size: int
     """Bytes of the volume, as the headers say."""
-    patient: tuple[str, str] = ("", "")
-    """Number and name of the patient, as the first header says."""
+    patient: str = ""
+    """The patient's ID as the first header gives it, or the name without one: names are spelled in many ways."""
     frame: str = ""
     """The frame of reference: images of equal ones are in the same space."""
 
@@ -84,7 +84,7 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
         try:
             contrast = bool(str(first.get("ContrastBolusAgent") or "").strip())
             size = sum(_number_of_pixels(header) for _, header in slices) * BYTES
-            patient = (str(first.get("PatientID") or ""), str(first.get("PatientName") or ""))
+            patient = str(first.get("PatientID") or first.get("PatientName") or "")
             frame = str(first.get("FrameOfReferenceUID") or "")
             series.append(Series(name, contrast, _in_order(slices), size, patient, frame))
         except InputError as error:
@@ -105,7 +105,8 @@ def _lacks_pixels(path: Path) -> bool:
         header = pydicom.dcmread(file, stop_before_pixels=True)
         left = path.stat().st_size - file.tell() - (8 if header.is_implicit_VR else 12)  # tag and length come first
     needed = _number_of_pixels(header) * int(header.get("BitsAllocated") or 8) // 8
-    return not header.file_meta.TransferSyntaxUID.is_compressed and left < needed
+    syntax = header.file_meta.get("TransferSyntaxUID")
+    return not (syntax is not None and syntax.is_compressed) and left < needed
 
 
 def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:

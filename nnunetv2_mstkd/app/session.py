@@ -203,14 +203,13 @@ class Session:
             for image in self.images
             if image.channel is None and not image.left_out
         ]
-        patients: dict[tuple[str, str], str] = {}
+        patients: dict[str, str] = {}
         for image in self.used().values():
-            if image.series is not None:
+            if image.series is not None and image.series.patient:
                 patients.setdefault(image.series.patient, image.name)
         if len(patients) > 1:
             found.append(
-                f"The headers of {' and '.join(patients.values())} name different patients; leave out what is not of "
-                f"this one."
+                f"The headers of {' and '.join(patients.values())} name different patients; keep the images of one."
             )
         if self.images and all(image.channel is None for image in self.images) and not found:
             found.append("Every image is left out; choose the sequence of at least one.")
