@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,7 @@ def test_without_enough_memory_the_stack_is_halved(student, nnunet_folders, erro
     predictor.network.register_forward_pre_hook(refuse)
     subsets = SubsetPredictor(predictor, 15)
     found = list(subsets.logits(image, SUBSETS))
+    assert not [thread for thread in threading.enumerate() if "producer" in thread.name]  # it would keep the image
     # 15 do not fit, so at most 7: three times 5
     assert subsets.stack == 7 and sizes[0] == 15 and set(sizes[1:]) == {5}
     for one, other in zip(found, stacked(student, image, 5), strict=True):

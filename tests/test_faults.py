@@ -327,6 +327,23 @@ def test_amp_stops_after_20_skipped_steps(make_trainer, cls):
     assert same(before, state(trainer.network))
 
 
+def test_amp_stops_if_single_bad_cases_wear_the_scale_down(make_trainer, monkeypatch):
+    """In every second step; a scaler needs 2000 good ones to recover."""
+    trainer = make_trainer(trainers.ModalityDropoutTrainer, block=NO_TERMS)
+    trainer.on_train_epoch_start()
+    monkeypatch.setattr(trainer, "print_to_log_file", lambda *_, **__: None)
+    trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    real = trainer.loss
+    content = batch(trainer)
+    steps = 0
+    with pytest.raises(FloatingPointError, match=r"fallen to 0\.000488.*\(most often: bad, case_0") as stopped:
+        for steps in range(100):
+            bad = steps % 2 == 0
+            trainer.loss = (lambda output, target: output[0].sum() * float("nan")) if bad else real
+            trainer.train_step({**content, "keys": ["bad", f"case_{steps}"] if bad else ["good"]})
+    assert steps == 2 * 26 + 1 and "good" not in str(stopped.value).split("most often")[1]
+
+
 @pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)
 def test_amp_skips_nonfinite_losses_and_stops_after_20(make_trainer, monkeypatch, cls):
     trainer = make_trainer(cls, block=NO_TERMS)

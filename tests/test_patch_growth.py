@@ -149,7 +149,32 @@ def test_each_patch_size_is_compiled_by_itself(make_trainer):
             data = torch.randn(1, 4, *size)
             with torch.no_grad():
                 torch.testing.assert_close(compiled(data), network(data), rtol=1e-3, atol=1e-4)
-        assert config.cache_size_limit == 16
+        assert config.cache_size_limit == 6 * 19
+
+
+@pytest.mark.compiled
+def test_all_graphs_of_all_phases_are_kept():
+    """Of nnU-Net's compiled Dice, too: validation has made its own, of the plan's patch, in the first epoch."""
+    from torch._dynamo import config
+
+    made = []
+
+    def count(graph, inputs):
+        made.append(inputs)
+        return graph.forward
+
+    torch._dynamo.reset()
+    phases, levels = 4, 7
+    with config.patch(automatic_dynamic_shapes=True, cache_size_limit=2):
+        compile_each_size(phases)
+        dice = torch.compile(lambda logits: (logits.sigmoid() * 2).mean(), backend=count)
+        for size in (3, 5, 7, 11, 11):
+            for level in range(levels):
+                logits = torch.randn(1, 1, size * 64 >> level, requires_grad=True)
+                dice(logits)
+                with torch.no_grad():
+                    dice(logits)
+    assert len(made) == 2 * phases * levels
 
 
 def test_a_resumed_training_equals_an_uninterrupted_one(models):

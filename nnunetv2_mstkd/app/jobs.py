@@ -127,7 +127,7 @@ class Job:
 
     def _passed(self, done: int, total: int) -> None:
         self._check()
-        self.progress = done / total
+        self.progress = min(1.0, done / total)  # out of memory on the device: nnU-Net begins again
         self.changed()
 
     def _check(self) -> None:

@@ -33,6 +33,11 @@ class StackedNetwork(nn.Module):
         self.network = network
         self.subsets: torch.Tensor | None = None
         """bool, shape (S, C), on the device; set before each image."""
+        self.outputs = 0
+        """K."""
+        self.error: RuntimeError | None = None
+        """What the forward pass has raised, such as out of memory. It is kept, because nnU-Net's thread that cuts
+        patches would outlive an exception and keep the image on the device; the passes that are left give zeros."""
 
     @property
     def plain_network(self) -> nn.Module:
@@ -47,10 +52,18 @@ class StackedNetwork(nn.Module):
         """Logits of all subsets, shape (1, S K, *spatial), of a patch of shape (1, C, *spatial)."""
         if self.subsets is None:
             raise RuntimeError("no subsets were set")
-        batch = patch.expand(len(self.subsets), *patch.shape[1:])
-        # contiguous: where() may inherit the order of axes from the expanded patch
-        logits = self.network(modalities.mask_modalities(batch, self.subsets).contiguous())
-        return logits.reshape(1, -1, *logits.shape[2:])
+        if self.error is None:
+            batch = patch.expand(len(self.subsets), *patch.shape[1:])
+            # contiguous: where() may inherit the order of axes from the expanded patch
+            try:
+                logits = self.network(modalities.mask_modalities(batch, self.subsets).contiguous())
+            except RuntimeError as error:
+                if len(self.subsets) == 1:  # nnU-Net tries once more, with the results in main memory
+                    raise
+                self.error = error.with_traceback(None)  # which would keep the tensors of the pass
+            else:
+                return logits.reshape(1, -1, *logits.shape[2:])
+        return patch.new_zeros((1, len(self.subsets) * self.outputs, *patch.shape[2:]))
 
 
 class SubsetPredictor:
@@ -111,10 +124,13 @@ class SubsetPredictor:
         predictor = self._predictor
         rows = subsets.to(predictor.device)
         predictor.label_manager = StackedHeads(self._labels, len(subsets))
-        self._network.subsets = rows
+        self._network.subsets, self._network.outputs = rows, self._labels.num_segmentation_heads
+        self._network.error = None
         try:
             with conditioned(self._network.plain_network, rows, self._labels) as finish:
                 logits = predictor.predict_logits_from_preprocessed_data(data).cpu().numpy()
+                if self._network.error is not None:
+                    raise self._network.error
                 finished, scores = finish(logits.reshape(len(subsets), -1, *logits.shape[1:])), presence_of(finish)
             return list(zip(finished, [None] * len(subsets) if scores is None else scores, strict=True))
         finally:

@@ -35,8 +35,8 @@ def entropy_map(probabilities: np.ndarray, regions: bool) -> np.ndarray:
 
 
 def _probabilities(logits: torch.Tensor, regions: bool) -> np.ndarray:
-    values = logits.float()
-    return (values.sigmoid() if regions else values.softmax(0)).cpu().numpy()
+    values = logits.cpu().float()  # the device may be full of the logits of the whole image
+    return (values.sigmoid() if regions else values.softmax(0)).numpy()
 
 
 def logit_entropy(logits: torch.Tensor, regions: bool) -> np.ndarray:

@@ -13,6 +13,9 @@ from typing import NamedTuple
 EARLY_FOREGROUND = 0.5 / 0.33
 """Share of samples that must show foreground in the first phase over nnU-Net's, 0.33: small patches miss more of it."""
 
+MOST_LEVELS = 8
+"""Outputs of deep supervision that a network may have: nnU-Net's planner makes at most as many stages."""
+
 
 class Phase(NamedTuple):
     """A part of a training with one patch size."""
@@ -68,5 +71,6 @@ def compile_each_size(phases: int) -> None:
     from torch._dynamo import config
 
     config.automatic_dynamic_shapes = False
-    # a student's, and a teacher's with and without labelled samples; validation, outputs with and without features
-    config.cache_size_limit = max(config.cache_size_limit, 3 * phases + 4)
+    # Of each size: a student's graph, and a teacher's with and without labelled samples; and of nnU-Net's compiled Dice
+    # one for each level of deep supervision, in training and in validation. Other sizes: validation, other batches.
+    config.cache_size_limit = max(config.cache_size_limit, (phases + 2) * (3 + 2 * MOST_LEVELS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,6 +15,9 @@ from nnunetv2_mstkd.errors import DivergenceError
 MAX_SKIPPED_STEPS = 20
 """Steps in a row that the gradient scaler may skip before a mixed-precision training counts as diverged."""
 SKIPPED = f"gradients of {MAX_SKIPPED_STEPS} steps in a row"
+MIN_SCALE = 2.0**-10
+"""Of a gradient scaler, which begins with 2^16. It halves its scale at each step that it skips and doubles it after
+2000 good ones, so one bad case in a hundred would lower it until all float16 gradients are 0."""
 
 
 class Target(NamedTuple):
@@ -92,6 +96,7 @@ class LossMonitor:
 
     def __init__(self, log: Callable[[str], None]) -> None:
         self._log = log
+        self._suspects: Counter[str] = Counter()
         self.skipped_steps = 0
         """Steps in a row, up to the last one, that the gradient scaler has skipped."""
         self._scale: float | None = None
@@ -107,7 +112,8 @@ class LossMonitor:
         ------
         DivergenceError
             Naming moment, terms and cases, if a loss is not finite, so that weights and last checkpoint stay good. A
-            gradient scaler skips such a step, which is logged; 20 skipped steps in a row end the training.
+            gradient scaler skips such a step, which is logged; 20 skipped steps in a row end the training, and so do
+            single ones that are so frequent that its scale falls below :data:`MIN_SCALE`.
         """
         values = [losses.total, *losses.terms.values()]
         if grad_scaler is not None:
@@ -130,6 +136,15 @@ class LossMonitor:
     ) -> None:
         bad = [name for name, value in values.items() if not np.isfinite(value)]
         too_many = self.skipped_steps >= MAX_SKIPPED_STEPS
+        if bad and mixed_precision:
+            self._suspects.update(map(str, cases))
+        if mixed_precision and self._scale is not None and self._scale < MIN_SCALE and not too_many:
+            often = ", ".join(case for case, _ in self._suspects.most_common(5)) or "none: the losses were finite"
+            raise DivergenceError(
+                f"{moment}: steps were skipped so often that the scale of the gradients has fallen to {self._scale:g}, "
+                f"where float16 has none left. Look at the cases of the skipped steps for NaN or extreme voxels (most "
+                f"often: {often}), or lower schedule.initial_lr; continue from the last checkpoint with --c"
+            )
         if not bad and not too_many:
             return
         where = f"not finite in {moment}: {', '.join(bad or [SKIPPED])} (cases {', '.join(map(str, cases))})"
