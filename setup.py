@@ -15,8 +15,15 @@ from pathlib import Path
 from setuptools import find_packages, setup
 from setuptools.command.build_py import build_py
 
+LEGACY = """try:
+    from nnunetv2_mstkd.nnunet import registration
+    registration.autoload()
+except ModuleNotFoundError:
+    pass
+"""
 STARTUP_FILES = {
-    "nnunetv2_mstkd.pth": "import nnunetv2_mstkd.nnunet.registration; nnunetv2_mstkd.nnunet.registration.autoload()\n",
+    # silent where the package is away, such as an editable one whose checkout was moved
+    "nnunetv2_mstkd.pth": f"import sys; exec({LEGACY!r})\n",
     "nnunetv2_mstkd.start": "nnunetv2_mstkd.nnunet.registration:autoload\n",
 }
 

@@ -30,9 +30,10 @@ def environment(folder: Path, pth: Path | None) -> Path:
     venv.create(folder, symlinks=os.name != "nt")
     site_packages = next(folder.rglob("site-packages"))
     package = Path(nnunetv2_mstkd.__file__).parent
-    (site_packages / package.name).mkdir()
-    for module in ("__init__.py", "_register.py"):
-        shutil.copy(package / module, site_packages / package.name)
+    for module in ("__init__.py", "nnunet/__init__.py", "nnunet/registration.py"):
+        copy = site_packages / package.name / module
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(package / module, copy)
     compileall.compile_dir(site_packages, quiet=1)  # as pip does
     if pth is not None:
         shutil.copy(pth, site_packages)

@@ -11,7 +11,9 @@ import contextlib
 import functools
 import io
 import os
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts
+from nnunetv2_mstkd.training.distributed import first_process_first
 
 RANKS = 2
 STEPS = 3
@@ -147,6 +150,20 @@ def run_steps(rank: int, folder: Path, names: list[str]) -> None:
     if rank == 0:
         alone = {name: take_steps(build(name), 0, 1, unlabelled=name.endswith(UNLABELLED)) for name in names}
         torch.save(alone, folder / "alone.pt")
+
+
+def wait_for_the_first(rank: int, folder: Path) -> None:
+    """The first process takes three times as long as the process group waits for a message."""
+    seconds = 1
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=seconds)
+    )
+    with first_process_first():
+        if rank == 0:
+            time.sleep(3 * seconds)
+            (folder / "made").touch()
+        assert (folder / "made").is_file()
+    dist.destroy_process_group()
 
 
 class StoppedError(Exception):

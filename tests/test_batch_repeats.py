@@ -7,19 +7,30 @@ import multiprocessing
 
 import pytest
 import torch
+from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
 from conftest import train, train_until_killed
 from test_trainers_runs import build, configure, read
 from tiny import same
 
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods import ModalityDropoutTrainer
-from nnunetv2_mstkd.training.loaders import REPEATED, RepeatingLoader, repeating
+from nnunetv2_mstkd.training.loaders import REPEATED, RepeatingLoader, loader_like, repeating
 
 
 def test_each_batch_is_given_so_many_times_and_marked_from_the_second_time_on():
     found = list(itertools.islice(RepeatingLoader(iter([{"data": 1}, {"data": 2}, {"data": 3}]), 3), 7))
     assert [batch["data"] for batch in found] == [1, 1, 1, 2, 2, 2, 3]
     assert [REPEATED in batch for batch in found] == [False, True, True, False, True, True, False]
+
+
+def test_a_host_whose_loader_has_other_attributes_is_an_error():
+    class OtherLoader:
+        def get_do_oversample(self, sample: int) -> bool:
+            return True
+
+    given = SingleThreadedAugmenter(OtherLoader(), None)
+    with pytest.raises(RuntimeError, match="has no 'patch_size' in this version"):
+        loader_like(given, patch_size=(8, 8, 8))
 
 
 def test_without_repeats_the_loader_is_nnunets_own():

@@ -74,6 +74,10 @@ def test_each_rank_draws_its_own_subsets(steps, name):
     assert steps["rank_0"][name]["random"] != steps["rank_1"][name]["random"]
 
 
+def test_the_others_wait_for_the_first_process_longer_than_for_a_message(tmp_path: Path):
+    torch.multiprocessing.spawn(ddp_worker.wait_for_the_first, (tmp_path,), ddp_worker.RANKS)
+
+
 def test_two_ranks_write_once_and_resume(models: Folders, tmp_path: Path):
     other = tmp_path / "results_of_the_stopped_one"
     dataset = models.results / models.dataset

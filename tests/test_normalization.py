@@ -14,6 +14,7 @@ import pytest
 import SimpleITK as sitk
 import torch
 from conftest import CONFIGURATION, PHANTOM, Folders, configure, plan_and_preprocess, train, use_copy
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.run.run_training import get_trainer_from_args
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -170,6 +171,13 @@ def test_resampled_edges_stay_small(data):
     stripped = found[1:]
     assert found.shape[1:] != SHAPE and np.abs(stripped).max() < 8
     assert (np.abs(stripped) < 1e-3).mean() > 0.3  # outside is zero, not a constant below the mean
+
+
+def test_a_host_that_normalises_otherwise_is_an_error(data, monkeypatch):
+    manager, configuration, description = model(data, "per_channel")
+    monkeypatch.setattr(DefaultPreprocessor, "run_case_npy", lambda self, *arguments, **options: None)
+    with pytest.raises(RuntimeError, match=r"does not let input\.normalization=per_channel take effect"):
+        preprocess_case(raw_case(data), manager, configuration, description)
 
 
 def test_plans_that_say_nothing_mean_nnunets_own(data):
@@ -330,6 +338,10 @@ def test_train_evaluate_and_predict_agree(data, tmp_path, capsys):
         np.mean([dice(data, tmp_path / "out", case) for case in validation]), abs=0.02
     )
     assert all(entry["expected_dice"] == {"lesion": expected} for entry in cases.values())
+    with pytest.warns(UserWarning, match="per_channel.*Use mstkd predict"):
+        nnUNetPredictor(device=torch.device("cpu")).initialize_from_trained_model_folder(
+            str(data.fold(STUDENT).parent), (0,)
+        )
     first = evaluate(data, "--mask-first", "--restart")["subsets"]["B"]["lesion"]["dice"]
     assert first == pytest.approx(np.mean([dice(data, tmp_path / "out", case) for case in validation]), abs=1e-6)
 

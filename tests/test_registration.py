@@ -214,6 +214,24 @@ def test_uninstalling_leaves_nothing_and_nnunet_works(kind, wheel, checkout, tmp
     assert "dataset_name_id_conversion" in printed and "nnUNet_extTrainer" not in printed
 
 
+def test_a_package_that_was_moved_away_breaks_nothing(wheel, checkout, tmp_path):
+    """Its start-up file is silent, and an inherited variable hides no trainer of others."""
+    environment = Environment(tmp_path / "environment")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extract("nnunetv2_mstkd.pth", environment.site_packages)
+    assert environment.external_trainers() == "unset"
+    own = environment.elsewhere / "own"
+    own.mkdir()
+    (own / "mine.py").write_text(
+        "from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer\n"
+        "class MineTrainer(nnUNetTrainer):\n    pass\n"
+    )
+    folders = os.pathsep.join([str(checkout / "nnunetv2_mstkd" / "nnunet" / "_trainer_path"), str(own)])
+    code = "from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name as find"
+    printed = environment.run("-c", f"{code}; print(find('MineTrainer').__name__)", nnUNet_extTrainer=folders)
+    assert printed.splitlines()[-1] == "MineTrainer"
+
+
 def test_wheel_holds_exactly_the_package(wheel):
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
@@ -233,7 +251,9 @@ def test_both_start_up_files_name_the_same_function(wheel):
         legacy, modern = (archive.read(name).decode().strip() for name in sorted(STARTUP_FILES))
     module, _, function = modern.partition(":")
     assert pkgutil.resolve_name(modern) is registration.autoload
-    assert legacy == f"import {module}; {module}.{function}()"
+    assert legacy.startswith("import sys; exec(") and "\n" not in legacy
+    package, _, name = module.rpartition(".")
+    assert f"from {package} import {name}\\n    {name}.{function}()\\n" in legacy
 
 
 @pytest.mark.parametrize(

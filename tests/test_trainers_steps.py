@@ -13,6 +13,7 @@ from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, bat
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, FullModalityTrainer, ModalityDropoutTrainer, MSTKDTrainer
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
+from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 
 TRAINERS = [getattr(trainers, name) for name in trainers.__all__]
@@ -42,6 +43,15 @@ VARIANTS = {
 def build(make_trainer, cls, options):
     trainer = make_trainer(cls, **options)
     return give_teacher(trainer) if issubclass(cls, DistillationTrainer) else trainer
+
+
+def test_a_checkpoint_has_all_that_nnunets_own_has(make_trainer, tmp_path):
+    trainer = make_trainer(ModalityDropoutTrainer)
+    trainer.save_checkpoint(str(tmp_path / "ours.pth"))
+    trainer.disable_checkpointing = False
+    nnUNetTrainer.save_checkpoint(trainer, str(tmp_path / "host.pth"))
+    ours, host = (set(checkpoints.read(tmp_path / f"{name}.pth")) for name in ("ours", "host"))
+    assert ours - {"mstkd"} == host
 
 
 @pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())

@@ -18,7 +18,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd.errors import InputError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import read_json
-from nnunetv2_mstkd.nnunet import checkpoints, registration
+from nnunetv2_mstkd.nnunet import checkpoints, per_channel, registration
 from nnunetv2_mstkd.nnunet.description import check_description
 from nnunetv2_mstkd.nnunet.folders import FINAL, find_checkpoints
 from nnunetv2_mstkd.nnunet.safe_plans import open_plans
@@ -54,7 +54,10 @@ def load_predictor(
     files = find_checkpoints(folder, folds, checkpoint)
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     registration.register()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints that perform_everything_on_device is for CUDA only
+    with (
+        per_channel.applied(),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # it prints that perform_everything_on_device is for CUDA only
         predictor = nnUNetPredictor(device=device, **options)
         if trust:
             predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
@@ -73,7 +76,8 @@ def load_predictor(
     manager, configuration = open_plans(plans, name, source, TRUST)
     _refuse_cascade(configuration)
     check_description(dataset_json, str(folder / "dataset.json"))
-    network = _build(trainer, manager, configuration, dataset_json, source)
+    with per_channel.applied():
+        network = _build(trainer, manager, configuration, dataset_json, source)
     weights = [content["network_weights"] for content in contents]
     _load_weights(network, weights, files, source)
     axes = contents[0].get("inference_allowed_mirroring_axes")

@@ -6,11 +6,14 @@ those of the channels differ, the intensities of one depend on which others are 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,14 +32,47 @@ from nnunetv2_mstkd.nnunet.plans import BLOCK
 
 SECTION, KEY, PER_CHANNEL, PLANS = "input", "normalization", "per_channel", "plans"
 
+_applied: ContextVar[bool] = ContextVar("per_channel_is_applied", default=False)
+
+
+@contextlib.contextmanager
+def applied() -> Iterator[None]:
+    """Say that the networks built in the block get data that are normalised as their plans say."""
+    token = _applied.set(True)
+    try:
+        yield
+    finally:
+        _applied.reset(token)
+
+
+def warn_unless_applied(configuration: ConfigurationManager) -> None:
+    """Warn if nnU-Net itself builds a network for prediction whose normalisation it does not have."""
+    if normalization(configuration) == PER_CHANNEL and not _applied.get():
+        warnings.warn(
+            "this model was trained with input.normalization=per_channel, which nnU-Net's own prediction does not "
+            "have: where the masks of the modalities differ, its segmentations are wrong. Use mstkd predict",
+            stacklevel=2,
+        )
+
 
 class PerChannelPreprocessor(DefaultPreprocessor):
     """nnU-Net's preprocessor, whose channels do not see each other's masks; their common crop is nnU-Net's."""
+
+    _normalized = False
+
+    def run_case_npy(self, *args: Any, **kwargs: Any) -> Any:
+        """As nnU-Net's; RuntimeError if that has not called :meth:`_normalize`, which is not part of its API."""
+        self._normalized = False
+        result = super().run_case_npy(*args, **kwargs)
+        if not self._normalized:
+            raise RuntimeError("this version of nnU-Net does not let input.normalization=per_channel take effect")
+        return result
 
     def _normalize(
         self, data: np.ndarray, seg: np.ndarray, configuration_manager: Any, intensities: Mapping[str, Any]
     ) -> np.ndarray:
         """Normalise each channel within its own mask, as nnU-Net would if it were the only one; 0 outside of it."""
+        self._normalized = True
         for channel, scheme in enumerate(configuration_manager.normalization_schemes):
             if not data[channel].any():  # absent
                 continue

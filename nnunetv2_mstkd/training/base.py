@@ -140,6 +140,7 @@ class SettingsTrainer(nnUNetTrainer):
         enable_deep_supervision: bool = True,
     ) -> Any:
         """Build the network as its plans describe it; called by training and, on the class, by prediction."""
+        per_channel.warn_unless_applied(configuration_manager)
         if cls.design is None:
             return nnUNetTrainer.build_network_architecture(
                 plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
@@ -186,7 +187,8 @@ class SettingsTrainer(nnUNetTrainer):
         phases = self.settings[ScheduleSettings].patch_phases
         if phases > 1 and self._do_i_compile():
             compile_each_size(phases)
-        super().initialize()
+        with per_channel.applied():
+            super().initialize()
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
 
@@ -295,7 +297,7 @@ class SettingsTrainer(nnUNetTrainer):
             target = target.to(self.device, non_blocking=True)
         if batch.get(REPEATED):
             data, target = self.flip(data, target)
-        cases, present = [str(case) for case in batch.get("keys", ())], None
+        cases, present = [str(case) for case in batch["keys"]], None
         if any(case in self.case_facts and not self.case_facts[case].complete for case in cases):
             present = torch.tensor([self.case_facts[case].present for case in cases])
             behind = data.shape[1] - present.shape[1]  # label maps of a prior
@@ -566,6 +568,8 @@ class SettingsTrainer(nnUNetTrainer):
         if self.disable_checkpointing:
             self.print_to_log_file("No checkpoint written, checkpointing is disabled")
             return
+        plans = self.my_init_kwargs["plans"]["configurations"][self.configuration_name]
+        assert BLOCK in plans, "nnU-Net no longer saves the plans that apply_settings changes"
         checkpoints.write(
             {
                 "network_weights": self.plain_network.state_dict(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -34,12 +35,20 @@ def gather(value: Any) -> list[Any]:
 
 @contextlib.contextmanager
 def first_process_first() -> Iterator[None]:
-    """Let the first process run the block, then the others, which find what it has made."""
-    if rank() > 0:
-        dist.barrier()
-    yield
-    if several_processes() and rank() == 0:
-        dist.barrier()
+    """Let the first process run the block, then the others, which find what it has made.
+
+    They wait for hours if need be: NCCL, which trainings use, would give up after ten minutes.
+    """
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if several_processes() else None
+    try:
+        if rank() > 0:
+            dist.barrier(patient)
+        yield
+        if several_processes() and rank() == 0:
+            dist.barrier(patient)
+    finally:
+        if patient is not None:
+            dist.destroy_process_group(patient)
 
 
 def unwrapped(network: Any) -> Any:

@@ -73,6 +73,8 @@ def loader_like(given: Any, share: float = 1.0, **changes: Any) -> Any:
     loader = copy.copy(original)
     loader.get_do_oversample = types.MethodType(original.get_do_oversample.__func__, loader)
     for name, value in changes.items():
+        if not hasattr(original, name):
+            raise RuntimeError(f"nnU-Net's data loader has no {name!r} in this version; it would ignore the change")
         setattr(loader, name, value)
     if not isinstance(given, NonDetMultiThreadedAugmenter):
         return SingleThreadedAugmenter(loader, None)
