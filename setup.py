@@ -18,8 +18,9 @@ from setuptools.command.build_py import build_py
 LEGACY = """try:
     from nnunetv2_mstkd.nnunet import registration
     registration.autoload()
-except ModuleNotFoundError:
-    pass
+except ModuleNotFoundError as error:
+    if error.name != "nnunetv2_mstkd":
+        raise
 """
 STARTUP_FILES = {
     # silent where the package is away, such as an editable one whose checkout was moved

@@ -154,13 +154,12 @@ def run_steps(rank: int, folder: Path, names: list[str]) -> None:
 
 def wait_for_the_first(rank: int, folder: Path) -> None:
     """The first process takes three times as long as the process group waits for a message."""
-    seconds = 1
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS, timeout=timedelta(seconds=seconds)
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    dist.barrier()  # both are there
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
     with first_process_first():
         if rank == 0:
-            time.sleep(3 * seconds)
+            time.sleep(3)
             (folder / "made").touch()
         assert (folder / "made").is_file()
     dist.destroy_process_group()

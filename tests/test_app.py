@@ -142,6 +142,21 @@ def changed(path: Path, target: Path, change) -> Path:
         ("T1 SUB", None),
         ("T2 DWI", None),
         ("T1map", None),
+        ("T1_NCE", "T1"),
+        ("T1 nCE", "T1"),
+        ("sub-01_ses-post_T1w.nii.gz", "T1"),
+        ("sub-KM_T1w", "T1"),
+        ("sub-01_acq-post_T1w", None),
+        ("Patient_KM_T1", None),
+        ("CE_001_T1.nii.gz", None),
+        ("Gadea_T1", "T1"),
+        ("FLAIR_TIRM", "FLAIR"),
+        ("t2_flair_tirm", "FLAIR"),
+        ("pat_sub_001_T1", "T1"),
+        ("T1 MPRAGE sub01", "T1"),
+        ("Segovia_T1", "T1"),
+        ("perfect_T1", "T1"),
+        ("T1_brainmask.nii.gz", None),
     ],
 )
 def test_sequences_are_recognised_by_name(name, modality):
@@ -159,6 +174,9 @@ def test_contrast_medium_makes_a_t1_a_t1ce():
     assert recognise("ax T1", ("T2", "FLAIR")) is None
     assert recognise("SWI_tra.nii.gz", ("T1", "SWI")) == 1
     assert recognise("DWI_b1000.nii.gz", ("dwi b1000", "T1")) == 0
+    assert recognise("p1_ADC_map.nii.gz", ("T1", "ADC")) == 1
+    assert recognise("perfusion CBF", ("T1", "CBF")) == 1
+    assert recognise("ADC T1 map", ("T1", "ADC")) is None
 
 
 # ---- a case --------------------------------------------------------------------------------------------------------
@@ -696,6 +714,10 @@ def test_series_of_two_patients_are_refused(page, images, tmp_path):
         edit(file, "FrameOfReferenceUID", "1.2.4")
     state = page.drop(*first.iterdir(), *second.iterdir())
     assert state["ready"] and "different frames of reference" in page.sentences()[0]
+    page.client.post(f"{page.own}/clear")
+    for file in second.iterdir():
+        edit(file, "PatientID", "")
+    assert page.drop(*first.iterdir(), *second.iterdir())["ready"]  # the names are equal
     page.client.post(f"{page.own}/clear")
     for file in second.iterdir():
         edit(file, "PatientID", "another")

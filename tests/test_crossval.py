@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import CONFIGURATION, PHANTOM, Folders
 from test_faults import full_disk
 
@@ -26,6 +27,7 @@ from nnunetv2_mstkd.crossval.overview import overview, state_of
 from nnunetv2_mstkd.crossval.plan import make_steps, needed_by
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Progress, Step, Train, Training, finished_epochs
 from nnunetv2_mstkd.inference.evaluation_files import COMPARISON
+from nnunetv2_mstkd.nnunet import checkpoints
 
 
 @dataclass(frozen=True)
@@ -342,13 +344,24 @@ def test_evaluation_needs_the_cases_that_it_has_noted(evaluated):
     (one.output / "cases" / "fold_1" / "c.json").unlink()
     (one.output / "cases" / "fold_1.json").write_text('{"cases": ["b"]}')
     assert one.done() and both.done() and str(one.progress()) == "case 1 of 1"
+    os.utime(one.splits, (time.time() + 9, time.time() + 9))  # another split
+    assert not one.done()
 
 
 def test_a_fold_that_was_trained_again_is_evaluated_anew(evaluated):
-    one, _ = evaluated
+    one, both = evaluated
+    checkpoint = one.model.folder / "fold_1" / "checkpoint_final.pth"
+    old, new = {"a": torch.zeros(2)}, {"a": torch.ones(2)}
+    for case in ("b", "c"):
+        file = one.output / "cases" / "fold_1" / f"{case}.json"
+        file.write_text(json.dumps({"weights": checkpoints.fingerprint(old)}))
+        os.utime(file, (13, 13))
     assert "--restart" not in one.command()
-    os.utime(one.model.folder / "fold_1" / "checkpoint_final.pth")
+    torch.save({"network_weights": old}, checkpoint)  # as copied: newer, and the same
+    assert not one.done() and "--restart" not in one.command()
+    torch.save({"network_weights": new}, checkpoint)
     assert not one.done() and "--restart" in one.command()
+    assert "--restart" not in both.command()  # which comes after it
     other = dataclasses.replace(one, folds=(0,))
     assert other.done() and "--restart" not in other.command()
 
@@ -544,6 +557,7 @@ def test_dry_run_only_prints(phantom, capsys):
         (["--slurm-partition", "gpu"], "--slurm-partition needs --executor slurm"),
         (["--executor", "slurm", "--slurm-time", "soon"], "--slurm-time soon: expected"),
         (["--executor", "slurm", "--slurm-option", "=1"], "--slurm-option =1: expected KEY=VALUE, or KEY alone"),
+        (["--executor", "slurm", "--slurm-option", "dependency"], "--slurm-option dependency: expected KEY=VALUE"),
         (["--executor", "slurm", "--slurm-time", "0:00:00"], "--slurm-time 0:00:00: a step needs a limit"),
         (["--executor", "slurm", "--jobs", "2"], "--jobs 2 is for --executor local"),
         (["--num-gpus", "2"], "--num-gpus 2 needs -device cuda"),

@@ -160,7 +160,7 @@ def test_an_image_that_only_its_sform_moves_is_a_problem(folder, reader):
     image.set_sform(np.diag([-1.0, 1, 1, 1]) @ image.affine, 2)
     nibabel.save(image, folder / "a_0001.nii.gz")
     found = " ".join(texts(folder, Checker(NAMES, reader)))
-    told = "T1ce is in another place than T1 by its sform" if reader is SimpleITKIO else "T1ce has direction"
+    told = "T1ce has another position than T1 by its sform" if reader is SimpleITKIO else "T1ce has direction"
     assert told in found
 
 

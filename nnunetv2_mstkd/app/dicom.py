@@ -42,10 +42,16 @@ class Series:
     """In the order of their positions."""
     size: int
     """Bytes of the volume, as the headers say."""
-    patient: str = ""
-    """The patient's ID as the first header gives it, or the name without one: names are spelled in many ways."""
+    patient: tuple[str, str] = ("", "")
+    """ID and name of the patient in the first header."""
     frame: str = ""
     """The frame of reference: images of equal ones are in the same space."""
+
+    def is_of_other_patient(self, other: Series) -> bool:
+        """Whether the headers name two patients: by their IDs if both have one, else by their names."""
+        # names are spelled in many ways
+        pairs = [(mine, theirs) for mine, theirs in zip(self.patient, other.patient, strict=True) if mine and theirs]
+        return bool(pairs) and pairs[0][0] != pairs[0][1]
 
 
 def is_dicom(start: bytes) -> bool:
@@ -84,7 +90,7 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
         try:
             contrast = bool(str(first.get("ContrastBolusAgent") or "").strip())
             size = sum(_number_of_pixels(header) for _, header in slices) * BYTES
-            patient = str(first.get("PatientID") or first.get("PatientName") or "")
+            patient = (str(first.get("PatientID") or ""), str(first.get("PatientName") or ""))
             frame = str(first.get("FrameOfReferenceUID") or "")
             series.append(Series(name, contrast, _in_order(slices), size, patient, frame))
         except InputError as error:
@@ -129,7 +135,7 @@ def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
         raise InputError("has slices of different orientations")
     row, column = directions[0, :3], directions[0, 3:]
     if not np.allclose([row @ row, column @ column, row @ column], [1, 1, 0], atol=1e-3):
-        raise InputError("has an orientation that is none: its axes are not perpendicular or not of length 1")
+        raise InputError("has an invalid orientation: its axes are not perpendicular unit vectors")
     spacings = [[float(mm) for mm in header.get("PixelSpacing") or ()] for header in headers]
     if not all(len(spacing) == 2 and min(spacing) > 0 for spacing in spacings):
         raise InputError("has slices without a pixel spacing, so its size is not known")

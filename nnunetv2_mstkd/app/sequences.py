@@ -13,17 +13,28 @@ LONGEST = 3
 NATIVE, ENHANCED = "T1", "T1ce"
 
 _START, _END = r"(?<![^\W_])", r"(?![^\W_])"
-_AGENT = r"(?:ce|km|ga?d[a-z]*|contrast)"
+_AGENT = r"(?:ce|km|ga?d|gado[a-z]*|contrast)"
+_PLANE = r"(?:(?:ax|tra|cor|sag)[a-z]*|3d)"
 
 NO_CONTRAST = re.compile(
-    rf"{_START}(?:pre|non?|without|wo|w/o|before|ohne|vor)[\W_]*(?:{_AGENT}|c){_END}|{_START}vkm{_END}|{_START}c-{_END}"
+    rf"{_START}(?:pre|non?|without|wo|w/o|before|ohne|vor)[\W_]*(?:{_AGENT}|c){_END}|{_START}(?:vkm|nce|c-){_END}"
     rf"|(?<=[\s_])-c{_END}",
     re.IGNORECASE,
 )
 """``C-``, ``-C`` after a space, ``pre contrast`` and the like."""
 
-CONTRAST = re.compile(rf"{_START}(?:n?{_AGENT}|post){_END}|{_START}c\+|\+\s*ce?{_END}|t1.*[\s_]c{_END}", re.IGNORECASE)
-"""``+C``, ``Gd``, ``post`` and the like, before or after T1."""
+CONTRAST = re.compile(
+    rf"t1.*(?:{_START}(?:n?{_AGENT}|post){_END}|{_START}c\+|\+\s*ce?{_END}|[\s_]c{_END})"
+    rf"|{_START}(?:gado[a-z]*|contrast){_END}|(?<!-){_START}(?:gd|ce|post)[\W_]+(?:{_PLANE}[\W_]+)*t1",
+    re.IGNORECASE,
+)
+"""``+C``, ``Gd``, ``post`` and the like after T1, or just before it."""
+
+PERHAPS = re.compile(rf"{_START}(?:{_AGENT}|post){_END}.*t1", re.IGNORECASE)
+"""Earlier in a name they may also be initials, or say when the image was taken."""
+
+ENTITIES = re.compile(rf"{_START}(?:sub|ses)-[a-z0-9]+", re.IGNORECASE)
+"""Of BIDS: patient and session."""
 
 TREATMENT = re.compile(
     rf"{_START}(?:post|pre)[\W_]*(?:op|surg|rt{_END}|radi|chemo|treat|therap|tx{_END})[a-z]*", re.IGNORECASE
@@ -31,14 +42,15 @@ TREATMENT = re.compile(
 """``post-op`` says nothing about contrast medium."""
 
 OTHER_WEIGHTING = re.compile(
-    r"\*|star(?![a-vx-z])|subtract|(?<=[\W_])sub(?![a-z\-])"
-    r"|(?<![a-z])(?:swi|gre|ha?emo|dwi|adc|dti|asl|dsc|dce|perf[a-z]*|stir|tirm|mask|seg[a-z]*|label|map)(?![a-z])",
+    r"\*|star(?![a-vx-z])|subtract|mask(?![a-z])|(?<=[\W_])sub(?![a-z\-]|[\W_]*\d)"
+    r"|(?<![a-z])(?:swi|gre|ha?emo|dwi|adc|dti|asl|dsc|dce|perf(?:usion)?|stir|tirm|seg(?:mentation|mented)?|label|map)"
+    r"(?![a-z])",
     re.IGNORECASE,
 )
 """``T2*`` is not T2, and a mask, a map or a difference of two images is no sequence."""
 
 DARK_FLUID = re.compile(r"dark[\W_]*fluid", re.IGNORECASE)
-SPELLED_WITH_IT = re.compile(rf"{_START}(?:t2w?|tirm){_END}", re.IGNORECASE)
+WITH_FLAIR = re.compile(rf"{_START}(?:t2w?|tirm){_END}", re.IGNORECASE)
 """``t2_tirm_tra_dark-fluid`` is FLAIR."""
 
 ENDINGS = re.compile(r"(?:\.(?:nii|gz|dcm|ima))+$", re.IGNORECASE)
@@ -48,7 +60,8 @@ def recognise(name: str, modalities: Sequence[str], *, contrast: bool = False) -
     """Return the channel of the modality that the name of a file or series spells, None if it spells none.
 
     The longest parts that are modalities count; without one a channel number as in ``CASE_0003.nii.gz``. A T1 is T1ce
-    if there is a mark of contrast medium. A name that spells two modalities, or marks such as ``T2*``, tells nothing.
+    if there is a mark of contrast medium. A name that spells two modalities, or has marks such as ``T2*``, or one that
+    may stand for contrast medium or for initials (``KM_T1``), tells nothing.
 
     Parameters
     ----------
@@ -65,21 +78,24 @@ def recognise(name: str, modalities: Sequence[str], *, contrast: bool = False) -
     """
     channels = {_key(modality): channel for channel, modality in enumerate(modalities)}
     own = " ".join(modalities).casefold()
-    stem = ENDINGS.sub("", name)
-    if DARK_FLUID.search(stem):
-        stem = DARK_FLUID.sub("FLAIR", SPELLED_WITH_IT.sub(" ", stem))
-    if any(mark.casefold() not in own for mark in OTHER_WEIGHTING.findall(stem)):
-        return None
+    stem = DARK_FLUID.sub(" FLAIR ", ENTITIES.sub(" ", ENDINGS.sub("", name)))
+    if "flair" in stem.casefold():
+        stem = WITH_FLAIR.sub(" ", stem)
     stem, denied = NO_CONTRAST.subn(" ", TREATMENT.sub(" ", stem))
-    found = _spelled(stem, {*channels, *map(_key, SYNONYMS)})
+    standard = set(map(_key, SYNONYMS))
+    found = _spelled(stem, {*channels, *standard})
+    marks = OTHER_WEIGHTING.findall(stem)
+    if not found & (channels.keys() - standard) and any(mark.casefold() not in own for mark in marks):
+        return None
     if not found:
         number = re.search(r"_(\d{4})$", stem)
         return int(number[1]) if number and int(number[1]) < len(modalities) else None
     native, enhanced = _key(NATIVE), _key(ENHANCED)
     if found == {native}:
-        if contrast and denied:
+        marked = bool(CONTRAST.search(stem))
+        if (contrast and denied) or (PERHAPS.search(stem) and not marked and not contrast):
             return None
-        found = {enhanced} if contrast or CONTRAST.search(stem) else found
+        found = {enhanced} if contrast or marked else found
     if found == {enhanced} and enhanced not in channels:
         found = {native}
     return channels.get(found.pop()) if len(found) == 1 else None

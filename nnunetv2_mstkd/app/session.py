@@ -62,7 +62,7 @@ class Session:
     problems: list[str] = field(default_factory=list)
     """Why the images cannot be segmented as they are."""
     remarks: list[str] = field(default_factory=list)
-    """What the user should know of the images, though they can be segmented."""
+    """What the user should know of the images as they are now, though they can be segmented."""
     available: tuple[str, ...] = ()
     """Modalities of the images, if there is no problem."""
     version: int = 0
@@ -203,14 +203,11 @@ class Session:
             for image in self.images
             if image.channel is None and not image.left_out
         ]
-        patients: dict[str, str] = {}
-        for image in self.used().values():
-            if image.series is not None and image.series.patient:
-                patients.setdefault(image.series.patient, image.name)
-        if len(patients) > 1:
-            found.append(
-                f"The headers of {' and '.join(patients.values())} name different patients; keep the images of one."
-            )
+        scanned = [(image.name, image.series) for image in self.used().values() if image.series is not None]
+        for name, series in scanned[1:]:
+            first, reference = scanned[0]
+            if reference.is_of_other_patient(series):
+                found.append(f"The headers of {first} and {name} name different patients; keep the images of one.")
         if self.images and all(image.channel is None for image in self.images) and not found:
             found.append("Every image is left out; choose the sequence of at least one.")
         return found
@@ -227,13 +224,13 @@ class Session:
             if not texts and name not in available
         ]
         texts += [
-            f"{name} ({image.name}) {text}" for name, image in used.items() if (text := _unclear_place(image.path))
+            f"{name} ({image.name}) {text}" for name, image in used.items() if (text := _orientation_problem(image))
         ]
         frames = {image.series.frame for image in used.values() if image.series is not None}
         if len(frames - {""}) > 1:
             self.remarks.append(
                 "The DICOM series have different frames of reference, so they may not be registered to each other; "
-                "look at both before you trust the segmentation."
+                "check that they are aligned before you trust the segmentation."
             )
         return available, [f"The case {text}." if text.startswith("has ") else f"{text}." for text in texts]
 
@@ -314,12 +311,14 @@ class Session:
             job.cancel()
 
 
-def _unclear_place(path: Path) -> str | None:
+def _orientation_problem(image: Image) -> str | None:
     """Why the viewer would show an image elsewhere than its segmentation, beginning with a verb."""
-    forms = read_forms(path)
-    if forms is None or forms.preferred is None:
+    forms = None if image.series is not None else read_forms(image.path)  # those of a DICOM series were just written
+    if forms is None:
+        return None
+    if forms.preferred is None:
         return "has neither a qform nor an sform, so its position and orientation are not known"
-    if forms.differ:
+    if forms.displaced(forms.qform, forms.sform):
         return "has a qform and an sform that differ; make them equal, for example with fslorient -copysform2qform"
     return None
 

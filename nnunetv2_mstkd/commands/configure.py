@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     from nnunetv2_mstkd.methods.registry import simplest_trainer
     from nnunetv2_mstkd.modalities import modality_names
     from nnunetv2_mstkd.nnunet.description import read_description
-    from nnunetv2_mstkd.nnunet.folders import dataset_word, find_dataset_folder, find_raw_folder
+    from nnunetv2_mstkd.nnunet.folders import dataset_argument, find_dataset_folder, find_raw_folder
     from nnunetv2_mstkd.nnunet.mask_differences import of_plans
     from nnunetv2_mstkd.nnunet.plans import BLOCK, read_plans, write_configuration
 
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     if trainer is not None:
         teacher = getattr(trainer, "teacher_trainer", None)
         first = f"{teacher.__name__}, then -tr " if teacher and not entry[BLOCK]["teacher"]["joint"] else ""
-        words = f"nnUNetv2_train {dataset_word(folder.name)} {args.name} 0"
+        words = f"nnUNetv2_train {dataset_argument(folder.name)} {args.name} 0"
         words += f" -p {args.plans}" if args.plans != "nnUNetPlans" else ""
         print(f"train it, for example: {words} -tr {first}{trainer.__name__}")
 

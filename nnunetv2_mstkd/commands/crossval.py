@@ -21,8 +21,8 @@ SLURM_OPTIONS = {
 def _fold(text: str) -> int:
     if not text.lstrip("-").isdecimal():
         raise argparse.ArgumentTypeError(
-            f"{text!r} is no number; a cross-validation has numbered folds (fold all has no validation cases: train it "
-            f"with nnUNetv2_train)"
+            f"{text!r} is not a fold number; a cross-validation has numbered folds (fold all has no validation cases: "
+            f"train it with nnUNetv2_train)"
         )
     return int(text)
 
@@ -68,12 +68,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan, submit it or run it; exit code 1 if a step failed."""
     from nnunetv2_mstkd.crossval import cluster, local, overview
+    from nnunetv2_mstkd.crossval.steps import NO_MIRRORING
 
     gpus = _gpus(args)
     sbatch = _sbatch_options(args)
     if args.executor == "slurm" and not args.dry_run:
         cluster.check_cluster()
-    steps = planned_steps(args, args.device, args.num_gpus, ("--disable_tta",) if args.disable_tta else ())
+    steps = planned_steps(args, args.device, args.num_gpus, (NO_MIRRORING,) if args.disable_tta else ())
     for step in steps:
         step.check_options()
     if args.dry_run:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
 
     from nnunetv2_mstkd.methods.smml.sam import Sam, write_prior
     from nnunetv2_mstkd.nnunet.description import find_format
-    from nnunetv2_mstkd.nnunet.folders import dataset_word, find_dataset_folder
+    from nnunetv2_mstkd.nnunet.folders import dataset_argument, find_dataset_folder
 
     if args.margin < 0:
         raise InputError(f"--margin is {args.margin}, expected 0 or more pixels")
@@ -53,6 +53,6 @@ def run(args: argparse.Namespace) -> None:
     print(f"{written} new files in {output}")
     path = FOLDER if output == raw / FOLDER else output.resolve()
     print(
-        f"use it: mstkd configure -d {dataset_word(raw.name)} --name NAME --set smml.prior=precomputed "
+        f"use it: mstkd configure -d {dataset_argument(raw.name)} --name NAME --set smml.prior=precomputed "
         f"--set smml.prior_path={path}"
     )

@@ -75,9 +75,10 @@ def sbatch_options(named: Mapping[str, str | None], others: Sequence[str]) -> di
     options: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for text in others:
         key, equals, value = text.partition("=")
-        if not key.strip(" -"):
-            raise InputError(f"--slurm-option {text}: expected KEY=VALUE, or KEY alone")
-        options[key.strip().lstrip("-")] = value if equals else True
+        key = key.strip().lstrip("-")
+        if not key or (not equals and key in ("dependency", "time")):
+            raise InputError(f"--slurm-option {text}: expected KEY=VALUE, or KEY alone for an option without a value")
+        options[key] = value if equals else True
     if "time" in options:
         minutes_of(options["time"])
     if "?" in str(options.get("dependency", "")):

@@ -72,9 +72,12 @@ class Lock:
         write_json(self.file, {"host": socket.gethostname(), "since": _now(), **owner})
 
     def take(self, job: str) -> None:
-        """Make a SLURM job, which this process belongs to, the owner; RunningStepError if another job is."""
+        """Make this process's SLURM job the owner; RunningStepError if another job is."""
         text = self._text()
-        named = None if text is None else json.loads(text).get("job")
+        try:
+            named = None if text is None else json.loads(text).get("job")
+        except ValueError:  # being written, by the process that submitted this job
+            named = None
         if named not in (None, job) and (owner := self._owner_in(text)) is not None:
             raise RunningStepError(f"{self.file.stem} is run by {owner.name}, not by job {job}")
         self.pass_to(job=job)

@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2_mstkd.crossval.steps import Compare, Evaluate, Step, Train, Training
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.nnunet.folders import dataset_word, find_dataset_folder, nnunet_folder
+from nnunetv2_mstkd.nnunet.folders import dataset_argument, find_dataset_folder, nnunet_folder
 from nnunetv2_mstkd.nnunet.plans import BLOCK, inherited, read_plans
 from nnunetv2_mstkd.nnunet.splits import number_of_folds
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
@@ -75,8 +75,8 @@ def plan_steps(
             f"{batch} GPUs"
         )
     results = nnunet_folder("nnUNet_results") / preprocessed.name
-    word = dataset_word(preprocessed.name)
-    models = [Training(results, word, configuration, trainer, plans_name, device, gpus) for trainer in trainers]
+    named = dataset_argument(preprocessed.name)
+    models = [Training(results, named, configuration, trainer, plans_name, device, gpus) for trainer in trainers]
     options = tuple(evaluation_options)
     return make_steps(preprocessed, models, folds, plans, evaluation_options=options, evaluation=evaluation)
 

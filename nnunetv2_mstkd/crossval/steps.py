@@ -207,15 +207,20 @@ class Evaluate(Step):
         model = self.model
         words = ["mstkd", "evaluate", "-d", model.dataset, "-c", model.configuration, "-tr", model.trainer]
         words += ["-p", model.plans, "-f", *map(str, self.folds), "-device", model.device, *self.options]
-        if any(self._is_of_other_weights(fold) for fold in self.folds):
+        if len(self.folds) == 1 and self._is_of_other_weights(self.folds[0]):  # several are pooled after these
             words.append("--restart")
         return [*words, "--disable_progress_bar"]
 
     def _is_of_other_weights(self, fold: int) -> bool:
-        """Whether a fold was trained again after its cases were evaluated."""
-        records, weights = self._records((fold,)), self.model.folder / f"fold_{fold}" / FINAL
-        times = [path.stat().st_mtime for path in records if path.is_file()]
-        return weights.is_file() and bool(times) and min(times) < weights.stat().st_mtime
+        """Whether a fold was trained again after its cases were evaluated; a copied checkpoint is only younger."""
+        weights = self.model.folder / f"fold_{fold}" / FINAL
+        records = [path for path in self._records() if path.is_file()]
+        oldest = min(records, key=lambda path: path.stat().st_mtime, default=None)
+        if oldest is None or not weights.is_file() or oldest.stat().st_mtime >= weights.stat().st_mtime:
+            return False
+        from nnunetv2_mstkd.nnunet import checkpoints  # imports torch
+
+        return read_json(oldest).get("weights") != checkpoints.fingerprint(checkpoints.read(weights)["network_weights"])
 
     def _reported(self) -> tuple[set[int], float]:
         """The folds of the tables and report, and when these were written; none if they are not complete."""
@@ -224,17 +229,18 @@ class Evaluate(Step):
             return set(), 0.0
         return _folds_in(table), table.stat().st_mtime
 
-    def _records(self, folds: tuple[int, ...] | None = None) -> list[Path]:
+    def _records(self) -> list[Path]:
         """The file of each validation case of the folds, there or not; those of a folder of images may lie beside them.
 
-        An evaluation that has begun has noted its cases; before, they are those of the split.
+        An evaluation that has begun has noted its cases; before, and after a change of the split, they are the split's.
         """
         if not self.splits.is_file():
             return []
         splits, records = read_splits(self.splits), []
-        for fold in self.folds if folds is None else folds:
+        for fold in self.folds:
             noted = cases_file(self.output, fold)
-            cases = read_json(noted)["cases"] if noted.is_file() else splits[fold]["val"]
+            known = noted.is_file() and noted.stat().st_mtime >= self.splits.stat().st_mtime
+            cases = read_json(noted)["cases"] if known else splits[fold]["val"]
             records += [self.output / CASES / f"fold_{fold}" / f"{case}.json" for case in cases]
         return records
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 import nibabel
 import numpy as np
 import SimpleITK as sitk
-from nibabel.affines import voxel_sizes
+from nibabel.affines import apply_affine, voxel_sizes
 
 from nnunetv2_mstkd.errors import InputError
 
@@ -27,6 +28,8 @@ class Forms(NamedTuple):
 
     qform: np.ndarray | None
     sform: np.ndarray | None
+    size: tuple[int, ...]
+    """Voxels per axis."""
 
     @classmethod
     def of(cls, header: Any) -> Forms:
@@ -34,6 +37,7 @@ class Forms(NamedTuple):
         return cls(
             header.get_qform() if header["qform_code"] > 0 else None,
             header.get_sform() if header["sform_code"] > 0 else None,
+            (*header.get_data_shape(), 1, 1, 1)[:3],
         )
 
     @property
@@ -45,6 +49,17 @@ class Forms(NamedTuple):
     def differ(self) -> bool:
         """Whether both are set and disagree."""
         return self.qform is not None and self.sform is not None and not close(self.qform, self.sform)
+
+    def displaced(self, one: np.ndarray | None, other: np.ndarray | None) -> bool:
+        """Whether two transformations, if both are given, put a corner of the image half a voxel or more apart.
+
+        A qform holds its rotation in single precision, and loses small tilts.
+        """
+        if one is None or other is None:
+            return False
+        corners = np.array([*itertools.product(*((0, length - 1) for length in self.size))])
+        apart = np.linalg.norm(apply_affine(one, corners) - apply_affine(other, corners), axis=1)
+        return bool(apart.max() >= voxel_sizes(one).min() / 2)
 
 
 @dataclass(frozen=True)

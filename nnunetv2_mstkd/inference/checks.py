@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.images.geometry import Forms, Geometry, close
+from nnunetv2_mstkd.images.geometry import Forms, Geometry
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
 from nnunetv2_mstkd.nnunet.reading import Channel, Reader, read_checked
 
@@ -76,12 +76,10 @@ class Checker:
             return []
         first, reference = next(iter(forms.items()))
         return [
-            f"{self.names[channel]} is in another place than {self.names[first]} by its sform, which most tools use: "
-            f"one of them was moved, and its qform was left as it was"
+            f"{self.names[channel]} has another position than {self.names[first]} by its sform. Probably only the "
+            f"sform was changed; make both equal (fslorient -copysform2qform)"
             for channel, each in forms.items()
-            if reference.preferred is not None
-            and each.preferred is not None
-            and not close(each.preferred, reference.preferred)
+            if reference.displaced(reference.preferred, each.preferred)
         ]
 
 

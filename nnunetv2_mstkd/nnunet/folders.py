@@ -36,7 +36,7 @@ def find_raw_folder(dataset: str) -> Path | None:
 
 
 def names_of_number(number: int) -> list[str]:
-    """Return the names of all data sets with a number, in any of nnU-Net's folders; to nnU-Net two are an error."""
+    """Return the names of all data sets with a number, in any of nnU-Net's folders; nnU-Net refuses more than one."""
     roots = [Path(os.environ[variable]) for variable in VARIABLES if os.environ.get(variable)]
     found = {path.name for root in roots for path in root.glob(f"Dataset{number:03d}_*") if path.is_dir()}
     return sorted(found)
@@ -70,7 +70,7 @@ def dataset_number(name: str) -> int:
     return int(match[1])
 
 
-def dataset_word(name: str) -> str:
+def dataset_argument(name: str) -> str:
     """Return how commands name a data set: by its number, or by its name if another one has the same number."""
     number = dataset_number(name)
     return str(number) if set(names_of_number(number)) <= {name} else name

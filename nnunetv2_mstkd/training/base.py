@@ -618,7 +618,9 @@ class SettingsTrainer(nnUNetTrainer):
         self.plain_network.load_state_dict(content["network_weights"])
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:
-            self.grad_scaler.load_state_dict(content["grad_scaler_state"])
+            state = content["grad_scaler_state"]
+            # one that bad cases have worn down begins anew, or the first skipped step would end the training
+            self.grad_scaler.load_state_dict(state if state["scale"] >= 1 else {**state, "scale": 2.0**16})
         self.my_init_kwargs = content["init_args"]
         self.current_epoch = content["current_epoch"]
         self.logger.load_checkpoint(content["logging"])

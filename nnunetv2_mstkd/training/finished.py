@@ -9,7 +9,7 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd.errors import MissingFileError
-from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_word, model_folder_name
+from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_argument, model_folder_name
 from nnunetv2_mstkd.nnunet.plans import lineage
 
 
@@ -73,7 +73,7 @@ def finished_checkpoint(
     folder = _fold_folder(results, trainer, plans, name, fold)
     if (folder / FINAL).is_file():
         return folder / FINAL
-    dataset = dataset_word(needed_by.plans_manager.dataset_name)
+    dataset = dataset_argument(needed_by.plans_manager.dataset_name)
     command = f"nnUNetv2_train {dataset} {name} {fold} -tr {trainer}"
     if plans["plans_name"] != "nnUNetPlans":
         command += f" -p {plans['plans_name']}"

@@ -142,8 +142,8 @@ class LossMonitor:
             often = ", ".join(case for case, _ in self._suspects.most_common(5)) or "none: the losses were finite"
             raise DivergenceError(
                 f"{moment}: steps were skipped so often that the scale of the gradients has fallen to {self._scale:g}, "
-                f"where float16 has none left. Look at the cases of the skipped steps for NaN or extreme voxels (most "
-                f"often: {often}), or lower schedule.initial_lr; continue from the last checkpoint with --c"
+                f"at which float16 gradients vanish. Repair or leave out the cases of the skipped steps (most often: "
+                f"{often}), or lower schedule.initial_lr; then continue from the last checkpoint with --c"
             )
         if not bad and not too_many:
             return

@@ -75,13 +75,14 @@ def load_teacher(path: Path, trainer: type[SettingsTrainer], student: SettingsTr
     for reason, cases in split.get("left_out", {}).items():
         if cases:
             student.print_to_log_file(f"left out of the teacher's training: {len(cases)} {reason}")
-    network = trainer.build_network_architecture(
-        plans,
-        configuration,
-        determine_num_input_channels(plans, configuration, dataset_json),
-        plans.get_label_manager(dataset_json).num_segmentation_heads,
-        enable_deep_supervision=False,
-    )
+    with per_channel.applied():
+        network = trainer.build_network_architecture(
+            plans,
+            configuration,
+            determine_num_input_channels(plans, configuration, dataset_json),
+            plans.get_label_manager(dataset_json).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
     weights = content["network_weights"]
     try:
         network.load_state_dict(weights)
