@@ -322,7 +322,7 @@ def test_a_configuration_is_added_and_the_others_stay(plans_file):
     found = read_plans(plans_file)
     assert found["configurations"].pop(NAME) == entry
     assert found == hand_plans.plans()
-    assert sorted(os.listdir(plans_file.parent)) == [".nnUNetPlans.json.lock", "dataset.json", "nnUNetPlans.json"]
+    assert sorted(os.listdir(plans_file.parent)) == ["dataset.json", "nnUNetPlans.json"]
 
 
 def test_overwrite_is_needed_for_other_content(plans_file):
@@ -352,7 +352,7 @@ def test_a_writer_that_dies_leaves_the_old_plans(plans_file, monkeypatch):
     with pytest.raises(OSError, match="no space left"):
         write_configuration(plans_file, NAME, configure(read_plans(plans_file), "3d_fullres", NAME))
     assert plans_file.read_bytes() == before
-    assert sorted(os.listdir(plans_file.parent)) == [".nnUNetPlans.json.lock", "dataset.json", "nnUNetPlans.json"]
+    assert sorted(os.listdir(plans_file.parent)) == ["dataset.json", "nnUNetPlans.json"]
 
 
 def test_a_file_that_is_no_plans_file_is_refused(tmp_path):

@@ -66,14 +66,14 @@ def write_configuration(file: Path, name: str, entry: Mapping[str, Any], *, over
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Let one process at a time change a file, by a hidden file beside it, which stays."""
-    lock = FileLock(file.with_name(f".{file.name}.lock"))
-    with contextlib.suppress(NotImplementedError):  # a file system without locks
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
+    """Let one process at a time change a file, which has a hidden one beside it meanwhile."""
+    lock = file.with_name(f".{file.name}.lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                lock.unlink()  # whoever waits for it notices
 
 
 # ---- inheritance ---------------------------------------------------------------------------------------------------
