@@ -81,7 +81,20 @@ def test_every_command_knows_it(environment, phantom, tmp_path):
         ("mstkd", "evaluate", *model, "MatchingTrainer", *options, "--subsets", "T1", "all"),
         ("mstkd", "evaluate", *model, "KDTeacherTrainer", *options, "--subsets", "T1", "all"),
         ("mstkd", "compare", fold.parent, other.parent, "-o", tmp_path / "comparison"),
-        ("mstkd", "crossval", "-d", PHANTOM, "-c", "strong", "-tr", "MatchingTrainer", "-f", 1, "--dry-run"),
+        (
+            "mstkd",
+            "crossval",
+            "-d",
+            PHANTOM,
+            "-c",
+            "strong",
+            "-tr",
+            "MatchingTrainer",
+            "-f",
+            1,
+            "--disable_tta",
+            "--dry-run",
+        ),
     )
     assert "matching.weight = 3.0" in configured
     log = next(fold.glob("training_log_*.txt")).read_text()

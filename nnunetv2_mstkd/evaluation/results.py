@@ -49,6 +49,9 @@ not known."""
 AVERAGE = "average"
 """The mean over the regions, beside them; no region of a data set may have this name."""
 
+NOTED = ("convention", "lesion_convention", "tolerance")
+"""Rules of an evaluation that the note below a table of its results names."""
+
 SCORE, IN_REFERENCE = "presence", "in_reference"
 PRESENCE_COLUMNS = (FOLD, CASE, SUBSET, REGION, SCORE, IN_REFERENCE)
 """Columns of ``presence.csv``: ``presence`` is the stated probability that the case has any voxel of the region,

@@ -13,6 +13,7 @@ import torch
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.montage import SliceView, slice_entropy
+from nnunetv2_mstkd.evaluation.results import NOTED
 from nnunetv2_mstkd.images.completeness import check_complete
 from nnunetv2_mstkd.metrics import overlap
 from nnunetv2_mstkd.metrics.calibration import LOWEST, logit_counts
@@ -56,10 +57,6 @@ class _Grid(NamedTuple):
 def _thickness(across: Sequence[float], spacing: Sequence[float]) -> float:
     """The product of the spacings across a slice, without those that stand for none."""
     return float(np.prod([step for step in across if 0 < step < PSEUDO_SPACING * min(1, max(spacing))]))
-
-
-NOTED = ("convention", "lesion_convention", "tolerance")
-"""Rules that the note below a table of results names."""
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,7 @@ import pandas as pd
 
 import nnunetv2_mstkd
 from nnunetv2_mstkd.errors import ExistingFileError
-from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, REGION, SUBSET, VALUE
-from nnunetv2_mstkd.evaluation.scoring import NOTED
+from nnunetv2_mstkd.evaluation.results import METRIC, MODALITIES, MODEL, NOTED, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.inference.evaluation_files import COMPARISON
 from nnunetv2_mstkd.metrics.conventions import Metric, metric_named

@@ -138,7 +138,8 @@ class LossMonitor:
         too_many = self.skipped_steps >= MAX_SKIPPED_STEPS
         if bad and mixed_precision:
             self._suspects.update(map(str, cases))
-        if mixed_precision and self._scale is not None and self._scale < MIN_SCALE and not too_many:
+        worn = self._scale is not None and self._scale < MIN_SCALE
+        if worn and not self.skipped_steps:  # steps that are skipped in a row are counted instead
             often = ", ".join(case for case, _ in self._suspects.most_common(5)) or "none: the losses were finite"
             raise DivergenceError(
                 f"{moment}: steps were skipped so often that the scale of the gradients has fallen to {self._scale:g}, "
