@@ -46,6 +46,8 @@ class Series:
     """ID and name of the patient in the first header."""
     frame: str = ""
     """The frame of reference: images of equal ones are in the same space."""
+    damaged: bool = False
+    """Whether a slice has fewer pixels than its header says."""
 
     def is_of_other_patient(self, other: Series) -> bool:
         """Whether the headers name two patients: by their IDs if both have one, else by their names."""
@@ -73,13 +75,16 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
     """
     headers: dict[str, list[tuple[Path, pydicom.Dataset]]] = {}
     series: list[Series] = []
+    left: dict[Path, int] = {}  # bytes after the header
     problems = []
     for path, name in files:
         try:
             if read_file_meta_info(path).get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
                 problems.append(f"{name} is a deflated DICOM file; convert it to NIfTI (dcm2niix).")
                 continue  # reading the header would unpack the whole file, whatever its size
-            header = pydicom.dcmread(path, stop_before_pixels=True)
+            with path.open("rb") as file:
+                header = pydicom.dcmread(file, stop_before_pixels=True)
+                left[path] = path.stat().st_size - file.tell()
             headers.setdefault(str(header.SeriesInstanceUID), []).append((path, header))
         except Exception as error:  # pydicom has errors of many kinds for a damaged header
             problems.append(f"{name} is a damaged DICOM file: {last_line(error)}.")
@@ -92,7 +97,8 @@ def read_series(files: Iterable[tuple[Path, str]]) -> tuple[list[Series], list[s
             size = sum(_number_of_pixels(header) for _, header in slices) * BYTES
             patient = (str(first.get("PatientID") or ""), str(first.get("PatientName") or ""))
             frame = str(first.get("FrameOfReferenceUID") or "")
-            series.append(Series(name, contrast, _in_order(slices), size, patient, frame))
+            damaged = any(_lacks_pixels(header, left[path]) for path, header in slices)
+            series.append(Series(name, contrast, _in_order(slices), size, patient, frame, damaged))
         except InputError as error:
             problems.append(f"The DICOM series {name} {error}.")
         except (TypeError, ValueError):
@@ -105,12 +111,10 @@ def _number_of_pixels(header: Any) -> int:
     return math.prod(int(header.get(keyword) or 1) for keyword in ("Rows", "Columns", "SamplesPerPixel"))
 
 
-def _lacks_pixels(path: Path) -> bool:
-    """Whether a slice has fewer pixels than its header says; those of a compressed one are counted by ITK."""
-    with path.open("rb") as file:
-        header = pydicom.dcmread(file, stop_before_pixels=True)
-        left = path.stat().st_size - file.tell() - (8 if header.is_implicit_VR else 12)  # tag and length come first
+def _lacks_pixels(header: Any, left: int) -> bool:
+    """Whether so many bytes after its header are too few for a slice; ITK counts the pixels of a compressed one."""
     needed = _number_of_pixels(header) * int(header.get("BitsAllocated") or 8) // 8
+    needed += 8 if header.is_implicit_VR else 12  # tag and length come first
     syntax = header.file_meta.get("TransferSyntaxUID")
     return not (syntax is not None and syntax.is_compressed) and left < needed
 
@@ -160,11 +164,11 @@ def _in_order(slices: Sequence[tuple[Path, Any]]) -> tuple[Path, ...]:
 
 def write_volume(series: Series, path: Path) -> None:
     """Write a series as one NIfTI file; InputError, whose message begins with a verb, if it cannot be read."""
-    if any(map(_lacks_pixels, series.files)):
+    if series.damaged:
         raise InputError("has a slice with fewer pixels than its header says, so it is damaged")  # ITK reads anything
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames([str(file) for file in series.files])
-    # else ITK casts all slices to the type of the first, and each may be scaled by factors of its own
+    # otherwise ITK casts all slices to the first one's type, although each may have its own scale factors
     reader.SetOutputPixelType(sitk.sitkFloat32)
     try:
         image = reader.Execute()

@@ -27,6 +27,7 @@ from nnunetv2_mstkd.nnunet.trainers import find_trainer
 TRUST = ". If you trust the model, --trust leaves the loading to nnU-Net"
 
 
+@per_channel.applied()
 def load_predictor(
     folder: Path,
     folds: Sequence[int | str],
@@ -54,10 +55,7 @@ def load_predictor(
     files = find_checkpoints(folder, folds, checkpoint)
     plans, dataset_json = read_json(folder / "plans.json"), read_json(folder / "dataset.json")
     registration.register()
-    with (
-        per_channel.applied(),
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # it prints that perform_everything_on_device is for CUDA only
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints that perform_everything_on_device is for CUDA only
         predictor = nnUNetPredictor(device=device, **options)
         if trust:
             predictor.initialize_from_trained_model_folder(str(folder), tuple(folds), checkpoint)
@@ -76,8 +74,7 @@ def load_predictor(
     manager, configuration = open_plans(plans, name, source, TRUST)
     _refuse_cascade(configuration)
     check_description(dataset_json, str(folder / "dataset.json"))
-    with per_channel.applied():
-        network = _build(trainer, manager, configuration, dataset_json, source)
+    network = _build(trainer, manager, configuration, dataset_json, source)
     weights = [content["network_weights"] for content in contents]
     _load_weights(network, weights, files, source)
     axes = contents[0].get("inference_allowed_mirroring_axes")

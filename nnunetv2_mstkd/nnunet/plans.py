@@ -53,10 +53,7 @@ def write_configuration(file: Path, name: str, entry: Mapping[str, Any], *, over
         return
     with _locked(file):  # the jobs of an array may all add one at the same moment
         plans = read_plans(file)
-        existing = plans["configurations"].get(name)
-        if existing == entry:
-            return
-        if existing is not None and not overwrite:
+        if plans["configurations"].get(name) not in (None, entry) and not overwrite:
             raise ExistingFileError(
                 f"configuration {name} exists in {file} with other content; choose another name or pass --overwrite"
             )

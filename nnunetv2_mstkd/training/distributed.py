@@ -1,4 +1,4 @@
-"""Trainings on several GPUs, each with a process of its own. Where there is one process, these functions do nothing."""
+"""Training on several GPUs, with one process for each. With a single process, these functions do nothing."""
 
 from __future__ import annotations
 
@@ -39,16 +39,18 @@ def first_process_first() -> Iterator[None]:
 
     They wait for hours if need be: NCCL, which trainings use, would give up after ten minutes.
     """
-    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1)) if several_processes() else None
+    if not several_processes():
+        yield
+        return
+    patient: Any = dist.new_group(backend="gloo", timeout=timedelta(days=1))
     try:
         if rank() > 0:
             dist.barrier(patient)
         yield
-        if several_processes() and rank() == 0:
+        if rank() == 0:
             dist.barrier(patient)
     finally:
-        if patient is not None:
-            dist.destroy_process_group(patient)
+        dist.destroy_process_group(patient)
 
 
 def unwrapped(network: Any) -> Any:
