@@ -360,6 +360,14 @@ PRESETS: Mapping[str, Preset] = {
         evaluation=("--disable_tta", "--stack", "7", "--strips", "0", "-npp", "0", "-nps", "0"), bfloat16=True,
         seconds_per_step=0.06, where="one CPU core that knows bfloat16", configuration="2d", target_spacing=(5, 4, 4),
     ),
+    # the same in 3-D, for real patients; in float32, because in bfloat16 the smallest growing patches diverge
+    "volumes": Preset(
+        spacing=5.0, training_cases=60, validation_cases=4, test_cases=24, features=(12, 24, 48, 96), batch_size=2,
+        first_epochs=12, student_epochs=12, iterations=50, validation_iterations=4, device="cpu",
+        settings={**ADAMW, "input.normalization": "plans", "schedule.save_every": 5},
+        evaluation=("--disable_tta", "--stack", "7", "--strips", "0", "-npp", "0", "-nps", "0"),
+        seconds_per_step=0.3, where="one CPU core", target_spacing=(7.5, 6.5, 6.5),
+    ),
     "full": Preset(
         spacing=2.0, training_cases=60, validation_cases=4, test_cases=24, features=None, batch_size=None,
         first_epochs=100, student_epochs=100, iterations=250, validation_iterations=20, device="cuda",

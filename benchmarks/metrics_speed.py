@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise
 from nnunetv2_mstkd.metrics.overlap import score
-from nnunetv2_mstkd.metrics.surface import hd95
+from nnunetv2_mstkd.metrics.surface import hd95, surface_distances
 
 SHAPE = (240, 240, 155)
 RADII = (32.0, 40.0, 29.0)
@@ -70,8 +70,10 @@ def main() -> int:
     for name, (prediction, reference, spacing) in pairs().items():
         own, other, ratios = [], [], []
         for _ in range(rounds):
-            value, took = timed(lambda p=prediction, r=reference, s=spacing: hd95(p, r, s))
-            expected, took_other = timed(lambda p=prediction, r=reference, s=spacing: medpy.metric.binary.hd95(p, r, s))
+            value, took = timed(lambda p=prediction, r=reference, s=spacing: hd95(surface_distances(p, r, s)))
+            expected, took_other = timed(
+                lambda p=prediction, r=reference, s=spacing: medpy.metric.binary.hd95(p, r, s)
+            )
             own.append(took)
             other.append(took_other)
             ratios.append(took_other / took)

@@ -9,16 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from nnunetv2_mstkd.metrics import conventions
-from nnunetv2_mstkd.metrics.overlap import (
-    dice,
-    iou,
-    precision,
-    relative_volume_error,
-    score,
-    sensitivity,
-    volume_error_ml,
-)
-from nnunetv2_mstkd.metrics.surface import hd95, normalized_surface_dice
+from nnunetv2_mstkd.metrics.overlap import dice, score
 
 EMPTY = np.zeros((4, 5, 6), dtype=bool)
 UNIT = (1.0, 1.0, 1.0)
@@ -41,30 +32,21 @@ PREDICTION = with_voxels((0, 0, 0), (0, 0, 1), (0, 0, 2), (3, 4, 5))
 # ---- values worked out by hand -------------------------------------------------------------------------------------
 
 
-def test_overlap_metrics_of_a_worked_example():
-    assert dice(PREDICTION, REFERENCE) == 2 * 3 / (4 + 6)
-    assert iou(PREDICTION, REFERENCE) == 3 / 7
-    assert sensitivity(PREDICTION, REFERENCE) == 3 / 6
-    assert precision(PREDICTION, REFERENCE) == 3 / 4
-    assert relative_volume_error(PREDICTION, REFERENCE) == (4 - 6) / 6
+def test_metrics_of_a_worked_example():
+    found = score(PREDICTION, REFERENCE, (2.0, 5.0, 10.0))
+    assert found["dice"] == dice(PREDICTION, REFERENCE) == 2 * 3 / (4 + 6)
+    assert found["iou"] == 3 / 7
+    assert found["sensitivity"] == 3 / 6
+    assert found["precision"] == 3 / 4
+    assert found["relative_volume_error"] == (4 - 6) / 6
+    assert found["volume_error_ml"] == pytest.approx(-2 * 100 / 1000)
+    assert score(REFERENCE, PREDICTION, (2.0, 5.0, 10.0))["volume_error_ml"] == pytest.approx(+0.2)
 
 
-def test_volume_error_is_signed_and_in_millilitres():
-    assert volume_error_ml(PREDICTION, REFERENCE, (2.0, 5.0, 10.0)) == pytest.approx(-2 * 100 / 1000)
-    assert volume_error_ml(REFERENCE, PREDICTION, (2.0, 5.0, 10.0)) == pytest.approx(+0.2)
-
-
-def test_score_gives_what_the_single_functions_give():
-    spacing = (1.0, 1.0, 3.0)
-    assert score(PREDICTION, REFERENCE, spacing, tolerance=2.0) == {
-        "dice": dice(PREDICTION, REFERENCE),
-        "iou": iou(PREDICTION, REFERENCE),
-        "sensitivity": sensitivity(PREDICTION, REFERENCE),
-        "precision": precision(PREDICTION, REFERENCE),
-        "volume_error_ml": volume_error_ml(PREDICTION, REFERENCE, spacing),
-        "relative_volume_error": relative_volume_error(PREDICTION, REFERENCE),
-        "hd95": hd95(PREDICTION, REFERENCE, spacing),
-        "nsd": normalized_surface_dice(PREDICTION, REFERENCE, spacing, 2.0),
+def test_surfaces_are_left_out_on_request():
+    found = score(PREDICTION, REFERENCE, UNIT)
+    assert score(PREDICTION, REFERENCE, UNIT, surfaces=False) == {
+        name: value for name, value in found.items() if name not in ("hd95", "nsd")
     }
 
 
@@ -110,14 +92,12 @@ def test_the_penalty_of_brats_is_the_diagonal_of_its_images():
     empty = np.zeros((240, 240, 155), dtype=bool)
     full = empty.copy()
     full[100, 100, 100] = True
-    assert hd95(empty, full, UNIT) == pytest.approx(373.12866, abs=1e-5)
+    assert score(empty, full, UNIT)["hd95"] == pytest.approx(373.12866, abs=1e-5)
 
 
-def test_single_functions_follow_the_convention_too():
+def test_dice_alone_follows_the_convention_too():
     assert math.isnan(dice(EMPTY, EMPTY, convention="nnunet"))
-    assert math.isnan(hd95(EMPTY, REFERENCE, UNIT, convention="nnunet"))
-    assert math.isnan(normalized_surface_dice(EMPTY, EMPTY, UNIT, convention="nnunet"))
-    assert dice(EMPTY, EMPTY) == 1 and sensitivity(EMPTY, EMPTY) == 1 and precision(EMPTY, REFERENCE) == 0
+    assert dice(EMPTY, EMPTY) == 1 and dice(EMPTY, REFERENCE) == 0
 
 
 def test_the_rules_are_put_into_words():
@@ -147,11 +127,8 @@ def test_every_convention_has_a_rule_for_every_metric():
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
-METRICS = [dice, sensitivity, precision, relative_volume_error]
-METRICS_IN_MM = [hd95, normalized_surface_dice, volume_error_ml, score]
 
-
-@pytest.mark.parametrize("metric", METRICS + METRICS_IN_MM)
+@pytest.mark.parametrize("options", [(), (UNIT,)], ids=["dice", "score"])
 @pytest.mark.parametrize(
     ("prediction", "message"),
     [
@@ -160,12 +137,11 @@ METRICS_IN_MM = [hd95, normalized_surface_dice, volume_error_ml, score]
         (EMPTY[:3], r"shape \(3, 5, 6\), the reference \(4, 5, 6\)"),
     ],
 )
-def test_what_is_not_a_pair_of_masks_is_refused(metric, prediction, message):
+def test_what_is_not_a_pair_of_masks_is_refused(options, prediction, message):
     with pytest.raises(ValueError, match=message):
-        metric(prediction, EMPTY, *([UNIT] if metric in METRICS_IN_MM else []))
+        (score if options else dice)(prediction, EMPTY, *options)
 
 
-@pytest.mark.parametrize("metric", METRICS_IN_MM)
 @pytest.mark.parametrize(
     ("spacing", "message"),
     [
@@ -177,9 +153,9 @@ def test_what_is_not_a_pair_of_masks_is_refused(metric, prediction, message):
         ((1.0, math.inf, 1.0), "not positive"),
     ],
 )
-def test_an_impossible_spacing_is_refused(metric, spacing, message):
+def test_an_impossible_spacing_is_refused(spacing, message):
     with pytest.raises(ValueError, match=message):
-        metric(PREDICTION, REFERENCE, spacing)
+        score(PREDICTION, REFERENCE, spacing)
 
 
 def test_a_mask_without_voxels_is_refused():
@@ -217,14 +193,9 @@ def test_mending_a_voxel_never_lowers_dice(prediction, reference, position):
 
 @settings(max_examples=60, deadline=None)
 @given(small_masks, small_masks)
-def test_iou_is_a_function_of_dice(prediction, reference):
-    value = dice(prediction, reference)
-    assert iou(prediction, reference) == pytest.approx(value / (2 - value))
-
-
-@settings(max_examples=60, deadline=None)
-@given(small_masks, small_masks)
-def test_dice_is_the_harmonic_mean_of_sensitivity_and_precision(prediction, reference):
-    shares = sensitivity(prediction, reference), precision(prediction, reference)
+def test_iou_sensitivity_and_precision_agree_with_dice(prediction, reference):
+    found = score(prediction, reference, UNIT, surfaces=False)
+    assert found["iou"] == pytest.approx(found["dice"] / (2 - found["dice"]))
+    shares = found["sensitivity"], found["precision"]
     expected = 0.0 if sum(shares) == 0 else 2 * shares[0] * shares[1] / sum(shares)
-    assert dice(prediction, reference) == pytest.approx(expected)
+    assert found["dice"] == pytest.approx(expected)

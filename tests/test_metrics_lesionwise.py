@@ -8,7 +8,7 @@ from scipy import ndimage
 
 from nnunetv2_mstkd.metrics.conventions import LESION_CONVENTIONS
 from nnunetv2_mstkd.metrics.lesionwise import lesionwise, lesionwise_regions
-from nnunetv2_mstkd.metrics.surface import hd95
+from nnunetv2_mstkd.metrics.surface import hd95, surface_distances
 
 UNIT = (1.0, 1.0, 1.0)
 
@@ -121,7 +121,7 @@ def test_a_flat_lesion_has_the_surface_of_a_solid():
     ring = plate.copy()
     ring[5, 3:6, 3:6] = False
     lesion = lesionwise(ring, plate, UNIT, "brats2023_met").lesions[0]
-    assert lesion.hd95_mm == hd95(ring, plate, UNIT) == 1
+    assert lesion.hd95_mm == hd95(surface_distances(ring, plate, UNIT)) == 1
 
 
 # ---- partners ------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def literal(prediction: np.ndarray, reference: np.ndarray, dilation: int, min_vo
             continue
         matched = np.isin(predicted, list(own))
         dices.append(2 * (matched & lesion).sum() / (matched.sum() + lesion.sum()))
-        distances.append(hd95(matched, lesion, UNIT) if own else 374)
+        distances.append(hd95(surface_distances(matched, lesion, UNIT)) if own else 374)
     false = count - len(used)
     total = len(dices) + false
     return (1, 0) if total == 0 else (sum(dices) / total, (sum(distances) + 374 * false) / total)

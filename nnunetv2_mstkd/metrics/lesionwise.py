@@ -23,7 +23,7 @@ from nnunetv2_mstkd.metrics.conventions import (
     lesion_convention_named,
 )
 from nnunetv2_mstkd.metrics.masks import bounding_box, check_masks, check_spacing, grow, image_diagonal
-from nnunetv2_mstkd.metrics.surface import hd95_of, surface_distances
+from nnunetv2_mstkd.metrics.surface import hd95, surface_distances
 
 
 class Lesion(NamedTuple):
@@ -117,7 +117,7 @@ def lesionwise(
         if own:
             sizes = int(np.count_nonzero(matched)) + int(np.count_nonzero(lesion))
             dice = 2 * int(np.count_nonzero(matched & lesion)) / sizes
-            distance = hd95_of(surface_distances(matched, lesion, steps))
+            distance = hd95(surface_distances(matched, lesion, steps))
         lesions.append(Lesion(volume, len(own), dice, distance, volume > settings.min_volume_of(region)))
     false = int(found.max()) - len(set().union(*belongs.values()))
     return _scores(lesions, false, penalty)

@@ -22,7 +22,7 @@ from nnunetv2_mstkd.metrics.conventions import (
     empty_value,
 )
 from nnunetv2_mstkd.metrics.masks import MM3_PER_ML, check_masks, check_spacing, image_diagonal
-from nnunetv2_mstkd.metrics.surface import check_tolerance, hd95_of, normalized_surface_dice_of, surface_distances
+from nnunetv2_mstkd.metrics.surface import check_tolerance, hd95, normalized_surface_dice, surface_distances
 
 
 def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
@@ -30,37 +30,8 @@ def dice(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRA
 
     The rules for empty masks are ``"brats"`` (both empty: 1) or ``"nnunet"`` (both empty: NaN, excluded from means).
     """
-    return _overlap(DICE, prediction, reference, convention)
-
-
-def iou(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Intersection over union |P and R| / |P or R|, the Jaccard index. Parameters as for :func:`dice`."""
-    return _overlap(IOU, prediction, reference, convention)
-
-
-def sensitivity(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Fraction of the reference that was found, |P and R| / |R|. Parameters as for :func:`dice`."""
-    return _overlap(SENSITIVITY, prediction, reference, convention)
-
-
-def precision(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Fraction of the prediction that is correct, |P and R| / |P|. Parameters as for :func:`dice`."""
-    return _overlap(PRECISION, prediction, reference, convention)
-
-
-def relative_volume_error(prediction: np.ndarray, reference: np.ndarray, *, convention: str = BRATS) -> float:
-    """Signed volume error (|P| - |R|) / |R|; -1 if everything was missed. Parameters as for :func:`dice`."""
-    return _overlap(RELATIVE_VOLUME_ERROR, prediction, reference, convention)
-
-
-def volume_error_ml(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> float:
-    """Signed volume error in millilitres; positive if the prediction is too large.
-
-    The masks are boolean and of equal shape; the spacing is in millimetres per axis, in the order of their axes.
-    """
     check_masks(prediction, reference)
-    steps = check_spacing(spacing, prediction.ndim)
-    return _volume_error(int(prediction.sum()), int(reference.sum()), steps)
+    return _from_counts(DICE, _counts(prediction, reference), convention)
 
 
 def score(
@@ -77,8 +48,14 @@ def score(
 
     Parameters
     ----------
-    prediction, reference, spacing, convention, tolerance:
-        As for :func:`volume_error_ml` and :func:`~nnunetv2_mstkd.metrics.surface.normalized_surface_dice`.
+    prediction, reference:
+        Boolean masks of equal shape.
+    spacing:
+        Millimetres per axis, in the order of the array's axes.
+    convention:
+        The rules for empty masks, a name from :data:`~nnunetv2_mstkd.metrics.conventions.CONVENTIONS`.
+    tolerance:
+        Of nsd, in millimetres, at least 0.
     surfaces:
         Also compute hd95 and nsd, which take most of the time.
     thickness:
@@ -86,7 +63,9 @@ def score(
 
     Returns
     -------
-    dict with the keys dice, iou, hd95, nsd, sensitivity, precision, volume_error_ml and relative_volume_error.
+    dict with the keys dice, iou (intersection over union), sensitivity (|P and R| / |R|), precision (|P and R| / |P|),
+    volume_error_ml and relative_volume_error (signed, positive if the prediction is too large), hd95 (in millimetres)
+    and nsd.
     """
     check_masks(prediction, reference)
     check_tolerance(tolerance)
@@ -100,7 +79,7 @@ def score(
     empty = {"prediction_empty": counts[1] == 0, "reference_empty": counts[2] == 0}
     if not any(empty.values()):
         distances = surface_distances(prediction, reference, steps)
-        return scores | {HD95: hd95_of(distances), NSD: normalized_surface_dice_of(distances, tolerance)}
+        return scores | {HD95: hd95(distances), NSD: normalized_surface_dice(distances, tolerance)}
     diagonal = image_diagonal(prediction.shape, steps)
     for name in (HD95, NSD):
         value = empty_value(name, convention, diagonal=diagonal, **empty)
@@ -116,11 +95,6 @@ def _counts(prediction: np.ndarray, reference: np.ndarray) -> tuple[int, int, in
         int(np.count_nonzero(prediction)),
         int(np.count_nonzero(reference)),
     )
-
-
-def _overlap(metric: str, prediction: np.ndarray, reference: np.ndarray, convention: str) -> float:
-    check_masks(prediction, reference)
-    return _from_counts(metric, _counts(prediction, reference), convention)
 
 
 def _from_counts(metric: str, counts: tuple[int, int, int], convention: str) -> float:

@@ -9,8 +9,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.metrics.conventions import BRATS, HD95, NSD, empty_value
-from nnunetv2_mstkd.metrics.masks import bounding_box, check_masks, check_spacing, image_diagonal
+from nnunetv2_mstkd.metrics.masks import bounding_box
 
 
 class SurfaceDistances(NamedTuple):
@@ -21,7 +20,7 @@ class SurfaceDistances(NamedTuple):
 
 
 def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float]) -> SurfaceDistances:
-    """Distances between the surfaces of two non-empty masks, in both directions.
+    """Distances between the surfaces of two masks, in both directions.
 
     The surface is what erosion with the 2 D neighbours of D axes removes (6 in 3-D, as in medpy); outside the image is
     background. Axes with a single voxel are dropped: a 2-D image stored as (1, H, W) has a contour.
@@ -29,82 +28,42 @@ def surface_distances(prediction: np.ndarray, reference: np.ndarray, spacing: Se
     Parameters
     ----------
     prediction, reference:
-        Boolean masks of equal shape, with any number of axes; an empty one is a ValueError, for which :func:`hd95` and
-        :func:`normalized_surface_dice` have rules.
+        Boolean masks of equal shape, with any number of axes, neither of them empty: there are rules for those.
     spacing:
         Millimetres per axis, in the order of the array's axes.
     """
-    check_masks(prediction, reference)
-    steps = check_spacing(spacing, prediction.ndim)
-    for name, mask in (("prediction", prediction), ("reference", reference)):
-        if not mask.any():
-            raise ValueError(f"the {name} is empty and has no surface; hd95 and normalized_surface_dice have rules")
-    return _distances(prediction, reference, steps)
+    kept = [axis for axis, size in enumerate(prediction.shape) if size > 1] or [0]
+    if len(kept) < prediction.ndim:
+        dropped = tuple(axis for axis in range(prediction.ndim) if axis not in kept)
+        prediction, reference = prediction.squeeze(dropped), reference.squeeze(dropped)
+        spacing = [spacing[axis] for axis in kept]
+    box = bounding_box(prediction | reference)
+    assert box is not None, "two empty masks"
+    of_prediction, of_reference = surface(prediction[box]), surface(reference[box])
+    # voxels on both surfaces have distance 0 and need no search: most of them in a good segmentation
+    shared = of_prediction & of_reference
+    steps = np.asarray(spacing)
+    return SurfaceDistances(
+        _one_way(of_prediction, of_reference, shared, steps), _one_way(of_reference, of_prediction, shared, steps)
+    )
 
 
-def hd95(prediction: np.ndarray, reference: np.ndarray, spacing: Sequence[float], *, convention: str = BRATS) -> float:
-    """95th percentile of the Hausdorff distance in millimetres.
+def hd95(distances: SurfaceDistances) -> float:
+    """95th percentile of the Hausdorff distance in millimetres, from :func:`surface_distances`.
 
     The percentile is taken over the distances of both directions together, as in medpy, nnU-Net 1, panoptica and most
     papers. MONAI takes the larger of the two directions' percentiles, and the code of BraTS 2023 and 2024 weights
     distances by surface area; both differ by 10 to 20 % as a rule.
-
-    Parameters
-    ----------
-    prediction, reference, spacing:
-        As for :func:`surface_distances`.
-    convention:
-        The rules for empty masks, a name from :data:`~nnunetv2_mstkd.metrics.conventions.CONVENTIONS`.
     """
-    check_masks(prediction, reference)
-    steps = check_spacing(spacing, prediction.ndim)
-    value = empty_value(
-        HD95,
-        convention,
-        prediction_empty=not prediction.any(),
-        reference_empty=not reference.any(),
-        diagonal=image_diagonal(prediction.shape, steps),
-    )
-    return hd95_of(_distances(prediction, reference, steps)) if value is None else value
-
-
-def hd95_of(distances: SurfaceDistances) -> float:
-    """HD95 in millimetres from :func:`surface_distances`."""
     return float(np.percentile(np.concatenate(distances), 95))
 
 
-def normalized_surface_dice(
-    prediction: np.ndarray,
-    reference: np.ndarray,
-    spacing: Sequence[float],
-    tolerance: float = 1.0,
-    *,
-    convention: str = BRATS,
-) -> float:
+def normalized_surface_dice(distances: SurfaceDistances, tolerance: float) -> float:
     """Fraction of the two surfaces that lies within ``tolerance`` millimetres of the other one.
 
     Nikolov et al., arXiv 1809.04430, with voxels in place of surface elements. nnU-Net 1 and BraTS 2024 average the
-    fractions of the two surfaces instead.
-
-    Parameters
-    ----------
-    prediction, reference, spacing, convention:
-        As for :func:`hd95`.
-    tolerance:
-        Millimetres, at least 0; a distance equal to it is within.
+    fractions of the two surfaces instead. A distance equal to the tolerance is within.
     """
-    check_tolerance(tolerance)
-    check_masks(prediction, reference)
-    steps = check_spacing(spacing, prediction.ndim)
-    value = empty_value(NSD, convention, prediction_empty=not prediction.any(), reference_empty=not reference.any())
-    if value is not None:
-        return value
-    return normalized_surface_dice_of(_distances(prediction, reference, steps), tolerance)
-
-
-def normalized_surface_dice_of(distances: SurfaceDistances, tolerance: float) -> float:
-    """Normalised surface Dice from :func:`surface_distances`."""
-    check_tolerance(tolerance)
     # 3 * 0.1 > 0.3 in floating point, but three voxels of 0.1 mm are within 0.3 mm
     limit = tolerance * (1 + 1e-9)
     within = sum(int(np.count_nonzero(part <= limit)) for part in distances)
@@ -115,24 +74,6 @@ def check_tolerance(tolerance: float) -> None:
     """Refuse a tolerance that is not a number of millimetres."""
     if not 0 <= tolerance < np.inf:
         raise InputError(f"the tolerance {tolerance!r} is not a number of millimetres; expected 0 or more")
-
-
-def _distances(prediction: np.ndarray, reference: np.ndarray, spacing: tuple[float, ...]) -> SurfaceDistances:
-    """Distances of two masks that are known to be non-empty."""
-    kept = [axis for axis, size in enumerate(prediction.shape) if size > 1] or [0]
-    if len(kept) < prediction.ndim:
-        dropped = tuple(axis for axis in range(prediction.ndim) if axis not in kept)
-        prediction, reference = prediction.squeeze(dropped), reference.squeeze(dropped)
-        spacing = tuple(spacing[axis] for axis in kept)
-    box = bounding_box(prediction | reference)
-    assert box is not None, "called with two empty masks"
-    of_prediction, of_reference = surface(prediction[box]), surface(reference[box])
-    # voxels on both surfaces have distance 0 and need no search: most of them in a good segmentation
-    shared = of_prediction & of_reference
-    steps = np.asarray(spacing)
-    return SurfaceDistances(
-        _one_way(of_prediction, of_reference, shared, steps), _one_way(of_reference, of_prediction, shared, steps)
-    )
 
 
 def _one_way(source: np.ndarray, target: np.ndarray, shared: np.ndarray, steps: np.ndarray) -> np.ndarray:
