@@ -71,9 +71,7 @@ def main() -> int:
         own, other, ratios = [], [], []
         for _ in range(rounds):
             value, took = timed(lambda p=prediction, r=reference, s=spacing: hd95(surface_distances(p, r, s)))
-            expected, took_other = timed(
-                lambda p=prediction, r=reference, s=spacing: medpy.metric.binary.hd95(p, r, s)
-            )
+            expected, took_other = timed(lambda p=prediction, r=reference, s=spacing: medpy.metric.binary.hd95(p, r, s))
             own.append(took)
             other.append(took_other)
             ratios.append(took_other / took)
