@@ -172,33 +172,12 @@ class SubsetSampler:
     weights: tuple[float, ...] = ()
     drop: tuple[float, ...] = ()
 
-    KINDS = ("uniform", "by_size", "weighted", "fixed", "independent")
-
     def __post_init__(self) -> None:
         check_count(self.num_modalities)
-        if self.kind not in self.KINDS:
-            raise InputError(f"unknown sampler kind {self.kind!r}; allowed are {', '.join(self.KINDS)}")
-        if (self.kind == "independent") != bool(self.drop):
-            raise InputError("sampler kind 'independent' needs drop, a number per modality; no other kind takes it")
-        if self.kind not in ("weighted", "fixed"):
-            if self.subsets or self.weights:
-                raise InputError(f"sampler kind {self.kind!r} takes neither subsets nor weights; use weighted or fixed")
-            if self.drop and (len(self.drop) != self.num_modalities or not all(0 <= p <= 1 for p in self.drop)):
-                raise InputError(f"drop is {list(self.drop)}, expected {self.num_modalities} numbers from 0 to 1")
-            if self.drop and min(self.drop) == 1:
-                raise InputError("every modality is dropped with probability 1; at least one must be available")
-            return
-        if not self.subsets:
-            raise InputError(f"sampler kind {self.kind!r} needs at least one subset")
-        if any(len(row) != self.num_modalities or not any(row) for row in self.subsets):
-            raise InputError("every subset of a sampler must have one entry per modality and at least one available")
-        if self.kind == "fixed" and self.weights:
-            raise InputError("sampler kind 'fixed' draws its subsets uniformly; use 'weighted' for weights")
-        if self.kind == "weighted":
-            if len(self.weights) != len(self.subsets):
-                raise InputError(f"{len(self.subsets)} subsets but {len(self.weights)} weights")
-            if any(not 0 < weight < float("inf") for weight in self.weights):
-                raise InputError(f"the weights of subsets must be positive and finite, found {list(self.weights)}")
+        if self.drop and min(self.drop) == 1:
+            raise InputError("every modality is dropped with probability 1; at least one must be available")
+        if any(not 0 < weight < float("inf") for weight in self.weights):
+            raise InputError(f"the weights of subsets must be positive and finite, found {list(self.weights)}")
 
     @property
     def varies(self) -> bool:
@@ -307,6 +286,14 @@ def mask_modalities(batch: torch.Tensor, availability: torch.Tensor) -> torch.Te
         raise ValueError("a sample keeps no modality; at least one channel must stay available")
     keep = availability.to(batch.device, non_blocking=True).reshape(*batch.shape[:2], *[1] * (batch.ndim - 2))
     return torch.where(keep, batch, batch.new_zeros(()))
+
+
+def complete_unless_empty(batch: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
+    """Return a batch with all modalities, but samples without any voxel as they are in ``batch``.
+
+    These count as complete: their logits must not read what is in the others.
+    """
+    return torch.where(batch.flatten(1).any(1).reshape(-1, *[1] * (batch.ndim - 1)), complete, batch)
 
 
 def known_availability(batch: torch.Tensor, availability: torch.Tensor | None = None) -> torch.Tensor:

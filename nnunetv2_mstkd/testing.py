@@ -175,9 +175,9 @@ def make_trainer(
     return trainer
 
 
-def give_teacher(trainer: Any, seed: int = 1) -> Any:
+def give_teacher(trainer: Any) -> Any:
     """Put a frozen teacher with random weights beside a student, as its training start does; return the student."""
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     teacher = type(trainer).teacher_trainer.build_network_architecture(
         trainer.plans_manager,
         trainer.configuration_manager,
@@ -190,12 +190,12 @@ def give_teacher(trainer: Any, seed: int = 1) -> Any:
     return trainer
 
 
-def wake(network: torch.nn.Module, scale: float = 0.1) -> None:
+def wake(network: torch.nn.Module) -> None:
     """Move all parameters that are exactly zero, such as zero-initialised projections, as training does."""
     with torch.no_grad():
         for parameter in network.parameters():
             if not parameter.any():
-                parameter.normal_(0, scale)
+                parameter.normal_(0, 0.1)
 
 
 def batch(trainer: Any, *, batch_size: int | None = None, seed: int = 0) -> dict[str, Any]:

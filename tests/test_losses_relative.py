@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums
-from nnunetv2_mstkd.networks.standardization import standardize_channels
 
 
 def test_relative_difference_by_hand():
@@ -71,34 +70,3 @@ def test_different_shapes_are_refused_with_both_named():
         relative_difference(torch.zeros(1, 2), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="batch"):
         relative_difference(torch.zeros(()), torch.zeros(()))
-
-
-def test_standardised_channel_is_the_value_worked_out_by_hand():
-    # 1, 3: mean 2, population variance 1; 5, 5: variance 0.
-    x = torch.tensor([[[1.0, 3.0], [5.0, 5.0]]])
-    expected = torch.tensor([[[-1.0, 1.0], [0.0, 0.0]]]) / (1 + 1e-5) ** 0.5
-    torch.testing.assert_close(standardize_channels(x), expected)
-
-
-@pytest.mark.parametrize("spatial", [(6, 7), (4, 5, 6)])
-def test_standardised_channels_have_unit_variance(spatial):
-    x = 50 + 20 * torch.randn(2, 3, *spatial, generator=torch.Generator().manual_seed(3))
-    x[1] *= 100
-    z = standardize_channels(x).flatten(2)
-    torch.testing.assert_close(z.mean(2), torch.zeros(2, 3), atol=1e-4, rtol=0)
-    torch.testing.assert_close(z.var(2, unbiased=False), torch.ones(2, 3), atol=1e-3, rtol=0)
-
-
-def test_standardising_extremes_is_finite():
-    assert torch.equal(standardize_channels(torch.full((1, 2, 1, 1, 1), 7.0)), torch.zeros(1, 2, 1, 1, 1))
-    extreme = torch.tensor([[[65504.0, -65504.0] * 8]], dtype=torch.float16, requires_grad=True)
-    z = standardize_channels(extreme)
-    z.square().sum().backward()
-    assert z.dtype == torch.float32
-    torch.testing.assert_close(z.detach().abs(), torch.ones(1, 1, 16))
-    assert extreme.grad.isfinite().all()
-
-
-def test_standardising_without_space_is_refused():
-    with pytest.raises(ValueError, match="spatial"):
-        standardize_channels(torch.zeros(2, 3))

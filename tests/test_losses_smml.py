@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
-from nnunetv2_mstkd.methods.smml.losses import refined_guidance, relational_consistency, reliable_exchange
+from nnunetv2_mstkd.methods.smml.losses import relational_consistency, reliable_exchange
 
 GRIDS = {"2d": (6, 5), "3d": (4, 3, 5)}
 each_grid = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
@@ -73,7 +71,6 @@ def test_equal_students_have_nothing_to_say(grid, regions):
     z, label, f = logits(grid, 0), labels(grid, regions), features(grid, 0)
     assert reliable_exchange(z, z.clone(), label, regions=regions) == 0
     assert relational_consistency(f, f.clone(), z, label, regions=regions) == pytest.approx(0, abs=1e-8)
-    assert refined_guidance(z, z.clone(), regions=regions) == pytest.approx(0, abs=1e-7)
 
 
 @each_head
@@ -95,11 +92,8 @@ def test_only_the_student_learns(regions):
     label = labels(grid, regions)
     student, teacher = logits(grid, 0).requires_grad_(), logits(grid, 1).requires_grad_()
     f_student, f_teacher = features(grid, 0).requires_grad_(), features(grid, 1).requires_grad_()
-    loss = (
-        reliable_exchange(student, teacher, label, regions=regions)
-        + relational_consistency(f_student, f_teacher, teacher, label, regions=regions)
-        + refined_guidance(student, teacher, regions=regions)
-    )
+    loss = reliable_exchange(student, teacher, label, regions=regions)
+    loss = loss + relational_consistency(f_student, f_teacher, teacher, label, regions=regions)
     loss.backward()
     assert student.grad.abs().max() > 0 and f_student.grad.abs().max() > 0
     assert teacher.grad is None and f_teacher.grad is None
@@ -159,7 +153,6 @@ def test_what_stands_at_ignored_voxels_does_not_matter(grid, regions, content):
         losses = [
             reliable_exchange(student, teacher, label, **options),
             relational_consistency(f, g, teacher, label, **options),
-            refined_guidance(student, teacher, **options),
         ]
         sum(losses).backward()
         results.append([*losses, student.grad])
@@ -174,7 +167,6 @@ def test_without_a_valid_voxel_there_is_no_loss(regions):
     z, label = logits(grid, 0), labels(grid, regions)
     options = {"regions": regions, "valid": nothing}
     assert reliable_exchange(z, logits(grid, 1), label, **options) == 0
-    assert refined_guidance(z, logits(grid, 1), **options) == 0
     assert relational_consistency(features(grid, 0), features(grid, 1), z, label, **options) == 0
 
 
@@ -229,18 +221,6 @@ def test_a_peer_without_doubt_gives_no_weight_and_no_nan():
         features((4, 4), 0, batch=1), features((4, 4), 1, batch=1), z, labels((4, 4), False, batch=1), regions=False
     )
     assert found == 0
-
-
-# ---- guidance ------------------------------------------------------------------------------------------------------
-
-
-def test_guidance_is_the_divergence_from_the_refined_prediction():
-    student, refined = torch.zeros(1, 2, 1, 1), torch.zeros(1, 2, 1, 1)
-    refined[:, 0] = math.log(3)  # 3/4 against 1/4
-    expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
-    assert refined_guidance(student, refined, regions=False) == pytest.approx(expected, rel=1e-5)
-    regions = refined_guidance(torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), math.log(3)), regions=True)
-    assert regions == pytest.approx(expected, rel=1e-5)
 
 
 def test_mixed_precision_logits_are_compared_in_float32():

@@ -291,6 +291,7 @@ def test_one_encoder_per_modality_comes_from_medmap(make_trainer):
 
 def test_teacher_is_trained_with_the_alignment_on_complete_input(make_trainer):
     trainer = make_trainer(MedMAPTeacherTrainer, block={"medmap": {"weight": 0.3}})
+    assert trainer.logs_terms
     content = batch(trainer)
     step = trainer.compute_losses(content["data"], content["target"])
     torch.testing.assert_close(step.total, step.terms["segmentation"] + 0.3 * step.terms["alignment"])
@@ -301,6 +302,7 @@ def test_teacher_is_trained_with_the_alignment_on_complete_input(make_trainer):
         step.terms["segmentation"], trainer.loss(trainer.network(content["data"]), content["target"])
     )
     without = make_trainer(MedMAPTeacherTrainer, block={"medmap": {"weight": 0}})
+    assert not without.logs_terms
     assert set(without.train_step(content)["terms"]) == {"segmentation"}
 
 

@@ -300,22 +300,7 @@ def test_equal_generators_draw_equal_subsets(sampler):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"kind": "random"},
-            "unknown sampler kind 'random'; allowed are uniform, by_size, weighted, fixed, independent",
-        ),
-        ({"kind": "independent"}, "needs drop"),
-        ({"drop": (0.5, 0.5)}, "no other kind takes it"),
-        ({"kind": "independent", "drop": (0.5,)}, "expected 2 numbers from 0 to 1"),
-        ({"kind": "independent", "drop": (0.5, math.nan)}, "expected 2 numbers from 0 to 1"),
         ({"kind": "independent", "drop": (1.0, 1.0)}, "at least one must be available"),
-        ({"kind": "independent", "drop": (0.5, 0.5), "weights": (1.0,)}, "neither subsets nor weights"),
-        ({"subsets": ((True, False),)}, "neither subsets nor weights"),
-        ({"kind": "fixed"}, "at least one subset"),
-        ({"kind": "fixed", "subsets": ((False, False),)}, "at least one available"),
-        ({"kind": "fixed", "subsets": ((True,),)}, "one entry per modality"),
-        ({"kind": "fixed", "subsets": ((True, False),), "weights": (1.0,)}, "use 'weighted'"),
-        ({"kind": "weighted", "subsets": ((True, False),)}, "1 subsets but 0 weights"),
         ({"kind": "weighted", "subsets": ((True, False),), "weights": (0.0,)}, "positive and finite"),
         ({"kind": "weighted", "subsets": ((True, False),), "weights": (math.nan,)}, "positive and finite"),
         ({"kind": "weighted", "subsets": ((True, False),), "weights": (math.inf,)}, "positive and finite"),

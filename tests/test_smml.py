@@ -24,6 +24,11 @@ def smml(**settings):
     return {"smml": {**WARM, **settings}}
 
 
+def complete(light, data):
+    """What a student with one encoder per modality is given in training, to return its bottleneck as well."""
+    return {} if light else {"auxiliary": data}
+
+
 def losses_of(trainer, content, availability):
     """Losses of a step in which the first student has these modalities."""
     trainer.draw_availability = lambda size, present=None: availability
@@ -136,7 +141,8 @@ def test_gradients_stay_with_their_student(make_trainer, light):
     trainer = make_trainer(SMMLTrainer, block=smml(light=light, prior="self"))
     content = batch(trainer)
     data = content["data"]
-    first, second = trainer.network(data, other=modalities.mask_modalities(data, trainer.draw_availability(2)))
+    other = modalities.mask_modalities(data, trainer.draw_availability(2))
+    first, second = trainer.network(data, other=other, **complete(light, data))
     label = trainer.read_target(content["target"][0])
     prior = torch.rand(2, 4, 3, 16, 16, 16)
     loss, _ = trainer._student_loss(0, first, second, content["target"], label, prior)
@@ -221,7 +227,8 @@ def test_absent_modalities_do_not_reach_a_student(make_trainer, light, value):
     subsets = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]], dtype=torch.bool)
     filled = torch.where(subsets.reshape(2, 4, 1, 1, 1), content["data"], value)
     wanted, found = (
-        trainer.network(modalities.mask_modalities(data, subsets), student=1) for data in (content["data"], filled)
+        trainer.network(modalities.mask_modalities(data, subsets), student=1, **complete(light, data))
+        for data in (content["data"], filled)
     )
     assert all(torch.equal(one, other) for one, other in zip(wanted.logits, found.logits, strict=True))
     assert torch.equal(wanted.bottleneck, found.bottleneck)
@@ -249,7 +256,7 @@ def test_refinement_has_no_prior_of_absent_modalities(make_trainer, monkeypatch)
 def test_prediction_is_the_mean_or_one_student(make_trainer, light):
     trainer = make_trainer(SMMLTrainer, block=smml(light=light))
     network, data = trainer.network, batch(trainer)["data"]
-    pair = [student(data).logits for student in network.students]
+    pair = [student(data, **complete(light, data)).logits for student in network.students]
     found = network(data)
     assert isinstance(found, list) and len(found) == len(pair[0])
     for level, one, other in zip(found, *pair, strict=True):

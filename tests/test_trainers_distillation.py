@@ -248,7 +248,8 @@ def test_the_discriminator_learns_to_tell_teacher_from_student(make_trainer):
 def test_features_that_overflow_do_not_break_the_discriminator(student):
     student.train_step(batch(student))
     discriminator = student.adversary.discriminator
-    student.adversary.step(torch.full((4, discriminator.input_channels, 8, 8, 8), float("inf")))
+    channels = discriminator.hidden[0].in_channels
+    student.adversary.step(torch.full((4, channels, 8, 8, 8), float("inf")))
     assert all(torch.isfinite(value).all() for value in discriminator.state_dict().values())
     assert np.isfinite(list(student.train_step(batch(student))["terms"].values())).all()
 

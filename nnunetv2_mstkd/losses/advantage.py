@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits, valid_map
+from nnunetv2_mstkd.losses.logits import cross_entropy_map, prepare
 
 
 @torch.no_grad()
@@ -29,19 +28,11 @@ def teacher_advantage(
     -------
     Tensor of float32, shape (B, 1, *spatial), entries 0 or 1, without a graph; 0 at voxels that are not valid.
     """
-    check_logits(student, teacher, regions)
-    expected = tuple(student.shape) if regions else (student.shape[0], 1, *student.shape[2:])
+    student, teacher, valid = prepare(student, teacher, regions, valid)
+    expected = tuple(student.shape) if regions else tuple(valid.shape)
     if tuple(target.shape) != expected:
         raise ValueError(f"target has shape {tuple(target.shape)}, expected {expected} with regions={regions}")
-    valid = valid_map(valid, student)
     with torch.autocast(device_type=student.device.type, enabled=False):
-        target = torch.where(valid, target, torch.zeros_like(target))
-
-        def cross_entropy(logits: torch.Tensor) -> torch.Tensor:
-            logits = torch.where(valid, logits.float(), 0.0)
-            if regions:
-                loss = functional.binary_cross_entropy_with_logits(logits, target.float(), reduction="none")
-                return loss.sum(1, keepdim=True)
-            return functional.cross_entropy(logits, target[:, 0].long(), reduction="none").unsqueeze(1)
-
-        return (valid & (cross_entropy(teacher) < cross_entropy(student))).float()
+        target = torch.where(valid, target, 0)
+        ours, theirs = (cross_entropy_map(each, target, regions).sum(1, keepdim=True) for each in (student, teacher))
+        return (valid & (theirs < ours)).float()

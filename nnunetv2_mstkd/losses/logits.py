@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
 _SMOOTH = 1e-5
 
@@ -63,6 +64,34 @@ def valid_map(valid: torch.Tensor | None, logits: torch.Tensor) -> torch.Tensor:
         return torch.ones_like(logits[:, :1], dtype=torch.bool)
     check_map("valid", valid, logits, boolean=True)
     return valid
+
+
+def prepare(
+    student: torch.Tensor, teacher: torch.Tensor, regions: bool, valid: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Check the arguments of a loss; return both logits in float32, zero where a voxel is not valid, and that map."""
+    check_logits(student, teacher, regions)
+    valid = valid_map(valid, student)
+    return torch.where(valid, student.float(), 0.0), torch.where(valid, teacher.float(), 0.0), valid
+
+
+def divergence_map(student: torch.Tensor, teacher: torch.Tensor, regions: bool, tau: float = 1.0) -> torch.Tensor:
+    """tau^2 KL(teacher || student) per voxel, (B, 1, *spatial), or per voxel and region, (B, R, *spatial)."""
+    student, teacher = student / tau, teacher / tau
+    if regions:
+        p = teacher.sigmoid()
+        inside = p * (functional.logsigmoid(teacher) - functional.logsigmoid(student))
+        outside = (1 - p) * (functional.logsigmoid(-teacher) - functional.logsigmoid(-student))
+        return tau**2 * (inside + outside)
+    student, teacher = student.log_softmax(1), teacher.log_softmax(1)
+    return tau**2 * (teacher.exp() * (teacher - student)).sum(1, keepdim=True)
+
+
+def cross_entropy_map(logits: torch.Tensor, label: torch.Tensor, regions: bool) -> torch.Tensor:
+    """Cross-entropy against the label, shaped as :func:`divergence_map`."""
+    if regions:
+        return functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
+    return -logits.log_softmax(1).gather(1, label.long())
 
 
 def mean_over_voxels(values: torch.Tensor, valid: torch.Tensor, voxel_weight: torch.Tensor | None) -> torch.Tensor:

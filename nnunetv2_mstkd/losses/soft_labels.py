@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits, mean_over_voxels, probabilities, valid_map
+from nnunetv2_mstkd.losses.logits import divergence_map, mean_over_voxels, prepare
 
 
 def soft_label_divergence(
@@ -24,16 +23,7 @@ def soft_label_divergence(
     Arguments are those of :mod:`nnunetv2_mstkd.losses`. The loss is at least 0: 0 for equal logits and when no voxel is
     valid.
     """
-    check_logits(student, teacher, regions)
-    valid = valid_map(valid, student)
+    student, teacher, valid = prepare(student, teacher.detach(), regions, valid)
     with torch.autocast(device_type=student.device.type, enabled=False):
-        # an invalid voxel may hold anything, NaN included
-        student, teacher = (torch.where(valid, each.float(), 0.0) for each in (student, teacher.detach()))
-        target = probabilities(teacher, regions)
-        if regions:
-            entropy = functional.binary_cross_entropy_with_logits
-            loss = entropy(student, target, reduction="none") - entropy(teacher, target, reduction="none")
-            loss = loss.mean(1, keepdim=True)
-        else:
-            loss = (target * (teacher.log_softmax(1) - student.log_softmax(1))).sum(1, keepdim=True)
-        return mean_over_voxels(loss, valid, voxel_weight)
+        divergence = divergence_map(student, teacher, regions).mean(1, keepdim=True)
+        return mean_over_voxels(divergence, valid, voxel_weight)

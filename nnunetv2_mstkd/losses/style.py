@@ -13,14 +13,6 @@ from torch.nn import functional
 
 from nnunetv2_mstkd.losses.relative import relative_difference
 
-_VARIANCE_FLOOR = 1e-5
-
-
-def _unit_rows(x: torch.Tensor) -> torch.Tensor:
-    rows = x.float().flatten(2)
-    rows = rows - rows.mean(2, keepdim=True)
-    return rows * torch.rsqrt(rows.square().sum(2, keepdim=True) + _VARIANCE_FLOOR * rows.shape[2])
-
 
 def cross_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Correlation over space between the channels of two feature maps.
@@ -42,7 +34,8 @@ def cross_correlation(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
             "(B, Cb, *spatial) with the same B and spatial"
         )
     with torch.autocast(device_type=a.device.type, enabled=False):
-        return torch.bmm(_unit_rows(a), _unit_rows(b).transpose(1, 2))
+        first, second = (functional.layer_norm(each.float(), each.shape[2:]).flatten(2) for each in (a, b))
+        return torch.bmm(first, second.transpose(1, 2)) / first.shape[2]
 
 
 def style_matching(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor:

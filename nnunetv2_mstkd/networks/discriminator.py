@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
-
-from nnunetv2_mstkd.networks.standardization import standardize_channels
+from torch.nn import functional
 
 _NEGATIVE_SLOPE = 0.2
+_FEATURES = (32, 64)
+"""Channels of the hidden convolutions."""
 
 
 class PatchDiscriminator(nn.Module):
@@ -28,28 +27,17 @@ class PatchDiscriminator(nn.Module):
     Parameters
     ----------
     input_channels
-        Channels of f_enc plus channels of f_t.
+        Channels of what is compared: for MST-KDNet those of f_enc and f_t together.
     dimensions
         Number of spatial axes, 2 or 3.
-    features
-        Channels of the hidden convolutions, at least one.
     """
 
-    def __init__(self, input_channels: int, *, dimensions: int, features: Sequence[int] = (32, 64)) -> None:
+    def __init__(self, input_channels: int, *, dimensions: int) -> None:
         super().__init__()
-        if dimensions not in (2, 3):
-            raise ValueError(f"found dimensions = {dimensions}, expected 2 or 3")
-        if input_channels < 1 or len(features) == 0 or min(features) < 1:
-            raise ValueError(
-                f"found {input_channels} input channels and features {tuple(features)}, expected at least one input "
-                "channel and one or more positive numbers of features"
-            )
-        self.input_channels = input_channels
-        self.dimensions = dimensions
         convolution = nn.Conv2d if dimensions == 2 else nn.Conv3d
         layers: list[nn.Module] = []
         width = input_channels
-        for index, next_width in enumerate(features):
+        for index, next_width in enumerate(_FEATURES):
             layer = convolution(width, next_width, kernel_size=3, stride=2 if index == 0 else 1, padding=1)
             nn.init.kaiming_normal_(layer.weight, a=_NEGATIVE_SLOPE)
             nn.init.zeros_(layer.get_parameter("bias"))
@@ -61,16 +49,11 @@ class PatchDiscriminator(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Logits, positive where the input looks like the teacher's.
 
-        ``x`` is cat((f_enc, f_t), 1), (B, input_channels, *spatial), not standardised. A grid of one position
-        standardises to zero: D then cannot tell. Returned are float32 logits (B, 1, *ceil(spatial / 2)).
+        ``x`` is (B, input_channels, *spatial), not standardised. A grid of one position standardises to zero: D then
+        cannot tell. Returned are float32 logits (B, 1, *ceil(spatial / 2)).
         """
-        if x.ndim != self.dimensions + 2 or x.shape[1] != self.input_channels:
-            raise ValueError(
-                f"found an input of shape {tuple(x.shape)}, expected (B, {self.input_channels}) and {self.dimensions} "
-                "spatial axes"
-            )
         with torch.autocast(device_type=x.device.type, enabled=False):
-            return self.head(self.hidden(standardize_channels(x)))
+            return self.head(self.hidden(functional.layer_norm(x.float(), x.shape[2:])))
 
 
 def mean_logit(logits: torch.Tensor) -> torch.Tensor:

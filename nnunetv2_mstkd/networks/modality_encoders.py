@@ -14,7 +14,7 @@ from dynamic_network_architectures.building_blocks.simple_conv_blocks import Con
 from dynamic_network_architectures.initialization.weight_init import InitWeights_He
 from torch import nn
 
-from nnunetv2_mstkd.nnunet.unet import EncoderDecoder, UNetPlan
+from nnunetv2_mstkd.nnunet.unet import UNetPlan
 
 MIN_WIDTH = 4
 """Channels that a stage of a one-modality encoder keeps at least."""
@@ -77,7 +77,7 @@ def modality_plan(plan: UNetPlan, width: float) -> UNetPlan:
     return plan.replace(num_modalities=1, widths=widths)
 
 
-def decoder_alone(unet: EncoderDecoder) -> Any:
+def decoder_alone(unet: Any) -> Any:
     """Return a U-Net's decoder without the encoder that it was built for: its weights would be saved and never used."""
     decoder = unet.decoder
     del decoder.encoder

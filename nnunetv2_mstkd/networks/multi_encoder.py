@@ -103,9 +103,7 @@ class MultiEncoderUNet(AvailabilityAware):
             known = self.availability if availability is None else availability
             available = encoded = modalities.known_availability(x, known)
             if auxiliary is not None and self.separate is not None:
-                # a patch without any voxel counts as complete: its logits must not read what is in the others
-                anything = x.flatten(1).any(1).reshape(-1, *[1] * (x.ndim - 1))
-                x = torch.where(anything, auxiliary, x)
+                x = modalities.complete_unless_empty(x, auxiliary)
                 encoded = modalities.known_availability(x)
             features = self.modality_encoders(x)
             stages = [mask_features(stage, available) for stage in features]

@@ -25,7 +25,7 @@ def _allowed_types() -> list[Any]:
     return [*names, np.dtype, *(type(np.dtype(code)) for code in ("f2", "f4", "f8", "i4", "i8", "u1", "?"))]
 
 
-def read(path: str | os.PathLike, *, device: torch.device | str = "cpu", hint: str = "") -> dict[str, Any]:
+def read(path: str | os.PathLike, *, hint: str = "") -> dict[str, Any]:
     """Read a checkpoint without executing anything in it (``weights_only``).
 
     InputError if it is truncated, no checkpoint of nnU-Net, or holds anything but tensors, numbers and plain Python;
@@ -37,7 +37,7 @@ def read(path: str | os.PathLike, *, device: torch.device | str = "cpu", hint: s
     with path.open("rb") as file:  # here, so that a file without read permission is not called damaged
         try:
             with torch.serialization.safe_globals(_allowed_types()):
-                content = torch.load(file, map_location=device, weights_only=True)
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except (MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # damaged bytes can make an unpickler raise anything

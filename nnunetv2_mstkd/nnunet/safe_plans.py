@@ -28,7 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
-NETWORK_PACKAGES = ("dynamic_network_architectures.architectures", "nnunetv2_mstkd.networks")
+NETWORK_PACKAGES: tuple[str, ...] = ("dynamic_network_architectures.architectures",)
 LAYER_PACKAGES = ("torch.nn", "dynamic_network_architectures")
 """Where the classes that plans name may be defined."""
 

@@ -6,22 +6,12 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.errors import InputError
 
 FAMILIES = ("PlainConvUNet", "ResidualEncoderUNet")
 """Networks of dynamic_network_architectures that our networks are built around."""
-
-
-class EncoderDecoder(Protocol):
-    """A U-Net of dynamic_network_architectures, whose modules have no types."""
-
-    @property
-    def encoder(self) -> Any: ...
-
-    @property
-    def decoder(self) -> Any: ...
 
 
 class UNetShape(NamedTuple):
@@ -113,7 +103,7 @@ class UNetPlan:
                 f"Plan with nnU-Net's default or a ResEnc planner"
             )
 
-    def build(self) -> EncoderDecoder:
+    def build(self) -> Any:
         """Check the plans' own network and build it, initialised as nnU-Net does."""
         from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 

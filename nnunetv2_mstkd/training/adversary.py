@@ -39,7 +39,7 @@ class Adversary:
         if distributed:
             self._trained = wrapped_for_ddp(self.discriminator, device)
 
-    def term(self, student: Any, teacher: Any = None, target: Any = None) -> torch.Tensor:
+    def term(self, student: Any) -> torch.Tensor:
         """Return the student's loss for being told from the teacher; the discriminator gets no gradient."""
         self.discriminator.requires_grad_(False)
         loss = adversarial_student_term(mean_logit(self.discriminator(self._style_of(student))))

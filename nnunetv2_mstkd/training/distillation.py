@@ -35,8 +35,6 @@ class DistillationTrainer(SoftLabelTrainer):
     sections = (*SoftLabelTrainer.sections, TeacherSettings)
     teacher_trainer: ClassVar[type[SettingsTrainer]]
     """Trainer whose final checkpoint of the same fold is the teacher."""
-    adversarial_term: ClassVar[str] = "adversarial"
-    """Name of the term that needs an adversary; without an active term of that name none is built."""
     feature_terms: ClassVar[tuple[str, ...]] = ()
     """Terms that compare features, so that teacher and student need features of equal shape."""
     distillation_defaults = DistillationSettings(where="teacher_better", fade=0.5, every=1, soft_labels=0.0)
@@ -102,7 +100,7 @@ class DistillationTrainer(SoftLabelTrainer):
             self.teacher = torch.compile(self.teacher) if self._do_i_compile() else self.teacher
             self.teacher = wrapped_for_ddp(self.teacher, self.device) if self.is_ddp else self.teacher
         self.adversary = None
-        if self.active(self.adversarial_term):
+        if self.active("adversarial"):
             dimensions = len(self.configuration_manager.patch_size)
             self.adversary = Adversary(
                 self.style_channels(), dimensions, self.style_of, self.device, distributed=self.is_ddp

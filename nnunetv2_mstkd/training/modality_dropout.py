@@ -18,11 +18,10 @@ from torch import distributed as dist
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
-from nnunetv2_mstkd.losses.ramp import ramp
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer
-from nnunetv2_mstkd.training.distributed import gather
+from nnunetv2_mstkd.training.distributed import gather, rank
 from nnunetv2_mstkd.training.loaders import REPEATED, end_workers, repeating, unlabelled_loader
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
@@ -31,7 +30,7 @@ from nnunetv2_mstkd.training.settings import (
     TeacherSettings,
     UnlabelledSettings,
 )
-from nnunetv2_mstkd.training.step import Losses, Target, Term, rows_of
+from nnunetv2_mstkd.training.step import Losses, Target, Term, add_terms, rows_of
 
 
 class Segmentation(NamedTuple):
@@ -71,7 +70,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
     """Weights, such as ``medmap.weight``, of terms that are meant to read the complete batch. The leak test sets them
     to 0; those of all bases count."""
     teacher: Any = None
-    """A network that sees complete input; None where no term compares with one."""
+    """A network that sees complete input; None: there is none."""
     teacher_learns: bool = False
     """Whether the teacher is trained in the same steps; else it is frozen."""
     teacher_period: int = 1
@@ -148,19 +147,14 @@ class ModalityDropoutTrainer(SettingsTrainer):
         data, present = self.add_unlabelled(data, present)
         subsets = self.draw_availability(len(data), present)
         inputs = modalities.mask_modalities(data, subsets)
-        if not self.terms and not self.teacher_learns and self.unlabelled_batches is None:
-            with self.conditioned_on(subsets):
-                loss = self.loss(self.network(inputs), target)
-            return Losses(loss, {"segmentation": loss})
-
         asked = self.asks_teacher()
-        terms = [term for term in self.terms if asked or not term.needs_teacher]
         rows = data if asked or self.teacher_learns else data[labelled.stop :]
         teacher: Any = None
         if self.teacher is not None and len(rows):
             with torch.set_grad_enabled(self.teacher_learns):
                 teacher = self.forward_teacher(rows)
         with self.conditioned_on(subsets):
+            terms = any(asked or not term.needs_teacher for term in self.terms)
             student = self.forward_student(inputs, data) if terms else Segmentation(self.network(inputs))
         judged, share = self.judged_samples(present, labelled)
         total = self.loss(rows_of(student.logits, labelled), target)
@@ -177,21 +171,20 @@ class ModalityDropoutTrainer(SettingsTrainer):
             total = total + self.unlabelled_weight() * values["unlabelled"]
             student = rows_of(student, labelled)
             teacher = rows_of(teacher, labelled) if asked else None
+        adversary = None
         with torch.autocast(self.device.type, enabled=False):
             label = self.read_target(finest(target))
-            known_student, teacher, known_label = (rows_of(each, judged) for each in (student, teacher, label))
-            known_label = known_label._replace(weight=self.voxel_weight(known_student, teacher, known_label))
-            for term in terms:
-                if term.needs_teacher:
-                    value = share * term.function(known_student, teacher, known_label)
+            if asked:
+                known = [rows_of(each, judged) for each in (student, teacher, label)]
+                known[2] = known[2]._replace(weight=self.voxel_weight(*known))
+                for term in (term for term in self.terms if term.needs_teacher):
+                    values[term.name] = share * term.function(*known)
                     factor = self.teacher_period * (term.factor or self.teacher_factor)()
-                else:
-                    value, factor = term.function(student, None, label), 1.0
-                values[term.name] = value
-                total = total + term.weight * factor * value
-        if self.adversary is None or not asked:
-            return Losses(total, values)
-        return Losses(total, values, (self.adversary.remember(known_student, teacher), share))
+                    total = total + term.weight * factor * values[term.name]
+            total = add_terms(total, values, (term for term in self.terms if not term.needs_teacher), student, label)
+        if asked and self.adversary is not None:
+            adversary = (self.adversary.remember(*known[:2]), share)
+        return Losses(total, values, adversary)
 
     def asks_teacher(self) -> bool:
         """Whether the terms that compare with a teacher are computed in this step."""
@@ -226,7 +219,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return self.network(inputs, **options)
 
     def forward_teacher(self, complete: torch.Tensor) -> Any:
-        """Run the teacher on complete input, under no_grad."""
+        """Run the teacher on complete input, without a graph unless it learns."""
         raise NotImplementedError
 
     # ---- unlabelled cases ----------------------------------------------------------------------------------------
@@ -321,8 +314,9 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return None
 
     def rise(self, fraction: float) -> float:
-        """How far a weight has risen that is to be full after this fraction of the training, at this iteration."""
-        return ramp(self.iteration, self.total_iterations, fraction) if fraction > 0 else 1.0
+        """How far a weight has risen, exp(-5 (1 - t)^2), that is full after this fraction of the training."""
+        t = min(1.0, self.iteration / max(1.0, fraction * self.total_iterations)) if fraction > 0 else 1.0
+        return math.exp(-5.0 * (1.0 - t) ** 2)
 
     def teacher_factor(self) -> float:
         """Common factor of the weights of all terms that need the teacher, at this iteration."""
@@ -336,10 +330,9 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     def _validation_rows(self, batch_size: int) -> torch.Tensor:
         """Entries of the fixed list for this step: sample n of an epoch gets entry n mod S, whatever the ranks."""
-        whole, offset = self.configuration_manager.batch_size, 0
-        if self.is_ddp:
-            rank, ranks = dist.get_rank(), dist.get_world_size()
-            offset = rank * (whole // ranks) + min(rank, whole % ranks)
+        whole, number = self.configuration_manager.batch_size, rank()
+        ranks = dist.get_world_size() if self.is_ddp else 1
+        offset = number * (whole // ranks) + min(number, whole % ranks)
         first = self._validation_step * whole + offset
         return torch.arange(first, first + batch_size) % len(self.validation_subsets)
 
@@ -375,21 +368,11 @@ class ModalityDropoutTrainer(SettingsTrainer):
         counts, rows, loss = counts.reshape(-1, *counts.shape[2:]), rows.reshape(-1), np.mean(collated["loss"])
         everyone = gather((counts, rows, loss))
         loss = np.mean([entry[2] for entry in everyone])
-        pooled = np.zeros((len(self.validation_subsets), *counts.shape[1:]))
+        pooled = torch.zeros(len(self.validation_subsets), *counts.shape[1:], dtype=torch.float64)
         for counts, rows, _ in everyone:
-            np.add.at(pooled, rows, counts)
-        tp, fp, fn = np.moveaxis(pooled, -1, 0)
-        size = 2 * tp + fp + fn
-        dice = np.divide(2 * tp, size, out=np.full_like(size, np.nan), where=size > 0)
-        # a subset with nothing to find and nothing found says nothing; NaN would stay in nnU-Net's moving average
-        mean = np.nan_to_num(_nanmean(_nanmean(dice, 1), 0))
-        self.logger.log("mean_fg_dice", float(mean), self.current_epoch)
-        self.logger.log("dice_per_class_or_region", _nanmean(dice, 0).tolist(), self.current_epoch)
+            pooled.index_add_(0, torch.as_tensor(rows), torch.as_tensor(counts).double())
+        tp, fp, fn = pooled.unbind(-1)
+        dice = 2 * tp / (2 * tp + fp + fn)  # NaN, which means leave out, where there is nothing and nothing was found
+        self.logger.log("mean_fg_dice", dice.nanmean(1).nanmean().nan_to_num().item(), self.current_epoch)
+        self.logger.log("dice_per_class_or_region", dice.nanmean(0).tolist(), self.current_epoch)
         self.logger.log("val_losses", loss, self.current_epoch)
-
-
-def _nanmean(values: np.ndarray, axis: int) -> np.ndarray:
-    """Mean over the entries that are not NaN; NaN, without NumPy's warning, where all are."""
-    known = ~np.isnan(values)
-    count = known.sum(axis)
-    return np.where(count > 0, np.where(known, values, 0.0).sum(axis) / np.maximum(count, 1), np.nan)

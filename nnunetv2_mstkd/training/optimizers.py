@@ -1,18 +1,17 @@
-"""Optimisers: nnU-Net's for the U-Net, AdamW for what a transformer adds, one object for both."""
+"""Optimisers: nnU-Net's for the U-Net, AdamW for what a method adds to it, one object for both."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 
 from nnunetv2_mstkd.training.settings import ScheduleSettings
 
-TRANSFORMER_WEIGHT_DECAY = 0.05
+ADDED_WEIGHT_DECAY = 0.05
 WARMUP = 0.02
-"""Fraction of a training over which the transformer's rate rises from zero."""
+"""Fraction of a training over which the rate of added modules rises from zero."""
 
 
 class JointOptimizer(torch.optim.Optimizer):
@@ -25,21 +24,10 @@ class JointOptimizer(torch.optim.Optimizer):
     def __init__(self, *members: torch.optim.Optimizer) -> None:
         self.members = members
         super().__init__([group for member in members for group in member.param_groups], {})
-        self.param_groups = [group for member in members for group in member.param_groups]
 
-    def step(self, closure: Callable | None = None) -> Any:
-        # the closure once, not once per member: it would see half of the parameters moved
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for member in self.members:
             member.step()
-        return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        for member in self.members:
-            member.zero_grad(set_to_none=set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
         return {"members": [member.state_dict() for member in self.members]}
@@ -57,15 +45,14 @@ class WarmupPolyScheduler:
     epoch only the warm-up moves, so the U-Net's rate is exactly nnU-Net's.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, max_steps: int, exponent: float = 0.9) -> None:
-        self.optimizer, self.max_steps, self.exponent = optimizer, max_steps, exponent
+    def __init__(self, optimizer: torch.optim.Optimizer, max_steps: int) -> None:
+        self.optimizer, self.max_steps = optimizer, max_steps
 
-    def step(self, current_step: float | None = None) -> None:
+    def step(self, current_step: float) -> None:
         """Set the rates for ``current_step`` in epochs; a fraction counts within the epoch."""
-        progress = float(current_step or 0.0)
-        poly = (1 - int(progress) / self.max_steps) ** self.exponent
+        poly = (1 - int(current_step) / self.max_steps) ** 0.9
         for group in self.optimizer.param_groups:
-            rise = min(1.0, (progress + 1e-3) / (WARMUP * self.max_steps)) if group.get("warmup") else 1.0
+            rise = min(1.0, (current_step + 1e-3) / (WARMUP * self.max_steps)) if group.get("warmup") else 1.0
             group["lr"] = group["initial_lr"] * poly * rise
 
 
@@ -88,7 +75,7 @@ def build_optimizer(
     epochs: int,
     weight_decay: float,
     added_modules: Iterable[torch.nn.Module] = (),
-) -> tuple[torch.optim.Optimizer, PolyLRScheduler | WarmupPolyScheduler]:
+) -> tuple[torch.optim.Optimizer, WarmupPolyScheduler]:
     """Optimiser and scheduler of a network, which may be compiled; ``weight_decay`` is nnU-Net's, for SGD.
 
     ``added_modules`` are trained with AdamW at ``added_lr`` (weight decay 0.05, none on norms, biases and positions)
@@ -98,19 +85,19 @@ def build_optimizer(
     added = {id(parameter): parameter for module in added_modules for parameter in module.parameters()}
     if not added or schedule.optimizer == "adam":
         optimizer = _unet_optimizer(network.parameters(), schedule, weight_decay)
-        return optimizer, PolyLRScheduler(optimizer, schedule.learning_rate, epochs)
+        return optimizer, WarmupPolyScheduler(optimizer, epochs)
     unet = [parameter for parameter in network.parameters() if id(parameter) not in added]
     weights = [getattr(layer, "weight", None) for module in added_modules for layer in module.modules()]
     decayed = {id(weight) for weight in weights if isinstance(weight, torch.nn.Parameter) and weight.ndim > 1}
     groups = [
         {
             "params": [parameter for key, parameter in added.items() if (key in decayed) == decays],
-            "weight_decay": TRANSFORMER_WEIGHT_DECAY if decays else 0.0,
+            "weight_decay": ADDED_WEIGHT_DECAY if decays else 0.0,
             "initial_lr": schedule.added_lr,
             "warmup": True,
         }
         for decays in (True, False)
     ]
-    transformer = torch.optim.AdamW(groups, schedule.added_lr)
-    optimizer = JointOptimizer(_unet_optimizer(unet, schedule, weight_decay), transformer)
+    added_optimizer = torch.optim.AdamW(groups, schedule.added_lr)
+    optimizer = JointOptimizer(_unet_optimizer(unet, schedule, weight_decay), added_optimizer)
     return optimizer, WarmupPolyScheduler(optimizer, epochs)

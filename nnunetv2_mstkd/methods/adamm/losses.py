@@ -70,13 +70,8 @@ class Presence(NamedTuple):
 
 def presence_target(label: torch.Tensor, heads: int, *, regions: bool, valid: torch.Tensor | None = None) -> Presence:
     """Which of the H foreground heads (regions, or classes without the background) have any voxel in each sample."""
-    if regions:
-        found = label.bool()
-        found = (found if valid is None else found & valid).flatten(2).any(2)
-    else:
-        # of the background's number there is always enough to put in the place of voxels that are left out
-        classes = (label if valid is None else torch.where(valid, label, 0)).flatten(1)
-        found = torch.stack([(classes == number).any(1) for number in range(1, heads + 1)], 1)
+    found = label.bool() if regions else foreground_masks(label, heads + 1)
+    found = (found if valid is None else found & valid).flatten(2).any(2)
     known = torch.ones_like(found[:, 0]) if valid is None else valid.flatten(1).any(1)
     return Presence(found.float(), known)
 

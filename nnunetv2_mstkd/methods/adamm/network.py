@@ -129,11 +129,6 @@ class AdaptiveUNet(AvailabilityAware):
             width = shape.widths[stages - 2 - self.presence_stage]
             self.presence = PresenceHead(width, plan.num_outputs, plan.dimensions)
 
-    def added_modules(self) -> list[nn.Module]:
-        """Adapters and graph; the presence head, a sister of the segmentation layers, is trained as they are."""
-        parts = (self.encoder_adapters, self.decoder_adapters, self.refinement)
-        return [part for part in parts if part is not None]
-
     def forward(
         self,
         x: torch.Tensor,
@@ -246,7 +241,9 @@ class AdaptiveDesign(NetworkDesign):
         return AdaptiveUNet(plan, settings[AdaMMSettings])
 
     def added_modules(self, network: Any) -> list[nn.Module]:
-        return network.added_modules()
+        """Adapters and graph; the presence head, a sister of the segmentation layers, is trained as they are."""
+        parts = (network.encoder_adapters, network.decoder_adapters, network.refinement)
+        return [part for part in parts if part is not None]
 
     def modality_weights(self, network: Any) -> list[torch.Tensor]:
         banks = [bank for bank in (network.encoder_adapters, network.decoder_adapters) if bank is not None]

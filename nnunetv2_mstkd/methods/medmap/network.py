@@ -212,9 +212,7 @@ class AlignedNetwork(AvailabilityAware):
         """
         available = modalities.known_availability(x, self.availability if availability is None else availability)
         if complete is not None:
-            # a patch without any voxel counts as complete: its logits must not read what is in the others
-            anything = x.flatten(1).any(1).reshape(-1, *[1] * (x.ndim - 1))
-            complete = torch.where(anything, complete, x)
+            complete = modalities.complete_unless_empty(x, complete)
         y, aligned = self.front(x if complete is None else complete, available)
         if self.takes_availability:
             options["availability"] = available

@@ -94,6 +94,10 @@ class MedMAPTeacherTrainer(TeacherTrainer):
 
     design = AlignedDesign()
 
+    def apply_settings(self, settings: Settings) -> None:
+        super().apply_settings(settings)
+        self.logs_terms = self.settings[MedMAPSettings].weight > 0
+
     def compute_losses(self, data: torch.Tensor, target: Any, present: torch.Tensor | None = None) -> Losses:
         weight = self.settings[MedMAPSettings].weight
         if not weight:

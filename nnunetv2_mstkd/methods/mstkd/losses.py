@@ -15,9 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import check_logits, check_map, valid_map, weigh
+from nnunetv2_mstkd.losses.logits import check_map, prepare, weigh
 from nnunetv2_mstkd.losses.relative import ratio_of_sums, relative_difference, squared_sums
-from nnunetv2_mstkd.networks.standardization import standardize_channels
 
 # A standardised map of fewer positions is almost fixed by the standardisation itself and carries no pattern to match.
 _FEWEST_POSITIONS = 8
@@ -98,7 +97,7 @@ def multiscale_map_matching(student_maps: Sequence[torch.Tensor], teacher_maps: 
     """
     check_pairs(student_maps, teacher_maps)
     levels = [
-        relative_difference(standardize_channels(student), standardize_channels(teacher.detach()))
+        relative_difference(*(functional.layer_norm(z.float(), z.shape[2:]) for z in (student, teacher.detach())))
         for student, teacher in zip(student_maps, teacher_maps, strict=True)
         if math.prod(student.shape[2:]) >= _FEWEST_POSITIONS
     ]
@@ -129,12 +128,8 @@ def logit_discrepancy(
 
     Arguments are those of :mod:`nnunetv2_mstkd.losses`. The loss is at least 0, and 0 when no voxel is valid.
     """
-    check_logits(student, teacher, regions)
-    valid = valid_map(valid, student)
+    student, teacher, valid = prepare(student, teacher.detach(), regions, valid)
     with torch.autocast(device_type=student.device.type, enabled=False):
-        # Zeros come in before any arithmetic: 0 * NaN is NaN, in the gradient too.
-        student = torch.where(valid, student.float(), 0.0)
-        teacher = torch.where(valid, teacher.detach().float(), 0.0)
         if not regions:
             student = student - student.mean(1, keepdim=True)
             teacher = teacher - teacher.mean(1, keepdim=True)
@@ -215,14 +210,11 @@ def standardized_kl(
     separate
         Compare the two outcomes of each region by themselves; classes are not changed.
     """
-    check_logits(student, teacher, regions)
     check_map("target_foreground", target_foreground, student, boolean=True)
     if tau <= 0:
         raise ValueError(f"found temperature tau = {tau}, expected a number greater than 0")
-    valid = valid_map(valid, student)
+    student, teacher, valid = prepare(student, teacher.detach(), regions, valid)
     with torch.autocast(device_type=student.device.type, enabled=False):
-        student = torch.where(valid, student.float(), 0.0)
-        teacher = torch.where(valid, teacher.detach().float(), 0.0)
         background = torch.zeros_like(teacher[:, :1]) if regions else teacher[:, :1]
         regions_or_classes = teacher if regions else teacher[:, 1:]
         teacher_foreground = regions_or_classes.amax(1, keepdim=True) > background

@@ -15,10 +15,10 @@ import torch
 from torch.nn import functional
 
 from nnunetv2_mstkd.losses.logits import (
-    check_logits,
     foreground_masks,
     foreground_probabilities,
     mean_over_voxels,
+    prepare,
     probabilities,
     valid_map,
     where_valid,
@@ -81,13 +81,9 @@ def probability_error(
     The paper writes l for the outputs; the released code compares *probabilities* of the foreground heads, as is done
     here. Arguments are those of :mod:`nnunetv2_mstkd.losses`; 0 when no voxel is valid.
     """
-    check_logits(student, teacher, regions)
-    valid = valid_map(valid, student)
+    student, teacher, valid = prepare(student, teacher, regions, valid)
     with torch.autocast(device_type=student.device.type, enabled=False):
-        # zeros come in before any arithmetic: 0 * NaN is NaN, in the gradient too
-        found, wanted = (
-            foreground_probabilities(torch.where(valid, each, 0.0), regions) for each in (student, teacher)
-        )
+        found, wanted = (foreground_probabilities(each, regions) for each in (student, teacher))
         return mean_over_voxels((found - wanted).square().sum(1, keepdim=True), valid, voxel_weight)
 
 
@@ -112,11 +108,10 @@ def standardized_kl(
     Arguments are those of :mod:`nnunetv2_mstkd.losses`; regions become classes by a zero background logit in front.
     ``tau`` is above 0. The loss is 0 when no voxel is valid.
     """
-    check_logits(student, teacher, regions)
-    valid = valid_map(valid, student)
+    student, teacher, valid = prepare(student, teacher, regions, valid)
 
     def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
-        logits = class_logits(torch.where(valid, logits.float(), 0.0), regions)
+        logits = class_logits(logits, regions)
         centred = logits - logits.mean(1, keepdim=True)
         variance = centred.square().sum(1, keepdim=True) / (logits.shape[1] - 1)
         spread = (variance + _NO_SPREAD**2).sqrt() + _NO_SPREAD

@@ -13,31 +13,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import probabilities, where_valid
+from nnunetv2_mstkd.losses.logits import cross_entropy_map, divergence_map, probabilities, where_valid
 
 MAX_EDGE = 8
 """Bottleneck features are pooled to at most so many positions per axis before they are compared."""
 
 _EPSILON = 1e-6
-
-
-def _divergence(student: torch.Tensor, teacher: torch.Tensor, regions: bool, tau: float) -> torch.Tensor:
-    """tau^2 KL(teacher || student) per voxel, (B, 1, *spatial), or per voxel and region, (B, R, *spatial)."""
-    student, teacher = student / tau, teacher / tau
-    if regions:
-        p = teacher.sigmoid()
-        inside = p * (functional.logsigmoid(teacher) - functional.logsigmoid(student))
-        outside = (1 - p) * (functional.logsigmoid(-teacher) - functional.logsigmoid(-student))
-        return tau**2 * (inside + outside)
-    student, teacher = student.log_softmax(1), teacher.log_softmax(1)
-    return tau**2 * (teacher.exp() * (teacher - student)).sum(1, keepdim=True)
-
-
-def _cross_entropy(logits: torch.Tensor, label: torch.Tensor, regions: bool) -> torch.Tensor:
-    """Against the label, shaped as :func:`_divergence`."""
-    if regions:
-        return functional.binary_cross_entropy_with_logits(logits, label.float(), reduction="none")
-    return -logits.log_softmax(1).gather(1, label.long())
 
 
 def _correct(logits: torch.Tensor, label: torch.Tensor, regions: bool) -> torch.Tensor:
@@ -90,12 +71,12 @@ def reliable_exchange(
         student, teacher = student.float(), teacher.detach().float()
         student, teacher = where_valid(student, valid), where_valid(teacher, valid)
         with torch.no_grad():
-            selected = _cross_entropy(teacher, label, regions) < _cross_entropy(student, label, regions)
+            selected = cross_entropy_map(teacher, label, regions) < cross_entropy_map(student, label, regions)
             if require_correct:
                 selected &= _correct(teacher, label, regions)
             if valid is not None:
                 selected &= valid
-        divergence = torch.where(selected, _divergence(student, teacher, regions, tau), 0.0)
+        divergence = torch.where(selected, divergence_map(student, teacher, regions, tau), 0.0)
         if not balanced:
             return divergence.sum() / selected.sum().clamp_min(1)
         means, counts = [], []
@@ -170,20 +151,3 @@ def relational_consistency(
         positions = (gram - teacher_gram).square().sum(1)
         classes = (similarity - teacher_similarity).square() @ occurs / occurs.sum().clamp_min(1)
         return (weight * (positions + classes)).sum()
-
-
-def refined_guidance(
-    student: torch.Tensor, refined: torch.Tensor, *, regions: bool, valid: torch.Tensor | None = None
-) -> torch.Tensor:
-    """L_refine: mean over valid voxels (and regions) of KL(refined || student).
-
-    Direction and stopped gradient of SMML's own term are unknown; here the refinement network is the teacher. Both give
-    logits (B, K, *spatial). 0 when no voxel is valid.
-    """
-    with torch.autocast(student.device.type, enabled=False):
-        student, refined = student.float(), refined.detach().float()
-        if valid is None:
-            return _divergence(student, refined, regions, 1.0).mean()
-        student, refined = torch.where(valid, student, 0.0), torch.where(valid, refined, 0.0)
-        divergence = torch.where(valid, _divergence(student, refined, regions, 1.0), 0.0)
-        return divergence.sum() / (valid.sum() * divergence.shape[1]).clamp_min(1)

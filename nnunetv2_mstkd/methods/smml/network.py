@@ -8,13 +8,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import logits_of
-from nnunetv2_mstkd.networks.modality_encoders import ModalityEncoders, build_modality_encoders, mask_features
+from nnunetv2_mstkd.networks.multi_encoder import MultiEncoderUNet
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign, first_weights
+from nnunetv2_mstkd.training.multi_encoder import MultiEncoderDesign
 from nnunetv2_mstkd.training.settings import Section, Settings
 
 
@@ -28,26 +28,15 @@ class StudentOutput(NamedTuple):
 
 
 class Student(nn.Module):
-    """The plans' U-Net, or one encoder per modality, fused at every stage, in front of the plans' decoder.
+    """The plans' U-Net, which also returns its bottleneck."""
 
-    With ``modality_encoders`` the fusion takes the place of the encoder, which otherwise takes the image.
-    """
-
-    def __init__(self, encoder: Any, decoder: Any, modality_encoders: ModalityEncoders | None = None) -> None:
+    def __init__(self, unet: Any) -> None:
         super().__init__()
-        self.modality_encoders = modality_encoders
-        self.encoder, self.decoder = encoder, decoder
+        self.encoder, self.decoder = unet.encoder, unet.decoder
 
-    def forward(self, x: torch.Tensor, availability: torch.Tensor | None = None) -> StudentOutput:
-        """Segment a batch (B, C, *spatial) whose absent modalities are zero.
-
-        ``availability``: what is known of the cases, see :func:`nnunetv2_mstkd.modalities.known_availability`.
-        """
-        y: Any = x
-        if self.modality_encoders is not None:
-            available = modalities.known_availability(x, availability)
-            y = [mask_features(stage, available) for stage in self.modality_encoders(x)]
-        skips = self.encoder(y)
+    def forward(self, x: Any, availability: torch.Tensor | None = None) -> StudentOutput:
+        """Segment a batch (B, C, *spatial) whose absent modalities are zero, whichever those are."""
+        skips = self.encoder(x)
         return StudentOutput(self.decoder(skips), skips[-1])
 
 
@@ -99,25 +88,19 @@ class MutualNet(AvailabilityAware):
 
 
 class StudentDesign(NetworkDesign):
-    """One student."""
+    """One student: the plans' U-Net, or one encoder per modality, fused at every stage."""
 
     sections: ClassVar[tuple[type[Section], ...]] = (SMMLSettings,)
 
-    def build(self, plan: UNetPlan, settings: Settings) -> Student:
+    def build(self, plan: UNetPlan, settings: Settings) -> Student | MultiEncoderUNet:
         section = settings[SMMLSettings]
-        if section.light:
-            unet = plan.build()
-            return Student(unet.encoder, unet.decoder)
-        encoders, fusion, decoder = build_modality_encoders(plan, section.width)
-        return Student(fusion, decoder, encoders)
+        return Student(plan.build()) if section.light else MultiEncoderUNet(plan, section.width, separate=False)
 
     def input_weights(self, network: Any) -> list[torch.Tensor]:
-        return first_weights(network) if network.modality_encoders is None else []
+        return [] if isinstance(network, MultiEncoderUNet) else first_weights(network)
 
     def modality_weights(self, network: Any) -> list[torch.Tensor]:
-        """With one encoder per modality: these, and the fusion of their features."""
-        encoders = network.modality_encoders
-        return [] if encoders is None else [*encoders.parameters(), *network.encoder.parameters()]
+        return MultiEncoderDesign().modality_weights(network) if isinstance(network, MultiEncoderUNet) else []
 
 
 class MutualDesign(NetworkDesign):

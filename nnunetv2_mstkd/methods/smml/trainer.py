@@ -10,6 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import UnsupportedError
+from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.methods.mmformer.network import MMFormerDesign
 from nnunetv2_mstkd.methods.mmformer.trainer import MMFormerTrainer
 from nnunetv2_mstkd.methods.rfnet.network import RFNetDesign
@@ -175,6 +176,10 @@ class SMMLTrainer(ModalityDropoutTrainer):
     def clip_groups(self) -> list[torch.nn.Module]:
         return [*self.plain_network.students, *(self.refiners or ())]
 
+    def run_network(self, inputs: torch.Tensor, complete: torch.Tensor, **options: Any) -> Any:
+        more = {} if self.smml.light else {"auxiliary": complete}  # networks with one encoder per modality
+        return super().run_network(inputs, complete, **more, **options)
+
     @property
     def warm(self) -> bool:
         """Whether the pixel-level constraint and the guidance have begun."""
@@ -240,11 +245,10 @@ class SMMLTrainer(ModalityDropoutTrainer):
         total = add_terms(total, terms, self.terms, own, label)
         if prior is not None:
             refined = self.refine[number](prior, logits, regions=self.label_manager.has_regions)
-            loss = self.loss if isinstance(own.logits, torch.Tensor) else self.loss.loss  # without deep supervision
-            terms["refinement"] = loss(refined, finest(target))
+            terms["refinement"] = self.full_resolution_loss(refined, label)
             total = total + terms["refinement"]
             if smml.guidance:
-                terms["guidance"] = losses.refined_guidance(logits, refined, **heads) if self.warm else zero
+                terms["guidance"] = soft_label_divergence(logits, refined, **heads) if self.warm else zero
                 total = total + smml.guidance * terms["guidance"]
         return total, terms
 
@@ -281,9 +285,6 @@ class MultiEncoderStudents(SMMLTrainer):
         """``light``: these students have one encoder per modality, whose width is the method's own setting."""
         settings = super().resolve(settings, configuration_manager, dataset_json)
         return settings.replace(SMMLSettings, light=False)
-
-    def run_network(self, inputs: torch.Tensor, complete: torch.Tensor, **options: Any) -> Any:
-        return super().run_network(inputs, complete, auxiliary=complete, **options)
 
 
 class SMMLMMFormerTrainer(MultiEncoderStudents, MMFormerTrainer):
