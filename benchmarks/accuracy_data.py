@@ -17,8 +17,8 @@ from label_noise import perturb
 
 from nnunetv2_mstkd.dataset_conversion.splits import write_splits
 from nnunetv2_mstkd.images.atomic import read_json, write_json
-from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
-from nnunetv2_mstkd.processes import command_path
+from nnunetv2_mstkd.phantom.dataset import write_dataset
+from nnunetv2_mstkd.processes import command_path, default_workers
 
 ALL, COMPLETE = "all", "complete"
 """In place of a number of labelled patients: those that neither validate nor test, or the complete ones of them."""

@@ -64,13 +64,12 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     if options.protocol and description.test_cases:
         raise InputError("found --protocol and --test-cases, expected one of them: a protocol fixes its cases")
     listed, tests = folds.read_lists(lists, description.case_names) if lists else ([], [])
-    searched = description  # for a protocol, whose test cases need labels too
+    own = description
     if tests:
         description = replace(description, test_cases=[*description.test_cases, *tests])
     if options.unlabelled:
         description = description.with_ignore()
-    if not options.protocol:
-        searched = description
+    searched = own if options.protocol else description  # the test cases of a protocol need labels too
     job = Job(Path(os.path.abspath(source)), target, description, options)
 
     found = find_cases(

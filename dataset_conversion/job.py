@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.processes import usable_cores
+from nnunetv2_mstkd.processes import default_workers
 
 from .cases import Case
 from .checks import MAX_OUTSIDE, Checked, Headers, check_case
@@ -22,8 +22,6 @@ from .description import Description
 from .progress import CaseRecord
 from .splits import SEED
 from .writing import COPY, REFERENCE
-
-DEFAULT_WORKERS = min(8, usable_cores())
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Options:
     protocol: str = ""  # a name of protocols.PROTOCOLS
     write_splits: bool = True  # False leaves the folds to nnU-Net
     overwrite: bool = False
-    workers: int = DEFAULT_WORKERS
+    workers: int = field(default_factory=default_workers)
     progress: bool = True  # a bar, if there is a terminal
 
     def __post_init__(self) -> None:

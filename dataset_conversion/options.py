@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.processes import default_workers
 
 from .checks import LEVELS, MAX_OUTSIDE
 from .description import BACKGROUND, Description, read_description
-from .job import DEFAULT_WORKERS, Options
+from .job import Options
 from .protocols import protocols_of
 from .releases import RELEASES
 from .splits import SEED
@@ -139,7 +140,7 @@ def _add_common_arguments(
     ):
         how.add_argument(f"--{mode}", dest="mode", action="store_const", const=mode, default=COPY, help=text)
     add("--overwrite", action="store_true", help="replace a data set of that name, and its folds")
-    add("--workers", metavar="N", type=int, default=DEFAULT_WORKERS, help="parallel processes (default: %(default)s)")
+    add("--workers", metavar="N", type=int, default=default_workers(), help="parallel processes (default: %(default)s)")
 
     purpose = "Cases with problems are left out and listed, and the exit code is 1."
     add = parser.add_argument_group("checks", purpose).add_argument

@@ -35,6 +35,11 @@ def usable_cores() -> int:
         return cores
 
 
+def default_workers() -> int:
+    """Return how many processes to use where the user does not say: one per usable core, at most 8."""
+    return min(8, usable_cores())
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM: a cluster scheduler, ``kill`` or a shutdown asks this process to end."""
 

@@ -48,7 +48,7 @@ def test_counts_of_a_case_are_those_of_all_its_voxels(regions, ignore):
     values = {name: np.atleast_1d(value) for name, value in labels.items() if name != "background"}
     rules = SimpleNamespace(ignore_label=ignore, regions=values)
     manager = SimpleNamespace(has_regions=regions, convert_logits_to_segmentation=lambda logits: logits)
-    counting = _CountingLabels(manager, content, rules, reference)
+    counting = _CountingLabels(manager, content, rules, reference, lambda logits: None)
     counting.convert_logits_to_segmentation(logits)
     known = np.full(reference.shape, True) if ignore is None else reference != ignore
     for region, head in foreground_heads(content).items():

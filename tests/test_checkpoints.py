@@ -273,5 +273,5 @@ def test_training_hours_are_those_of_the_epochs(tmp_path):
     log = {"epoch_start_timestamps": [1000.0, 99000.0], "epoch_end_timestamps": [2800.0, 100800.0]}
     for name, content in (("with", {"logging": log}), ("without", {})):
         torch.save({"network_weights": {}, **content}, tmp_path / name)
-    assert checkpoints.training_hours(tmp_path / "with") == 1.0
-    assert checkpoints.training_hours(tmp_path / "without") is None
+    assert checkpoints.read_notes(tmp_path / "with").hours == 1.0
+    assert checkpoints.read_notes(tmp_path / "without").hours is None

@@ -533,9 +533,9 @@ def test_bad_input_is_one_line(capsys):
     assert "no model x; they have new, old" in refused(capsys, "new", "old", "--baseline", "x")
     assert "is a file" in refused(capsys, "new", "old", "-o", "old/subsets/results.csv")
     Path("old/subsets/summary.json").write_text("{")
-    assert "summary.json is damaged" in refused(capsys, "new", "old")
+    assert "summary.json is not valid JSON" in refused(capsys, "new", "old")
     Path("old/subsets/summary.json").write_text("[]")
-    assert "not a summary of an evaluation" in refused(capsys, "new", "old")
+    assert "summary.json holds no table" in refused(capsys, "new", "old")
 
 
 def test_rows_that_stand_twice_are_refused(capsys):

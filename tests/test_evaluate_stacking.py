@@ -199,14 +199,6 @@ def test_stacks_are_of_equal_size_and_keep_the_order():
     assert network(patch).shape == (1, 12, 2, 2, 2)
 
 
-@pytest.mark.parametrize(
-    "subsets", [SUBSETS[:, :3], torch.zeros(1, 4, dtype=torch.bool), SUBSETS[0]], ids=["channels", "empty", "one row"]
-)
-def test_subsets_that_do_not_fit_the_image_are_refused(student, nnunet_folders, subsets):
-    with pytest.raises(ValueError, match="do not fit an image of 4 modalities, or one is empty"):
-        list(SubsetPredictor(predictor_of(student), 1).logits(image_of(student, nnunet_folders), subsets))
-
-
 def test_default_stack():
     assert default_stack(2, 15, CPU) == 2
     assert default_stack(2, 15, torch.device("cuda")) == 8

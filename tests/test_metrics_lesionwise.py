@@ -135,7 +135,7 @@ NOTHING = boxes()
 def scores_of_ends(prediction: np.ndarray, necrosis: np.ndarray, predicted_necrosis: np.ndarray):
     predictions = {"ET": prediction, "NETC": predicted_necrosis, "RC": NOTHING}
     references = {"ET": ENDS, "NETC": necrosis, "RC": NOTHING}
-    return lesionwise_regions(predictions, references, UNIT, "brats2024_gli", regions=["ET"])["ET"]
+    return lesionwise_regions(predictions, references, UNIT, "brats2024_gli")["ET"]
 
 
 def test_lesions_touching_one_necrosis_are_one_in_2024():
@@ -152,7 +152,7 @@ def test_predicted_lesions_are_joined_by_predicted_necrosis():
     references = {"ET": near, "NETC": NOTHING, "RC": NOTHING}
     for necrosis, false in ((NOTHING, 1), (NECROSIS, 0)):
         predictions = {"ET": ENDS, "NETC": necrosis, "RC": NOTHING}
-        result = lesionwise_regions(predictions, references, UNIT, "brats2024_gli", regions=["ET"])["ET"]
+        result = lesionwise_regions(predictions, references, UNIT, "brats2024_gli")["ET"]
         assert result.false_positives == false
 
 

@@ -139,7 +139,7 @@ def test_noted_split(tmp_path: Path):
     for noted, expected in (({"split": SPLITS[0]}, SPLITS[0]), ({}, None), (None, None), ("x", None)):
         content = {"network_weights": {"a": torch.zeros(1)}, "mstkd": noted}
         checkpoints.write(content, tmp_path / "c.pth")
-        assert checkpoints.noted_split(tmp_path / "c.pth") == expected
+        assert checkpoints.read_notes(tmp_path / "c.pth").split == expected
 
 
 # ---- training cases ------------------------------------------------------------------------------------------------

@@ -124,15 +124,10 @@ def test_shapley_values_of_results_are_those_of_the_mean():
     assert found["low"].tolist() == pytest.approx([0.2, 0.6]) and found["high"].tolist() == pytest.approx([0.3, 0.7])
 
 
-def test_shapley_needs_all_subsets_and_an_empty_value():
+def test_shapley_needs_all_subsets():
     lacking = {key: value for key, value in TWO.items() if key[1] != "T1"}
     with pytest.raises(ValueError, match="need all 3 subsets; the results lack T1"):
         shapley(table(lacking))
-    distances = table({key: [10.0, 20.0] for key in TWO}, metric="hd95")
-    with pytest.raises(ValueError, match="hd95 without any input has no natural value"):
-        shapley(distances, metric="hd95")
-    found = shapley(distances, metric="hd95", empty_value=373.0, **QUICK)
-    assert found["value"].sum() == pytest.approx(15 - 373)
 
 
 def test_seven_modalities_are_refused():
@@ -199,7 +194,7 @@ def test_patients_are_numbered_and_a_missing_one_is_refused():
 
 def test_values_are_arranged_whatever_the_order_of_rows():
     frame = table(TWO | {("M", subset, "WT"): [0.5, 0.6] for subset in ("T1", "T1ce", "T1+T1ce")})
-    data = cube(frame.sample(frac=1, random_state=0), "dice", regions=["WT", "ET"])
+    data = cube(frame.sample(frac=1, random_state=0).sort_values("region", ascending=False), "dice")
     assert data.subsets == ("T1", "T1ce", "T1+T1ce") and data.cases == ("case0", "case1")
     assert data.values[0, :, :, 1].tolist() == [[0.2, 0.6, 0.8], [0.4, 0.8, 1.0]]
     assert data.full == 2 and data.sizes.tolist() == [1, 1, 2]
@@ -246,15 +241,6 @@ def test_summary_of_a_worked_example():
     assert row(found, region="average")["value"] == pytest.approx((1.9 / 3 + 0.9) / 2)
 
 
-def test_the_worst_subset_by_metric():
-    values = {("M", "T1", "ET"): [3.0], ("M", "T1ce", "ET"): [-9.0], ("M", "T1+T1ce", "ET"): [1.0]}
-    assert findings.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
-    values[("M", "T1ce", "ET")] = [9.0]
-    assert findings.summary(table(values, "volume_error_ml"), metric="volume_error_ml")["worst_subset"].item() == "T1ce"
-    values[("M", "T1ce", "ET")] = [2.0]
-    assert findings.summary(table(values, "hd95"), metric="hd95")["worst_subset"].item() == "T1"
-
-
 def test_mean_by_count_is_over_all_subsets_of_a_size():
     found = findings.mean_by_count(table(TWO), **QUICK)
     assert found["modalities"].tolist() == [1, 2]
@@ -266,8 +252,8 @@ def test_a_positive_gap_is_a_loss():
     assert found["subset"].tolist() == ["T1", "T1ce"]
     assert found["value"].tolist() == pytest.approx([0.6, 0.2])
     assert found[["low", "high"]].to_numpy() == pytest.approx(np.array([[0.6, 0.6], [0.2, 0.2]]))
-    values = {("M", "T1", "ET"): [30.0], ("M", "T1ce", "ET"): [4.0], ("M", "T1+T1ce", "ET"): [5.0]}
-    assert findings.gap_to_full(table(values, "hd95"), metric="hd95")["value"].tolist() == [25.0, -1.0]
+    values = {("M", "T1", "ET"): [0.3], ("M", "T1ce", "ET"): [0.75], ("M", "T1+T1ce", "ET"): [0.5]}
+    assert findings.gap_to_full(table(values))["value"].tolist() == pytest.approx([0.2, -0.25])
 
 
 # ---- comparisons ---------------------------------------------------------------------------------------------------
@@ -601,8 +587,8 @@ def believable(
     return table(values)
 
 
-def warnings_of(frame: pd.DataFrame, metric: str = "dice") -> list[str]:
-    return plausibility_warnings(frame, metric=metric, **QUICK)
+def warnings_of(frame: pd.DataFrame) -> list[str]:
+    return plausibility_warnings(frame, **QUICK)
 
 
 def test_what_the_modalities_show_raises_no_warning():
@@ -698,5 +684,3 @@ def test_values_that_repeat_by_themselves_are_not_suspicious():
 def test_rules_without_their_subsets_are_skipped():
     frame = believable()
     assert warnings_of(frame[frame["subset"].isin(["T1ce", "T1+T1ce+T2+FLAIR"])]) == []
-    with pytest.raises(ValueError, match="of which higher is better, not hd95"):
-        warnings_of(frame, metric="hd95")

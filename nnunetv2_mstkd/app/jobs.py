@@ -18,12 +18,11 @@ import numpy as np
 from nnunetv2_mstkd.errors import UserError
 from nnunetv2_mstkd.images.geometry import read_geometry, read_nifti_voxels
 from nnunetv2_mstkd.inference.predictor import Predictor
+from nnunetv2_mstkd.metrics.masks import MM3_PER_ML
 from nnunetv2_mstkd.metrics.overlap import dice
 
 if TYPE_CHECKING:
     from nnunetv2_mstkd.app.dicom import Series
-
-MM3_PER_ML = 1000
 
 
 class CancelledError(Exception):

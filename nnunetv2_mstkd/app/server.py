@@ -9,7 +9,7 @@ import json
 import secrets
 import tempfile
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -217,9 +217,9 @@ def make_app(predictor: Predictor, settings: Settings) -> Starlette:
             Route(f"{own}/events", routes.events),
             Route(f"{own}/close", routes.close, methods=["POST"]),
             Route(f"{own}/files", routes.upload, methods=["POST"]),
-            Route(f"{own}/sort", routes.sort, methods=["POST"]),
-            Route(f"{own}/discard", routes.discard, methods=["POST"]),
-            Route(f"{own}/clear", routes.clear, methods=["POST"]),
+            Route(f"{own}/sort", routes.calling("sort"), methods=["POST"]),
+            Route(f"{own}/discard", routes.calling("discard"), methods=["POST"]),
+            Route(f"{own}/clear", routes.calling("clear"), methods=["POST"]),
             Route(f"{own}/images/{{number:int}}", routes.assign, methods=["POST"]),
             Route(f"{own}/images/{{number:int}}.nii", routes.image),
             Route(f"{own}/images/{{number:int}}.nii.gz", routes.image),
@@ -357,20 +357,14 @@ class _Routes:
             session.uploads.append((path, name))
         return Response(status_code=204)
 
-    async def sort(self, request: Request) -> Response:
-        session = self._session(request)
-        await run_in_threadpool(session.sort)
-        return Response(status_code=204)
+    def calling(self, name: str) -> Callable[[Request], Awaitable[Response]]:
+        """Return the answer to a request that only calls this method of its session."""
 
-    async def discard(self, request: Request) -> Response:
-        session = self._session(request)
-        await run_in_threadpool(session.discard)
-        return Response(status_code=204)
+        async def answer(request: Request) -> Response:
+            await run_in_threadpool(getattr(self._session(request), name))
+            return Response(status_code=204)
 
-    async def clear(self, request: Request) -> Response:
-        session = self._session(request)
-        await run_in_threadpool(session.clear)
-        return Response(status_code=204)
+        return answer
 
     async def assign(self, request: Request) -> Response:
         session, content = self._session(request), await _content(request)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import secrets
-import sys
 from pathlib import Path
 
 from nnunetv2_mstkd.commands import demo as demo_command
@@ -61,10 +60,9 @@ def run(args: argparse.Namespace) -> int:
         raise DependencyError(f"the page needs {error.name}: pip install 'nnunetv2_mstkd[app]'") from error
     from nnunetv2_mstkd.inference.predictor import Predictor
 
-    if args.trust:
-        print("warning: --trust unpickles the checkpoint, which executes whatever it contains", file=sys.stderr)
+    options.warn_if_trusted(args)
     folder, example = _demo(args) if args.demo else (args.model, "")
-    device = options.torch_device(_device(args.device))
+    device = options.torch_device(args.device)
     predictor = Predictor(
         folder,
         args.folds,
@@ -78,13 +76,6 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings(args.host, token, args.max_upload * MEGABYTE, example=example)
     serve(predictor, settings, args.port, browser=not args.no_browser)
     return 0
-
-
-def _device(name: str) -> str:
-    """CUDA if there is a GPU and nothing else was asked for."""
-    import torch
-
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _demo(args: argparse.Namespace) -> tuple[Path, str]:

@@ -102,11 +102,16 @@ def model_folder(args: argparse.Namespace) -> Path:
         raise InputError(f"-step_size is {args.step_size}, expected above 0 and at most 1")
     if min(args.npp, args.nps) < 0:
         raise InputError(f"-npp {args.npp} -nps {args.nps}: expected numbers of processes, or 0 for none")
-    if args.trust:
-        print("warning: --trust unpickles the checkpoint, which executes whatever it contains", file=sys.stderr)
+    warn_if_trusted(args)
     if args.m is not None and not args.m.is_dir():
         raise MissingFileError(f"no model folder {args.m}")
     return args.m or find_model_folder(args.d, args.tr, args.p, args.c)
+
+
+def warn_if_trusted(args: argparse.Namespace) -> None:
+    """Warn of what ``--trust`` allows."""
+    if args.trust:
+        print("warning: --trust unpickles the checkpoint, which executes whatever it contains", file=sys.stderr)
 
 
 def torch_device(name: str) -> torch.device:

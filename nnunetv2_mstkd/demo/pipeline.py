@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -13,17 +12,17 @@ from typing import Any
 from nnunetv2_mstkd.crossval.steps import Training
 from nnunetv2_mstkd.demo import steps
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.images.atomic import read_json, write_json
 from nnunetv2_mstkd.inference.evaluation_files import CASES, FOLDER, REPORT
 from nnunetv2_mstkd.nnunet.plans import read_plans
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
-from nnunetv2_mstkd.phantom.dataset import default_workers, write_dataset
+from nnunetv2_mstkd.phantom.dataset import write_dataset
+from nnunetv2_mstkd.processes import default_workers
 
 DATASET = 901
 NAME = "Demo"
 PARENT = "3d_fullres"
 CONFIGURATION = "demo"
-CHANNELS = ("T1", "T1ce", "T2", "FLAIR")
 VALIDATION_CASES = 2
 DISCLAIMER = "synthetic phantom: these numbers say nothing about clinical performance"
 
@@ -131,7 +130,7 @@ class Demo:
             if self.folder.is_dir() and any(self.folder.iterdir()):
                 raise InputError(f"{self.folder} is not empty and holds no demo; choose another folder with --out")
             return {"options": options, "seconds": {}}
-        record = json.loads(file.read_text())
+        record = read_json(file)
         before = asdict(Options.read(record)) | {"trainers": []}
         changed = [f"{name} {before[name]} (now {value})" for name, value in options.items() if before[name] != value]
         if changed:

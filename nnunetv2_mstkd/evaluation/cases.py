@@ -6,21 +6,19 @@ A case may lack modalities; it is evaluated with the subsets of those that it ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.montage import SliceView, choose_view
 from nnunetv2_mstkd.evaluation.scoring import Rules, read_label
-from nnunetv2_mstkd.images.geometry import TOLERANCE
+from nnunetv2_mstkd.images.geometry import close, short_text
 from nnunetv2_mstkd.inference.checks import Checker, format_problems
-from nnunetv2_mstkd.inference.workers import workers
+from nnunetv2_mstkd.inference.workers import in_threads, workers
 from nnunetv2_mstkd.modalities import modality_names
 from nnunetv2_mstkd.nnunet.case_facts import read_case_facts
 from nnunetv2_mstkd.nnunet.folders import find_raw_folder, nnunet_folder
@@ -228,12 +226,7 @@ def check_cases(
         where its image lies.
     """
     checker = Checker(names, plans.image_reader_writer_class)
-    pool = ThreadPoolExecutor(max(1, threads))  # threads suffice: reading releases the interpreter's lock
-    try:
-        found = pool.map(lambda case: _check_case(case, plans, rules, checker), cases)
-        return list(tqdm(found, "checking", len(cases), unit="case", disable=not progress, leave=False))
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return in_threads(lambda case: _check_case(case, plans, rules, checker), cases, threads, progress=progress)
 
 
 def _check_case(
@@ -257,9 +250,9 @@ def _check_case(
         differences = [f"shape {label.shape}, the image {shape}"]
     else:
         differences = [
-            f"{key} {_short(mine)}, the image {_short(theirs)}"
+            f"{key} {short_text(mine)}, the image {short_text(theirs)}"
             for key, mine, theirs in _placements(properties, image)
-            if len(mine) != len(theirs) or not np.allclose(mine, theirs, rtol=0, atol=TOLERANCE)
+            if len(mine) != len(theirs) or not close(mine, theirs)
         ]
     if differences:
         raise InputError(f"the label {case.label} is not on the grid of its image: it has {'; '.join(differences)}")
@@ -285,7 +278,3 @@ def _placements(label: Mapping[str, Any], image: Mapping[str, Any]) -> list[tupl
             if key in mine and key in theirs
         ]
     return [(key, np.ravel(mine).astype(float), np.ravel(theirs).astype(float)) for key, mine, theirs in found]
-
-
-def _short(values: np.ndarray) -> str:
-    return f"({', '.join(f'{value:.6g}' for value in values)})"

@@ -21,7 +21,7 @@ from nnunetv2_mstkd.inference.evaluation_files import CASES, RUN, cases_file
 from nnunetv2_mstkd.metrics.calibration import BINS
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
-RECORD = "record of an evaluation", "evaluate again with --restart"
+HINT = "evaluate again with --restart"
 """What a file is, and what to do about one that is not."""
 
 
@@ -76,7 +76,7 @@ class CaseRecords:
         """Raise InputError if there are results of another run, or of one that cannot be read."""
         if not (self.folder / RUN).is_file():
             return
-        before = read_object(self.folder / RUN, *RECORD)
+        before = read_object(self.folder / RUN, HINT)
         for key, value in self._run.items():
             if before.get(key) != value:
                 raise InputError(
@@ -121,7 +121,7 @@ class CaseRecords:
             self._stamps[fold, case] = dict(stamps)
         if self._discard or not file.is_file():
             return {}
-        content = read_object(file, *RECORD)
+        content = read_object(file, HINT)
         if content.get("weights") != self._weights[fold]:
             raise InputError(
                 f"fold {fold} has other weights than those that predicted {case} for {self.folder.parent}; "
@@ -151,7 +151,7 @@ class CaseRecords:
                 for subset, entry in content["subsets"].items()
             }
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
-            raise InputError(f"{file} is not a {RECORD[0]} ({error!r}); {RECORD[1]}") from error
+            raise InputError(f"{file} is not a record of an evaluation ({error!r}); {HINT}") from error
 
     def load_montage(self, fold: str, case: str) -> Montage | None:
         """The pictures of a case; None if there are none."""

@@ -64,8 +64,6 @@ class Request:
             raise InputError(
                 f"--stack {self.stack} does not go with --mask-first: then images of different subsets differ in size"
             )
-        if not 0 < self.step_size <= 1:
-            raise InputError(f"-step_size is {self.step_size}, expected above 0 and at most 1")
         if min(self.preprocessing_processes, self.scoring_processes) < 0:
             raise InputError(
                 f"-npp {self.preprocessing_processes} -nps {self.scoring_processes}: expected numbers of processes, or "

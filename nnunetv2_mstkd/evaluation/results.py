@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import write_text
+from nnunetv2_mstkd.images.atomic import read_json, write_text
 from nnunetv2_mstkd.metrics.conventions import METRICS, metric_named
 
 MODEL = "model"
@@ -141,15 +140,12 @@ def write_results(results: pd.DataFrame, path: str | os.PathLike[str]) -> None:
     write_text(path, text)
 
 
-def read_object(file: Path, what: str, hint: str) -> dict[str, Any]:
-    """Read a JSON object that an evaluation wrote; for other content an InputError that names ``what`` and the hint."""
+def read_object(file: Path, hint: str) -> dict[str, Any]:
+    """Read a JSON object that an evaluation wrote; for other content an InputError with the hint."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}); {hint}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is not a {what}; {hint}")
-    return content
+        return read_json(file)
+    except InputError as error:
+        raise InputError(f"{error}; {hint}") from error
 
 
 def subset_size(subset: str) -> int:

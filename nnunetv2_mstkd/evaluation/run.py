@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from tqdm import tqdm
 
@@ -22,7 +21,7 @@ from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.cases import LabelledCase, check_cases, fold_cases, folder_cases, prepare
 from nnunetv2_mstkd.evaluation.montage import Montage, SliceView, slice_images
-from nnunetv2_mstkd.evaluation.records import CaseRecords
+from nnunetv2_mstkd.evaluation.records import CaseRecords, Collected
 from nnunetv2_mstkd.evaluation.request import Request
 from nnunetv2_mstkd.evaluation.results import AVERAGE, CASE, PATIENT, first_of
 from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, score_prediction
@@ -30,7 +29,6 @@ from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
-from nnunetv2_mstkd.nnunet.checkpoints import noted_split, training_hours
 from nnunetv2_mstkd.nnunet.folders import (
     find_checkpoints,
     find_raw_folder,
@@ -50,23 +48,15 @@ IMAGES_AHEAD = 2
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation has measured: the long table, the rules of its values, and the records with the pictures."""
+    """What an evaluation has measured, the rules of its values, and the records with the pictures."""
 
-    results: pd.DataFrame
+    found: Collected
+    near: tuple[int, int] | None
+    """As in ``found``; None: each subset was predicted alone."""
     rules: Rules
     settings: dict[str, Any]
     """What all results have in common, for summary.json."""
-    near: tuple[int, int] | None
-    """Numbers of voxels close to the decision and of all voxels; None: each subset was predicted alone."""
     records: CaseRecords
-    presence: pd.DataFrame
-    """What the model's presence head says; see :class:`Collected`. Empty without one."""
-    entropies: dict[str, list[float]] = field(default_factory=dict)
-    """Entropies of the cases by subset, without those that have none."""
-    calibration: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
-    """Counts of logits by subset and region; see :class:`Collected`."""
-    lacking: dict[tuple[str, str], tuple[str, ...]] = field(default_factory=dict)
-    """Regions that the references lack; see :class:`Collected`."""
 
 
 @dataclass
@@ -125,6 +115,7 @@ class Evaluator:
         self.patient_of = patient_naming(self.model.dataset_json)
         self.subsets = self._choose_subsets()
         self.rules = self._rules()
+        self._read_notes: dict[str, checkpoints.Notes] = {}
         self.mask_first, self.moved = False, list[str]()
         found = self._find_cases()
         self.settings = self._settings()
@@ -168,14 +159,10 @@ class Evaluator:
         moved = {"moved_modalities": self.moved} if self.moved else {}
         settings = {**self.settings, "weights": self.weights, **moved, **self._cost()}
         settings["description"] = str(self.model.dataset_json.get("description") or "")
-        near = found.near if self.stack > 1 else None
-        results = found.results
         if self.patient_of is not None:
-            results = results.assign(**{PATIENT: results[CASE].map(self.patient_of)})
-        return Measured(
-            results, self.rules, settings, near, self.records, found.presence, found.entropies, found.calibration,
-            found.lacking,
-        )  # fmt: skip
+            patients = found.results[CASE].map(self.patient_of)
+            found = found._replace(results=found.results.assign(**{PATIENT: patients}))
+        return Measured(found, found.near if self.stack > 1 else None, self.rules, settings, self.records)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 
@@ -236,7 +223,7 @@ class Evaluator:
         model = self.model.plans_manager, self.model.configuration_manager, dataset_json
         how: dict[str, Any] = {"from_images": self.mask_first, "report": request.report}
         how["processes"] = request.preprocessing_processes
-        return [case for fold in self.predictors for case in fold_cases(fold, self._noted_split(fold), *model, **how)]
+        return [case for fold in self.predictors for case in fold_cases(fold, self._notes(fold).split, *model, **how)]
 
     def _choose_order(self, images: Sequence[Case] | None = None) -> None:
         """Decide whether modalities are removed before preprocessing, where the request leaves it open.
@@ -269,23 +256,21 @@ class Evaluator:
     def _cost(self) -> dict[str, float]:
         """Number of parameters of the network, and mean hours of training of the folds where checkpoints tell them."""
         cost: dict[str, float] = {"parameters": sum(each.numel() for each in self.model.network.parameters())}
-        try:
-            folder, folds = self.request.model_folder, "+".join(self.predictors).split("+")
-            hours = [training_hours(folder / f"fold_{fold}" / self.request.checkpoint) for fold in folds]
-        except InputError:
-            if not self.request.trust:
-                raise
-            return cost
+        hours = [self._notes(fold).hours for fold in "+".join(self.predictors).split("+")]
         known = [each for each in hours if each is not None]
         return {**cost, "training_hours": float(np.mean(known))} if known else cost
 
-    def _noted_split(self, fold: str) -> dict[str, list[str]] | None:
-        try:
-            return noted_split(self.request.model_folder / f"fold_{fold}" / self.request.checkpoint)
-        except InputError:
-            if self.request.trust:  # nnU-Net has loaded it
-                return None
-            raise
+    def _notes(self, fold: str) -> checkpoints.Notes:
+        """What the checkpoint of a fold says about its training, which is read once."""
+        if fold not in self._read_notes:
+            file = self.request.model_folder / f"fold_{fold}" / self.request.checkpoint
+            try:
+                self._read_notes[fold] = checkpoints.read_notes(file)
+            except InputError:
+                if not self.request.trust:
+                    raise
+                self._read_notes[fold] = checkpoints.Notes(None, None)  # nnU-Net has loaded it
+        return self._read_notes[fold]
 
     def _channels(self) -> list[int]:
         """The channels to use of a case.

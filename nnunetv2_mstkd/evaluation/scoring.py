@@ -15,6 +15,7 @@ from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.montage import SliceView, slice_entropy
 from nnunetv2_mstkd.evaluation.results import NOTED
 from nnunetv2_mstkd.images.completeness import check_complete
+from nnunetv2_mstkd.images.geometry import last_line
 from nnunetv2_mstkd.metrics import overlap
 from nnunetv2_mstkd.metrics.calibration import LOWEST, logit_counts
 from nnunetv2_mstkd.metrics.conventions import (
@@ -210,8 +211,7 @@ def read_label(path: Path, reader: type[Any], labels: Sequence[int]) -> tuple[np
     except MemoryError:
         raise
     except Exception as error:  # each reader's library has its own errors, and nnU-Net asserts
-        line = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()
-        raise InputError(f"the label {path} cannot be read ({line})") from error
+        raise InputError(f"the label {path} cannot be read ({last_line(error)})") from error
     if values.shape[0] != 1:
         raise InputError(f"the label {path} holds {values.shape[0]} images, expected one")
     found = np.unique(values)
@@ -321,7 +321,7 @@ class _CountingLabels:
         dataset_json: Mapping[str, Any],
         rules: Rules,
         reference: np.ndarray,
-        look: Callable[[np.ndarray], None] = lambda logits: None,
+        look: Callable[[np.ndarray], None],
     ) -> None:
         self._manager, self._heads = manager, foreground_heads(dataset_json)
         self._rules, self._reference, self._look = rules, reference, look

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.inference.conditioning import conditioned, presence_of
 from nnunetv2_mstkd.inference.members import StackedHeads
 from nnunetv2_mstkd.nnunet.model import free_memory, plain_network
@@ -50,8 +49,7 @@ class StackedNetwork(nn.Module):
 
     def forward(self, patch: torch.Tensor) -> torch.Tensor:
         """Logits of all subsets, shape (1, S K, *spatial), of a patch of shape (1, C, *spatial)."""
-        if self.subsets is None:
-            raise RuntimeError("no subsets were set")
+        assert self.subsets is not None
         if self.error is None:
             batch = patch.expand(len(self.subsets), *patch.shape[1:])
             # contiguous: where() may inherit the order of axes from the expanded patch
@@ -80,8 +78,6 @@ class SubsetPredictor:
     """
 
     def __init__(self, predictor: Any, stack: int) -> None:
-        if stack < 1:
-            raise InputError(f"a stack has at least one subset, found {stack}")
         self.stack = stack
         self._predictor = predictor
         self._labels = predictor.label_manager
@@ -99,10 +95,6 @@ class SubsetPredictor:
         The preprocessed image, float32 of shape (C, *spatial), has the modalities of all subsets: bool, shape (S, C),
         no row all False.
         """
-        if subsets.ndim != 2 or subsets.shape[1] != len(data) or not bool(subsets.any(1).all()):
-            raise InputError(
-                f"the subsets {tuple(subsets.shape)} do not fit an image of {len(data)} modalities, or one is empty"
-            )
         done = 0
         while done < len(subsets):
             left = len(subsets) - done

@@ -11,9 +11,10 @@ from typing import Any
 
 import nibabel
 import numpy as np
+import SimpleITK as sitk
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.geometry import last_line, pixel_bytes, read_geometry
+from nnunetv2_mstkd.images.geometry import geometry_of, image_reader, last_line
 
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 GIPL_HEADER_BYTES = 256
@@ -35,7 +36,9 @@ def check_complete(path: Path) -> int:
     if name.endswith(NIFTI_ENDINGS):
         return _check_nifti(path, gzip.open if name.endswith(".gz") else open)
     if name.endswith(".gipl"):
-        expected = GIPL_HEADER_BYTES + math.prod(read_geometry(path).size) * pixel_bytes(path)
+        header = image_reader(path)
+        voxel = sitk.Image([1, 1], header.GetPixelID()).GetSizeOfPixelComponent()
+        expected = GIPL_HEADER_BYTES + math.prod(geometry_of(header).size) * voxel
         _refuse_truncated(path.stat().st_size, expected)
     return 0
 

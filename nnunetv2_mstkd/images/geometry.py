@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,7 +81,7 @@ class Geometry:
         for item in fields(self):
             mine, theirs = getattr(self, item.name), getattr(other, item.name)
             if len(mine) != len(theirs) or not close(theirs, mine):
-                found.append(f"{item.name} {_short(theirs)} instead of {_short(mine)}")
+                found.append(f"{item.name} {short_text(theirs)} instead of {short_text(mine)}")
         return found
 
 
@@ -137,7 +138,7 @@ def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -
     origin, direction = image.GetOrigin(), image.GetDirection()
     if volumes:
         if dimension != 4 or size[3] != volumes or components != 1:
-            raise InputError(f"has the size {_short(size)}, expected {volumes} volumes of 3 dimensions in one file")
+            raise InputError(f"has the size {short_text(size)}, expected {volumes} volumes of 3 dimensions in one file")
         return Geometry(size[:3], spacing[:3], origin[:3], direction[0:3] + direction[4:7] + direction[8:11])
     if dimension not in (2, 3) or components != 1:
         raise InputError(
@@ -154,16 +155,12 @@ def read_image(path: Path) -> sitk.Image:
         raise InputError(f"cannot be read: {last_line(error)}") from error
 
 
-def pixel_bytes(path: Path) -> int:
-    """Return the number of bytes per voxel of an image file."""
-    return sitk.Image([1, 1], image_reader(path).GetPixelID()).GetSizeOfPixelComponent()
-
-
 def last_line(error: Exception) -> str:
     """Return the last line of an error: ITK's first lines say where in ITK it was raised."""
     lines = str(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _short(values: tuple[float, ...]) -> str:
+def short_text(values: Iterable[float]) -> str:
+    """Return numbers in brackets, for messages."""
     return f"({', '.join(f'{value + 0.0:.6g}' for value in values)})"

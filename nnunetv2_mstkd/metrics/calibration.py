@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 from scipy.optimize import minimize_scalar
+from scipy.special import expit
 
 LEAST = 0.01
 """Probability from which a voxel counts."""
@@ -16,6 +17,8 @@ LOWEST, HIGHEST = float(np.log(LEAST / (1 - LEAST))), 20.0
 WIDTH = 0.1
 """Of the bins of logits: a probability changes by at most 0.025 within one."""
 BINS = int(np.ceil((HIGHEST - LOWEST) / WIDTH))
+CENTRES = LOWEST + WIDTH * (np.arange(BINS) + 0.5)
+"""Logit at the centre of each bin."""
 ECE_BINS = 15
 """Bins of equal width of the probability in the expected calibration error, as in the paper."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.2, 10.0
@@ -42,12 +45,6 @@ def logit_counts(logits: np.ndarray, positive: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(each, minlength=BINS) for each in (bins, positives)])
 
 
-def _probabilities(temperature: float) -> np.ndarray:
-    """The probability of each bin."""
-    centres = LOWEST + WIDTH * (np.arange(BINS) + 0.5)
-    return 1 / (1 + np.exp(-centres / temperature))
-
-
 def expected_calibration_error(counts: np.ndarray, temperature: float = 1.0) -> float:
     """Mean distance between stated probability and observed frequency, between 0 and 1 (eq. 3 of the paper).
 
@@ -65,7 +62,7 @@ def expected_calibration_error(counts: np.ndarray, temperature: float = 1.0) -> 
     number, positives = counts
     if not number.sum():
         return float("nan")
-    stated = _probabilities(temperature)
+    stated = expit(CENTRES / temperature)
     group = np.minimum((stated * ECE_BINS).astype(int), ECE_BINS - 1)
     gaps = np.bincount(group, positives - number * stated, ECE_BINS)
     return float(np.abs(gaps).sum() / number.sum())
@@ -86,10 +83,9 @@ def fit_temperature(counts: np.ndarray) -> float:
     number, positives = counts
     if not number.sum():
         return 1.0
-    centres = LOWEST + WIDTH * (np.arange(BINS) + 0.5)
 
     def loss(log_temperature: float) -> float:
-        z = centres / np.exp(log_temperature)
+        z = CENTRES / np.exp(log_temperature)
         return float((positives * np.logaddexp(0, -z) + (number - positives) * np.logaddexp(0, z)).sum() / number.sum())
 
     found = minimize_scalar(loss, bounds=(np.log(MIN_TEMPERATURE), np.log(MAX_TEMPERATURE)), method="bounded")

@@ -129,7 +129,6 @@ def lesionwise_regions(
     spacing: Sequence[float],
     convention: str = "brats2023_gli",
     *,
-    regions: Sequence[str] | None = None,
     thickness: float = 1.0,
 ) -> dict[str, LesionwiseScores]:
     """Lesion-wise Dice and HD95 of several regions of a case, with the partners that the convention names.
@@ -140,12 +139,10 @@ def lesionwise_regions(
         Masks by region name, including those of the partners: for ET in ``brats2024_gli`` also NETC and RC.
     spacing, convention, thickness:
         As for :func:`lesionwise`.
-    regions:
-        The regions to score; default all of ``predictions``.
     """
     settings = lesion_convention_named(convention)
     scores = {}
-    for region in predictions if regions is None else regions:
+    for region in predictions:
         names = settings.partners.get(region, ())
         for name in (region, *names):
             if name not in predictions or name not in references:

@@ -8,7 +8,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,19 +75,23 @@ def write(content: Mapping[str, Any], path: str | os.PathLike) -> None:
         ) from error
 
 
-def noted_split(path: str | os.PathLike) -> dict[str, list[str]] | None:
-    """Read which cases a training had, ``{"train": [...], "val": [...]}``; None if its trainer does not note them."""
-    noted = read(path).get(BLOCK)
-    return noted.get("split") if isinstance(noted, Mapping) else None
+class Notes(NamedTuple):
+    """What a checkpoint says about its training; None: nothing."""
+
+    split: dict[str, list[str]] | None
+    """The cases, ``{"train": [...], "val": [...]}``."""
+    hours: float | None
+    """That its epochs took."""
 
 
-def training_hours(path: str | os.PathLike) -> float | None:
-    """Hours that the epochs of a training took, from the log in its checkpoint; None if the log does not have them."""
-    log = read(path).get("logging")
+def read_notes(path: str | os.PathLike) -> Notes:
+    """Read what a checkpoint says about its training; raises what :func:`read` does."""
+    content = read(path)
+    noted, log, hours = content.get(BLOCK), content.get("logging"), None
     times = [log.get(f"epoch_{end}_timestamps") for end in ("start", "end")] if isinstance(log, Mapping) else [None]
-    if not all(isinstance(each, list) and each for each in times):
-        return None
-    return sum(end - start for start, end in zip(*times, strict=False)) / 3600
+    if all(isinstance(each, list) and each for each in times):
+        hours = sum(end - start for start, end in zip(*times, strict=False)) / 3600
+    return Notes(noted.get("split") if isinstance(noted, Mapping) else None, hours)
 
 
 SHORT = 12

@@ -85,7 +85,9 @@ def load_predictor(
 
 
 def find_device(device: str | torch.device) -> torch.device:
-    """Return a torch device, if this machine has it."""
+    """Return a torch device, if this machine has it; ``"auto"`` is CUDA, or else the CPU."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind = torch.device(device).type
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("-device is cuda (the default), but torch finds no CUDA GPU; use -device cpu")

@@ -18,11 +18,11 @@ import numpy as np
 import SimpleITK as sitk
 from tqdm import tqdm
 
-from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import complete_image, replace_folder, scratch_folder, write_json
+from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.images.atomic import complete_image, read_json, replace_folder, scratch_folder, write_json
 from nnunetv2_mstkd.phantom.case import Case, check_arguments, make_case
 from nnunetv2_mstkd.phantom.recipe import MODALITIES, REGIONS, get_recipe
-from nnunetv2_mstkd.processes import usable_cores
+from nnunetv2_mstkd.processes import default_workers
 
 GENERATOR_VERSION = 1
 """Incremented when the same arguments give different images, so that old folders are not mistaken for new ones."""
@@ -128,10 +128,7 @@ def write_dataset(
 
 def read_record(folder: Path | str) -> dict:
     """Read phantom.json: ``parameters`` of the images and ``cases``, which maps each case to its volumes in ml."""
-    path = Path(folder) / RECORD
-    if not path.is_file():
-        raise MissingFileError(f"{path} does not exist: {folder} was not written by mstkd phantom")
-    return json.loads(path.read_text())
+    return read_json(Path(folder) / RECORD, f": {folder} was not written by mstkd phantom")
 
 
 def describe_volumes(folder: Path) -> list[str]:
@@ -145,12 +142,6 @@ def describe_volumes(folder: Path) -> list[str]:
             f"absent in {values.count(0)} of {len(values)}"
         )
     return lines
-
-
-def default_workers() -> int:
-    """Number of cores that this process may use, at most 8."""
-    cores = usable_cores()
-    return min(8, cores)
 
 
 def case_seed(seed: int, split: str, number: int) -> int:

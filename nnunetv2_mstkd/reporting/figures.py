@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import MODALITIES, MODEL, REGION, SUBSET, VALUE
 from nnunetv2_mstkd.images.atomic import atomic_write
-from nnunetv2_mstkd.metrics.conventions import metric_named
+from nnunetv2_mstkd.metrics.conventions import DICE, metric_named
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, cube, mean
 from nnunetv2_mstkd.statistics.comparison import HOURS, PARAMETERS
 from nnunetv2_mstkd.statistics.shapley import MODALITY
@@ -37,13 +37,13 @@ NEUTRAL: RegionColor = (0.4, 0.4, 0.4)
 MARKERS = "osD^vP*X"
 
 
-def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
-    """Mean of every subset (rows) and region (columns), a panel per model, all on one scale: that of the metric.
+def heat_map(results: pd.DataFrame) -> Figure:
+    """Mean Dice of every subset (rows) and region (columns), a panel per model, all from 0 to 100 %.
 
     ``results`` is the long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     """
-    data, kind = cube(results, metric), metric_named(metric)
-    means = mean(data.values, axis=1) * kind.factor
+    data = cube(results, DICE)
+    means = 100 * mean(data.values, axis=1)
     panels = len(data.models)
     names = data.subsets
     if not data.complete:
@@ -51,17 +51,13 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
     width = 1.6 + 0.09 * max(map(len, names)) + panels * max(1.9, 0.6 * len(data.regions))
     figure = new_figure(width, 1.4 + 0.26 * len(data.subsets))
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
-    finite = means[np.isfinite(means)]
-    low, high = (finite.min(), finite.max()) if len(finite) else (0.0, 1.0)
-    if np.isfinite([kind.lowest, kind.highest]).all():
-        low, high = kind.lowest * kind.factor, kind.highest * kind.factor  # so that pages of models compare
     for axis, model, values in zip(axes, data.models, means, strict=True):
         sns.heatmap(
             values,
             ax=axis,
-            vmin=low,
-            vmax=high,
-            cmap="viridis" if kind.better > 0 else "viridis_r",
+            vmin=0,
+            vmax=100,  # the whole scale, so that pages of models compare
+            cmap="viridis",
             annot=True,
             fmt=".1f",
             annot_kws={"size": 8},
@@ -72,13 +68,11 @@ def heat_map(results: pd.DataFrame, *, metric: str = "dice") -> Figure:
         axis.set_title(model, fontsize=10)
         axis.tick_params(axis="x", rotation=0, labelsize=9, length=0)
         axis.tick_params(axis="y", rotation=0, labelsize=8, length=0)
-    figure.colorbar(axes[-1].collections[0], ax=axes.tolist(), label=_label(metric), fraction=0.05, pad=0.02)
+    figure.colorbar(axes[-1].collections[0], ax=axes.tolist(), label=_label(DICE), fraction=0.05, pad=0.02)
     return figure
 
 
-def curve_by_count(
-    counts: pd.DataFrame, *, metric: str = "dice", colors: Mapping[str, RegionColor] | None = None
-) -> Figure:
+def curve_by_count(counts: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
     """Mean against the number of available modalities with its interval, a line per model and a panel per region.
 
     ``counts`` is from :func:`~nnunetv2_mstkd.statistics.findings.mean_by_count`; ``colors`` are those of the regions,
@@ -91,30 +85,25 @@ def curve_by_count(
         places = part[MODALITIES].to_numpy() + 0.08 * place
         axis.errorbar(places, part[VALUE].to_numpy(), _distances(part), marker="o", markersize=4, capsize=2, **style)
 
-    figure = _panels(_scaled(counts, metric), draw, width=2.6, label=_label(metric), colors=colors)
+    figure = _panels(_scaled(counts, DICE), draw, width=2.6, label=_label(DICE), colors=colors)
     for axis in figure.axes:
         axis.set_xlabel("available modalities")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     return figure
 
 
-def shapley_bars(
-    values: pd.DataFrame, *, metric: str = "dice", colors: Mapping[str, RegionColor] | None = None
-) -> Figure:
+def shapley_bars(values: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
     """Shapley value of each modality with its interval, a group of bars per modality and a panel per region.
 
     ``values`` is from :func:`~nnunetv2_mstkd.statistics.shapley.shapley`; ``colors`` as for :func:`curve_by_count`.
     """
-    values = _scaled(values, metric)
+    values = _scaled(values, DICE)
     names = list(dict.fromkeys(values[MODALITY]))
 
     def draw(axis: Axes, part: pd.DataFrame, place: float, of: int, **style: Any) -> None:
-        part, width = part.set_index(MODALITY).loc[names], 0.8 / of
-        places = np.arange(len(names)) + width * place
-        heights = part[VALUE].to_numpy()
-        axis.bar(places, heights, 0.9 * width, yerr=_distances(part), ecolor="0.3", capsize=2, **style)
+        _bars(axis, part.set_index(MODALITY).loc[names], place, of, **style)
 
-    label = f"Shapley value, {_label(metric)}"
+    label = f"Shapley value, {_label(DICE)}"
     figure = _panels(values, draw, width=max(2.4, 0.5 * len(names)), label=label, colors=colors)
     for axis in figure.axes:
         axis.set_xticks(np.arange(len(names)), names)
@@ -122,30 +111,26 @@ def shapley_bars(
     return figure
 
 
+def _bars(axis: Axes, part: pd.DataFrame, place: float, of: int, **style: Any) -> None:
+    """One bar with its interval for each row, at a place beside those of ``of`` series in all."""
+    width, heights = 0.8 / of, part[VALUE].to_numpy()
+    places = np.arange(len(part)) + width * place
+    axis.bar(places, heights, 0.9 * width, yerr=_distances(part), ecolor="0.3", capsize=2, **style)
+
+
 def missing_bars(missing: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
     """Loss of Dice without each modality with its interval: a group of bars per modality, a bar per region.
 
     ``missing`` is from :func:`~nnunetv2_mstkd.statistics.findings.missing_one`; ``colors`` are those of the regions.
     """
-    missing = _scaled(missing, "dice")
+    missing = _scaled(missing, DICE)
     names, regions = (list(dict.fromkeys(missing[column])) for column in (MODALITY, REGION))
     palette = _region_palette(regions, colors)
     figure = new_figure(1.4 + max(0.9, 0.3 * len(regions)) * len(names), 2.8)
     axis = figure.subplots()
-    width = 0.8 / len(regions)
     for number, region in enumerate(regions):
-        part = missing[missing[REGION] == region].set_index(MODALITY).loc[names]
-        places = np.arange(len(names)) + width * (number - (len(regions) - 1) / 2)
-        axis.bar(
-            places,
-            part[VALUE].to_numpy(),
-            0.9 * width,
-            yerr=_distances(part),
-            ecolor="0.3",
-            capsize=2,
-            color=palette[region],
-            label=region,
-        )
+        part, place = missing[missing[REGION] == region], number - (len(regions) - 1) / 2
+        _bars(axis, part.set_index(MODALITY).loc[names], place, len(regions), color=palette[region], label=region)
     _finish(axis, "", grid="y")
     axis.axhline(0, color="0.3", linewidth=0.8)
     axis.set_xticks(np.arange(len(names)), [f"without\n{name}" for name in names])

@@ -105,8 +105,8 @@ def html_report(
     pages:
         Pages of further cases by fold and name, from :func:`case_page`.
     presence:
-        What the model's presence head says; see :class:`~nnunetv2_mstkd.evaluation.run.Measured`. None or empty: it has
-        none.
+        What the model's presence head says; see :class:`~nnunetv2_mstkd.evaluation.records.Collected`. None or empty:
+        it has none.
     calibration:
         Calibration of the model; None: it was not counted.
     lacking:

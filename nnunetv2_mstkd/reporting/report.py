@@ -31,7 +31,7 @@ class Evaluation(Findings):
     """The findings of an evaluation, the output ``folder``, and the ``text`` that ``mstkd evaluate`` prints."""
 
     def __init__(self, measured: Measured, folder: Path) -> None:
-        super().__init__(measured.results)
+        super().__init__(measured.found.results)
         self.folder = folder
         self.text = _text(self, measured.rules, measured.near)
 
@@ -45,12 +45,12 @@ def write_report(measured: Measured, output: Path, pictures: int) -> Evaluation:
         write_text(output / name, _tables(evaluation.results, rules, fmt))
     drawn = _write_figures(evaluation, rules, output)
     shown = Pictures(pictures, measured.records.load_montage)
-    _write_presence(measured.presence, output / PRESENCE)
+    _write_presence(measured.found.presence, output / PRESENCE)
     pages = _write_case_pages(evaluation, measured, output, shown) if pictures else {}
-    calibration = Calibration(measured.calibration) if measured.calibration else None
+    calibration = Calibration(measured.found.calibration) if measured.found.calibration else None
     page = html_report(
-        evaluation, rules, measured.settings, near, drawn, shown, pages=pages, presence=measured.presence,
-        calibration=calibration, lacking=measured.lacking,
+        evaluation, rules, measured.settings, near, drawn, shown, pages=pages, presence=measured.found.presence,
+        calibration=calibration, lacking=measured.found.lacking,
     )  # fmt: skip
     write_text(output / REPORT, page)
     # last: mstkd predict looks for it
@@ -124,7 +124,7 @@ def _summary(findings: Findings, measured: Measured, calibration: Calibration | 
             rules.convention, rules.metrics, lesion_convention=rules.lesion_convention
         ).splitlines(),
         "subsets": subsets,
-        "ranges": _ranges(findings, measured.entropies),
+        "ranges": _ranges(findings, measured.found.entropies),
         "calibration": None if calibration is None else _calibration(calibration),
         "mean_over_subsets": {row[REGION]: _interval(row) for row in overall},
         "worst_subset": {row[REGION]: {"subset": row["worst_subset"], DICE: _number(row["worst"])} for row in overall},

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.results import (
     IN_REFERENCE,
     METRIC,
@@ -38,7 +37,6 @@ from nnunetv2_mstkd.statistics.significance import P_CORRECTED, P
 TEXT = "text"
 MARKDOWN = "markdown"
 LATEX = "latex"
-FORMATS = (TEXT, MARKDOWN, LATEX)
 """Plain text has the layout of Markdown, but nothing is escaped."""
 
 AVAILABLE = "\u25cf"
@@ -91,7 +89,6 @@ def subset_table(
     InputError
         For an unknown format, metric or convention, and for incomplete results.
     """
-    _check_format(fmt)
     content = subset_content(
         results, metric=metric, convention=convention, lesion_convention=lesion_convention, tolerance=tolerance
     )
@@ -207,7 +204,6 @@ def subset_rows(content: SubsetContent, metric: str) -> pd.DataFrame:
 
 def frame_table(table: pd.DataFrame, *, fmt: str = MARKDOWN, digits: int = 3) -> str:
     """Any table, whose column names may repeat; floats are rounded to ``digits``."""
-    _check_format(fmt)
     head, body = frame_cells(table, fmt=fmt, digits=digits)
     return "\n".join(_layout([head], body, fmt, 0, named=1))
 
@@ -355,11 +351,6 @@ def escaped(text: str, fmt: str) -> str:
         return text.translate(_LATEX_ESCAPES)
     # an underscore within a word has no meaning
     return re.sub(r"([\\|*]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
-
-
-def _check_format(fmt: str) -> None:
-    if fmt not in FORMATS:
-        raise InputError(f"unknown format {fmt!r}; known are {', '.join(FORMATS)}")
 
 
 def _texts(means: np.ndarray, metric: Metric, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

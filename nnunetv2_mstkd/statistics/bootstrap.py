@@ -96,9 +96,7 @@ class Cube:
         return len(self.subsets) - 1
 
 
-def cube(
-    results: pd.DataFrame, metric: str, *, models: Sequence[str] | None = None, regions: Sequence[str] | None = None
-) -> Cube:
+def cube(results: pd.DataFrame, metric: str, *, models: Sequence[str] | None = None) -> Cube:
     """Arrange the values of a metric; a case that several folds of a training predicted gets their mean.
 
     A case may lack modalities; then it has no values of the subsets with them.
@@ -107,13 +105,13 @@ def cube(
     ----------
     results:
         The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`, and ``TRAINING`` there.
-    metric, models, regions:
-        What to use, models and regions in this order; default all of them, in order of appearance.
+    metric, models:
+        What to use, models in this order; default all of them, in order of appearance.
 
     Raises
     ------
     InputError
-        If the metric, a model or a region has no values, a training lacks a case, subset or region that others have, or
+        If the metric or a model has no values, a training lacks a case, subset or region that others have, or
         a case lacks a subset although it has the modalities.
     """
     metric_named(metric)
@@ -124,9 +122,9 @@ def cube(
         found = ", ".join(map(str, results[METRIC].unique())) or "none"
         raise InputError(f"the results have no values of {metric}; they have {found}")
     table = check_results(table)
-    models = _chosen(table, MODEL, models)
-    regions = _chosen(table, REGION, regions)
-    table = table[table[MODEL].isin(models) & table[REGION].isin(regions)]
+    models = _chosen_models(table, models)
+    table = table[table[MODEL].isin(models)]
+    regions = list(dict.fromkeys(table[REGION]))
     modalities = modality_order(table[SUBSET])
     subsets = subset_order(table[SUBSET], modalities)
     cases = sorted(table[CASE].unique())
@@ -159,13 +157,13 @@ def cube(
     return Cube(values, trainings, evaluated, tuple(models), tuple(cases), subsets, tuple(regions), modalities)
 
 
-def _chosen(table: pd.DataFrame, column: str, wanted: Sequence[str] | None) -> list[str]:
-    known = list(dict.fromkeys(table[column]))
+def _chosen_models(table: pd.DataFrame, wanted: Sequence[str] | None) -> list[str]:
+    known = list(dict.fromkeys(table[MODEL]))
     if wanted is None:
         return known
     unknown = [name for name in wanted if name not in known]
     if unknown or not wanted or len(set(wanted)) < len(wanted):
-        problem = f"no {column} {', '.join(unknown)}" if unknown else f"no use for the list of {column}s {list(wanted)}"
+        problem = f"no model {', '.join(unknown)}" if unknown else f"no use for the list of models {list(wanted)}"
         raise InputError(f"the results have {problem}; they have {', '.join(known)}")
     return list(wanted)
 

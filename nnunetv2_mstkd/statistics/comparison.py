@@ -186,7 +186,7 @@ def _results_file(path: Path) -> Path:
 def _read(name: str | None, file: Path) -> list[EvaluatedModel]:
     """The models of a file; a name is for the only one."""
     results, summary = read_results(file), file.with_name(SUMMARY)
-    settings = read_object(summary, "summary of an evaluation", "evaluate again") if summary.is_file() else {}
+    settings = read_object(summary, "evaluate again") if summary.is_file() else {}
     models = list(dict.fromkeys(results[MODEL]))
     if name is not None and len(models) > 1:
         raise InputError(f"{file} holds the models {', '.join(models)}; leave out the name {name}=")

@@ -26,12 +26,11 @@ from nnunetv2_mstkd.evaluation.results import (
     patients_of,
     subset_order,
 )
-from nnunetv2_mstkd.metrics.conventions import postprocessed_regions
+from nnunetv2_mstkd.metrics.conventions import DICE, postprocessed_regions
 from nnunetv2_mstkd.statistics.bootstrap import (
     AVERAGE,
     DEFAULT,
     Bootstrap,
-    badness,
     cube,
     long_table,
     mean,
@@ -161,8 +160,8 @@ def headline(missing: pd.DataFrame) -> str | None:
     return f"{'; '.join(parts)} (for each modality, the region that loses most)"
 
 
-def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """Mean over all subsets with its interval, and the worst subset.
+def summary(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """Mean Dice over all subsets with its interval, and the worst subset.
 
     Where cases lack subsets, the mean is that of the subsets' means.
 
@@ -170,20 +169,20 @@ def summary(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap
     -------
     Table with the columns model, region (each one and their ``average``), value, low, high, worst_subset, worst.
     """
-    data = cube(results, metric)
+    data = cube(results, DICE)
     everything, regions = with_average(data.values, data.regions)
     value, low, high = bootstrap.subset_estimates(data, everything, lambda values: mean(values, axis=-2))
     by_subset = mean(everything, axis=1)
     # NaN is never the worst; if there is nothing else, the first subset is
-    places = np.nan_to_num(badness(by_subset, metric), nan=-np.inf).argmax(axis=1)
+    places = np.nan_to_num(by_subset, nan=np.inf).argmin(axis=1)
     worst = np.take_along_axis(by_subset, places[:, None], axis=1)
     names = np.array(data.subsets)[places]
     axes = {MODEL: data.models, REGION: regions}
     return long_table(axes, value=value, low=low, high=high, worst_subset=names, worst=worst)
 
 
-def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """Mean by number of available modalities, over all subsets of that size.
+def mean_by_count(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """Mean Dice by number of available modalities, over all subsets of that size.
 
     Where cases lack subsets, the mean is that of the subsets' means.
 
@@ -191,7 +190,7 @@ def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Boo
     -------
     Table with the columns model, region (each one and their ``average``), modalities, value, low, high.
     """
-    data = cube(results, metric)
+    data = cube(results, DICE)
     everything, regions = with_average(data.values, data.regions)
     value, low, high = bootstrap.subset_estimates(
         data, everything, lambda values: data.by_size(values)[1].swapaxes(-1, -2)
@@ -200,18 +199,17 @@ def mean_by_count(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Boo
     return long_table(axes, value=value, low=low, high=high)
 
 
-def gap_to_full(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
-    """The loss of each subset against the full input, case by case, of the cases that have the full input.
+def gap_to_full(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """The loss of Dice of each subset against the full input, case by case, of the cases that have the full input.
 
     Returns
     -------
     Table with the columns model, region (each one and their ``average``), subset, modalities, value, low, high. A
-    positive value is a loss, whichever direction of the metric is better.
+    positive value is a loss.
     """
-    data = cube(results, metric)
-    bad = badness(data.values, metric)
+    data = cube(results, DICE)
     # the full input is the last subset
-    gaps, regions = with_average(bad[:, :, : data.full] - bad[:, :, [data.full]], data.regions)
+    gaps, regions = with_average(data.values[:, :, [data.full]] - data.values[:, :, : data.full], data.regions)
     value, low, high = bootstrap.estimates(gaps.swapaxes(2, 3), data.cases)
     axes = {MODEL: data.models, REGION: regions, SUBSET: data.subsets[: data.full]}
     return long_table(axes, value=value, low=low, high=high)

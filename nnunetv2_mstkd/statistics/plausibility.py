@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import pandas as pd
 
-from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import SEPARATOR
-from nnunetv2_mstkd.metrics.conventions import REGION_SPELLINGS, known_name, metric_named
+from nnunetv2_mstkd.evaluation.results import SEPARATOR, first_of
+from nnunetv2_mstkd.metrics.conventions import DICE, REGION_SPELLINGS, known_name
 from nnunetv2_mstkd.statistics.bootstrap import DEFAULT, Bootstrap, Cube, cube, mean
 from nnunetv2_mstkd.statistics.shapley import MAX_MODALITIES, shapley_matrix, subset_columns
 
@@ -37,7 +36,7 @@ MIN_CASES = 3
 """In fewer cases two subsets may give the same values by chance."""
 
 
-def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootstrap: Bootstrap = DEFAULT) -> list[str]:
+def plausibility_warnings(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> list[str]:
     """Report the results of each model that contradict what the modalities show.
 
     The rules are: ET is better with T1ce than without it, and no modality adds more to it; WT from FLAIR or T2 alone is
@@ -45,16 +44,14 @@ def plausibility_warnings(results: pd.DataFrame, *, metric: str = "dice", bootst
     in every case. A difference counts if its interval over patients lies above :data:`SLACK` entirely and there are at
     least :data:`MIN_PATIENTS` patients.
 
-    Only cases that have all evaluated subsets count, so that the same patients are compared. Modalities and regions are
-    recognised by their usual names; the metric must be one of which higher is better.
+    The values are Dice. Only cases that have all evaluated subsets count, so that the same patients are compared.
+    Modalities and regions are recognised by their usual names.
 
     Returns
     -------
     A sentence per finding. Rules without the subsets they need are skipped.
     """
-    if metric_named(metric).better <= 0:
-        raise InputError(f"the rules are about metrics of which higher is better, not {metric}")
-    data = cube(results, metric).complete_cases()
+    data = cube(results, DICE).complete_cases()
     if not data.cases:
         return []
     warnings: list[str] = []
@@ -166,8 +163,7 @@ def _identical(data: Cube, m: int) -> Iterator[str]:
             groups.setdefault(values.tobytes(), []).append(subset)
     for subsets in groups.values():
         if len(subsets) > 1:
-            more = f" and {len(subsets) - 3} more" if len(subsets) > 3 else ""
             yield (
-                f"{data.models[m]}: {', '.join(subsets[:3])}{more} give the same value in every case. Were modalities "
-                f"removed that should be missing?"
+                f"{data.models[m]}: {first_of(subsets)} give the same value in every case. Were modalities removed "
+                f"that should be missing?"
             )

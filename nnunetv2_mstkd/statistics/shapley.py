@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SEPARATOR
-from nnunetv2_mstkd.metrics.conventions import metric_named
+from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SEPARATOR, first_of
+from nnunetv2_mstkd.metrics.conventions import DICE
 from nnunetv2_mstkd.statistics.bootstrap import DEFAULT, Bootstrap, Cube, cube, long_table, mean
 
 MAX_MODALITIES = 6
@@ -40,19 +40,16 @@ def shapley_matrix(num_modalities: int) -> np.ndarray:
     return np.where(member, weights[sizes - 1], -weights[np.minimum(sizes, num_modalities - 1)])
 
 
-def shapley(
-    results: pd.DataFrame, *, metric: str = "dice", empty_value: float | None = None, bootstrap: Bootstrap = DEFAULT
-) -> pd.DataFrame:
-    """Shapley values of the modalities with bootstrap intervals over patients, from the cases that have all subsets.
+def shapley(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+    """Shapley values of the modalities for Dice, with bootstrap intervals over patients.
+
+    They are from the cases that have all subsets. Without any input nothing is segmented: Dice 0.
 
     Parameters
     ----------
     results:
         The long table with all 2^C - 1 subsets, C at most 6; see
         :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
-    empty_value:
-        v(nothing), the value without any input. Default 0, nothing is segmented, for metrics of which higher is better;
-        others have no such value and need one here.
 
     Returns
     -------
@@ -61,22 +58,17 @@ def shapley(
     Raises
     ------
     InputError
-        For more than six modalities, missing subsets, no case that has all of them, or a metric that needs
-        ``empty_value``.
+        For more than six modalities, missing subsets, or no case that has all of them.
     """
-    if empty_value is None:
-        if metric_named(metric).better <= 0:
-            raise InputError(f"{metric} without any input has no natural value; give it as empty_value")
-        empty_value = 0.0
-    data = cube(results, metric).complete_cases()
+    data = cube(results, DICE).complete_cases()
     # (cases, models, regions, 2^C - 1), sets in the order of the matrix's columns
     values = data.values[:, :, subset_columns(data)].transpose(1, 0, 3, 2)
     if not data.cases:
         raise InputError("Shapley values need a case that has all modalities; every case lacks some")
-    matrix = shapley_matrix(len(data.modalities))
+    matrix = shapley_matrix(len(data.modalities))[:, 1:]  # of the non-empty sets
     groups = bootstrap.groups(data.cases)
-    exact = _apply(matrix, mean(values, axis=0), empty_value)
-    low, high = bootstrap.limits(_apply(matrix, bootstrap.means(values, groups), empty_value), groups)
+    exact = mean(values, axis=0) @ matrix.T
+    low, high = bootstrap.limits(bootstrap.means(values, groups) @ matrix.T, groups)
     axes = {MODEL: data.models, REGION: data.regions, MODALITY: data.modalities}
     return long_table(axes, value=exact, low=low, high=high)
 
@@ -92,14 +84,8 @@ def subset_columns(data: Cube) -> np.ndarray:
     wanted = range(1, 2 ** len(data.modalities))
     missing = [code for code in wanted if code not in codes]
     if missing:
-        names = ", ".join(
-            SEPARATOR.join(name for bit, name in enumerate(data.modalities) if code >> bit & 1) for code in missing[:3]
-        )
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise InputError(f"Shapley values need all {len(wanted)} subsets; the results lack {names}{more}")
+        names = [
+            SEPARATOR.join(name for bit, name in enumerate(data.modalities) if code >> bit & 1) for code in missing
+        ]
+        raise InputError(f"Shapley values need all {len(wanted)} subsets; the results lack {first_of(names)}")
     return np.array([codes.index(code) for code in wanted])
-
-
-def _apply(matrix: np.ndarray, values: np.ndarray, empty_value: float) -> np.ndarray:
-    """Shapley values, shape (..., C), from the values of the non-empty sets, shape (..., 2^C - 1)."""
-    return values @ matrix[:, 1:].T + empty_value * matrix[:, 0]

@@ -76,7 +76,7 @@ def compare(
     used, groups = ~np.isnan([per_case(pair.differences) for pair in pairs]), bootstrap.groups(data.cases)
     found["cases"] = used.sum(axis=1)
     found[PATIENTS] = np.apply_along_axis(lambda of_case: len(np.unique(groups[of_case])), 1, used)
-    return _table_of_pairs(pairs, {REGION: _with_average(data.regions)}, found)
+    return _table_of_pairs(pairs, {REGION: with_average(pairs[0].differences, data.regions)[1]}, found)
 
 
 def paired_differences(
@@ -139,7 +139,8 @@ def compare_by_count(
         return data.by_size(with_average(values, data.regions)[0])[1]
 
     tested = _tested(pairs, per_case, data.cases, bootstrap)
-    axes: dict[str, Iterable] = {MODALITIES: np.unique(data.sizes), REGION: _with_average(data.regions)}
+    regions = with_average(pairs[0].differences, data.regions)[1]
+    axes: dict[str, Iterable] = {MODALITIES: np.unique(data.sizes), REGION: regions}
     return _table_of_pairs(pairs, axes, tested)
 
 
@@ -350,11 +351,6 @@ def _tested(
                     by_training[place][number] = [float(each[number]) for each in means]
         columns[BY_TRAINING] = by_training
     return columns
-
-
-def _with_average(regions: tuple[str, ...]) -> tuple[str, ...]:
-    """The regions as :func:`~nnunetv2_mstkd.statistics.bootstrap.with_average` leaves them."""
-    return with_average(np.empty((0, len(regions))), regions)[1]
 
 
 def _table_of_pairs(
