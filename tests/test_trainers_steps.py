@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, same, state
 
@@ -144,6 +145,21 @@ def test_a_seed_makes_start_and_epoch_repeat(make_trainer, cls):
     assert numbers != draws(3, 5, fold=1)[1]
     others, other_numbers = draws(4, 5)
     assert not same(weights, others) and numbers != other_numbers
+
+
+def test_a_scheduler_of_another_trainer_moves_between_epochs_only(make_trainer):
+    class WithPoly(ModalityDropoutTrainer):
+        def configure_optimizers(self):
+            optimizer, _ = super().configure_optimizers()
+            return optimizer, PolyLRScheduler(optimizer, 0.01, self.num_epochs)
+
+    trainer = make_trainer(WithPoly)
+    trainer.on_train_epoch_start()
+    rate = trainer.optimizer.param_groups[0]["lr"]
+    for step in range(2):
+        trainer._step_in_epoch = step
+        trainer.train_step(batch(trainer))
+    assert trainer.optimizer.param_groups[0]["lr"] == rate == 0.01
 
 
 def test_each_sample_gets_a_subset_of_its_own(make_trainer, monkeypatch):

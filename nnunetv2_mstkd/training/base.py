@@ -42,7 +42,7 @@ from nnunetv2_mstkd.training.loaders import (
 )
 from nnunetv2_mstkd.training.model_identity import given_otherwise, refuse_mixed_folds, refuse_other_network
 from nnunetv2_mstkd.training.normalization import complete_data, describe_normalization, find_mask_differences
-from nnunetv2_mstkd.training.optimizers import build_optimizer
+from nnunetv2_mstkd.training.optimizers import WarmupPolyScheduler, build_optimizer
 from nnunetv2_mstkd.training.patch_growth import Phase, compile_each_size, phase_of
 from nnunetv2_mstkd.training.progress import TermLog
 from nnunetv2_mstkd.training.settings import (
@@ -208,7 +208,8 @@ class SettingsTrainer(nnUNetTrainer):
 
     def train_step(self, batch: dict) -> dict:
         """Take one step of the optimiser; return nnU-Net's ``loss`` and ``terms``, the values of all terms by name."""
-        self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
+        if isinstance(self.lr_scheduler, WarmupPolyScheduler):  # another trainer's own only moves between epochs
+            self.lr_scheduler.step(self.current_epoch + self._step_in_epoch / self.num_iterations_per_epoch)
         data, target, present = self._to_device(batch)
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
