@@ -22,7 +22,7 @@ from nnunetv2_mstkd.metrics.calibration import BINS
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
 HINT = "evaluate again with --restart"
-"""What a file is, and what to do about one that is not."""
+"""What to do about a file that is not as it should be."""
 
 
 class Collected(NamedTuple):

@@ -28,7 +28,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet.folders import check_file_name
 
-NETWORK_PACKAGES: tuple[str, ...] = ("dynamic_network_architectures.architectures",)
+NETWORK_PACKAGE = "dynamic_network_architectures.architectures"
 LAYER_PACKAGES = ("torch.nn", "dynamic_network_architectures")
 """Where the classes that plans name may be defined."""
 
@@ -114,7 +114,9 @@ def check_architecture(configuration: ConfigurationManager, source: str = "plans
         raise InputError(f"arch_kwargs in {source} is not a mapping")
     if not isinstance(imported, (list, tuple)) or not all(isinstance(key, str) for key in imported):
         raise InputError(f"_kw_requires_import in {source} is {imported!r}, expected a list of names")
-    names = [("network_class_name", configuration.network_arch_class_name, NETWORK_PACKAGES)]
+    names: list[tuple[str, str, tuple[str, ...]]] = [
+        ("network_class_name", configuration.network_arch_class_name, (NETWORK_PACKAGE,))
+    ]
     for key in imported:
         if key not in kwargs:
             raise InputError(f"{source} lists {key!r} in _kw_requires_import, but its arch_kwargs have no such key")
@@ -162,9 +164,9 @@ def _locate(name: Any, packages: Sequence[str]) -> Any:
         return None
     with contextlib.suppress(pydoc.ErrorDuringImport):
         found = pydoc.locate(name)
-        if found is None and packages is NETWORK_PACKAGES:
+        if found is None and NETWORK_PACKAGE in packages:
             # nnU-Net's own second try: older plans name modules that have moved since
             folder = Path(dynamic_network_architectures.__path__[0], "architectures")
-            found = recursive_find_python_class(str(folder), name.rsplit(".", 1)[-1], NETWORK_PACKAGES[0])
+            found = recursive_find_python_class(str(folder), name.rsplit(".", 1)[-1], NETWORK_PACKAGE)
         return found
     return None

@@ -46,7 +46,7 @@ def validation_cases(
     data
         Folder of its preprocessed cases, all of which belong to fold ``"all"``.
     noted
-        The split that a checkpoint notes (:func:`nnunetv2_mstkd.nnunet.checkpoints.noted_split`), which wins over the
+        The split that a checkpoint notes (:func:`nnunetv2_mstkd.nnunet.checkpoints.read_notes`), which wins over the
         file; None: it notes none.
     """
     file = preprocessed / SPLITS

@@ -35,9 +35,9 @@ from nnunetv2_mstkd.statistics.shapley import MODALITY
 from nnunetv2_mstkd.statistics.significance import P_CORRECTED, P
 
 TEXT = "text"
+"""The layout of Markdown, but nothing is escaped."""
 MARKDOWN = "markdown"
 LATEX = "latex"
-"""Plain text has the layout of Markdown, but nothing is escaped."""
 
 AVAILABLE = "\u25cf"
 MISSING = "\u25cb"
@@ -87,7 +87,7 @@ def subset_table(
     Raises
     ------
     InputError
-        For an unknown format, metric or convention, and for incomplete results.
+        For an unknown metric or convention, and for incomplete results.
     """
     content = subset_content(
         results, metric=metric, convention=convention, lesion_convention=lesion_convention, tolerance=tolerance

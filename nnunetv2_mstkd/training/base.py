@@ -51,7 +51,7 @@ from nnunetv2_mstkd.training.settings import (
     Section,
     Settings,
 )
-from nnunetv2_mstkd.training.step import Losses, LossMonitor, Target
+from nnunetv2_mstkd.training.step import ANEW, Losses, LossMonitor, Target
 
 
 class SettingsTrainer(nnUNetTrainer):
@@ -518,8 +518,7 @@ class SettingsTrainer(nnUNetTrainer):
         if not np.isfinite([output["loss"] for output in train_outputs]).any():
             raise DivergenceError(
                 f"the loss of every iteration of epoch {self.current_epoch} is not finite; nothing was saved. Look for "
-                f"NaN or extreme voxels in the training cases, or lower schedule.initial_lr; continue from the last "
-                f"checkpoint with --c"
+                f"NaN or extreme voxels in the training cases and continue from the last checkpoint with --c, or {ANEW}"
             )
         super().on_train_epoch_end([{"loss": output["loss"]} for output in train_outputs])
         if self.logs_terms:

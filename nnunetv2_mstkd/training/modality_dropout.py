@@ -104,7 +104,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return any(term.needs_teacher for term in self.terms)
 
     def make_terms(self) -> tuple[Term, ...]:
-        """Return the method's terms beside the segmentation loss, in the order in which they are logged; here none."""
+        """Return the method's terms beside the segmentation loss; here none."""
         return ()
 
     def common_terms(self) -> tuple[Term, ...]:

@@ -50,7 +50,7 @@ class WarmupPolyScheduler:
 
     def step(self, current_step: float) -> None:
         """Set the rates for ``current_step`` in epochs; a fraction counts within the epoch."""
-        poly = (1 - int(current_step) / self.max_steps) ** 0.9
+        poly = max(0.0, 1 - int(current_step) / self.max_steps) ** 0.9
         for group in self.optimizer.param_groups:
             rise = min(1.0, (current_step + 1e-3) / (WARMUP * self.max_steps)) if group.get("warmup") else 1.0
             group["lr"] = group["initial_lr"] * poly * rise

@@ -19,6 +19,9 @@ MIN_SCALE = 2.0**-10
 """Of a gradient scaler, which begins with 2^16. It halves its scale at each step that it skips and doubles it after
 2000 good ones, so one bad case in a hundred would lower it until all float16 gradients are 0."""
 
+ANEW = "lower schedule.initial_lr and train anew: a continued training keeps the settings that it began with"
+"""What to do where no case is to blame."""
+
 
 class Target(NamedTuple):
     """The label at full resolution, as terms per voxel read it."""
@@ -144,7 +147,7 @@ class LossMonitor:
             raise DivergenceError(
                 f"{moment}: steps were skipped so often that the scale of the gradients has fallen to {self._scale:g}, "
                 f"at which float16 gradients vanish. Repair or leave out the cases of the skipped steps (most often: "
-                f"{often}), or lower schedule.initial_lr; then continue from the last checkpoint with --c"
+                f"{often}) and continue from the last checkpoint with --c, or {ANEW}"
             )
         if not bad and not too_many:
             return
@@ -153,6 +156,6 @@ class LossMonitor:
             self._log(f"{where}; the step is skipped")
             return
         raise DivergenceError(
-            f"{where}. Nothing was saved. Look at these cases for NaN or extreme voxels, or lower "
-            f"schedule.initial_lr; continue from the last checkpoint with --c"
+            f"{where}. Nothing was saved. Look at these cases for NaN or extreme voxels and continue from the last "
+            f"checkpoint with --c, or {ANEW}"
         )

@@ -1,4 +1,4 @@
-"""What two students learn from one another, and one from its refinement network: the constraints of SMML.
+"""What two students learn from one another: the constraints of SMML.
 
 Paper: "Semantic-guided masked mutual learning" (SMML, AAAI 2025, arXiv 2507.07592). Where the terms act, what they read
 and that their weights are 1 is certain from its released code; the functions themselves are missing there, so that
