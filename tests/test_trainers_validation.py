@@ -60,7 +60,7 @@ def test_ranks_share_the_list_as_they_share_the_batch(make_trainer, monkeypatch,
     trainer._validation_step = 2
     rows = []
     for rank in range(ranks):
-        monkeypatch.setattr(modality_dropout.dist, "get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr(modality_dropout, "rank", lambda rank=rank: rank)
         # nnU-Net's own division of a batch
         size = whole // ranks + (rank < whole % ranks)
         rows += trainer._validation_rows(size).tolist()
