@@ -308,7 +308,8 @@ def test_network_compiles_into_one_graph(make_trainer, light):
     data = batch(trainer)["data"]
     if light:  # the other kind takes long
         torch.testing.assert_close(compiled(data), trainer.network(data), rtol=1e-3, atol=1e-4)
-    found, wanted = compiled(data, other=data), trainer.network(data, other=data)
+    more = complete(light, data)
+    found, wanted = compiled(data, other=data, **more), trainer.network(data, other=data, **more)
     torch.testing.assert_close(found[1].logits, wanted[1].logits, rtol=1e-3, atol=1e-4)
 
 
