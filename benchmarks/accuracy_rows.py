@@ -335,6 +335,14 @@ SHORT = Preset(
     bfloat16=True,
 )  # fmt: skip
 
+SLICES = Preset(
+    spacing=4.0, training_cases=60, validation_cases=4, test_cases=24, features=(8, 16, 32, 48, 64), batch_size=8,
+    first_epochs=40, student_epochs=80, iterations=50, validation_iterations=4, device="cpu",
+    settings={**ADAMW, "input.normalization": "plans", "schedule.save_every": 5},
+    evaluation=("--disable_tta", "--stack", "7", "--strips", "0", "-npp", "0", "-nps", "0"), bfloat16=True,
+    seconds_per_step=0.06, where="one CPU core that knows bfloat16", configuration="2d", target_spacing=(5, 4, 4),
+)  # fmt: skip
+
 PRESETS: Mapping[str, Preset] = {
     # for a test of the program: nothing converges
     "tiny": Preset(
@@ -353,20 +361,12 @@ PRESETS: Mapping[str, Preset] = {
     # twice the steps, and the teacher three times its own
     "longer": replace(SHORT, first_epochs=3 * SHORT.first_epochs),
     # slices and small networks, so that a training of minutes comes close to where accuracy no longer rises
-    "slices": Preset(
-        spacing=4.0, training_cases=60, validation_cases=4, test_cases=24, features=(8, 16, 32, 48, 64), batch_size=8,
-        first_epochs=40, student_epochs=80, iterations=50, validation_iterations=4, device="cpu",
-        settings={**ADAMW, "input.normalization": "plans", "schedule.save_every": 5},
-        evaluation=("--disable_tta", "--stack", "7", "--strips", "0", "-npp", "0", "-nps", "0"), bfloat16=True,
-        seconds_per_step=0.06, where="one CPU core that knows bfloat16", configuration="2d", target_spacing=(5, 4, 4),
-    ),
+    "slices": SLICES,
     # the same in 3-D, for real patients; in float32, because in bfloat16 the smallest growing patches diverge
-    "volumes": Preset(
-        spacing=5.0, training_cases=60, validation_cases=4, test_cases=24, features=(12, 24, 48, 96), batch_size=2,
-        first_epochs=12, student_epochs=12, iterations=50, validation_iterations=4, device="cpu",
-        settings={**ADAMW, "input.normalization": "plans", "schedule.save_every": 5},
-        evaluation=("--disable_tta", "--stack", "7", "--strips", "0", "-npp", "0", "-nps", "0"),
-        seconds_per_step=0.3, where="one CPU core", target_spacing=(7.5, 6.5, 6.5),
+    "volumes": replace(
+        SLICES, spacing=5.0, features=(12, 24, 48, 96), batch_size=2, first_epochs=12, student_epochs=12,
+        bfloat16=False, seconds_per_step=0.3, where="one CPU core", configuration="3d_fullres",
+        target_spacing=(7.5, 6.5, 6.5),
     ),
     "full": Preset(
         spacing=2.0, training_cases=60, validation_cases=4, test_cases=24, features=None, batch_size=None,

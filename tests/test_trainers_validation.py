@@ -54,8 +54,7 @@ def test_there_are_enough_validation_steps_for_every_subset(make_trainer, channe
 def test_ranks_share_the_list_as_they_share_the_batch(make_trainer, monkeypatch, ranks):
     whole = 5
     trainer = make_trainer(ModalityDropoutTrainer, batch_size=whole)
-    trainer.is_ddp = True
-    monkeypatch.setattr(modality_dropout.dist, "get_world_size", lambda: ranks)
+    monkeypatch.setattr(modality_dropout, "world_size", lambda: ranks)
     trainer.on_validation_epoch_start()
     trainer._validation_step = 2
     rows = []

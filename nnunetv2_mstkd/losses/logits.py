@@ -72,7 +72,7 @@ def prepare(
     """Check the arguments of a loss; return both logits in float32, zero where a voxel is not valid, and that map."""
     check_logits(student, teacher, regions)
     valid = valid_map(valid, student)
-    return torch.where(valid, student.float(), 0.0), torch.where(valid, teacher.float(), 0.0), valid
+    return where_valid(student.float(), valid), where_valid(teacher.float(), valid), valid
 
 
 def divergence_map(student: torch.Tensor, teacher: torch.Tensor, regions: bool, tau: float = 1.0) -> torch.Tensor:

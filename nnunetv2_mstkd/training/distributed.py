@@ -24,12 +24,16 @@ def rank() -> int:
     return dist.get_rank() if several_processes() else 0
 
 
+def world_size() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if several_processes() else 1
+
+
 def gather(value: Any) -> list[Any]:
     """Return the values of all processes, by rank."""
-    if not several_processes():
-        return [value]
-    everyone = [value] * dist.get_world_size()
-    dist.all_gather_object(everyone, value)
+    everyone = [value] * world_size()
+    if several_processes():
+        dist.all_gather_object(everyone, value)
     return everyone
 
 

@@ -13,7 +13,6 @@ import torch
 from nnunetv2.training.loss.dice import get_tp_fp_fn_tn
 from nnunetv2.utilities.collate_outputs import collate_outputs
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-from torch import distributed as dist
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError
@@ -21,7 +20,7 @@ from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer
-from nnunetv2_mstkd.training.distributed import gather, rank
+from nnunetv2_mstkd.training.distributed import gather, rank, world_size
 from nnunetv2_mstkd.training.loaders import REPEATED, end_workers, repeating, unlabelled_loader
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
@@ -70,7 +69,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
     """Weights, such as ``medmap.weight``, of terms that are meant to read the complete batch. The leak test sets them
     to 0; those of all bases count."""
     teacher: Any = None
-    """A network that sees complete input; None: there is none."""
+    """A network that sees complete input, or None."""
     teacher_learns: bool = False
     """Whether the teacher is trained in the same steps; else it is frozen."""
     teacher_period: int = 1
@@ -153,8 +152,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
         if self.teacher is not None and len(rows):
             with torch.set_grad_enabled(self.teacher_learns):
                 teacher = self.forward_teacher(rows)
+        terms = any(asked or not term.needs_teacher for term in self.terms)
         with self.conditioned_on(subsets):
-            terms = any(asked or not term.needs_teacher for term in self.terms)
             student = self.forward_student(inputs, data) if terms else Segmentation(self.network(inputs))
         judged, share = self.judged_samples(present, labelled)
         total = self.loss(rows_of(student.logits, labelled), target)
@@ -314,7 +313,11 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return None
 
     def rise(self, fraction: float) -> float:
-        """How far a weight has risen, exp(-5 (1 - t)^2), that is full after this fraction of the training."""
+        """How far a weight has risen, exp(-5 (1 - t)^2), that is full after this fraction of the training.
+
+        MST-KDNet's released code lets one term rise like this, over 20 of 100 or 300 epochs; the paper gives no
+        schedule.
+        """
         t = min(1.0, self.iteration / max(1.0, fraction * self.total_iterations)) if fraction > 0 else 1.0
         return math.exp(-5.0 * (1.0 - t) ** 2)
 
@@ -330,8 +333,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
 
     def _validation_rows(self, batch_size: int) -> torch.Tensor:
         """Entries of the fixed list for this step: sample n of an epoch gets entry n mod S, whatever the ranks."""
-        whole, number = self.configuration_manager.batch_size, rank()
-        ranks = dist.get_world_size() if self.is_ddp else 1
+        whole, number, ranks = self.configuration_manager.batch_size, rank(), world_size()
         offset = number * (whole // ranks) + min(number, whole % ranks)
         first = self._validation_step * whole + offset
         return torch.arange(first, first + batch_size) % len(self.validation_subsets)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.nn import functional
 
-from nnunetv2_mstkd.losses.logits import cross_entropy_map, divergence_map, probabilities, where_valid
+from nnunetv2_mstkd.losses.logits import cross_entropy_map, divergence_map, prepare, probabilities
 
 MAX_EDGE = 8
 """Bottleneck features are pooled to at most so many positions per axis before they are compared."""
@@ -68,14 +68,12 @@ def reliable_exchange(
         False: one mean over all selected voxels.
     """
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = student.float(), teacher.detach().float()
-        student, teacher = where_valid(student, valid), where_valid(teacher, valid)
+        student, teacher, valid = prepare(student, teacher.detach(), regions, valid)
         with torch.no_grad():
             selected = cross_entropy_map(teacher, label, regions) < cross_entropy_map(student, label, regions)
             if require_correct:
                 selected &= _correct(teacher, label, regions)
-            if valid is not None:
-                selected &= valid
+            selected &= valid
         divergence = torch.where(selected, divergence_map(student, teacher, regions, tau), 0.0)
         if not balanced:
             return divergence.sum() / selected.sum().clamp_min(1)
