@@ -362,7 +362,7 @@ PRESETS: Mapping[str, Preset] = {
     "longer": replace(SHORT, first_epochs=3 * SHORT.first_epochs),
     # slices and small networks, so that a training of minutes comes close to where accuracy no longer rises
     "slices": SLICES,
-    # the same in 3-D, for real patients; in float32, because in bfloat16 the smallest growing patches diverge
+    # the same in 3-D, for real patients, and in float32
     "volumes": replace(
         SLICES, spacing=5.0, features=(12, 24, 48, 96), batch_size=2, first_epochs=12, student_epochs=12,
         bfloat16=False, seconds_per_step=0.3, where="one CPU core", configuration="3d_fullres",

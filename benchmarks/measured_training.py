@@ -17,6 +17,7 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,21 +132,40 @@ def autocast_on_cpu() -> None:
 def lower(network: torch.nn.Module) -> None:
     """Let a network compute in bfloat16, with weights channels-last, and answer in float32.
 
-    Its class changes, not its ``forward``: otherwise a copy of the network, such as a moving average of its weights,
-    would run the original's forward pass.
+    Convolutions over two positions in depth stay in float32: torch 2.14.1 leaves a part of the gradient of their
+    weights unwritten in bfloat16 on a CPU.
     """
     import torch
 
-    kind = type(network)
-
-    def in_bfloat16(self: Any, *inputs: Any, **options: Any) -> Any:
+    def in_bfloat16(module: Any, forward: Callable[..., Any], *inputs: Any, **options: Any) -> Any:
         with torch.autocast("cpu", torch.bfloat16):
-            output = kind.forward(self, *inputs, **options)
-        return as_float32(output)
+            return as_float32(forward(module, *inputs, **options))
 
-    volume = any(parameter.ndim == 5 for parameter in network.parameters())
-    network.to(memory_format=torch.channels_last_3d if volume else torch.channels_last)
-    network.__class__ = type(kind.__name__, (kind,), {"forward": in_bfloat16, "__module__": kind.__module__})
+    def convolve(module: Any, forward: Callable[..., Any], x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-3] != 2:
+            return forward(module, x)
+        with torch.autocast("cpu", enabled=False):
+            return forward(module, x.float())
+
+    convolutions = [module for module in network.modules() if isinstance(module, torch.nn.Conv3d)]
+    network.to(memory_format=torch.channels_last_3d if convolutions else torch.channels_last)
+    for module in convolutions:
+        _wrap(module, convolve)
+    _wrap(network, in_bfloat16)
+
+
+def _wrap(module: torch.nn.Module, call: Callable[..., Any]) -> None:
+    """Have a module run ``call(module, forward, *inputs)``, with the forward pass of its own class.
+
+    Its class changes, not its ``forward``: otherwise a copy of the module, such as a moving average of the weights,
+    would run the original's forward pass.
+    """
+    kind = type(module)
+
+    def forward(self: Any, *inputs: Any, **options: Any) -> Any:
+        return call(self, kind.forward, *inputs, **options)
+
+    module.__class__ = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 def as_float32(output: Any) -> Any:

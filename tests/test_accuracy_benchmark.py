@@ -459,6 +459,18 @@ def test_a_copy_in_bfloat16_has_its_own_weights():
     assert copied.seen.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("edges", [(2, 4, 4), (2, 2, 2), (4, 2, 2)])
+def test_gradients_in_bfloat16_are_right_over_two_positions(edges):
+    network, x = torch.nn.Conv3d(32, 32, 3, padding=1), torch.randn(2, 32, *edges)
+    gradient = torch.randn(2, 32, *edges)
+    network(x).backward(gradient)
+    expected = network.weight.grad
+    network.weight.grad = None
+    lower(network)
+    network(x).backward(gradient)
+    assert (network.weight.grad - expected).abs().max() < 0.05 * expected.abs().max()
+
+
 def test_outputs_without_floats_stay_what_they_are():
     assert as_float32((None, "text", [torch.ones(1, dtype=torch.bool)])) == (None, "text", [torch.tensor([True])])
 
