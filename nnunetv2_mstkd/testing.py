@@ -156,6 +156,7 @@ def make_trainer(
     deep_supervision: bool = True,
     fold: int | str = 0,
     seed: int = 0,
+    device: torch.device | None = None,
     **options: Any,
 ) -> Any:
     """Return a trainer after ``initialize``, below nnU-Net's folders. It has no data, so it can only take steps.
@@ -166,7 +167,7 @@ def make_trainer(
     write_empty_data()
     content: Any = plans(channels=channels, **options) if given_plans is None else copy.deepcopy(dict(given_plans))
     content["continue_training"] = False  # nnU-Net's commands put it there
-    trainer = cls(content, "tiny", fold, dataset_json(channels, labels), torch.device("cpu"))
+    trainer = cls(content, "tiny", fold, dataset_json(channels, labels), device or torch.device("cpu"))
     trainer.enable_deep_supervision &= deep_supervision
     torch.manual_seed(seed)
     trainer.initialize()

@@ -119,9 +119,10 @@ def train(
     configuration: str = CONFIGURATION,
     validate: bool = False,
     plot: bool = False,
+    device: torch.device | None = None,
     **options,
 ) -> None:
-    """``nnUNetv2_train`` on the CPU, in this process; ``options`` are those of nnU-Net's ``run_training``."""
+    """``nnUNetv2_train``, in this process; ``options`` are those of nnU-Net's ``run_training``."""
     from nnunetv2.run.run_training import run_training
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -135,7 +136,7 @@ def train(
             patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
             patch.setattr(TermLog, "draw", lambda self, history: None)
         patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
-        run_training(str(dataset), configuration, fold, trainer, device=torch.device("cpu"), **options)
+        run_training(str(dataset), configuration, fold, trainer, device=device or torch.device("cpu"), **options)
 
 
 class KilledError(Exception):
