@@ -155,7 +155,7 @@ def lower(network: torch.nn.Module) -> None:
 
 
 def _wrap(module: torch.nn.Module, call: Callable[..., Any]) -> None:
-    """Have a module run ``call(module, forward, *inputs)``, with the forward pass of its own class.
+    """Replace a module's forward pass by ``call(module, forward, *inputs)``, where ``forward`` is the one it had.
 
     Its class changes, not its ``forward``: otherwise a copy of the module, such as a moving average of the weights,
     would run the original's forward pass.

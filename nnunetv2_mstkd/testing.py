@@ -162,7 +162,7 @@ def make_trainer(
     """Return a trainer after ``initialize``, below nnU-Net's folders. It has no data, so it can only take steps.
 
     Its configuration is "tiny" of the given plans, or of :func:`plans` with ``options``; ``labels`` are those of
-    :func:`dataset_json`, ``seed`` is that of the weights.
+    :func:`dataset_json`, ``seed`` is that of the weights, and ``device`` the CPU by default.
     """
     write_empty_data()
     content: Any = plans(channels=channels, **options) if given_plans is None else copy.deepcopy(dict(given_plans))

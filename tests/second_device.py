@@ -71,11 +71,16 @@ def run(op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     named = [leaf for leaf in leaves if isinstance(leaf, torch.device)]
     if DEVICE in named and any(isinstance(leaf, torch.Generator) for leaf in leaves):
         raise RuntimeError(f"{op}: a generator of the CPU cannot draw on another device")
-    to_device = DEVICE in named if named else isinstance(args[0], DeviceTensor) if op in COPIES else bool(there)
+    if named:
+        to_device = DEVICE in named
+    elif op in COPIES:
+        to_device = isinstance(args[0], DeviceTensor)
+    else:
+        to_device = bool(there)
     held_args, held_kwargs = tree_map(_held, (tuple(args), dict(kwargs)))
     result = op(*held_args, **held_kwargs)
     if named and any(result is _held(tensor) for tensor in tensors):
-        result = result.clone()  # a device has memory of its own
+        result = result.clone()  # a move between devices always copies
     if not to_device:
         return result
     known = {id(tensor.held): tensor for tensor in there}  # what an operation has changed in place stays itself
@@ -100,8 +105,8 @@ class Everywhere(TorchDispatchMode):
 
 
 @contextmanager
-def second_device() -> Iterator[torch.device]:
-    """Give the second device for the time of a block."""
+def second_device() -> Iterator[None]:
+    """Let :data:`DEVICE` be a device of this machine for the time of a block."""
     autocast, run_thread = torch.autocast, threading.Thread.run
 
     def run_there(thread: threading.Thread) -> None:
@@ -118,7 +123,7 @@ def second_device() -> Iterator[torch.device]:
         mock.patch.object(torch, "as_tensor", _then_moved(torch.as_tensor)),
         Everywhere(),
     ):
-        yield DEVICE
+        yield
 
 
 def _then_moved(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

@@ -42,18 +42,18 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parame
     ids=["sum", "concatenation", "condition", "numpy", "asarray", "generator", "layer"],
 )
 def test_what_fails_on_cuda_fails(fault):
-    with second_device() as device:
+    with second_device():
         here = torch.ones(2, 3)
-        there = here.to(device)
+        there = here.to(DEVICE)
         with pytest.raises((RuntimeError, TypeError)):
             fault(there, here)
 
 
 def test_what_works_on_cuda_works():
-    with second_device() as device:
+    with second_device():
         here = torch.arange(6.0).reshape(2, 3)
-        there = here.to(device)
-        made = torch.zeros(2, 3, device=device) + torch.tensor([1, 2, 3], device=device) * torch.tensor(2)
+        there = here.to(DEVICE)
+        made = torch.zeros(2, 3, device=DEVICE) + torch.tensor([1, 2, 3], device=DEVICE) * torch.tensor(2)
         for value in (there, made, there[torch.tensor([True, False])], here.to(there), torch.randn_like(there)):
             assert isinstance(value, DeviceTensor) and value.device == DEVICE
         assert torch.equal(there.cpu(), here) and not isinstance(there.cpu(), DeviceTensor)
@@ -142,14 +142,13 @@ def test_a_student_is_trained_and_validated(models):
     """A teacher is loaded, patches grow, checkpoints are written and continued, nnU-Net's own validation predicts."""
     configure(models, name="growing", schedule__epochs=2, schedule__patch_phases=2, teacher__configuration="tiny")
     found = []
-    for device in ("cpu", "second"):
-        with second_device() as second:
-            at = second if device == "second" else CPU
-            train("MSTKDTrainer", configuration="growing", device=at, validate=True)
+    for device in (CPU, DEVICE):
+        with second_device():
+            train("MSTKDTrainer", configuration="growing", device=device, validate=True)
         fold = models.fold("MSTKDTrainer", configuration="growing")
         summary = (fold / "validation" / "summary.json").read_text()
         found.append((checkpoints.read(fold / "checkpoint_final.pth")["network_weights"], summary))
-        fold.rename(fold.with_name(device))
+        fold.rename(fold.with_name(device.type))
     torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-4, atol=1e-5)
     assert found[0][1] == found[1][1]
 
@@ -159,9 +158,9 @@ def test_prediction(folders, cls):
     model = write_model(cls, mirroring=(0, 1))
     paths = dict(zip(("T0", "T2"), write_case(folders / "two", "case", (0, 2)), strict=True))
     found = []
-    for there in (False, True):
-        with second_device() as second:
-            predictor = Predictor(model, device=second if there else "cpu")
+    for device in (CPU, DEVICE):
+        with second_device():
+            predictor = Predictor(model, device=device)
             found.append(predictor.predict(paths))
     assert np.array_equal(found[0].segmentation, found[1].segmentation)
 
@@ -177,7 +176,7 @@ def test_evaluation(folders, monkeypatch, cls):
     options = {"folds": [0], "preprocessing_processes": 0, "scoring_processes": 0}
     options |= {"subsets": ["T0", "T1+T3"], "metrics": ["dice"], "pictures": 0}
     found = []
-    for there in (False, True):
-        with second_device() as second:
-            found.append(evaluate(model, device=second if there else "cpu", output=folders / f"{there}", **options))
+    for device in (CPU, DEVICE):
+        with second_device():
+            found.append(evaluate(model, device=device, output=folders / device.type, **options))
     pd.testing.assert_frame_equal(found[0].results, found[1].results)
