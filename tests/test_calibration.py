@@ -132,6 +132,27 @@ def test_an_evaluation_without_temperatures_has_to_be_repeated(tmp_path, content
         read_temperatures(tmp_path / "other")
 
 
+@pytest.mark.parametrize(
+    ("content", "networks", "told"),
+    [
+        ({"folds": ["0", "1"]}, 2, "of a single network, and here the mean of 2 networks predicts; choose a fold"),
+        ({"folds": ["0+1"]}, 1, "of the mean of 2 networks, and here a single network predicts; choose the folds"),
+        ({"folds": ["0+1", "2"]}, 2, "of a single network"),
+        ({"moved_modalities": ["T1"]}, 1, "no temperatures: .* changes T1, .* --restart --mask-first"),
+        ({"normalization": "per_channel"}, 1, "no temperatures: the model now has input.normalization=plans"),
+    ],
+)
+def test_temperatures_of_other_predictions_are_refused(tmp_path, content, networks, told):
+    model = with_summary(tmp_path, {"calibration": {"temperature": {"1": 1.5}}, **content})
+    with pytest.raises(InputError, match=told):
+        read_temperatures(model, "plans", networks=networks)
+
+
+def test_folds_that_were_evaluated_together_may_predict_together(tmp_path):
+    model = with_summary(tmp_path, {"calibration": {"temperature": {"1": 1.5}}, "folds": ["0+1"]})
+    assert read_temperatures(model, "plans", networks=2) == {1: 1.5}
+
+
 @pytest.mark.parametrize("value", [0, -1, "x", [1], float("inf")])
 def test_a_temperature_that_is_none_is_refused(tmp_path, value):
     with pytest.raises(InputError, match="evaluate again"):

@@ -85,7 +85,8 @@ def test_train_validate_and_predict_with_absent_files(models, tmp_path, trainer,
     if "SMML" not in trainer:
         assert cli.main(["predict", *arguments, *quick, "--student", "1"]) == 2
         return
-    assert cli.main(["predict", *arguments, *quick, "--student", "3"]) == 2
+    for refused in (["--student", "3"], ["--student", "1", "--calibrate"]):
+        assert cli.main(["predict", *arguments, *quick, *refused]) == 2
     probabilities = []
     for extra in ([], ["--student", "1"], ["--student", "2"]):
         out = tmp_path / "_".join(["out", *extra])

@@ -177,6 +177,34 @@ def test_stock_predictions_are_kept_by_a_continued_run(folders, model, export):
     assert predict(folders, model, "--continue_prediction") == 0
     assert (folders / "out" / "one.nii.gz").read_bytes() == b"made by nnUNetv2_predict"
     assert sorted(record(folders / "out")["cases"]) == ["complete", "two"]
+    assert list(record(folders / "out")["kept"]) == ["one"]
+    export(lambda *arguments: pytest.fail("a case was predicted again"))
+    for more in ([], ["-num_parts", "2", "-part_id", "0"], ["-num_parts", "2", "-part_id", "1"]):
+        assert predict(folders, model, "--continue_prediction", *more) == 0
+    assert (folders / "out" / "one.nii.gz").read_bytes() == b"made by nnUNetv2_predict"
+
+
+def test_a_kept_case_whose_images_change_is_predicted(folders, model):
+    assert predict(folders, model, output="whole") == 0
+    (folders / "out").mkdir()
+    (folders / "out" / "one.nii.gz").write_bytes(b"made by nnUNetv2_predict")
+    assert predict(folders, model, "--continue_prediction") == 0
+    image = next((folders / "in").glob("one_*"))
+    os.utime(image, (1e9, 1e9))
+    assert predict(folders, model, "--continue_prediction") == 0
+    assert segmentations(folders / "out") == segmentations(folders / "whole")
+    assert "one" in record(folders / "out")["cases"] and "kept" not in record(folders / "out")
+
+
+def test_maps_and_probabilities_of_earlier_images_do_not_stay(folders, model):
+    assert predict(folders, model, "--save-uncertainty", "--save_probabilities") == 0
+    before = files(folders / "out")
+    written = ["uncertainty/{}.nii.gz", "{}.npz", "{}.pkl"]
+    assert all(each.format(case) in before for each in written for case in ("one", "two", "complete"))
+    shutil.copy(folders / "in" / "complete_0003.nii.gz", folders / "in" / "one_0003.nii.gz")
+    assert predict(folders, model, "--continue_prediction") == 0
+    after = files(folders / "out")
+    assert set(before) - set(after) == {each.format("one") for each in written}
 
 
 def test_a_run_is_not_continued_with_other_options(folders, model, capsys):
@@ -225,6 +253,29 @@ def test_another_number_of_parts_continues_the_same_run(folders, model, export, 
     shutil.copy(folders / "in" / "complete_0001.nii.gz", folders / "in" / "two_0001.nii.gz")
     with pytest.raises(pytest.fail.Exception):
         predict(folders, model, *part)
+
+
+def test_labels_are_those_of_the_logits_as_they_are(folders, model, export):
+    """Logits over a temperature are rounded again, which can turn a label."""
+    (model / SUMMARY).parent.mkdir()
+    (model / SUMMARY).write_text(
+        json.dumps({"subsets": {}, "calibration": {"temperature": {str(size): 1.7 for size in range(1, 5)}}})
+    )
+    last = {}
+
+    def note(real, *arguments):
+        last[name_of(arguments)] = arguments[0]
+        real(*arguments)
+
+    export(note)
+    assert predict(folders, model, "--save_probabilities") == 0
+    plain = dict(last)
+    assert predict(folders, model, "--calibrate", "--save_probabilities", output="calibrated") == 0
+    assert plain and all(np.array_equal(last[name], logits) for name, logits in plain.items())
+    stated, calibrated = (np.load(folders / out / "one.npz")["probabilities"] for out in ("out", "calibrated"))
+    cropped = (stated[:2] == 0).any(axis=0)  # nnU-Net leaves 0 outside its box
+    odds = [np.log(each[1][~cropped] / each[0][~cropped]) for each in (stated, calibrated)]
+    assert odds[0].std() > 0.1 and np.allclose(odds[0] / 1.7, odds[1], atol=0.02)
 
 
 def test_the_dice_of_other_weights_is_not_expected(folders, model, capsys):

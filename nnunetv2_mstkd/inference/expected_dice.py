@@ -47,7 +47,6 @@ def read_expected_dice(
     expected: dict[int, dict[str, float]] = {}
     with _refused_unless_understood(file):
         content = json.loads(file.read_text(encoding="utf-8"))
-        moved, found = list(map(str, content.get("moved_modalities", ()))), content.get("normalization", "plans")
         for text, regions in content["subsets"].items():
             code = modalities.subset_code(modalities.parse_subset(text, names))
             values = {region: measures.get("dice") for region, measures in regions.items()}
@@ -55,17 +54,21 @@ def read_expected_dice(
             postprocessed = postprocessed_regions(known)  # prediction does not do that step
             expected[code] = {region: float(dice) for region, dice in known.items() if region not in postprocessed}
     check_weights(content, weights, file)
-    if found != normalization or moved:
-        reason = (
-            f"the model now has input.normalization={normalization}"
-            if found != normalization
-            else f"removing modalities before preprocessing, as prediction does, changes {', '.join(moved)}"
-        )
-        raise InputError(
-            f"no Dice to expect: {reason}, which the evaluation in {file} did not see; evaluate again with "
-            f"{'--restart' if found != normalization else '--restart --mask-first'}"
-        )
+    check_same_input(content, normalization, file, "no Dice to expect")
     return expected
+
+
+def check_same_input(content: Mapping[str, Any], normalization: str, file: Path, otherwise: str) -> None:
+    """Raise InputError, with what follows from it, if an evaluation's networks saw other images than in prediction."""
+    moved, found = list(map(str, content.get("moved_modalities", ()))), content.get("normalization", "plans")
+    if found != normalization:
+        reason, option = f"the model now has input.normalization={normalization}", "--restart"
+    elif moved:
+        reason = f"removing modalities before preprocessing, as prediction does, changes {', '.join(moved)}"
+        option = "--restart --mask-first"
+    else:
+        return
+    raise InputError(f"{otherwise}: {reason}, which the evaluation in {file} did not see; evaluate again with {option}")
 
 
 def check_weights(content: Mapping[str, Any], weights: Mapping[str, str] | None, file: Path) -> None:
@@ -98,17 +101,26 @@ TEMPERATURE = "temperature"
 """Key of the temperatures by number of modalities, in the section ``calibration``."""
 
 
-def read_temperatures(model_folder: Path, weights: Mapping[str, str] | None = None) -> dict[int, float]:
+def read_temperatures(
+    model_folder: Path, normalization: str | None = None, weights: Mapping[str, str] | None = None, networks: int = 1
+) -> dict[int, float]:
     """Read the temperature for each number of modalities from the evaluation in a model folder.
 
-    ``weights`` are those of the model, for :func:`check_weights`.
+    Parameters
+    ----------
+    normalization
+        For :func:`check_same_input`; None, for a network that only sees complete input: not checked.
+    weights
+        Of the model, for :func:`check_weights`.
+    networks
+        How many are averaged. A mean of networks is less certain than each of them and has another temperature.
 
     Raises
     ------
     MissingFileError
         Without an evaluation, or with one that did not count logits.
     InputError
-        If the file is no evaluation, or one of other weights.
+        If the file is no evaluation, or one of other images, weights or numbers of networks.
     """
     file = model_folder / SUMMARY
     if file.is_file():
@@ -118,13 +130,26 @@ def read_temperatures(model_folder: Path, weights: Mapping[str, str] | None = No
             found = {int(size): float(value) for size, value in section.get(TEMPERATURE, {}).items()}
             if not all(math.isfinite(value) and value > 0 for value in found.values()):
                 raise ValueError(f"a temperature is not above 0: {found}")
+            averaged = {len(folds.split("+")) for folds in content.get("folds", ())} - {networks}
         check_weights(content, weights, file)
+        if normalization is not None:
+            check_same_input(content, normalization, file, "no temperatures")
+        if averaged:
+            raise InputError(
+                f"the temperatures in {file} are those of {' and '.join(map(_of_networks, sorted(averaged)))}, and "
+                f"here {_of_networks(networks)} predicts; "
+                + ("choose a fold with -f" if averaged == {1} else "choose the folds that were evaluated together")
+            )
         if found:
             return found
     raise MissingFileError(
         f"{model_folder} has no temperature to calibrate with; fit it on the validation cases with 'mstkd evaluate -m "
         f"{model_folder}'{' --restart' if file.is_file() else ''}"
     )
+
+
+def _of_networks(number: int) -> str:
+    return "a single network" if number == 1 else f"the mean of {number} networks"
 
 
 def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, Range]]:

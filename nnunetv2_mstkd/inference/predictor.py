@@ -225,15 +225,18 @@ class Predictor:
         check_student(self._predictor.network, student)
         fingerprints = map(checkpoints.fingerprint, self._predictor.list_of_parameters)
         self.weights = dict(zip(map(str, self.folds), fingerprints, strict=True))
-        self.temperatures = read_temperatures(self.folder, self.weights) if calibrate else {}
+        own = normalization(self._predictor.configuration_manager)
+        self.temperatures: dict[int, float] = {}
+        if calibrate:
+            if student is not None:
+                raise InputError("temperatures are those of the mean of both students; leave out one of the options")
+            self.temperatures = read_temperatures(self.folder, own, self.weights, len(self.folds))
         self.modalities = modalities.modality_names(self._predictor.dataset_json)
         self.labels = foreground_values(self._predictor.dataset_json)
         self.expected_dice: dict[int, dict[str, float]] = {}
         self.ranges: dict[int, dict[str, Range]] = {}
         try:
-            self.expected_dice = read_expected_dice(
-                self.folder, self.modalities, normalization(self._predictor.configuration_manager), self.weights
-            )
+            self.expected_dice = read_expected_dice(self.folder, self.modalities, own, self.weights)
             if self.expected_dice:
                 self.ranges = read_ranges(self.folder, self.modalities)
         except ValueError as error:
@@ -447,9 +450,10 @@ class Predictor:
         record = Record(file, run, self.modalities, self.expected_dice, self.ranges, resume=continue_prediction)
 
         def is_done(case: Case) -> bool:
-            known = record.has(case) or not record.resumed  # those of stock nnUNetv2_predict have no record
-            paths = (output / each.format(case.name) for each in written)
-            return continue_prediction and known and all(path.is_file() for path in paths)
+            there = all((output / each.format(case.name)).is_file() for each in written)
+            if continue_prediction and there and not record.resumed:
+                record.keep(case)  # of stock nnUNetv2_predict, which writes no record
+            return continue_prediction and there and record.has(case)
 
         selection = select(
             images,

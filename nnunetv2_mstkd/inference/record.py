@@ -51,17 +51,18 @@ class Record:
         self.run = json.loads(json.dumps(run))
         # with another number of parts than before, cases are in other files
         paths = sorted(file.parent.glob("predictions*.json")) if resume else []
-        records = {path: self._read_cases(path) for path in paths}
+        records = {path: self._read(path) for path in paths}
         self.resumed = bool(records)
-        self.cases: dict[str, Any] = records.pop(file, {})
-        self._elsewhere = {name: entry for cases in records.values() for name, entry in cases.items()}
+        self.cases, self.kept = records.pop(file, ({}, {}))
+        self._elsewhere = {name: entry for cases, kept in records.values() for name, entry in {**kept, **cases}.items()}
         self._saved = -float("inf")
 
-    def _read_cases(self, file: Path) -> dict[str, Any]:
-        """The cases of a record of the run that is continued."""
+    def _read(self, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The predicted and the kept cases of a record of the run that is continued."""
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
             cases = {str(name): _checked(entry) for name, entry in before["cases"].items()}
+            kept = {str(name): {"images": dict(entry["images"])} for name, entry in before.get("kept", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is not a record of predictions; leave out --continue_prediction") from error
         # what records of earlier versions do not say
@@ -73,11 +74,15 @@ class Record:
                     f"the predictions in {file.parent} are of another run: {key} was {before.get(key)!r} and is "
                     f"now {value!r}; continue with the same options, or leave out --continue_prediction"
                 )
-        return cases
+        return cases, kept
+
+    def keep(self, case: Case) -> None:
+        """Note that a case keeps the segmentation that it has from a run without a record."""
+        self.kept[case.name] = {"images": self._images(case)}
 
     def has(self, case: Case) -> bool:
-        """Whether the case was predicted from the images that it has now; some may be new, or replaced, since."""
-        entry = self.cases.get(case.name) or self._elsewhere.get(case.name)
+        """Whether the case was predicted, or kept, with the images that it has now; some may be newer."""
+        entry = self.cases.get(case.name) or self.kept.get(case.name) or self._elsewhere.get(case.name)
         return entry is not None and entry.get("images") == self._images(case)
 
     def _images(self, case: Case) -> dict[str, str | None]:
@@ -112,6 +117,7 @@ class Record:
         if flags:
             entry["flags"] = flags
         self.cases[case.name] = entry
+        self.kept.pop(case.name, None)
         if time.monotonic() - self._saved >= SAVE_INTERVAL:
             self.save()
 
@@ -137,7 +143,8 @@ class Record:
 
     def save(self) -> None:
         """Write the file."""
-        write_json(self.file, {**self.run, "cases": dict(sorted(self.cases.items()))})
+        kept = {"kept": dict(sorted(self.kept.items()))} if self.kept else {}
+        write_json(self.file, {**self.run, "cases": dict(sorted(self.cases.items())), **kept})
         self._saved = time.monotonic()
 
     def by_subset(self) -> list[str]:

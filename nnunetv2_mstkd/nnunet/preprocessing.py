@@ -238,7 +238,8 @@ def export_case(
 
     With ``save_uncertainty`` the entropy of each voxel is written to ``uncertainty/``, in percent of its maximum;
     ``disagreement``, shape (*spatial), 0 to 1, goes to ``disagreement/``, in percent. Saved entropies and probabilities
-    are those of logits divided by ``temperature``; labels do not depend on it.
+    are those of logits divided by ``temperature``; labels do not depend on it. Maps and probabilities of an earlier
+    prediction of the case that are not written again are deleted.
 
     Returns
     -------
@@ -251,20 +252,21 @@ def export_case(
         maps[UNCERTAINTY] = uncertainty(logits, properties, plans, configuration, labels, temperature)
     if disagreement is not None:
         maps[DISAGREEMENT] = in_percent(as_original(disagreement, properties, plans, configuration).clip(0, 1))
+    for folder in {UNCERTAINTY, DISAGREEMENT} - set(maps):
+        (output / folder / segmentation).unlink(missing_ok=True)
     for folder, percent in maps.items():
         (output / folder).mkdir(exist_ok=True)
         write_segmentation(percent, properties, plans.image_reader_writer_class, output / folder / segmentation)
     with scratch_folder(output / name) as scratch:
+        rest = properties, configuration, plans, dataset_json, str(scratch / name)
+        calibrated = save_probabilities and temperature != 1
+        if calibrated:  # rounded, these logits may give other labels, which are written over
+            export_prediction_from_logits(scaled(logits, temperature), *rest, True)
         with complete_image(scratch / segmentation):
-            export_prediction_from_logits(
-                scaled(logits, temperature) if save_probabilities else logits,
-                properties,
-                configuration,
-                plans,
-                dataset_json,
-                str(scratch / name),
-                save_probabilities,
-            )
+            export_prediction_from_logits(logits, *rest, save_probabilities and not calibrated)
+        if not save_probabilities:
+            for ending in (".npz", ".pkl"):
+                (output / f"{name}{ending}").unlink(missing_ok=True)
         # the segmentation last: it says that the case is done
         for file in sorted(scratch.iterdir(), key=lambda file: file.name == segmentation):
             os.replace(file, output / file.name)

@@ -62,7 +62,7 @@ class DistillationTrainer(SoftLabelTrainer):
             return super().guide_temperature
         checkpoint = Path(self.output_folder_base).parents[1] / self._teacher_identity["path"]
         weights = {checkpoint.parent.name.removeprefix("fold_"): self._teacher_identity["sha256"]}
-        temperatures = read_temperatures(checkpoint.parents[1], weights)
+        temperatures = read_temperatures(checkpoint.parents[1], weights=weights)
         count = len(modalities.modality_names(self.dataset_json))
         if count not in temperatures:
             raise InputError(
