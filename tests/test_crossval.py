@@ -348,6 +348,15 @@ def test_evaluation_needs_the_cases_that_it_has_noted(evaluated):
     assert not one.done()
 
 
+def test_evaluation_needs_every_subset(evaluated):
+    """A quick look with ``--subsets all`` is none, and it may have replaced the tables of all folds."""
+    one, both = evaluated
+    other, note = dataclasses.replace(one, folds=(0,)), one.output / "cases" / "fold_1.json"
+    for complete in (False, True):
+        note.write_text(json.dumps({"cases": ["b", "c"], "complete": complete}))
+        assert (one.done(), both.done(), other.done()) == (complete, complete, True)
+
+
 def test_a_fold_that_was_trained_again_is_evaluated_anew(evaluated):
     one, both = evaluated
     checkpoint = one.model.folder / "fold_1" / "checkpoint_final.pth"

@@ -277,6 +277,13 @@ def test_calibration_is_that_of_the_probabilities(student, nnunet_folders, capsy
     assert json.loads((out / "calibrated" / "predictions.json").read_text())["calibrated"] is True
 
 
+def test_a_quick_look_is_not_a_complete_evaluation(student):
+    note = student / "subsets" / "cases" / "fold_0.json"
+    for subsets, complete in ((["--subsets", "all"], False), ([], True), (["--available", "T0,T1"], False)):
+        assert evaluate(student, *subsets, "-f", "0") == 0
+        assert json.loads(note.read_text())["complete"] is complete
+
+
 def test_background_processes_give_the_same_results(student):
     options = ("--subsets", *FEW, "-f", "0")
     assert evaluate(student, *options) == 0

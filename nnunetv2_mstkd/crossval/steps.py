@@ -12,7 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nnunetv2_mstkd.crossval.locks import Lock
 from nnunetv2_mstkd.errors import InputError
@@ -186,7 +186,12 @@ class Evaluate(Step):
         return self.model.folder / FOLDER
 
     def done(self) -> bool:
-        """Complete, and no older than the weights: ``mstkd evaluate`` refuses to mix those of two trainings."""
+        """Complete, and no older than the weights: ``mstkd evaluate`` refuses to mix those of two trainings.
+
+        One that was asked for some subsets only is not complete.
+        """
+        if not all(self._noted(fold).get("complete", True) for fold in self.folds):
+            return False
         records = self._records()
         weights = [self.model.folder / f"fold_{fold}" / FINAL for fold in self.folds]
         if not records or not all(path.is_file() for path in (*records, *weights)):
@@ -238,11 +243,15 @@ class Evaluate(Step):
             return []
         splits, records = read_splits(self.splits), []
         for fold in self.folds:
-            noted = cases_file(self.output, fold)
-            known = noted.is_file() and noted.stat().st_mtime >= self.splits.stat().st_mtime
-            cases = read_json(noted)["cases"] if known else splits[fold]["val"]
+            cases = self._noted(fold).get("cases", splits[fold]["val"])
             records += [self.output / CASES / f"fold_{fold}" / f"{case}.json" for case in cases]
         return records
+
+    def _noted(self, fold: int) -> dict[str, Any]:
+        """What the evaluation of a fold has noted since the split was written; empty if it has not begun."""
+        file = cases_file(self.output, fold)
+        known = file.is_file() and self.splits.is_file() and file.stat().st_mtime >= self.splits.stat().st_mtime
+        return read_json(file) if known else {}
 
     def check_options(self) -> None:
         """Refuse options that differ from those of the results that are there: they would count as these."""

@@ -102,9 +102,12 @@ class CaseRecords:
         self._discard = False
         self.folder.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written ends the run now, not later
 
-    def note_cases(self, fold: str, cases: Sequence[str]) -> None:
-        """Write down which validation cases of a fold are evaluated: not those without a label, for example."""
-        write_json(cases_file(self.folder.parent, fold), {"cases": sorted(cases)})
+    def note_cases(self, fold: str, cases: Sequence[str], *, complete: bool) -> None:
+        """Write down which validation cases of a fold are evaluated: not those without a label, for example.
+
+        ``complete`` says whether they have results for all subsets of their modalities.
+        """
+        write_json(cases_file(self.folder.parent, fold), {"cases": sorted(cases), "complete": complete})
 
     def load(
         self, fold: str, case: str, images: list[str] | None = None, stamps: Mapping[str, str] | None = None

@@ -114,6 +114,7 @@ class Evaluator:
         self.names = modalities.modality_names(self.model.dataset_json)
         self.patient_of = patient_naming(self.model.dataset_json)
         self.subsets = self._choose_subsets()
+        self.every_subset = len(self.subsets) == 2 ** len(self.names) - 1
         self.rules = self._rules()
         self._read_notes: dict[str, checkpoints.Notes] = {}
         self.mask_first, self.moved = False, list[str]()
@@ -136,8 +137,7 @@ class Evaluator:
         request, tasks = self.request, sum(len(each.case.subsets(self.subsets)) for each in self.cases)
         missing = sum(len(self._missing(each)) for each in self.unfinished)
         self.records.begin()
-        for fold in self.predictors if request.images is None else ():
-            self.records.note_cases(fold, [each.case.name for each in self.cases if each.case.fold == fold])
+        self._note_cases(complete=False)
         request.report(
             f"{self.settings['folder']}: cases: {len(self.cases)}, already evaluated: "
             f"{len(self.cases) - len(self.unfinished)}; subsets: {len(self.subsets)}, "
@@ -151,6 +151,7 @@ class Evaluator:
             for fold, predictor in self.predictors.items():
                 cases = [each for each in self.unfinished if each.case.fold == fold]
                 self._evaluate(predictor, cases, preparing, scoring, bar)
+        self._note_cases(complete=self.every_subset)
         evaluated = [(each.case.fold, each.case.name, each.case.subsets(self.subsets)) for each in self.cases]
         found = self.records.collect(
             evaluated, model=request.name or self.settings["folder"], trainer=self.model.trainer_name
@@ -163,6 +164,12 @@ class Evaluator:
             patients = found.results[CASE].map(self.patient_of)
             found = found._replace(results=found.results.assign(**{PATIENT: patients}))
         return Measured(found, found.near if self.stack > 1 else None, self.rules, settings, self.records)
+
+    def _note_cases(self, complete: bool) -> None:
+        """Note the validation cases of each fold, and whether all subsets of their modalities have results."""
+        for fold in self.predictors if self.request.images is None else ():
+            cases = [each.case.name for each in self.cases if each.case.fold == fold]
+            self.records.note_cases(fold, cases, complete=complete)
 
     # ---- before the first prediction -------------------------------------------------------------------------------
 
