@@ -204,6 +204,20 @@ def test_the_report_marks_regions_that_a_reference_lacks(student):
     assert note not in (student / "subsets" / "report.html").read_text()
 
 
+def test_an_empty_segmentation_of_a_region_that_a_reference_lacks_is_right(student):
+    for folder in ("nnUNet_raw", "nnUNet_preprocessed"):
+        for file in Path(os.environ[folder]).rglob(f"{CASES[2]}.nii.gz"):
+            write(file, np.where(read(file) == 1, 2, read(file)))  # no core
+    options = "--disable_tta", "--metrics", "dice", "--et-min", "core=1", "--available", "T1,T3"
+    assert evaluate(student, *options) == 0
+    summary = json.loads((student / "subsets" / "summary.json").read_text())
+    full = {region: values["dice"] for region, values in summary["subsets"]["T1+T3"].items()}
+    nothing = {"whole": 0, "core": 1 / 3, "core (min 1)": 1 / 3}
+    assert {region: sum(each["dice"] for each in values.values()) for region, values in summary["shapley"].items()} == (
+        pytest.approx({region: full[region] - nothing[region] for region in nothing})
+    )
+
+
 def test_stated_presence_is_written_for_each_case_and_subset(nnunet_folders, capsys):
     model = write_model(trainer_class("AdaMMTrainer"), folds=(0, 1), labels=tiny.REGIONS)
     write_dataset(model)

@@ -124,6 +124,19 @@ def test_shapley_values_of_results_are_those_of_the_mean():
     assert found["low"].tolist() == pytest.approx([0.2, 0.6]) and found["high"].tolist() == pytest.approx([0.3, 0.7])
 
 
+def test_an_empty_segmentation_is_right_where_there_is_nothing_to_find():
+    """Half of the cases lack ET, and the model never finds any: no modality contributes anything."""
+    never = {("M", subset, "ET"): [1.0, 0.0, 1.0, 0.0] for subset in ("T1", "T1ce", "T1+T1ce")}
+    lacking = {("case0", "ET"): 1.0, ("case2", "ET"): 1.0}
+    found = shapley(table(never), lacking, **QUICK)
+    assert found[["value", "low", "high"]].to_numpy() == pytest.approx(np.zeros((2, 3)))
+    # left out by the other convention: the cases that have ET decide
+    both = {**TWO, ("M", "T1", "ET"): [0.2, 0.4, np.nan], ("M", "T1ce", "ET"): [0.6, 0.8, np.nan]}
+    both["M", "T1+T1ce", "ET"] = [0.8, 1.0, np.nan]
+    found = shapley(table(both), {("case2", "ET"): np.nan}, **QUICK)
+    assert found["value"].tolist() == pytest.approx([0.25, 0.65])
+
+
 def test_shapley_needs_all_subsets():
     lacking = {key: value for key, value in TWO.items() if key[1] != "T1"}
     with pytest.raises(ValueError, match="need all 3 subsets; the results lack T1"):

@@ -28,6 +28,7 @@ from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, scor
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
+from nnunetv2_mstkd.metrics.conventions import CONVENTIONS, DICE
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
 from nnunetv2_mstkd.nnunet.folders import (
     find_checkpoints,
@@ -57,6 +58,17 @@ class Measured:
     settings: dict[str, Any]
     """What all results have in common, for summary.json."""
     records: CaseRecords
+
+    @property
+    def empty_dice(self) -> dict[tuple[str, str], float]:
+        """Dice of a segmentation without any voxel, by case and region; 0 where the reference has the region."""
+        both = float(CONVENTIONS[self.rules.convention].rules[DICE].both)
+        return {
+            (case, region): both
+            for (_, case), lacking in self.found.lacking.items()
+            for region, plain in self.rules.plain.items()
+            if plain in lacking
+        }
 
 
 @dataclass

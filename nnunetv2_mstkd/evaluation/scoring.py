@@ -111,6 +111,12 @@ class Rules:
         return tuple(names)
 
     @property
+    def plain(self) -> dict[str, str]:
+        """The region of :attr:`regions` that each of :attr:`scored` is, postprocessed or not."""
+        postprocessed = {min_voxels_region(region, voxels): region for region, voxels in self.min_voxels.items()}
+        return {region: postprocessed.get(region, region) for region in self.scored}
+
+    @property
     def note(self) -> dict[str, Any]:
         """What the note below a table of results says about the rules, as arguments of ``subset_table``."""
         return {name: getattr(self, name) for name in NOTED}

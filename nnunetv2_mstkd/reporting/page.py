@@ -27,7 +27,7 @@ from nnunetv2_mstkd.evaluation.results import (
 )
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.inference.evaluation_files import REPORT, RESULTS, SUMMARY, TABLES
-from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, min_voxels_region, postprocessed_regions
+from nnunetv2_mstkd.metrics.conventions import DICE, metric_named, postprocessed_regions
 from nnunetv2_mstkd.reporting.html import render
 from nnunetv2_mstkd.reporting.pictures import (
     clearest_image,
@@ -246,13 +246,12 @@ def _worst_cases(
     heads += ["worst subset", "its mean"] if several else []
     heads += ["full input"] if full else []
     heads += [] if findings.complete else ["lacks"]
-    plain = {min_voxels_region(region, voxels): region for region, voxels in rules.min_voxels.items()}
     rows = []
     for (fold, case), row in zip(cases.index, cases.to_dict("records"), strict=True):
         cells = [{"text": case, "key": None}, {"text": fold, "key": None}, _cell(row["case", "mean"])]
-        for region in rules.scored:
+        for region, plain in rules.plain.items():
             cell = _cell(row["region", region])
-            absent = plain.get(region, region) in lacking.get((fold, case), ())
+            absent = plain in lacking.get((fold, case), ())
             cells.append({**cell, "text": cell["text"] + ABSENT} if absent else cell)
         if several:
             cells += [{"text": row["case", "worst"], "key": None}, _cell(row["case", "worst_value"])]

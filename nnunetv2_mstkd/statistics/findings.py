@@ -6,7 +6,7 @@ if a patient has several cases.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -46,10 +46,17 @@ FEW = 5
 class Findings:
     """The findings of an evaluation, as pandas data frames. Intervals are 95 %, over patients.
 
+    Parameters
+    ----------
+    results
+        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    empty_dice
+        See :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
+
     Attributes
     ----------
     results:
-        The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+        The long table.
     by_subset:
         The mean over the cases, with the columns subset, modalities, region, metric, value. Here and below, a case that
         several folds predicted counts once, with the mean of its folds.
@@ -74,7 +81,7 @@ class Findings:
         Whether every case has every subset.
     """
 
-    def __init__(self, results: pd.DataFrame) -> None:
+    def __init__(self, results: pd.DataFrame, empty_dice: Mapping[tuple[str, str], float] | None = None) -> None:
         self.results = results
         self.model, self.trainer = str(results[MODEL].iloc[0]), str(results[TRAINER].iloc[0])
         self.folds, self.cases = sorted(results[FOLD].unique()), list(results[CASE].unique())
@@ -99,7 +106,7 @@ class Findings:
         if self.headline is not None and not self.complete:
             self.headline += f", from the {len(self.full_cases)} of {len(self.cases)} cases that have all modalities"
         every = len(self.subsets) == 2 ** len(modalities) - 1 and 1 < len(modalities) <= MAX_MODALITIES
-        self.shapley = shapley(results, bootstrap=bootstrap) if every else None
+        self.shapley = shapley(results, empty_dice, bootstrap=bootstrap) if every else None
         self.warnings = plausibility_warnings(results, bootstrap=bootstrap)
         self.notes = [] if self.complete else self._notes_on_counts(modalities)
         for number in sorted({self.num_patients, self.full_patients}):

@@ -9,6 +9,7 @@ needs to be sampled.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
@@ -40,16 +41,21 @@ def shapley_matrix(num_modalities: int) -> np.ndarray:
     return np.where(member, weights[sizes - 1], -weights[np.minimum(sizes, num_modalities - 1)])
 
 
-def shapley(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
+def shapley(
+    results: pd.DataFrame, empty_dice: Mapping[tuple[str, str], float] | None = None, *, bootstrap: Bootstrap = DEFAULT
+) -> pd.DataFrame:
     """Shapley values of the modalities for Dice, with bootstrap intervals over patients.
 
-    They are from the cases that have all subsets. Without any input nothing is segmented: Dice 0.
+    They are from the cases that have all subsets. Without any input nothing is segmented.
 
     Parameters
     ----------
     results:
         The long table with all 2^C - 1 subsets, C at most 6; see
         :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    empty_dice:
+        Dice of a segmentation without any voxel, by case and region, where it is not 0: the rule for two empty masks
+        where the reference lacks the region. NaN: the case does not count.
 
     Returns
     -------
@@ -61,11 +67,15 @@ def shapley(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.Data
         For more than six modalities, missing subsets, or no case that has all of them.
     """
     data = cube(results, DICE).complete_cases()
-    # (cases, models, regions, 2^C - 1), sets in the order of the matrix's columns
+    # (cases, models, regions, sets), sets in the order of the matrix's columns
     values = data.values[:, :, subset_columns(data)].transpose(1, 0, 3, 2)
     if not data.cases:
         raise InputError("Shapley values need a case that has all modalities; every case lacks some")
-    matrix = shapley_matrix(len(data.modalities))[:, 1:]  # of the non-empty sets
+    known = empty_dice or {}
+    nothing = np.array([[known.get((case, region), 0.0) for region in data.regions] for case in data.cases])
+    nothing = np.broadcast_to(nothing[:, None, :, None], (*values.shape[:-1], 1))
+    values = np.concatenate([nothing, values], axis=-1)
+    matrix = shapley_matrix(len(data.modalities))
     groups = bootstrap.groups(data.cases)
     exact = mean(values, axis=0) @ matrix.T
     low, high = bootstrap.limits(bootstrap.means(values, groups) @ matrix.T, groups)
