@@ -254,6 +254,19 @@ def test_summary_of_a_worked_example():
     assert row(found, region="average")["value"] == pytest.approx((1.9 / 3 + 0.9) / 2)
 
 
+def test_a_region_that_some_cases_lack_counts_as_much_as_the_others():
+    """As in nnU-Net, and in the tables: the mean of the regions' means, not that of the cases' means."""
+    values = {}
+    for subset in ("T1", "T1ce", "T1+T1ce"):
+        values |= {("M", subset, "WT"): [0.6, 0.6, 0.6, 0.6], ("M", subset, "ET"): [0.8, np.nan, np.nan, np.nan]}
+    for found in (findings.summary(table(values), **QUICK), findings.mean_by_count(table(values), **QUICK)):
+        for region, value in {"WT": 0.6, "ET": 0.8, "average": 0.7}.items():
+            assert found[found["region"] == region]["value"].tolist() == pytest.approx(
+                [value] * (found["region"] == region).sum()
+            )
+    assert row(findings.summary(table(values), **QUICK), region="average")["worst"] == pytest.approx(0.7)
+
+
 def test_mean_by_count_is_over_all_subsets_of_a_size():
     found = findings.mean_by_count(table(TWO), **QUICK)
     assert found["modalities"].tolist() == [1, 2]

@@ -170,16 +170,20 @@ def headline(missing: pd.DataFrame) -> str | None:
 def summary(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Mean Dice over all subsets with its interval, and the worst subset.
 
-    Where cases lack subsets, the mean is that of the subsets' means.
+    Where cases lack subsets, the mean is that of the subsets' means. The ``average`` is that of the regions' means, as
+    in nnU-Net, so that a region that some cases lack counts as much as the others.
 
     Returns
     -------
     Table with the columns model, region (each one and their ``average``), value, low, high, worst_subset, worst.
     """
     data = cube(results, DICE)
-    everything, regions = with_average(data.values, data.regions)
-    value, low, high = bootstrap.subset_estimates(data, everything, lambda values: mean(values, axis=-2))
-    by_subset = mean(everything, axis=1)
+
+    def over(values: np.ndarray) -> np.ndarray:
+        return with_average(mean(values, axis=-2), data.regions)[0]
+
+    value, low, high = bootstrap.subset_estimates(data, data.values, over)
+    by_subset, regions = with_average(mean(data.values, axis=1), data.regions)
     # NaN is never the worst; if there is nothing else, the first subset is
     places = np.nan_to_num(by_subset, nan=np.inf).argmin(axis=1)
     worst = np.take_along_axis(by_subset, places[:, None], axis=1)
@@ -191,17 +195,19 @@ def summary(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.Data
 def mean_by_count(results: pd.DataFrame, *, bootstrap: Bootstrap = DEFAULT) -> pd.DataFrame:
     """Mean Dice by number of available modalities, over all subsets of that size.
 
-    Where cases lack subsets, the mean is that of the subsets' means.
+    Where cases lack subsets, the mean is that of the subsets' means; the ``average`` is as in :func:`summary`.
 
     Returns
     -------
     Table with the columns model, region (each one and their ``average``), modalities, value, low, high.
     """
     data = cube(results, DICE)
-    everything, regions = with_average(data.values, data.regions)
-    value, low, high = bootstrap.subset_estimates(
-        data, everything, lambda values: data.by_size(values)[1].swapaxes(-1, -2)
-    )
+
+    def over(values: np.ndarray) -> np.ndarray:
+        return with_average(data.by_size(values)[1], data.regions)[0].swapaxes(-1, -2)
+
+    value, low, high = bootstrap.subset_estimates(data, data.values, over)
+    _, regions = with_average(data.values, data.regions)
     axes = {MODEL: data.models, REGION: regions, MODALITIES: np.unique(data.sizes)}
     return long_table(axes, value=value, low=low, high=high)
 
