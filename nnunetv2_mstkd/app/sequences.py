@@ -17,11 +17,11 @@ _AGENT = r"(?:ce|km|ga?d|gado[a-z]*|contrast)"
 _PLANE = r"(?:(?:ax|tra|cor|sag)[a-z]*|3d)"
 
 NO_CONTRAST = re.compile(
-    rf"{_START}(?:pre|non?|without|wo|w/o|before|ohne|vor)[\W_]*(?:{_AGENT}|c){_END}|{_START}(?:vkm|nce|c-){_END}"
-    rf"|(?<=[\s_])-c{_END}",
+    rf"{_START}(?:pre|non?|without|wo|w/o|before|ohne|vor)[\W_]*(?:{_AGENT}|c){_END}"
+    rf"|{_START}(?:vkm|nce|(?:{_AGENT}|c)-){_END}|(?<=[\s_])-(?:{_AGENT}|c){_END}",
     re.IGNORECASE,
 )
-"""``C-``, ``-C`` after a space, ``pre contrast`` and the like."""
+"""``C-``, ``Gd-``, ``-C`` after a space, ``pre contrast`` and the like."""
 
 CONTRAST = re.compile(
     rf"t1.*(?:{_START}(?:n?{_AGENT}|post){_END}|{_START}c\+|\+\s*ce?{_END}|[\s_]c{_END})"
