@@ -9,10 +9,17 @@ import pytest
 import torch
 from nnunetv2.training.lr_scheduler.polylr import PolyLRScheduler
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.training.nnUNetTrainer.variants.training_length.nnUNetTrainer_Xepochs import nnUNetTrainer_5epochs
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, give_teacher, same, state
 
 from nnunetv2_mstkd import methods as trainers
-from nnunetv2_mstkd.methods import AdaMMTeacherTrainer, FullModalityTrainer, ModalityDropoutTrainer, MSTKDTrainer
+from nnunetv2_mstkd.methods import (
+    AdaMMTeacherTrainer,
+    FullModalityTrainer,
+    ModalityDropoutTrainer,
+    MSTKDTrainer,
+    SMMLTrainer,
+)
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
@@ -125,6 +132,37 @@ def test_a_budget_changes_the_schedule_and_nothing_else(make_trainer):
     plain = make_trainer(nnUNetTrainer)
     names = ("num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "initial_lr", "save_every")
     assert [getattr(default, name) for name in names] == [getattr(plain, name) for name in names]
+
+
+class Changed(ModalityDropoutTrainer):
+    """As one writes trainers for nnU-Net."""
+
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cpu")):  # noqa: B008
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.num_epochs, self.num_iterations_per_epoch, self.initial_lr = 7, 11, 1e-3
+
+
+class Mixed(nnUNetTrainer_5epochs, ModalityDropoutTrainer):
+    """nnU-Net's own variants are mixed in."""
+
+
+@pytest.mark.parametrize("normalization", ["auto", "plans"])
+@pytest.mark.parametrize(
+    "cls", [Changed, Mixed, type("ChangedSMML", (Changed, SMMLTrainer), {})], ids=lambda c: c.__name__
+)
+def test_what_a_subclass_sets_itself_stays(make_trainer, tmp_path, cls, normalization):
+    def values(trainer):
+        return trainer.num_epochs, trainer.num_iterations_per_epoch, trainer.optimizer.param_groups[0]["initial_lr"]
+
+    block = {"input": {"normalization": normalization}}
+    expected = (5, 250, 1e-2) if cls is Mixed else (7, 11, 1e-3)
+    trainer = make_trainer(cls, block=block)
+    assert values(trainer) == expected and trainer.lr_scheduler.max_steps == expected[0]
+    trainer.current_epoch = trainer.num_epochs
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+    again = make_trainer(cls, block=block)
+    again.load_checkpoint(str(tmp_path / "checkpoint.pth"))
+    assert values(again) == expected and again.finished
 
 
 @pytest.mark.parametrize("cls", TRAINERS, ids=lambda cls: cls.__name__)

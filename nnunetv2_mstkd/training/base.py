@@ -83,6 +83,7 @@ class SettingsTrainer(nnUNetTrainer):
         self.check_plans(manager, dataset_json, settings)
         settings = self.resolve(settings, manager, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self._from_settings: dict[str, Any] = {}
         self._given = dict(self.configuration_manager.configuration.get(BLOCK) or {})
         self._resumed = False
         self.split: dict[str, Any] | None = None
@@ -159,8 +160,15 @@ class SettingsTrainer(nnUNetTrainer):
         """Length of the training."""
         return settings[ScheduleSettings].epochs
 
+    def validation_iterations(self, settings: Settings) -> int:
+        """Length of an online validation."""
+        return settings[ScheduleSettings].validation_iterations
+
     def apply_settings(self, settings: Settings) -> None:
-        """Complete the settings, write them into the plans and set nnU-Net's own attributes."""
+        """Complete the settings, write them into the plans and set nnU-Net's own attributes.
+
+        An attribute that a subclass has set itself, as is usual with nnU-Net's trainers, keeps its value.
+        """
         self.settings = self.resolve(settings, self.configuration_manager, self.dataset_json)
         block = self.settings.to_block()
         self.plans_manager.plans["configurations"][self.configuration_name][BLOCK] = block
@@ -169,11 +177,17 @@ class SettingsTrainer(nnUNetTrainer):
             folder = data_folder(Path(self.preprocessed_dataset_folder_base), self.configuration_manager)
             self.preprocessed_dataset_folder = str(folder)
         schedule = self.settings[ScheduleSettings]
-        self.num_epochs = self.epochs(self.settings)
-        self.num_iterations_per_epoch = schedule.iterations
-        self.num_val_iterations_per_epoch = schedule.validation_iterations
-        self.initial_lr = schedule.learning_rate
-        self.save_every = schedule.checkpoint_interval(self.num_epochs)
+        self._follow("num_epochs", self.epochs(self.settings))
+        self._follow("num_iterations_per_epoch", schedule.iterations)
+        self._follow("num_val_iterations_per_epoch", self.validation_iterations(self.settings))
+        self._follow("initial_lr", schedule.learning_rate)
+        self._follow("save_every", schedule.checkpoint_interval(self.num_epochs))
+
+    def _follow(self, attribute: str, value: Any) -> None:
+        """Set an attribute to what the settings say, unless it was changed since they last did."""
+        if attribute not in self._from_settings or getattr(self, attribute) == self._from_settings[attribute]:
+            setattr(self, attribute, value)
+        self._from_settings[attribute] = value
 
     @property
     def plain_network(self) -> Any:
@@ -198,7 +212,8 @@ class SettingsTrainer(nnUNetTrainer):
             network.decoder.seg_layers[:-1].requires_grad_(False)  # heads without a loss
         added = [] if self.design is None else [each for net in networks for each in self.design.added_modules(net)]
         every = networks[0] if len(networks) == 1 else torch.nn.ModuleList(networks)
-        return build_optimizer(every, self.settings[ScheduleSettings], self.num_epochs, self.weight_decay, added)
+        schedule = self.settings[ScheduleSettings]
+        return build_optimizer(every, schedule, self.num_epochs, self.weight_decay, added, self.initial_lr)
 
     def trained_networks(self) -> list[Any]:
         """Return the networks that the optimiser moves, without wrappers; asked once, when it is built."""
@@ -349,6 +364,11 @@ class SettingsTrainer(nnUNetTrainer):
         line = describe_cases(self.split, self.case_facts, modalities.modality_names(self.dataset_json))
         if line is not None:
             self.print_to_log_file(line)
+        own = [
+            f"{name}={getattr(self, name)}" for name, told in self._from_settings.items() if getattr(self, name) != told
+        ]
+        if own:
+            self.print_to_log_file(f"set by {type(self).__name__} itself, whatever the settings say: {', '.join(own)}")
         self.prepare_training()
         super().on_train_start()
         if self.local_rank == 0:

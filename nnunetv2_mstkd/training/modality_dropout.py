@@ -84,15 +84,16 @@ class ModalityDropoutTrainer(SettingsTrainer):
         super().check_plans(configuration_manager, dataset_json, settings)
         check_subsets(configuration_manager, dataset_json, settings)
 
+    def validation_iterations(self, settings: Settings) -> int:
+        """At least so many that every subset has its turn."""
+        every = math.ceil(len(self.validation_subsets) / self.configuration_manager.batch_size)
+        return max(super().validation_iterations(settings), every)
+
     def apply_settings(self, settings: Settings) -> None:
-        super().apply_settings(settings)
         names = modalities.modality_names(self.dataset_json)
-        self.sampler = self.settings[SamplerSettings].build(names)
         self.validation_subsets = modalities.validation_subsets(len(names))
-        self.num_val_iterations_per_epoch = max(
-            self.num_val_iterations_per_epoch,
-            math.ceil(len(self.validation_subsets) / self.configuration_manager.batch_size),
-        )
+        super().apply_settings(settings)
+        self.sampler = self.settings[SamplerSettings].build(names)
         self._subset_generator = torch.Generator()
         self._subset_generator.seed()
         self.terms = (*self.make_terms(), *self.common_terms())

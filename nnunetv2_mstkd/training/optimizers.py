@@ -57,16 +57,16 @@ class WarmupPolyScheduler:
 
 
 def _unet_optimizer(
-    parameters: Iterable[torch.nn.Parameter], schedule: ScheduleSettings, weight_decay: float
+    parameters: Iterable[torch.nn.Parameter], schedule: ScheduleSettings, weight_decay: float, rate: float
 ) -> torch.optim.Optimizer:
-    groups = [{"params": list(parameters), "initial_lr": schedule.learning_rate}]
+    groups = [{"params": list(parameters), "initial_lr": rate}]
     decay = {"sgd": weight_decay, "adamw": 0.01, "adam": 0.0}[schedule.optimizer]
     decay = decay if schedule.weight_decay is None else schedule.weight_decay
     if schedule.optimizer == "sgd":
-        return torch.optim.SGD(groups, schedule.learning_rate, weight_decay=decay, momentum=0.99, nesterov=True)
+        return torch.optim.SGD(groups, rate, weight_decay=decay, momentum=0.99, nesterov=True)
     if schedule.optimizer == "adam":
-        return torch.optim.Adam(groups, schedule.learning_rate, betas=(0.9, 0.99), weight_decay=decay)
-    return torch.optim.AdamW(groups, schedule.learning_rate, weight_decay=decay)
+        return torch.optim.Adam(groups, rate, betas=(0.9, 0.99), weight_decay=decay)
+    return torch.optim.AdamW(groups, rate, weight_decay=decay)
 
 
 def build_optimizer(
@@ -75,16 +75,17 @@ def build_optimizer(
     epochs: int,
     weight_decay: float,
     added_modules: Iterable[torch.nn.Module] = (),
+    learning_rate: float | None = None,
 ) -> tuple[torch.optim.Optimizer, WarmupPolyScheduler]:
     """Optimiser and scheduler of a network, which may be compiled; ``weight_decay`` is nnU-Net's, for SGD.
 
-    ``added_modules`` are trained with AdamW at ``added_lr`` (weight decay 0.05, none on norms, biases and positions)
+    ``learning_rate`` is the U-Net's; None: the schedule's. ``added_modules`` are trained with AdamW at ``added_lr`` (weight decay 0.05, none on norms, biases and positions)
     unless the schedule names ``adam``, the published recipe's optimiser for everything.
     """
-    added_modules = list(added_modules)
+    added_modules, rate = list(added_modules), schedule.learning_rate if learning_rate is None else learning_rate
     added = {id(parameter): parameter for module in added_modules for parameter in module.parameters()}
     if not added or schedule.optimizer == "adam":
-        optimizer = _unet_optimizer(network.parameters(), schedule, weight_decay)
+        optimizer = _unet_optimizer(network.parameters(), schedule, weight_decay, rate)
         return optimizer, WarmupPolyScheduler(optimizer, epochs)
     unet = [parameter for parameter in network.parameters() if id(parameter) not in added]
     weights = [getattr(layer, "weight", None) for module in added_modules for layer in module.modules()]
@@ -99,5 +100,5 @@ def build_optimizer(
         for decays in (True, False)
     ]
     added_optimizer = torch.optim.AdamW(groups, schedule.added_lr)
-    optimizer = JointOptimizer(_unet_optimizer(unet, schedule, weight_decay), added_optimizer)
+    optimizer = JointOptimizer(_unet_optimizer(unet, schedule, weight_decay, rate), added_optimizer)
     return optimizer, WarmupPolyScheduler(optimizer, epochs)

@@ -90,7 +90,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
         if smml.prior == "self":
             self.average = semantic_prior.MovingAverage(network.students[0], smml.ema)
         schedule, added = self.settings[ScheduleSettings], self.design.added_modules(network)
-        return build_optimizer(torch.nn.ModuleList(trained), schedule, self.num_epochs, self.weight_decay, added)
+        every = torch.nn.ModuleList(trained)
+        return build_optimizer(every, schedule, self.num_epochs, self.weight_decay, added, self.initial_lr)
 
     def initialize(self) -> None:
         super().initialize()
