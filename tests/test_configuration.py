@@ -117,6 +117,16 @@ def test_recipe_replaces_distillation_and_optimiser():
     assert found["teacher"]["epochs"] == 9
 
 
+@pytest.mark.parametrize("recipe", ["default", "paper"])
+def test_a_recipe_that_the_parent_has_already_changes_nothing(recipe):
+    plans = hand_plans.plans()
+    own = [("mstkd", "recipe", recipe), ("schedule", "optimizer", "adamw"), ("mstkd", "evd", 0.5)]
+    plans["configurations"]["parent"] = configure(plans, "3d_fullres", "parent", assignments=own)
+    before = block(plans=plans, parent="parent")
+    assert block(("mstkd", "recipe", recipe), plans=plans, parent="parent") == before
+    assert (before["schedule"]["optimizer"], before["mstkd"]["evd"]) == ("adamw", 0.5)
+
+
 def test_default_recipe_undoes_paper_recipe():
     plans = hand_plans.plans()
     plans["configurations"]["paper"] = configure(
@@ -420,6 +430,24 @@ def test_command_applies_recipe_in_any_order(plans_file, reverse):
     found = read_plans(plans_file)["configurations"][NAME]["mstkd"]
     assert (found["mstkd"]["kl"], found["mstkd"]["discrepancy"]) == (3, 10)
     assert found["schedule"]["optimizer"] == "adam"
+
+
+def test_command_says_which_settings_of_the_parent_a_recipe_replaces(plans_file, capsys):
+    assert run_configure("--set", "schedule.optimizer=adamw", "--set", "sampler.kind=by_size") == 0
+    capsys.readouterr()
+    words = ["configure", "-d", "912", "-c", NAME, "--name", "paper", "--set"]
+    assert cli.main([*words, "mstkd.recipe=paper"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "note: " in line]
+    told = f'schedule.optimizer is no longer "adamw", as in {NAME}: a recipe sets it unless it is given, too'
+    assert notes == [f"  note: {told}"]
+    assert cli.main([*words, "mstkd.recipe=paper", "--set", "schedule.optimizer=sgd", "--overwrite"]) == 0
+    assert "note: " not in capsys.readouterr().out
+
+
+def test_command_says_that_a_trainer_does_not_start_from_itself(plans_file, capsys):
+    assert run_configure("--set", "schedule.init_from=ModalityDropoutTrainer") == 0
+    printed = capsys.readouterr().out
+    assert "note: ModalityDropoutTrainer itself starts from random weights" in printed and "train it" not in printed
 
 
 def test_command_notes_a_checkpoint_that_is_not_there_yet(plans_file, capsys, tmp_path, monkeypatch):

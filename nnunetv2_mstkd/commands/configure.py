@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,18 +58,26 @@ def run(args: argparse.Namespace) -> None:
         patch_size=args.patch,
         batch_size=args.batch_size,
     )
-    note = _check_start({(section, key): value for section, key, value in assignments}.get(("schedule", "init_from")))
+    given = {(section, key): value for section, key, value in assignments}
+    start = given.get(("schedule", "init_from"))
+    note = _check_start(start)
     write_configuration(plans_file, args.name, entry, overwrite=args.overwrite)
     print(f"configuration {args.name} (from {args.configuration}) in {plans_file}")
     for line in describe(entry):
         print(f"  {line}")
+    for line in replaced(plans, args.configuration, entry, given):
+        print(f"  note: {line}")
     differences = of_plans(folder, find_raw_folder(folder.name), plans, args.configuration, names)
     if differences:
         print(f"  {differences}; see input.normalization in documentation/data.md")
     if note:
         print(f"  note: {note}")
-    trainer = simplest_trainer({section for section, _, _ in assignments})
-    if trainer is not None:
+    trainer = simplest_trainer({section for section, _ in given})
+    if trainer is not None and trainer.__name__ == start:
+        print(
+            f"  note: {start} itself starts from random weights; others start from it, or name its checkpoint_final.pth"
+        )
+    elif trainer is not None:
         teacher = getattr(trainer, "teacher_trainer", None)
         first = f"{teacher.__name__}, then -tr " if teacher and not entry[BLOCK]["teacher"]["joint"] else ""
         words = f"nnUNetv2_train {dataset_argument(folder.name)} {args.name} 0"
@@ -89,6 +97,20 @@ def _check_start(source: str | None) -> str | None:
         return None
     file = Path(os.environ.get("nnUNet_results", ""), source)
     return None if file.is_file() else f"schedule.init_from: {file} does not exist yet"
+
+
+def replaced(plans: Mapping[str, Any], parent: str, entry: Mapping[str, Any], given: Collection) -> list[str]:
+    """Return one line for each setting of the parent that was not given and yet changes: those that a recipe sets."""
+    from nnunetv2_mstkd.methods.configuration import complete_block
+    from nnunetv2_mstkd.nnunet.plans import BLOCK, inherited
+
+    before, after, plain = map(complete_block, (inherited(plans, parent, BLOCK), entry[BLOCK], None))
+    return [
+        f"{section}.{key} is no longer {json.dumps(value)}, as in {parent}: a recipe sets it unless it is given, too"
+        for section, values in before.items()
+        for key, value in values.items()
+        if value not in (plain[section][key], after[section][key]) and (section, key) not in given
+    ]
 
 
 def describe(entry: Mapping[str, Any]) -> list[str]:

@@ -56,8 +56,9 @@ def configure(
     every, assignments = trainers(), list(assignments)
     known = known_sections()
     block = translate(inherited(plans, parent, BLOCK))
-    for section, key, _ in assignments:
-        known[section].forget(block, key)
+    for section, key, value in assignments:
+        if value != block.get(section, {}).get(key, getattr(known[section](), key)):
+            known[section].forget(block, key)
     for section, key, value in assignments:
         block.setdefault(section, {})[key] = value
     used = [known[section] for section in block if section in known]

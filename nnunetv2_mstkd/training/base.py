@@ -434,7 +434,11 @@ class SettingsTrainer(nnUNetTrainer):
 
     def prepare_training(self) -> None:
         """Load weights to start from; called once before the first epoch, before nnU-Net writes anything."""
-        if self._resumed or self.initial_source is None:
+        if self._resumed:
+            return
+        if self.initial_source is None:
+            if self.settings[ScheduleSettings].init_from is not None:
+                self.print_to_log_file("schedule.init_from names this trainer, which starts from random weights")
             return
         path = self._initial_checkpoint(self.initial_source)
         content = checkpoints.read(path)
