@@ -380,6 +380,8 @@ def check_permutation(cls: type, folder: Path, **options: Any) -> None:
         order = torch.tensor([2, 0, 3, 1])
         with torch.no_grad():
             together, permuted = network(data), network(data[order])
+        told = "called with the image alone, as in nnU-Net's prediction, a network must return the logits alone"
+        assert isinstance(together, torch.Tensor), told
         torch.testing.assert_close(permuted, together[order], rtol=1e-4, atol=1e-4)
         assert not torch.allclose(together[0], together[1], atol=1e-3)
 

@@ -395,6 +395,16 @@ def with_unlabelled(trainer, seed=100):
     return data
 
 
+def test_an_unlabelled_case_with_nan_is_named(make_trainer):
+    trainer = make_trainer(methods.SelfDistillationTrainer)
+    trainer.on_train_epoch_start()
+    data = batch(trainer, batch_size=1)["data"]
+    data[0, 0, 0] = float("nan")
+    trainer.unlabelled_batches = iter([{"data": data, "keys": ["unlabelled_7"]}])
+    with pytest.raises(FloatingPointError, match="cases case_0, case_1, unlabelled_7"):
+        trainer.train_step(batch(trainer))
+
+
 @pytest.mark.parametrize("labels", [None, REGIONS], ids=["labels", "regions"])
 @pytest.mark.parametrize(
     "name", ["ModalityDropoutTrainer", "SelfDistillationTrainer", "MSTKDTrainer", "AdaMMTrainer", "MedMAPMSTKDTrainer"]

@@ -90,6 +90,14 @@ def test_fewer_and_more_modalities(start):
     assert "T2 from T2, T1 from T1; not used: T1ce, FLAIR\n" in log
 
 
+def test_a_trainer_that_names_itself_says_so(make_trainer, monkeypatch):
+    trainer = make_trainer(methods.ModalityDropoutTrainer, block={"schedule": {"init_from": "ModalityDropoutTrainer"}})
+    told: list[str] = []
+    monkeypatch.setattr(trainer, "print_to_log_file", told.append)
+    trainer.prepare_training()
+    assert told == ["schedule.init_from names this trainer, which starts from random weights"]
+
+
 def test_no_modality_in_common(start):
     trainer, given, before, log = start(methods.ModalityDropoutTrainer, NAMES, ("CT", "PET", "a", "b"))
     own = trainer.network.state_dict()

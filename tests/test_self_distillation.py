@@ -140,3 +140,16 @@ def test_a_whole_training(models, decay):
     content = read(models, trainer="SelfDistillationTrainer")
     assert all(torch.isfinite(value).all() for value in content["network_weights"].values())
     assert ("average" in content["mstkd"]) == (decay > 0)
+
+
+def test_a_teacher_may_return_logits_and_nothing_else(make_trainer):
+    class Plain(SelfDistillationTrainer):
+        def forward_teacher(self, complete):
+            return super().forward_teacher(complete).logits
+
+    values = []
+    for cls in (SelfDistillationTrainer, Plain):
+        trainer = make_trainer(cls, block={"schedule": {"seed": 3}})
+        trainer.on_train_epoch_start()
+        values.append(trainer.train_step(batch(trainer))["terms"])
+    assert values[0] == values[1] and values[0]["soft_labels"] > 0

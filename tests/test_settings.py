@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from typing import Literal
 
 import pytest
 
@@ -17,6 +18,7 @@ from nnunetv2_mstkd.training.settings import (
     Settings,
     SettingsError,
     TeacherSettings,
+    _typed,
     known_sections,
     read_assignment,
 )
@@ -254,6 +256,27 @@ def test_written_recipe_reads_back_unchanged():
     again = read(settings.to_block())
     assert again.to_block() == settings.to_block()
     assert again[MSTKDSettings].evd == MSTKDSettings().evd == 0.1
+
+
+def test_what_a_recipe_does_not_set_or_sets_for_others_is_said():
+    assert read({"mstkd": {"recipe": "paper"}}).remarks() == read({"mstkd": {"kl": 2}}).remarks() == []
+    by_hand = read({**read({}).to_block(), "mstkd": {**MSTKDSettings().to_dict(), "recipe": "paper"}})
+    (line,) = by_hand.remarks()
+    assert line.startswith('mstkd.recipe=paper, but the plans say mstkd.form="relative", mstkd.evd=0.1, ')
+    assert 'schedule.optimizer="sgd"' in line and "teacher.joint=false" in line
+    block = {"mstkd": {"recipe": "paper"}, "sampler": {"per_batch": False}}
+    other = Settings.read(block, (ScheduleSettings, SamplerSettings))
+    assert other.remarks() == [
+        'mstkd.recipe=paper of the plans also sets schedule.optimizer="adam", schedule.weight_decay=1e-05'
+    ]
+    assert "(mstkd.recipe=paper sets it; " in other.set_by("schedule", "optimizer")
+    assert other.set_by("sampler", "per_batch") == other.set_by("schedule", "seed") == ""
+
+
+def test_numbers_to_choose_from_are_named():
+    assert _typed("own.k", 4, Literal[2, 4]) == 4
+    with pytest.raises(SettingsError, match=r"own\.k is 3, expected one of 2, 4"):
+        _typed("own.k", 3, Literal[2, 4])
 
 
 # ---- assignments ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import torch
 from tiny import LABELS_WITH_IGNORE, NO_TERMS, REGIONS, REGIONS_WITH_IGNORE, batch, same, state
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.methods import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTrainer, SMMLTrainer
+from nnunetv2_mstkd.methods import AdaMMTrainer, MedMAPKDTrainer, ModalityDropoutTrainer, MSTKDTrainer, SMMLTrainer
 from nnunetv2_mstkd.methods.mstkd import published
 from nnunetv2_mstkd.methods.mstkd.settings import TERMS
 from nnunetv2_mstkd.nnunet import checkpoints
@@ -155,6 +155,12 @@ def test_the_subset_of_a_batch_lies_within_all_cases(make_trainer):
 def test_smml_refuses_one_subset_per_batch(make_trainer):
     with pytest.raises(InputError, match=r"sampler\.per_batch: SMML draws two subsets per sample"):
         make_trainer(SMMLTrainer, block={"sampler": {"per_batch": True}})
+
+
+@pytest.mark.parametrize("cls", [SMMLTrainer, MedMAPKDTrainer], ids=lambda cls: cls.__name__)
+def test_what_a_recipe_has_set_is_refused_by_its_name(make_trainer, cls):
+    with pytest.raises(InputError, match=r"\(mstkd\.recipe=paper sets it; take a configuration without this recipe\)"):
+        make_trainer(cls, block={"mstkd": {"recipe": "paper"}})
 
 
 # ---- weight decay --------------------------------------------------------------------------------------------------

@@ -67,6 +67,8 @@ class SettingsTrainer(nnUNetTrainer):
     """How the network is made from the plans; None: nnU-Net's own way, whatever the plans name."""
     logs_terms: bool = False
     """Whether the terms of the loss are logged by name."""
+    unlabelled_keys: tuple[str, ...] = ()
+    """Cases of this step beside the labelled ones."""
 
     def __init__(
         self,
@@ -234,7 +236,7 @@ class SettingsTrainer(nnUNetTrainer):
             losses,
             self.grad_scaler,
             moment=f"epoch {self.current_epoch}, iteration {self._step_in_epoch}",
-            cases=batch.get("keys", ["unknown"]),
+            cases=[*batch.get("keys", ["unknown"]), *self.unlabelled_keys],
         )
         self._update_weights()
         self.after_step(losses)

@@ -152,7 +152,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         teacher: Any = None
         if self.teacher is not None and len(rows):
             with torch.set_grad_enabled(self.teacher_learns):
-                teacher = self.forward_teacher(rows)
+                teacher = with_logits(self.forward_teacher(rows))
         terms = any(asked or not term.needs_teacher for term in self.terms)
         with self.conditioned_on(subsets):
             student = self.forward_student(inputs, data) if terms else Segmentation(self.network(inputs))
@@ -257,6 +257,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         if self.unlabelled_batches is None:
             return data, present
         batch = next(self.unlabelled_batches)
+        self.unlabelled_keys = tuple(map(str, batch.get("keys", ())))
         more = batch["data"].to(self.device, non_blocking=True)
         if batch.get(REPEATED):
             more, _ = self.flip(more, [])

@@ -13,7 +13,7 @@ import json
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
@@ -89,7 +89,7 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
         require(bounds.holds(number), where, value, f"{'an integer' if kind is int else 'a number'} {bounds}")
         return number
     if origin is Literal:
-        require(value in arguments, where, value, f"one of {', '.join(arguments)}")
+        require(value in arguments, where, value, f"one of {', '.join(map(str, arguments))}")
         return value
     if origin is tuple:
         require(isinstance(value, (list, tuple)), where, value, 'a list such as ["T1", "T1+FLAIR"] or [2, 2, 2]')
@@ -117,6 +117,8 @@ class Section:
     """Key of the section in the block."""
     NETWORK_KEYS: ClassVar[tuple[str, ...] | None] = None
     """Keys that the network is built from: weights fit no other values of them. None: all."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = types.MappingProxyType({})
+    """What each value of the key ``recipe``, of a section that has it, sets in this and other sections."""
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
@@ -132,12 +134,18 @@ class Section:
         require(condition, f"{self.NAME}.{key}", list(value) if isinstance(value, tuple) else value, expected)
 
     @classmethod
-    def imply(cls, block: dict[str, dict[str, Any]]) -> None:
-        """Fill in what one given key implies for others, in place; what is given wins."""
+    def implied(cls, block: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+        """What the section's recipe sets, by section; what is given wins."""
+        recipe = block.get(cls.NAME, {}).get("recipe")
+        return cls.PRESETS.get(recipe, {}) if isinstance(recipe, str) else {}
 
     @classmethod
     def forget(cls, block: dict[str, dict[str, Any]], key: str) -> None:
-        """Remove in place what another value of ``key`` has implied, before ``key`` is given a new one."""
+        """Remove in place what a recipe sets, before the section is given another one."""
+        for preset in cls.PRESETS.values() if key == "recipe" else ():
+            for name, values in preset.items():
+                for implied in values:
+                    block.get(name, {}).pop(implied, None)
 
     @classmethod
     def network_keys(cls) -> tuple[str, ...]:
@@ -419,7 +427,8 @@ class Settings:
         content = translate(block)
         known = known_sections()
         for section in dict.fromkeys((*sections, *known.values())):
-            section.imply(content)
+            for name, values in section.implied(content).items():
+                content[name] = {**values, **content.get(name, {})}
         names = {section.NAME for section in sections}
         others = {name: value for name, value in content.items() if name not in names}
         if strict:
@@ -437,6 +446,33 @@ class Settings:
     def to_block(self) -> dict[str, Any]:
         """Plain dicts, lists, numbers and strings: every key of the sections read, and the other sections as given."""
         return {**self._others, **{section.NAME: value.to_dict() for section, value in self._sections.items()}}
+
+    def set_by(self, name: str, key: str) -> str:
+        """Return `` (mstkd.recipe=paper sets it ...)`` for a key with the value that a recipe sets, else nothing."""
+        value = self.to_block()[name][key]
+        told = [recipe for recipe, _, values in self._recipes() if (name, key, value) in values]
+        return f" ({told[0]} sets it; take a configuration without this recipe)" if told else ""
+
+    def remarks(self) -> list[str]:
+        """What the log should say of a recipe: what it sets for a trainer of another method, and what overrides it."""
+        lines, block = [], self.to_block()
+        for recipe, read, values in self._recipes():
+            places = [(name, key) for name, key, value in values if (block[name][key] == value) is not read]
+            text = ", ".join(f"{name}.{key}={json.dumps(block[name][key])}" for name, key in places)
+            if places:
+                lines.append(
+                    f"{recipe}, but the plans say {text}" if read else f"{recipe} of the plans also sets {text}"
+                )
+        return lines
+
+    def _recipes(self) -> Iterator[tuple[str, bool, list[tuple[str, str, Any]]]]:
+        """Each recipe as ``mstkd.recipe=paper``, whether the trainer reads its section, what it sets in those read."""
+        block, names = self.to_block(), {section.NAME for section in self._sections}
+        for section in known_sections().values():
+            presets = section.implied(block)
+            if presets:
+                values = [(name, key, v) for name in presets if name in names for key, v in presets[name].items()]
+                yield f"{section.NAME}.recipe={block[section.NAME]['recipe']}", section in self, values
 
     def replace(self, section: type[Section], **values: Any) -> Settings:
         """Return a copy with some keys of one section changed."""

@@ -93,7 +93,8 @@ class AdaMMTrainer(DistillationTrainer):
     def check_plans(cls, configuration_manager, dataset_json: dict, settings: Settings) -> None:
         super().check_plans(configuration_manager, dataset_json, settings)
         section = cls.teacher_trainer.read_settings(configuration_manager)[AdaMMTeacherSettings]
-        expected = "false with teacher.joint, whose teacher has the segmentation loss alone"
+        by = settings.set_by(TeacherSettings.NAME, "joint")
+        expected = f"false with teacher.joint{by}, whose teacher has the segmentation loss alone"
         section.require(not (section.presence and settings[TeacherSettings].joint), "presence", expected)
 
     def make_terms(self) -> tuple[Term, ...]:

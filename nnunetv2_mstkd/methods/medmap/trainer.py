@@ -122,6 +122,7 @@ class MedMAPKDTrainer(AlignmentMixin, DistillationTrainer):
         section = settings[TeacherSettings]
         expected = (
             f"false with {cls.__name__}: a joint teacher has the segmentation loss alone, and would not be aligned"
+            f"{settings.set_by(TeacherSettings.NAME, 'joint')}"
         )
         section.require(not section.joint, "joint", expected)
 

@@ -110,20 +110,8 @@ class MSTKDSettings(Section):
             }
         }
     )  # fmt: skip
-    """What each recipe implies, by section."""
 
     @classmethod
-    def forget(cls, block: dict[str, dict[str, Any]], key: str) -> None:
-        if key == "recipe":
-            for preset in cls.PRESETS.values():
-                for name, values in preset.items():
-                    for implied in values:
-                        block.get(name, {}).pop(implied, None)
-
-    @classmethod
-    def imply(cls, block: dict[str, dict[str, Any]]) -> None:
-        recipe = block.get(cls.NAME, {}).get("recipe")
-        if not isinstance(recipe, str) or ("form" not in block[cls.NAME] and _RELATIVE_PAPER.issubset(block[cls.NAME])):
-            return
-        for name, values in cls.PRESETS.get(recipe, {}).items():
-            block[name] = {**values, **block.get(name, {})}
+    def implied(cls, block: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Mapping[str, Any]]:
+        own = block.get(cls.NAME, {})
+        return {} if "form" not in own and _RELATIVE_PAPER.issubset(own) else super().implied(block)

@@ -64,7 +64,8 @@ class SMMLTrainer(ModalityDropoutTrainer):
                 "sampler.subsets or sampler.weights, or leave two possible with sampler.drop"
             )
         if settings[SamplerSettings].per_batch:
-            raise SettingsError("sampler.per_batch: SMML draws two subsets per sample; set it to false")
+            by = settings.set_by(SamplerSettings.NAME, "per_batch")
+            raise SettingsError(f"sampler.per_batch: SMML draws two subsets per sample; set it to false{by}")
         if settings[UnlabelledSettings].share:
             raise SettingsError("unlabelled.share: SMML does not use unlabelled cases; set it to 0")
 
