@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from nnunetv2_mstkd.errors import MissingFileError, WriteError
-from nnunetv2_mstkd.images.atomic import atomic_folder, atomic_write, scratch_folder, write_json
+from nnunetv2_mstkd.errors import InputError, MissingFileError, WriteError
+from nnunetv2_mstkd.images.atomic import atomic_folder, atomic_write, locked, scratch_folder, write_json
 
 
 def test_file_appears_when_the_block_ends(tmp_path: Path):
@@ -88,3 +90,33 @@ def test_a_scratch_folder_begins_empty_and_is_removed(tmp_path: Path):
     with scratch_folder(tmp_path / "case") as scratch:
         assert scratch == leftover and os.listdir(scratch) == []
     assert os.listdir(tmp_path) == []
+
+
+def test_a_lock_that_is_held_is_refused_or_waited_for(tmp_path):
+    file = tmp_path / "a.json"
+    order = []
+
+    def wait() -> None:
+        with locked(file):
+            order.append("second")
+
+    with locked(file):
+        with pytest.raises(InputError, match="^is busy$"), locked(file, "is busy"):
+            pass
+        other = threading.Thread(target=wait)
+        other.start()
+        time.sleep(0.2)
+        order.append("first")
+    other.join()
+    assert order == ["first", "second"] and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EOPNOTSUPP, "not supported"), NotImplementedError()])
+def test_a_file_system_without_locks_is_written_to(tmp_path, monkeypatch, error):
+    def refuse(self, *arguments, **options):
+        raise error
+
+    monkeypatch.setattr("filelock.FileLock.acquire", refuse)
+    with locked(tmp_path / "a.json", "is busy"):
+        write_json(tmp_path / "a.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

@@ -24,6 +24,7 @@ from predict_inputs import (
 )
 
 from nnunetv2_mstkd import Predictor, cli
+from nnunetv2_mstkd.images.atomic import locked
 from nnunetv2_mstkd.inference.expected_dice import SUMMARY
 from nnunetv2_mstkd.nnunet import checkpoints
 
@@ -169,6 +170,17 @@ def test_a_channel_of_zeros_and_a_dropped_one_are_no_change(folders, model, expo
     write(folders / "in" / "one_0000.nii.gz", np.random.default_rng(5).normal(50, 20, SHAPE))
     assert predict(folders, model, "--drop", "T0", "--continue_prediction") == 0
     assert exported == []
+
+
+def test_two_processes_do_not_predict_into_one_folder(folders, model, capsys):
+    (folders / "out").mkdir()
+    with locked(folders / "out" / "predictions.json"):
+        assert predict(folders, model) == 2
+        assert f"another process predicts into {folders / 'out'}; wait for it" in capsys.readouterr().err
+        assert not segmentations(folders / "out")
+        assert predict(folders, model, "-num_parts", "2", "-part_id", "0") == 0  # these share a folder
+    assert predict(folders, model) == 0
+    assert not list((folders / "out").glob(".*"))
 
 
 def test_stock_predictions_are_kept_by_a_continued_run(folders, model, export):

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError, UserError, WriteError
 
 
@@ -68,6 +70,32 @@ def write_text(file: Path, text: str) -> None:
 def write_json(file: Path, content: Any, *, indent: int | None = 2) -> None:
     """Write a JSON file atomically; on one line if ``indent`` is None."""
     write_text(file, json.dumps(content, indent=indent) + "\n")
+
+
+@contextmanager
+def locked(file: Path, busy: str | None = None) -> Iterator[None]:
+    """Let one process at a time work on a file, which has a hidden one beside it meanwhile.
+
+    A killed process holds no lock. On a file system without locks there is none.
+
+    Parameters
+    ----------
+    busy
+        Message of the InputError if another process holds the lock; None: wait until it is free.
+    """
+    lock = FileLock(file.with_name(f".{file.name}.lock"), timeout=-1 if busy is None else 0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise InputError(busy) from None
+    except (NotImplementedError, OSError):
+        pass  # as on some network mounts
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(lock.lock_file)  # whoever waits for it notices
+        lock.release()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import torch
 
 from nnunetv2_mstkd import modalities
 from nnunetv2_mstkd.errors import InputError, MissingFileError
-from nnunetv2_mstkd.images.atomic import write_json
+from nnunetv2_mstkd.images.atomic import locked, write_json
 from nnunetv2_mstkd.images.writing import ImageInMemory, write_given
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.conditioning import check_student
@@ -470,26 +470,27 @@ class Predictor:
         self._check_temperatures(selection.cases)
         self._warn_of_differences(selection.cases)
         output.mkdir(parents=True, exist_ok=True)
-        # nnU-Net's postprocessing and evaluation look for these two
-        write_json(output / "dataset.json", model.dataset_json)
-        write_json(output / "plans.json", model.plans_manager.plans)
-        record.save()
-        try:
-            predict_cases(
-                model,
-                selection.cases,
-                output,
-                student=self.student,
-                save_probabilities=save_probabilities,
-                save_uncertainty=save_uncertainty,
-                temperatures=self.temperatures,
-                preprocessing_processes=preprocessing_processes,
-                export_processes=export_processes,
-                progress=progress,
-                on_written=record.add,
-            )
-        finally:
+        with locked(record.file, f"another process predicts into {output}; wait for it, or choose another folder"):
+            # nnU-Net's postprocessing and evaluation look for these two
+            write_json(output / "dataset.json", model.dataset_json)
+            write_json(output / "plans.json", model.plans_manager.plans)
             record.save()
+            try:
+                predict_cases(
+                    model,
+                    selection.cases,
+                    output,
+                    student=self.student,
+                    save_probabilities=save_probabilities,
+                    save_uncertainty=save_uncertainty,
+                    temperatures=self.temperatures,
+                    preprocessing_processes=preprocessing_processes,
+                    export_processes=export_processes,
+                    progress=progress,
+                    on_written=record.add,
+                )
+            finally:
+                record.save()
         names = [case.name for case in selection.cases]
         lines = [*record.by_subset(), *record.flagged()]
         return FolderResult(names, selection.done, selection.problems, record.file, lines)

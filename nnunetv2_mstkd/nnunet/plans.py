@@ -5,7 +5,6 @@ These functions trust the file; plans of others are opened with :mod:`nnunetv2_m
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import re
@@ -14,10 +13,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
-from nnunetv2_mstkd.images.atomic import read_json, write_json
+from nnunetv2_mstkd.images.atomic import locked, read_json, write_json
 
 BLOCK = "mstkd"
 """Key of this package's settings in a configuration of the plans, and of its content in a checkpoint."""
@@ -51,7 +48,7 @@ def write_configuration(file: Path, name: str, entry: Mapping[str, Any], *, over
     entry = json.loads(json.dumps(entry))
     if read_plans(file)["configurations"].get(name) == entry:
         return
-    with _locked(file):  # the jobs of an array may all add one at the same moment
+    with locked(file):  # the jobs of an array may all add one at the same moment
         plans = read_plans(file)
         if plans["configurations"].get(name) not in (None, entry) and not overwrite:
             raise ExistingFileError(
@@ -59,18 +56,6 @@ def write_configuration(file: Path, name: str, entry: Mapping[str, Any], *, over
             )
         plans["configurations"][name] = entry
         write_json(file, plans, indent=4)
-
-
-@contextlib.contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """Let one process at a time change a file, which has a hidden one beside it meanwhile."""
-    lock = file.with_name(f".{file.name}.lock")
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                lock.unlink()  # whoever waits for it notices
 
 
 # ---- inheritance ---------------------------------------------------------------------------------------------------
