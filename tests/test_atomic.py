@@ -101,7 +101,7 @@ def test_a_lock_that_is_held_is_refused_or_waited_for(tmp_path):
             order.append("second")
 
     with locked(file):
-        with pytest.raises(InputError, match="^is busy$"), locked(file, "is busy"):
+        with pytest.raises(InputError, match=r"^is busy$"), locked(file, "is busy"):
             pass
         other = threading.Thread(target=wait)
         other.start()
