@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -19,6 +20,7 @@ from nnunetv2_mstkd.processes import Terminated, terminable
 EXIT_USER_ERROR = 2
 EXIT_INTERNAL_ERROR = 3
 EXIT_INTERRUPTED = 130
+EXIT_PIPE = 141
 EXIT_TERMINATED = 143
 
 
@@ -66,13 +68,15 @@ def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> in
     Returns
     -------
     The command's own exit code (None counts as 0; 1: some cases were left out, the rest is done); 2 for a
-    :class:`UserError`, an error of the file system or a GPU without memory; 3 for an internal error; 130 after an
-    interrupt; 143 after SIGTERM.
+    :class:`UserError`, an error of the file system or a lack of memory; 3 for an internal error; 130 after an
+    interrupt; 141 if nobody reads the output any more; 143 after SIGTERM.
     """
     try:
         with terminable():
             return run(args) or 0
     except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            return EXIT_PIPE
         if getattr(args, "debug", False) or wants_traceback():
             traceback.print_exc()
         print(f"{name}: {str(error) or type(error).__name__}", file=sys.stderr)
@@ -82,13 +86,40 @@ def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> in
         print(f"{name}: {'terminated' if terminated else 'interrupted'}", file=sys.stderr)
         return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; this module does not import it
-            first = str(error).partition("\n")[0]
-            print(f"{name}: {first} Stop other programs on that GPU, or use -device cpu", file=sys.stderr)
+        if lacks_memory(error):
+            first, gpu = str(error).partition("\n")[0], type(error).__name__ == "OutOfMemoryError"
+            text = (
+                f"{first} Stop other programs on that GPU, or use -device cpu"
+                if gpu
+                else f"not enough memory ({first})"
+            )
+            print(f"{name}: {text}", file=sys.stderr)
             return EXIT_USER_ERROR
         traceback.print_exc()
         print(f"{name}: internal error; please report it together with the traceback above", file=sys.stderr)
         return EXIT_INTERNAL_ERROR
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe that was closed, as by ``| head``; then nothing more is written to it."""
+    try:
+        poll, output = select.poll(), sys.stdout.fileno()  # not on Windows
+    except (AttributeError, OSError, ValueError):
+        return False
+    poll.register(output, 0)
+    if not any(event & select.POLLERR for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
+
+
+def lacks_memory(error: BaseException) -> bool:
+    """Whether an error says that a GPU or the machine has not enough memory; this module does not import torch."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+    )
 
 
 def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:

@@ -89,6 +89,34 @@ def test_gpu_out_of_memory_is_one_line(command, capsys):
     assert err.startswith("mstkd fake: CUDA out of memory") and err.count("\n") == 1 and "-device cpu" in err
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 49.3 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+    ],
+    ids=["numpy", "torch"],
+)
+def test_lack_of_memory_is_one_line(command, capsys, error):
+    command(raising(error))
+    assert cli.main(["fake"]) == 2
+    assert capsys.readouterr().err == f"mstkd fake: not enough memory ({error})\n"
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    code = "from nnunetv2_mstkd import errors; import sys; "
+    code += "sys.exit(errors.run_and_report('fake', lambda args: [print('x' * 1000) for _ in range(1000)], None))"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (141, b"")
+
+
+def test_a_closed_pipe_that_is_not_the_output_is_an_error(command, capsys):
+    command(raising(BrokenPipeError("of a worker")))
+    assert cli.main(["fake"]) == 2 and "of a worker" in capsys.readouterr().err
+
+
 def test_interrupt_exits_with_130(command, capsys):
     command(raising(KeyboardInterrupt()))
     assert cli.main(["fake"]) == 130

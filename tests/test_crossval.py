@@ -513,6 +513,33 @@ def test_teacher_of_a_parent_configuration(phantom):
     assert [each.configuration for each in needed_by(model, plans, 0)] == [CONFIGURATION]
 
 
+@pytest.mark.parametrize(
+    ("block", "shared"),
+    [
+        ({"schedule": {"epochs": 9, "optimizer": "adamw"}, "mstkd": {"kl": 0}, "teacher": {"warm_start": False}}, True),
+        ({"teacher": {"cases": "all"}}, False),
+        ({"teacher": {"epochs": 20}}, False),
+        ({"schedule": {"init_from": "FullModalityTrainer"}}, False),
+        ({"schedule": {"init_from": "MSTKDTeacherTrainer"}}, True),  # which starts the student alone
+        ({"network": {"placement": "main"}}, False),
+        ({"input": {"normalization": "per_channel"}}, False),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else str(value),
+)
+def test_a_teacher_that_would_be_another_is_trained_in_the_configuration_itself(phantom, block, shared):
+    plans = plans_of(phantom)
+    plans["configurations"]["other"] = {"inherits_from": CONFIGURATION, "mstkd": block}
+    model = Training(phantom.results / phantom.dataset, "902", "other", "MSTKDTrainer")
+    (teacher,) = [each for each in needed_by(model, plans, 0) if each.trainer == "MSTKDTeacherTrainer"]
+    assert teacher.configuration == (CONFIGURATION if shared else "other")
+    parent = phantom.fold("MSTKDTeacherTrainer")
+    parent.mkdir(parents=True)
+    (parent / "checkpoint_final.pth").touch()  # one that is there is used if its student can use it
+    (teacher,) = [each for each in needed_by(model, plans, 0) if each.trainer == "MSTKDTeacherTrainer"]
+    usable = shared or "schedule" in block or "epochs" in block.get("teacher", {})
+    assert teacher.configuration == (CONFIGURATION if usable else "other")
+
+
 def test_a_model_to_start_from_is_trained_first(phantom):
     """Its own, and that of the teacher; not that trainer itself, and not in a circle."""
     for source, expected in (

@@ -12,6 +12,7 @@ from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from predict_inputs import SHAPE, noise, write, write_case
 
 from nnunetv2_mstkd.images.completeness import check_complete
+from nnunetv2_mstkd.inference import checks
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.selection import select
 from nnunetv2_mstkd.nnunet.input_folder import Case, find_cases
@@ -36,6 +37,27 @@ def texts(folder: Path, checker: Checker = CHECKER, ending: str = ".nii.gz") -> 
         return [f"{case}: {text}" for case, text in select(folder, ending, checker, verb="used").problems]
     except ValueError as error:
         return [line.strip() for line in str(error).splitlines()[1:]]
+
+
+def test_an_image_that_cannot_fit_into_memory_when_resampled_is_named(folder, monkeypatch):
+    """Its spacing is in another unit, say; the system would kill the process, and with it all other cases."""
+    for case, spacing in (("good", (1, 1, 1)), ("large", (360, 360, 360))):
+        image = sitk.GetImageFromArray(np.random.default_rng(0).normal(size=(20, 30, 20)).astype(np.float32))
+        image.SetSpacing(spacing)
+        sitk.WriteImage(image, folder / f"{case}_0000.nii.gz")
+    monkeypatch.setattr(checks, "memory", lambda: 2**33)
+    assert texts(folder, Checker(NAMES, SimpleITKIO, target=(1.0, 1.0, 1.0))) == [
+        "large: needs 8343 GiB after resampling, and this machine has 8 GiB of memory; is the spacing of "
+        "360 x 360 x 360 mm right?"
+    ]
+    for unknown in (Checker(NAMES, SimpleITKIO, target=(1.0, 1.0)), CHECKER):
+        assert texts(folder, unknown) == []
+    monkeypatch.setattr(checks, "memory", lambda: None)
+    assert texts(folder, Checker(NAMES, SimpleITKIO, target=(1.0, 1.0, 1.0))) == []
+
+
+def test_the_memory_of_this_machine_is_known():
+    assert 2**28 < checks.memory() < 2**50
 
 
 # ---- names ------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import nibabel
 import numpy as np
 
-from nnunetv2_mstkd.errors import UserError
+from nnunetv2_mstkd.errors import UserError, lacks_memory
 from nnunetv2_mstkd.images.geometry import read_geometry, read_nifti_voxels
 from nnunetv2_mstkd.inference.predictor import Predictor
 from nnunetv2_mstkd.metrics.masks import MM3_PER_ML
@@ -118,7 +118,7 @@ class Job:
         except Exception as error:
             if self._cancelled.is_set():  # the folder of a closed page is gone
                 self._become("cancelled")
-            elif isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            elif lacks_memory(error):
                 self._fail("There is not enough memory for an image of this size.")
             else:
                 traceback.print_exc()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +22,8 @@ class Checker:
     reader: Reader
     normalization_schemes: Sequence[str] = ()
     """nnU-Net's normalisation of each channel; empty if no network is going to see the cases."""
+    target: Sequence[float] = ()
+    """Spacing of all three axes in mm to which the images are going to be resampled; empty: they are not, or in 2-D."""
 
     def check(self, case: Case) -> tuple[Case, list[Problem]]:
         """Read all files of a case.
@@ -48,7 +52,7 @@ class Checker:
             grids[channel] = found.grid
             if found.forms is not None:
                 forms[channel] = found.forms
-        texts += self._other_grids(grids) or self._other_forms(forms)
+        texts += self._other_grids(grids) or self._other_forms(forms) or self._too_large(grids)
         checked = replace(case.without(zero), all_zero=tuple(zero))
         if not any(checked.availability):
             texts.append("has no modality" + (", only all-zero images" if zero else ""))
@@ -70,6 +74,21 @@ class Checker:
             for difference in reference.differences(geometry)
         ]
 
+    def _too_large(self, grids: Mapping[int, Geometry]) -> list[str]:
+        """Whether the resampled images cannot fit into memory: the system would kill the process with all cases."""
+        if not grids or len(self.target) != 3:
+            return []
+        grid = next(iter(grids.values()))
+        voxels = math.prod(grid.size) * math.prod(grid.spacing) / math.prod(self.target)
+        needed, there = 4 * len(self.names) * voxels, memory()  # float32
+        if there is None or needed <= there:
+            return []
+        spacing = " x ".join(f"{edge:g}" for edge in grid.spacing)
+        return [
+            f"needs {needed / 2**30:.0f} GiB after resampling, and this machine has {there / 2**30:.0f} GiB of memory; "
+            f"is the spacing of {spacing} mm right?"
+        ]
+
     def _other_forms(self, forms: Mapping[int, Forms]) -> list[str]:
         """Which images other tools than nnU-Net's reader see in another place than the first one."""
         if not forms:
@@ -81,6 +100,14 @@ class Checker:
             for channel, each in forms.items()
             if reference.displaced(reference.preferred, each.preferred)
         ]
+
+
+def memory() -> int | None:
+    """Main memory of this machine in bytes; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def _wrong_voxels(channel: Channel) -> list[str]:

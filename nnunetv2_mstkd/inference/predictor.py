@@ -245,6 +245,7 @@ class Predictor:
             self.modalities,
             self._predictor.plans_manager.image_reader_writer_class,
             self._predictor.configuration_manager.normalization_schemes,
+            self._predictor.configuration_manager.spacing,
         )
 
     # ---- one case ------------------------------------------------------------------------------------------------

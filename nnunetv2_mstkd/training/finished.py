@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd.errors import MissingFileError
 from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_argument, model_folder_name
-from nnunetv2_mstkd.nnunet.plans import lineage
+from nnunetv2_mstkd.nnunet.plans import BLOCK, inherited, lineage
+from nnunetv2_mstkd.nnunet.trainers import find_trainer
+from nnunetv2_mstkd.training.settings import InputSettings, ScheduleSettings, Settings, TeacherSettings
 
 
 def configuration_with(
@@ -31,16 +34,41 @@ def configuration_with(
 
     Returns
     -------
-    The first of the training's own configuration and its parents that has one. Where none has, the most general one
-    with the same network: one training for many.
+    The first of the training's own configuration and its parents that has one, if nothing that the trainer reads asks
+    for another network, other cases or another normalisation there. Where none has, the most general one in which its
+    training would be the same but for the schedule: one training for many.
     """
-    everywhere = list(lineage(plans, configuration))
-    alike = [name for name in everywhere if _same_network(plans, name, configuration)]
+    usable, alike = [], []
+    result, course = _asks_for(trainer, plans, configuration)
+    for name in lineage(plans, configuration):
+        result_there, course_there = _asks_for(trainer, plans, name)
+        same_network = _same_network(plans, name, configuration)
+        if result_there == result and (same_network or not same):
+            usable.append(name)
+        if (result_there, course_there) == (result, course) and same_network:
+            alike.append(name)
     for checkpoint in (FINAL, "checkpoint_*.pth"):
-        for name in alike if same else everywhere:
+        for name in usable:
             if any(_fold_folder(results_folder, trainer, plans, name, fold).glob(checkpoint)):
                 return name
     return alike[-1]
+
+
+def _asks_for(trainer: str, plans: Mapping, configuration: str) -> tuple[list[Any], list[Any]]:
+    """What a configuration says of a trainer's result (network, normalisation, cases), and of its course."""
+    from nnunetv2_mstkd.training.base import SettingsTrainer  # which imports this module
+
+    cls = find_trainer(trainer)
+    if not issubclass(cls, SettingsTrainer):
+        return [], []
+    settings = Settings.read(inherited(plans, configuration, BLOCK), cls.all_sections(), strict=False)
+    result: list[Any] = [settings[section] for section in cls.network_sections()]
+    result.append(settings[InputSettings].normalization)
+    course: list[Any] = [settings[ScheduleSettings].starts_from(trainer)]
+    if TeacherSettings in settings:
+        result.append(settings[TeacherSettings].cases)
+        course.append(settings[TeacherSettings].epochs)
+    return result, course
 
 
 def finished_checkpoint(
