@@ -344,8 +344,10 @@ def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tupl
         bad = max(check_complete(path), count_not_finite(voxels) if voxels.dtype.kind == "f" else 0)
         if bad:
             raise InputError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
-    checksum, header = _read_ends(path, headers, volumes)
+    _, header = _read_ends(path, headers, volumes)
     forms = None if header is None else header.forms
+    # not that of the file: a copy may have been saved with another header
+    checksum = b"" if volumes else f"{voxels.dtype} {zlib.crc32(np.ascontiguousarray(voxels))}".encode()
     return _File(path, geometry, forms, _is_float(image), checksum), image
 
 
@@ -428,6 +430,10 @@ def _label_values(voxels: np.ndarray, description: Description) -> tuple[np.ndar
         of_release = f"{description.release} has" if description.release else "declared are"
         meanings = [meaning_of_value(value) for value in wrong] if description.release else []
         hint = "".join(f"; {meaning}" for meaning in meanings if meaning)
+        written = sorted(set(wrong) & set(allowed.values()))
+        hint += (
+            f'; to keep {written[0]} where files have it, add "{written[0]}": {written[0]} to remap' if written else ""
+        )
         raise InputError(f"holds the undeclared values {wrong}, {of_release} {sorted(allowed)}{hint}")
     if foreground.size < flat.size:
         found = [0, *found]

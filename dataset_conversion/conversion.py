@@ -95,7 +95,7 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
             raise ExistingFileError(
                 f"{splits_file} already exists; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
             )
-        _convert(job, found, report)
+        _convert(job, found, report, listed)
     training = [record.name for record in report.training]
     made = _make_splits(job, listed, report.cases, report.skipped)
     if splits_file is not None and made is not None:
@@ -230,7 +230,7 @@ def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _convert(job: Job, found: Found, report: Report) -> None:
+def _convert(job: Job, found: Found, report: Report, listed: folds.Splits) -> None:
     """Check and write all cases in the hidden folder, then move it to the data set's place."""
     scratch = job.target.parent / f".{job.target.name}.unfinished"
     with locked(scratch):
@@ -257,6 +257,10 @@ def _convert(job: Job, found: Found, report: Report) -> None:
         if not labelled:
             raise InputError(f"all {count(finished, 'case')} are unlabelled: there is nothing to train on")
         report.fill(finished, skipped)
+        try:  # before the data set appears: without these folds nnU-Net would make its own
+            _make_splits(job, listed, report.cases, skipped)
+        except InputError as error:
+            raise InputError("\n  ".join([str(error), *problem_lines(skipped)])) from error
         _finish(unfinished, job, report)
         replace_folder(job.target, unfinished)
     shutil.rmtree(scratch, ignore_errors=True)
@@ -266,12 +270,12 @@ def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Cas
     """Check and write one case, unless an interrupted run has finished it."""
     description = job.description
     sources = fingerprint(case, job.source)
-    known = progress.done.get(case.name)
+    known, level = progress.done.get(case.name), job.options.verify or FULL
     # a crash of the machine may lose what was written last
-    if known is not None and known.is_of(case, sources) and known.damage(folder) is None:
+    if known is not None and known.level in (FULL, level) and known.is_of(case, sources) and not known.damage(folder):
         return known
-    record = CaseRecord(case.name, case.part, description.patient_of(case.name), sources)
-    checked = job.check(case, job.options.verify or FULL, headers)
+    record = CaseRecord(case.name, case.part, description.patient_of(case.name), sources, level=level)
+    checked = job.check(case, level, headers)
     if checked.problems:
         return replace(record, problems=checked.problems)
     written = write_case(case, checked, description, folder, job.options.mode)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case
+from .checks import HEADER
 
 RECORD = "conversion.json"
 SETTINGS, CASES = "settings.json", "cases.jsonl"
@@ -32,6 +33,7 @@ class CaseRecord:
     unlabelled: bool = False  # whether it is a training case whose label is 'ignore' in every voxel
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # why it was left out; then nothing was written
+    level: str = HEADER  # how closely it was checked; earlier versions did not say
 
     @property
     def written(self) -> list[str]:

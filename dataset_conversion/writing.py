@@ -62,7 +62,7 @@ def write_case(case: Case, checked: Checked, description: Description, folder: P
     if case.label is None and case.is_test:
         return Written(images, None)
     name = f"labels{case.part}/{case.name}{FILE_ENDING}"
-    if case.label is None:
+    if case.label is None or checked.unlabelled:  # whose label may have background where an image has a hole of zeros
         values = np.full(checked.geometry.size[::-1], description.labels[IGNORE], np.uint8)
     elif case.label in checked.as_is:
         return Written(images, _place(case.label, folder, name, mode))

@@ -268,6 +268,32 @@ def test_one_image_under_two_names(source, capsys, level):
     assert only_line(capsys) == "T1 and T1ce hold the same image"
 
 
+def test_one_image_saved_twice(source, capsys):
+    """Another header, or no compression, as when one file stands in for another."""
+    image = release_trees.nibabel.load(file(source, "t1"))
+    image.header["descrip"] = b"saved again"
+    release_trees.nibabel.save(image, file(source, "t1ce"))
+    assert file(source, "t1").read_bytes() != file(source, "t1ce").read_bytes()
+    assert convert(source) == 1
+    assert only_line(capsys) == "T1 and T1ce hold the same image"
+    uncompressed = file(source, "t2").with_name(file(source, "t2").name.removesuffix(".gz"))
+    release_trees.nibabel.save(image, uncompressed)
+    file(source, "t2").unlink()
+    assert convert(source, "--overwrite") == 1
+    assert only_line(capsys) == "T1 and T1ce and T2 hold the same image"
+
+
+def test_bad_cases_that_leave_no_folds_are_named(source, nnunet, capsys):
+    """The data set must not appear without folds: nnU-Net would make its own."""
+    release_trees.write(file(source, "t2"), np.zeros(release_trees.SHAPE, np.int16), SRI24_AFFINE)
+    for options in (["--val-cases", NAMES[1]], ["--folds", "4"]):
+        assert convert(source, *options) == 2
+        err = capsys.readouterr().err
+        assert f"\n  {NAMES[1]}: T2 ({NAMES[1]}_t2.nii.gz) is zero everywhere" in err
+        assert not list((nnunet / "raw").glob("Dataset*"))
+    assert convert(source) == 1  # with folds of what is left
+
+
 def test_label_with_fractions(source, capsys):
     release_trees.write(file(source, "seg"), own_label("brats2021", 1) * np.float32(0.3), SRI24_AFFINE)
     assert convert(source) == 1
@@ -347,6 +373,16 @@ def test_interrupted_conversion_is_invisible_and_resumes(source, nnunet, capsys,
     )
     assert len(copied) == 16
     assert [path.name for path in (nnunet / "raw").iterdir()] == ["Dataset007_Toy"]
+
+
+def test_a_closer_look_is_not_answered_by_an_interrupted_run(source, nnunet, capsys, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(conversion, "write_record", lambda *args: (_ for _ in ()).throw(OSError("disk full")))
+        assert convert(source, "--verify", "header") == 2
+        assert convert(source, "--verify", "header") == 2
+    capsys.readouterr()
+    assert convert(source, "--verify", "full") == 0
+    assert "interrupted" not in capsys.readouterr().out
 
 
 def test_other_options_start_afresh(source, nnunet, capsys, monkeypatch):

@@ -186,6 +186,26 @@ def test_label_that_is_ignored_but_in_air(nnunet, source, level):
     assert [case for case in CASES if not facts[case].labelled] == ["p1b", "p3a", "p4a"]
 
 
+@pytest.mark.parametrize("mode", ["--copy", "--link", "--reference"])
+def test_label_that_is_ignored_but_in_a_hole_of_the_brain(nnunet, source, mode):
+    """Its background is labelled for nnU-Net, whose mask of the brain has no holes."""
+    hole = (slice(4, 6),) * 3
+    for name in ("t1", "t2"):
+        image = read(source / "p3a" / f"{name}.nii.gz")
+        image[hole] = 0
+        write(source / "p3a" / f"{name}.nii.gz", image)
+    label = np.full(SHAPE, 3, np.uint8)
+    label[hole] = 0
+    write(source / "p3a" / "seg.nii.gz", label)
+    assert convert(source, "--unlabelled", mode, labels={**DESCRIPTION["labels"], "ignore": 3}) == 0
+    folder, content = dataset(nnunet)
+    assert content["mstkd_conversion"]["unlabelled"] == ["p1b", "p3a", "p4a"]
+    np.testing.assert_array_equal(read(folder / "labelsTr" / "p3a.nii.gz"), np.full(SHAPE, 3, np.uint8))
+    if mode == "--copy":
+        plan(nnunet)
+        assert not read_case_facts(folder_of_data(nnunet), CASES, content, ["T1", "T2"])["p3a"].labelled
+
+
 def test_declared_ignore_label_is_used(nnunet, source):
     labels = {**DESCRIPTION["labels"], "ignore": 3}
     partly = read(source / "p2a" / "seg.nii.gz")

@@ -147,6 +147,18 @@ def test_record_that_agrees_is_accepted(semi):
     assert read(semi, mstkd_conversion=record) == read(semi)
 
 
+def test_record_names_modalities_as_the_conversion_does(semi):
+    """``T1+C`` is one of two names in a subset's, so elsewhere it is ``T1_C``."""
+    own = ["T1+C", "T2,FS", " T2 ", "all"]
+    channels = {str(number): name for number, name in enumerate(own)}
+    lacking = {case: [own[NAMES.index(name)] for name in names] for case, names in LACKING.items()}
+    record = {"missing": lacking, "unlabelled": list(UNLABELLED)}
+    assert read(semi, mstkd_conversion=record, channel_names=channels) == read(semi)
+    wrong = {**record, "missing": {**lacking, next(iter(lacking)): []}}
+    with pytest.raises(InputError, match=r"nnUNetv2_preprocess alone leaves .*dataset\.json as it was"):
+        read(semi, mstkd_conversion=wrong, channel_names=channels)
+
+
 def test_case_without_any_modality_is_refused(semi, monkeypatch):
     monkeypatch.setattr(case_facts, "_read", lambda *arguments: CaseFacts((False,) * 4, True))
     folder = data_folder(semi)

@@ -77,7 +77,7 @@ def read_case_facts(
         return CaseFacts(tuple(map(bool, entry["present"])), bool(entry["labelled"]))
 
     facts = kept_by_case(file, folder, cases, read=read, encode=asdict, decode=decode, log=log)
-    _check(facts, dataset_json, names)
+    _check(facts, dataset_json, names, folder.parent)
     return facts
 
 
@@ -89,10 +89,11 @@ def _read(dataset: Any, case: str, ignore: int | None) -> CaseFacts:
     return CaseFacts(present, labelled)
 
 
-def _check(facts: Mapping[str, CaseFacts], dataset_json: Mapping[str, Any], names: Sequence[str]) -> None:
+def _check(facts: Mapping[str, CaseFacts], dataset_json: Mapping[str, Any], names: Sequence[str], folder: Path) -> None:
     record = dataset_json.get(CONVERSION)
     record = record if isinstance(record, Mapping) else {}
     missing, unlabelled = record.get("missing"), record.get("unlabelled") or ()
+    channels = dataset_json.get("channel_names", dataset_json.get("modality"))  # as the conversion writes them
     for case, entry in facts.items():
         if not any(entry.present):
             raise InputError(
@@ -101,11 +102,12 @@ def _check(facts: Mapping[str, CaseFacts], dataset_json: Mapping[str, Any], name
             )
         if not isinstance(missing, Mapping):  # not converted by this package, or by an earlier version
             continue
-        said = [name for name in names if name in missing.get(case, ())]
+        said = [name for number, name in enumerate(names) if channels[str(number)] in missing.get(case, ())]
         found = [name for name, there in zip(names, entry.present, strict=True) if not there]
         if said != found or (case in unlabelled) == entry.labelled:
             raise InputError(
                 f"dataset.json says of case {case} that it lacks {', '.join(said) or 'nothing'} and is "
                 f"{'un' * (case in unlabelled)}labelled, but its preprocessed data lack {', '.join(found) or 'nothing'}"
-                f" and are {'un' * (not entry.labelled)}labelled; convert and preprocess the data set again"
+                f" and are {'un' * (not entry.labelled)}labelled; convert the data set again, or, if it has been, run "
+                f"nnUNetv2_plan_and_preprocess: nnUNetv2_preprocess alone leaves {folder / 'dataset.json'} as it was"
             )
