@@ -6,14 +6,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError
-from nnunetv2_mstkd.images.atomic import replace_folder
+from nnunetv2_mstkd.images.atomic import locked, replace_folder
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 
 from . import splits as folds
@@ -233,7 +233,7 @@ def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
 def _convert(job: Job, found: Found, report: Report, listed: folds.Splits) -> None:
     """Check and write all cases in the hidden folder, then move it to the data set's place."""
     scratch = job.target.parent / f".{job.target.name}.unfinished"
-    with locked(scratch):
+    with locked(scratch, f"another process is writing {scratch}; wait for it"):
         progress = Progress(scratch, job.settings)
         resumable = dict(progress.done)
         unfinished = scratch / "new"
@@ -305,20 +305,3 @@ def _finish(folder: Path, job: Job, report: Report) -> None:
         content["dataset"] = {case.name: {"images": case.images, "label": case.label} for case in report.training}
     (folder / "dataset.json").write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
     write_record(folder, job.settings, report.cases, report.skipped)
-
-
-@contextmanager
-def locked(scratch: Path) -> Iterator[None]:
-    """Refuse a second run of the same data set, where the system has file locks."""
-    scratch.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with (scratch / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ExistingFileError(f"another process is writing {scratch}; wait for it") from error
-        yield

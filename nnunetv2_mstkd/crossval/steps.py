@@ -243,7 +243,8 @@ class Evaluate(Step):
             return []
         splits, records = read_splits(self.splits), []
         for fold in self.folds:
-            cases = self._noted(fold).get("cases", splits[fold]["val"])
+            noted = self._noted(fold)
+            cases = noted["cases"] if noted else splits[fold]["val"]
             records += [self.output / CASES / f"fold_{fold}" / f"{case}.json" for case in cases]
         return records
 
