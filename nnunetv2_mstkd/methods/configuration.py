@@ -57,7 +57,7 @@ def configure(
     known = known_sections()
     block = translate(inherited(plans, parent, BLOCK))
     for section, key, value in assignments:
-        if value != block.get(section, {}).get(key, getattr(known[section](), key)):
+        if value != block.get(section, {}).get(key, getattr(known[section](), key, None)):
             known[section].forget(block, key)
     for section, key, value in assignments:
         block.setdefault(section, {})[key] = value

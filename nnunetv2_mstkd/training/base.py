@@ -192,6 +192,13 @@ class SettingsTrainer(nnUNetTrainer):
         self._from_settings[attribute] = value
 
     @property
+    def plans_as_given(self) -> dict[str, Any]:
+        """The plans with the settings of this training as they were given, not as they were completed."""
+        plans, name = self.plans_manager.plans, self.configuration_name
+        own = {**plans["configurations"][name], BLOCK: self._given}
+        return {**plans, "configurations": {**plans["configurations"], name: own}}
+
+    @property
     def plain_network(self) -> Any:
         """The network without the wrappers of DDP and torch.compile."""
         return unwrapped(self.network)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd.errors import MissingFileError
@@ -14,6 +13,9 @@ from nnunetv2_mstkd.nnunet.folders import FINAL, dataset_argument, model_folder_
 from nnunetv2_mstkd.nnunet.plans import BLOCK, inherited, lineage
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
 from nnunetv2_mstkd.training.settings import InputSettings, ScheduleSettings, Settings, TeacherSettings
+
+if TYPE_CHECKING:
+    from nnunetv2_mstkd.training.base import SettingsTrainer
 
 
 def configuration_with(
@@ -72,7 +74,7 @@ def _asks_for(trainer: str, plans: Mapping, configuration: str) -> tuple[list[An
 
 
 def finished_checkpoint(
-    trainer: str, needed_by: nnUNetTrainer, role: str, configuration: str | None = None, *, same: bool = False
+    trainer: str, needed_by: SettingsTrainer, role: str, configuration: str | None = None, *, same: bool = False
 ) -> Path:
     """Return the final checkpoint of the training that another one needs.
 
@@ -94,7 +96,7 @@ def finished_checkpoint(
     MissingFileError
         With the command that trains it, or continues its training.
     """
-    results, plans, fold = Path(needed_by.output_folder_base).parent, needed_by.plans_manager.plans, needed_by.fold
+    results, plans, fold = Path(needed_by.output_folder_base).parent, needed_by.plans_as_given, needed_by.fold
     name = configuration or configuration_with(
         results, trainer=trainer, plans=plans, configuration=needed_by.configuration_name, fold=fold, same=same
     )
