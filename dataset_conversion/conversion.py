@@ -90,14 +90,14 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     report = Report(target, notes={note: [] for note in found.notes})
     if target.exists() and not options.overwrite:
         check_finished(job, found, report)
+        made = _make_splits(job, listed, report.cases, report.skipped)
     else:
         if splits_file is not None and splits_file.exists() and not options.overwrite:
             raise ExistingFileError(
                 f"{splits_file} already exists; --overwrite replaces it, --no-splits leaves the folds to nnU-Net"
             )
-        _convert(job, found, report, listed)
+        made = _convert(job, found, report, listed)
     training = [record.name for record in report.training]
-    made = _make_splits(job, listed, report.cases, report.skipped)
     if splits_file is not None and made is not None:
         present = folds.present_splits(splits_file)
         if present is not None and present != made and not options.overwrite:
@@ -230,8 +230,8 @@ def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def _convert(job: Job, found: Found, report: Report, listed: folds.Splits) -> None:
-    """Check and write all cases in the hidden folder, then move it to the data set's place."""
+def _convert(job: Job, found: Found, report: Report, listed: folds.Splits) -> folds.Splits | None:
+    """Check and write all cases in the hidden folder, then move it to the data set's place; return the folds."""
     scratch = job.target.parent / f".{job.target.name}.unfinished"
     with locked(scratch, f"another process is writing {scratch}; wait for it"):
         progress = Progress(scratch, job.settings)
@@ -258,12 +258,13 @@ def _convert(job: Job, found: Found, report: Report, listed: folds.Splits) -> No
             raise InputError(f"all {count(finished, 'case')} are unlabelled: there is nothing to train on")
         report.fill(finished, skipped)
         try:  # before the data set appears: without these folds nnU-Net would make its own
-            _make_splits(job, listed, report.cases, skipped)
+            made = _make_splits(job, listed, report.cases, skipped)
         except InputError as error:
             raise InputError("\n  ".join([str(error), *problem_lines(skipped)])) from error
         _finish(unfinished, job, report)
         replace_folder(job.target, unfinished)
     shutil.rmtree(scratch, ignore_errors=True)
+    return made
 
 
 def _one(job: Job, folder: Path, progress: Progress, headers: Headers, case: Case) -> CaseRecord:

@@ -69,7 +69,7 @@ def run_and_report(name: str, run: Callable[[Any], int | None], args: Any) -> in
     -------
     The command's own exit code (None counts as 0; 1: some cases were left out, the rest is done); 2 for a
     :class:`UserError`, an error of the file system or a lack of memory; 3 for an internal error; 130 after an
-    interrupt; 141 if nobody reads the output any more; 143 after SIGTERM.
+    interrupt; 141 if standard output was closed, as by ``| head``; 143 after SIGTERM.
     """
     try:
         with terminable():

@@ -269,7 +269,7 @@ def test_one_image_under_two_names(source, capsys, level):
 
 
 def test_one_image_saved_twice(source, capsys):
-    """Another header, or no compression, as when one file stands in for another."""
+    """A copy with another header, or without compression, is still a copy."""
     image = release_trees.nibabel.load(file(source, "t1"))
     image.header["descrip"] = b"saved again"
     release_trees.nibabel.save(image, file(source, "t1ce"))

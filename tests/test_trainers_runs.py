@@ -126,6 +126,16 @@ def test_settings_that_a_resumed_training_does_not_use_are_logged(models):
     assert read(models, trainer="ModalityDropoutTrainer")["current_epoch"] == 2
 
 
+def test_what_a_recipe_of_another_method_and_the_class_itself_set_is_logged(models):
+    configure(models, mstkd__recipe="paper")
+    trainer = build("ModalityDropoutTrainer")
+    trainer.num_epochs = 3
+    trainer.on_train_start()
+    text = log_text(models.fold("ModalityDropoutTrainer"))
+    assert 'mstkd.recipe=paper of the plans also sets schedule.optimizer="adam", schedule.weight_decay=1e-05' in text
+    assert "set by ModalityDropoutTrainer itself, whatever the settings say: num_epochs=3" in text
+
+
 def test_the_discriminator_and_its_optimiser_go_on(models):
     trainer = build()
     trainer.load_checkpoint(str(models.fold("MSTKDTrainer") / "checkpoint_final.pth"))

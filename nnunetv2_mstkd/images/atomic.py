@@ -76,7 +76,7 @@ def write_json(file: Path, content: Any, *, indent: int | None = 2) -> None:
 def locked(file: Path, busy: str | None = None) -> Iterator[None]:
     """Let one process at a time work on a file, which has a hidden one beside it meanwhile.
 
-    A killed process holds no lock. On a file system without locks there is none.
+    The lock of a process that was killed is free again. A file system that has no locks is used without one.
 
     Parameters
     ----------

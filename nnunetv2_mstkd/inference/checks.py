@@ -80,13 +80,13 @@ class Checker:
             return []
         grid = next(iter(grids.values()))
         voxels = math.prod(grid.size) * math.prod(grid.spacing) / math.prod(self.target)
-        needed, there = 4 * len(self.names) * voxels, memory()  # float32
-        if there is None or needed <= there:
+        needed, available = 4 * len(self.names) * voxels, memory()  # float32
+        if available is None or needed <= available:
             return []
         spacing = " x ".join(f"{edge:g}" for edge in grid.spacing)
         return [
-            f"needs {needed / 2**30:.0f} GiB after resampling, and this machine has {there / 2**30:.0f} GiB of memory; "
-            f"is the spacing of {spacing} mm right?"
+            f"needs {needed / 2**30:.0f} GiB after resampling, and this machine has {available / 2**30:.0f} GiB of "
+            f"memory; is the spacing of {spacing} mm right?"
         ]
 
     def _other_forms(self, forms: Mapping[int, Forms]) -> list[str]:

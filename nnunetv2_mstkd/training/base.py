@@ -373,6 +373,8 @@ class SettingsTrainer(nnUNetTrainer):
         line = describe_cases(self.split, self.case_facts, modalities.modality_names(self.dataset_json))
         if line is not None:
             self.print_to_log_file(line)
+        for line in self.settings.remarks():
+            self.print_to_log_file(line)
         own = [
             f"{name}={getattr(self, name)}" for name, told in self._from_settings.items() if getattr(self, name) != told
         ]

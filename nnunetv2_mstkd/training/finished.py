@@ -40,10 +40,10 @@ def configuration_with(
     for another network, other cases or another normalisation there. Where none has, the most general one in which its
     training would be the same but for the schedule: one training for many.
     """
-    usable, alike = [], []
-    result, course = _asks_for(trainer, plans, configuration)
+    usable, alike, cls = [], [], find_trainer(trainer)
+    result, course = _asks_for(cls, plans, configuration)
     for name in lineage(plans, configuration):
-        result_there, course_there = _asks_for(trainer, plans, name)
+        result_there, course_there = _asks_for(cls, plans, name)
         same_network = _same_network(plans, name, configuration)
         if result_there == result and (same_network or not same):
             usable.append(name)
@@ -56,17 +56,16 @@ def configuration_with(
     return alike[-1]
 
 
-def _asks_for(trainer: str, plans: Mapping, configuration: str) -> tuple[list[Any], list[Any]]:
+def _asks_for(cls: type, plans: Mapping, configuration: str) -> tuple[list[Any], list[Any]]:
     """What a configuration says of a trainer's result (network, normalisation, cases), and of its course."""
     from nnunetv2_mstkd.training.base import SettingsTrainer  # which imports this module
 
-    cls = find_trainer(trainer)
     if not issubclass(cls, SettingsTrainer):
         return [], []
     settings = Settings.read(inherited(plans, configuration, BLOCK), cls.all_sections(), strict=False)
     result: list[Any] = [settings[section] for section in cls.network_sections()]
     result.append(settings[InputSettings].normalization)
-    course: list[Any] = [settings[ScheduleSettings].starts_from(trainer)]
+    course: list[Any] = [settings[ScheduleSettings].starts_from(cls.__name__)]
     if TeacherSettings in settings:
         result.append(settings[TeacherSettings].cases)
         course.append(settings[TeacherSettings].epochs)

@@ -80,8 +80,8 @@ def build_optimizer(
     """Optimiser and scheduler of a network, which may be compiled; ``weight_decay`` is nnU-Net's, for SGD.
 
     ``learning_rate`` is the U-Net's; None: the schedule's. ``added_modules`` are trained with AdamW at ``added_lr``
-    (weight decay 0.05, none on norms, biases and positions) unless the schedule names ``adam``, the published recipe's
-    optimiser for everything.
+    (weight decay 0.05, none on norms, biases and positions) unless the schedule names ``adam``, with which the
+    published recipe trains all weights.
     """
     added_modules, rate = list(added_modules), schedule.learning_rate if learning_rate is None else learning_rate
     added = {id(parameter): parameter for module in added_modules for parameter in module.parameters()}
