@@ -257,9 +257,10 @@ class Benchmark:
         file = self.out / RECORD
         if file.is_file():
             there = json.loads(file.read_text(encoding="utf-8"))
-            different = [key for key in record if key not in _NOT_DATA and there.get(key) != record[key]]
+            keys = [*record, *(key for key in ("data", "labelled") if key in there and key not in record)]
+            different = [key for key in keys if key not in _NOT_DATA and there.get(key) != record.get(key)]
             if different:
-                listed = ", ".join(f"{key} {there.get(key)!r} (now {record[key]!r})" for key in different)
+                listed = ", ".join(f"{key} {there.get(key)!r} (now {record.get(key)!r})" for key in different)
                 raise ValueError(f"{self.out} holds a benchmark with {listed}; choose another folder with --out")
         elif self.out.is_dir() and any(self.out.iterdir()):
             raise ValueError(f"{self.out} is not empty and holds no benchmark; choose another folder with --out")
@@ -477,7 +478,7 @@ class Benchmark:
             facts = {"title": row.title, "kind": row.kind, "trainer": row.trainer, "steps": row.iterations(self.preset)}
             numbers[row.name] = {**facts, **numbers[row.name], "cost": self.cost(row, seeds)}
         about = self.about(general, seeds, missing)
-        longer = folder / f"accuracy_{LONGER.get(self.name)}.json"
+        longer = folder / f"accuracy_{LONGER.get(self.title)}.json"
         if longer.is_file():
             control_at_equal_hours(numbers, json.loads(longer.read_text(encoding="utf-8"))["rows"], about["clock"])
         findings = verdict(
@@ -540,9 +541,8 @@ def show(benchmark: Benchmark, rows: Sequence[Row], seeds: Sequence[int]) -> Non
     for step in steps:
         print(f"{'done   ' if step.done() else 'to do  '} {step.title}\n        {shlex.join(step.command())}")
     preset = benchmark.preset
-    print(
-        f"\nbudget of every model: {(preset.first_epochs + preset.student_epochs) * preset.iterations} training steps"
-    )
+    budget = f"{(preset.first_epochs + preset.student_epochs) * preset.iterations} training steps"
+    print(f"\nbudget of every model: {budget if preset.hours is None else f'{preset.hours:g} hours'}")
     hours = estimated_hours(rows, preset, seeds)
     for name, value in hours.items():
         print(f"{value:9.2f} h  {name}")

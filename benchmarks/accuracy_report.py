@@ -138,6 +138,8 @@ def control_at_equal_hours(
     if CHEAP_CONTROL not in numbers or CHEAP_CONTROL not in longer:
         return
     control, end = numbers[CHEAP_CONTROL], longer[CHEAP_CONTROL]
+    if end["steps"] <= control["steps"]:
+        return
     for name, entry in numbers.items():
         if name == CHEAP_CONTROL or not entry["cost"] or not control["cost"]:
             continue
@@ -240,7 +242,8 @@ def page(content: Mapping[str, Any], rows: Sequence[Row]) -> str:
         *(f"* {line['result']}: {line['claim']}: {line['found']}" for line in content["verdict"]),
     ]
     if content["subsets"]:
-        over = _over(about) if LOW in content["subsets"][0] else "cases alone, at corrected levels"
+        several = len(about["seeds"]) > 1 and LOW in content["subsets"][0]
+        over = "seeds and cases" if several else "cases alone, at corrected levels"
         lines += ["", f"## {content['student']} minus {best}, subset by subset", ""]
         body = [[line[SUBSET], _with_limits(line)] for line in content["subsets"]]
         lines += _table(["subset", f"difference [interval over {over}]"], body)

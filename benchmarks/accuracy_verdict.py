@@ -105,7 +105,8 @@ def difference(results: pd.DataFrame, first: str, second: str, *, samples: int =
 def subset_differences(results: pd.DataFrame, first: str, second: str, *, samples: int = SAMPLES) -> pd.DataFrame:
     """First minus second in Dice points per subset (mean over regions), with intervals over seeds and patients.
 
-    They are not corrected for the number of subsets.
+    With several seeds they are not corrected for the number of subsets; with a single one they are, as in
+    :func:`~nnunetv2_mstkd.statistics.significance.compare_subsets`.
     """
     table = regions_averaged(results)
     bootstrap = Bootstrap(patients_of(results), samples)

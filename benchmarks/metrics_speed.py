@@ -85,7 +85,7 @@ def main() -> int:
 
     prediction, reference, spacing = pairs()["shifted and a false lesion"]
     for name, call in (
-        ("all seven metrics of a pair", lambda: score(prediction, reference, spacing)),
+        ("all eight metrics of a pair", lambda: score(prediction, reference, spacing)),
         ("lesion-wise, BraTS 2023", lambda: lesionwise(prediction, reference, spacing, "brats2023_gli")),
         ("lesion-wise, BraTS 2024", lambda: lesionwise(prediction, reference, spacing, "brats2024_gli")),
     ):

@@ -248,7 +248,8 @@ def measure(
             rows[name]["memory_mib"] = (torch.cuda.max_memory_allocated() - held) / 2**20
         times: dict[str, list[float]] = {name: [] for name in trainer_names}
         forward: dict[str, list[float]] = {name: [] for name in trainer_names}
-        for repetition in range(repetitions):
+        periods = {name: getattr(trainer, "teacher_period", 1) for name, trainer in prepared.items()}
+        for repetition in range(max(repetitions, *periods.values())):
             for name, trainer in prepared.items():
                 trainer._step_in_epoch = repetition
                 times[name].append(timed(lambda trainer=trainer: trainer.train_step(batch), device, clock))
@@ -267,8 +268,8 @@ def measure(
                 if repetition >= 2:
                     forward[name].append(seconds)
         for name, trainer in prepared.items():
-            period = getattr(trainer, "teacher_period", 1)
-            rows[name]["step_s"] = statistics.fmean(statistics.median(times[name][n::period]) for n in range(period))
+            each = (times[name][n :: periods[name]] for n in range(periods[name]))
+            rows[name]["step_s"] = statistics.fmean(map(statistics.median, each))
             rows[name]["inference_s"] = statistics.median(forward[name])
             rows[name].update(count(trainer, plan))
     base = rows[BASELINE]

@@ -366,6 +366,9 @@ def test_the_control_is_interpolated_at_the_hours_of_a_row():
         "control": "dropout-warm", "steps": 141, "dice": pytest.approx(62), "minus": pytest.approx(-1)
     }  # fmt: skip
     assert all("control_at_equal_hours" not in numbers[name] for name in ("dropout-warm", "fast", "slowest"))
+    as_long = {"dropout-warm": row(60, 1.0, 200), "slow": row(61, 1.5, 200)}
+    control_at_equal_hours(as_long, {"dropout-warm": row(64, 5.0, 200)}, "hours")
+    assert "control_at_equal_hours" not in as_long["slow"]
 
 
 # ---- gradients -----------------------------------------------------------------------------------------------------

@@ -176,6 +176,8 @@ def test_a_folder_of_other_data_is_refused(tmp_path, source, monkeypatch):
         accuracy.Benchmark(tmp_path / "out", "slices", data=source, labelled="16").enter()
     with pytest.raises(ValueError, match=r"hours None \(now 2.0\)"):
         accuracy.Benchmark(tmp_path / "out", "slices", data=source, changes={"hours": 2.0}).enter()
+    with pytest.raises(ValueError, match=r"labelled 'complete' \(now None\)"):  # not as the phantom
+        accuracy.Benchmark(tmp_path / "out", "slices").enter()
 
 
 # ---- earlier runs --------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ def test_similarity_is_the_cosine_of_the_subsets_own_weights(make_trainer):
         for row in (first, third)
     )
     assert pair.loc["T2", "weights"] == pytest.approx(torch.cosine_similarity(one, other, dim=0).item(), abs=1e-5)
-    assert pair.loc["T2", "chance"] == pytest.approx(math.sqrt(2 / math.pi / len(one)))
+    assert pair.loc["T2", "chance"] == pytest.approx(math.sqrt(2 / math.pi / bank.down[first].numel()))
 
 
 def test_new_adapters_are_unrelated_and_do_nothing(make_trainer):
@@ -53,7 +53,8 @@ def test_new_adapters_are_unrelated_and_do_nothing(make_trainer):
     assert list(dict.fromkeys(table["stage"])) == ["E1", "E2", "D1", "D2"]
     off = table[table["first"] != table["second"]]
     assert off["map"].isna().all()
-    assert off["weights"].abs().mean() == pytest.approx(off["chance"].mean(), rel=0.5)
+    # the mean of 4 stages of 91 pairs
+    assert off["weights"].abs().mean() == pytest.approx(off["chance"].mean(), rel=0.2)
     figure = similarity_maps(table)
     assert sum("untrained" in axis.get_title() for axis in figure.axes) == 4
 
@@ -64,6 +65,8 @@ def test_subsets_of_a_factorised_bank_share_parts(make_trainer):
         for bank in [*network.encoder_adapters, *network.decoder_adapters]:
             bank.part_up.normal_()
     table = similarity(network, stage="E1", first="T0").set_index("second")
+    assert table["chance"].isna().all()
+    assert not any("chance" in axis.get_title() for axis in similarity_maps(similarity(network)).axes)
     # T0 and T0+T1 differ in one of four parts, T0 and T1+T2+T3 in all
     assert table.loc["T0+T1", "map"] > 0.4 > table.loc["T1+T2+T3", "map"]
 

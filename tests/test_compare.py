@@ -16,8 +16,9 @@ import pytest
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.montage import Montage, write_montage
-from nnunetv2_mstkd.evaluation.results import COLUMNS, write_results
+from nnunetv2_mstkd.evaluation.results import COLUMNS, read_results, write_results
 from nnunetv2_mstkd.reporting.compare import compare
+from nnunetv2_mstkd.reporting.figures import heat_map, save_figure
 from nnunetv2_mstkd.reporting.qualitative import qualitative_plot
 
 CASES = tuple(f"BraTS-GLI-{number:05d}-100" for number in range(8))
@@ -326,6 +327,73 @@ def test_pictures_are_left_out_where_none_were_kept():
     assert "(qualitative.png)" in Path("out/comparison.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("modalities", "first_cases"),
+    [
+        (("T1ce", "FLAIR"), None),  # as with --available T1ce,FLAIR
+        (("T1", "T1ce", "T2", "FLAIR"), ("T2", "FLAIR")),  # no case tells the order of all channels
+    ],
+)
+def test_each_image_has_the_name_of_its_channel(modalities, first_cases):
+    channels = ["T1", "T1ce", "T2", "FLAIR"]
+    images = np.stack([np.full((20, 16), 50 + 10 * number, np.uint8) for number in range(4)])
+    reference = np.zeros((20, 16), np.uint8)
+    reference[5:15, 4:12] = 1
+    for name in ("old", "new"):
+        folder = model(name, modalities=modalities, settings={"regions": {"WT": [1], "ET": [1]}, "channels": channels})
+        frame = read_results(folder / "subsets" / "results.csv")
+        if first_cases:  # the others have the other modalities
+            early = frame["case"].isin(CASES[:3])
+            of_first = frame["subset"].map(lambda subset: set(subset.split("+")) <= set(first_cases))
+            of_others = frame["subset"].map(lambda subset: not set(subset.split("+")) & set(first_cases))
+            frame = frame[(early & of_first) | (~early & of_others)]
+            write_results(frame, folder / "subsets" / "results.csv")
+        for case, subsets in frame.groupby("case")["subset"]:
+            file = folder / "subsets" / "cases" / "fold_0" / f"{case}.npz"
+            write_montage(Montage(0, 3, 9, images, reference, dict.fromkeys(subsets, reference)), file)
+    comparison = compare(["new", "old"], output="out")
+    assert Path("out/qualitative.png").exists()
+    figure = qualitative_plot(comparison, [CASES[5]], ["T1+T1ce"] if first_cases else ["T1ce"])
+    titles = [axis.get_title() for axis in figure.axes]
+    names = [name for name in channels if name in modalities]
+    assert titles == [*names, "reference", "new", "old"]
+    present = ["T1", "T1ce"] if first_cases else ["T1ce"]
+    for axis in figure.axes:
+        shown = int(np.asarray(axis.images[0].get_array()).max())
+        if axis.get_title() in present:
+            assert shown == 50 + 10 * channels.index(axis.get_title())
+        elif axis.get_title() in names:
+            assert shown == 255  # an empty box
+        else:
+            assert shown in {50 + 10 * channels.index(name) for name in present}
+
+
+def test_a_size_without_values_is_not_pictured():
+    for name in ("old", "new"):
+        folder = with_slices(name)
+        frame = read_results(folder / "subsets" / "results.csv")
+        frame.loc[frame["modalities"] == 1, "value"] = np.nan
+        write_results(frame, folder / "subsets" / "results.csv")
+    rows = drawn(compare(["new", "old"], output="out"))
+    assert len(rows) == 1 and "missing" not in " ".join(rows[0])
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+    names = ("A$\\foo$", "<b>B & $x^2$</b>")
+    for name, folder in zip(names, ("old", "new"), strict=True):
+        frame = table(name, regions=("WT$_2$", "ET$^$"))
+        frame["model"] = name
+        with_slices(folder)
+        write_results(frame, Path(folder) / "subsets" / "results.csv")
+        settings = {"regions": {"WT$_2$": [1, 2], "ET$^$": [2]}, "channels": list(NAMES)}
+        (Path(folder) / "subsets" / "summary.json").write_text(json.dumps(settings))
+    comparison = compare(["old", "new"], output=tmp_path / "out")
+    assert (tmp_path / "out" / "comparison.png").is_file() and (tmp_path / "out" / "qualitative.png").is_file()
+    save_figure(heat_map(comparison.results), tmp_path / "map.png")
+    page = (tmp_path / "out" / "comparison.md").read_text()
+    assert "\\<b>B \\& $x^2$\\</b>" in page
+
+
 def test_a_picture_without_values_is_an_earlier_one_and_no_value_is_a_line():
     for name in ("old", "new"):
         with_slices(name)
@@ -475,6 +543,28 @@ def test_other_rules_are_refused(capsys, other, message):
     model("old", settings=RULES)
     model("new", settings={**RULES, **other})
     assert message in refused(capsys, "old", "new")
+
+
+@pytest.mark.parametrize("order", [("bare", "old", "new"), ("old", "bare", "new"), ("old", "new", "bare")])
+def test_a_model_without_rules_hides_no_difference(capsys, order):
+    model("bare")
+    model("old", settings=RULES)
+    model("new", settings={**RULES, "convention": "nnunet"})
+    assert "another convention for empty masks: brats and nnunet" in refused(capsys, *order)
+    model("new", settings={**RULES, "mirroring": False})
+    assert cli.main(["compare", *order]) == 0
+    assert capsys.readouterr().out.count("another mirroring: old True, new False") == 1
+
+
+def test_the_order_of_cases_is_not_an_order_of_channels():
+    """Cases with one modality each do not tell the order of the channels, so there is no other order either."""
+    for name, cases in (("old", CASES), ("new", CASES[1:])):
+        frame = table(name, modalities=("T2", "T1"))
+        frame = frame[(frame["subset"] == "T1") | (frame["subset"].eq("T2") & frame["case"].ne(CASES[1]))]
+        model(name)
+        write_results(frame[frame["case"].isin(cases)], Path(name) / "subsets" / "results.csv")
+    comparison = compare(["old", "new"])
+    assert set(comparison.subsets) == {"T1", "T2"} and comparison.cases == list(CASES[1:])
 
 
 def test_the_tolerance_of_the_surface_dice_is_told_and_has_to_agree(capsys, tmp_path):

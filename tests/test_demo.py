@@ -93,6 +93,10 @@ def _table(text: str) -> str:
         (["--cases", "5"], "--cases is 5, expected at least 6"),
         (["--test-cases", "0"], "--test-cases is 0, expected at least 1"),
         (["--seed", "-1"], "--seed is -1, expected 0 to"),
+        (
+            ["--trainers", "KDTrainer", "nnUNetTrainer_5epochs"],
+            "nnUNetTrainer_5epochs does not read the demo's settings",
+        ),
         (["--trainers", "MSTKTrainer"], "'MSTKTrainer' was not found (did you mean 'MSTKDTrainer'?)"),
         pytest.param(
             ["--device", "cuda"],
@@ -194,6 +198,13 @@ def test_further_trainers_have_their_teachers_trained_first(tmp_path):
     assert trained == ["FullModalityTrainer", RECOMMENDED, *teachers, "MSTKDTrainer", "KDTrainer"]
     evaluated = [step.model.trainer for step in demo.commands() if step.name.startswith("evaluate")]
     assert evaluated == [model.trainer for model in demo.models]
+
+
+def test_each_model_is_trained_once(tmp_path):
+    demo = Demo(tmp_path / "demo", options(trainers=("FullModalityTrainer", "KDTeacherTrainer", "KDTrainer")))
+    trained = [step.model.trainer for step in demo.commands() if isinstance(step, steps.TrainModel)]
+    assert trained == ["FullModalityTrainer", RECOMMENDED, "KDTeacherTrainer", "KDTrainer"]
+    assert [model.trainer for model in demo.models] == trained
 
 
 def test_changed_options_are_named(tmp_path):

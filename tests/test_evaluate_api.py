@@ -41,11 +41,13 @@ def test_tables_are_data_frames(model, capsys):
     assert found.by_count["modalities"].unique().tolist() == [1, 2]
     assert set(found.shapley["modality"]) == {"T0", "T1"} and set(found.gap["subset"]) == {"T0", "T1"}
     assert "Dice by number of modalities (one patient, no interval)" in found.text
+    (note,) = found.notes
+    assert note.endswith("were evaluated: T0, T1; complete or full input means all of these") and note in found.text
 
 
 def test_tables_that_need_other_subsets_are_none(model):
     found = evaluate(model, folds=[0], subsets=["T0"], metrics=["dice"], pictures=0, **HERE)
-    assert found.shapley is None and found.gap is None and found.warnings == []
+    assert found.shapley is None and found.gap is None and found.warnings == [] and found.notes == []
 
 
 def test_impossible_arguments_are_refused(model):

@@ -627,6 +627,8 @@ def test_swapped_channels_are_noticed():
     swapped = {region: {swap.get(k, k): v for k, v in strength.items()} for region, strength in SHOWS.items()}
     (warning,) = warnings_of(believable({"ET": swapped["ET"]}))
     assert warning.startswith("M, ET: FLAIR adds more") and "than T1ce" in warning and "swapped?" in warning
+    values = shapley(believable({"ET": swapped["ET"]})).set_index(["region", "modality"])["value"]
+    assert f"by {100 * (values['ET', 'FLAIR'] - values['ET', 'T1ce']):.1f} points" in warning
 
 
 def test_contrast_that_does_not_help_is_noticed():

@@ -200,7 +200,8 @@ def test_any_table_can_be_printed():
         ("a_b", "a_b", r"a\_b"),
         ("_a_", r"\_a\_", r"\_a\_"),
         ("x*y|z", r"x\*y\|z", r"x*y\textbar{}z"),
-        ("[a]<b>", "[a]<b>", r"{[}a]\textless{}b\textgreater{}"),  # OT1 fonts have other signs there
+        ("[a]<b>", r"[a]\<b>", r"{[}a]\textless{}b\textgreater{}"),  # OT1 fonts have other signs there
+        ("a\nb & c", r"a b \& c", "a\nb \\& c"),
         ("50 %{}~^\\", "50 %{}~^\\\\", r"50 \%\{\}\textasciitilde{}\textasciicircum{}\textbackslash{}"),
     ],
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,18 @@ def teacher_of(model: Model) -> Model | None:
     return None if found is None else Model(found.__name__)
 
 
+def check_trainers(names: Sequence[str]) -> None:
+    """Refuse trainers that would not train as the demo's settings say, such as nnU-Net's own: 1000 epochs of 250."""
+    from nnunetv2_mstkd.training.base import SettingsTrainer  # imports torch and nnU-Net
+
+    for name in names:
+        if not issubclass(find_trainer(name), SettingsTrainer):
+            raise InputError(
+                f"--trainers {name} does not read the demo's settings, such as the number of epochs; the demo always "
+                f"trains {BASELINE.trainer}, which is nnU-Net's trainer with these settings"
+            )
+
+
 BASELINE = Model("FullModalityTrainer", "nnU-Net given zeros")
 RECOMMENDED = "ModalityDropoutTrainer"
 
@@ -118,7 +130,9 @@ class Demo:
         self.raw, self.preprocessed, self.results = (
             self.folder / sub / f"Dataset{DATASET:03d}_{NAME}" for sub in steps.FOLDERS.values()
         )
-        self.models = [BASELINE, *map(Model, dict.fromkeys((RECOMMENDED, *options.trainers)))]
+        check_trainers(options.trainers)
+        names = [name for name in (RECOMMENDED, *options.trainers) if name != BASELINE.trainer]
+        self.models = [BASELINE, *map(Model, dict.fromkeys(names))]
         self.teachers = list(dict.fromkeys(filter(None, map(teacher_of, self.models))))
         self.record = self._open_record()
         self.clock = steps.Clock()
@@ -229,7 +243,7 @@ class Demo:
 
     def commands(self) -> list[steps.DemoStep]:
         """All commands of the demo, in order."""
-        trained = [*self.models[:2], *self.teachers, *self.models[2:]]
+        trained = dict.fromkeys([*self.models[:2], *self.teachers, *self.models[2:]])
         return [
             self.preprocess(),
             self.configure(),

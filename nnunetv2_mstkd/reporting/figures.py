@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -36,7 +37,11 @@ NEUTRAL: RegionColor = (0.4, 0.4, 0.4)
 
 MARKERS = "osD^vP*X"
 
+literally = matplotlib.rc_context({"text.parse_math": False})
+"""Decorates what draws or saves a figure: a $ in a name is a $, not the begin of a formula."""
 
+
+@literally
 def heat_map(results: pd.DataFrame) -> Figure:
     """Mean Dice of every subset (rows) and region (columns), a panel per model, all from 0 to 100 %.
 
@@ -72,6 +77,7 @@ def heat_map(results: pd.DataFrame) -> Figure:
     return figure
 
 
+@literally
 def curve_by_count(counts: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
     """Mean against the number of available modalities with its interval, a line per model and a panel per region.
 
@@ -92,6 +98,7 @@ def curve_by_count(counts: pd.DataFrame, *, colors: Mapping[str, RegionColor] | 
     return figure
 
 
+@literally
 def shapley_bars(values: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
     """Shapley value of each modality with its interval, a group of bars per modality and a panel per region.
 
@@ -118,6 +125,7 @@ def _bars(axis: Axes, part: pd.DataFrame, place: float, of: int, **style: Any) -
     axis.bar(places, heights, 0.9 * width, yerr=_distances(part), ecolor="0.3", capsize=2, **style)
 
 
+@literally
 def missing_bars(missing: pd.DataFrame, *, colors: Mapping[str, RegionColor] | None = None) -> Figure:
     """Loss of Dice without each modality with its interval: a group of bars per modality, a bar per region.
 
@@ -139,6 +147,7 @@ def missing_bars(missing: pd.DataFrame, *, colors: Mapping[str, RegionColor] | N
     return figure
 
 
+@literally
 def differences_plot(
     overall: pd.DataFrame, by_count: pd.DataFrame, by_subset: pd.DataFrame, *, metric: str = "dice"
 ) -> Figure:
@@ -197,6 +206,7 @@ def differences_plot(
     return figure
 
 
+@literally
 def cost_plot(costs: pd.DataFrame, *, metric: str = "dice") -> Figure | None:
     """Mean value of each model against its parameters and hours, a panel each; None where neither is known.
 
@@ -228,6 +238,7 @@ def cost_plot(costs: pd.DataFrame, *, metric: str = "dice") -> Figure | None:
     return figure
 
 
+@literally
 def save_figure(figure: Figure, path: str | os.PathLike[str], *, dpi: int = 150) -> None:
     """Write a figure atomically, in the format of the file name's ending (png, pdf, svg)."""
     path = Path(path)
@@ -310,11 +321,12 @@ def _distances(table: pd.DataFrame) -> np.ndarray:
     return np.stack([value - low, high - value]).clip(0)
 
 
+@literally
 def similarity_maps(table: pd.DataFrame) -> Figure:
     """Cosine similarity of adapters between subsets: a panel per stage, for all weights and for the linear map alone.
 
     ``table`` has the columns stage, first, second, weights, map and chance. Titles have the mean size of the values off
-    the diagonal and, for weights, of a cosine between random ones. Grey: an adapter that is still zero.
+    the diagonal and, for weights, of those of untrained adapters if known. Grey: an adapter that is still zero.
     """
     subsets, stages = list(dict.fromkeys(table["first"])), list(dict.fromkeys(table["stage"]))
     sides = [[stage for stage in stages if stage[0] == side] for side in dict.fromkeys(stage[0] for stage in stages)]
@@ -335,7 +347,9 @@ def similarity_maps(table: pd.DataFrame) -> Figure:
             sizes = sizes[np.isfinite(sizes)]
             title = f"{stage}, {'all weights' if kind == 'weights' else 'up · down'}: "
             title += f"{sizes.mean():.3f}" if len(sizes) else "untrained"
-            axis.set_title(title + (f" (chance {part['chance'].iloc[0]:.3f})" if kind == "weights" else ""), fontsize=7)
+            chance = part["chance"].iloc[0]
+            title += f" (chance {chance:.3f})" if kind == "weights" and np.isfinite(chance) else ""
+            axis.set_title(title, fontsize=7)
             axis.tick_params(length=0, labelsize=5)
             axis.set_xticks(range(len(subsets)), subsets, rotation=90)
             axis.set_yticks(range(len(subsets)), subsets)

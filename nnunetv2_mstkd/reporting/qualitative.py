@@ -26,11 +26,10 @@ from nnunetv2_mstkd.evaluation.results import (
     SUBSET,
     VALUE,
     first_of,
-    modality_order,
 )
 from nnunetv2_mstkd.inference.evaluation_files import CASES
 from nnunetv2_mstkd.metrics.conventions import metric_named
-from nnunetv2_mstkd.reporting.figures import new_figure
+from nnunetv2_mstkd.reporting.figures import literally, new_figure
 from nnunetv2_mstkd.reporting.pictures import (
     OPACITY,
     Color,
@@ -80,9 +79,11 @@ def qualitative_plot(comparison: Comparison, cases: Sequence[str] = (), subsets:
     models = {name: models[name] for name in comparison.trainings}
     shared = Counter(each.file for each in models.values())  # of a file with several models, slices are of one of them
     chosen_subsets = _subsets(comparison, subsets)
-    kept = bool(labels) and max(shared.values()) == 1
+    of_images = next(iter(models.values()))
+    channels = of_images.settings.get("channels") or comparison.rule("channels")
+    kept = bool(labels and channels) and max(shared.values()) == 1
     rows = _rows(comparison, models, cases, chosen_subsets) if kept else []
-    if not rows:
+    if not rows or len(rows[0][2].images) != len(channels):
         if cases or subsets:
             asked = ", ".join([*cases, *subsets])
             raise InputError(
@@ -91,7 +92,9 @@ def qualitative_plot(comparison: Comparison, cases: Sequence[str] = (), subsets:
             )
         return None
     regions = {name: tuple(values) for name, values in labels.items()}
-    return _draw(comparison, models, rows, regions)
+    compared = SEPARATOR.join(comparison.subsets).split(SEPARATOR)
+    names = {name: channel for channel, name in enumerate(channels) if name in compared}
+    return _draw(comparison, models, rows, regions, names)
 
 
 def _subsets(comparison: Comparison, subsets: Sequence[str]) -> list[str]:
@@ -99,7 +102,8 @@ def _subsets(comparison: Comparison, subsets: Sequence[str]) -> list[str]:
         values = comparison.results[comparison.results[METRIC] == comparison.metrics[0]]
         better = metric_named(comparison.metrics[0]).better or -1
         means = (better * values[VALUE].abs()).groupby([values[MODALITIES], values[SUBSET]], sort=True).mean()
-        return [str(of_size.idxmin()[1]) for _, of_size in means.groupby(level=0)]
+        # of a size whose values are all left out (nan) there is nothing to choose by
+        return [str(of_size.idxmin()[1]) for _, of_size in means.dropna().groupby(level=0)]
     known = {frozenset(name.split(SEPARATOR)): name for name in comparison.subsets}
     known[frozenset([ALL])] = comparison.subsets[-1]
     wanted = {text: frozenset(text.replace(",", SEPARATOR).split(SEPARATOR)) for text in subsets}
@@ -154,13 +158,15 @@ def _fold(model: EvaluatedModel, case: str) -> str:
 # ---- drawing -------------------------------------------------------------------------------------------------------
 
 
+@literally
 def _draw(
     comparison: Comparison,
     models: Mapping[str, EvaluatedModel],
     rows: Sequence[tuple[str, str, Montage]],
     regions: Mapping[str, tuple[int, ...]],
+    names: Mapping[str, int],
 ) -> Figure:
-    names = modality_order(comparison.models[0].results[SUBSET])
+    """The figure; ``names`` are the modalities to show, and the channel of each in the images."""
     colors = label_colors(sorted({label for values in regions.values() for label in values}), None)
     metric = comparison.metrics[0]
     texts = [[_values(model, case, subset, metric, regions) for model in models.values()] for case, subset, _ in rows]
@@ -170,11 +176,11 @@ def _draw(
     figure = new_figure(PANEL * columns + 0.3, sum(heights) + 0.8)
     axes = figure.subplots(len(rows), columns, squeeze=False, gridspec_kw={"height_ratios": heights})
     for line, (case, subset, montage), values in zip(axes, rows, texts, strict=True):
-        available = [name in subset.split(SEPARATOR) for name in names]
-        shown = clearest_image(replace(montage, images=montage.images[np.array(available)]))
-        background = montage.images[np.flatnonzero(available)[shown]]
-        for axis, image, there in zip(line, montage.images, available, strict=False):
-            _image(axis, image, there)
+        images = {name: montage.images[channel] for name, channel in names.items()}
+        available = [images[name] for name in subset.split(SEPARATOR)]
+        background = available[clearest_image(replace(montage, images=np.stack(available)))]
+        for axis, (name, image) in zip(line, images.items(), strict=False):
+            _image(axis, image, name in subset.split(SEPARATOR))
         line[0].set_ylabel(case, fontsize=6)
         _overlay(line[len(names)], background, montage.reference, colors, None)
         for axis, name, text in zip(line[len(names) + 1 :], models, values, strict=True):

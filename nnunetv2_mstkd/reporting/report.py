@@ -31,7 +31,7 @@ class Evaluation(Findings):
     """The findings of an evaluation, the output ``folder``, and the ``text`` that ``mstkd evaluate`` prints."""
 
     def __init__(self, measured: Measured, folder: Path) -> None:
-        super().__init__(measured.found.results, measured.empty_dice)
+        super().__init__(measured.found.results, measured.empty_dice, measured.settings["channels"])
         self.folder = folder
         self.text = _text(self, measured.rules, measured.near)
 

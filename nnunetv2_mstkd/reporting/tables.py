@@ -349,8 +349,8 @@ def escaped(text: str, fmt: str) -> str:
         return text
     if fmt == LATEX:
         return text.translate(_LATEX_ESCAPES)
-    # an underscore within a word has no meaning
-    return re.sub(r"([\\|*]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text)
+    # an underscore within a word has no meaning; a line break would end the row or the list
+    return re.sub(r"([\\|*<&]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", text.replace("\n", " "))
 
 
 def _texts(means: np.ndarray, metric: Metric, sizes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -25,6 +25,7 @@ from nnunetv2_mstkd.evaluation.results import (
     MODEL,
     PATIENT,
     REGION,
+    SEPARATOR,
     SUBSET,
     TRAINER,
     TRAINING,
@@ -222,32 +223,37 @@ def check_comparable(models: Sequence[EvaluatedModel], metrics: Sequence[str]) -
     first = models[0]
     for other in models[1:]:
         _check_modalities(first, other)
-        _check_patients(first, other)
         _check_same(first, other, SUBSET, "--subsets")
         _check_same(first, other, REGION, None)
-        for words, mine, theirs in _different(first, other, keys):
-            raise InputError(
-                f"{first.label} and {other.label} were evaluated with another {words}: {mine} and {theirs}; evaluate "
-                f"one of them again"
-            )
+    for pair in itertools.combinations(models, 2):
+        _check_patients(*pair)
+    for words, first, other, mine, theirs in _different(models, keys):
+        raise InputError(
+            f"{first.label} and {other.label} were evaluated with another {words}: {mine} and {theirs}; evaluate one "
+            f"of them again"
+        )
 
 
 def _different(
-    first: EvaluatedModel, other: EvaluatedModel, keys: Mapping[str, str]
-) -> list[tuple[str, object, object]]:
-    """The settings in which two models differ, in words, and their values."""
-    return [
-        (words, first.settings[key], other.settings[key])
-        for key, words in keys.items()
-        if key in first.settings and key in other.settings and first.settings[key] != other.settings[key]
-    ]
+    models: Sequence[EvaluatedModel], keys: Mapping[str, str]
+) -> Iterator[tuple[str, EvaluatedModel, EvaluatedModel, object, object]]:
+    """The settings, in words, in which a model differs from the first one that tells them; both models and values."""
+    for key, words in keys.items():
+        first, *others = [each for each in models if key in each.settings] or [models[0]]
+        for other in others:
+            if other.settings[key] != first.settings[key]:
+                yield words, first, other, first.settings[key], other.settings[key]
 
 
 def _check_modalities(first: EvaluatedModel, other: EvaluatedModel) -> None:
     mine, theirs = (modality_order(each.results[SUBSET]) for each in (first, other))
-    if mine == theirs:
+    by_members = {frozenset(subset.split(SEPARATOR)): subset for subset in first.distinct(SUBSET)}
+    if set(mine) != set(theirs):
+        problem = "other modalities"
+    elif any(by_members.get(frozenset(name.split(SEPARATOR)), name) != name for name in other.distinct(SUBSET)):
+        problem = "the same modalities in another order"
+    else:
         return
-    problem = "the same modalities in another order" if set(mine) == set(theirs) else "other modalities"
     raise InputError(
         f"{first.label} and {other.label} have {problem}: {', '.join(mine)} and {', '.join(theirs)}; only models of "
         f"the same channels can be compared"
@@ -483,10 +489,8 @@ class Comparison:
             yield f"no ranking: values are left out (nan) and have no rank{advice}"
 
     def _notes_on_settings(self) -> Iterator[str]:
-        first = self.models[0]
-        for other in self.models[1:]:
-            for words, mine, theirs in _different(first, other, CIRCUMSTANCES):
-                yield f"another {words}: {first.label} {mine}, {other.label} {theirs}"
+        for words, first, other, mine, theirs in _different(self.models, CIRCUMSTANCES):
+            yield f"another {words}: {first.label} {mine}, {other.label} {theirs}"
         unknown = [each.label for each in self.models if not each.settings]
         if unknown:
             yield (

@@ -52,6 +52,8 @@ class Findings:
         The long table; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
     empty_dice
         See :func:`~nnunetv2_mstkd.statistics.shapley.shapley`.
+    channels
+        The modalities of the model, if known: a note says if only some of them were evaluated.
 
     Attributes
     ----------
@@ -81,7 +83,12 @@ class Findings:
         Whether every case has every subset.
     """
 
-    def __init__(self, results: pd.DataFrame, empty_dice: Mapping[tuple[str, str], float] | None = None) -> None:
+    def __init__(
+        self,
+        results: pd.DataFrame,
+        empty_dice: Mapping[tuple[str, str], float] | None = None,
+        channels: Sequence[str] = (),
+    ) -> None:
         self.results = results
         self.model, self.trainer = str(results[MODEL].iloc[0]), str(results[TRAINER].iloc[0])
         self.folds, self.cases = sorted(results[FOLD].unique()), list(results[CASE].unique())
@@ -109,6 +116,11 @@ class Findings:
         self.shapley = shapley(results, empty_dice, bootstrap=bootstrap) if every else None
         self.warnings = plausibility_warnings(results, bootstrap=bootstrap)
         self.notes = [] if self.complete else self._notes_on_counts(modalities)
+        if self.gap is not None and len(modalities) < len(channels):
+            self.notes.append(
+                f"only these of the modalities {', '.join(channels)} were evaluated: {', '.join(modalities)}; complete "
+                f"or full input means all of these"
+            )
         for number in sorted({self.num_patients, self.full_patients}):
             if 1 < number < FEW:
                 self.notes.append(f"intervals over {number} patients are too narrow to rely on")

@@ -132,8 +132,8 @@ def _contrast_agent(evidence: _Evidence) -> Iterator[str]:
         difference = dict(zip(ordered, rows[best] - rows[contrast], strict=True))
         if best != contrast and evidence.exceeds(difference, candidates=len(rows) - 1):
             yield (
-                f"{best} adds more ({100 * shares[best]:.1f} points of Shapley value) than {contrast} "
-                f"({100 * shares[contrast]:.1f}). Are these two channels swapped?"
+                f"{best} adds more than {contrast}, by {100 * (shares[best] - shares[contrast]):.1f} points of Shapley "
+                f"value. Are these two channels swapped?"
             )
 
 

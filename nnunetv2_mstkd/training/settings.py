@@ -318,7 +318,8 @@ class DistillationSettings(Section):
     NAME: ClassVar[str] = "distillation"
 
     ramp: Fraction = 0.1
-    """Fraction of the training over which the weights rise as exp(-5 (1 - t)^2)."""
+    """Fraction of the training over which the weights rise as exp(-5 (1 - t)^2). Of MST-KDNet's terms in the published
+    form, only ``discrepancy`` rises."""
     fade: Fraction | None = None
     """Fraction of the training, at its end, over which the weights fall linearly to 0; null: the method's default (0
     for methods with soft labels alone, otherwise 0.5)."""

@@ -43,7 +43,8 @@ class GraphRefinement(nn.Module):
 
     Both maps become K nodes each. Every graph attends to the other one,
     ``Z_g = LN(Z_g + softmax(Z_g Z_c^T / sqrt(ch)) Z_c W_1)`` and the same for Z_c with W_2; one transformer block runs
-    over the 2K nodes; the nodes go back to the positions, ``delta = P_c^T Z_c' + P_g^T Z_g'``; and
+    over the 2K nodes; the nodes go back to the positions through a linear layer B,
+    ``delta = P_c^T B(Z_c') + P_g^T B(Z_g')``; and
     ``b = g + conv(LeakyReLU(norm(conv(c + delta))))`` whose last convolution starts at zero, so that b = g.
 
     Changed against AdaMM's released code, whose two graphs exchange nothing and whose nodes all become equal: cross

@@ -15,7 +15,7 @@ from nnunetv2_mstkd.errors import InputError
 
 COLUMNS = ("stage", "first", "second", "weights", "map", "chance")
 """Stage (E1: after the second encoder stage; D1: after the deepest decoder stage), two subsets, the two cosine
-similarities, and the mean size of a cosine between random weights of that number."""
+similarities, and the mean size of a cosine between all weights of two adapters that have not been trained."""
 
 
 def adapter_similarity(network: Any, subsets: torch.Tensor, names: Sequence[str]) -> pd.DataFrame:
@@ -33,9 +33,11 @@ def adapter_similarity(network: Any, subsets: torch.Tensor, names: Sequence[str]
     Returns
     -------
     Table with :data:`COLUMNS`, S^2 rows per stage. ``weights`` is the paper's: the cosine of all weights of two
-    adapters, in which the random initial values of their first layers, which differ, never cancel out; unrelated
-    vectors of d numbers have a mean size of sqrt(2 / (pi d)). ``map`` is the cosine of the matrices up . down, the
-    adapters' linear parts: these start at zero, so only training shows in them. NaN where a matrix is still zero.
+    adapters, in which the random initial values of their first layers (down), which differ, never cancel out. Cosines
+    of unrelated vectors of d numbers have a mean size of sqrt(2 / (pi d)), and the other weights start at zero, so d is
+    the number of weights in down. ``chance`` is NaN for a factorised bank, whose subsets share parts from the start.
+    ``map`` is the cosine of the matrices up . down, the adapters' linear parts: these start at zero, so only training
+    shows in them. NaN where a matrix is still zero.
 
     Raises
     ------
@@ -56,7 +58,7 @@ def adapter_similarity(network: Any, subsets: torch.Tensor, names: Sequence[str]
                 down, down_bias, up, up_bias = bank.weights(selection)
                 whole = torch.cat([part.flatten(1) for part in (down, down_bias, up, up_bias)], 1)
                 cosines = zip(_cosines(whole), _cosines((up @ down).flatten(1)), strict=True)
-                chance = math.sqrt(2 / (math.pi * whole.shape[1]))
+                chance = math.nan if bank.factorised else math.sqrt(2 / (math.pi * down[0].numel()))
                 rows += [
                     (f"{letter}{number}", first, second, weights, linear, chance)
                     for first, pair in zip(texts, cosines, strict=True)

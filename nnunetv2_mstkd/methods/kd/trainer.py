@@ -18,8 +18,9 @@ class KDTrainer(DistillationTrainer):
     """Knowledge distillation (Hinton et al., arXiv 1503.02531) from a teacher that sees all modalities.
 
     Segmentation loss on a random subset, plus ``distillation.soft_labels`` times the divergence of the student's
-    probabilities from the teacher's, at every voxel and to the end. There is no other term. The teacher is asked in
-    every second step (``distillation.every``), with twice the weight.
+    probabilities from the teacher's, at every voxel and to the end. There is no other term. Its weight rises over the
+    first tenth of the training (``distillation.ramp``). The teacher is asked in every second step
+    (``distillation.every``), with twice the weight.
     """
 
     design = NetworkDesign()
