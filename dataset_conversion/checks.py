@@ -12,7 +12,14 @@ import numpy as np
 import SimpleITK as sitk
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.completeness import GZIP, NIFTI_ENDINGS, check_complete, count_not_finite, is_proven_whole
+from nnunetv2_mstkd.images.completeness import (
+    GZIP,
+    NIFTI_ENDINGS,
+    UNUSABLE,
+    check_complete,
+    count_unusable,
+    is_proven_whole,
+)
 from nnunetv2_mstkd.images.geometry import Forms, Geometry, close, geometry_of, image_reader, read_image
 
 from .cases import LABEL, Case
@@ -339,11 +346,12 @@ def _read(path: Path, level: str, headers: Headers, *, volumes: int = 0) -> tupl
         raise
     geometry = geometry_of(image, volumes=volumes)
     voxels = sitk.GetArrayViewFromImage(image)
+    bad = count_unusable(voxels) if voxels.dtype.kind == "f" else 0
     # ITK turns NaN into 0, so if the checksum of what it read is that of the file, there was none
     if not is_proven_whole(path, voxels):
-        bad = max(check_complete(path), count_not_finite(voxels) if voxels.dtype.kind == "f" else 0)
-        if bad:
-            raise InputError(f"has {bad} of {voxels.size} voxels that are NaN or infinite")
+        bad = max(bad, check_complete(path))
+    if bad:
+        raise InputError(f"has {bad} of {voxels.size} voxels that are {UNUSABLE}")
     _, header = _read_ends(path, headers, volumes)
     forms = None if header is None else header.forms
     # not that of the file: a copy may have been saved with another header

@@ -62,7 +62,7 @@ def block(trainer: str) -> dict[str, Any]:
         "distillation": {"ramp": 0, "fade": 0, "where": "everywhere", "every": 1},
         # a voxel at a decision may change sides with the size of the batch: without the Dice, and most are certain
         "unlabelled": {"ramp": 0, "confidence": 0.5, "dice": 0.0},
-        "teacher": {"joint": trainer.endswith(JOINT)},
+        "teacher": {"joint": JOINT in trainer},
     }
 
 
@@ -70,12 +70,14 @@ INCOMPLETE, UNLABELLED = " with an incomplete case", " with unlabelled cases"
 """Endings of names: one rank's case lacks a modality; both have unlabelled samples beside theirs."""
 JOINT = " with a teacher that learns"
 """The teacher is trained in the same steps."""
+BATCH_DICE = " with batch Dice"
+"""The Dice is that of the batch, over all ranks, as in nnU-Net's 2-D configurations."""
 
 
 def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
     """A trainer after ``initialize``, in the process group if there is one."""
     given, name = name, name.split(" ")[0]
-    options = {"block": block(given), "batch_size": RANKS, **options}
+    options = {"block": block(given), "batch_size": RANKS, "batch_dice": given.endswith(BATCH_DICE), **options}
     content = tiny.plans(**options)
     content["continue_training"] = False
     with contextlib.redirect_stdout(io.StringIO()):
@@ -89,7 +91,7 @@ def build(name: str, labels: dict[str, Any] | None = None, **options: Any):
         first, second = modalities.parse_subsets((SUBSET, OTHER), [f"T{number}" for number in range(4)])
         trainer.draw_availability = lambda size, present=None: first.expand(size, -1)
         trainer.draw_partner = lambda availability, present=None: second.expand(len(availability), -1)
-    if given.endswith(INCOMPLETE):
+    if INCOMPLETE in given:
         trainer.case_facts = {
             "case_0": CaseFacts((True,) * 4, True),
             "case_1": CaseFacts((True, False, True, True), True),

@@ -272,7 +272,10 @@ def test_a_new_image_ends_earlier_segmentations(page, images):
         (lambda good, new: new.write_bytes(b"\0" * 128 + b"DICM" + b"\1" * 300), "t2.nii.gz is a damaged DICOM file"),
         (lambda good, new: changed(good, new, lambda array: array[None].repeat(2, 0)), "expected one scalar image"),
         (lambda good, new: changed(good, new, np.ones_like), "(t2.nii.gz) is constant"),
-        (lambda good, new: changed(good, new, lambda array: np.where(array > 0, np.nan, 0)), "NaN or infinite"),
+        (
+            lambda good, new: changed(good, new, lambda array: np.where(array > 0, np.nan, 0)),
+            "NaN, infinite or",
+        ),
     ],
     ids=["broken", "empty", "truncated", "no image", "no DICOM", "4-D", "constant", "NaN"],
 )

@@ -332,7 +332,16 @@ def test_truncated_images_are_refused(nnunet, source, capsys):
 def test_nan_is_refused(nnunet, source, capsys):
     write(source / "a" / "t1.nii.gz", np.full(SHAPE, np.nan, np.float32))
     assert convert(source) == 1
-    assert "a: T1 (t1.nii.gz) has 120 of 120 voxels that are NaN or infinite" in capsys.readouterr().err
+    assert "a: T1 (t1.nii.gz) has 120 of 120 voxels that are NaN, infinite or beyond 1e15" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [np.nan, 3e38])
+def test_a_voxel_that_is_no_intensity_is_refused(nnunet, source, capsys, value):
+    image = np.random.default_rng(0).normal(100, 10, SHAPE).astype(np.float32)
+    image[0, 0, 0] = value
+    write(source / "a" / "t1.nii.gz", image)
+    assert convert(source) == 1
+    assert "a: T1 (t1.nii.gz) has 1 of 120 voxels that are NaN, infinite or beyond 1e15" in capsys.readouterr().err
 
 
 def test_multichannel_images_are_refused(nnunet, source, capsys):

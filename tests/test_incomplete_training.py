@@ -291,6 +291,19 @@ def test_teacher_without_a_complete_case_is_refused(semi):
         build("MSTKDTeacherTrainer").do_split()
 
 
+def test_joint_teacher_without_a_complete_case_is_refused(semi):
+    file = semi.preprocessed / semi.dataset / "splits_final.json"
+    file.write_text(json.dumps([{"train": ["phantom_001", "phantom_002"], "val": [VALIDATION]}]))
+    configure(semi, teacher__joint=True)
+    trainer = build("KDTrainer")
+    with pytest.raises(InputError, match=r"no labelled training case with all modalities.*teacher\.cases=all"):
+        trainer.on_train_start()
+    configure(semi, teacher__joint=True, teacher__cases="all")
+    trainer = build("KDTrainer")
+    trainer.do_split()
+    trainer.prepare_training()
+
+
 def test_fold_without_labelled_validation_is_refused(semi):
     file = semi.preprocessed / semi.dataset / "splits_final.json"
     file.write_text(json.dumps([{"train": ["phantom_000"], "val": ["phantom_003"]}]))

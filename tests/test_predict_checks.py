@@ -141,7 +141,7 @@ def test_a_sound_folder_has_no_problems(folder):
     assert (selection.problems, selection.done) == ([], 0)
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, -3e38])
 @pytest.mark.parametrize(
     ("ending", "reader"), [(".nii.gz", SimpleITKIO), (".nii.gz", NibabelIO), (".nii", NibabelIO), (".mha", SimpleITKIO)]
 )
@@ -151,7 +151,7 @@ def test_voxels_that_are_no_numbers_are_counted(folder, value, ending, reader):
     write(folder / f"a_0000{ending}", array)
     write_case(folder, "a", [1], ending=ending)
     found = texts(folder, Checker(NAMES, reader), ending)
-    assert found == [f"a: T1 (a_0000{ending}) has 2 of {np.prod(SHAPE)} voxels that are NaN or infinite"]
+    assert found == [f"a: T1 (a_0000{ending}) has 2 of {np.prod(SHAPE)} voxels that are NaN, infinite or beyond 1e15"]
 
 
 def test_nan_image_is_not_absent(folder):
@@ -159,7 +159,7 @@ def test_nan_image_is_not_absent(folder):
     write(folder / "a_0000.nii.gz", np.full(SHAPE, np.nan, np.float32))
     write_case(folder, "a", [1])
     assert texts(folder) == [
-        f"a: T1 (a_0000.nii.gz) has {np.prod(SHAPE)} of {np.prod(SHAPE)} voxels that are NaN or infinite"
+        f"a: T1 (a_0000.nii.gz) has {np.prod(SHAPE)} of {np.prod(SHAPE)} voxels that are NaN, infinite or beyond 1e15"
     ]
 
 

@@ -81,6 +81,7 @@ def test_a_file_that_is_missing_or_no_table_is_refused_by_name(tmp_path):
         (b"\x89PNG\xff\xfe", "not a table"),
         (b'a,b\n"1', "not a table"),
         (b"model,case\nA,1\n", "no column trainer, fold"),
+        (b"model;case\nA;1\n", "one column, 'model;case'; separate columns by commas"),
         (b"", "not a table"),
     ):
         path.write_bytes(content)

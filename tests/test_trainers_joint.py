@@ -78,6 +78,15 @@ def test_an_incomplete_case_does_not_train_the_teacher(make_trainer):
     assert losses.terms["teacher"].item() == pytest.approx(first.item() / 2, rel=1e-4)
 
 
+def test_a_teacher_of_all_cases_learns_from_incomplete_ones(make_trainer):
+    trainer = make_trainer(MSTKDTrainer, block={**NO_TERMS, "teacher": {"joint": True, "cases": "all"}})
+    content = batch(trainer)
+    present = torch.tensor([[True] * 4, [True, False, True, True]])
+    losses = trainer.compute_losses(content["data"], content["target"], present)
+    expected = trainer.loss(trainer.teacher(content["data"]), content["target"]).item()
+    assert losses.terms["teacher"].item() == pytest.approx(expected, rel=1e-4)
+
+
 def test_no_teacher_is_looked_for(make_trainer):
     trainer = make_trainer(MSTKDTrainer, block=PAPER)
     trainer.prepare_training()  # without a teacher's checkpoint this would raise

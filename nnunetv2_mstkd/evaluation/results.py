@@ -78,6 +78,8 @@ def check_results(results: pd.DataFrame) -> pd.DataFrame:
     """
     missing = [name for name in COLUMNS if name not in results.columns]
     if missing:
+        if len(results.columns) == 1:
+            raise InputError(f"the results have one column, {results.columns[0]!r}; separate columns by commas")
         raise InputError(
             f"the results have no column {', '.join(missing)}; expected are {', '.join(COLUMNS)}, found "
             f"{', '.join(map(str, results.columns)) or 'none'}"

@@ -19,6 +19,9 @@ from nnunetv2_mstkd.images.geometry import geometry_of, image_reader, last_line
 NIFTI_ENDINGS = (".nii", ".nii.gz")
 GIPL_HEADER_BYTES = 256
 VOXELS_AT_A_TIME = 1 << 20
+LARGEST = 1e15
+"""Larger voxels are no intensities. nnU-Net's normalisation squares float32 and would make zeros of the whole image."""
+UNUSABLE = "NaN, infinite or beyond 1e15"
 GZIP = 31
 """zlib's window size for a gzip stream."""
 
@@ -30,7 +33,7 @@ def check_complete(path: Path) -> int:
 
     Returns
     -------
-    Number of NaN and infinite voxels of a NIfTI file, which ITK hides too; 0 for other formats.
+    Number of unusable voxels of a NIfTI file, among them NaN, which ITK hides too; 0 for other formats.
     """
     name = path.name.lower()
     if name.endswith(NIFTI_ENDINGS):
@@ -50,7 +53,7 @@ def _check_nifti(path: Path, opened: Callable) -> int:
     except Exception as error:  # nibabel has errors of many kinds for a damaged header
         raise InputError(f"cannot be read: {last_line(error)}") from error
     expected = start + voxels * dtype.itemsize
-    found = not_finite = 0
+    found = unusable = 0
     try:
         with opened(path, "rb") as file:
             found = len(file.read(start))
@@ -58,14 +61,14 @@ def _check_nifti(path: Path, opened: Callable) -> int:
                 if np.issubdtype(dtype, np.floating):
                     left = max(0, expected - found) // dtype.itemsize
                     there = min(left, len(chunk) // dtype.itemsize)
-                    not_finite += count_not_finite(np.frombuffer(chunk, dtype, there))
+                    unusable += count_unusable(np.frombuffer(chunk, dtype, there))
                 found += len(chunk)
     except EOFError as error:
         raise InputError(f"is truncated: its compressed data end after {found} bytes of the image") from error
     except (OSError, zlib.error) as error:
         raise InputError(f"is damaged or cannot be read: {last_line(error)}") from error
     _refuse_truncated(found, expected)
-    return not_finite
+    return unusable
 
 
 def _refuse_truncated(found: int, expected: int) -> None:
@@ -98,6 +101,6 @@ def is_proven_whole(path: Path, voxels: np.ndarray) -> bool:
         return False
 
 
-def count_not_finite(values: np.ndarray) -> int:
-    """Return the number of NaN and infinite values."""
-    return values.size - int(np.count_nonzero(np.isfinite(values)))
+def count_unusable(values: np.ndarray) -> int:
+    """Return the number of values that are NaN, infinite or larger than :data:`LARGEST`."""
+    return values.size - int(np.count_nonzero(np.abs(values) < LARGEST))

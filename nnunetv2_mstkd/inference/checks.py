@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.images.completeness import UNUSABLE
 from nnunetv2_mstkd.images.geometry import Forms, Geometry
 from nnunetv2_mstkd.nnunet.input_folder import Case, Problem
 from nnunetv2_mstkd.nnunet.reading import Channel, Reader, read_checked
@@ -30,8 +31,8 @@ class Checker:
 
         Returns
         -------
-        The case, with all-zero images turned into absent ones, and its problems: unreadable files, NaN or infinite
-        voxels, constant images, and grids, or places by the sform, that differ from the first image's.
+        The case, with all-zero images turned into absent ones, and its problems: unreadable files, NaN, infinite
+        or huge voxels, constant images, and grids, or places by the sform, that differ from the first image's.
         """
         texts: list[str] = []
         grids: dict[int, Geometry] = {}
@@ -45,7 +46,7 @@ class Checker:
             except (ValueError, OSError) as error:
                 texts.append(f"{self.names[channel]} ({path.name}) {error}")
                 continue
-            if not found.not_finite and not found.image.any():
+            if not found.unusable and not found.image.any():
                 zero.append(channel)
                 continue
             texts += [f"{self.names[channel]} ({path.name}) {text}" for text in _wrong_voxels(found)]
@@ -112,8 +113,8 @@ def memory() -> int | None:
 
 def _wrong_voxels(channel: Channel) -> list[str]:
     """Whether the voxels of an image that is not zero everywhere are unusable."""
-    if channel.not_finite:
-        return [f"has {channel.not_finite} of {channel.image.size} voxels that are NaN or infinite"]
+    if channel.unusable:
+        return [f"has {channel.unusable} of {channel.image.size} voxels that are {UNUSABLE}"]
     low, high = float(channel.image.min()), float(channel.image.max())
     if low == high:
         return [f"is constant, {low:g} everywhere; an absent modality is zero or has no file"]

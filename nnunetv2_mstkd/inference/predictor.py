@@ -276,8 +276,8 @@ class Predictor:
         Raises
         ------
         InputError
-            For an unknown modality, an unreadable image, voxels that are NaN or infinite, a constant image, different
-            grids, or if no modality is left.
+            For an unknown modality, an unreadable image, voxels that are NaN, infinite or huge, a constant image,
+            different grids, or if no modality is left.
 
         Examples
         --------

@@ -137,7 +137,10 @@ def find_checkpoints(folder: Path, folds: Sequence[int | str], checkpoint: str =
     if found:
         hint = f"that checkpoint is there for: -f {' '.join(found)}"
     elif others:
-        hint = f"the training is not finished; found instead: {', '.join(others)}. Take one with -chk NAME -f FOLD"
+        unfinished = "the training is not finished; " if checkpoint == FINAL else ""
+        hint = f"{unfinished}found instead: {', '.join(others)}. Take one with -chk NAME -f FOLD"
+    elif any(folder.glob("checkpoint_*.pth")):
+        hint = f"it is the folder of one fold; name that of the model: -m {folder.parent}"
     else:
         hint = "the folder holds no checkpoint at all"
     raise MissingFileError(

@@ -14,7 +14,7 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReori
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO, SimpleITKIOWithReorient
 
 from nnunetv2_mstkd.errors import InputError
-from nnunetv2_mstkd.images.completeness import check_complete, count_not_finite
+from nnunetv2_mstkd.images.completeness import check_complete, count_unusable
 from nnunetv2_mstkd.images.geometry import (
     Forms,
     Geometry,
@@ -37,8 +37,8 @@ class Channel(NamedTuple):
     """Its voxels as nnU-Net sees them: float32, shape (x, y, z) in the reader's axis order."""
     properties: dict[str, Any]
     """What nnU-Net's exporter needs to know from the reader."""
-    not_finite: int
-    """Number of voxels that are NaN or infinite in the file. ITK's NIfTI reader turns them into zeros."""
+    unusable: int
+    """Number of voxels that are NaN (of which ITK's NIfTI reader makes zeros), infinite or too large."""
     forms: Forms | None
     """Of a NIfTI file."""
 
@@ -63,7 +63,7 @@ def read_checked(path: Path, reader: Reader) -> Channel:
         raise InputError(f"holds {image.shape[0]} images, expected one file per channel")
     if grid is None:
         grid = Geometry(tuple(image.shape[1:]), tuple(properties["spacing"]), (), ())
-    return Channel(grid, image[0], properties, max(in_file, count_not_finite(image)), read_forms(path))
+    return Channel(grid, image[0], properties, max(in_file, count_unusable(image)), read_forms(path))
 
 
 def read_grid(path: Path, reader: Reader) -> Geometry | None:

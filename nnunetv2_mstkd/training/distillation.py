@@ -129,6 +129,7 @@ class DistillationTrainer(SoftLabelTrainer):
         if self.finished:
             return
         if self.teacher_learns:
+            self._check_joint_teacher()
             scratch = "both from scratch" if self.initial_source is None else "the teacher from scratch"
             self.print_to_log_file(f"teacher.joint: teacher and student are trained together, {scratch}")
             return
@@ -140,6 +141,16 @@ class DistillationTrainer(SoftLabelTrainer):
             self._start_from(teacher.weights, "the teacher")
         if self.needs_teacher:  # an ablation without any term does not pay for a teacher
             self.teacher = torch.compile(teacher.network) if self._do_i_compile() else teacher.network
+
+    def _check_joint_teacher(self) -> None:
+        """Refuse to train a teacher on complete cases where there are none: it would guide with random weights."""
+        if self.split is None or self.settings[TeacherSettings].cases == "all":
+            return
+        if not any(self.case_facts[case].complete for case in self.split["train"]):
+            raise InputError(
+                f"teacher.joint: fold {self.fold} has no labelled training case with all modalities for the teacher; "
+                f"teacher.cases=all trains it on incomplete cases"
+            )
 
     def _load_teacher(self) -> Teacher:
         teacher = load_teacher(find_teacher(self.teacher_trainer, self), self.teacher_trainer, self)

@@ -57,6 +57,24 @@ def first_process_first() -> Iterator[None]:
         dist.destroy_process_group(patient)
 
 
+@contextlib.contextmanager
+def within_process(loss: Any) -> Iterator[None]:
+    """Let nnU-Net's batch Dice in the block be that of this process's rows alone.
+
+    Over all processes, as in ``2d`` configurations, it needs as many rows on each. Rows that are chosen by what their
+    cases have differ in number.
+    """
+    modules = loss.modules() if isinstance(loss, torch.nn.Module) else ()
+    gathering: list[Any] = [module for module in modules if getattr(module, "ddp", False)]
+    try:
+        for module in gathering:
+            module.ddp = False
+        yield
+    finally:
+        for module in gathering:
+            module.ddp = True
+
+
 def unwrapped(network: Any) -> Any:
     """Return a network without the wrappers of DDP and torch.compile."""
     return plain_network(network.module if isinstance(network, DistributedDataParallel) else network)

@@ -20,7 +20,7 @@ from nnunetv2_mstkd.losses.pseudo_labels import pseudo_label_loss
 from nnunetv2_mstkd.networks.availability import AvailabilityAware
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.training.base import SettingsTrainer
-from nnunetv2_mstkd.training.distributed import gather, rank, world_size
+from nnunetv2_mstkd.training.distributed import gather, rank, within_process, world_size
 from nnunetv2_mstkd.training.loaders import REPEATED, end_workers, repeating, unlabelled_loader
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
@@ -160,8 +160,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         total = self.loss(rows_of(student.logits, labelled), target)
         values = {"segmentation": total}
         if self.teacher_learns:
-            logits = rows_of(rows_of(teacher.logits, labelled), judged)
-            values["teacher"] = share * self.loss(logits, rows_of(target, judged))
+            values["teacher"] = self._loss_of_teacher(rows_of(teacher.logits, labelled), target, judged, share)
             weight = self.settings[TeacherSettings].joint_weight
             total = (1 - weight) * total + weight * values["teacher"]
             teacher = teacher._replace(logits=finest(teacher.logits))
@@ -185,6 +184,14 @@ class ModalityDropoutTrainer(SettingsTrainer):
         if asked and self.adversary is not None:
             adversary = (self.adversary.remember(*known[:2]), share)
         return Losses(total, values, adversary)
+
+    def _loss_of_teacher(self, logits: Any, target: Any, judged: slice | torch.Tensor, share: float) -> torch.Tensor:
+        """The segmentation loss of a teacher that learns, of its samples (``teacher.cases``)."""
+        if self.settings[TeacherSettings].cases == "all":
+            return self.loss(logits, target)
+        complete = all(facts.complete for facts in self.case_facts.values())
+        with contextlib.nullcontext() if complete else within_process(self.loss):
+            return share * self.loss(rows_of(logits, judged), rows_of(target, judged))
 
     def asks_teacher(self) -> bool:
         """Whether the terms that compare with a teacher are computed in this step."""

@@ -8,6 +8,7 @@ import torch
 
 from nnunetv2_mstkd.networks.multi_encoder import MultiEncoderOutput
 from nnunetv2_mstkd.training.design import NetworkDesign
+from nnunetv2_mstkd.training.distributed import within_process
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.step import Target, Term
 
@@ -42,4 +43,6 @@ class MultiEncoderTrainer(ModalityDropoutTrainer):
         def repeated(value: torch.Tensor | None) -> torch.Tensor | None:
             return None if value is None else value[:, None].expand(-1, count, *value.shape[1:])[rows]
 
-        return count * self.full_resolution_loss(student.separate[rows], Target(*map(repeated, target)))  # type: ignore[arg-type]
+        label = Target(*map(repeated, target))  # type: ignore[arg-type]
+        with within_process(self.loss):
+            return count * self.full_resolution_loss(student.separate[rows], label)

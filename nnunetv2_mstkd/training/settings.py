@@ -329,7 +329,8 @@ class DistillationSettings(Section):
     ``teacher_better``)."""
     every: Count | None = None
     """Run the teacher in every k-th step only, with k times the weight of its terms. A frozen teacher's forward pass is
-    most of the cost of distillation. null: the method's default (2 for methods with soft labels alone, otherwise 1)."""
+    most of the cost of distillation. A teacher that learns (``teacher.joint``), and one that guides unlabelled samples,
+    runs on these in every step. null: the method's default (2 for methods with soft labels alone, otherwise 1)."""
     soft_labels: Weight | None = None
     """Weight of the divergence from the teacher's probabilities, for any method with a teacher; null: the method's
     default (1 for methods with soft labels alone, which are ``KDTrainer``, ``MedMAPKDTrainer`` and
@@ -350,8 +351,9 @@ class TeacherSettings(Section):
     warm_start: bool = True
     """Start the student from the teacher's weights; no effect with ``joint`` or ``schedule.init_from``."""
     joint: bool = False
-    """Train the teacher together with the student, both from scratch, instead of loading a frozen one. The gradients of
-    terms in their published form, except the adversarial one, reach the teacher too."""
+    """Train the teacher together with the student, both from scratch, instead of loading a frozen one;
+    ``configuration`` and ``epochs`` then have no effect. The gradients of terms in their published form, except the
+    adversarial one, reach the teacher too."""
     joint_weight: Fraction = 0.4
     """Weight of the segmentation loss of a jointly trained teacher; the student's weight is 1 minus this."""
     cases: Literal["complete", "all"] = "complete"
