@@ -471,7 +471,7 @@ class Benchmark:
         if not general:
             raise ValueError(f"no row has been evaluated with all seeds ({', '.join(map(str, seeds))}) yet")
         results = self.results(general, seeds)
-        controls = [row.name for row in ROWS if row.kind == "control"]
+        controls = [row.name for row in ROWS if row.kind == "control" and row.name != student]
         best = best_of(results, controls)
         numbers = row_numbers(results, general, best)
         for row in general:

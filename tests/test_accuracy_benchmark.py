@@ -314,6 +314,9 @@ def test_a_report_can_be_computed_again_from_its_own_values(tmp_path, monkeypatc
     text = (tmp_path / "accuracy_short.md").read_text()
     assert "| MSTKDTrainer | 1200 |" in text and "-0.50, +0.50, +2.50" in text
     assert text == page(content, rows)
+    # the best control as the student is compared with the next best
+    accuracy.Benchmark(tmp_path, "short").report([0, 1, 2], tmp_path, "mstkd-zero")
+    assert json.loads((tmp_path / "accuracy_short.json").read_text())["best_control"] == "dropout-warm"
 
 
 PUBLISHED = sorted(RESULTS.glob("accuracy_*.json"))
