@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd import modalities
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts
 from nnunetv2_mstkd.training.distributed import first_process_first
 
@@ -164,6 +165,8 @@ def wait_for_the_first(rank: int, folder: Path) -> None:
             time.sleep(3)
             (folder / "made").touch()
         assert (folder / "made").is_file()
+    with pytest.raises(InputError), first_process_first():
+        raise InputError("refused by both, and none is told of a lost connection")
     dist.destroy_process_group()
 
 

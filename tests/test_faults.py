@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,11 +24,12 @@ from tiny import NO_TERMS, batch, memory, same, state
 from nnunetv2_mstkd import cli, errors
 from nnunetv2_mstkd import methods as trainers
 from nnunetv2_mstkd.dataset_conversion import conversion
-from nnunetv2_mstkd.errors import UserError
+from nnunetv2_mstkd.errors import UnsupportedError, UserError
 from nnunetv2_mstkd.evaluation import run as run_module
 from nnunetv2_mstkd.images.atomic import complete_image
 from nnunetv2_mstkd.inference import prediction
 from nnunetv2_mstkd.nnunet import checkpoints, preprocessing
+from nnunetv2_mstkd.training import base, step
 from nnunetv2_mstkd.training.step import MAX_SKIPPED_STEPS
 
 FULL = [trainers.FullModalityTrainer, trainers.MSTKDTeacherTrainer, trainers.AdaMMTeacherTrainer]
@@ -342,6 +344,30 @@ def test_amp_stops_if_single_bad_cases_wear_the_scale_down(make_trainer, monkeyp
             trainer.loss = (lambda output, target: output[0].sum() * float("nan")) if bad else real
             trainer.train_step({**content, "keys": ["bad", f"case_{steps}"] if bad else ["good"]})
     assert steps == 2 * 27 and "good" not in str(stopped.value).split("most often")[1]
+
+
+def test_bad_cases_of_another_process_are_named(make_trainer, monkeypatch):
+    trainer = make_trainer(trainers.ModalityDropoutTrainer, block=NO_TERMS)
+    trainer.on_train_epoch_start()
+    monkeypatch.setattr(step, "gather", lambda mine: [mine, Counter({"bad": 20, "other": 1})])
+    trainer.grad_scaler = Scaler(2 * MAX_SKIPPED_STEPS)
+    for _ in range(MAX_SKIPPED_STEPS):
+        trainer.train_step(batch(trainer))
+    with pytest.raises(FloatingPointError, match=r"20 steps in a row \(cases bad, other\)"):
+        trainer.train_step(batch(trainer))
+
+
+@pytest.mark.parametrize("cls", [trainers.FullModalityTrainer, trainers.RFNetTrainer], ids=lambda cls: cls.__name__)
+def test_gpus_with_unequal_parts_of_a_batch_dice_are_refused(make_trainer, monkeypatch, cls):
+    monkeypatch.setattr(base, "world_size", lambda: 2)
+    for batch_size, batch_dice in ((3, False), (4, True)):
+        trainer = make_trainer(cls, batch_size=batch_size, batch_dice=batch_dice)
+        trainer.is_ddp = True
+        trainer.check_division()
+    trainer = make_trainer(cls, batch_size=3, batch_dice=True)
+    trainer.is_ddp, trainer.was_initialized = True, False
+    with pytest.raises(UnsupportedError, match="its batch of 3 is no multiple of 2"):
+        trainer.initialize()
 
 
 @pytest.mark.parametrize("cls", FULL, ids=lambda cls: cls.__name__)

@@ -28,7 +28,7 @@ from nnunetv2_mstkd.nnunet.per_channel import data_folder
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
-from nnunetv2_mstkd.training.distributed import first_process_first, gather, rank, unwrapped
+from nnunetv2_mstkd.training.distributed import first_process_first, gather, rank, unwrapped, world_size
 from nnunetv2_mstkd.training.finished import finished_checkpoint
 from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
 from nnunetv2_mstkd.training.initial_weights import checkpoint_modalities, load_initial_weights
@@ -204,6 +204,7 @@ class SettingsTrainer(nnUNetTrainer):
         return unwrapped(self.network)
 
     def initialize(self) -> None:
+        self.check_division()
         self.choose_normalization()
         complete_data(self)
         self._seed_everything(-1)
@@ -214,6 +215,15 @@ class SettingsTrainer(nnUNetTrainer):
             super().initialize()
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
+
+    def check_division(self) -> None:
+        """Refuse GPUs that would have unequal parts of a batch whose Dice nnU-Net computes over all of them."""
+        batch_size = self.configuration_manager.batch_size
+        if self.is_ddp and self.configuration_manager.batch_dice and batch_size % world_size():
+            raise UnsupportedError(
+                f"configuration {self.configuration_name} has batch_dice, for which all GPUs need as many samples; its "
+                f"batch of {batch_size} is no multiple of {world_size()}: take another -num_gpus or another batch size"
+            )
 
     def configure_optimizers(self):
         networks = self.trained_networks()

@@ -41,7 +41,8 @@ def gather(value: Any) -> list[Any]:
 def first_process_first() -> Iterator[None]:
     """Let the first process run the block, then the others, which find what it has made.
 
-    They wait for hours if need be: NCCL, which trainings use, would give up after ten minutes.
+    They wait for hours if need be: NCCL, which trainings use, would give up after ten minutes. If the first one refuses
+    something, the others meet it themselves.
     """
     if not several_processes():
         yield
@@ -50,9 +51,11 @@ def first_process_first() -> Iterator[None]:
     try:
         if rank() > 0:
             dist.barrier(patient)
-        yield
-        if rank() == 0:
-            dist.barrier(patient)
+        try:
+            yield
+        finally:
+            if rank() == 0:
+                dist.barrier(patient)
     finally:
         dist.destroy_process_group(patient)
 

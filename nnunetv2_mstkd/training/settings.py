@@ -367,9 +367,9 @@ class UnlabelledSettings(Section):
     NAME: ClassVar[str] = "unlabelled"
 
     share: Annotated[float, Range(0, 8)] | None = None
-    """Unlabelled samples *added* to each batch, as a fraction of the labelled ones: 0 adds none, any larger value at
-    least one. null: 0.5 for trainers with a trained teacher, otherwise 0. On these samples the student follows a
-    guide: the teacher or, without one, the network's own prediction from all modalities."""
+    """Unlabelled samples *added* to each batch (of each GPU), as a fraction of the labelled ones: 0 adds none, any
+    larger value at least one. null: 0.5 for trainers with a trained teacher, otherwise 0. On these samples the student
+    follows a guide: the teacher or, without one, the network's own prediction from all modalities."""
     weight: Weight = 1.0
     """Weight of the loss of unlabelled samples."""
     dice: Weight = 1.0

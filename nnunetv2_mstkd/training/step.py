@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from nnunetv2_mstkd.errors import DivergenceError
+from nnunetv2_mstkd.training.distributed import gather
 
 MAX_SKIPPED_STEPS = 20
 """Steps in a row that the gradient scaler may skip before a mixed-precision training counts as diverged."""
@@ -142,8 +143,13 @@ class LossMonitor:
         if bad and mixed_precision:
             self._suspects.update(map(str, cases))
         worn = self._scale is not None and self._scale < MIN_SCALE
-        if worn and not self.skipped_steps:  # steps that are skipped in a row are counted instead
-            often = ", ".join(case for case, _ in self._suspects.most_common(5)) or "none: the losses were finite"
+        worn = worn and not self.skipped_steps  # steps that are skipped in a row are counted instead
+        suspects = Counter[str]()
+        if worn or too_many:  # in all processes at the same step, because gradients are averaged
+            suspects = sum(gather(self._suspects), suspects)
+        likely = [case for case, _ in suspects.most_common(5)]
+        if worn:
+            often = ", ".join(likely) or "none: the losses were finite"
             raise DivergenceError(
                 f"{moment}: steps were skipped so often that the scale of the gradients has fallen to {self._scale:g}, "
                 f"at which float16 gradients vanish. Repair or leave out the cases of the skipped steps (most often: "
@@ -151,6 +157,8 @@ class LossMonitor:
             )
         if not bad and not too_many:
             return
+        if not bad and likely:
+            cases = likely  # of another process
         where = f"not finite in {moment}: {', '.join(bad or [SKIPPED])} (cases {', '.join(map(str, cases))})"
         if mixed_precision and not too_many:  # an overflow is normal: another scale may do
             self._log(f"{where}; the step is skipped")

@@ -22,7 +22,7 @@ from nnunetv2_mstkd.methods.smml.settings import SMMLSettings
 from nnunetv2_mstkd.networks.decoding import finest
 from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.training.design import NetworkDesign
-from nnunetv2_mstkd.training.distributed import wrapped_for_ddp
+from nnunetv2_mstkd.training.distributed import first_process_first, wrapped_for_ddp
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import (
@@ -128,14 +128,15 @@ class SMMLTrainer(ModalityDropoutTrainer):
             self.print_to_log_file(
                 f"semantic prior: {'probabilities' if self.soft_prior else 'label maps'} in {source}"
             )
-            semantic_prior.prepare_maps(
-                source,
-                self._prior_folder(),
-                super().get_tr_and_val_datasets()[0],
-                plans=self.plans_manager,
-                configuration=self.configuration_manager,
-                dataset_json=self.dataset_json,
-            )
+            with first_process_first():
+                semantic_prior.prepare_maps(
+                    source,
+                    self._prior_folder(),
+                    super().get_tr_and_val_datasets()[0],
+                    plans=self.plans_manager,
+                    configuration=self.configuration_manager,
+                    dataset_json=self.dataset_json,
+                )
 
     def _prior_folder(self) -> Path:
         return Path(f"{self.preprocessed_dataset_folder}_prior")
