@@ -127,7 +127,8 @@ def find_cases(
     if found.cases and all(case.is_test for case in found.cases):
         raise InputError(f"all {len(found.cases)} cases in {source} are test cases, expected at least one to train on")
     lacking = [case.name for case in found.cases if case.unlabelled]
-    lacking += [name for name, lines in found.problems.items() if any(line.startswith(LABEL) for line in lines)]
+    no_label = f"{LABEL}: no file"
+    lacking += [name for name, lines in found.problems.items() if any(line.startswith(no_label) for line in lines)]
     training = len(found.names) - sum(case.is_test for case in found.cases)
     if len(lacking) == training and (found.cases or training > 1):
         raise InputError(

@@ -20,7 +20,7 @@ from . import splits as folds
 from .cases import Case, Found, find_cases
 from .checks import FULL, Headers
 from .description import Description
-from .finished import check_finished
+from .finished import check_finished, refuse_foreign
 from .job import Job, Options, Report, count, problem_lines
 from .progress import CaseRecord, Progress, file_state, fingerprint, write_record
 from .protocols import PROTOCOLS, protocol_list
@@ -84,8 +84,10 @@ def convert(source: Path, description: Description, dataset: str, options: Optio
     _refuse_shared_tests(found, job, listed)
     if not any(case.label and not case.is_test for case in found.cases):
         _refuse(found.problems)
+    if target.exists() and options.overwrite:
+        refuse_foreign(target)
     # wrong options should not cost a whole conversion; cases that turn out bad are taken out later
-    _make_splits(job, listed, found.cases, found.problems)
+    _check_splits(job, listed, found)
 
     report = Report(target, notes={note: [] for note in found.notes})
     if target.exists() and not options.overwrite:
@@ -191,9 +193,21 @@ def _refuse_shared_tests(found: Found, job: Job, listed: folds.Splits) -> None:
 
 
 def _make_splits(
+    job: Job, listed: folds.Splits, cases: Sequence[Case] | Sequence[CaseRecord], skipped: Mapping[str, Sequence[str]]
+) -> folds.Splits | None:
+    """The folds of the training cases; None if nnU-Net makes them or a single patient cannot be split.
+
+    InputError, with the problems of ``skipped`` cases, if they cannot be made without these.
+    """
+    try:
+        return _splits_without(job, listed, cases, skipped)
+    except InputError as error:
+        raise InputError("\n  ".join([str(error), *problem_lines(skipped)])) from error
+
+
+def _splits_without(
     job: Job, listed: folds.Splits, cases: Sequence[Case] | Sequence[CaseRecord], skipped: Collection[str]
 ) -> folds.Splits | None:
-    """The folds of the training cases; None if nnU-Net makes them or a single patient cannot be split."""
     options, patient_of = job.options, job.description.patient_of
     if not options.write_splits:
         return None
@@ -212,6 +226,15 @@ def _make_splits(
     else:
         made = folds.cross_validation(labelled, options.folds, options.seed, patient_of=patient_of)
     return folds.with_unlabelled(made, unlabelled, tests, patient_of=patient_of)
+
+
+def _check_splits(job: Job, listed: folds.Splits, found: Found) -> None:
+    """Refuse folds that cannot be made even if no further case turns out bad, and note cases that no list names."""
+    made = _make_splits(job, listed, found.cases, found.problems)
+    named = folds.listed_cases(made or [], ())
+    unnamed = [case.name for case in found.cases if listed and case.part == "Tr" and case.name not in named]
+    if unnamed:
+        found.notes.append(f"{count(unnamed, 'training case')} in no fold, such as {unnamed[0]}")
 
 
 def _refuse_stale_splits(dataset: str, training: Sequence[str]) -> None:
@@ -257,10 +280,8 @@ def _convert(job: Job, found: Found, report: Report, listed: folds.Splits) -> fo
         if not labelled:
             raise InputError(f"all {count(finished, 'case')} are unlabelled: there is nothing to train on")
         report.fill(finished, skipped)
-        try:  # before the data set appears: without these folds nnU-Net would make its own
-            made = _make_splits(job, listed, report.cases, skipped)
-        except InputError as error:
-            raise InputError("\n  ".join([str(error), *problem_lines(skipped)])) from error
+        # before the data set appears: without these folds nnU-Net would make its own
+        made = _make_splits(job, listed, report.cases, skipped)
         _finish(unfinished, job, report)
         replace_folder(job.target, unfinished)
     shutil.rmtree(scratch, ignore_errors=True)

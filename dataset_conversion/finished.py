@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from nnunetv2_mstkd.errors import ExistingFileError
 
 from .cases import Case, Found
 from .checks import FULL, HEADER, check_case
-from .job import Job, Report, problem_lines
+from .job import Job, Report, count, problem_lines
 from .progress import CaseRecord, fingerprint, read_record
+
+_FOREIGN = " and was not written by mstkd convert; choose another number with -d, or remove it yourself"
+
+
+def refuse_foreign(target: Path) -> None:
+    """Refuse to replace what no conversion has written: a data set made by other means, and files put into one."""
+    if not any(target.iterdir()):
+        return
+    known = read_record(target)
+    if known is None:
+        raise ExistingFileError(f"{target} exists{_FOREIGN}")
+    written = {name for record in known[1].values() for name in record.written}
+    files = [path for kind in ("images", "labels") for path in target.glob(f"{kind}T[rs]/*")]
+    added = sorted(name for name in (path.relative_to(target).as_posix() for path in files) if name not in written)
+    if added:
+        raise ExistingFileError(
+            f"{target} has {count(added, 'file')} that mstkd convert has not written, such as {added[0]}; --overwrite "
+            f"would remove them, so move them elsewhere first"
+        )
 
 
 def check_finished(job: Job, found: Found, report: Report) -> None:
@@ -20,7 +40,7 @@ def check_finished(job: Job, found: Found, report: Report) -> None:
     target = job.target
     known = read_record(target)
     if known is None:
-        raise ExistingFileError(f"{target} already exists; --overwrite replaces it")
+        raise ExistingFileError(f"{target} already exists{_FOREIGN}")
     settings, records, skipped = known
     changed = next((name for name in job.settings if settings.get(name) != job.settings[name]), None)
     if changed is not None:

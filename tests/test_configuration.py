@@ -14,7 +14,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_mstkd import cli
-from nnunetv2_mstkd.commands.configure import describe
+from nnunetv2_mstkd.commands.configure import affected, describe
 from nnunetv2_mstkd.methods.configuration import complete_block, configure
 from nnunetv2_mstkd.nnunet.plans import read_plans, write_configuration
 
@@ -346,6 +346,17 @@ def test_overwrite_is_needed_for_other_content(plans_file):
     assert plans_file.read_bytes() == before
     write_configuration(plans_file, NAME, second, overwrite=True)
     assert read_plans(plans_file)["configurations"][NAME] == second
+
+
+def test_what_an_overwritten_configuration_concerns_is_named(plans_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("nnUNet_results", str(tmp_path))
+    plans = read_plans(plans_file)
+    for name, parent in (("child", "3d_fullres"), ("grandchild", "child")):
+        plans["configurations"][name] = configure(plans, parent, name)
+    (tmp_path / "Dataset912_Hand" / f"KDTrainer__{plans['plans_name']}__child").mkdir(parents=True)
+    heirs, models = affected(plans, "child", "Dataset912_Hand")
+    assert heirs.endswith("set themselves: grandchild") and models.endswith("KDTrainer__nnUNetPlans__child")
+    assert not list(affected(plans, "grandchild", "Dataset912_Hand"))
 
 
 def test_simultaneous_writers_lose_nothing(plans_file):

@@ -374,10 +374,51 @@ def test_changed_sources_are_refused(nnunet, source, capsys):
 
 
 def test_foreign_data_sets_are_refused(nnunet, source, capsys):
-    (nnunet / "raw" / "Dataset007_Toy").mkdir()
+    folder = nnunet / "raw" / "Dataset007_Toy"
+    folder.mkdir()
     assert convert(source) == 2
-    assert "Dataset007_Toy already exists; --overwrite replaces it" in capsys.readouterr().err
-    assert not list((nnunet / "raw" / "Dataset007_Toy").iterdir())
+    assert "Dataset007_Toy already exists and was not written by mstkd convert" in capsys.readouterr().err
+    assert not list(folder.iterdir())
+    (folder / "dataset.json").write_text("{}")
+    assert convert(source, "--overwrite") == 2
+    assert "Dataset007_Toy exists and was not written by mstkd convert; choose another" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["dataset.json"]
+    (folder / "dataset.json").unlink()
+    assert convert(source, "--overwrite") == 0
+
+
+def test_files_that_were_put_into_a_data_set_are_not_removed(nnunet, source, capsys):
+    convert(source)
+    added = nnunet / "raw" / "Dataset007_Toy" / "imagesTs" / "new_0000.nii.gz"
+    added.parent.mkdir(exist_ok=True)
+    added.touch()
+    assert convert(source, "--overwrite") == 2
+    assert "1 file that mstkd convert has not written, such as imagesTs/new_0000.nii.gz" in capsys.readouterr().err
+    assert added.is_file()
+    added.unlink()
+    assert convert(source, "--overwrite") == 0
+
+
+def test_several_labels_of_each_case_are_named(nnunet, source, capsys):
+    for case in "abc":
+        shutil.copy(source / case / "seg.nii.gz", source / case / "seg_2.nii.gz")
+    description = {**DESCRIPTION, "label": "seg*.nii.gz"}
+    assert convert(source, description=description) == 2
+    error = capsys.readouterr().err
+    assert "expected one file" in error and "validation set" not in error
+
+
+def test_a_bad_case_that_has_to_validate_is_explained(nnunet, source, capsys):
+    (source / "c" / "t1.nii.gz").unlink()
+    assert convert(source, "--val-cases", "c") == 2
+    assert "0 of 2 training cases validate" in (error := capsys.readouterr().err) and "c: T1: no file" in error
+
+
+def test_cases_that_no_list_names_are_noted(nnunet, source, tmp_path, capsys):
+    for name, cases in (("train", "a"), ("val", "b")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(cases))
+    assert convert(source, "--splits", str(tmp_path / "train.txt"), str(tmp_path / "val.txt")) == 0
+    assert "1 training case in no fold, such as c" in capsys.readouterr().out
 
 
 def test_overwrite_replaces_the_whole_folder(nnunet, source):

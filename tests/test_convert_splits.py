@@ -173,6 +173,9 @@ def test_unreadable_lists_are_named(tmp_path):
     (tmp_path / "split.csv").write_text("case,part\na,first\n")
     with pytest.raises(ValueError, match="puts a into 'first', expected train, val or test"):
         read_lists([tmp_path / "split.csv"])
+    (tmp_path / "split.csv").write_text("case;part\na;train\n")
+    with pytest.raises(ValueError, match=r"split\.csv is separated by semicolons"):
+        read_lists([tmp_path / "split.csv"])
     (tmp_path / "splits.json").write_text('{"train": 1}')
     with pytest.raises(ValueError, match="is not a list of splits"):
         read_lists([tmp_path / "splits.json"])

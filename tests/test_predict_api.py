@@ -184,6 +184,7 @@ GOOD = (noise(2), (1.0, 1.0, 1.0))
         ({"T0": (np.full(SHAPE, 7), (1, 1, 1))}, "is constant, 7"),
         ({"T0": noise(1)}, "the image of T0 is a ndarray, expected"),
         ({"T0": 5}, "the image of T0 is a int, expected"),
+        (["t0.nii.gz"], "images is a list, expected a dict"),
         ({"T0": (noise(1), (1, 1))}, "expected 2 or 3 axes and a positive spacing"),
         ({"T0": (noise(1), (1, 1, -1))}, "expected 2 or 3 axes and a positive spacing"),
         ({"T0": (noise(1) > 0, (1, 1, 1))}, "of type bool, expected real numbers"),
@@ -206,6 +207,7 @@ def test_a_type_that_the_format_lacks_is_no_full_disk(tmp_path):
     [
         ({"folds": 3}, "fold_3/checkpoint_final.pth not found"),
         ({"folds": ["one"]}, "expected fold numbers"),
+        ({"device": "gpu"}, "the device is 'gpu', expected 'cuda'"),
         ({"step_size": 0}, "step size is 0"),
         ({"student": 1}, "has one network and no students"),
         ({"checkpoint": "checkpoint_best.pth"}, "no fold of .* is finished"),

@@ -51,8 +51,23 @@ def test_process_returns_results_and_errors():
 
 
 def test_a_process_that_dies_is_explained():
-    with pytest.raises(ChildProcessError, match="lack of memory; use fewer: -npp 1 -nps 1"), workers(2, 1) as pool:
+    with pytest.raises(ChildProcessError, match=r"lack of memory; use fewer \(-npp 1 -nps 1\)"), workers(2, 1) as pool:
         pool.submit(os._exit, 1).result()
+
+
+def test_a_script_that_its_own_processes_run_again_is_explained(tmp_path):
+    script = tmp_path / "plain.py"
+    script.write_text(
+        "import os\n"
+        "from nnunetv2_mstkd.inference.workers import workers\n"
+        "with workers(1, 1) as pool:\n"
+        "    pool.submit(os.getpid).result()\n"
+    )
+    root = str(Path(module.__file__).parents[2])
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=variables, timeout=120)
+    assert done.returncode and "if __name__ == '__main__':" in done.stderr
+    assert "for the reason that it has printed above" in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")

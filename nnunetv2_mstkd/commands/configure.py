@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ def run(args: argparse.Namespace) -> None:
     given = {(section, key): value for section, key, value in assignments}
     start = given.get(("schedule", "init_from"))
     note = _check_start(start)
+    changed = plans["configurations"].get(args.name) not in (None, entry)
     write_configuration(plans_file, args.name, entry, overwrite=args.overwrite)
     print(f"configuration {args.name} (from {args.configuration}) in {plans_file}")
+    for line in affected(plans, args.name, folder.name) if changed else ():
+        print(f"  note: {line}")
     for line in describe(entry):
         print(f"  {line}")
     for line in replaced(plans, args.configuration, entry, given):
@@ -111,6 +114,17 @@ def replaced(plans: Mapping[str, Any], parent: str, entry: Mapping[str, Any], gi
         for key, value in values.items()
         if value not in (plain[section][key], after[section][key]) and (section, key) not in given
     ]
+
+
+def affected(plans: Mapping[str, Any], name: str, dataset: str) -> Iterator[str]:
+    """Yield one line each for what was made with the old content of a configuration that is replaced."""
+    from nnunetv2_mstkd.nnunet.plans import heirs
+
+    if others := heirs(plans, name):
+        yield f"these inherit from it, and change as well in what they do not set themselves: {', '.join(others)}"
+    results = Path(os.environ.get("nnUNet_results") or ".", dataset)
+    if models := sorted(path.name for path in results.glob(f"*__{plans['plans_name']}__{name}")):
+        yield f"trained with the old one, and no longer comparable with new folds: {', '.join(models)}"
 
 
 def describe(entry: Mapping[str, Any]) -> list[str]:

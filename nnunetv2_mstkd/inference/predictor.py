@@ -25,6 +25,7 @@ from nnunetv2_mstkd.inference.members import num_members
 from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
 from nnunetv2_mstkd.inference.selection import dropped_channels, select
+from nnunetv2_mstkd.inference.workers import refuse_imported_script
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences, preprocessing
 from nnunetv2_mstkd.nnunet.description import foreground_values
 from nnunetv2_mstkd.nnunet.folders import FINAL, parse_folds, refuse_same_folder, trained_folds
@@ -341,6 +342,8 @@ class Predictor:
 
     def _check(self, images: Mapping[str, Any], scratch: Path) -> tuple[Case, list[str]]:
         """Make a case of the images, those in memory as files in a scratch folder, and check it."""
+        if not isinstance(images, Mapping):
+            raise InputError(f"images is a {type(images).__name__}, expected a dict from modality to image")
         files: list[Path | None] = [None] * len(self.modalities)
         for name, image in images.items():
             channel = modalities.parse_modality(str(name), self.modalities)
@@ -435,6 +438,7 @@ class Predictor:
         >>> result.subsets
         ['T1: 1', 'T1+FLAIR: 1']
         """
+        refuse_imported_script(preprocessing_processes + export_processes)
         images, output = Path(images), Path(output)
         refuse_same_folder(output, images, "input folder")
         refuse_same_folder(output, self.folder, "model folder")

@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from nnunetv2_mstkd.errors import WorkerError
+from nnunetv2_mstkd.errors import InputError, WorkerError
 
 PRELOADED = "nnunetv2_mstkd.nnunet.preprocessing"
 """Imports torch and nnU-Net, which takes seconds."""
@@ -55,6 +55,15 @@ def in_threads(function: Callable, items: Sequence, threads: int, *, progress: b
         pool.shutdown(cancel_futures=True)
 
 
+def refuse_imported_script(processes: int) -> None:
+    """Refuse to start background processes in one of them, which runs the whole script again to import it."""
+    if processes and getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise InputError(
+            "a background process has begun to run this script from the start, as Python does to import it: put the "
+            "code below  if __name__ == '__main__':  or use no background processes"
+        )
+
+
 @contextmanager
 def workers(processes: int, tasks: int) -> Iterator[Executor]:
     """Yield an executor of so many processes, at most one per task; with 0 calls run at once in this process.
@@ -65,6 +74,7 @@ def workers(processes: int, tasks: int) -> Iterator[Executor]:
     if processes == 0:
         yield _InThisProcess()
         return
+    refuse_imported_script(processes)
     start_server()
     context = multiprocessing.get_context("forkserver" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(max(1, min(processes, tasks)), mp_context=context, initializer=_start_worker)
@@ -72,7 +82,8 @@ def workers(processes: int, tasks: int) -> Iterator[Executor]:
         yield pool
     except BrokenProcessPool as error:
         raise WorkerError(
-            "a background process died, most likely for lack of memory; use fewer: -npp 1 -nps 1, or 0 for none"
+            "a background process died: for the reason that it has printed above or, if there is none, most likely for "
+            "lack of memory; use fewer (-npp 1 -nps 1), or 0 for none"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -88,7 +88,10 @@ def find_device(device: str | torch.device) -> torch.device:
     """Return a torch device, if this machine has it; ``"auto"`` is CUDA, or else the CPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind = torch.device(device).type
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise InputError(f"the device is {device!r}, expected 'cuda', 'cuda:1', 'mps', 'cpu' or 'auto'") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise InputError("-device is cuda (the default), but torch finds no CUDA GPU; use -device cpu")
     if kind == "mps" and not torch.backends.mps.is_available():

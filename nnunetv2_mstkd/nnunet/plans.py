@@ -75,6 +75,11 @@ def lineage(plans: Mapping[str, Any], name: str) -> Iterator[str]:
         current = configurations[current].get("inherits_from")
 
 
+def heirs(plans: Mapping[str, Any], name: str) -> list[str]:
+    """Return the configurations that inherit from one, directly or not."""
+    return [other for other in plans["configurations"] if other != name and name in lineage(plans, other)]
+
+
 def inherited(plans: Mapping[str, Any], name: str, key: str) -> Any:
     """Return a value of a configuration, or of the nearest one that it inherits from; None if none has it."""
     entries = (plans["configurations"][ancestor] for ancestor in lineage(plans, name))

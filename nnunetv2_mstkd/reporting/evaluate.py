@@ -10,6 +10,7 @@ import torch
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.request import Request
 from nnunetv2_mstkd.evaluation.run import Evaluator
+from nnunetv2_mstkd.inference.workers import refuse_imported_script
 from nnunetv2_mstkd.reporting.report import Evaluation, write_report
 
 
@@ -108,6 +109,7 @@ def evaluate(
         For options, models or cases that cannot be used; raised before anything is predicted.
     """
     options = locals().copy()  # all arguments
+    refuse_imported_script(preprocessing_processes + scoring_processes)
     del options["pictures"]
     options["min_voxels"] = dict(min_voxels or {})
     request = Request(**options)
