@@ -208,6 +208,7 @@ def _make_splits(
 def _splits_without(
     job: Job, listed: folds.Splits, cases: Sequence[Case] | Sequence[CaseRecord], skipped: Collection[str]
 ) -> folds.Splits | None:
+    """As :func:`_make_splits`, whose InputError does not tell the problems."""
     options, patient_of = job.options, job.description.patient_of
     if not options.write_splits:
         return None

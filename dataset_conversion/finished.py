@@ -23,8 +23,8 @@ def refuse_foreign(target: Path) -> None:
     if known is None:
         raise ExistingFileError(f"{target} exists{_FOREIGN}")
     written = {name for record in known[1].values() for name in record.written}
-    files = [path for kind in ("images", "labels") for path in target.glob(f"{kind}T[rs]/*")]
-    added = sorted(name for name in (path.relative_to(target).as_posix() for path in files) if name not in written)
+    files = [path for kind in ("images", "labels") for path in target.glob(f"{kind}T[rs]/[!.]*")]
+    added = sorted({path.relative_to(target).as_posix() for path in files} - written)
     if added:
         raise ExistingFileError(
             f"{target} has {count(added, 'file')} that mstkd convert has not written, such as {added[0]}; --overwrite "

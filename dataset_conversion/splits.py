@@ -231,7 +231,7 @@ def _read_list(lines: Sequence[str], file: Path) -> tuple[int, dict[str, list[st
     if file.suffix.lower() == ".csv":
         table = csv.DictReader(lines)
         columns = {name.strip().lower(): name for name in table.fieldnames or []}
-        if ";" in "".join(columns) and len(columns) == 1:
+        if len(columns) == 1 and ";" in next(iter(columns)):
             raise InputError(f"{file} is separated by semicolons; separate its columns by commas")
         case = next((columns[name] for name in CASE_COLUMNS if name in columns), None)
         part = next((columns[name] for name in PART_COLUMNS if name in columns), None)
