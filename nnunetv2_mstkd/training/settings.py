@@ -330,7 +330,8 @@ class DistillationSettings(Section):
     every: Count | None = None
     """Run the teacher in every k-th step only, with k times the weight of its terms. A frozen teacher's forward pass is
     most of the cost of distillation. A teacher that learns (``teacher.joint``) runs in every step, and so does one that
-    guides unlabelled samples, on these. null: the method's default (2 for methods with soft labels alone, otherwise 1)."""
+    guides unlabelled samples, on these. null: the method's default (2 for methods with soft labels alone, otherwise
+    1)."""
     soft_labels: Weight | None = None
     """Weight of the divergence from the teacher's probabilities, for any method with a teacher; null: the method's
     default (1 for methods with soft labels alone, which are ``KDTrainer``, ``MedMAPKDTrainer`` and
