@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import gzip
 import json
@@ -175,7 +176,9 @@ def test_contrast_medium_makes_a_t1_a_t1ce():
     assert recognise("ax T1", ("T1", "T2"), contrast=True) == 0
     assert recognise("ax T1 Gd", ("T1", "T2")) == 0
     assert recognise("ax T1 +C", ("T1ce", "T2")) == 0
-    assert recognise("ax T1 C-", NAMES, contrast=True) is None  # header and name contradict each other
+    for contradiction in ("ax T1 C-", "ax T1 pre", "pre T1", "T1 nativ", "T1 baseline"):  # of header and name
+        assert recognise(contradiction, NAMES, contrast=True) is None
+    assert recognise("pre-op T1", NAMES, contrast=True) == recognise("baseline T1 post", NAMES, contrast=True) == 1
     assert recognise("ax T1", ("T2", "FLAIR")) is None
     assert recognise("SWI_tra.nii.gz", ("T1", "SWI")) == 1
     assert recognise("DWI_b1000.nii.gz", ("dwi b1000", "T1")) == 0
@@ -354,6 +357,43 @@ def test_an_empty_drop_keeps_the_segmentation(page, images):
     state = page.drop()
     assert state["jobs"][0]["state"] == "done" and page.sentences()[0].startswith("No file arrived")
     assert page.result(state["jobs"][0])
+
+
+def test_a_drop_without_images_keeps_the_segmentation(page, images):
+    page.drop(images["T1"])
+    page.segment()
+    state = page.drop((b"a remark", "notes.txt"))
+    assert state["jobs"][0]["state"] == "done" and "neither a NIfTI nor a DICOM" in page.sentences()[0]
+    assert page.result(state["jobs"][0])
+
+
+def test_a_refused_file_does_not_count_against_the_limit(predictor, images):
+    with served_page(predictor, limit=2**20) as page:
+        for _ in range(3):
+            page.drop((bytes([1]) * 2**19, "t1.nii.gz"))
+        assert len(page.drop(images["T2"])["images"]) == 1
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that hang up")
+def test_a_closed_terminal_ends_the_server_in_good_order(monkeypatch):
+    class Server:
+        ended = False
+
+        def handle_exit(self, *_: object) -> None:
+            self.ended = True
+
+        def run(self, sockets: object) -> None:
+            signal.raise_signal(signal.SIGHUP)
+
+    server = Server()
+    monkeypatch.setattr(serving, "make_server", lambda *_: (server, contextlib.nullcontext(), "address"))
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        serving.serve(None, None, browser=False)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert server.ended
 
 
 def test_an_empty_drop_says_so(page):

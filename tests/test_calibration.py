@@ -13,7 +13,7 @@ import torch
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.evaluation.records import _dense, _sparse
 from nnunetv2_mstkd.evaluation.scoring import _CountingLabels, log_odds
-from nnunetv2_mstkd.inference.expected_dice import SUMMARY, read_temperatures
+from nnunetv2_mstkd.inference.expected_dice import SUMMARY, read_ranges, read_temperatures
 from nnunetv2_mstkd.metrics.calibration import BINS, expected_calibration_error, fit_temperature, logit_counts
 from nnunetv2_mstkd.nnunet.description import foreground_heads
 from nnunetv2_mstkd.nnunet.preprocessing import scaled
@@ -146,6 +146,28 @@ def test_temperatures_of_other_predictions_are_refused(tmp_path, content, networ
     model = with_summary(tmp_path, {"calibration": {"temperature": {"1": 1.5}}, **content})
     with pytest.raises(InputError, match=told):
         read_temperatures(model, "plans", networks=networks)
+
+
+def test_temperatures_of_another_averaging_are_refused(tmp_path):
+    model = with_summary(tmp_path, {"calibration": {"temperature": {"1": 1.5}}, "mirroring": True, "step_size": 0.5})
+    assert read_temperatures(model, options={"mirroring": True, "step_size": 0.5}) == {1: 1.5}
+    with pytest.raises(InputError, match=r"those of a prediction with mirroring True and step size 0\.5"):
+        read_temperatures(model, options={"mirroring": False, "step_size": 0.25})
+
+
+def test_an_evaluation_of_other_folds_is_not_used(tmp_path):
+    model = with_summary(tmp_path, {"calibration": {"temperature": {"1": 1.5}}, "weights": {"0": "a", "1": "b"}})
+    assert read_temperatures(model, weights={"1": "bcd", "2": "c"}) == {1: 1.5}
+    with pytest.raises(InputError, match="is of fold 0 and 1, not of 2"):
+        read_temperatures(model, weights={"2": "c"})
+
+
+def test_entropies_of_other_networks_have_no_range(tmp_path):
+    content = {"folds": ["0", "1"], "mirroring": True, "cases_by_subset": {"T1": 10}}
+    model = with_summary(tmp_path, {**content, "ranges": {"T1": {"WT": [0.1, 0.9], "entropy": [0.2, 0.3]}}})
+    whole, part = {"WT": (0.1, 0.9), "entropy": (0.2, 0.3)}, {"WT": (0.1, 0.9)}
+    for networks, mirroring, found in ((1, True, whole), (2, True, part), (None, True, part), (1, False, part)):
+        assert read_ranges(model, ("T1", "T2"), networks, {"mirroring": mirroring}) == {1: found}
 
 
 def test_folds_that_were_evaluated_together_may_predict_together(tmp_path):

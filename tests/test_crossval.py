@@ -357,6 +357,22 @@ def test_evaluation_needs_every_subset(evaluated):
         assert (one.done(), both.done(), other.done()) == (complete, complete, True)
 
 
+def test_a_note_of_an_evaluation_counts_if_the_tables_are_of_another_fold(evaluated):
+    """After a copy without times, a fold is evaluated again: its records are kept, and another fold has the tables."""
+    one, _ = evaluated
+    checkpoint, note = one.model.folder / "fold_1" / "checkpoint_final.pth", one.output / "cases" / "fold_1.json"
+    os.utime(checkpoint, (time.time() + 9, time.time() + 9))
+    (one.output / "results.csv").write_text("fold\n0\n")
+    note.write_text(json.dumps({"cases": ["b", "c"], "complete": True}))
+    assert not one.done()
+    os.utime(note, (time.time() + 10, time.time() + 10))
+    assert one.done()
+    note.write_text(json.dumps({"cases": ["b", "c"], "complete": False}))
+    os.utime(one.splits, (time.time() + 20, time.time() + 20))
+    os.utime(note, (time.time() + 10, time.time() + 10))
+    assert not one.done()
+
+
 def test_a_fold_that_was_trained_again_is_evaluated_anew(evaluated):
     one, both = evaluated
     checkpoint = one.model.folder / "fold_1" / "checkpoint_final.pth"
@@ -511,6 +527,17 @@ def test_teacher_of_a_parent_configuration(phantom):
     parent.mkdir(parents=True)
     (parent / "checkpoint_final.pth").touch()
     assert [each.configuration for each in needed_by(model, plans, 0)] == [CONFIGURATION]
+
+
+def test_two_models_of_one_trainer_may_be_needed(phantom):
+    """The student starts from a model of its own patch size, and has a teacher of another configuration."""
+    plans = plans_of(phantom)
+    block = {"schedule": {"init_from": "KDTeacherTrainer"}, "teacher": {"configuration": CONFIGURATION}}
+    patch = [16, 16, 16]
+    plans["configurations"]["other"] = {"inherits_from": CONFIGURATION, "patch_size": patch, "mstkd": block}
+    model = Training(phantom.results / phantom.dataset, "902", "other", "KDTrainer")
+    needed = [(each.trainer, each.configuration) for each in needed_by(model, plans, 0)]
+    assert needed == [("KDTeacherTrainer", "other"), ("KDTeacherTrainer", CONFIGURATION)]
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,8 @@ def test_few_edge_voxels_and_single_cases_are_harmless():
     assert not summarize([[one, none]] + [[none, none]] * 9, "AB")
     assert not summarize([[one, none]] + [[none, none]] * 3, "AB")  # one odd image of several
     assert summarize([[one, none]], "AB") and summarize([[one, none]] * 2 + [[none, none]] * 3, "AB")
+    # a rare modality counts among the cases that have it
+    assert list(summarize([[none, one]] * 2 + [[none, None]] * 18, "AB").moved) == ["B"]
     found = summarize([[one, None], [Shift(0.7, 1.0), None]] + [[none, none]] * 8, "AB")
     assert found.moved == {"A": Shift(pytest.approx(0.6), 1.5)} and "A moves by +0.60 sd and x1.50" in str(found)
 

@@ -183,6 +183,18 @@ def test_two_processes_do_not_predict_into_one_folder(folders, model, capsys):
     assert not list((folders / "out").glob(".*"))
 
 
+def test_a_new_run_leaves_no_record_of_another_one(folders, model):
+    """Whose cases are predicted anew: it would name the wrong model, or keep every continued run from beginning."""
+    out = folders / "out"
+    assert predict(folders, model, "--drop", "T1") == 0
+    for part in ("0", "1"):
+        assert predict(folders, model, "-num_parts", "2", "-part_id", part) == 0
+    assert sorted(path.name for path in out.glob("pred*")) == [f"predictions_part{part}of2.json" for part in (0, 1)]
+    assert predict(folders, model, "--drop", "T1") == 0
+    assert [path.name for path in out.glob("pred*")] == ["predictions.json"]
+    assert predict(folders, model, "--drop", "T1", "--continue_prediction") == 0
+
+
 def test_stock_predictions_are_kept_by_a_continued_run(folders, model, export):
     (folders / "out").mkdir()
     (folders / "out" / "one.nii.gz").write_bytes(b"made by nnUNetv2_predict")

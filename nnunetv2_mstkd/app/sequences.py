@@ -33,6 +33,9 @@ CONTRAST = re.compile(
 PERHAPS = re.compile(rf"{_START}(?:{_AGENT}|post){_END}.*t1", re.IGNORECASE)
 """Earlier in a name they may also be initials, or say when the image was taken."""
 
+WITHOUT_AGENT = re.compile(rf"{_START}(?:pre|nativ[a-z]*|plain|unenhanced|baseline){_END}", re.IGNORECASE)
+"""Denies contrast medium where a header claims it; some scanners note it for all images of an examination."""
+
 ENTITIES = re.compile(rf"{_START}(?:sub|ses)-[a-z0-9]+", re.IGNORECASE)
 """Of BIDS: patient and session."""
 
@@ -93,7 +96,8 @@ def recognise(name: str, modalities: Sequence[str], *, contrast: bool = False) -
     native, enhanced = _key(NATIVE), _key(ENHANCED)
     if found == {native}:
         marked = bool(CONTRAST.search(stem))
-        if (contrast and denied) or (PERHAPS.search(stem) and not marked and not contrast):
+        native_by_name = denied or (WITHOUT_AGENT.search(stem) and not marked)
+        if (contrast and native_by_name) or (PERHAPS.search(stem) and not marked and not contrast):
             return None
         found = {enhanced} if contrast or marked else found
     if found == {enhanced} and enhanced not in channels:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 import socket
 import threading
 import webbrowser
@@ -19,7 +20,7 @@ CLOSE_SECONDS = 2
 
 
 def serve(predictor: Predictor, settings: Settings, port: int = 0, *, browser: bool = True) -> None:
-    """Serve the page of a model until Ctrl-C or SIGTERM.
+    """Serve the page of a model until Ctrl-C, SIGTERM, or until the terminal is closed.
 
     Parameters
     ----------
@@ -37,6 +38,8 @@ def serve(predictor: Predictor, settings: Settings, port: int = 0, *, browser: b
     print(f"{address}\nCtrl-C ends; research software, not a medical device", flush=True)
     if browser:
         threading.Timer(1, webbrowser.open, [address]).start()
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:
+        signal.signal(signal.SIGHUP, server.handle_exit)  # uvicorn handles the two others alone
     with contextlib.suppress(KeyboardInterrupt), listening:  # uvicorn ends in good order and then repeats the signal
         server.run(sockets=[listening])
 

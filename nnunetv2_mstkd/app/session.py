@@ -106,16 +106,18 @@ class Session:
                 self.notices.append("No file arrived; drop one NIfTI file per sequence, a folder, or DICOM series.")
                 self.changed()
                 return  # the images and their segmentations are what they were
-            slices = []
+            slices, before = [], len(self.images)
             for path, name in uploads:
                 start = _start(path)
                 if dicom.is_dicom(start):
                     slices.append((path, name))
                     continue
+                size = path.stat().st_size
                 try:
                     self._add(name, _as_nifti(path, start, self.limit), None)
                 except InputError as error:
                     path.unlink(missing_ok=True)
+                    self.received -= size
                     self.notices.append(f"{name} {error}.")
             series, problems = dicom.read_series(slices)
             self.notices += problems
@@ -128,6 +130,9 @@ class Session:
                     self.notices.append(f"The DICOM series {each.name} {error}.")
                 else:
                     self._add(each.name, path, each)
+            if len(self.images) == before:
+                self.changed()
+                return  # the images and their segmentations are what they were
             self._leave_out_surplus()
         self.assess()
 

@@ -147,6 +147,7 @@ def _note_end(entry: _Running, outcome: Outcome, report: Callable[[str], None]) 
         reason = f"it was stopped by signal {signal.Signals(-code).name} (log: {step.log})"
     else:
         reason = f"exit code {code}: {last_line(step.log)} (log: {step.log})"
+    _signal(entry.process, signal.SIGKILL)  # its children may hold the memory of a GPU
     outcome.failed[step.key] = reason
     report(f"FAILED  {step.title}: {reason}")
 

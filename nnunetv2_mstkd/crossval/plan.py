@@ -138,15 +138,16 @@ def needed_by(model: Training, plans: Mapping[str, Any], fold: int) -> list[Trai
     settings = Settings.read(block, [TeacherSettings, ScheduleSettings], strict=False)
     source, teacher = settings[ScheduleSettings].starts_from(model.trainer), settings[TeacherSettings]
     trainer = find_trainer(model.trainer)
-    wanted: dict[str, str] = {}
+    wanted: list[Training] = []
 
     def want(name: str, configuration: str | None, same: bool = False) -> None:
-        wanted[name] = configuration or configuration_with(
+        configuration = configuration or configuration_with(
             model.results, trainer=name, plans=plans, configuration=model.configuration, fold=fold, same=same
         )
+        wanted.append(dataclasses.replace(model, trainer=name, configuration=configuration))
 
     if source and not ScheduleSettings.is_file(source) and issubclass(trainer, SettingsTrainer):
         want(source, None, same=True)
     if issubclass(trainer, DistillationTrainer) and not teacher.joint:
         want(trainer.teacher_trainer.__name__, teacher.configuration)
-    return [dataclasses.replace(model, trainer=name, configuration=of) for name, of in wanted.items()]
+    return list(dict.fromkeys(wanted))

@@ -190,7 +190,9 @@ class Evaluate(Step):
 
         One that was asked for some subsets only is not complete.
         """
-        if not all(self._noted(fold).get("complete", True) for fold in self.folds):
+        files = [cases_file(self.output, fold) for fold in self.folds]
+        complete = [read_json(file).get("complete") if file.is_file() else None for file in files]
+        if False in complete:
             return False
         records = self._records()
         weights = [self.model.folder / f"fold_{fold}" / FINAL for fold in self.folds]
@@ -201,7 +203,9 @@ class Evaluate(Step):
         reported, written = self._reported()
         if self.pooled:
             return reported == set(self.folds) and written >= max(trained, *times)
-        return max(min(times), written if set(self.folds) <= reported else 0) >= trained
+        # an evaluation that finds its records of these weights changes none of them; tables may be those of other folds
+        noted = min(file.stat().st_mtime for file in files) if all(complete) else 0.0
+        return max(min(times), noted, written if set(self.folds) <= reported else 0.0) >= trained
 
     def progress(self) -> Progress | None:
         records = self._records()

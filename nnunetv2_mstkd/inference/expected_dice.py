@@ -72,7 +72,7 @@ def check_same_input(content: Mapping[str, Any], normalization: str, file: Path,
 
 
 def check_weights(content: Mapping[str, Any], weights: Mapping[str, str] | None, file: Path) -> None:
-    """Raise InputError if an evaluation is of other weights than a model's, in any fold that both have.
+    """Raise InputError if an evaluation is of other folds than a model's, or of other weights in one that both have.
 
     Parameters
     ----------
@@ -81,7 +81,13 @@ def check_weights(content: Mapping[str, Any], weights: Mapping[str, str] | None,
     weights
         By fold, what :func:`~nnunetv2_mstkd.nnunet.checkpoints.fingerprint` gives; it may be shortened in ``content``.
     """
-    for fold, found in (content.get("weights") or {}).items():
+    evaluated = content.get("weights") or {}
+    if weights and evaluated and not weights.keys() & evaluated.keys():
+        raise InputError(
+            f"the evaluation in {file} is of fold {' and '.join(evaluated)}, not of {' and '.join(weights)}; evaluate "
+            f"the folds that predict, too"
+        )
+    for fold, found in evaluated.items():
         if weights is not None and not weights.get(fold, found).startswith(found):
             raise InputError(
                 f"the evaluation in {file} is of other weights of fold {fold}; evaluate again with --restart"
@@ -102,7 +108,11 @@ TEMPERATURE = "temperature"
 
 
 def read_temperatures(
-    model_folder: Path, normalization: str | None = None, weights: Mapping[str, str] | None = None, networks: int = 1
+    model_folder: Path,
+    normalization: str | None = None,
+    weights: Mapping[str, str] | None = None,
+    networks: int = 1,
+    options: Mapping[str, Any] | None = None,
 ) -> dict[int, float]:
     """Read the temperature for each number of modalities from the evaluation in a model folder.
 
@@ -114,13 +124,15 @@ def read_temperatures(
         Of the model, for :func:`check_weights`.
     networks
         How many are averaged. A mean of networks is less certain than each of them and has another temperature.
+    options
+        Of the prediction, such as ``mirroring``, which averages, too; None: not checked.
 
     Raises
     ------
     MissingFileError
         Without an evaluation, or with one that did not count logits.
     InputError
-        If the file is no evaluation, or one of other images, weights or numbers of networks.
+        If the file is no evaluation, or one of other images, weights, options or numbers of networks.
     """
     file = model_folder / SUMMARY
     if file.is_file():
@@ -130,10 +142,13 @@ def read_temperatures(
             found = {int(size): float(value) for size, value in section.get(TEMPERATURE, {}).items()}
             if not all(math.isfinite(value) and value > 0 for value in found.values()):
                 raise ValueError(f"a temperature is not above 0: {found}")
-            averaged = {len(folds.split("+")) for folds in content.get("folds", ())} - {networks}
+            averaged = _numbers_of_networks(content) - {networks}
         check_weights(content, weights, file)
         if normalization is not None:
             check_same_input(content, normalization, file, "no temperatures")
+        different = _different_options(content, options)
+        if different:
+            raise InputError(f"the temperatures in {file} are those of a prediction with {' and '.join(different)}")
         if averaged:
             raise InputError(
                 f"the temperatures in {file} are those of {' and '.join(map(_of_networks, sorted(averaged)))}, and "
@@ -148,17 +163,39 @@ def read_temperatures(
     )
 
 
+def _numbers_of_networks(content: Mapping[str, Any]) -> set[int]:
+    """How many networks an evaluation has averaged."""
+    return {len(folds.split("+")) for folds in content.get("folds", ())}
+
+
 def _of_networks(number: int) -> str:
     return "a single network" if number == 1 else f"the mean of {number} networks"
 
 
-def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str, Range]]:
+def _different_options(content: Mapping[str, Any], options: Mapping[str, Any] | None) -> list[str]:
+    """The options of an evaluation that a prediction has otherwise."""
+    return [
+        f"{key.replace('_', ' ')} {content[key]}"
+        for key, value in (options or {}).items()
+        if key in content and content[key] != value
+    ]
+
+
+def read_ranges(
+    model_folder: Path,
+    names: Sequence[str],
+    networks: int | None = 1,
+    options: Mapping[str, Any] | None = None,
+) -> dict[int, dict[str, Range]]:
     """Read the lowest and highest value of the cases of an evaluation, by subset.
 
     Parameters
     ----------
     names
         Names of the C channels.
+    networks, options
+        As for :func:`read_temperatures`; None: other networks than were evaluated. With others, the entropy is another
+        one, too, and its range is left out.
 
     Returns
     -------
@@ -175,9 +212,10 @@ def read_ranges(model_folder: Path, names: Sequence[str]) -> dict[int, dict[str,
         return {}
     with _refused_unless_understood(file):
         content = json.loads(file.read_text(encoding="utf-8"))
+        alike = _numbers_of_networks(content) == {networks} and not _different_options(content, options)
         return {
             modalities.subset_code(modalities.parse_subset(text, names)): {
-                key: (float(low), float(high)) for key, (low, high) in ranges.items()
+                key: (float(low), float(high)) for key, (low, high) in ranges.items() if alike or key != ENTROPY
             }
             for text, ranges in content.get("ranges", {}).items()
             if content["cases_by_subset"][text] >= MIN_CASES

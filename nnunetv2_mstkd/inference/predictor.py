@@ -227,11 +227,12 @@ class Predictor:
         fingerprints = map(checkpoints.fingerprint, self._predictor.list_of_parameters)
         self.weights = dict(zip(map(str, self.folds), fingerprints, strict=True))
         own = normalization(self._predictor.configuration_manager)
+        options = {"mirroring": mirroring, "step_size": step_size}
         self.temperatures: dict[int, float] = {}
         if calibrate:
             if student is not None:
                 raise InputError("temperatures are those of the mean of both students; leave out one of the options")
-            self.temperatures = read_temperatures(self.folder, own, self.weights, len(self.folds))
+            self.temperatures = read_temperatures(self.folder, own, self.weights, len(self.folds), options)
         self.modalities = modalities.modality_names(self._predictor.dataset_json)
         self.labels = foreground_values(self._predictor.dataset_json)
         self.expected_dice: dict[int, dict[str, float]] = {}
@@ -239,7 +240,8 @@ class Predictor:
         try:
             self.expected_dice = read_expected_dice(self.folder, self.modalities, own, self.weights)
             if self.expected_dice:
-                self.ranges = read_ranges(self.folder, self.modalities)
+                networks = len(self.folds) if student is None else None
+                self.ranges = read_ranges(self.folder, self.modalities, networks, options)
         except ValueError as error:
             print(f"warning: {error}", file=sys.stderr)
         self._checker = Checker(
@@ -479,6 +481,8 @@ class Predictor:
             # nnU-Net's postprocessing and evaluation look for these two
             write_json(output / "dataset.json", model.dataset_json)
             write_json(output / "plans.json", model.plans_manager.plans)
+            if not continue_prediction:
+                record.remove_stale()
             record.save()
             try:
                 predict_cases(
@@ -514,7 +518,8 @@ class Predictor:
         plans, configuration = self._predictor.plans_manager, self._predictor.configuration_manager
         if normalization(configuration) == PER_CHANNEL or all(all(case.availability) for case in cases):
             return
-        found = mask_differences.of_images(mask_differences.spread(cases, 5), plans, configuration, self.modalities)
+        several = [case for case in cases if sum(case.availability) > 1]
+        found = mask_differences.of_images(mask_differences.spread(several, 5), plans, configuration, self.modalities)
         if found:
             print(
                 f"warning: {found}; this model was trained without input.normalization=per_channel, so incomplete "

@@ -76,6 +76,20 @@ class Record:
                 )
         return cases, kept
 
+    def remove_stale(self) -> None:
+        """Remove records of earlier runs, whose cases are predicted anew: of another run or number of parts.
+
+        Those of the other parts of this run, which write at the same time, stay.
+        """
+        for file in self.file.parent.glob("predictions*.json"):
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))
+                same = all(before.get(key) == value for key, value in self.run.items())
+            except (OSError, ValueError, AttributeError):
+                same = False
+            if not same or _parts(file) != _parts(self.file):
+                file.unlink(missing_ok=True)
+
     def keep(self, case: Case) -> None:
         """Note that a case keeps the segmentation that it has from a run without a record."""
         self.kept[case.name] = {"images": self._images(case)}
@@ -152,6 +166,11 @@ class Record:
         counts = Counter(entry["subset"] for entry in self.cases.values())
         first = {entry["subset"]: entry.get("expected_dice") for entry in reversed(self.cases.values())}
         return [f"{subset}: {count}{format_dice(first[subset])}" for subset, count in counts.most_common()]
+
+
+def _parts(file: Path) -> str:
+    """The number of parts in the name of a record, as text; empty for a single one."""
+    return file.stem.rpartition("of")[2] if "_part" in file.stem else ""
 
 
 def _checked(entry: Any) -> dict[str, Any]:

@@ -113,8 +113,9 @@ def summarize(shifts: Sequence[Sequence[Shift | None]], names: Sequence[str]) ->
     """Return what moves in cases whose shifts are known."""
     moved = {}
     for channel, name in enumerate(names):
-        large = [each for case in shifts if (each := case[channel]) is not None and each.large]
-        if len(large) > max(SHARE * len(shifts), 1 if len(shifts) > 2 else 0):
+        known = [each for case in shifts if (each := case[channel]) is not None]
+        large = [each for each in known if each.large]
+        if len(large) > max(SHARE * len(known), 1 if len(known) > 2 else 0):
             moved[name] = Shift(
                 float(np.median([each.offset for each in large])), float(np.median([each.factor for each in large]))
             )
