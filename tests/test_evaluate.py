@@ -500,6 +500,18 @@ def test_the_checkpoints_split_overrides_the_file(student):
     assert set(results(student / "subsets")["case"]) == {CASES[3]}
 
 
+def test_folds_of_different_splits_are_told(student, capsys):
+    assert evaluate(student, "--subsets", "T0", "--metrics", "dice") == 0
+    assert "several folds" not in capsys.readouterr().out
+    checkpoint = student / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(checkpoint, weights_only=False)
+    content["mstkd"]["split"] = {"train": [CASES[0]], "val": SPLITS[1]["val"]}
+    torch.save(content, checkpoint)
+    assert evaluate(student, "--subsets", "T0", "--metrics", "dice", "--restart") == 0
+    told = "cases that validate in several folds, which were trained with different splits"
+    assert f"{told} and count with their mean: {SPLITS[1]['val'][0]}" in capsys.readouterr().out
+
+
 def test_fold_all_is_evaluated_on_request_with_a_warning(student, capsys):
     shutil.copytree(student / "fold_0", student / "fold_all")
     assert evaluate(student, "--subsets", "T0", "--metrics", "dice") == 0

@@ -7,6 +7,7 @@ in background processes.
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
@@ -242,7 +243,14 @@ class Evaluator:
         model = self.model.plans_manager, self.model.configuration_manager, dataset_json
         how: dict[str, Any] = {"from_images": self.mask_first, "report": request.report}
         how["processes"] = request.preprocessing_processes
-        return [case for fold in self.predictors for case in fold_cases(fold, self._notes(fold).split, *model, **how)]
+        found = [case for fold in self.predictors for case in fold_cases(fold, self._notes(fold).split, *model, **how)]
+        twice = [name for name, folds in Counter(case.name for case in found).items() if folds > 1]
+        if twice:
+            request.report(
+                f"cases that validate in several folds, which were trained with different splits and count with their "
+                f"mean: {first_of(twice)}"
+            )
+        return found
 
     def _choose_order(self, images: Sequence[Case] | None = None) -> None:
         """Decide whether modalities are removed before preprocessing, where the request leaves it open.
