@@ -32,6 +32,7 @@ from nnunetv2_mstkd import cli, modalities
 from nnunetv2_mstkd.evaluation import run as run_module
 from nnunetv2_mstkd.evaluation.montage import ENTROPY_STEP, Montage, choose_view, read_montage
 from nnunetv2_mstkd.evaluation.results import PRESENCE_COLUMNS
+from nnunetv2_mstkd.images.atomic import locked
 from nnunetv2_mstkd.inference.expected_dice import read_expected_dice
 from nnunetv2_mstkd.inference.predictor import Predictor
 from nnunetv2_mstkd.nnunet.model import load_predictor
@@ -498,6 +499,18 @@ def test_the_checkpoints_split_overrides_the_file(student):
     torch.save(content, checkpoint)
     assert evaluate(student, "--subsets", "T0", "-f", "0", "--metrics", "dice") == 0
     assert set(results(student / "subsets")["case"]) == {CASES[3]}
+
+
+def test_two_processes_do_not_evaluate_one_fold(student, capsys):
+    (student / "subsets").mkdir()
+    with locked(student / "subsets" / "fold_1"):
+        error = refused(capsys, student, "--subsets", "T0", "--metrics", "dice", "--restart")
+        assert f"another process evaluates fold 1 into {student / 'subsets'}; wait for it" in error
+        assert evaluate(student, "--subsets", "T0", "--metrics", "dice", "-f", "0") == 0
+    assert evaluate(student, "--subsets", "T0", "--metrics", "dice") == 0
+    with locked(student / "subsets" / "fold_1"):  # which has nothing left to do
+        assert evaluate(student, "--subsets", "T0", "--metrics", "dice") == 0
+    assert not list((student / "subsets").glob(".*"))
 
 
 def test_folds_of_different_splits_are_told(student, capsys):

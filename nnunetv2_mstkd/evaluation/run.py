@@ -6,6 +6,7 @@ in background processes.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ from nnunetv2_mstkd.evaluation.results import AVERAGE, CASE, PATIENT, first_of
 from nnunetv2_mstkd.evaluation.scoring import Rules, SubsetScore, rules_of, score_prediction
 from nnunetv2_mstkd.evaluation.stacking import SubsetPredictor, default_stack
 from nnunetv2_mstkd.evaluation.subsets import check_zero_is_missing, choose_subsets
+from nnunetv2_mstkd.images.atomic import locked
 from nnunetv2_mstkd.inference.workers import Backlog, ahead, workers
 from nnunetv2_mstkd.metrics.conventions import CONVENTIONS, DICE
 from nnunetv2_mstkd.nnunet import checkpoints, mask_differences
@@ -146,7 +148,19 @@ class Evaluator:
         self.stack = self._stack()
 
     def run(self) -> Measured:
-        """Predict and measure the missing subsets of all cases, and read all results."""
+        """Predict and measure the missing subsets of all cases, and read all results.
+
+        InputError if another process does that for one of the folds.
+        """
+        output = self.request.output_folder
+        output.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as held:
+            for fold in dict.fromkeys(each.case.fold for each in self.unfinished):
+                busy = f"another process evaluates fold {fold} into {output}; wait for it, or choose another folder"
+                held.enter_context(locked(output / f"fold_{fold}", busy))
+            return self._run()
+
+    def _run(self) -> Measured:
         request, tasks = self.request, sum(len(each.case.subsets(self.subsets)) for each in self.cases)
         missing = sum(len(self._missing(each)) for each in self.unfinished)
         self.records.begin()

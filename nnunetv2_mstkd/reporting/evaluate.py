@@ -10,6 +10,8 @@ import torch
 from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.evaluation.request import Request
 from nnunetv2_mstkd.evaluation.run import Evaluator
+from nnunetv2_mstkd.images.atomic import locked
+from nnunetv2_mstkd.inference.evaluation_files import RESULTS
 from nnunetv2_mstkd.inference.workers import refuse_imported_script
 from nnunetv2_mstkd.reporting.report import Evaluation, write_report
 
@@ -115,4 +117,6 @@ def evaluate(
     request = Request(**options)
     if pictures < 0:
         raise InputError(f"--strips is {pictures}, expected a number of cases, or 0 for no pictures")
-    return write_report(Evaluator(request).run(), request.output_folder, pictures)
+    measured = Evaluator(request).run()
+    with locked(request.output_folder / RESULTS):  # evaluations of two folds may end at the same time
+        return write_report(measured, request.output_folder, pictures)
