@@ -212,7 +212,8 @@ def read_ranges(
         return {}
     with _refused_unless_understood(file):
         content = json.loads(file.read_text(encoding="utf-8"))
-        alike = _numbers_of_networks(content) == {networks} and not _different_options(content, options)
+        others = networks is None or _numbers_of_networks(content) - {networks}
+        alike = not others and not _different_options(content, options)
         return {
             modalities.subset_code(modalities.parse_subset(text, names)): {
                 key: (float(low), float(high)) for key, (low, high) in ranges.items() if alike or key != ENTROPY
