@@ -55,6 +55,12 @@ def test_a_process_that_dies_is_explained():
         pool.submit(os._exit, 1).result()
 
 
+def variables() -> dict[str, str]:
+    """Those of a process that finds the package."""
+    root = str(Path(module.__file__).parents[2])
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
+
+
 def test_a_script_that_its_own_processes_run_again_is_explained(tmp_path):
     script = tmp_path / "plain.py"
     script.write_text(
@@ -63,9 +69,7 @@ def test_a_script_that_its_own_processes_run_again_is_explained(tmp_path):
         "with workers(1, 1) as pool:\n"
         "    pool.submit(os.getpid).result()\n"
     )
-    root = str(Path(module.__file__).parents[2])
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=variables, timeout=120)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=variables(), timeout=120)
     assert done.returncode and "if __name__ == '__main__':" in done.stderr
     assert "for the reason that it has printed above" in done.stderr
 
@@ -81,9 +85,7 @@ def test_a_process_does_not_outlive_a_killed_parent(tmp_path):
         "        print(pool.submit(os.getpid).result(), flush=True)\n"
         "        time.sleep(600)\n"
     )
-    root = str(Path(module.__file__).parents[2])
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=variables) as parent:
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=variables()) as parent:
         child = int(parent.stdout.readline())
         os.kill(child, 0)
         parent.send_signal(signal.SIGKILL)
