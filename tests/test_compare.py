@@ -388,6 +388,8 @@ def test_names_are_drawn_as_they_are(tmp_path):
         settings = {"regions": {"WT$_2$": [1, 2], "ET$^$": [2]}, "channels": list(NAMES)}
         (Path(folder) / "subsets" / "summary.json").write_text(json.dumps(settings))
     comparison = compare(["old", "new"], output=tmp_path / "out")
+    titles = [axis.get_title() for axis in qualitative_plot(comparison).axes]
+    assert names[0] in titles and "<b>B & $x^2$</b>" in titles
     assert (tmp_path / "out" / "comparison.png").is_file() and (tmp_path / "out" / "qualitative.png").is_file()
     save_figure(heat_map(comparison.results), tmp_path / "map.png")
     page = (tmp_path / "out" / "comparison.md").read_text()

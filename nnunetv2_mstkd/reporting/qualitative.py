@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -48,6 +49,8 @@ PANEL = 1.35
 
 LINE = 28
 """Characters below a picture."""
+TITLE = 22
+"""Characters above it."""
 
 ALL = "all"
 
@@ -187,7 +190,8 @@ def _draw(
             _overlay(axis, background, montage.segmentations[name], colors, montage.reference != 0)
             axis.set_xlabel(text, fontsize=6, labelpad=2)
     for axis, title in zip(axes[0], [*names, "reference", *models], strict=True):
-        axis.set_title(title, fontsize=8)
+        parts = title.split("__")  # as in the name of a model folder
+        axis.set_title("\n".join(line for part in parts for line in textwrap.wrap(part, TITLE)), fontsize=7.5)
     patches = [Patch(color=fractions(color), label=name) for name, color in region_colors(regions, colors).items()]
     outline = Line2D([], [], color="0.4", linewidth=1, label="outline: reference")
     kind = metric_named(metric)
