@@ -166,7 +166,7 @@ def wait_for_the_first(rank: int, folder: Path) -> None:
             (folder / "made").touch()
         assert (folder / "made").is_file()
     with pytest.raises(InputError), first_process_first():
-        raise InputError("refused by both, and none is told of a lost connection")
+        raise InputError("both processes refuse, and neither reports a lost connection")
     dist.destroy_process_group()
 
 

@@ -530,7 +530,7 @@ def test_teacher_of_a_parent_configuration(phantom):
 
 
 def test_two_models_of_one_trainer_may_be_needed(phantom):
-    """The student starts from a model of its own patch size, and has a teacher of another configuration."""
+    """The student starts from one with its own patch size, and its teacher was trained in another configuration."""
     plans = plans_of(phantom)
     block = {"schedule": {"init_from": "KDTeacherTrainer"}, "teacher": {"configuration": CONFIGURATION}}
     patch = [16, 16, 16]

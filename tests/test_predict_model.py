@@ -97,7 +97,7 @@ def test_an_unfinished_training_is_named_as_such(results, model):
         find_checkpoints(model, (0,), "checkpoint_final.pth")
     assert load_predictor(model, (0,), "checkpoint_best.pth", device=CPU).trainer_name == "MSTKDTrainer"
     with pytest.raises(FileNotFoundError, match=r"; found instead: fold_0/checkpoint_best\.pth"):
-        find_checkpoints(model, (0,), "checkpoint_best")  # nobody says that the training is not finished
+        find_checkpoints(model, (0,), "checkpoint_best")  # this does not mean that the training is unfinished
     with pytest.raises(FileNotFoundError, match=r"is the folder of one fold; name that of the model: -m .*tiny$"):
         find_checkpoints(model / "fold_0", (0,), "checkpoint_final.pth")
     shutil.rmtree(model / "fold_0")

@@ -71,7 +71,7 @@ def test_a_script_that_its_own_processes_run_again_is_explained(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=variables(), timeout=120)
     assert done.returncode and "if __name__ == '__main__':" in done.stderr
-    assert "for the reason that it has printed above" in done.stderr
+    assert "its own message, if it had one, is above" in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="there is no SIGKILL")

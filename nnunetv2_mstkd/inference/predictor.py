@@ -518,8 +518,7 @@ class Predictor:
         plans, configuration = self._predictor.plans_manager, self._predictor.configuration_manager
         if normalization(configuration) == PER_CHANNEL or all(all(case.availability) for case in cases):
             return
-        several = [case for case in cases if sum(case.availability) > 1]
-        found = mask_differences.of_images(mask_differences.spread(several, 5), plans, configuration, self.modalities)
+        found = mask_differences.of_images(cases, plans, configuration, self.modalities, number=5)
         if found:
             print(
                 f"warning: {found}; this model was trained without input.normalization=per_channel, so incomplete "

@@ -65,16 +65,20 @@ class Record:
             kept = {str(name): {"images": dict(entry["images"])} for name, entry in before.get("kept", {}).items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{file} is not a record of predictions; leave out --continue_prediction") from error
-        # what records of earlier versions do not say
+        different = self._of_other_run(before)
+        if different:
+            key, value = next(iter(different.items()))
+            raise InputError(
+                f"the predictions in {file.parent} are of another run: {key} was {value!r} and is now "
+                f"{self.run[key]!r}; continue with the same options, or leave out --continue_prediction"
+            )
+        return cases, kept
+
+    def _of_other_run(self, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What a record says otherwise than this run; what those of earlier versions do not say is taken as equal."""
         unknown = {key: self.run.get(key) for key in ("weights", "temperatures")}
         before = {**unknown, "calibrated": False, **before}
-        for key, value in self.run.items():
-            if before.get(key) != value:
-                raise InputError(
-                    f"the predictions in {file.parent} are of another run: {key} was {before.get(key)!r} and is "
-                    f"now {value!r}; continue with the same options, or leave out --continue_prediction"
-                )
-        return cases, kept
+        return {key: before.get(key) for key, value in self.run.items() if before.get(key) != value}
 
     def remove_stale(self) -> None:
         """Remove records of earlier runs, whose cases are predicted anew: of another run or number of parts.
@@ -83,9 +87,8 @@ class Record:
         """
         for file in self.file.parent.glob("predictions*.json"):
             try:
-                before = json.loads(file.read_text(encoding="utf-8"))
-                same = all(before.get(key) == value for key, value in self.run.items())
-            except (OSError, ValueError, AttributeError):
+                same = not self._of_other_run(json.loads(file.read_text(encoding="utf-8")))
+            except (OSError, ValueError, TypeError):
                 same = False
             if not same or _parts(file) != _parts(self.file):
                 file.unlink(missing_ok=True)

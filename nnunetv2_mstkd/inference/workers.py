@@ -82,7 +82,7 @@ def workers(processes: int, tasks: int) -> Iterator[Executor]:
         yield pool
     except BrokenProcessPool as error:
         raise WorkerError(
-            "a background process died: for the reason that it has printed above or, if there is none, most likely for "
+            "a background process died; its own message, if it had one, is above. Without one, the likely cause is a "
             "lack of memory; use fewer (-npp 1 -nps 1), or 0 for none"
         ) from error
     finally:

@@ -133,12 +133,16 @@ def spread(items: Sequence[Any], number: int = CASES) -> list[Any]:
 
 
 def of_images(
-    cases: Sequence[Case], plans: PlansManager, configuration: ConfigurationManager, names: Sequence[str]
+    cases: Sequence[Case],
+    plans: PlansManager,
+    configuration: ConfigurationManager,
+    names: Sequence[str],
+    number: int = CASES,
 ) -> MaskDifferences:
-    """Read some of the given cases that have more than one modality; nothing is known of images that cannot be read."""
+    """Read at most ``number`` of the cases with several modalities; nothing is known of images that cannot be read."""
     several = [case for case in cases if sum(case.availability) > 1]
     try:
-        return summarize(_read(spread(several), plans, configuration), names)
+        return summarize(_read(spread(several, number), plans, configuration), names)
     except Exception:  # what is wrong with an image is said where it is needed
         return summarize([], names)
 

@@ -38,7 +38,7 @@ NEUTRAL: RegionColor = (0.4, 0.4, 0.4)
 MARKERS = "osD^vP*X"
 
 literally = matplotlib.rc_context({"text.parse_math": False})
-"""Decorates what draws or saves a figure: a $ in a name is a $, not the begin of a formula."""
+"""Decorates what draws or saves a figure: a $ in a name is a $ and does not start a formula."""
 
 
 @literally
