@@ -40,6 +40,9 @@ class Collected(NamedTuple):
     calibration: dict[str, dict[str, np.ndarray]]
     """Sum over cases of :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`, by subset and region; empty if any
     case was evaluated before these were counted."""
+    largest: pd.DataFrame
+    """The Dice in ``results`` if only the largest component of the foreground is kept, as another such table; empty if
+    any case was evaluated before this was measured."""
     lacking: dict[tuple[str, str], tuple[str, ...]]
     """Regions that the references lack, by fold and case; cases whose references have all are left out."""
 
@@ -149,6 +152,7 @@ class CaseRecords:
                         for region, (score, there) in entry.get("presence", {}).items()
                     },
                     {region: _dense(counts) for region, counts in entry.get("calibration", {}).items()},
+                    _with_nan(entry.get("largest", {})),
                     tuple(entry.get("lacking", ())),
                 )
                 for subset, entry in content["subsets"].items()
@@ -187,6 +191,7 @@ class CaseRecords:
                 "entropy": score.entropy,
                 **({"presence": score.presence} if score.presence else {}),
                 "calibration": {region: _sparse(counts) for region, counts in score.calibration.items()},
+                "largest": _without_nan(score.largest),
                 "lacking": score.lacking,
             }
             for subset, score in scores.items()
@@ -201,27 +206,31 @@ class CaseRecords:
         ``cases`` are their folds, names and subsets.
         """
         rows: list[tuple] = []
+        of_components: list[tuple] = []
         stated: list[tuple] = []
         near, voxels = 0, 0
         entropies: dict[str, list[float]] = {}
         counts: dict[str, dict[str, np.ndarray]] = {}
         lacking: dict[tuple[str, str], tuple[str, ...]] = {}
-        all_counted = True
+        all_counted = all_components = True
         for fold, case, subsets in cases:
             scores = self.load(fold, case)
             for subset in subsets:
                 score = scores[subset]
                 near, voxels = near + score.near, voxels + score.voxels
                 entropies.setdefault(subset, []).extend([] if score.entropy is None else [score.entropy])
-                rows += [
-                    (model, trainer, fold, case, subset, subset_size(subset), region, metric, value)
-                    for region, values in score.values.items()
-                    for metric, value in values.items()
-                ]
+                of_case = model, trainer, fold, case, subset, subset_size(subset)
+                for table, scored in ((rows, score.values), (of_components, score.largest)):
+                    table += [
+                        (*of_case, region, metric, value)
+                        for region, values in scored.items()
+                        for metric, value in values.items()
+                    ]
                 stated += [(fold, case, subset, region, *of_region) for region, of_region in score.presence.items()]
                 if score.lacking:
                     lacking[fold, case] = score.lacking
                 all_counted &= bool(score.calibration)
+                all_components &= bool(score.largest)
                 of_subset = counts.setdefault(subset, {})
                 for region, of_region in score.calibration.items():
                     of_subset[region] = of_subset.get(region, 0) + of_region
@@ -231,6 +240,7 @@ class CaseRecords:
             entropies,
             pd.DataFrame(stated, columns=list(PRESENCE_COLUMNS)),
             counts if all_counted else {},
+            pd.DataFrame(of_components if all_components else [], columns=list(COLUMNS)),
             lacking,
         )
 

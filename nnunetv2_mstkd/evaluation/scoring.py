@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ from nnunetv2_mstkd.metrics.surface import check_tolerance
 from nnunetv2_mstkd.nnunet.description import foreground_heads, foreground_values
 from nnunetv2_mstkd.nnunet.entropy import case_entropy
 from nnunetv2_mstkd.nnunet.input_folder import file_stamp
-from nnunetv2_mstkd.nnunet.preprocessing import as_preprocessed, segment
+from nnunetv2_mstkd.nnunet.preprocessing import as_preprocessed, keep_largest_component, segment
 
 NEAR = 0.05
 """Logit. Another stack size changes logits by rounding, far less than this; voxels farther away keep their label."""
@@ -253,6 +253,8 @@ class SubsetScore:
     calibration: dict[str, np.ndarray] = field(default_factory=dict, compare=False)
     """region -> counts of logits, see :func:`~nnunetv2_mstkd.metrics.calibration.logit_counts`; empty in older
     records."""
+    largest: dict[str, dict[str, float]] = field(default_factory=dict)
+    """The Dice in ``values`` if only the largest component of the foreground is kept; empty in older records."""
     lacking: tuple[str, ...] = ()
     """Regions of which the reference has no voxel; empty in older records."""
     slices: tuple[np.ndarray, ...] = field(default=(), compare=False)
@@ -310,9 +312,12 @@ def score_prediction(
         for region, head in foreground_heads(dataset_json).items():
             stated[region] = float(presence[head]), region not in lacking
     entropy = case_entropy(logits, counting.has_regions)
+    component = keep_largest_component(segmentation, manager)
+    largest = replace(rules, metrics=(DICE,), min_voxels={}).score(component, reference, properties["spacing"])
     return SubsetScore(
-        values, counting.near, segmentation.size, entropy, stated, counting.calibration, lacking, kept, tuple(maps)
-    )
+        values, counting.near, segmentation.size, entropy, stated, counting.calibration, largest, lacking, kept,
+        tuple(maps),
+    )  # fmt: skip
 
 
 class _CountingLabels:

@@ -16,9 +16,17 @@ from nnunetv2_mstkd.metrics.conventions import postprocessed_regions
 
 SUMMARY = Path(evaluation_files.FOLDER, evaluation_files.SUMMARY)
 
+LARGEST_COMPONENT = "largest_component"
+"""Section of the summary: what keeping only the largest component of the foreground changes."""
+
 
 def read_expected_dice(
-    model_folder: Path, names: Sequence[str], normalization: str = "plans", weights: Mapping[str, str] | None = None
+    model_folder: Path,
+    names: Sequence[str],
+    normalization: str = "plans",
+    weights: Mapping[str, str] | None = None,
+    *,
+    largest_component: bool = False,
 ) -> dict[int, dict[str, float]]:
     """Read the mean Dice per subset and region from the evaluation in a model folder.
 
@@ -30,6 +38,8 @@ def read_expected_dice(
         The model's, see :func:`nnunetv2_mstkd.nnunet.per_channel.normalization`.
     weights
         Of the model, for :func:`check_weights`; None: not checked.
+    largest_component
+        The Dice of the largest component of the foreground alone.
 
     Returns
     -------
@@ -47,7 +57,8 @@ def read_expected_dice(
     expected: dict[int, dict[str, float]] = {}
     with _refused_unless_understood(file):
         content = json.loads(file.read_text(encoding="utf-8"))
-        for text, regions in content["subsets"].items():
+        measured = content.get(LARGEST_COMPONENT) or {"subsets": {}} if largest_component else content
+        for text, regions in measured["subsets"].items():
             code = modalities.subset_code(modalities.parse_subset(text, names))
             values = {region: measures.get("dice") for region, measures in regions.items()}
             known = {region: dice for region, dice in values.items() if dice is not None and math.isfinite(dice)}
@@ -55,6 +66,11 @@ def read_expected_dice(
             expected[code] = {region: float(dice) for region, dice in known.items() if region not in postprocessed}
     check_weights(content, weights, file)
     check_same_input(content, normalization, file, "no Dice to expect")
+    if largest_component and not expected:
+        raise InputError(
+            f"no Dice to expect: the evaluation in {file} did not measure the largest component alone; evaluate again "
+            f"with --restart"
+        )
     return expected
 
 

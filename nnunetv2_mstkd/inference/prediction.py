@@ -88,6 +88,7 @@ def predict_cases(
     progress: bool = False,
     save_uncertainty: bool = False,
     temperatures: Mapping[int, float] | None = None,
+    largest_component: bool = False,
     on_written: Callable[[Case, float | None, dict[str, float] | None], None] = lambda case, entropy, presence: None,
 ) -> None:
     """Predict checked cases and write their segmentations.
@@ -109,6 +110,8 @@ def predict_cases(
         :func:`~nnunetv2_mstkd.nnunet.preprocessing.export_case`.
     temperatures
         By number of modalities; saved probabilities and entropies are those of logits divided by them. None: as is.
+    largest_component
+        Write labels without the foreground outside its largest component.
     on_written
         Called for each case, with its entropy and what :class:`Predicted` says of presence, when its segmentation is in
         the folder.
@@ -139,8 +142,8 @@ def predict_cases(
                     predictor, data, case.availability, student=student, disagreement=save_uncertainty and several
                 )
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
-                temperature = (temperatures or {}).get(sum(case.availability), 1.0)
-                exports.submit((case, presence), export_case, *what, save_uncertainty, temperature, between)
+                how = save_uncertainty, (temperatures or {}).get(sum(case.availability), 1.0)
+                exports.submit((case, presence), export_case, *what, *how, between, largest_component)
                 exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
             exports.collect()
         finally:

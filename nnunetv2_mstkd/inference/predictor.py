@@ -153,6 +153,9 @@ class Predictor:
     calibrate
         Divide logits by the temperature that the evaluation of the model has for the case's number of modalities. It
         changes probabilities and entropies that are returned or saved, not labels.
+    largest_component
+        Keep only the largest component of all foreground, as nnU-Net's postprocessing may do. It changes labels, not
+        probabilities. An evaluation of the model says what it changes.
 
     Attributes
     ----------
@@ -202,8 +205,10 @@ class Predictor:
         on_device: bool = True,
         verbose: bool = False,
         calibrate: bool = False,
+        largest_component: bool = False,
     ) -> None:
         self.folder, self.checkpoint, self.student = Path(model_folder), checkpoint, student
+        self.largest_component = largest_component
         if not self.folder.is_dir():
             raise MissingFileError(f"no model folder {self.folder}")
         if folds is None:
@@ -238,11 +243,13 @@ class Predictor:
         self.expected_dice: dict[int, dict[str, float]] = {}
         self.ranges: dict[int, dict[str, Range]] = {}
         try:
-            self.expected_dice = read_expected_dice(self.folder, self.modalities, own, self.weights)
+            self.expected_dice = read_expected_dice(
+                self.folder, self.modalities, own, self.weights, largest_component=largest_component
+            )
             if self.expected_dice:
                 networks = len(self.folds) if student is None else None
                 self.ranges = read_ranges(self.folder, self.modalities, networks, options)
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # nothing but --calibrate needs the evaluation
             print(f"warning: {error}", file=sys.stderr)
         self._checker = Checker(
             self.modalities,
@@ -304,6 +311,8 @@ class Predictor:
             free_memory(model.device)
         what = logits, properties, plans, configuration, model.label_manager
         segmentation = preprocessing.segment(*what)
+        if self.largest_component:
+            segmentation = preprocessing.keep_largest_component(segmentation, model.label_manager)
         temperature = self.temperatures.get(sum(case.availability), 1.0)
         return Prediction(
             segmentation=as_written(segmentation, properties, reader),
@@ -493,6 +502,7 @@ class Predictor:
                     save_probabilities=save_probabilities,
                     save_uncertainty=save_uncertainty,
                     temperatures=self.temperatures,
+                    largest_component=self.largest_component,
                     preprocessing_processes=preprocessing_processes,
                     export_processes=export_processes,
                     progress=progress,
@@ -541,5 +551,6 @@ class Predictor:
             "weights": {fold: weights[: checkpoints.SHORT] for fold, weights in self.weights.items()},
             "calibrated": bool(self.temperatures),
             "temperatures": {str(size): value for size, value in self.temperatures.items()},
+            "largest_component": self.largest_component,
             "dropped": [self.modalities[channel] for channel in dropped_channels(drop, self.modalities)],
         }

@@ -77,7 +77,7 @@ class Record:
     def _of_other_run(self, before: Mapping[str, Any]) -> dict[str, Any]:
         """What a record says otherwise than this run; what those of earlier versions do not say is taken as equal."""
         unknown = {key: self.run.get(key) for key in ("weights", "temperatures")}
-        before = {**unknown, "calibrated": False, **before}
+        before = {**unknown, "calibrated": False, "largest_component": False, **before}
         return {key: before.get(key) for key, value in self.run.items() if before.get(key) != value}
 
     def remove_stale(self) -> None:

@@ -15,7 +15,7 @@ from nnunetv2_mstkd.evaluation.run import Measured
 from nnunetv2_mstkd.evaluation.scoring import NEAR, Rules
 from nnunetv2_mstkd.images.atomic import write_json, write_text
 from nnunetv2_mstkd.inference.evaluation_files import CASES, PRESENCE, REPORT, RESULTS, SUMMARY, TABLES
-from nnunetv2_mstkd.inference.expected_dice import ENTROPY, TEMPERATURE
+from nnunetv2_mstkd.inference.expected_dice import ENTROPY, LARGEST_COMPONENT, TEMPERATURE
 from nnunetv2_mstkd.metrics.conventions import DICE, empty_rules_text, metric_named
 from nnunetv2_mstkd.reporting import figures
 from nnunetv2_mstkd.reporting.page import Pictures, case_page, html_report
@@ -23,15 +23,23 @@ from nnunetv2_mstkd.reporting.pictures import fractions, label_colors, region_co
 from nnunetv2_mstkd.reporting.tables import MARKDOWN, TEXT, finding_tables, frame_table, subset_table
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW
 from nnunetv2_mstkd.statistics.calibration import Calibration
+from nnunetv2_mstkd.statistics.components import LargestComponent
 from nnunetv2_mstkd.statistics.findings import Findings
 from nnunetv2_mstkd.statistics.shapley import MODALITY
 
 
 class Evaluation(Findings):
-    """The findings of an evaluation, the output ``folder``, and the ``text`` that ``mstkd evaluate`` prints."""
+    """The findings of an evaluation, the output ``folder``, and the ``text`` that ``mstkd evaluate`` prints.
+
+    ``largest_component`` says what keeping only the largest component changes; None for records of earlier versions.
+    """
 
     def __init__(self, measured: Measured, folder: Path) -> None:
         super().__init__(measured.found.results, measured.empty_dice, measured.settings["channels"])
+        largest = measured.found.largest
+        self.largest_component = LargestComponent(self.results, largest) if len(largest) else None
+        if self.largest_component is not None and self.largest_component.sentence is not None:
+            self.notes.append(self.largest_component.sentence)
         self.folder = folder
         self.text = _text(self, measured.rules, measured.near)
 
@@ -104,7 +112,7 @@ def _write_figures(findings: Findings, rules: Rules, output: Path) -> dict[str, 
 # ---- summary.json --------------------------------------------------------------------------------------------------
 
 
-def _summary(findings: Findings, measured: Measured, calibration: Calibration | None) -> dict[str, Any]:
+def _summary(findings: Evaluation, measured: Measured, calibration: Calibration | None) -> dict[str, Any]:
     rules = measured.rules
     subsets: dict[str, dict[str, dict[str, float | None]]] = {
         subset: {region: {} for region in rules.scored} for subset in findings.subsets
@@ -126,6 +134,7 @@ def _summary(findings: Findings, measured: Measured, calibration: Calibration | 
         "subsets": subsets,
         "ranges": _ranges(findings, measured.found.entropies),
         "calibration": None if calibration is None else _calibration(calibration),
+        LARGEST_COMPONENT: None if findings.largest_component is None else _largest(findings.largest_component),
         "mean_over_subsets": {row[REGION]: _interval(row) for row in overall},
         "worst_subset": {row[REGION]: {"subset": row["worst_subset"], DICE: _number(row["worst"])} for row in overall},
         "by_number_of_modalities": _nested(findings.by_count, MODALITIES),
@@ -164,6 +173,19 @@ def _calibration(found: Calibration) -> dict[str, Any]:
         for key, calibrated in (("expected_calibration_error", False), ("with_temperature", True))
     }
     return {**errors, TEMPERATURE: {str(size): value for size, value in found.temperatures.items()}}
+
+
+def _largest(found: LargestComponent) -> dict[str, Any]:
+    return {
+        "subsets": {
+            subset: {region: {DICE: _number(value)} for region, value in regions.items()}
+            for subset, regions in found.by_subset.items()
+        },
+        "difference": {DICE: _number(found.difference), LOW: _number(found.low), HIGH: _number(found.high)},
+        "cases": found.cases,
+        "better": found.better,
+        "worse": found.worse,
+    }
 
 
 def _nested(table: pd.DataFrame, column: str) -> dict[str, dict[str, dict[str, float | None]]]:

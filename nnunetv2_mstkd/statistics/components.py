@@ -1,0 +1,59 @@
+"""What an evaluation's Dice becomes if only the largest component of the foreground is kept."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+
+from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SUBSET, VALUE, patients_of
+from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Bootstrap
+from nnunetv2_mstkd.statistics.significance import DIFFERENCE, compare, paired_differences
+
+
+class LargestComponent:
+    """The change of a model's Dice, as a fraction, if only the largest component of the foreground is kept.
+
+    Parameters
+    ----------
+    results
+        The long table of the model; see :data:`~nnunetv2_mstkd.evaluation.results.COLUMNS`.
+    largest
+        The Dice of the same cases with the largest component alone, as such a table.
+
+    Attributes
+    ----------
+    by_subset
+        Subset -> region -> mean Dice of the largest component; NaN if no case has a value.
+    difference, low, high
+        The mean of each case over its subsets and the regions, compared with that of ``results``; the limits of the
+        95 % interval over patients are NaN if there is one patient.
+    cases, better, worse
+        How many cases have a value, and of how many it rises and falls.
+    """
+
+    def __init__(self, results: pd.DataFrame, largest: pd.DataFrame) -> None:
+        plain = results[results[REGION].isin(largest[REGION].unique())]
+        both = pd.concat([plain.assign(**{MODEL: "all"}), largest.assign(**{MODEL: "largest"})], ignore_index=True)
+        models = ["largest", "all"]
+        average = compare(both, models=models, bootstrap=Bootstrap(patients_of(results))).iloc[-1]
+        self.difference, self.low, self.high = (float(average[name]) for name in (DIFFERENCE, LOW, HIGH))
+        of_cases = paired_differences(both, models=models)
+        changes = of_cases[of_cases[REGION] == average[REGION]][DIFFERENCE].dropna().round(9)
+        self.cases, self.better, self.worse = len(changes), int((changes > 0).sum()), int((changes < 0).sum())
+        means = largest.groupby([SUBSET, REGION], sort=False)[VALUE].mean()
+        self.by_subset: dict[str, dict[str, float]] = {}
+        for (subset, region), value in means.items():
+            self.by_subset.setdefault(subset, {})[region] = float(value)
+
+    @property
+    def sentence(self) -> str | None:
+        """The change in words; None if there is none."""
+        if not self.better + self.worse:
+            return None
+        interval = "" if math.isnan(self.low) else f" [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        return (
+            f"keeping only the largest component of the foreground (mstkd predict --largest-component) changes the "
+            f"mean Dice by {100 * self.difference:+.1f} points{interval}: better in {self.better} of {self.cases} "
+            f"cases, worse in {self.worse}"
+        )
