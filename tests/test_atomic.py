@@ -83,6 +83,30 @@ def test_after_an_error_there_is_no_folder(tmp_path: Path):
     assert os.listdir(tmp_path) == []
 
 
+def test_an_empty_folder_is_filled_and_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It may be a mount point, a link to a folder elsewhere, or the working directory."""
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "folder")
+    before = (tmp_path / "folder").stat().st_ino
+    monkeypatch.chdir(tmp_path / "folder")
+    for target in (Path("."), tmp_path / "link"):
+        (tmp_path / "folder" / ".unfinished.part").mkdir()  # of a killed process
+        with atomic_folder(target) as scratch:
+            (scratch / "a").touch()
+            assert not (tmp_path / "folder" / "a").exists()
+        assert os.listdir(tmp_path / "folder") == ["a"]
+        (tmp_path / "folder" / "a").unlink()
+    assert (tmp_path / "folder").stat().st_ino == before and (tmp_path / "link").is_symlink()
+
+
+def test_processes_of_equal_number_do_not_share_a_scratch_file(tmp_path: Path):
+    """As the first processes of two containers."""
+    with atomic_write(tmp_path / "a") as one, atomic_write(tmp_path / "a") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "a").read_text() == "one" and os.listdir(tmp_path) == ["a"]
+
+
 def test_a_scratch_folder_begins_empty_and_is_removed(tmp_path: Path):
     leftover = tmp_path / ".case.part"
     leftover.mkdir()

@@ -160,6 +160,15 @@ def test_expected_dice(folders, model):
     assert predictor.predict(images_of(folders, "one")).expected_dice is None
 
 
+def test_an_evaluation_that_cannot_be_read_does_not_stop_prediction(folders, model, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "summary.json")
+
+    monkeypatch.setattr("nnunetv2_mstkd.inference.predictor.read_expected_dice", refuse)
+    assert Predictor(model, [0], device="cpu").expected_dice == {}
+    assert "warning: [Errno 13] Permission denied" in capsys.readouterr().err
+
+
 def nan_image() -> np.ndarray:
     array = noise(1)
     array[5, 5, 5] = np.nan

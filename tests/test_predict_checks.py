@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import os
+import shutil
+import sys
 from pathlib import Path
 
 import nibabel
@@ -11,7 +14,9 @@ from nnunetv2.imageio.nibabel_reader_writer import NibabelIO
 from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from predict_inputs import SHAPE, noise, write, write_case
 
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.images.completeness import check_complete
+from nnunetv2_mstkd.images.geometry import read_image
 from nnunetv2_mstkd.inference import checks
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.selection import select
@@ -54,6 +59,17 @@ def test_an_image_that_cannot_fit_into_memory_when_resampled_is_named(folder, mo
         assert texts(folder, unknown) == []
     monkeypatch.setattr(checks, "memory", lambda: None)
     assert texts(folder, Checker(NAMES, SimpleITKIO, target=(1.0, 1.0, 1.0))) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_a_name_that_is_not_utf8_is_a_problem_of_its_case(folder):
+    """SimpleITK ends the process: the name is Latin-1, as on old network shares."""
+    write_case(folder, "good", [0])
+    shutil.copy(folder / "good_0000.nii.gz", os.fsencode(folder) + b"/M\xfcller_0000.nii.gz")
+    (problem,) = texts(folder)
+    assert r"M\xfcller_0000.nii.gz' is not UTF-8; rename it" in problem
+    with pytest.raises(InputError, match="is not UTF-8"):
+        read_image(Path(os.fsdecode(os.fsencode(folder) + b"/M\xfcller_0000.nii.gz")))
 
 
 def test_the_memory_of_this_machine_is_known():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,15 +34,16 @@ def read_json(file: Path, missing: str = "") -> dict[str, Any]:
 def atomic_write(target: Path) -> Iterator[Path]:
     """Yield a path to write to, which replaces ``target`` when the block ends; after an error it is removed.
 
-    It is in the same folder, because a file cannot be renamed into another file system, and its name contains the
-    number of the process, which keeps two writers apart. A file of ``tempfile`` would be readable by its owner only.
+    It is in the same folder, because a file cannot be renamed into another file system. Its name is drawn at random,
+    which keeps two writers apart: the processes of two containers may have the same number. A file of ``tempfile``
+    would be readable by its owner only.
 
     Raises
     ------
     WriteError
         If the block or the replacement meets an error of the file system, such as a full disk.
     """
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
+    scratch = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")
     try:
         yield scratch
         os.replace(scratch, target)
@@ -76,7 +78,7 @@ def write_json(file: Path, content: Any, *, indent: int | None = 2) -> None:
 def locked(file: Path, busy: str | None = None) -> Iterator[None]:
     """Let one process at a time work on a file, which has a hidden one beside it meanwhile.
 
-    The lock of a process that was killed is free again. A file system that has no locks is used without one.
+    The lock of a process that was killed is free again. If the file system refuses locks, there is none.
 
     Parameters
     ----------
@@ -115,14 +117,22 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to write to, which becomes ``target``, a new or empty folder; after an error it is removed."""
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+    """Yield a folder to write to, which becomes ``target``, a new or empty folder; after an error it is removed.
+
+    An empty folder may be a mount point, which cannot be replaced: the files are moved into it.
+    """
+    target = target.resolve()
+    inside = target / "unfinished"
+    leftover = f".{inside.name}.part"  # of a killed process
+    if target.exists() and (not target.is_dir() or any(each.name != leftover for each in target.iterdir())):
         raise ExistingFileError(f"{target} is not empty; choose a new folder")
-    with scratch_folder(target) as scratch:
+    with scratch_folder(inside if target.exists() else target) as scratch:
         yield scratch
         if target.exists():
-            target.rmdir()
-        scratch.rename(target)
+            for file in sorted(scratch.iterdir()):
+                file.rename(target / file.name)
+        else:
+            scratch.rename(target)
 
 
 def replace_folder(target: Path, new: Path) -> None:

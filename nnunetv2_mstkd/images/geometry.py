@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -114,10 +115,18 @@ def read_nifti_voxels(path: Path) -> np.ndarray:
     return np.asarray(image.dataobj).transpose()
 
 
+def _name_for_itk(path: Path) -> str:
+    """The name of a file; InputError if it is not UTF-8, with which SimpleITK ends the process."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"cannot be read: its name {os.fsencode(path)!r} is not UTF-8; rename it") from error
+
+
 def image_reader(path: Path) -> sitk.ImageFileReader:
     """Return a reader that has read the header of an image file; InputError if SimpleITK cannot read it."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
+    reader.SetFileName(_name_for_itk(path))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
@@ -150,7 +159,7 @@ def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -
 def read_image(path: Path) -> sitk.Image:
     """Read an image file; InputError if SimpleITK cannot read it."""
     try:
-        return sitk.ReadImage(str(path))
+        return sitk.ReadImage(_name_for_itk(path))
     except RuntimeError as error:
         raise InputError(f"cannot be read: {last_line(error)}") from error
 
