@@ -93,6 +93,12 @@ def test_the_change_is_the_mean_over_subsets_and_regions():
     assert found.by_subset["A"] == pytest.approx({"x": 1.7 / 3, "y": 0.2})
     assert "+5.0 points [" in found.sentence and "better in 1 of 3 cases, worse in 1" in found.sentence
     assert LargestComponent(before, before).sentence is None
+    # a case that two folds predicted counts once
+    again = after[after["case"] == "case0"].assign(fold="1")
+    twice = LargestComponent(
+        pd.concat([before, before[before["case"] == "case0"].assign(fold="1")]), pd.concat([after, again])
+    )
+    assert twice.by_subset["A"] == pytest.approx(found.by_subset["A"])
     # a region that counts as not found where it is small is no region more
     small = before[before["region"] == "x"].assign(region="x (min 9)", value=0.0)
     assert LargestComponent(pd.concat([before, small]), after).difference == pytest.approx(found.difference)

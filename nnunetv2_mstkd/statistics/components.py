@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import MODEL, REGION, SUBSET, VALUE, patients_of
+from nnunetv2_mstkd.evaluation.results import CASE, MODEL, REGION, SUBSET, VALUE, patients_of
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Bootstrap
 from nnunetv2_mstkd.statistics.significance import DIFFERENCE, compare, paired_differences
 
@@ -24,7 +24,7 @@ class LargestComponent:
     Attributes
     ----------
     by_subset
-        Subset -> region -> mean Dice of the largest component; NaN if no case has a value.
+        Subset -> region -> mean Dice of the largest component over the cases; NaN if none has a value.
     difference, low, high
         The mean of each case over its subsets and the regions, compared with that of ``results``; the limits of the
         95 % interval over patients are NaN if there is one patient.
@@ -41,9 +41,9 @@ class LargestComponent:
         of_cases = paired_differences(both, models=models)
         changes = of_cases[of_cases[REGION] == average[REGION]][DIFFERENCE].dropna().round(9)
         self.cases, self.better, self.worse = len(changes), int((changes > 0).sum()), int((changes < 0).sum())
-        means = largest.groupby([SUBSET, REGION], sort=False)[VALUE].mean()
+        each = largest.groupby([SUBSET, REGION, CASE], sort=False)[VALUE].mean()  # of the folds that predicted it
         self.by_subset: dict[str, dict[str, float]] = {}
-        for (subset, region), value in means.items():
+        for (subset, region), value in each.groupby([SUBSET, REGION], sort=False).mean().items():
             self.by_subset.setdefault(subset, {})[region] = float(value)
 
     @property
