@@ -7,13 +7,18 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import CONFIGURATION, PHANTOM
 
 from nnunetv2_mstkd import testing
+from nnunetv2_mstkd.methods import registry
 from nnunetv2_mstkd.methods.registry import trainers
+from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
+from nnunetv2_mstkd.training.settings import Section, Settings, TeacherSettings, read_assignment
 
 PAGE = Path(__file__).parents[1] / "documentation" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -176,3 +181,35 @@ def test_bad_registrations_are_left_out(site, tmp_path, monkeypatch, code, probl
         for name in ("matching", "matching.trainer"):
             sys.modules.pop(name, None)
     assert "MatchingTrainer" not in found and "MSTKDTrainer" in found
+
+
+def section(name: str, **keys: object) -> type[Section]:
+    """A section called ``name`` with these keys, whose values are their defaults."""
+    content = {"NAME": name, "__annotations__": {key: type(value) for key, value in keys.items()}, **keys}
+    return dataclass(frozen=True, kw_only=True)(type(f"{name.title()}Section", (Section,), content))
+
+
+def register(monkeypatch: pytest.MonkeyPatch, *added: type) -> None:
+    """Let these classes be what other packages register."""
+    entries = [
+        SimpleNamespace(name=cls.__name__, value=f"package:{cls.__name__}", load=lambda cls=cls: cls) for cls in added
+    ]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
+
+
+def test_a_section_name_in_use_is_refused(monkeypatch):
+    first, second, taken = section("rivals", a=1), section("rivals", b=2), section("teacher", a=1)
+    classes = [
+        type(name, (ModalityDropoutTrainer,), {"sections": (*ModalityDropoutTrainer.sections, own)})
+        for name, own in (("FirstTrainer", first), ("SecondTrainer", second), ("TakenTrainer", taken))
+    ]
+    register(monkeypatch, *classes)
+    with pytest.warns(UserWarning, match=r"is called 'rivals', like|is called 'teacher', like") as told:
+        found = trainers()
+    assert len(told) == 2 and "FirstTrainer" in found and not {"SecondTrainer", "TakenTrainer"} & found.keys()
+    assert read_assignment("teacher.warm_start=false") == ("teacher", "warm_start", False)
+
+
+def test_a_trainer_with_two_sections_of_one_name_is_refused():
+    with pytest.raises(ValueError, match="both called 'teacher'"):
+        Settings.read(None, (TeacherSettings, section("teacher", a=1)))

@@ -10,6 +10,7 @@ from typing import Any
 from nnunetv2_mstkd import methods
 from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
+from nnunetv2_mstkd.training.settings import known_sections
 
 GROUP = "nnunetv2_mstkd.trainers"
 """Entry-point group in which another package names its trainers: ``MyTrainer = "my_package.trainer:MyTrainer"``."""
@@ -18,8 +19,8 @@ GROUP = "nnunetv2_mstkd.trainers"
 def trainers() -> dict[str, type[SettingsTrainer]]:
     """Return the trainers by name, this package's first. Their sections of the settings are known from then on.
 
-    A registered trainer that cannot be imported, is no :class:`SettingsTrainer`, or takes a name that is in use is left
-    out with a warning: it must not stop the others.
+    A registered trainer that cannot be imported, is no :class:`SettingsTrainer`, or takes a name that is in use, for
+    itself or for a section, is left out with a warning: it must not stop the others.
     """
     found: dict[str, type[SettingsTrainer]] = {name: getattr(methods, name) for name in methods.__all__}
     for entry in entry_points(group=GROUP):
@@ -56,4 +57,12 @@ def _problem(name: str, trainer: Any, found: dict[str, type[SettingsTrainer]]) -
         return f"its class is called {trainer.__name__}, and nnU-Net finds trainers by the name of their class"
     if found.get(name, trainer) is not trainer:
         return "another trainer has this name"
+    known = known_sections()
+    for section in trainer.all_sections():
+        owner = known[section.NAME]
+        if owner is not section:
+            return (
+                f"its section {section.__qualname__} is called {section.NAME!r}, like {owner.__module__}."
+                f"{owner.__qualname__}; give it another NAME"
+            )
     return None

@@ -173,15 +173,22 @@ def field_types(section: type) -> dict[str, Any]:
 
 
 def known_sections() -> dict[str, type[Section]]:
-    """Every section class that has been imported, by name: those of all methods, once the trainers are."""
-    found: dict[str, type[Section]] = {}
+    """Every section class that has been imported, by name: those of all methods, once the trainers are.
+
+    The first class with a name keeps it, and this package's come first.
+    """
+    found: list[type[Section]] = []
     pending = list(Section.__subclasses__())
     while pending:
         section = pending.pop(0)
         pending += section.__subclasses__()
         if "NAME" in vars(section):
-            found[section.NAME] = section
-    return found
+            found.append(section)
+    found.sort(key=lambda section: not section.__module__.startswith("nnunetv2_mstkd."))
+    known: dict[str, type[Section]] = {}
+    for section in found:
+        known.setdefault(section.NAME, section)
+    return known
 
 
 def _known(where: str, content: Mapping, allowed: Iterable[str]) -> Mapping:
@@ -411,6 +418,13 @@ class Settings:
 
     def __init__(self, sections: Iterable[Section], others: Mapping[str, Any] | None = None) -> None:
         self._sections: dict[type[Section], Section] = {type(section): section for section in sections}
+        owners: dict[str, type[Section]] = {}
+        for section in self._sections:
+            if owners.setdefault(section.NAME, section) is not section:
+                raise ValueError(
+                    f"the sections {owners[section.NAME].__qualname__} and {section.__qualname__} are both called "
+                    f"{section.NAME!r}; give one another NAME"
+                )
         self._others = dict(others or {})
 
     @classmethod
