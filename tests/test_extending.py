@@ -17,6 +17,7 @@ from conftest import CONFIGURATION, PHANTOM
 from nnunetv2_mstkd import testing
 from nnunetv2_mstkd.methods import registry
 from nnunetv2_mstkd.methods.registry import trainers
+from nnunetv2_mstkd.nnunet.trainers import find_trainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.settings import Section, Settings, TeacherSettings, read_assignment
 
@@ -213,3 +214,13 @@ def test_a_section_name_in_use_is_refused(monkeypatch):
 def test_a_trainer_with_two_sections_of_one_name_is_refused():
     with pytest.raises(ValueError, match="both called 'teacher'"):
         Settings.read(None, (TeacherSettings, section("teacher", a=1)))
+
+
+def test_example_in_a_folder_of_nnunet(tmp_path, monkeypatch):
+    """nnU-Net forgets the module of a trainer that it has found in ``nnUNet_extTrainer``."""
+    (tmp_path / "matching_trainer.py").write_text(FILES["matching/trainer.py"])
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))
+    trainer = find_trainer("MatchingTrainer")
+    assert trainer.__module__ not in sys.modules
+    settings = Settings.read({"matching": {"weight": 3}}, trainer.all_sections())
+    assert settings.to_block()["matching"] == {"weight": 3.0}

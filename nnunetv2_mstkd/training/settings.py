@@ -9,8 +9,10 @@ configure``.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -120,6 +122,13 @@ class Section:
     PRESETS: ClassVar[Mapping[str, Mapping[str, Mapping[str, Any]]]] = types.MappingProxyType({})
     """What each value of the key ``recipe``, of a section that has it, sets in this and other sections."""
 
+    _namespace: ClassVar[dict[str, Any] | None] = None
+    """Names of the class's module, in which its annotations are read: nnU-Net forgets modules of nnUNet_extTrainer."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        cls._namespace = vars(sys.modules[cls.__module__])
+
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
             object.__setattr__(self, name, _typed(f"{self.NAME}.{name}", getattr(self, name), hint))
@@ -168,7 +177,9 @@ class Section:
 
 def field_types(section: type) -> dict[str, Any]:
     """Type of each key of a section, in their order."""
-    hints = typing.get_type_hints(section, include_extras=True)
+    hints: dict[str, Any] = {}
+    for base in reversed(section.__mro__):
+        hints |= inspect.get_annotations(base, globals=vars(base).get("_namespace"), eval_str=True)
     return {each.name: hints[each.name] for each in dataclasses.fields(section)}
 
 
