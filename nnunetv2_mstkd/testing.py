@@ -403,6 +403,26 @@ def check_full_subset(cls: type, folder: Path, **options: Any) -> None:
     assert same(*found)
 
 
+def check_gradients(cls: type, folder: Path, **options: Any) -> None:
+    """Every term moves the student: in one of several batches at least, its gradient is not zero.
+
+    A training cannot refuse a term without a gradient, because some have nothing to compare in some batches.
+    """
+    _requires(cls, ModalityDropoutTrainer)
+    with nnunet_folders(folder):
+        trainer = _make(cls, **options)
+        parameters = [each for each in trainer.network.parameters() if each.requires_grad]
+        idle = {term.name for term in trainer.terms}
+        for seed in range(4):
+            content = batch(trainer, seed=seed)
+            values = trainer.compute_losses(content["data"], content["target"]).terms
+            for name in [name for name in idle if values[name].requires_grad]:
+                found = torch.autograd.grad(values[name], parameters, retain_graph=True, allow_unused=True)
+                if any(each is not None and each.any() for each in found):
+                    idle.remove(name)
+        assert not idle, f"no gradient of these terms reaches the student: {', '.join(sorted(idle))}"
+
+
 def check_frozen_teacher(cls: type, folder: Path, **options: Any) -> None:
     """Training steps move the student and not the teacher, which is no part of the student's weights."""
     _requires(cls, DistillationTrainer)
@@ -472,7 +492,7 @@ def check_incomplete_cases(cls: type, folder: Path, **options: Any) -> None:
 
 
 CHECKS: tuple[Callable[..., None], ...] = (
-    check_no_leak, check_incomplete_cases, check_permutation, check_full_subset, check_frozen_teacher,
+    check_no_leak, check_incomplete_cases, check_permutation, check_full_subset, check_gradients, check_frozen_teacher,
     check_extreme_values, check_seed,
 )  # fmt: skip
 """All checks. Those that do not apply to a trainer, because it has no teacher or does not derive from
