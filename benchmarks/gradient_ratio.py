@@ -106,6 +106,7 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, A
     from nnunetv2.run.run_training import get_trainer_from_args
 
     from nnunetv2_mstkd.nnunet.registration import register
+    from nnunetv2_mstkd.training.step import active_terms
 
     register()
     device = torch.device(args.device)
@@ -133,7 +134,8 @@ def measure(args: argparse.Namespace) -> tuple[Path, dict[str, Any], dict[str, A
         trainer.finish_loaders()
         for form, settings in every.items():
             trainer.settings, own = settings, trainer.settings
-            trainer.terms = (*trainer.make_terms(), *trainer.common_terms()) if len(every) > 1 else trainer.terms
+            if len(every) > 1:
+                trainer.terms = active_terms(*trainer.make_terms(), *trainer.common_terms())
             full = full_weights(trainer)
             trainer.network.train()
             trainer._subset_generator = torch.Generator().manual_seed(SEED)  # the same subsets each time

@@ -133,6 +133,7 @@ def passed(environment, tmp_path_factory) -> list[str]:
 
 TEST_BOTH = """
 import pytest
+import torch
 from matching.trainer import MatchingTrainer
 from nnunetv2_mstkd import testing
 

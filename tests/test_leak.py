@@ -15,7 +15,7 @@ from nnunetv2_mstkd.methods import AdaMMTrainer, ModalityDropoutTrainer, MSTKDTr
 from nnunetv2_mstkd.testing import assert_no_leak, check_no_leak
 from nnunetv2_mstkd.training.modality_dropout import Segmentation
 from nnunetv2_mstkd.training.settings import Section, Weight
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.step import Term
 
 CHANNELS = 4
 STUDENTS = [
@@ -139,7 +139,7 @@ class DeclaredLeak(ModalityDropoutTrainer):
 
     def make_terms(self):
         size = Term("size", self.settings[PenaltySettings].weight, PenaltyTrainer.make_terms(self)[0].function, False)
-        return active_terms(size)
+        return (size,)
 
     def forward_student(self, inputs, complete):
         return Segmentation(self.network(complete))

@@ -29,7 +29,7 @@ from nnunetv2_mstkd.training.settings import (
     TeacherSettings,
     UnlabelledSettings,
 )
-from nnunetv2_mstkd.training.step import Losses, Target, Term, add_terms, rows_of
+from nnunetv2_mstkd.training.step import LOGGED, Losses, Target, Term, active_terms, add_terms, rows_of
 
 
 class Segmentation(NamedTuple):
@@ -68,6 +68,8 @@ class ModalityDropoutTrainer(SettingsTrainer):
     reads_complete: ClassVar[tuple[str, ...]] = ()
     """Weights, such as ``medmap.weight``, of terms that are meant to read the complete batch. The leak test sets them
     to 0; those of all bases count."""
+    reserved_names: ClassVar[tuple[str, ...]] = LOGGED
+    """Names that no term may have, because the trainer logs other losses under them."""
     teacher: Any = None
     """A network that sees complete input, or None."""
     teacher_learns: bool = False
@@ -96,7 +98,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         self.sampler = self.settings[SamplerSettings].build(names)
         self._subset_generator = torch.Generator()
         self._subset_generator.seed()
-        self.terms = (*self.make_terms(), *self.common_terms())
+        self.terms = active_terms(*self.make_terms(), *self.common_terms(), reserved=self.reserved_names)
 
     @property
     def has_teacher_terms(self) -> bool:
@@ -104,7 +106,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
         return any(term.needs_teacher for term in self.terms)
 
     def make_terms(self) -> tuple[Term, ...]:
-        """Return the method's terms beside the segmentation loss; here none."""
+        """Return the method's terms beside the segmentation loss; here none. Those of weight 0 are left out later."""
         return ()
 
     def common_terms(self) -> tuple[Term, ...]:
@@ -177,7 +179,7 @@ class ModalityDropoutTrainer(SettingsTrainer):
                 known = [rows_of(each, judged) for each in (student, teacher, label)]
                 known[2] = known[2]._replace(weight=self.voxel_weight(*known))
                 for term in (term for term in self.terms if term.needs_teacher):
-                    values[term.name] = share * term.function(*known)
+                    values[term.name] = share * term.value(*known)
                     factor = self.teacher_period * (term.factor or self.teacher_factor)()
                     total = total + term.weight * factor * values[term.name]
             total = add_terms(total, values, (term for term in self.terms if not term.needs_teacher), student, label)

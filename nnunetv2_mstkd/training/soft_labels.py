@@ -13,7 +13,7 @@ from nnunetv2_mstkd.losses.advantage import teacher_advantage
 from nnunetv2_mstkd.losses.soft_labels import soft_label_divergence
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.settings import DistillationSettings, Settings
-from nnunetv2_mstkd.training.step import Target, Term, active_terms
+from nnunetv2_mstkd.training.step import Target, Term
 
 SOFT_LABELS = "soft_labels"
 """Name of the term that every distilling method can have."""
@@ -51,7 +51,7 @@ class SoftLabelTrainer(ModalityDropoutTrainer):
 
     def common_terms(self) -> tuple[Term, ...]:
         weight = self.settings[DistillationSettings].soft_labels or 0.0
-        return active_terms(Term(SOFT_LABELS, weight, partial(self.compare_logits, soft_label_divergence)))
+        return (Term(SOFT_LABELS, weight, partial(self.compare_logits, soft_label_divergence)),)
 
     def compare_logits(
         self, loss: Callable[..., torch.Tensor], student: Any, teacher: Any, target: Target, **options: Any

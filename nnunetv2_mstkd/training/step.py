@@ -24,6 +24,10 @@ ANEW = "lower schedule.initial_lr and train anew: a continued training keeps the
 """What to do where no case is to blame."""
 
 
+LOGGED = ("total", "segmentation", "teacher", "unlabelled")
+"""What the losses of a step are called that are no terms."""
+
+
 class Target(NamedTuple):
     """The label at full resolution, as terms per voxel read it."""
 
@@ -53,9 +57,9 @@ class Term:
     """A weighted loss term beside the segmentation loss."""
 
     name: str
-    """For the log."""
+    """For the log; unique in a trainer."""
     weight: float
-    """Factor of the term in the total."""
+    """Factor of the term in the total; a term of weight 0 is neither computed nor logged."""
     function: Callable[[Any, Any, Any], torch.Tensor]
     """``function(student, teacher, target) -> scalar``, with what the two networks returned (logits at full
     resolution) and a :class:`Target`."""
@@ -66,9 +70,34 @@ class Term:
     """Factor of the weight at this iteration, of a term that needs the teacher; None: the trainer's
     ``teacher_factor``."""
 
+    def value(self, student: Any, teacher: Any, target: Target) -> torch.Tensor:
+        """Return what ``function`` returns; TypeError names the term if that is no scalar tensor."""
+        found = self.function(student, teacher, target)
+        if not isinstance(found, torch.Tensor) or found.ndim:
+            shape = f" of shape {tuple(found.shape)}" if isinstance(found, torch.Tensor) else ""
+            what = type(found).__name__ + shape
+            raise TypeError(f"the term {self.name!r} returned {what}, expected a scalar tensor; reduce it with .mean()")
+        return found
 
-def active_terms(*terms: Term) -> tuple[Term, ...]:
-    """Return the terms of weight above 0; the others are neither computed nor logged."""
+
+def active_terms(*terms: Term, reserved: Sequence[str] = LOGGED) -> tuple[Term, ...]:
+    """Return the terms of weight above 0; the others are neither computed nor logged.
+
+    Raises
+    ------
+    ValueError
+        If a weight is negative, two terms have one name, or a term has a name of ``reserved``, which the log would mix
+        up.
+    """
+    names = [term.name for term in terms]
+    for term in terms:
+        if not term.weight >= 0:
+            raise ValueError(f"the term {term.name!r} has the weight {term.weight}, expected 0 or more")
+        if term.name in reserved or names.count(term.name) > 1:
+            raise ValueError(
+                f"the name of the term {term.name!r} is in use: terms need names of their own, other than "
+                f"{', '.join(reserved)}"
+            )
     return tuple(term for term in terms if term.weight > 0)
 
 
@@ -77,7 +106,7 @@ def add_terms(
 ) -> torch.Tensor:
     """Return a total with weighted terms that need no teacher, whose values are noted by name in ``values``."""
     for term in terms:
-        values[term.name] = term.function(output, None, target)
+        values[term.name] = term.value(output, None, target)
         total = total + term.weight * values[term.name]
     return total
 

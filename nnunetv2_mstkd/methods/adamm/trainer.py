@@ -107,7 +107,7 @@ class AdaMMTrainer(DistillationTrainer):
         ]
         if section.presence:
             terms += presence_terms(self, section.presence_weight, section.reliability)
-        return active_terms(*terms)
+        return tuple(terms)
 
     def forward_options(self) -> dict[str, Any]:
         return {"return_features": True, "return_style": bool(self.active("style", "adversarial"))}

@@ -26,7 +26,7 @@ from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer, with_logits
 from nnunetv2_mstkd.training.settings import Settings, TeacherSettings
 from nnunetv2_mstkd.training.soft_labels import SOFT_LABELS_ALONE
-from nnunetv2_mstkd.training.step import Losses, Term, active_terms
+from nnunetv2_mstkd.training.step import Losses, Term
 
 _ALIGNMENT = "alignment"
 
@@ -70,7 +70,7 @@ class AlignmentMixin(ModalityDropoutTrainer):
     def make_terms(self) -> tuple[Term, ...]:
         weight = self.settings[MedMAPSettings].weight
         term = Term(_ALIGNMENT, weight, lambda student, teacher, target: student.alignment, needs_teacher=False)
-        return (*super().make_terms(), *active_terms(term))
+        return (*super().make_terms(), term)
 
     def run_network(self, inputs: torch.Tensor, complete: torch.Tensor, **options: Any) -> Any:
         if not self.active(_ALIGNMENT):

@@ -8,7 +8,7 @@ from nnunetv2_mstkd.methods.mmformer.network import MMFormerDesign
 from nnunetv2_mstkd.methods.mmformer.settings import MMFormerSettings
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.multi_encoder import MultiEncoderTrainer
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.step import Term
 
 
 class MMFormerTrainer(MultiEncoderTrainer):
@@ -21,4 +21,4 @@ class MMFormerTrainer(MultiEncoderTrainer):
     reads_complete = ("mmformer.separate",)
 
     def make_terms(self) -> tuple[Term, ...]:
-        return active_terms(self.separate_term(self.settings[MMFormerSettings].separate))
+        return (self.separate_term(self.settings[MMFormerSettings].separate),)

@@ -16,7 +16,7 @@ from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.settings import Settings
-from nnunetv2_mstkd.training.step import Term, active_terms
+from nnunetv2_mstkd.training.step import Term
 
 
 class Forms(NamedTuple):
@@ -100,7 +100,7 @@ class MSTKDTrainer(DistillationTrainer):
             options = {} if forms is PUBLISHED else options
             return self.compare_logits(forms.kl, student, teacher, target, tau=weights.tau, **options)
 
-        return active_terms(
+        return (
             Term("evd", weights.evd, lambda s, t, target: forms.evd(s.attention, t.attention), factor=factor),
             Term("maps", weights.maps, lambda s, t, target: forms.maps(s.maps, t.maps), factor=factor),
             Term("discrepancy", weights.discrepancy, discrepancy),

@@ -15,7 +15,7 @@ from nnunetv2_mstkd.networks.multi_encoder import MultiEncoderOutput
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.multi_encoder import MultiEncoderTrainer
 from nnunetv2_mstkd.training.settings import Settings
-from nnunetv2_mstkd.training.step import Target, Term, active_terms
+from nnunetv2_mstkd.training.step import Target, Term
 
 
 class RFNetTrainer(MultiEncoderTrainer):
@@ -40,7 +40,7 @@ class RFNetTrainer(MultiEncoderTrainer):
     def make_terms(self) -> tuple[Term, ...]:
         section = self.settings[RFNetSettings]
         maps = Term("maps", section.maps, self._map_loss, needs_teacher=False)
-        return active_terms(maps, self.separate_term(section.separate))
+        return maps, self.separate_term(section.separate)
 
     def _map_loss(self, student: MultiEncoderOutput, teacher: None, target: Target) -> torch.Tensor:
         """Sum over the stages of nnU-Net's loss of the probability map, brought to full resolution."""

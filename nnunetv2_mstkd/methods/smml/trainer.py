@@ -49,6 +49,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
 
     design: ClassVar[NetworkDesign] = MutualDesign()  # type: ignore[misc]
     sections = (*ModalityDropoutTrainer.sections, SMMLSettings)
+    reserved_names = (*ModalityDropoutTrainer.reserved_names, "pixel", "feature", "refinement", "guidance")
     refiners: torch.nn.ModuleList | None = None
     average: semantic_prior.MovingAverage | None = None
     soft_prior: bool = False
