@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
 import json
 import os
 import re
@@ -12,7 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import CONFIGURATION, PHANTOM
+from tiny import batch, same, state
 
 from nnunetv2_mstkd import testing
 from nnunetv2_mstkd.methods import registry
@@ -225,3 +229,41 @@ def test_example_in_a_folder_of_nnunet(tmp_path, monkeypatch):
     assert trainer.__module__ not in sys.modules
     settings = Settings.read({"matching": {"weight": 3}}, trainer.all_sections())
     assert settings.to_block()["matching"] == {"weight": 3.0}
+
+
+@pytest.fixture
+def reconstruction(tmp_path, monkeypatch) -> type[ModalityDropoutTrainer]:
+    """The trainer of the section about a head that prediction does not need."""
+    code = re.search(r"^## A network of its own.*?```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE)[1]
+    (tmp_path / "reconstruction.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "reconstruction", raising=False)
+    return importlib.import_module("reconstruction").ReconstructionTrainer
+
+
+@pytest.mark.parametrize("check", testing.CHECKS, ids=lambda check: check.__name__)
+def test_properties_of_the_head(reconstruction, check, tmp_path):
+    check(reconstruction, tmp_path / "folder", dimensions=2)
+
+
+@pytest.mark.parametrize("deep_supervision", [True, False])
+def test_a_head_is_trained_clipped_and_saved_outside_the_model(reconstruction, make_trainer, deep_supervision):
+    trainer = make_trainer(reconstruction, dimensions=2, deep_supervision=deep_supervision)
+    head, content = trainer.heads["images"], batch(trainer)
+    before = state(head)
+    content["data"] *= 1e4
+    trainer.train_step(content)
+    assert torch.stack([each.grad.norm() for each in head.parameters()]).norm() <= 12.01
+    assert not any(map(torch.equal, before.values(), state(head).values()))
+    assert not any("images" in name for name in trainer.plain_network.state_dict())
+    kept = copy.deepcopy(trainer.extra_state())
+    fresh = make_trainer(reconstruction, dimensions=2, seed=1)
+    fresh.load_extra_state(kept)
+    assert same(fresh.extra_state(), kept) and same(state(fresh.heads["images"]), state(head))
+
+
+def test_reconstruction_leaves_out_what_a_case_lacks(reconstruction, make_trainer):
+    trainer = make_trainer(reconstruction, dimensions=2)
+    complete = batch(trainer)["data"]
+    complete[:, 1] = 0
+    assert not trainer.forward_student(complete, complete).difference[:, 1].any()

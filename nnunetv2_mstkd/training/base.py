@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import math
 import random
+from collections.abc import Mapping
 from functools import cached_property
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import numpy as np
@@ -28,7 +30,14 @@ from nnunetv2_mstkd.nnunet.per_channel import data_folder
 from nnunetv2_mstkd.nnunet.plans import BLOCK
 from nnunetv2_mstkd.nnunet.unet import UNetPlan
 from nnunetv2_mstkd.training.design import NetworkDesign
-from nnunetv2_mstkd.training.distributed import first_process_first, gather, rank, unwrapped, world_size
+from nnunetv2_mstkd.training.distributed import (
+    first_process_first,
+    gather,
+    rank,
+    unwrapped,
+    world_size,
+    wrapped_for_ddp,
+)
 from nnunetv2_mstkd.training.finished import finished_checkpoint
 from nnunetv2_mstkd.training.fold_cases import describe_cases, divide_cases
 from nnunetv2_mstkd.training.initial_weights import checkpoint_modalities, load_initial_weights
@@ -69,6 +78,8 @@ class SettingsTrainer(nnUNetTrainer):
     """Whether the terms of the loss are logged by name."""
     unlabelled_keys: tuple[str, ...] = ()
     """Cases of this step beside the labelled ones."""
+    heads: Mapping[str, torch.nn.Module] = MappingProxyType({})
+    """What :meth:`make_heads` has returned, by name."""
 
     def __init__(
         self,
@@ -213,6 +224,8 @@ class SettingsTrainer(nnUNetTrainer):
             compile_each_size(phases)
         with per_channel.applied():
             super().initialize()
+        if self.is_ddp:
+            self.heads = {name: wrapped_for_ddp(head, self.device) for name, head in self.heads.items()}
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
 
@@ -228,15 +241,29 @@ class SettingsTrainer(nnUNetTrainer):
     def configure_optimizers(self):
         networks = self.trained_networks()
         for network in networks if not self.enable_deep_supervision else ():
-            network.decoder.seg_layers[:-1].requires_grad_(False)  # heads without a loss
+            for layer in getattr(getattr(network, "decoder", None), "seg_layers", [])[:-1]:
+                layer.requires_grad_(False)  # without a loss
         added = [] if self.design is None else [each for net in networks for each in self.design.added_modules(net)]
-        every = networks[0] if len(networks) == 1 else torch.nn.ModuleList(networks)
-        schedule = self.settings[ScheduleSettings]
+        return self.optimizer_of(networks, added)
+
+    def optimizer_of(self, networks: list[Any], added: list[torch.nn.Module]) -> tuple[Any, WarmupPolyScheduler]:
+        """Return optimiser and scheduler of the networks and of the heads, which are made here."""
+        heads = torch.nn.ModuleDict(self.make_heads()).to(self.device)
+        self.heads = dict(heads.items())
+        every, schedule = torch.nn.ModuleList([*networks, heads]), self.settings[ScheduleSettings]
         return build_optimizer(every, schedule, self.num_epochs, self.weight_decay, added, self.initial_lr)
 
     def trained_networks(self) -> list[Any]:
         """Return the networks that the optimiser moves, without wrappers; asked once, when it is built."""
         return [self.plain_network]
+
+    def make_heads(self) -> dict[str, torch.nn.Module]:
+        """Return modules that terms need and prediction does not, by name; asked once, when the optimiser is built.
+
+        They are trained like the U-Net, are then in ``heads``, wrapped for a training on several GPUs, and their
+        weights go to ``checkpoint["mstkd"]``. Call them in ``forward_student``: terms run outside autocast.
+        """
+        return {}
 
     # ---- one training step ---------------------------------------------------------------------------------------
 
@@ -311,7 +338,7 @@ class SettingsTrainer(nnUNetTrainer):
     def _update_weights(self) -> None:
         if self.grad_scaler is not None:
             self.grad_scaler.unscale_(self.optimizer)
-        for module in self.clip_groups():
+        for module in (*self.clip_groups(), *self.heads.values()):
             torch.nn.utils.clip_grad_norm_(module.parameters(), 12)
         if self.grad_scaler is None:
             self.optimizer.step()
@@ -599,11 +626,14 @@ class SettingsTrainer(nnUNetTrainer):
 
     def extra_state(self) -> dict[str, Any]:
         """Return what goes to ``checkpoint["mstkd"]``: tensors and plain Python, nothing that prediction needs."""
-        return {"split": self.split}
+        heads = {name: unwrapped(head).state_dict() for name, head in self.heads.items()}
+        return {"split": self.split, **({"heads": heads} if heads else {})}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`extra_state` returned."""
         self.split = state.get("split")
+        for name, head in self.heads.items():
+            unwrapped(head).load_state_dict(state["heads"][name])
 
     def save_checkpoint(self, filename: str) -> None:
         """Write nnU-Net's checkpoint with one more key, to a temporary file first: never half a file."""

@@ -24,10 +24,8 @@ from nnunetv2_mstkd.nnunet.folders import nnunet_folder
 from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distributed import first_process_first, wrapped_for_ddp
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
-from nnunetv2_mstkd.training.optimizers import build_optimizer
 from nnunetv2_mstkd.training.settings import (
     SamplerSettings,
-    ScheduleSettings,
     Settings,
     SettingsError,
     UnlabelledSettings,
@@ -91,9 +89,7 @@ class SMMLTrainer(ModalityDropoutTrainer):
             trained.append(self.refiners)
         if smml.prior == "self":
             self.average = semantic_prior.MovingAverage(network.students[0], smml.ema)
-        schedule, added = self.settings[ScheduleSettings], self.design.added_modules(network)
-        every = torch.nn.ModuleList(trained)
-        return build_optimizer(every, schedule, self.num_epochs, self.weight_decay, added, self.initial_lr)
+        return self.optimizer_of(trained, self.design.added_modules(network))
 
     def initialize(self) -> None:
         super().initialize()
