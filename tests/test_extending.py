@@ -16,14 +16,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import CONFIGURATION, PHANTOM
-from tiny import batch, same, state
+from tiny import batch, give_teacher, same, state
 
 from nnunetv2_mstkd import testing
+from nnunetv2_mstkd.errors import InputError
 from nnunetv2_mstkd.methods import registry
+from nnunetv2_mstkd.methods.kd.trainer import KDTeacherTrainer
 from nnunetv2_mstkd.methods.registry import trainers
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
+from nnunetv2_mstkd.training.distillation import DistillationTrainer
+from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
 from nnunetv2_mstkd.training.settings import Section, Settings, TeacherSettings, read_assignment
+from nnunetv2_mstkd.training.step import Term
+from nnunetv2_mstkd.training.teacher import Teacher
 
 PAGE = Path(__file__).parents[1] / "documentation" / "extending.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -267,3 +273,33 @@ def test_reconstruction_leaves_out_what_a_case_lacks(reconstruction, make_traine
     complete = batch(trainer)["data"]
     complete[:, 1] = 0
     assert not trainer.forward_student(complete, complete).difference[:, 1].any()
+
+
+@pytest.mark.parametrize("joint", [False, True], ids=["trained before", "joint"])
+def test_a_teacher_needs_the_students_options(reconstruction, make_trainer, joint):
+    class OwnTrainer(DistillationTrainer):
+        design = reconstruction.design
+        teacher_trainer = KDTeacherTrainer
+
+        def make_terms(self):
+            return (Term("own", 1.0, lambda s, t, target: (s.features - t.features).square().mean()),)
+
+        def forward_options(self):
+            return {"features": True}
+
+    class OwnTeacherTrainer(TeacherTrainer):
+        design = reconstruction.design
+
+    options = {"dimensions": 2, "block": {"teacher": {"joint": joint}}}
+
+    def begin() -> None:
+        trainer = make_trainer(OwnTrainer, **options)
+        if not joint:
+            give_teacher(trainer)
+            trainer.check_teacher(Teacher(trainer.teacher, {}, {"path": "somewhere"}, Settings([])))
+        trainer.train_step(batch(trainer))
+
+    with pytest.raises(InputError, match="does not take the options features of OwnTrainer"):
+        begin()
+    OwnTrainer.teacher_trainer = OwnTeacherTrainer
+    begin()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,6 +120,7 @@ class DistillationTrainer(SoftLabelTrainer):
             self.label_manager.num_segmentation_heads,
             self.enable_deep_supervision,
         ).to(self.device)
+        self.check_options(self.teacher, f"of {self.teacher_trainer.__name__}")
         return [*super().trained_networks(), self.teacher]
 
     def clip_groups(self) -> list[torch.nn.Module]:
@@ -171,8 +173,25 @@ class DistillationTrainer(SoftLabelTrainer):
         encoder = network.encoder
         return {"channels per stage": list(encoder.output_channels), "strides": list(map(tuple, encoder.strides))}
 
+    def check_options(self, network: Any, teacher: str) -> None:
+        """Refuse a teacher whose network cannot be called with :meth:`forward_options`."""
+        options = self.forward_options()
+        try:
+            inspect.signature(network.forward).bind(None, **options)
+        except TypeError as error:
+            raise InputError(
+                f"teacher {teacher} is a {type(network).__name__}, which does not take the options "
+                f"{', '.join(options)} of {type(self).__name__}. Name in teacher_trainer a TeacherTrainer whose design "
+                f"builds such a network, like the student's, and train it"
+            ) from error
+
     def check_teacher(self, teacher: Teacher) -> None:
-        """Refuse a teacher whose features have other shapes than the student's, if active terms compare them."""
+        """Refuse a teacher that does not take the options of the terms, or whose features have other shapes.
+
+        Shapes matter if active terms compare features.
+        """
+        if self.needs_teacher:
+            self.check_options(teacher.network, teacher.identity["path"])
         active = self.active(*self.feature_terms)
         if not active:
             return
