@@ -303,3 +303,15 @@ def test_a_teacher_needs_the_students_options(reconstruction, make_trainer, join
         begin()
     OwnTrainer.teacher_trainer = OwnTeacherTrainer
     begin()
+
+
+def test_why_a_registered_trainer_is_not_found_is_said(monkeypatch):
+    def load() -> None:
+        raise ImportError("no module of this kind")
+
+    entry = SimpleNamespace(name="BrokenTrainer", value="package:BrokenTrainer", load=load)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [entry])
+    with pytest.warns(UserWarning, match="left out"), pytest.raises(InputError, match="no module of this kind"):
+        find_trainer("BrokenTrainer")
+    with pytest.warns(UserWarning, match="left out"):
+        assert find_trainer("KDTrainer").__name__ == "KDTrainer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import warnings
 from collections.abc import Iterator
 
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -16,19 +17,24 @@ from nnunetv2_mstkd.nnunet import registration
 def find_trainer(name: str) -> type[nnUNetTrainer]:
     """Find a trainer among nnU-Net's own, those of this package and those of ``nnUNet_extTrainer``."""
     registration.register()
+    told: list[warnings.WarningMessage] = []
     try:
         if not name.isidentifier():
             raise RuntimeError("no name of a class")
-        with contextlib.redirect_stdout(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as told:
             return recursive_find_trainer_class_by_name(name)
     except (ImportError, RuntimeError, AssertionError, TypeError) as error:
         # the search has imported every trainer that it can find
         hint = did_you_mean(name, sorted(_names(nnUNetTrainer)), cutoff=0.8)  # most end in Trainer
         reason = f": {error}" if isinstance(error, ImportError) else ""
+        reason += "".join(f": {each.message}" for each in told if f" {name} " in str(each.message))
         raise InputError(
             f"the trainer {name!r} was not found{hint}{reason}; install the package that has it, or set "
             f"{registration.EXTERNAL_TRAINERS} to its folder"
         ) from error
+    finally:
+        for each in told:
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def _names(trainer: type) -> Iterator[str]:
