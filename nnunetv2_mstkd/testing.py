@@ -298,6 +298,9 @@ def observe(trainer: Any, content: dict[str, Any]) -> Observed:
     return Observed(torch.cat(logits, 1), float(training["loss"]), gradients, counts)
 
 
+_MAY_READ = "; if a term is meant to read the complete batch, name its weight in reads_complete"
+
+
 def assert_no_leak(trainer: Any, *, gradients: bool = True) -> None:
     """Assert that what absent channels hold changes no bit of logits, segmentation loss, gradients and validation.
 
@@ -315,14 +318,14 @@ def assert_no_leak(trainer: Any, *, gradients: bool = True) -> None:
         try:
             found = observe(trainer, {**content, "data": torch.where(keep, content["data"], value)})
         except DivergenceError as error:
-            raise AssertionError(f"a loss is not finite where absent channels hold {value}") from error
+            raise AssertionError(f"a loss is not finite where absent channels hold {value}{_MAY_READ}") from error
         for subset, one, other in zip(subsets.int().tolist(), wanted.logits, found.logits, strict=True):
             assert torch.equal(one, other), f"the logits of a sample with the channels {subset} change with {value}"
         assert wanted.loss == found.loss, "the segmentation loss changes"
         assert torch.equal(wanted.counts, found.counts), "online validation changes"
         if gradients:
             for name, gradient in wanted.gradients.items():
-                assert torch.equal(gradient, found.gradients[name]), f"the gradient of {name} changes"
+                assert torch.equal(gradient, found.gradients[name]), f"the gradient of {name} changes{_MAY_READ}"
 
 
 # ---- checks --------------------------------------------------------------------------------------------------------
@@ -356,7 +359,12 @@ def check_no_leak(cls: type, folder: Path, **options: Any) -> None:
     options = {"edge": 2 ** len(options.get("features", FEATURES)), **options}
     without = {**given}
     for base in cls.__mro__:
-        for name in vars(base).get("reads_complete", ()):
+        names = vars(base).get("reads_complete", ())
+        if isinstance(names, str) or any(name.count(".") != 1 for name in names):
+            raise ValueError(
+                f'{base.__name__}.reads_complete is {names!r}, expected a tuple such as ("medmap.weight",)'
+            )
+        for name in names:
             section, key = name.split(".")
             without[section] = {**without.get(section, {}), key: 0}
     with nnunet_folders(folder):
