@@ -222,6 +222,14 @@ def test_a_section_name_in_use_is_refused(monkeypatch):
     assert read_assignment("teacher.warm_start=false") == ("teacher", "warm_start", False)
 
 
+def test_a_badly_written_section_is_left_out(monkeypatch):
+    own = type("OwnSection", (Section,), {"NAME": "own", "__annotations__": {"a": int}, "a": 1})  # no dataclass
+    cls = type("OwnTrainer", (ModalityDropoutTrainer,), {"sections": (*ModalityDropoutTrainer.sections, own)})
+    register(monkeypatch, cls)
+    with pytest.warns(UserWarning, match="OwnSection needs @dataclass"):
+        assert "OwnTrainer" not in trainers()
+
+
 def test_a_trainer_with_two_sections_of_one_name_is_refused():
     with pytest.raises(ValueError, match="both called 'teacher'"):
         Settings.read(None, (TeacherSettings, section("teacher", a=1)))

@@ -3,7 +3,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Optional
 
 import pytest
 
@@ -15,6 +18,7 @@ from nnunetv2_mstkd.training.settings import (
     DistillationSettings,
     SamplerSettings,
     ScheduleSettings,
+    Section,
     Settings,
     SettingsError,
     TeacherSettings,
@@ -277,6 +281,87 @@ def test_numbers_to_choose_from_are_named():
     assert _typed("own.k", 4, Literal[2, 4]) == 4
     with pytest.raises(SettingsError, match=r"own\.k is 3, expected one of 2, 4"):
         _typed("own.k", 3, Literal[2, 4])
+
+
+# ---- classes of sections -------------------------------------------------------------------------------------------
+
+decorated = dataclass(frozen=True, kw_only=True)
+
+
+class Undecorated(Section):
+    NAME: ClassVar[str] = "undecorated"
+
+    weight: float = 1.0
+
+
+@decorated
+class Unannotated(Section):
+    NAME: ClassVar[str] = "unannotated"
+
+    weight = 1.0
+
+
+@decorated
+class Nameless(Section):
+    weight: float = 1.0
+
+
+@decorated
+class NameAsKey(Section):
+    NAME: str = "name_as_key"
+
+    weight: float = 1.0
+
+
+@decorated
+class NoDefault(Section):
+    NAME: ClassVar[str] = "no_default"
+
+    weight: float
+
+
+@decorated
+class Unreadable(Section):
+    NAME: ClassVar[str] = "unreadable"
+
+    weight: Wieght = 1.0  # noqa: F821
+
+
+@pytest.mark.parametrize(
+    ("section", "problem"),
+    [
+        (Undecorated, "Undecorated needs @dataclass"),
+        (Unannotated, "Unannotated needs .* annotated keys"),
+        (Nameless, "Nameless needs a name"),
+        (NameAsKey, "NameAsKey needs a name"),
+        (NoDefault, "NoDefault gives weight no default"),
+        (Unreadable, "Unreadable has an annotation that cannot be read: .*Wieght"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_badly_written_section_is_refused_by_name(section, problem):
+    with pytest.raises(TypeError, match=problem):
+        Settings.read(None, (section,))
+    assert section not in known_sections().values()
+
+
+@pytest.mark.parametrize(
+    "hint", [list[float], Path, dict, Any, float | str, tuple[int, int], Mapping[int, float]], ids=str
+)
+def test_other_annotations_are_refused_by_name(hint):
+    content = {"NAME": "own", "__annotations__": {"k": hint}, "k": None}
+    with pytest.raises(TypeError, match=r"Own annotates k with .*, expected one of bool, int"):
+        Settings.read(None, (decorated(type("Own", (Section,), content)),))
+
+
+@pytest.mark.parametrize("hint", [float | None, None | float, Optional[float]], ids=str)  # noqa: UP045
+def test_null_may_be_named_first(hint):
+    assert (_typed("own.k", None, hint), _typed("own.k", 1, hint)) == (None, 1.0)
+
+
+def test_a_section_that_the_trainer_does_not_list_is_named():
+    with pytest.raises(LookupError, match="MSTKDSettings is not read here"):
+        Settings.read(None, (ScheduleSettings,))[MSTKDSettings]
 
 
 # ---- assignments ---------------------------------------------------------------------------------------------------

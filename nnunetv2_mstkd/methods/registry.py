@@ -10,7 +10,7 @@ from typing import Any
 from nnunetv2_mstkd import methods
 from nnunetv2_mstkd.training.base import SettingsTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
-from nnunetv2_mstkd.training.settings import known_sections
+from nnunetv2_mstkd.training.settings import known_sections, section_problem
 
 GROUP = "nnunetv2_mstkd.trainers"
 """Entry-point group in which another package names its trainers: ``MyTrainer = "my_package.trainer:MyTrainer"``."""
@@ -59,6 +59,9 @@ def _problem(name: str, trainer: Any, found: dict[str, type[SettingsTrainer]]) -
         return "another trainer has this name"
     known = known_sections()
     for section in trainer.all_sections():
+        problem = section_problem(section)
+        if problem is not None:
+            return problem
         owner = known[section.NAME]
         if owner is not section:
             return (

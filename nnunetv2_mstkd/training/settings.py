@@ -80,11 +80,31 @@ Fraction = Annotated[float, Range(0, 1)]
 Share = Annotated[float, Range(0, 1, above=True)]
 
 
+TYPES = "bool, int, float, str, Literal[...], Annotated[number, Range(...)], tuple[T, ...], Mapping[str, T], T | None"
+"""What a field of a section may be annotated with; T is one of these."""
+
+
+def _allowed(hint: Any) -> bool:
+    """Whether a field of a section may have this annotation."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        given = [argument for argument in arguments if argument is not types.NoneType]
+        return len(given) == 1 and _allowed(given[0])
+    if origin is Annotated:
+        return len(arguments) == 2 and arguments[0] in (int, float) and isinstance(arguments[1], Range)
+    if origin is tuple:
+        return len(arguments) == 2 and arguments[1] is ... and _allowed(arguments[0])
+    if origin is Mapping:
+        return arguments[0] is str and _allowed(arguments[1])
+    return origin is Literal or hint in (bool, int, float, str)
+
+
 def _typed(where: str, value: Any, hint: Any) -> Any:
     """Check a JSON value against the annotation of its field; lists become tuples, integers floats where needed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):  # T | None
-        return None if value is None else _typed(where, value, arguments[0])
+        (given,) = (argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _typed(where, value, given)
     if origin is Annotated:
         kind, bounds = arguments
         number = _typed(where, value, kind)
@@ -113,7 +133,10 @@ def _typed(where: str, value: Any, hint: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One section of the block. A subclass is a frozen dataclass whose annotations say what is allowed."""
+    """One section of the block. A subclass is a frozen dataclass whose annotations say what is allowed.
+
+    Annotations are those of :data:`TYPES`, and every key has a default.
+    """
 
     NAME: ClassVar[str]
     """Key of the section in the block."""
@@ -176,24 +199,55 @@ class Section:
 
 
 def field_types(section: type) -> dict[str, Any]:
-    """Type of each key of a section, in their order."""
+    """Type of each key of a section, in their order; TypeError if the class is not written as a section is."""
+    problem = section_problem(section)
+    if problem is not None:
+        raise TypeError(problem)
+    hints = _annotations(section)
+    return {each.name: hints[each.name] for each in dataclasses.fields(section)}
+
+
+def _annotations(section: type) -> dict[str, Any]:
+    """Annotations of a class and its bases, each read in its own module."""
     hints: dict[str, Any] = {}
     for base in reversed(section.__mro__):
         hints |= inspect.get_annotations(base, globals=vars(base).get("_namespace"), eval_str=True)
-    return {each.name: hints[each.name] for each in dataclasses.fields(section)}
+    return hints
+
+
+def section_problem(section: type) -> str | None:
+    """Return what is wrong with the class of a section, for who writes one; None: nothing."""
+    where = f"the section class {section.__qualname__}"
+    try:
+        hints = _annotations(section)
+    except NameError as error:
+        return f"{where} has an annotation that cannot be read: {error}"
+    fields = {each.name: each for each in dataclasses.fields(section)}
+    keys = [name for name, hint in hints.items() if hint is not ClassVar and typing.get_origin(hint) is not ClassVar]
+    if not hasattr(section, "NAME") or "NAME" in fields:
+        return f'{where} needs a name: NAME: ClassVar[str] = "..."'
+    if not keys or set(keys) != set(fields):
+        return f"{where} needs @dataclass(frozen=True, kw_only=True) and annotated keys, such as weight: Weight = 1.0"
+    for name, each in fields.items():
+        if not _allowed(hints[name]):
+            return f"{where} annotates {name} with {each.type}, expected one of {TYPES}"
+        if each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING:
+            return f"{where} gives {name} no default"
+    return None
 
 
 def known_sections() -> dict[str, type[Section]]:
     """Every section class that has been imported, by name: those of all methods, once the trainers are.
 
-    The first class with a name keeps it, and this package's come first.
+    The first class with a name keeps it, and this package's come first. Those with a :func:`section_problem` are left
+    out.
     """
     found: list[type[Section]] = []
     pending = list(Section.__subclasses__())
     while pending:
         section = pending.pop(0)
         pending += section.__subclasses__()
-        if "NAME" in vars(section):
+        if "NAME" in vars(section) and section_problem(section) is None:
             found.append(section)
     found.sort(key=lambda section: not section.__module__.startswith("nnunetv2_mstkd."))
     known: dict[str, type[Section]] = {}
@@ -453,6 +507,8 @@ class Settings:
 
         """
         sections = tuple(sections)
+        for section in sections:
+            field_types(section)  # refuses a class that is not written as a section is
         content = translate(block)
         known = known_sections()
         for section in dict.fromkeys((*sections, *known.values())):
@@ -467,6 +523,10 @@ class Settings:
         return cls([section.read(content.get(section.NAME, {})) for section in sections], others)
 
     def __getitem__(self, section: type[S]) -> S:
+        if section not in self._sections:
+            raise LookupError(
+                f"{section.__name__} is not read here: list it in `sections` of the trainer or its design"
+            )
         return typing.cast(S, self._sections[section])
 
     def __contains__(self, section: type[Section]) -> bool:
