@@ -24,6 +24,7 @@ from nnunetv2_mstkd.methods import registry
 from nnunetv2_mstkd.methods.kd.trainer import KDTeacherTrainer
 from nnunetv2_mstkd.methods.registry import trainers
 from nnunetv2_mstkd.nnunet.trainers import find_trainer
+from nnunetv2_mstkd.training.design import NetworkDesign
 from nnunetv2_mstkd.training.distillation import DistillationTrainer
 from nnunetv2_mstkd.training.full_modality import TeacherTrainer
 from nnunetv2_mstkd.training.modality_dropout import ModalityDropoutTrainer
@@ -248,7 +249,7 @@ def test_example_in_a_folder_of_nnunet(tmp_path, monkeypatch):
 @pytest.fixture
 def reconstruction(tmp_path, monkeypatch) -> type[ModalityDropoutTrainer]:
     """The trainer of the section about a head that prediction does not need."""
-    code = re.search(r"^## A network of its own.*?```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE)[1]
+    code = re.search(r"^## A network of your own.*?```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE)[1]
     (tmp_path / "reconstruction.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "reconstruction", raising=False)
@@ -323,3 +324,20 @@ def test_why_a_registered_trainer_is_not_found_is_said(monkeypatch):
         find_trainer("BrokenTrainer")
     with pytest.warns(UserWarning, match="left out"):
         assert find_trainer("KDTrainer").__name__ == "KDTrainer"
+
+
+def test_a_design_is_an_instance():
+    with pytest.raises(TypeError, match=r"expected an instance: design = NetworkDesign\(\)"):
+        type("OwnTrainer", (ModalityDropoutTrainer,), {"design": NetworkDesign})
+
+
+def test_subsets_may_be_drawn_otherwise(make_trainer):
+    class OwnTrainer(ModalityDropoutTrainer):
+        def draw_availability(self, batch_size, present=None):
+            return torch.tensor([[True, False, False, False]]).repeat(batch_size, 1)
+
+    trainer = make_trainer(OwnTrainer, dimensions=2)
+    seen = []
+    trainer.network.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    trainer.train_step(batch(trainer))
+    assert seen[0][:, 0].any() and not seen[0][:, 1:].any()

@@ -81,6 +81,12 @@ class SettingsTrainer(nnUNetTrainer):
     heads: Mapping[str, torch.nn.Module] = MappingProxyType({})
     """What :meth:`make_heads` has returned, by name."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        if isinstance(cls.design, type):
+            name = cls.design.__name__
+            raise TypeError(f"{cls.__name__}.design is the class {name}, expected an instance: design = {name}()")
+
     def __init__(
         self,
         plans: dict,
