@@ -199,7 +199,7 @@ def test_bad_registrations_are_left_out(site, tmp_path, monkeypatch, code, probl
 def section(name: str, **keys: object) -> type[Section]:
     """A section called ``name`` with these keys, whose values are their defaults."""
     content = {"NAME": name, "__annotations__": {key: type(value) for key, value in keys.items()}, **keys}
-    return dataclass(frozen=True, kw_only=True)(type(f"{name.title()}Section", (Section,), content))
+    return dataclass(frozen=True, kw_only=True)(type(f"{name.title()}{''.join(keys)}Section", (Section,), content))
 
 
 def register(monkeypatch: pytest.MonkeyPatch, *added: type) -> None:
@@ -229,6 +229,33 @@ def test_a_badly_written_section_is_left_out(monkeypatch):
     register(monkeypatch, cls)
     with pytest.warns(UserWarning, match="OwnSection needs @dataclass"):
         assert "OwnTrainer" not in trainers()
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_annotation_that_fails_stops_no_other_trainer(monkeypatch, order):
+    content = {"NAME": "old", "__annotations__": {"a": "torch.Float"}, "a": 1.0}
+    old = dataclass(frozen=True, kw_only=True)(type("OldSection", (Section,), content))
+    classes = [
+        type(name, (ModalityDropoutTrainer,), {"sections": (*ModalityDropoutTrainer.sections, own)})
+        for name, own in (("OldTrainer", old), ("GoodTrainer", section("good", a=1)))
+    ]
+    register(monkeypatch, *classes[::order])
+    with pytest.warns(UserWarning, match="OldSection has an annotation that cannot be read"):
+        found = trainers()
+    assert "GoodTrainer" in found and "OldTrainer" not in found
+    assert Settings.read({}, ModalityDropoutTrainer.all_sections())
+
+
+def test_sections_may_have_slots_or_a_base_with_their_name(monkeypatch):
+    content = {"NAME": "slotted", "__annotations__": {"a": int}, "a": 1}
+    slots = dataclass(frozen=True, kw_only=True, slots=True)(type("SlottedSection", (Section,), content))
+    base = type("BaseSection", (Section,), {"NAME": "based"})
+    derived = dataclass(frozen=True, kw_only=True)(type("Derived", (base,), {"__annotations__": {"a": int}, "a": 1}))
+    own = (*ModalityDropoutTrainer.sections, slots, derived)
+    register(monkeypatch, type("OwnTrainer", (ModalityDropoutTrainer,), {"sections": own}))
+    assert "OwnTrainer" in trainers()
+    settings = Settings.read({"slotted": {"a": 2}, "based": {"a": 3}}, (slots, derived))
+    assert (settings[slots].a, settings[derived].a) == (2, 3)
 
 
 def test_a_trainer_with_two_sections_of_one_name_is_refused():
@@ -275,6 +302,25 @@ def test_a_head_is_trained_clipped_and_saved_outside_the_model(reconstruction, m
     fresh = make_trainer(reconstruction, dimensions=2, seed=1)
     fresh.load_extra_state(kept)
     assert same(fresh.extra_state(), kept) and same(state(fresh.heads["images"]), state(head))
+
+
+def test_a_training_does_not_continue_with_other_heads(reconstruction, make_trainer, tmp_path):
+    trainer = make_trainer(reconstruction, dimensions=2)
+    trainer.save_checkpoint(str(tmp_path / "checkpoint.pth"))
+
+    class Renamed(reconstruction):
+        def make_heads(self):
+            return {"pictures": super().make_heads()["images"]}
+
+    with pytest.raises(InputError, match="has the heads images, make_heads of Renamed has pictures"):
+        make_trainer(Renamed, dimensions=2).load_checkpoint(str(tmp_path / "checkpoint.pth"))
+
+    class Dotted(reconstruction):
+        def make_heads(self):
+            return {"a.b": super().make_heads()["images"]}
+
+    with pytest.raises(ValueError, match=r"make_heads of Dotted: .*\."):
+        make_trainer(Dotted, dimensions=2)
 
 
 def test_reconstruction_leaves_out_what_a_case_lacks(reconstruction, make_trainer):

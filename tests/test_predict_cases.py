@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from datetime import datetime
 from pathlib import Path
 
@@ -302,6 +304,16 @@ def test_a_misnamed_file_leaves_out_the_case_whose_name_it_begins_with(folders, 
     err = capsys.readouterr().err
     assert "2 problems in 1 case, left out:" in err
     assert "  two: two_3.nii.gz has no channel number of four digits" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_an_output_that_is_not_utf8_is_refused_before_the_network_runs(folders, model, capsys):
+    """SimpleITK would end the process when it writes the first segmentation."""
+    assert predict(folders, model, output=os.fsdecode(b"out\xff")) == 2
+    image = f"T0={folders / 'in' / 'complete_0000.nii.gz'}"
+    options = ["-m", str(model), "-f", "0", "-device", "cpu", "-o", os.fsdecode(os.fsencode(folders) + b"/\xff.nii.gz")]
+    assert cli.main(["predict", "--image", image, *options]) == 2
+    assert capsys.readouterr().err.count("is not UTF-8; rename it") == 2
 
 
 def test_skip_bad_with_bad_cases_only_is_refused(bad, model, capsys):

@@ -327,6 +327,13 @@ class Unreadable(Section):
     weight: Wieght = 1.0  # noqa: F821
 
 
+@dataclass(frozen=True, kw_only=True)
+class Forgotten(DistillationSettings):
+    NAME: ClassVar[str] = "forgotten"
+
+    ramp = 0.5  # the instance would have the 0.1 of the base
+
+
 @pytest.mark.parametrize(
     ("section", "problem"),
     [
@@ -334,6 +341,7 @@ class Unreadable(Section):
         (Unannotated, "Unannotated needs .* annotated keys"),
         (Nameless, "Nameless needs a name"),
         (NameAsKey, "NameAsKey needs a name"),
+        (Forgotten, "Forgotten has the key ramp without an annotation"),
         (NoDefault, "NoDefault gives weight no default"),
         (Unreadable, "Unreadable has an annotation that cannot be read: .*Wieght"),
     ],

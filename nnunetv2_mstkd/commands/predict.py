@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--save-uncertainty", action="store_true", help=uncertainty)
     calibrate = "divide logits by the evaluation's temperature before probabilities and entropies are saved"
     add("--calibrate", action="store_true", help=calibrate)
-    largest = "keep only the largest component of the foreground; mstkd evaluate says what this changes"
+    largest = (
+        "keep only the largest component of the foreground, that is one lesion; mstkd evaluate says what this changes"
+    )
     add("--largest-component", action="store_true", help=largest)
     add("--continue_prediction", action="store_true", help="skip cases that are already predicted from the same images")
     add("-num_parts", metavar="N", type=int, default=1, help="number of calls that share the input folder")

@@ -117,9 +117,10 @@ def scratch_folder(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yield a folder to write to, which becomes ``target``, a new or empty folder; after an error it is removed.
+    """Yield a folder to write to, which becomes ``target``, a new folder; after an error it is removed.
 
-    An empty folder may be a mount point, which cannot be replaced: the files are moved into it.
+    If ``target`` is an empty folder, the files are moved into it one by one when all are complete: it may be a mount
+    point or the working directory, which cannot be replaced.
     """
     target = target.resolve()
     inside = target / "unfinished"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -15,6 +14,7 @@ import SimpleITK as sitk
 from nibabel.affines import apply_affine, voxel_sizes
 
 from nnunetv2_mstkd.errors import InputError
+from nnunetv2_mstkd.images.names import utf8_name
 
 TOLERANCE = 1e-3
 """Largest difference between the files of one case in spacing and origin (mm) and direction cosines: rounding."""
@@ -115,18 +115,10 @@ def read_nifti_voxels(path: Path) -> np.ndarray:
     return np.asarray(image.dataobj).transpose()
 
 
-def _name_for_itk(path: Path) -> str:
-    """The name of a file; InputError if it is not UTF-8, with which SimpleITK ends the process."""
-    try:
-        return os.fsencode(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"cannot be read: its name {os.fsencode(path)!r} is not UTF-8; rename it") from error
-
-
 def image_reader(path: Path) -> sitk.ImageFileReader:
     """Return a reader that has read the header of an image file; InputError if SimpleITK cannot read it."""
     reader = sitk.ImageFileReader()
-    reader.SetFileName(_name_for_itk(path))
+    reader.SetFileName(utf8_name(path, "read"))
     try:
         reader.ReadImageInformation()
     except RuntimeError as error:
@@ -159,7 +151,7 @@ def geometry_of(image: sitk.Image | sitk.ImageFileReader, *, volumes: int = 0) -
 def read_image(path: Path) -> sitk.Image:
     """Read an image file; InputError if SimpleITK cannot read it."""
     try:
-        return sitk.ReadImage(_name_for_itk(path))
+        return sitk.ReadImage(utf8_name(path, "read"))
     except RuntimeError as error:
         raise InputError(f"cannot be read: {last_line(error)}") from error
 

@@ -20,7 +20,7 @@ from nnunetv2_mstkd.images.atomic import locked, write_json
 from nnunetv2_mstkd.images.writing import ImageInMemory, write_given
 from nnunetv2_mstkd.inference.checks import Checker
 from nnunetv2_mstkd.inference.conditioning import check_student
-from nnunetv2_mstkd.inference.expected_dice import Range, read_expected_dice, read_ranges, read_temperatures
+from nnunetv2_mstkd.inference.expected_dice import ENTROPY, Range, read_expected_dice, read_ranges, read_temperatures
 from nnunetv2_mstkd.inference.members import num_members
 from nnunetv2_mstkd.inference.prediction import predict_cases, predict_logits
 from nnunetv2_mstkd.inference.record import Record
@@ -249,6 +249,8 @@ class Predictor:
             if self.expected_dice:
                 networks = len(self.folds) if student is None else None
                 self.ranges = read_ranges(self.folder, self.modalities, networks, options)
+                if largest_component:  # the ranges of Dice are those of all foreground
+                    self.ranges = {code: {ENTROPY: of[ENTROPY]} for code, of in self.ranges.items() if ENTROPY in of}
         except (ValueError, OSError) as error:  # nothing but --calibrate needs the evaluation
             print(f"warning: {error}", file=sys.stderr)
         self._checker = Checker(

@@ -62,7 +62,7 @@ def _problem(name: str, trainer: Any, found: dict[str, type[SettingsTrainer]]) -
         problem = section_problem(section)
         if problem is not None:
             return problem
-        owner = known[section.NAME]
+        owner = known.get(section.NAME, section)
         if owner is not section:
             return (
                 f"its section {section.__qualname__} is called {section.NAME!r}, like {owner.__module__}."

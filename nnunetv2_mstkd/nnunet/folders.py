@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_mstkd.errors import ExistingFileError, InputError, MissingFileError
+from nnunetv2_mstkd.images.names import utf8_name
 
 FINAL, LATEST, BEST = "checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth"
 VARIABLES = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
@@ -96,6 +97,7 @@ def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str
 
 def refuse_same_folder(output: Path, other: Path, what: str) -> None:
     """Refuse an output folder that is a file, or ``other``, which must not change (``what``: ``"input folder"``)."""
+    utf8_name(output, "written")
     if output.exists() and not output.is_dir():
         raise ExistingFileError(f"the output folder {output} is a file; choose another one")
     if output.resolve() == other.resolve() or (output.exists() and other.exists() and output.samefile(other)):

@@ -17,12 +17,13 @@ from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
     export_prediction_from_logits,
 )
-from nnunetv2.postprocessing.remove_connected_components import remove_all_but_largest_component_from_segmentation
 from nnunetv2.training.dataloading.nnunet_dataset import infer_dataset_class
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from scipy import ndimage
 
 from nnunetv2_mstkd.errors import InputError, MissingFileError
 from nnunetv2_mstkd.images.atomic import complete_image, read_json, scratch_folder
+from nnunetv2_mstkd.images.names import utf8_name
 from nnunetv2_mstkd.nnunet.entropy import case_entropy, entropy_map
 from nnunetv2_mstkd.nnunet.folders import dataset_number
 from nnunetv2_mstkd.nnunet.input_folder import Case
@@ -166,12 +167,16 @@ def keep_largest_component(segmentation: np.ndarray, labels: Any) -> np.ndarray:
     """The first step of nnU-Net's postprocessing: all foreground outside its largest component becomes background.
 
     ``segmentation`` has the shape (x, y, z), ``labels`` is nnU-Net's label manager; neighbours may share a corner only.
+    Of equally large components all are kept. (nnU-Net's own function takes minutes for thousands of islands.)
     """
     kept = segmentation.copy()
     foreground = np.isin(segmentation, labels.foreground_labels)
     if foreground.any():
         box = bounding_box_to_slice(get_bbox_from_mask(foreground))  # seven times as fast as in the whole image
-        kept[box] = remove_all_but_largest_component_from_segmentation(segmentation[box], labels.foreground_labels)
+        parts, _ = ndimage.label(foreground[box], np.ones((3,) * foreground.ndim))
+        sizes = np.bincount(parts.ravel())
+        sizes[0] = 0
+        kept[box][foreground[box] & (sizes < sizes.max())[parts]] = 0
     return kept
 
 
@@ -301,6 +306,7 @@ maps for some."""
 
 def check_ending(path: Path, reader: Reader) -> None:
     """Raise InputError unless nnU-Net's reader can write a file of this name."""
+    utf8_name(path, "written")
     known = list(reader.supported_file_endings)  # type: ignore[attr-defined]
     if ".nii.gz" in known and ".nii" not in known:
         known.append(".nii")

@@ -185,6 +185,7 @@ def _largest(found: LargestComponent) -> dict[str, Any]:
         "cases": found.cases,
         "better": found.better,
         "worse": found.worse,
+        "undefined": found.undefined,
     }
 
 

@@ -6,7 +6,8 @@ import math
 
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import CASE, MODEL, REGION, SUBSET, VALUE, patients_of
+from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODEL, REGION, SUBSET, VALUE, patients_of
+from nnunetv2_mstkd.metrics.conventions import DICE
 from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Bootstrap
 from nnunetv2_mstkd.statistics.significance import DIFFERENCE, compare, paired_differences
 
@@ -30,6 +31,9 @@ class LargestComponent:
         95 % interval over patients are NaN if there is one patient.
     cases, better, worse
         How many cases have a value, and of how many it rises and falls.
+    undefined
+        How many values have become NaN: where nothing is segmented any more of a region that the reference lacks, some
+        rules for empty masks leave the Dice out, which was 0. The difference is without them.
     """
 
     def __init__(self, results: pd.DataFrame, largest: pd.DataFrame) -> None:
@@ -42,6 +46,9 @@ class LargestComponent:
         changes = of_cases[of_cases[REGION] == average[REGION]][DIFFERENCE].dropna().round(9)
         self.cases, self.better, self.worse = len(changes), int((changes > 0).sum()), int((changes < 0).sum())
         each = largest.groupby([SUBSET, REGION, CASE], sort=False)[VALUE].mean()  # of the folds that predicted it
+        keys = [FOLD, CASE, SUBSET, REGION]
+        dice = plain[plain[METRIC] == DICE].merge(largest, on=keys, suffixes=("", "_after"))
+        self.undefined = int((dice[VALUE].notna() & dice[f"{VALUE}_after"].isna()).sum())
         self.by_subset: dict[str, dict[str, float]] = {}
         for (subset, region), value in each.groupby([SUBSET, REGION], sort=False).mean().items():
             self.by_subset.setdefault(subset, {})[region] = float(value)
@@ -49,11 +56,12 @@ class LargestComponent:
     @property
     def sentence(self) -> str | None:
         """The change in words; None if there is none."""
-        if not self.better + self.worse:
+        if not self.better + self.worse + self.undefined:
             return None
         interval = "" if math.isnan(self.low) else f" [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"
+        undefined = f"; without {self.undefined} values that are no longer defined" if self.undefined else ""
         return (
             f"keeping only the largest component of the foreground (mstkd predict --largest-component) changes the "
             f"mean Dice by {100 * self.difference:+.1f} points{interval}: better in {self.better} of {self.cases} "
-            f"cases, worse in {self.worse}"
+            f"cases, worse in {self.worse}{undefined}; it deletes all but one lesion"
         )

@@ -20,7 +20,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch.nn import functional
 
 from nnunetv2_mstkd import modalities
-from nnunetv2_mstkd.errors import DivergenceError, UnsupportedError
+from nnunetv2_mstkd.errors import DivergenceError, InputError, UnsupportedError
 from nnunetv2_mstkd.images.atomic import clear_scratch
 from nnunetv2_mstkd.nnunet import checkpoints, per_channel
 from nnunetv2_mstkd.nnunet.case_facts import CaseFacts, read_case_facts
@@ -231,7 +231,10 @@ class SettingsTrainer(nnUNetTrainer):
         with per_channel.applied():
             super().initialize()
         if self.is_ddp:
-            self.heads = {name: wrapped_for_ddp(head, self.device) for name, head in self.heads.items()}
+            self.heads = {
+                name: wrapped_for_ddp(head, self.device) if any(p.requires_grad for p in head.parameters()) else head
+                for name, head in self.heads.items()
+            }
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
 
@@ -254,7 +257,10 @@ class SettingsTrainer(nnUNetTrainer):
 
     def optimizer_of(self, networks: list[Any], added: list[torch.nn.Module]) -> tuple[Any, WarmupPolyScheduler]:
         """Return optimiser and scheduler of the networks and of the heads, which are made here."""
-        heads = torch.nn.ModuleDict(self.make_heads()).to(self.device)
+        try:
+            heads = torch.nn.ModuleDict(self.make_heads()).to(self.device)
+        except KeyError as error:  # torch does not take every name
+            raise ValueError(f"make_heads of {type(self).__name__}: {error.args[0]}") from error
         self.heads = dict(heads.items())
         every, schedule = torch.nn.ModuleList([*networks, heads]), self.settings[ScheduleSettings]
         return build_optimizer(every, schedule, self.num_epochs, self.weight_decay, added, self.initial_lr)
@@ -695,6 +701,12 @@ class SettingsTrainer(nnUNetTrainer):
         """Take over what nnU-Net's own method takes; that one unpickles the file, and takes no content."""
         if not self.was_initialized:
             self.initialize()
+        stored = (content.get(BLOCK) or {}).get("heads", {})
+        if stored.keys() != self.heads.keys():
+            raise InputError(
+                f"the checkpoint has the heads {', '.join(stored) or 'none'}, make_heads of {type(self).__name__} has "
+                f"{', '.join(self.heads) or 'none'}; continue with the trainer as it was, or train anew"
+            )
         self.plain_network.load_state_dict(content["network_weights"])
         self.optimizer.load_state_dict(content["optimizer_state"])
         if self.grad_scaler is not None and content["grad_scaler_state"] is not None:

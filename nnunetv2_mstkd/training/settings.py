@@ -150,7 +150,8 @@ class Section:
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        cls._namespace = vars(sys.modules[cls.__module__])
+        module = sys.modules.get(cls.__module__)
+        cls._namespace = None if module is None else vars(module)
 
     def __post_init__(self) -> None:
         for name, hint in field_types(type(self)).items():
@@ -220,7 +221,7 @@ def section_problem(section: type) -> str | None:
     where = f"the section class {section.__qualname__}"
     try:
         hints = _annotations(section)
-    except NameError as error:
+    except Exception as error:  # whatever an annotation does when it is read: it must not stop other trainers
         return f"{where} has an annotation that cannot be read: {error}"
     fields = {each.name: each for each in dataclasses.fields(section)}
     keys = [name for name, hint in hints.items() if hint is not ClassVar and typing.get_origin(hint) is not ClassVar]
@@ -228,6 +229,12 @@ def section_problem(section: type) -> str | None:
         return f'{where} needs a name: NAME: ClassVar[str] = "..."'
     if not keys or set(keys) != set(fields):
         return f"{where} needs @dataclass(frozen=True, kw_only=True) and annotated keys, such as weight: Weight = 1.0"
+    for base in section.__mro__[: section.__mro__.index(Section)]:
+        for name, value in vars(base).items():
+            known = name.startswith("_") or name == "NAME" or hasattr(Section, name)
+            method = callable(value) or hasattr(value, "__get__")
+            if not (known or method or name in inspect.get_annotations(base)):
+                return f"{where} has the key {name} without an annotation, such as {name}: Weight = {value!r}"
     for name, each in fields.items():
         if not _allowed(hints[name]):
             return f"{where} annotates {name} with {each.type}, expected one of {TYPES}"
@@ -239,20 +246,22 @@ def section_problem(section: type) -> str | None:
 def known_sections() -> dict[str, type[Section]]:
     """Every section class that has been imported, by name: those of all methods, once the trainers are.
 
-    The first class with a name keeps it, and this package's come first. Those with a :func:`section_problem` are left
-    out.
+    The first class with a name keeps it, and this package's come first; a class that is made again, as in a notebook or
+    by ``dataclass(slots=True)``, replaces itself. Those with a :func:`section_problem` are left out.
     """
     found: list[type[Section]] = []
     pending = list(Section.__subclasses__())
     while pending:
         section = pending.pop(0)
         pending += section.__subclasses__()
-        if "NAME" in vars(section) and section_problem(section) is None:
+        if section_problem(section) is None:
             found.append(section)
     found.sort(key=lambda section: not section.__module__.startswith("nnunetv2_mstkd."))
     known: dict[str, type[Section]] = {}
     for section in found:
-        known.setdefault(section.NAME, section)
+        owner = known.setdefault(section.NAME, section)
+        if (owner.__module__, owner.__qualname__) == (section.__module__, section.__qualname__):
+            known[section.NAME] = section
     return known
 
 
