@@ -70,7 +70,7 @@ def heat_map(results: pd.DataFrame) -> Figure:
             xticklabels=[region.replace(" ", "\n") for region in data.regions],
             yticklabels=names,
         )
-        axis.set_title(model, fontsize=10)
+        axis.set_title(model, fontsize=10, pad=10)  # above the number at the top of the colour bar
         axis.tick_params(axis="x", rotation=0, labelsize=9, length=0)
         axis.tick_params(axis="y", rotation=0, labelsize=8, length=0)
     figure.colorbar(axes[-1].collections[0], ax=axes.tolist(), label=_label(DICE), fraction=0.05, pad=0.02)
