@@ -11,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from conftest import empty_folders
 from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from predict_inputs import CHANNELS, SHAPE, write, write_case
+from predict_inputs import CHANNELS, SHAPE, trainer_class, write, write_case, write_model
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd.evaluation.results import read_results
@@ -29,6 +30,20 @@ def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("missing_bars", "heat_map", "curve_by_count", "shapley_bars"):
         monkeypatch.setattr(figures, name, lambda *args, **kwargs: None)
     monkeypatch.setattr(figures, "save_figure", lambda figure, path: Path(path).touch())
+
+
+def model_with_regions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A model of one fold in nnU-Net's empty folders, and its data set; figures stay empty."""
+    empty_folders(folder, monkeypatch)
+    without_drawing(monkeypatch)
+    model = write_model(trainer_class("MSTKDTrainer"), labels=tiny.REGIONS)
+    write_dataset(model)
+    return model
+
+
+def naive_dice(one: np.ndarray, other: np.ndarray) -> float:
+    """Dice of two masks; 1 if both are empty."""
+    return 2 * (one & other).sum() / (one.sum() + other.sum()) if one.any() or other.any() else 1.0
 
 
 def evaluate(model: Path, *options: str) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +108,14 @@ def trainer_class(name: str) -> type:
     from nnunetv2_mstkd import methods as trainers
 
     return nnUNetTrainer if name == "nnUNetTrainer" else getattr(trainers, name)
+
+
+def edit_checkpoint(model: Path, change: Callable[[dict], object]) -> None:
+    """Change the content of the checkpoint of fold 0."""
+    file = model / "fold_0" / "checkpoint_final.pth"
+    content = torch.load(file, weights_only=False)
+    change(content)
+    torch.save(content, file)
 
 
 def predict(folders: Path, model: Path, *options: str, output: str = "out", source: str = "in") -> int:

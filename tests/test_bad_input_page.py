@@ -18,7 +18,7 @@ import pytest
 import tiny
 import torch
 from evaluate_inputs import label_image
-from predict_inputs import noise, set_up, write, write_case, write_model
+from predict_inputs import edit_checkpoint, noise, set_up, write, write_case, write_model
 from test_faults import full_disk
 
 from nnunetv2_mstkd import cli, methods
@@ -56,10 +56,7 @@ class World:
         self.edit_json("plans.json", lambda content: change(content["configurations"]["tiny"]))
 
     def edit_checkpoint(self, change: Callable[[dict], object]) -> None:
-        file = self.model / "fold_0" / "checkpoint_final.pth"
-        content = torch.load(file, weights_only=False)
-        change(content)
-        torch.save(content, file)
+        edit_checkpoint(self.model, change)
 
 
 @pytest.fixture(scope="module")

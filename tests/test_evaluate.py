@@ -20,6 +20,7 @@ from evaluate_inputs import (
     SPLITS,
     evaluate,
     label_image,
+    naive_dice,
     refused,
     results,
     without_drawing,
@@ -72,10 +73,6 @@ def value(table: pd.DataFrame, **where) -> float:
         table = table[table[column] == wanted]
     assert len(table) == 1
     return float(table["value"].iloc[0])
-
-
-def naive_dice(one: np.ndarray, other: np.ndarray) -> float:
-    return 2 * (one & other).sum() / (one.sum() + other.sum()) if one.any() or other.any() else 1.0
 
 
 def segmentation_of(model: Path, fold: int, case: str, subset: str, folder: Path) -> np.ndarray:

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import tiny
-from conftest import empty_folders
-from evaluate_inputs import results, without_drawing, write_dataset
-from predict_inputs import trainer_class, write_model
+from evaluate_inputs import model_with_regions, results
 
 from nnunetv2_mstkd.inference.workers import Backlog
 from nnunetv2_mstkd.reporting.evaluate import evaluate
@@ -20,11 +17,7 @@ HERE = {"device": "cpu", "preprocessing_processes": 0, "scoring_processes": 0, "
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    empty_folders(tmp_path, monkeypatch)
-    without_drawing(monkeypatch)
-    folder = write_model(trainer_class("MSTKDTrainer"), labels=tiny.REGIONS)
-    write_dataset(folder)
-    return folder
+    return model_with_regions(tmp_path, monkeypatch)
 
 
 def test_tables_are_data_frames(model, capsys):

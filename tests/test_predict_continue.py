@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from predict_inputs import (
     SHAPE,
+    edit_checkpoint,
     files,
     predict,
     read,
@@ -26,7 +26,6 @@ from predict_inputs import (
 from nnunetv2_mstkd import Predictor, cli
 from nnunetv2_mstkd.images.atomic import locked
 from nnunetv2_mstkd.inference.expected_dice import SUMMARY
-from nnunetv2_mstkd.nnunet import checkpoints
 
 
 @pytest.fixture
@@ -240,10 +239,7 @@ def test_a_run_is_not_continued_with_other_options(folders, model, capsys):
 
 
 def double_weights(model: Path) -> None:
-    file = model / "fold_0" / "checkpoint_final.pth"
-    content = checkpoints.read(file)
-    content["network_weights"] = {name: 2 * tensor for name, tensor in content["network_weights"].items()}
-    torch.save(content, file)
+    edit_checkpoint(model, lambda content: [tensor.mul_(2) for tensor in content["network_weights"].values()])
 
 
 def test_a_run_is_not_continued_with_other_weights(folders, model, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
-from predict_inputs import write_model
+from predict_inputs import edit_checkpoint, write_model
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd import methods as trainers
@@ -39,13 +39,6 @@ def edit(file: Path, change: Callable[[dict], None]) -> None:
     content = json.loads(file.read_text())
     change(content)
     file.write_text(json.dumps(content))
-
-
-def edit_checkpoint(model: Path, change: Callable[[dict], object]) -> None:
-    file = model / "fold_0" / "checkpoint_final.pth"
-    content = torch.load(file, weights_only=False)
-    change(content)
-    torch.save(content, file)
 
 
 # ---- finding ----------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from nnunetv2_mstkd.evaluation.results import COLUMNS
 from nnunetv2_mstkd.statistics import findings
 from nnunetv2_mstkd.statistics import significance as s
 from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, cube
+from nnunetv2_mstkd.statistics.components import LargestComponent
 from nnunetv2_mstkd.statistics.plausibility import plausibility_warnings
 from nnunetv2_mstkd.statistics.shapley import shapley, shapley_matrix
 from nnunetv2_mstkd.statistics.trainings import widen
@@ -712,3 +713,45 @@ def test_values_that_repeat_by_themselves_are_not_suspicious():
 def test_rules_without_their_subsets_are_skipped():
     frame = believable()
     assert warnings_of(frame[frame["subset"].isin(["T1ce", "T1+T1ce+T2+FLAIR"])]) == []
+
+
+# ---- the largest component -------------------------------------------------------------------------------------------
+
+
+def test_the_change_by_the_largest_component_is_the_mean_over_subsets_and_regions():
+    before = table(
+        {
+            ("m", "A", "x"): [0.5, 0.5, 0.5],
+            ("m", "A", "y"): [0.2] * 3,
+            ("m", "A+B", "x"): [0.6] * 3,
+            ("m", "A+B", "y"): [0.4] * 3,
+        }
+    )
+    after = table(
+        {
+            ("m", "A", "x"): [0.9, 0.3, 0.5],
+            ("m", "A", "y"): [0.2] * 3,
+            ("m", "A+B", "x"): [0.6] * 3,
+            ("m", "A+B", "y"): [0.8, 0.4, 0.4],
+        }
+    )
+    found = LargestComponent(before, after)
+    assert found.difference == pytest.approx((0.8 / 4 - 0.2 / 4) / 3)
+    assert (found.cases, found.better, found.worse) == (3, 1, 1)
+    assert found.low < found.difference < found.high
+    assert found.by_subset["A"] == pytest.approx({"x": 1.7 / 3, "y": 0.2})
+    assert "+5.0 points [" in found.sentence and "better in 1 of 3 cases, worse in 1" in found.sentence
+    assert LargestComponent(before, before).sentence is None
+    # a case that two folds predicted counts once
+    again = after[after["case"] == "case0"].assign(fold="1")
+    twice = LargestComponent(
+        pd.concat([before, before[before["case"] == "case0"].assign(fold="1")]), pd.concat([after, again])
+    )
+    assert twice.by_subset["A"] == pytest.approx(found.by_subset["A"])
+    # the only false island of a region without a reference goes, and with it the value, by nnU-Net's rules
+    false = table({("m", "A", "x"): [0.5, 0.0]})
+    gone = LargestComponent(false, table({("m", "A", "x"): [0.5, float("nan")]}))
+    assert gone.undefined == 1 and "without 1 values that are no longer defined" in gone.sentence
+    # a region that counts as not found where it is small is no region more
+    small = before[before["region"] == "x"].assign(region="x (min 9)", value=0.0)
+    assert LargestComponent(pd.concat([before, small]), after).difference == pytest.approx(found.difference)

@@ -313,7 +313,11 @@ def score_prediction(
             stated[region] = float(presence[head]), region not in lacking
     entropy = case_entropy(logits, counting.has_regions)
     component = keep_largest_component(segmentation, manager)
-    largest = replace(rules, metrics=(DICE,), min_voxels={}).score(component, reference, properties["spacing"])
+    if component is segmentation and DICE in rules.metrics:
+        largest = {region: {DICE: values[region][DICE]} for region in rules.regions}
+    else:
+        dice_alone = replace(rules, metrics=(DICE,), min_voxels={})
+        largest = dice_alone.score(component, reference, properties["spacing"])
     return SubsetScore(
         values, counting.near, segmentation.size, entropy, stated, counting.calibration, largest, lacking, kept,
         tuple(maps),

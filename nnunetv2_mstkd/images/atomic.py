@@ -78,7 +78,7 @@ def write_json(file: Path, content: Any, *, indent: int | None = 2) -> None:
 def locked(file: Path, busy: str | None = None) -> Iterator[None]:
     """Let one process at a time work on a file, which has a hidden one beside it meanwhile.
 
-    The lock of a process that was killed is free again. If the file system refuses locks, there is none.
+    The lock of a process that was killed is free again. On a file system that refuses locks, none is used.
 
     Parameters
     ----------

@@ -142,8 +142,9 @@ def predict_cases(
                     predictor, data, case.availability, student=student, disagreement=save_uncertainty and several
                 )
                 what = case.name, output, logits, properties, configuration, plans, dataset_json, save_probabilities
-                how = save_uncertainty, (temperatures or {}).get(sum(case.availability), 1.0)
-                exports.submit((case, presence), export_case, *what, *how, between, largest_component)
+                temperature = (temperatures or {}).get(sum(case.availability), 1.0)
+                options = save_uncertainty, temperature, between, largest_component
+                exports.submit((case, presence), export_case, *what, *options)
                 exports.collect(export_processes + EXPORTS_AHEAD if export_processes else 0)
             exports.collect()
         finally:

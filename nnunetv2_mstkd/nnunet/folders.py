@@ -96,7 +96,10 @@ def find_model_folder(dataset: str, trainer: str, plans: str, configuration: str
 
 
 def refuse_same_folder(output: Path, other: Path, what: str) -> None:
-    """Refuse an output folder that is a file, or ``other``, which must not change (``what``: ``"input folder"``)."""
+    """Refuse an output folder that is a file, or ``other``, which must not change (``what``: ``"input folder"``).
+
+    One whose name is not UTF-8 is refused as well: SimpleITK cannot write there.
+    """
     utf8_name(output, "written")
     if output.exists() and not output.is_dir():
         raise ExistingFileError(f"the output folder {output} is a file; choose another one")

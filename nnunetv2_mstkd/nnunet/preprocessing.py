@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from acvl_utils.cropping_and_padding.bounding_boxes import bounding_box_to_slice, get_bbox_from_mask
 from nnunetv2.configuration import default_num_processes
 from nnunetv2.inference.export_prediction import (
     convert_predicted_logits_to_segmentation_with_correct_shape,
@@ -167,16 +166,23 @@ def keep_largest_component(segmentation: np.ndarray, labels: Any) -> np.ndarray:
     """The first step of nnU-Net's postprocessing: all foreground outside its largest component becomes background.
 
     ``segmentation`` has the shape (x, y, z), ``labels`` is nnU-Net's label manager; neighbours may share a corner only.
-    Of equally large components all are kept. (nnU-Net's own function takes minutes for thousands of islands.)
+    Of equally large components all are kept. (nnU-Net's own function takes minutes for a hundred thousand islands.)
+
+    Returns
+    -------
+    The segmentation itself if it has one component at most.
     """
-    kept = segmentation.copy()
     foreground = np.isin(segmentation, labels.foreground_labels)
-    if foreground.any():
-        box = bounding_box_to_slice(get_bbox_from_mask(foreground))  # seven times as fast as in the whole image
-        parts, _ = ndimage.label(foreground[box], np.ones((3,) * foreground.ndim))
-        sizes = np.bincount(parts.ravel())
-        sizes[0] = 0
-        kept[box][foreground[box] & (sizes < sizes.max())[parts]] = 0
+    boxes = ndimage.find_objects(foreground.view(np.uint8))  # seven times as fast as in the whole image
+    if not boxes:
+        return segmentation
+    parts, number = ndimage.label(foreground[boxes[0]], np.ones((3,) * foreground.ndim))
+    if number == 1:
+        return segmentation
+    sizes = np.bincount(parts.ravel())
+    smaller = sizes < sizes[1:].max()
+    kept = segmentation.copy()
+    kept[boxes[0]][(parts > 0) & smaller[parts]] = 0
     return kept
 
 

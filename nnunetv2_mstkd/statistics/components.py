@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pandas as pd
 
-from nnunetv2_mstkd.evaluation.results import CASE, FOLD, METRIC, MODEL, REGION, SUBSET, VALUE, patients_of
+from nnunetv2_mstkd.evaluation.results import MODEL, REGION, patients_of
 from nnunetv2_mstkd.metrics.conventions import DICE
-from nnunetv2_mstkd.statistics.bootstrap import HIGH, LOW, Bootstrap
-from nnunetv2_mstkd.statistics.significance import DIFFERENCE, compare, paired_differences
+from nnunetv2_mstkd.statistics.bootstrap import Bootstrap, cube, mean, with_average
 
 
 class LargestComponent:
@@ -39,23 +39,24 @@ class LargestComponent:
     def __init__(self, results: pd.DataFrame, largest: pd.DataFrame) -> None:
         plain = results[results[REGION].isin(largest[REGION].unique())]
         both = pd.concat([plain.assign(**{MODEL: "all"}), largest.assign(**{MODEL: "largest"})], ignore_index=True)
-        models = ["largest", "all"]
-        average = compare(both, models=models, bootstrap=Bootstrap(patients_of(results))).iloc[-1]
-        self.difference, self.low, self.high = (float(average[name]) for name in (DIFFERENCE, LOW, HIGH))
-        of_cases = paired_differences(both, models=models)
-        changes = of_cases[of_cases[REGION] == average[REGION]][DIFFERENCE].dropna().round(9)
-        self.cases, self.better, self.worse = len(changes), int((changes > 0).sum()), int((changes < 0).sum())
-        each = largest.groupby([SUBSET, REGION, CASE], sort=False)[VALUE].mean()  # of the folds that predicted it
-        keys = [FOLD, CASE, SUBSET, REGION]
-        dice = plain[plain[METRIC] == DICE].merge(largest, on=keys, suffixes=("", "_after"))
-        self.undefined = int((dice[VALUE].notna() & dice[f"{VALUE}_after"].isna()).sum())
-        self.by_subset: dict[str, dict[str, float]] = {}
-        for (subset, region), value in each.groupby([SUBSET, REGION], sort=False).mean().items():
-            self.by_subset.setdefault(subset, {})[region] = float(value)
+        data = cube(both, DICE, models=["all", "largest"])
+        before, after = data.values
+        # over subsets, then the average over regions, which is the last one, or the only region
+        changes = mean(with_average(after - before, data.regions)[0], axis=-2)[:, -1:]
+        estimates = Bootstrap(patients_of(results)).estimates(changes[None], data.cases)
+        self.difference, self.low, self.high = (float(each[0, 0]) for each in estimates)
+        rounded = changes[~np.isnan(changes)].round(9)
+        self.cases, self.better, self.worse = len(rounded), int((rounded > 0).sum()), int((rounded < 0).sum())
+        self.undefined = int((np.isnan(after) & ~np.isnan(before)).sum())
+        means = mean(after, axis=0)
+        self.by_subset = {
+            subset: dict(zip(data.regions, of_subset.tolist(), strict=True))
+            for subset, of_subset in zip(data.subsets, means, strict=True)
+        }
 
     @property
     def sentence(self) -> str | None:
-        """The change in words; None if there is none."""
+        """The change as a sentence; None if nothing changes."""
         if not self.better + self.worse + self.undefined:
             return None
         interval = "" if math.isnan(self.low) else f" [{100 * self.low:+.1f}, {100 * self.high:+.1f}]"

@@ -231,10 +231,7 @@ class SettingsTrainer(nnUNetTrainer):
         with per_channel.applied():
             super().initialize()
         if self.is_ddp:
-            self.heads = {
-                name: wrapped_for_ddp(head, self.device) if any(p.requires_grad for p in head.parameters()) else head
-                for name, head in self.heads.items()
-            }
+            self.heads = {name: wrapped_for_ddp(head, self.device) for name, head in self.heads.items()}
         self._step_in_epoch = 0
         self._initial_sum = self._weight_sum()
 

@@ -83,6 +83,11 @@ def unwrapped(network: Any) -> Any:
     return plain_network(network.module if isinstance(network, DistributedDataParallel) else network)
 
 
-def wrapped_for_ddp(module: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
-    """Wrap a module that a trainer has beside nnU-Net's network for a training on several GPUs, as nnU-Net does."""
+def wrapped_for_ddp(module: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+    """Wrap a module that a trainer has beside nnU-Net's network for a training on several GPUs, as nnU-Net does.
+
+    DDP refuses one without weights to train, which is returned as it is.
+    """
+    if not any(each.requires_grad for each in module.parameters()):
+        return module
     return DistributedDataParallel(module, device_ids=[device] if device.type == "cuda" else None)
