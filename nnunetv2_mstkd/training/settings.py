@@ -9,6 +9,7 @@ configure``.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -208,7 +209,8 @@ def field_types(section: type) -> dict[str, Any]:
     return {each.name: hints[each.name] for each in dataclasses.fields(section)}
 
 
-def _annotations(section: type) -> dict[str, Any]:
+@functools.cache  # known_sections() reads those of all classes
+def _annotations(section: type) -> Mapping[str, Any]:
     """Annotations of a class and its bases, each read in its own module."""
     hints: dict[str, Any] = {}
     for base in reversed(section.__mro__):
