@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_mstkd.commands.evaluate import IN_BACKGROUND
+from nnunetv2_mstkd.evaluation.cases import prepare
+from nnunetv2_mstkd.evaluation.scoring import score_prediction
 from nnunetv2_mstkd.inference import workers as module
 from nnunetv2_mstkd.inference.workers import ahead, workers
 
@@ -53,6 +56,10 @@ def test_process_returns_results_and_errors():
 def test_a_process_that_dies_is_explained():
     with pytest.raises(ChildProcessError, match=r"lack of memory; use fewer \(-npp 1 -nps 1\)"), workers(2, 1) as pool:
         pool.submit(os._exit, 1).result()
+
+
+def test_what_an_evaluation_runs_in_the_background_is_imported_ahead():
+    assert set(IN_BACKGROUND) == {prepare.__module__, score_prediction.__module__}
 
 
 def variables() -> dict[str, str]:

@@ -245,7 +245,8 @@ def test_overlay_colours():
     labels[5, 6], labels[7, 8], labels[9, 9] = 1, 4, 2
     outline = np.zeros(labels.shape, bool)
     outline[20:25, 20:25] = True
-    found = decoded(pictures.overlay_uri(labels, {1: (255, 0, 0), 4: (0, 0, 255)}, outline)).convert("RGBA")
+    uri = pictures.overlay_uri(labels, {1: (255, 0, 0), 4: (0, 0, 255)}, pictures.outline_of(outline))
+    found = decoded(uri).convert("RGBA")
     assert found.size == (250, 200)
     assert found.getpixel((6, 5)) == (255, 0, 0, pictures.OPACITY)
     assert found.getpixel((8, 7)) == (0, 0, 255, pictures.OPACITY)

@@ -17,6 +17,9 @@ SAME_NAME = (
 )  # fmt: skip
 """Options that :func:`~nnunetv2_mstkd.reporting.evaluate.evaluate` calls by the same name."""
 
+IN_BACKGROUND = "nnunetv2_mstkd.evaluation.cases", "nnunetv2_mstkd.evaluation.scoring"
+"""Modules of the functions that background processes call."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of `mstkd evaluate`: those of nnUNetv2_predict, and those for subsets and metrics."""
@@ -73,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate and print."""
     folder = options.model_folder(args)
     if args.npp or args.nps:
-        start_server()  # imports torch at the same time as this process
+        start_server(*IN_BACKGROUND)  # imports torch at the same time as this process
     from nnunetv2_mstkd.reporting.evaluate import evaluate
 
     args.min_voxels = dict(map(_region_and_voxels, args.min_voxels))

@@ -29,8 +29,8 @@ class _InThisProcess(Executor):
         return future
 
 
-def start_server() -> None:
-    """Start to import what background processes need, while this process does something else.
+def start_server(*modules: str) -> None:
+    """Start to import what background processes need, also these modules, while this process does something else.
 
     On Linux they are then copies of a process that has imported everything. It is a fresh one, because copies of this
     process could not use CUDA. Elsewhere each process imports for itself, and this does nothing.
@@ -38,7 +38,7 @@ def start_server() -> None:
     if sys.platform == "linux":
         from multiprocessing import forkserver  # not on Windows
 
-        multiprocessing.set_forkserver_preload([PRELOADED])
+        multiprocessing.set_forkserver_preload([PRELOADED, *modules])
         # the server inherits this: only this process gets a Ctrl-C
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         forkserver.ensure_running()

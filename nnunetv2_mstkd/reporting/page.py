@@ -36,6 +36,7 @@ from nnunetv2_mstkd.reporting.pictures import (
     grey_uri,
     heat_uri,
     label_colors,
+    outline_of,
     overlay_uri,
 )
 from nnunetv2_mstkd.reporting.tables import (
@@ -299,7 +300,7 @@ def _montage(
     montage = cropped(stored)
     colors = label_colors(list(rules.labels), rules.ignore_label)
     slices = montage.every
-    outlines = [~np.isin(each.reference, (0, rules.ignore_label or 0)) for each in slices]
+    outlines = [outline_of(~np.isin(each.reference, (0, rules.ignore_label or 0))) for each in slices]
     dice = findings.results.query(f"{METRIC} == @DICE and {FOLD} == @fold and {CASE} == @case")
     values = dict(zip(zip(dice[SUBSET], dice[REGION], strict=True), dice[VALUE], strict=True))
     groups: dict[int, list[dict[str, Any]]] = {}

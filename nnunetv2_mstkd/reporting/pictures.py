@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import functools
 import io
 import math
 from collections import Counter
@@ -48,18 +49,23 @@ def heat_uri(percent: np.ndarray) -> str:
     """A map in percent, multiples of :data:`ENTROPY_STEP`, shape (rows, columns), in the colours of :data:`HEAT`."""
     steps = (percent // ENTROPY_STEP).astype(np.uint8)
     image = Image.frombytes("P", (steps.shape[1], steps.shape[0]), steps.tobytes())
-    colors = colormaps[HEAT](np.arange(0, 101, ENTROPY_STEP) / 100)[:, :3]
-    image.putpalette((255 * colors).round().astype(np.uint8).tobytes())
+    image.putpalette(_heat_palette())
     return _encoded(image)
+
+
+@functools.cache
+def _heat_palette() -> bytes:
+    colors = colormaps[HEAT](np.arange(0, 101, ENTROPY_STEP) / 100)[:, :3]
+    return (255 * colors).round().astype(np.uint8).tobytes()
 
 
 def overlay_uri(labels: np.ndarray, colors: Mapping[int, Color], outline: np.ndarray | None = None) -> str:
     """A transparent image of integer labels, shape (rows, columns), that lies over a grey one.
 
-    Labels without a colour are transparent; the border of the mask ``outline`` is drawn on top in white.
+    Labels without a colour are transparent; ``outline``, from :func:`outline_of` a mask of this shape, is drawn on top
+    in white.
     """
-    times = max(1, math.ceil(FINE / max(labels.shape)))
-    labels = _enlarged(labels, times)
+    labels = _enlarged(labels)
     numbers = np.zeros_like(labels, dtype=np.uint8)
     palette, opacities = [(0, 0, 0)], [0]
     for number, (label, color) in enumerate(colors.items(), start=1):
@@ -67,14 +73,19 @@ def overlay_uri(labels: np.ndarray, colors: Mapping[int, Color], outline: np.nda
         palette.append(color)
         opacities.append(OPACITY)
     if outline is not None:
-        outline = _enlarged(outline, times)
-        numbers[outline & ~ndimage.binary_erosion(outline)] = len(palette)
+        numbers[outline] = len(palette)
         palette.append((255, 255, 255))
         opacities.append(255)
     size = numbers.shape[1], numbers.shape[0]
     image = Image.frombytes("P", size, numbers.tobytes())
     image.putpalette([value for color in palette for value in color])
     return _encoded(image, transparency=bytes(opacities))
+
+
+def outline_of(mask: np.ndarray) -> np.ndarray:
+    """The border of a mask, one pixel wide, in the size of the overlays."""
+    mask = _enlarged(mask)
+    return mask & ~ndimage.binary_erosion(mask)
 
 
 def label_colors(labels: list[int], ignore_label: int | None) -> dict[int, Color]:
@@ -144,7 +155,8 @@ def clearest_image(montage: Montage) -> int:
     return int(np.argmax(contrasts))
 
 
-def _enlarged(image: np.ndarray, times: int) -> np.ndarray:
+def _enlarged(image: np.ndarray) -> np.ndarray:
+    times = max(1, math.ceil(FINE / max(image.shape)))
     return image.repeat(times, axis=0).repeat(times, axis=1)
 
 
@@ -155,7 +167,7 @@ def _extent(line: np.ndarray) -> slice:
 
 def _encoded(image: Image.Image, **options: object) -> str:
     stream = io.BytesIO()
-    image.save(stream, "PNG", optimize=True, **options)
+    image.save(stream, "PNG", **options)
     return _uri(stream.getvalue())
 
 
