@@ -111,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``mstkd`` with the arguments `argv` (default: those of the process) and return its exit code."""
     # OpenMP reads this when torch is imported: idle threads sleep instead of spinning, which slows a busy machine down
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # PyTorch and nnU-Net make half a million objects that stay: looking for garbage among them again and again takes a
-    # quarter of their import, and a second at the end
-    gc.set_threshold(FEWER_COLLECTIONS)
-    atexit.register(gc.freeze)
+    collect_rarely()
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(argv)
     if not argv:
@@ -124,6 +121,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     # From timm, which nnU-Net's trainer look-up imports; users can do nothing about it.
     warnings.filterwarnings("ignore", r"`torch\.jit\.interface` is deprecated", FutureWarning)
     return run_and_report(f"mstkd {args.command}", args.run, args)
+
+
+def collect_rarely() -> None:
+    """Look for garbage less often than Python does, and not at the end.
+
+    PyTorch and nnU-Net make half a million objects that stay: searching them again and again takes a quarter of their
+    import, and a second at the end.
+    """
+    gc.set_threshold(FEWER_COLLECTIONS)
+    atexit.register(gc.freeze)
 
 
 def _parser(argv: Sequence[str]) -> Parser:
