@@ -1,18 +1,22 @@
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import multiprocessing
 import os
+import random
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +25,8 @@ os.environ.setdefault("nnUNet_def_n_proc", "1")
 
 # on few cores the threads of one process only get in each other's way
 torch.set_num_threads(1)
+
+gc.set_threshold(50_000)  # as the command mstkd does: half a million objects live until the end
 
 PHANTOM = 902
 CONFIGURATION = "tiny"
@@ -73,6 +79,34 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: ranks.get(item.path.stem, len(ranks)))
 
 
+def locate_modules_once() -> None:
+    """At each search for a trainer, nnU-Net asks of all 5000 modules whether they are in a folder."""
+    from nnunetv2.utilities import find_class_by_name as finder
+
+    ask = finder._module_originates_from_path
+
+    @functools.cache
+    def within(file: str, path: str) -> bool:
+        return ask(SimpleNamespace(__file__=file), path)
+
+    def ask_once(module, path: str) -> bool:
+        file = getattr(module, "__file__", None)
+        return within(file, path) if isinstance(file, str) else ask(module, path)
+
+    finder._module_originates_from_path = ask_once
+
+
+locate_modules_once()
+
+
+@pytest.fixture(autouse=True)
+def random_numbers_are_the_same() -> None:
+    """A test draws the same numbers in each run, whichever tests ran before."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def threads_are_given_back() -> Iterator[None]:
     """A command for the CPU takes all cores; with another number of threads sums differ in the last bit."""
@@ -84,6 +118,7 @@ def threads_are_given_back() -> Iterator[None]:
 def in_this_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let nnU-Net's process pools be pools of threads: each new process would import PyTorch again."""
     from nnunetv2.experiment_planning.dataset_fingerprint.fingerprint_extractor import DatasetFingerprintExtractor
+    from nnunetv2.training.dataloading import data_loader
     from nnunetv2.utilities import utils
 
     real, initialize = multiprocessing.get_context, DatasetFingerprintExtractor.__init__
@@ -95,6 +130,8 @@ def in_this_process(patch: pytest.MonkeyPatch) -> Iterator[None]:
     with patch.context() as inner:
         inner.setattr(DatasetFingerprintExtractor, "__init__", with_few_voxels)
         inner.setattr(utils, "Pool", ThreadPool)  # twelve processes that match names of files
+        # for each batch it searches all loaded libraries; there is one thread anyway
+        inner.setattr(data_loader, "threadpool_limits", lambda **limits: nullcontext())
         inner.setattr(
             multiprocessing,
             "get_context",
@@ -124,19 +161,26 @@ def train(
 ) -> None:
     """``nnUNetv2_train``, in this process; ``options`` are those of nnU-Net's ``run_training``."""
     from nnunetv2.run.run_training import run_training
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
+        if not validate:
+            patch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
+        if not plot:
+            draw_nothing(patch)
+        run_training(str(dataset), configuration, fold, trainer, device=device or torch.device("cpu"), **options)
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """Let trainings draw no pictures of their progress and network, which take seconds per epoch."""
     from nnunetv2.training.logging.nnunet_logger import LocalLogger
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
     from nnunetv2_mstkd.training.progress import TermLog
 
-    with pytest.MonkeyPatch.context() as patch, in_this_process(patch):
-        if not validate:
-            patch.setattr(nnUNetTrainer, "perform_actual_validation", lambda self, save_probabilities=False: None)
-        if not plot:  # seconds per epoch
-            patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
-            patch.setattr(TermLog, "draw", lambda self, history: None)
-        patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
-        run_training(str(dataset), configuration, fold, trainer, device=device or torch.device("cpu"), **options)
+    patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
+    patch.setattr(TermLog, "draw", lambda self, history: None)
+    patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
 
 
 class KilledError(Exception):

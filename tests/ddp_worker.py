@@ -22,9 +22,7 @@ import pytest
 import tiny
 import torch
 from nnunetv2.run.run_training import get_trainer_from_args, maybe_load_checkpoint
-from nnunetv2.training.logging.nnunet_logger import LocalLogger
 from nnunetv2.training.nnUNetTrainer import nnUNetTrainer as nnunet_module
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
@@ -39,6 +37,12 @@ STEPS = 3
 SUBSET = "T0+T2"
 OTHER = "T1+T2"
 """What the second of two students that train together has."""
+
+
+def call(rank: int, variables: dict[str, str], function: Callable[..., None], *arguments: Any) -> None:
+    """``function(rank, *arguments)`` with these environment variables."""
+    os.environ.update(variables)
+    function(rank, *arguments)
 
 
 class OnCpu(DistributedDataParallel):
@@ -177,8 +181,7 @@ class StoppedError(Exception):
 def run_training(rank: int, folder: Path, results: tuple[str, str], trainer_name: str) -> None:
     """nnU-Net's own loaders, epochs, checkpoints and validation: once in one go, once stopped and continued."""
     with pytest.MonkeyPatch.context() as patch, conftest.in_this_process(patch):
-        patch.setattr(LocalLogger, "plot_progress_png", lambda self, folder: None)
-        patch.setattr(nnUNetTrainer, "plot_network_architecture", lambda self: None)
+        conftest.draw_nothing(patch)
         begin(rank, folder, "training_store")
         for number, (output, stop, go_on) in enumerate(
             [(results[0], False, False), (results[1], True, False), (results[1], False, True)]

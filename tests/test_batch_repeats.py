@@ -8,7 +8,7 @@ import multiprocessing
 import pytest
 import torch
 from batchgenerators.dataloading.single_threaded_augmenter import SingleThreadedAugmenter
-from conftest import train, train_until_killed
+from conftest import draw_nothing, train, train_until_killed
 from test_trainers_runs import build, configure, read
 from tiny import same
 
@@ -53,7 +53,9 @@ def watched(trainer) -> list[tuple[tuple, torch.Tensor, torch.Tensor]]:
         return compute(data, *arguments)
 
     trainer._to_device, trainer.compute_losses = noted, computed
-    trainer.run_training()
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        trainer.run_training()
     return seen
 
 
@@ -103,6 +105,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(models):
 def test_worker_processes_end(models, monkeypatch):
     monkeypatch.setenv("nnUNet_n_proc_DA", "2")
     configure(models, schedule__epochs=2, schedule__iterations=2, schedule__batch_repeats=2, schedule__patch_phases=2)
+    draw_nothing(monkeypatch)
     build("ModalityDropoutTrainer").run_training()
     assert not multiprocessing.active_children()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from conftest import Folders
 
 from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd.inference.workers import start_server
 from nnunetv2_mstkd.nnunet import checkpoints
 
 NAMES = [
@@ -32,11 +35,18 @@ KINKS = {"SMMLRFNetTrainer"}
 """The largest network: rounding moves a feature across the kink of a LeakyReLU. With another seed it agrees to 3e-6."""
 
 
+def on_each_rank(function: Callable[..., None], *arguments: Any) -> None:
+    """Call ``function(rank, *arguments)`` in a process for each rank, which has nnU-Net imported when it starts."""
+    start_server()
+    arguments = dict(os.environ), function, *arguments  # the server keeps the variables with which it began
+    torch.multiprocessing.start_processes(ddp_worker.call, arguments, ddp_worker.RANKS, start_method="forkserver")
+
+
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Results of both ranks, and of one process on the joined batch, by trainer."""
     folder = tmp_path_factory.mktemp("ddp")
-    torch.multiprocessing.spawn(ddp_worker.run_steps, (folder, NAMES + OF_RANK), ddp_worker.RANKS)
+    on_each_rank(ddp_worker.run_steps, folder, NAMES + OF_RANK)
     return {name: torch.load(folder / f"{name}.pt", weights_only=True) for name in ("rank_0", "rank_1", "alone")}
 
 
@@ -79,7 +89,7 @@ def test_each_rank_draws_its_own_subsets(steps, name):
 
 
 def test_the_others_wait_for_the_first_process_longer_than_for_a_message(tmp_path: Path):
-    torch.multiprocessing.spawn(ddp_worker.wait_for_the_first, (tmp_path,), ddp_worker.RANKS)
+    on_each_rank(ddp_worker.wait_for_the_first, tmp_path)
 
 
 def test_two_ranks_write_once_and_resume(models: Folders, tmp_path: Path):
@@ -93,8 +103,7 @@ def test_two_ranks_write_once_and_resume(models: Folders, tmp_path: Path):
     teacher = models.fold("MSTKDTeacherTrainer").parent
     (other / models.dataset / teacher.name).symlink_to(teacher)
 
-    arguments = tmp_path, (str(models.results), str(other)), "MSTKDTrainer"
-    torch.multiprocessing.spawn(ddp_worker.run_training, arguments, ddp_worker.RANKS)
+    on_each_rank(ddp_worker.run_training, tmp_path, (str(models.results), str(other)), "MSTKDTrainer")
 
     folder = dataset / student.name / "fold_0"
     assert len(list(folder.glob("training_log_*.txt"))) == 1

@@ -60,7 +60,7 @@ def mixed(preprocessed: Folders, tmp_path_factory: pytest.TempPathFactory) -> Fo
     content = json.loads((raw / "dataset.json").read_text())
     content["labels"]["ignore"] = IGNORE
     (raw / "dataset.json").write_text(json.dumps(content))
-    plan_and_preprocess(folders, PHANTOM, "3d_fullres")
+    plan_and_preprocess(folders, PHANTOM, "3d_fullres", spacing=(8.0, 8.0, 8.0))
     train_cases = [f"phantom_00{number}" for number in range(5)]
     splits = [{"train": train_cases, "val": [VALIDATION, "phantom_003"]}]
     (folders.preprocessed / folders.dataset / "splits_final.json").write_text(json.dumps(splits))
@@ -186,7 +186,7 @@ def test_no_sample_is_empty_and_no_absent_channel_is_seen(semi, monkeypatch, cls
 
     monkeypatch.setattr(modalities, "mask_modalities", record)
     checked = 0
-    for _ in range(12):
+    for _ in range(6):
         content = next(trainer.dataloader_train)
         present = torch.tensor([trainer.case_facts[str(case)].present for case in content["keys"]])
         seen.clear()

@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import CONFIGURATION, train, train_until_killed
+from conftest import CONFIGURATION, draw_nothing, train, train_until_killed
 from test_trainers_runs import build, configure, log_text, read
 from tiny import same
 
@@ -71,7 +71,9 @@ def shapes_of(trainer) -> list[tuple[int, ...]]:
         return step(batch)
 
     trainer.train_step = watched
-    trainer.run_training()
+    with pytest.MonkeyPatch.context() as patch:
+        draw_nothing(patch)
+        trainer.run_training()
     return seen
 
 

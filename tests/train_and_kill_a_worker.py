@@ -13,10 +13,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from batchgenerators.dataloading.nondet_multi_threaded_augmenter import NonDetMultiThreadedAugmenter
+from conftest import draw_nothing
 from nnunetv2.run.run_training import run_training_entry
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 
 from nnunetv2_mstkd.training import loader_processes
 from nnunetv2_mstkd.training.base import SettingsTrainer
@@ -58,7 +59,7 @@ def kill_at_start() -> None:
 
 if __name__ == "__main__":
     moment = sys.argv.pop(1)
-    nnUNetTrainer.plot_network_architecture = lambda self: None
+    draw_nothing(pytest.MonkeyPatch())
     torch.set_num_threads(1)
     if moment == "start":
         kill_at_start()
