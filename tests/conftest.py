@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import multiprocessing
 import os
@@ -20,13 +19,15 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2_mstkd.cli import collect_rarely
+
 # nnU-Net reads it when it is imported
 os.environ.setdefault("nnUNet_def_n_proc", "1")
 
 # on few cores the threads of one process only get in each other's way
 torch.set_num_threads(1)
 
-gc.set_threshold(50_000)  # as the command mstkd does: half a million objects live until the end
+collect_rarely()
 
 PHANTOM = 902
 CONFIGURATION = "tiny"

@@ -14,6 +14,8 @@ from predict_inputs import edit_checkpoint, write_model
 
 from nnunetv2_mstkd import cli
 from nnunetv2_mstkd import methods as trainers
+from nnunetv2_mstkd.nnunet import model as model_module
+from nnunetv2_mstkd.nnunet import trainers as finding
 from nnunetv2_mstkd.nnunet.folders import find_checkpoints, find_model_folder, parse_folds
 from nnunetv2_mstkd.nnunet.model import load_predictor
 from nnunetv2_mstkd.nnunet.safe_plans import check_architecture
@@ -285,15 +287,23 @@ def test_trainers_are_found_without_a_word(capsys):
     assert capsys.readouterr().out == ""
 
 
+def test_nnunets_own_trainers_are_imported_only_where_they_may_be_meant(tmp_path, monkeypatch):
+    monkeypatch.setattr(finding, "recursive_find_trainer_class_by_name", lambda name: nnUNetTrainer)
+    monkeypatch.delenv("nnUNet_extTrainer", raising=False)
+    assert find_trainer("MSTKDTrainer") is trainers.MSTKDTrainer
+    for name in ("nnUNetTrainer_5epochs", "NoSuchTrainer"):
+        assert find_trainer(name) is nnUNetTrainer
+    monkeypatch.setenv("nnUNet_extTrainer", str(tmp_path))  # it may have one of the same name
+    assert find_trainer("MSTKDTrainer") is nnUNetTrainer
+
+
 def test_a_trainer_of_the_old_signature_is_left_to_nnunet(model, monkeypatch):
     class Old(nnUNetTrainer):
         @staticmethod
         def build_network_architecture(architecture_class_name, arch_init_kwargs, *others):
             raise AssertionError
 
-    from nnunetv2_mstkd.nnunet import trainers as module
-
-    monkeypatch.setattr(module, "recursive_find_trainer_class_by_name", lambda name: Old)
+    monkeypatch.setattr(model_module, "find_trainer", lambda name: Old)
     with pytest.raises(ValueError, match=r"signature of nnU-Net before 2\.7; --trust"):
         load_predictor(model, (0,), device=CPU)
 

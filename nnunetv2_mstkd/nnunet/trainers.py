@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import re
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+from nnunetv2.training import nnUNetTrainer as nnunet_trainers
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_mstkd.errors import InputError, did_you_mean
@@ -22,7 +28,8 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         if not name.isidentifier():
             raise RuntimeError("no name of a class")
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as told:
-            return recursive_find_trainer_class_by_name(name)
+            found = _of_this_package(name)
+            return found if _is_trainer(found) else recursive_find_trainer_class_by_name(name)
     except (ImportError, RuntimeError, AssertionError, TypeError) as error:
         # the search has imported every trainer that it can find
         hint = did_you_mean(name, sorted(_names(nnUNetTrainer)), cutoff=0.8)  # most end in Trainer
@@ -35,6 +42,26 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     finally:
         for each in told:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+def _of_this_package(name: str) -> Any:
+    """What the package calls by this name, if nnU-Net would come to that; None: nothing, or its search has to decide.
+
+    It would import all of its own trainers first, which takes a second.
+    """
+    folders = [folder for folder in os.environ[registration.EXTERNAL_TRAINERS].split(os.pathsep) if folder.strip()]
+    if folders[0] != registration.TRAINER_PATH:
+        return None
+    word = re.compile(rf"\b{name}\b")
+    files = (file for folder in nnunet_trainers.__path__ for file in Path(folder).rglob("*.py"))
+    if any(word.search(file.read_text(encoding="utf-8")) for file in files):
+        return None
+    found = {"base_folder": folders[0], "cleanup_imports_from_base_folder": True}
+    return recursive_find_python_class(folders[0], name, None, **found)
+
+
+def _is_trainer(found: Any) -> bool:
+    return isinstance(found, type) and issubclass(found, nnUNetTrainer)
 
 
 def _names(trainer: type) -> Iterator[str]:
