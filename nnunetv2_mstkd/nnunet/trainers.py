@@ -54,7 +54,7 @@ def _of_this_package(name: str) -> Any:
         return None
     word = re.compile(rf"\b{name}\b")
     files = (file for folder in nnunet_trainers.__path__ for file in Path(folder).rglob("*.py"))
-    if any(word.search(file.read_text(encoding="utf-8")) for file in files):
+    if any(word.search(file.read_text(encoding="utf-8", errors="replace")) for file in files):
         return None
     found = {"base_folder": folders[0], "cleanup_imports_from_base_folder": True}
     return recursive_find_python_class(folders[0], name, None, **found)
