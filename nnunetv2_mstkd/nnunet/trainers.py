@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import re
+import runpy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 from nnunetv2.training import nnUNetTrainer as nnunet_trainers
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 from nnunetv2_mstkd.errors import InputError, did_you_mean
@@ -56,8 +56,7 @@ def _of_this_package(name: str) -> Any:
     files = (file for folder in nnunet_trainers.__path__ for file in Path(folder).rglob("*.py"))
     if any(word.search(file.read_text(encoding="utf-8", errors="replace")) for file in files):
         return None
-    found = {"base_folder": folders[0], "cleanup_imports_from_base_folder": True}
-    return recursive_find_python_class(folders[0], name, None, **found)
+    return runpy.run_path(os.path.join(folders[0], "mstkd_trainers.py")).get(name)
 
 
 def _is_trainer(found: Any) -> bool:
