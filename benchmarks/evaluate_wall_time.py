@@ -7,7 +7,7 @@ In one run, one after the other, mirroring off unless asked for:
 
 * `mstkd evaluate` over all subsets of the modalities, with the default stack and with `--stack 1`;
 * its lower bound: the forward passes of all subsets, one start (imports, loading), one preprocessing per case; and the
-  same with a start that looks for garbage as rarely as the command `mstkd`, which is faster than Python's usual one;
+  same with a start that collects garbage as rarely as the command `mstkd` does, which is faster;
 * `nnUNetv2_predict_from_modelfolder` once per subset for all cases, with absent channels as zero images and nnU-Net's
   default numbers of processes, and then the same metrics in as many processes as `mstkd evaluate` uses. Writing the
   zero images is not counted.

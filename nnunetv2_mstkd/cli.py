@@ -39,8 +39,8 @@ COMMANDS = {
 }
 
 
-FEWER_COLLECTIONS = 10_000
-"""New objects before Python looks for garbage; its default is 700 to 2000."""
+GC_THRESHOLD = 10_000
+"""New objects before the garbage collector runs; Python's default is 700 to 2000."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -124,12 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def collect_rarely() -> None:
-    """Look for garbage less often than Python does, and not at the end.
+    """Run the garbage collector less often than Python does, and not at exit.
 
-    PyTorch and nnU-Net make half a million objects that stay: searching them again and again takes a quarter of their
-    import, and a second at the end.
+    PyTorch and nnU-Net create half a million objects that stay alive. Going through them again and again takes a
+    quarter of the time of their import, and another second at exit.
     """
-    gc.set_threshold(FEWER_COLLECTIONS)
+    gc.set_threshold(GC_THRESHOLD)
     atexit.register(gc.freeze)
 
 

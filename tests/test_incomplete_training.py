@@ -186,7 +186,7 @@ def test_no_sample_is_empty_and_no_absent_channel_is_seen(semi, monkeypatch, cls
 
     monkeypatch.setattr(modalities, "mask_modalities", record)
     checked = 0
-    for _ in range(6):
+    for _ in range(12):
         content = next(trainer.dataloader_train)
         present = torch.tensor([trainer.case_facts[str(case)].present for case in content["keys"]])
         seen.clear()

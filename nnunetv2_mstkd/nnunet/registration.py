@@ -18,9 +18,14 @@ TRAINER_PATH = os.path.join(os.path.dirname(__file__), "_trainer_path")
 imports what it finds there as a top-level module and forgets it again: a class *defined* there could not be pickled."""
 
 
+def external_folders() -> list[str]:
+    """The folders of ``nnUNet_extTrainer``, in nnU-Net's order."""
+    return [folder for folder in os.environ.get(EXTERNAL_TRAINERS, "").split(os.pathsep) if folder]
+
+
 def register() -> None:
     """Append :data:`TRAINER_PATH` to ``nnUNet_extTrainer``. Idempotent; what the user set stays, and comes first."""
-    folders = [folder for folder in os.environ.get(EXTERNAL_TRAINERS, "").split(os.pathsep) if folder]
+    folders = external_folders()
     if TRAINER_PATH not in folders:
         os.environ[EXTERNAL_TRAINERS] = os.pathsep.join([*folders, TRAINER_PATH])
 

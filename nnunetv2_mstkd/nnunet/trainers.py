@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -10,7 +11,6 @@ import runpy
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from nnunetv2.training import nnUNetTrainer as nnunet_trainers
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -28,8 +28,7 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
         if not name.isidentifier():
             raise RuntimeError("no name of a class")
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings(record=True) as told:
-            found = _of_this_package(name)
-            return found if _is_trainer(found) else recursive_find_trainer_class_by_name(name)
+            return _of_this_package(name) or recursive_find_trainer_class_by_name(name)
     except (ImportError, RuntimeError, AssertionError, TypeError) as error:
         # the search has imported every trainer that it can find
         hint = did_you_mean(name, sorted(_names(nnUNetTrainer)), cutoff=0.8)  # most end in Trainer
@@ -44,23 +43,23 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
             warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
-def _of_this_package(name: str) -> Any:
-    """What the package calls by this name, if nnU-Net would come to that; None: nothing, or its search has to decide.
+def _of_this_package(name: str) -> type[nnUNetTrainer] | None:
+    """Return the trainer that the package has under this name; None if it has none, or nnU-Net might find another one.
 
-    It would import all of its own trainers first, which takes a second.
+    nnU-Net imports all of its own trainers before it looks here, which takes a second.
     """
-    folders = [folder for folder in os.environ[registration.EXTERNAL_TRAINERS].split(os.pathsep) if folder.strip()]
-    if folders[0] != registration.TRAINER_PATH:
+    if registration.external_folders()[0] != registration.TRAINER_PATH or name in _words_of_nnunet():
         return None
-    word = re.compile(rf"\b{name}\b")
+    found = runpy.run_path(os.path.join(registration.TRAINER_PATH, "mstkd_trainers.py")).get(name)
+    return found if isinstance(found, type) and issubclass(found, nnUNetTrainer) else None
+
+
+@functools.cache
+def _words_of_nnunet() -> frozenset[str]:
+    """All words in the files in which nnU-Net looks for its own trainers."""
     files = (file for folder in nnunet_trainers.__path__ for file in Path(folder).rglob("*.py"))
-    if any(word.search(file.read_text(encoding="utf-8", errors="replace")) for file in files):
-        return None
-    return runpy.run_path(os.path.join(folders[0], "mstkd_trainers.py")).get(name)
-
-
-def _is_trainer(found: Any) -> bool:
-    return isinstance(found, type) and issubclass(found, nnUNetTrainer)
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in files)
+    return frozenset(re.findall(r"\w+", "\n".join(texts)))
 
 
 def _names(trainer: type) -> Iterator[str]:
